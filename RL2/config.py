@@ -1,0 +1,414 @@
+"""Every knob: its type, unit and meaning. `load` is the one door through which a configuration comes in.
+
+The YAML files in `trainer/config` hold the defaults of each program; a class here says what a key means and what it may
+be. Errors are `ConfigError`s that name the override to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the override to change."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number; an open bound is excluded."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+
+    def holds(self, x: float) -> bool:
+        return (self.low < x if self.open_low else self.low <= x) and x <= self.high
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {self.low:g}" if self.low > -math.inf else ""
+        high = f"at most {self.high:g}" if self.high < math.inf else ""
+        return " and ".join(filter(None, [low, high]))
+
+
+Count = Annotated[int, Range(1)]
+Index = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+NonNegative = Annotated[float, Range(0)]
+PositiveFloat = Annotated[float, Range(0, open_low=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainData:
+    path: str
+    """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`."""
+    prompts_per_rollout: Count
+    """Prompts of one training step."""
+    responses_per_prompt: Count
+    """Samples of each prompt; they form a group."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestData:
+    path: str | None
+    """As `train_data.path`; null: no test."""
+    prompts_per_rollout: Count | None
+    """Prompts in flight at once; the whole file is tested in any case. null: all at once."""
+    responses_per_prompt: Count
+    """Samples of each prompt; the score is the mean over all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTData:
+    path: str
+    """As `train_data.path`. Rows: {"prompt", "response"}, {"messages"} or {"messages", "response"}."""
+    env_path: str | None
+    """A script whose `example(row)` turns a raw row into one of these formats."""
+    max_length: Count
+    """Tokens; a longer example is cut at the end, and how many were is printed."""
+    batch_size: Count
+    """Examples of one optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KL:
+    coef: NonNegative
+    """Weight of the KL divergence to the reference policy; above 0 a reference model is loaded."""
+    type: Literal["loss", "reward", "advantage"]
+    """Where it enters: added to the loss, taken off the reward of each token, or off its advantage."""
+    estimator: Literal["k1", "k2", "k3"]
+    """Per-token estimator of the KL divergence (http://joschu.net/blog/kl-approx.html)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entropy:
+    coef: float
+    """Subtracted, coef * H: positive encourages entropy, negative penalises it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathKnobs:
+    """Knobs of the SPO family (objectives/path.py)."""
+
+    detach_target: bool
+    """spo: false lets the gradient flow through p_m too (the fork's way); true takes p_m as a fixed target."""
+    region: Literal["above_half", "all", "below_half"]
+    """spo_0p5: which tokens train, by their probability. above_half is the fork's way, all the formula as published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """A model with an optimizer."""
+
+    model_name: str
+    """Hub name, or folder with config.json, safetensors and tokenizer."""
+    dtype: Literal["auto", "float32", "bfloat16"]
+    """Compute dtype. auto: bfloat16 on GPUs, float32 on CPUs. Stored weights and optimizer are float32 in any case."""
+    use_liger_kernel: bool
+    """Liger's Triton kernels for norm, rotary embedding and MLP (GPU; pip install rl2-spo[liger])."""
+    gradient_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, more time."""
+    ddp_size: Count
+    """Replicas; each is sharded over world_size / ddp_size processes (HSDP)."""
+    tp_size: Literal[1]
+    """Tensor parallelism: not available yet."""
+    sp_size: Literal[1]
+    """Sequence parallelism: not available yet."""
+    max_length_per_device: Count
+    """Tokens of one microbatch; also the longest sequence that can be trained on."""
+    avg_level: Literal["token", "sequence"]
+    """token: every token weighs the same. sequence: mean over each sequence's tokens, then over sequences."""
+    lr: NonNegative
+    """Peak learning rate."""
+    betas: tuple[Share, Share]
+    """AdamW."""
+    eps: PositiveFloat
+    """AdamW."""
+    weight_decay: NonNegative
+    """AdamW, on matrices only."""
+    max_grad_norm: PositiveFloat
+    """Gradients are scaled down to this norm."""
+    scheduler: Literal["constant", "linear", "cosine", "wsd"]
+    """After warm-up: constant, linear or cosine to 0, or constant and then linear to 0 over the last `decay_ratio`."""
+    warmup_ratio: Share
+    """Share of all optimizer steps over which the rate rises linearly from 0."""
+    decay_ratio: Share
+    """wsd: share of all optimizer steps over which the rate falls to 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actor(Trainable):
+    """The policy."""
+
+    max_inference_length_per_device: Count
+    """Tokens of one microbatch without gradients."""
+    temperature: PositiveFloat
+    """Divides the logits in training; the sampling temperature, so that both see one distribution."""
+    objective: str
+    """What is minimised: a name of objectives/table.py."""
+    path: PathKnobs
+    clip: PositiveFloat
+    """ppo: the probability ratio is clipped to [1 - clip, 1 + clip]."""
+    train_on: Literal["all", "correct"]
+    """correct: only sequences of trajectories whose total reward is above 0."""
+    average_over: Literal["all", "kept"]
+    """What the sum is divided by: everything in the optimizer step (thesis 3.1) or only what trains (3.2)."""
+    update_per_rollout: Count
+    """Optimizer steps on one rollout."""
+    tis_coef: NonNegative
+    """Cap of the importance weight exp(trainer logp - engine logp) on each token's loss; 0: no weights."""
+    kl: KL
+    entropy: Entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefActor:
+    model_name: str
+    max_inference_length_per_device: Count
+    """Tokens of one microbatch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    temperature: NonNegative
+    """0 takes the most likely token."""
+    top_p: Annotated[float, Range(0, 1, open_low=True)]
+    top_k: Index
+    """0 keeps all tokens."""
+    max_new_tokens: Count
+    """Tokens of one response (of one turn, if there are several)."""
+    stop: tuple[str, ...] | None
+    """A response ends with the token that completes one of these strings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    engine: Literal["embedded"]
+    """Where tokens are sampled: in this process."""
+    model_name: str
+    """The model that the engine serves: actor.model_name."""
+    dtype: Literal["auto", "float32", "bfloat16"]
+    """auto: actor.dtype."""
+    tp_size: Literal[1]
+    """Tensor parallelism of the engine: not available yet."""
+    gpu_memory_utilization: Annotated[float, Range(0, 1, open_low=True)]
+    """Share of the free device memory that the KV cache may take."""
+    max_running_requests: Count
+    """Requests that are decoded together; the others wait."""
+    train_sampling_params: SamplingParams
+    test_sampling_params: SamplingParams
+    max_turns: Count
+    """Responses of one episode at most."""
+    env_path: str
+    """Script with `async def step(state, action, extra_info)`."""
+    env_timeout_s: PositiveFloat
+    """Limit of one call of the environment; past it the trajectory is unscored."""
+    dynamic_filtering: bool
+    """Drop groups whose rewards are all equal (they carry no signal for a group baseline)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advantage:
+    estimator: Literal["reinforce", "spo"]
+    """reinforce: reward minus the group's mean (Dr. GRPO). spo: the reward itself."""
+    global_norm: bool
+    """reinforce: mean (and deviation) over the whole rollout instead of each group."""
+    norm_var: bool
+    """reinforce: divide by the standard deviation (GRPO)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    project: str | None
+    """Name of the project in wandb."""
+    experiment_name: str
+    """Name of the run."""
+    seed: Index
+    """Of data order, sampling and initialisation."""
+    load_ckpt_from: str | None
+    """A checkpoint folder to resume from, or `latest`: the newest in save_dir, if there is one."""
+    n_epochs: Count
+    """Passes over the training data."""
+    max_steps: Index | None
+    """Stop after this many steps, whatever n_epochs says."""
+    test_freq: Count | None
+    """Test every so many steps, before the first and after the last; null: never."""
+    save_dir: str
+    """Everything the run writes: metrics, samples, checkpoints, and the model in `latest`."""
+    save_freq: Count | None
+    """Checkpoint every so many steps; null: only the final model."""
+    samples_per_step: Index
+    """Trajectories written to samples.jsonl at each step."""
+    use_wandb: bool
+    use_tensorboard: bool
+    timeout_s: PositiveFloat
+    """Limit of every wait on another process."""
+    dry_run: bool
+    """Resolve, check and print the configuration; load nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    train_data: TrainData
+    test_data: TestData
+    actor: Actor
+    ref_actor: RefActor
+    rollout: Rollout
+    adv: Advantage
+    trainer: Trainer
+
+    def __post_init__(self) -> None:
+        actor, rollout = self.actor, self.rollout
+        if rollout.model_name != actor.model_name:
+            raise ConfigError(f"rollout.model_name={rollout.model_name!r} is not actor.model_name={actor.model_name!r}")
+        if rollout.train_sampling_params.temperature == 0:
+            raise ConfigError(
+                "rollout.train_sampling_params.temperature=0 samples nothing to learn from; set it above 0"
+            )
+        if actor.average_over == "kept" and actor.train_on == "all":
+            raise ConfigError("actor.average_over=kept has no effect with actor.train_on=all; set one of the two")
+        if rollout.dynamic_filtering and self.train_data.responses_per_prompt == 1:
+            raise ConfigError(
+                "rollout.dynamic_filtering=true drops every group of one (train_data.responses_per_prompt=1); "
+                "set rollout.dynamic_filtering=false"
+            )
+        if self.trainer.test_freq and self.test_data.path is None:
+            raise ConfigError(f"trainer.test_freq={self.trainer.test_freq} needs test_data.path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    data: SFTData
+    actor: Trainable
+    trainer: Trainer
+
+    def __post_init__(self) -> None:
+        if self.trainer.test_freq:
+            raise ConfigError("trainer.test_freq: sft has no test set yet; set it to null")
+        # one position less than tokens: the last token is only a label
+        if self.data.max_length - 1 > self.actor.max_length_per_device:
+            raise ConfigError(
+                f"data.max_length={self.data.max_length} does not fit into "
+                f"actor.max_length_per_device={self.actor.max_length_per_device}"
+            )
+
+
+Config = RLConfig | SFTConfig
+
+PROGRAMS: dict[str, type] = {"sft": SFTConfig, "ppo": RLConfig, "spo": RLConfig, "spo_0p5": RLConfig}
+"""Program -> its configuration; `trainer/config/PROGRAM.yaml` holds the defaults."""
+
+
+def load(program: str, overrides: Sequence[str]) -> Any:
+    """The configuration of `program` with `key=value` overrides (Hydra's grammar).
+
+    Raises `ConfigError`, naming the override to fix, before anything else is loaded.
+    """
+    try:
+        with initialize_config_module("RL2.trainer.config", version_base="1.3"):
+            tree = compose(program, overrides=list(overrides))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_in_the_users_words(program, overrides, error)) from error
+    return _build(PROGRAMS[program], values, "")
+
+
+def show(config: Any) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception) -> str:
+    keys = _keys(PROGRAMS[program], "")
+    for override in overrides:
+        if "=" not in override:
+            return f"{override!r} is not an override; write key=value"
+        key = override.split("=", 1)[0].lstrip("+~")
+        if key not in keys and not any(k.startswith(f"{key}.") for k in keys):
+            near = difflib.get_close_matches(key, keys, n=1)
+            return f"{program} has no key {key!r}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{str(error).splitlines()[0]} (overrides: {' '.join(overrides)})"
+
+
+def _keys(cls: type, prefix: str) -> list[str]:
+    hints = typing.get_type_hints(cls)
+    return [
+        key
+        for f in fields(cls)
+        for key in (
+            _keys(hints[f.name], f"{prefix}{f.name}.") if is_dataclass(hints[f.name]) else [f"{prefix}{f.name}"]
+        )
+    ]
+
+
+def _build(annotation: Any, value: Any, key: str) -> Any:
+    """`value` as `annotation`; `key` is its full name, for errors."""
+    if is_dataclass(annotation):
+        assert isinstance(annotation, type)
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key}={value!r}; {key} is a group: set {key}.NAME=value")
+        hints = typing.get_type_hints(annotation, include_extras=True)
+        prefix = f"{key}." if key else ""
+        if unknown := set(value) - set(hints):
+            raise ConfigError(f"nothing reads {', '.join(prefix + name for name in sorted(unknown))}")
+        if missing := [f.name for f in fields(annotation) if f.name not in value and f.default is MISSING]:
+            raise ConfigError(f"{', '.join(prefix + name for name in missing)} missing in the YAML")
+        return annotation(**{f.name: _build(hints[f.name], value[f.name], prefix + f.name) for f in fields(annotation)})
+
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        number = _build(args[0], value, key)
+        if not args[1].holds(number):
+            raise ConfigError(f"{key}={value!r}; must be {args[1]}")
+        return number
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{key}={value!r}; choose {'one of ' if len(args) > 1 else ''}{', '.join(map(str, args))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _build(next(a for a in args if a is not type(None)), value, key)
+    if origin is tuple:
+        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            raise ConfigError(f"{key}={value!r}; expected a list: '{key}=[...]'")
+        each = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_build(a, x, f"{key}[{i}]") for i, (a, x) in enumerate(zip(each, value, strict=True)))
+    if value is None:
+        raise ConfigError(f"{key} is not set; pass {key}=...")
+    if annotation is float and type(value) is int:
+        return float(value)
+    if annotation is str and type(value) in (int, float):
+        return str(value)
+    if type(value) is not annotation:
+        raise ConfigError(f"{key}={value!r}; expected {_NAMES[annotation]}")
+    if annotation is float and not math.isfinite(value):
+        raise ConfigError(f"{key}={value!r}; expected a finite number")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def check_files(config: RLConfig | SFTConfig) -> None:
+    """Raise `ConfigError` for local files and folders that are named but not there."""
+    named = {"actor.model_name": None}
+    if isinstance(config, RLConfig):
+        named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}
+        named |= {"test_data.path": config.test_data.path}
+    else:
+        named |= {"data.path": config.data.path, "data.env_path": config.data.env_path}
+    for key, path in named.items():
+        if path is not None and Path(path).suffix and "@" not in path and not Path(path).is_file():
+            raise ConfigError(f"{key}={path}: there is no such file")

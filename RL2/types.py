@@ -1,0 +1,193 @@
+"""The nouns of the library. Shape letters: T tokens laid end to end, B sequences, V vocabulary, D hidden size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a data set, ready for the engine."""
+
+    row: int
+    """Row number in the data file, from 0."""
+    text: str
+    """What the environment sees as its first state."""
+    token_ids: list[int]
+    """`text`, encoded once."""
+    extra_info: dict[str, Any]
+    """Handed to the environment: answers, tests, tool settings."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request is sampled."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all tokens."""
+    stop: tuple[str, ...] = ()
+    """The request ends with the token that completes one of these strings; the token is kept."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The request ends with one of these tokens; the token is kept."""
+    seed: int = 0
+    """Same seed, same weights, same prompt: same tokens, whatever else is in the batch."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine gives back for one request."""
+
+    token_ids: list[int]
+    logps: list[float]
+    """Log-probability of each token under the distribution it was drawn from; at temperature 0, under the model."""
+    finish: Literal["stop", "length"]
+    version: int
+    """Version of the weights that sampled it."""
+
+
+@dataclass
+class Sequence:
+    """Token ids exactly as they were sent and sampled, with what training needs about each."""
+
+    token_ids: list[int]
+    action_mask: list[bool]
+    """True where the token was sampled by the policy."""
+    logps: list[float]
+    """The engine's log-probability of each sampled token; 0 elsewhere."""
+    rewards: list[float]
+    """The reward of a turn stands at the turn's last sampled token; 0 elsewhere."""
+
+
+@dataclass
+class Trajectory:
+    """One episode. Several sequences when the environment rewrote the history."""
+
+    row: int
+    """Row of its prompt."""
+    group: int
+    """Position of its prompt in the rollout; all samples of one prompt share it."""
+    sample: int
+    """Number within its group, from 0."""
+    sequences: list[Sequence] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    """State, action, state, action, ...: what the environment saw."""
+    score: float = 0.0
+    """Sum of the turns' scores; what evaluation reports."""
+    truncated: bool = False
+    """The last completion ran into `max_new_tokens` or the length limit."""
+    unscored: str | None = None
+    """Why there is no reward. An unscored trajectory does not train and has no score."""
+    seconds: float = 0.0
+
+    @property
+    def reward(self) -> float:
+        return sum(sum(sequence.rewards) for sequence in self.sequences)
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens."""
+        return sum(sum(sequence.action_mask) for sequence in self.sequences)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B sequences laid end to end in one layout, aligned once.
+
+    Position t holds an input token and, as `labels_T[t]`, the token that follows it; every other `_T` field speaks of
+    that label. A sequence of n tokens takes n - 1 positions. Positions whose label was sampled are the *actions*.
+    """
+
+    token_ids_T: Tensor
+    labels_T: Tensor
+    position_ids_T: Tensor
+    action_T: Tensor
+    """bool: the label was sampled by the policy (in SFT: is trained on)."""
+    reward_T: Tensor
+    cu_seqlens: Tensor
+    """int64 [B + 1]: sequence b takes positions cu_seqlens[b] to cu_seqlens[b + 1]."""
+    trajectory_B: Tensor
+    """int64: number of the trajectory that the sequence belongs to."""
+    group_B: Tensor
+    """int64: number of the prompt group."""
+    engine_logp_T: Tensor | None = None
+    old_logp_T: Tensor | None = None
+    ref_logp_T: Tensor | None = None
+    advantage_T: Tensor | None = None
+    weight_T: Tensor | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def lengths_B(self) -> Tensor:
+        return self.cu_seqlens.diff()
+
+    @property
+    def sequence_T(self) -> Tensor:
+        """int64: which of the B sequences a position belongs to."""
+        return torch.repeat_interleave(torch.arange(self.num_sequences, device=self.cu_seqlens.device), self.lengths_B)
+
+    def with_(self, **changes: Tensor) -> TokenBatch:
+        return replace(self, **changes)
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+
+    def positions(self, keep_T: Tensor) -> TokenBatch:
+        """The same sequences, only at the positions where `keep_T`: what an objective sees."""
+        counts_B = torch.zeros_like(self.lengths_B).index_add_(0, self.sequence_T, keep_T.long())
+        index = keep_T.nonzero()[:, 0]
+        kept = {name: x.index_select(0, index) for name, x in self.tensors().items() if name.endswith("_T")}
+        return replace(self, **kept, cu_seqlens=_starts(counts_B))
+
+    def sequences(self, ids: Seq[int]) -> TokenBatch:
+        """The sequences `ids`, in that order."""
+        chosen = torch.as_tensor(ids, dtype=torch.long, device=self.cu_seqlens.device)
+        lengths_B = self.lengths_B[chosen]
+        cu_seqlens = _starts(lengths_B)
+        offset_T = torch.repeat_interleave(self.cu_seqlens[chosen] - cu_seqlens[:-1], lengths_B)
+        index = torch.arange(int(cu_seqlens[-1]), device=offset_T.device) + offset_T
+        kept = {name: x.index_select(0, index) for name, x in self.tensors().items() if name.endswith("_T")}
+        kept |= {name: x[chosen] for name, x in self.tensors().items() if name.endswith("_B")}
+        return replace(self, **kept, cu_seqlens=cu_seqlens)
+
+
+def _starts(lengths_B: Tensor) -> Tensor:
+    return torch.cat([lengths_B.new_zeros(1), lengths_B.cumsum(0)])
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Statistics of the next-token distribution p = softmax(logits / temperature) at each position, float32 [T].
+
+    a is the label (the sampled token), m the most likely token. Only the fields that were asked for are there.
+    """
+
+    logp: Tensor | None = None
+    """log p_a"""
+    log1mp: Tensor | None = None
+    """log(1 - p_a)"""
+    max_logp: Tensor | None = None
+    """log p_m"""
+    max_log1mp: Tensor | None = None
+    """log(1 - p_m)"""
+    entropy: Tensor | None = None
+    """-sum_i p_i log p_i, in nats"""
+
+
+MENU: tuple[str, ...] = tuple(f.name for f in fields(TokenStats))
+"""Every statistic that an objective may ask for."""
