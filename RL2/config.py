@@ -374,7 +374,9 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
         return number
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{key}={value!r}; choose {'one of ' if len(args) > 1 else ''}{', '.join(map(str, args))}")
+            raise ConfigError(
+                f"{key}={value!r}; choose {'one of ' if len(args) > 1 else ''}{', '.join(map(str, args))}"
+            )
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -403,7 +405,7 @@ _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 def check_files(config: RLConfig | SFTConfig) -> None:
     """Raise `ConfigError` for local files and folders that are named but not there."""
-    named = {"actor.model_name": None}
+    named: dict[str, str | None] = {}
     if isinstance(config, RLConfig):
         named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}
         named |= {"test_data.path": config.test_data.path}

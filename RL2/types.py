@@ -170,24 +170,32 @@ def _starts(lengths_B: Tensor) -> Tensor:
     return torch.cat([lengths_B.new_zeros(1), lengths_B.cumsum(0)])
 
 
-@dataclass(frozen=True)
 class TokenStats:
     """Statistics of the next-token distribution p = softmax(logits / temperature) at each position, float32 [T].
 
-    a is the label (the sampled token), m the most likely token. Only the fields that were asked for are there.
+    a is the label (the sampled token), m the most likely token. Only the fields that were asked for are there; reading
+    another one is an error that says how to ask.
     """
 
-    logp: Tensor | None = None
+    logp: Tensor
     """log p_a"""
-    log1mp: Tensor | None = None
+    log1mp: Tensor
     """log(1 - p_a)"""
-    max_logp: Tensor | None = None
+    max_logp: Tensor
     """log p_m"""
-    max_log1mp: Tensor | None = None
+    max_log1mp: Tensor
     """log(1 - p_m)"""
-    entropy: Tensor | None = None
+    entropy: Tensor
     """-sum_i p_i log p_i, in nats"""
 
+    def __init__(self, **fields: Tensor) -> None:
+        self.__dict__.update(fields)
 
-MENU: tuple[str, ...] = tuple(f.name for f in fields(TokenStats))
+    def __getattr__(self, name: str) -> Tensor:  # only called for what __init__ did not set
+        if name in MENU:
+            raise AttributeError(f"the statistic {name!r} was not asked for; declare it with @needs({name!r})")
+        raise AttributeError(name)
+
+
+MENU: tuple[str, ...] = tuple(TokenStats.__annotations__)
 """Every statistic that an objective may ask for."""

@@ -1,0 +1,3 @@
+"""RL2: Ray Less Reinforcement Learning. Start reading at trainer/rl.py, then objectives/path.py."""
+
+__version__ = "0.1.0"

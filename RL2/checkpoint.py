@@ -1,0 +1,113 @@
+"""Save and resume: model, optimizer, position in the data, random states. A folder is complete or not there at all."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from RL2.config import ConfigError
+from RL2.parallel.processes import Processes
+
+
+class Resumable(Protocol):
+    """What has a state of plain numbers: the data cursor."""
+
+    def state_dict(self) -> dict[str, int]: ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+class Learner(Protocol):
+    """What trains: a model, its optimizer, and how many optimizer steps were taken."""
+
+    steps: int
+
+    @property
+    def policy(self) -> nn.Module: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+
+def save(folder: Path, step: int, learner: Learner, cursor: Resumable, processes: Processes) -> Path:
+    """Write `folder/step_NNNNNN` (collective): first beside it, then renamed, so a crash leaves the last one whole."""
+    target = folder / f"step_{step:06d}"
+    partial = target.with_suffix(".partial")
+    if processes.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    processes.wait()
+    model_state, optimizer_state = get_state_dict(learner.policy, learner.optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial / "state")
+    save_file(_random_states(processes.device), partial / f"random_{processes.rank}.safetensors")
+    processes.wait()
+    if processes.is_first:
+        notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict()}
+        (partial / "notes.json").write_text(json.dumps(notes, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    processes.wait()
+    return target
+
+
+def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes) -> int:
+    """Restore everything from the checkpoint folder `source` (collective); returns the step to go on with."""
+    notes = json.loads((source / "notes.json").read_text())
+    model_state, optimizer_state = get_state_dict(learner.policy, learner.optimizer)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        dcp.load(state, checkpoint_id=source / "state")
+    except (dcp.CheckpointException, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"trainer.load_ckpt_from={source} does not fit this model: {str(error).splitlines()[0]}"
+        ) from error
+    set_state_dict(
+        learner.policy, learner.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    learner.steps = notes["optimizer_steps"]
+    cursor.load_state_dict(notes["cursor"])
+    states = source / f"random_{processes.rank}.safetensors"
+    if states.exists():  # more processes than the checkpoint had: theirs start from the seed
+        _restore_random_states(load_file(states), processes.device)
+    return notes["step"]
+
+
+def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
+    """The checkpoint that the configuration asks for; None to start from the beginning.
+
+    `latest` is the newest in `save_dir`, and None if there is none yet.
+    """
+    if load_ckpt_from is None:
+        return None
+    if load_ckpt_from == "latest":
+        found = [path for path in save_dir.glob("step_*") if (path / "notes.json").is_file()]
+        return max(found, default=None)
+    source = Path(load_ckpt_from)
+    if not (source / "notes.json").is_file():
+        raise ConfigError(f"trainer.load_ckpt_from={source} is not a checkpoint (it has no notes.json)")
+    return source
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    version, internal, _ = random.getstate()
+    states = {"torch": torch.get_rng_state(), "python": torch.tensor([version, *internal], dtype=torch.int64)}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    version, *internal = states["python"].tolist()
+    random.setstate((version, tuple(internal), None))
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

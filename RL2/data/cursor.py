@@ -1,0 +1,49 @@
+"""The order in which rows are drawn, exactly resumable."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class Cursor:
+    """A seeded, endless stream of row numbers in batches.
+
+    Every epoch is a fresh permutation of all rows, a pure function of (seed, epoch); a batch may run across the border
+    of two. So the whole state is how many rows were drawn.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+        if num_rows < 1 or batch_size < 1:
+            raise ValueError(f"num_rows={num_rows} and batch_size={batch_size} must be at least 1")
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.drawn = 0
+        self._epoch, self._order = -1, list[int]()
+
+    def next(self) -> list[int]:
+        batch = [self._row(n) for n in range(self.drawn, self.drawn + self.batch_size)]
+        self.drawn += self.batch_size
+        return batch
+
+    def batches(self, n_epochs: int) -> int:
+        """Whole batches in `n_epochs` passes over the rows."""
+        num_batches = n_epochs * self.num_rows // self.batch_size
+        if num_batches == 0:
+            raise ValueError(
+                f"a batch of {self.batch_size} is more than {n_epochs} epoch(s) of {self.num_rows} rows hold; "
+                "take a smaller batch or more epochs"
+            )
+        return num_batches
+
+    def state_dict(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.drawn = state["drawn"]
+
+    def _row(self, n: int) -> int:
+        """The row that is drawn as number `n`."""
+        epoch, position = divmod(n, self.num_rows)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows).tolist()
+            self._epoch = epoch
+        return self._order[position]

@@ -1,0 +1,248 @@
+"""Rows from wherever they lie: a local file, a folder saved by `datasets`, or the hub.
+
+JSON and CSV are parsed here, so that an error can name the file, the row (from 1), the line and what is wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file and the row."""
+
+
+@contextmanager
+def in_row(path: str, row: int) -> Iterator[None]:
+    """Say where it was if the data of row number `row` (from 0) turn out to be wrong."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}, row {row + 1}: {error}") from error
+
+
+def load_rows(path: str) -> list[Row]:
+    """All rows of a .json, .jsonl, .csv, .parquet or .arrow file, a folder that `datasets` saved, or
+    `split@name:subset` (a hub data set or a local folder; `:subset` may be left out)."""
+    read = _READERS[Path(path).suffix] if _is_file(path) else _read_dataset
+    try:
+        rows = read(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    if not rows:
+        raise DataError(f"{path}: no rows")
+    return rows
+
+
+def load_converted(path: str, example: Callable[[Row], Row] | None) -> list[Row]:
+    """All rows, each through an environment script's `example(row)` if there is one."""
+    rows = load_rows(path)
+    if example is None:
+        return rows
+    converted = list[Row]()
+    for number, row in enumerate(rows):
+        with in_row(path, number):
+            try:
+                converted.append(example(row))
+            except Exception as error:
+                what = f"example(row) failed with {type(error).__name__}: {error}"
+                raise DataError(f"{what}; the row's keys are {keys(row)}") from error
+            if not isinstance(converted[-1], dict):
+                raise DataError(f"example(row) returned {converted[-1]!r:.60}, not a dict")
+    return converted
+
+
+def keys(row: Row) -> str:
+    return ", ".join(map(str, row)) or "none"
+
+
+def describe(path: str) -> str:
+    """What `load_rows(path)` would read, without reading it."""
+    if _is_file(path):
+        return f"{path}: {Path(path).suffix[1:]} file, {_size(Path(path).stat().st_size)}"
+    if "@" not in path:
+        return f"{path}: folder saved by datasets"
+    split, name, subset = _parse(path)
+    kind = "folder" if Path(name).is_dir() else "hub data set"
+    return f"{path}: {kind} {name}, " + (f"subset {subset}, " if subset else "") + f"split {split}"
+
+
+def _is_file(path: str) -> bool:
+    """True for a file that can be read, False for what `datasets` loads; anything else is an error."""
+    place = Path(path)
+    if place.is_file() or (place.suffix in _READERS and "@" not in path):
+        if not place.exists():
+            raise DataError(f"{path}: there is no such file")
+        if place.suffix not in _READERS:
+            raise DataError(f"{path}: unknown suffix {place.suffix!r}; known are {', '.join(_READERS)}")
+        return True
+    if "@" in path or _is_saved(place):
+        return False
+    if place.is_dir():
+        raise DataError(f"{path}: not a folder saved by datasets; for a folder of data files write split@{path}")
+    raise DataError(f"{path}: there is no such file; a hub data set is written split@name:subset")
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "KB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB"
+
+
+def _read_json(path: str) -> list[Row]:
+    # element by element instead of json.load: a broken one is then known by its number
+    text = Path(path).read_text(encoding="utf-8-sig")
+    decode, rows = json.JSONDecoder().raw_decode, list[Row]()
+
+    def wrong(what: str, position: int) -> DataError:
+        line = text.count("\n", 0, position) + 1
+        return DataError(f"{path}, row {len(rows) + 1} (line {line}): {what}")
+
+    at = _skip_space(text, 0)
+    if at == len(text):
+        return rows
+    if text[at] != "[":
+        raise DataError(f"{path}: not an array of objects; with one object a line it is a .jsonl file")
+    at = _skip_space(text, at + 1)
+    while text[at : at + 1] != "]":
+        if rows:
+            if text[at : at + 1] != ",":
+                raise wrong("expected ',' before it, or ']'", at)
+            at = _skip_space(text, at + 1)
+        try:
+            value, end = decode(text, at)
+        except json.JSONDecodeError as error:
+            raise wrong(error.msg, error.pos) from error
+        if not isinstance(value, dict):
+            raise wrong(_not_an_object(value), at)
+        rows.append(value)
+        at = _skip_space(text, end)
+    if _skip_space(text, at + 1) != len(text):
+        raise DataError(f"{path}: more text after the end of the array")
+    return rows
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
+        at += 1
+    return at
+
+
+def _not_an_object(value: Any) -> str:
+    return f"expected an object, found {json.dumps(value):.40}"
+
+
+def _read_jsonl(path: str) -> list[Row]:
+    rows = list[Row]()
+    with open(path, encoding="utf-8-sig") as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            where = f"{path}, row {len(rows) + 1} (line {line})"
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: {error.msg} (column {error.colno})") from error
+            if not isinstance(value, dict):
+                raise DataError(f"{where}: {_not_an_object(value)}")
+            rows.append(value)
+    return rows
+
+
+def _read_csv(path: str) -> list[Row]:
+    rows = list[Row]()
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}: two columns have the same name: {', '.join(header)}")
+            for fields in filter(None, reader):
+                if len(fields) != len(header):
+                    where = f"row {len(rows) + 1} (line {reader.line_num})"
+                    raise DataError(f"{path}, {where}: {len(fields)} fields, the header has {len(header)}")
+                rows.append(dict(zip(header, fields, strict=True)))
+        except csv.Error as error:
+            raise DataError(f"{path}, row {len(rows) + 1} (line {reader.line_num}): {error}") from error
+    return rows
+
+
+# pyarrow and datasets take up to seconds to import, so only who needs them does
+
+
+def _read_parquet(path: str) -> list[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        return pa.parquet.read_table(path).to_pylist()
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _read_arrow(path: str) -> list[Row]:
+    import pyarrow as pa
+
+    with open(path, "rb") as file:
+        is_stream = file.read(6) != b"ARROW1"
+    try:
+        with pa.memory_map(path) as source:
+            reader = pa.ipc.open_stream(source) if is_stream else pa.ipc.open_file(source)
+            return reader.read_all().to_pylist()
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+_READERS: dict[str, Callable[[str], list[Row]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+
+
+def _parse(path: str) -> tuple[str, str, str | None]:
+    split, _, rest = path.partition("@")
+    name, _, subset = rest.partition(":")
+    if not split or not name:
+        raise DataError(f"{path}: write split@name or split@name:subset")
+    return split, name, subset or None
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder with `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _read_dataset(path: str) -> list[Row]:
+    import datasets
+
+    split, name, subset = _parse(path) if "@" in path else (None, path, None)
+    try:
+        if _is_saved(Path(name)):
+            data = datasets.load_from_disk(name)
+        else:
+            data = datasets.load_dataset(name, subset, split=split)
+    # network, missing names, broken scripts and files: whatever it is, the user needs to know which data set and why
+    except Exception as error:
+        raise DataError(f"{path}: {type(error).__name__}: {error}") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            hint = ", ".join(f"{known}@{name}" for known in data)
+            raise DataError(f"{path}: which split? Write {hint}")
+        data = data[split]
+    elif split is not None and _is_saved(Path(name)):
+        raise DataError(f"{path}: this folder holds one data set without splits; write {name}")
+    return data.to_list()

@@ -1,0 +1,254 @@
+"""The default engine: samples in this process from a transformers causal LM, with continuous batching.
+
+One step of the engine admits waiting requests (their prompts run packed, each distinct prompt once) and then decodes
+one token for every running request. Finished requests leave their row at once; the last row takes its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from RL2.engines.embedded.cache import Decode, KVCache, Prefill
+from RL2.engines.embedded.sampling import sample, uniforms
+from RL2.models.policy import backbone, head, max_length
+from RL2.ops.attention import Attend
+from RL2.types import Completion, Sampling
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens of one forward pass, unless a single prompt is longer."""
+LENGTH_STEP = 64
+"""Positions are allocated in multiples of this."""
+
+
+@dataclass(eq=False)
+class _Request:
+    prompt: list[int]
+    sampling: Sampling
+    future: asyncio.Future[Completion]
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def limit(self) -> int:
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+
+class EmbeddedEngine:
+    """An `Engine` over a causal LM of this process.
+
+    The model may be the actor's own: `load_weights` then finds that every tensor is already in place and copies
+    nothing. `decode` turns token ids into text; it is only asked for requests with stop strings.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        decode: Callable[[list[int]], str],
+        max_running_requests: int,
+        memory_share: float,
+    ) -> None:
+        self.lm, self.decode = lm, decode
+        self.max_running_requests, self.memory_share = max_running_requests, memory_share
+        self.device = next(lm.parameters()).device
+        self.max_length = max_length(lm)
+        self.version = 0
+        self.budget_bytes = 0.0
+        self.waiting: deque[_Request] = deque()
+        self.running: list[_Request] = []
+        self.cache = KVCache()
+        self.driver: asyncio.Task[None] | None = None
+
+    async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
+        if not token_ids:
+            raise ValueError("an empty prompt: there is no token to go on from")
+        if self.max_length is not None and len(token_ids) >= self.max_length:
+            raise ValueError(f"a prompt of {len(token_ids)} tokens leaves no room: the model ends at {self.max_length}")
+        request = _Request(token_ids, sampling, asyncio.get_running_loop().create_future())
+        self.waiting.append(request)
+        if self.driver is None or self.driver.done():
+            self.driver = asyncio.create_task(self._drive())
+        return await request.future
+
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        own = dict(self.lm.named_parameters())
+        loaded = set()
+        with torch.no_grad():
+            for name, weight in weights:
+                if own[name].data_ptr() != weight.data_ptr():
+                    own[name].copy_(weight)
+                loaded.add(name)
+        if missing := own.keys() - loaded:
+            raise RuntimeError(f"weights of version {version} lack {', '.join(sorted(missing)[:3])}")
+        self.version = version
+
+    def close(self) -> None:
+        if self.driver is not None:
+            self.driver.cancel()
+        self._drop(asyncio.CancelledError())
+
+    async def _drive(self) -> None:
+        """Steps until nothing is left to do, letting other tasks run in between."""
+        try:
+            self.lm.eval()
+            self.budget_bytes = self.memory_share * _free_bytes(self.device)
+            while self.waiting or self.running:
+                with torch.no_grad():
+                    self.step()
+                await asyncio.sleep(0)
+            self.cache = KVCache()  # its memory is the training step's now
+        except BaseException as error:
+            self._drop(error)
+            raise
+
+    def _drop(self, error: BaseException) -> None:
+        for request in (*self.waiting, *self.running):
+            if not request.future.done():
+                request.future.set_exception(error)
+        self.waiting.clear()
+        self.running.clear()
+        self.cache = KVCache()
+
+    def step(self) -> None:
+        """Admit what fits, then one token for every running request."""
+        self._leave([i for i, request in enumerate(self.running) if request.future.cancelled()])
+        if self.running:
+            self._decode()
+        self._admit()
+
+    def _admit(self) -> None:
+        room = self._max_rows() - len(self.running)
+        # a few large prefills cost less than many small ones, so a trickle of free rows waits until it is worth it
+        if not self.waiting or room < min(len(self.waiting), self.max_running_requests // 8, max(1, room)):
+            return
+        prompts: dict[tuple[int, ...], list[_Request]] = {}
+        tokens, first = 0, len(self.running)
+        while self.waiting and room > 0:
+            key = tuple(self.waiting[0].prompt)
+            new = 0 if key in prompts else len(key)
+            if prompts and tokens + new > PREFILL_TOKENS:
+                break
+            prompts.setdefault(key, []).append(self.waiting.popleft())
+            tokens, room = tokens + new, room - 1
+        admitted = [request for sharing in prompts.values() for request in sharing]
+        numbers = iter(range(first, first + len(admitted)))
+        rows = [[next(numbers) for _ in sharing] for sharing in prompts.values()]
+        self.running += admitted
+        self._reserve(first)
+
+        lengths = torch.tensor([len(key) for key in prompts], device=self.device)
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        ids = torch.tensor([i for key in prompts for i in key], device=self.device)
+        positions = torch.cat([torch.arange(len(key), device=self.device) for key in prompts])
+        hidden_TD = self._forward(ids, positions, Prefill(self.cache, cu_seqlens, rows))
+        last_PD = hidden_TD[cu_seqlens[1:] - 1]
+        owners = torch.tensor([p for p, sharing in enumerate(rows) for _ in sharing], device=self.device)
+        self._advance(list(range(first, len(self.running))), head(self.lm)(last_PD)[owners])
+
+    def _decode(self) -> None:
+        self._reserve(len(self.running))
+        ids = torch.tensor([request.tokens[-1] for request in self.running], device=self.device)
+        positions = torch.tensor([request.length - 1 for request in self.running], device=self.device)
+        hidden_RD = self._forward(ids, positions, Decode(self.cache, positions))
+        self._advance(list(range(len(self.running))), head(self.lm)(hidden_RD))
+
+    def _forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        out = backbone(self.lm)(input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend)
+        return out.last_hidden_state[0]
+
+    def _advance(self, rows: list[int], logits_RV: Tensor) -> None:
+        """Draw a token for each of `rows`, and let the finished ones go."""
+        requests = [self.running[i] for i in rows]
+        params = [request.sampling for request in requests]
+        ids, logps = sample(
+            logits_RV,
+            torch.tensor([p.temperature for p in params], device=self.device),
+            torch.tensor([p.top_p for p in params], device=self.device),
+            torch.tensor([p.top_k for p in params], device=self.device),
+            torch.from_numpy(uniforms([p.seed for p in params], [len(r.tokens) for r in requests])).to(self.device),
+        )
+        finished = []
+        for i, request, token, logp in zip(rows, requests, ids.tolist(), logps.tolist(), strict=True):
+            if not math.isfinite(logp):
+                raise RuntimeError(f"the log-probability of token {token} is {logp}: the weights are broken")
+            request.tokens.append(token)
+            request.logps.append(logp)
+            if (finish := self._finish(request)) is not None:
+                if not request.future.done():
+                    request.future.set_result(Completion(request.tokens, request.logps, finish, self.version))
+                finished.append(i)
+        self._leave(finished)
+
+    def _finish(self, request: _Request) -> Literal["stop", "length"] | None:
+        sampling = request.sampling
+        if request.tokens[-1] in sampling.stop_token_ids:
+            return "stop"
+        if sampling.stop and any(stop in self._tail(request) for stop in sampling.stop):
+            return "stop"
+        if len(request.tokens) == sampling.max_new_tokens or request.length == self.max_length:
+            return "length"
+        return None
+
+    def _tail(self, request: _Request) -> str:
+        """Text of the newest tokens, enough for the longest stop string: every token is at least one byte of UTF-8."""
+        longest = max(len(stop.encode()) for stop in request.sampling.stop)
+        return self.decode(request.tokens[-longest:])
+
+    def _leave(self, rows: list[int]) -> None:
+        """Requests at `rows` go; the last running ones take their rows."""
+        if not rows:
+            return
+        gone = set(rows)
+        count = len(self.running) - len(gone)
+        movers = [i for i in range(count, len(self.running)) if i not in gone]
+        holes = [i for i in rows if i < count]
+        if movers:
+            self.cache.move(movers, holes, max(self.running[i].length for i in movers))
+        for source, target in zip(movers, holes, strict=True):
+            self.running[target] = self.running[source]
+        del self.running[count:]
+
+    def _reserve(self, keep: int) -> None:
+        """Cache for the running requests, of which the first `keep` have theirs already."""
+        length = max(request.length for request in self.running) + 1
+        if length > self.cache.length or len(self.running) > self.cache.rows:
+            # grow by a quarter at least, and leave room for those who wait but not for those who left
+            length = length if length <= self.cache.length else max(length, self.cache.length * 5 // 4)
+            length = -(-length // LENGTH_STEP) * LENGTH_STEP
+            self.cache.reserve(min(self._max_rows(), len(self.running) + len(self.waiting)), length, keep)
+
+    def _max_rows(self) -> int:
+        """Requests whose keys and values fit into the memory budget at full length, up to `max_running_requests`."""
+        longest = max((request.limit for request in (*self.running, *self.waiting)), default=1)
+        config = self.lm.config
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * size * self.lm.dtype.itemsize
+        fitting = int(self.budget_bytes // (per_position * (min(longest, self.max_length or longest) + LENGTH_STEP)))
+        if fitting == 0:
+            raise RuntimeError(
+                f"the KV cache of one request of {longest} tokens does not fit into "
+                f"{self.budget_bytes / 2**30:.1f} GiB; raise rollout.gpu_memory_utilization or lower max_new_tokens"
+            )
+        return max(len(self.running), min(self.max_running_requests, fitting))
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Memory that is free now, on the GPU or in the machine."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,115 @@
+"""A causal language model as backbone and head, from which token statistics come instead of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from RL2.config import ConfigError
+from RL2.ops.attention import IMPLEMENTATION, PackedAttention
+from RL2.ops.token_stats import token_stats
+from RL2.types import TokenBatch
+
+
+class Policy(nn.Module):
+    """Packed token ids in, statistics of the action tokens out. Logits never leave `token_stats`."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: TokenBatch, *, temperature: float, fields: Sequence[str]) -> dict[str, Tensor]:
+        """`fields` of the token statistics, each [number of action tokens]."""
+        hidden_TD = backbone(self.lm)(
+            input_ids=batch.token_ids_T[None],
+            position_ids=batch.position_ids_T[None],
+            use_cache=False,
+            attend=PackedAttention(batch.cu_seqlens),
+        ).last_hidden_state[0]
+        actions = batch.action_T.nonzero()[:, 0]
+        stats = token_stats(
+            hidden_TD.index_select(0, actions),
+            head(self.lm).weight,
+            batch.labels_T[actions],
+            temperature=temperature,
+            fields=fields,
+        )
+        return {name: getattr(stats, name) for name in fields}
+
+
+def backbone(lm: PreTrainedModel) -> nn.Module:
+    return lm.base_model
+
+
+def head(lm: PreTrainedModel) -> nn.Linear:
+    return lm.get_output_embeddings()  # type: ignore[return-value]
+
+
+def layers(lm: PreTrainedModel) -> nn.ModuleList:
+    return backbone(lm).layers
+
+
+def load_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM of a hub name or folder, in `dtype`, calling packed attention."""
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, attn_implementation=IMPLEMENTATION)
+    except OSError as error:
+        raise ConfigError(f"actor.model_name={model_name}: {str(error).splitlines()[0]}") from error
+    _refuse_what_we_would_miss(lm)
+    return lm
+
+
+def empty_model(like: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model of the same shape whose weights are yet to be loaded."""
+    lm = AutoModelForCausalLM.from_config(like.config, dtype=dtype, attn_implementation=IMPLEMENTATION)
+    return lm.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model_name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"actor.model_name={model_name} has no tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def max_length(lm: PreTrainedModel) -> int | None:
+    """Positions that the model was made for."""
+    return getattr(lm.config, "max_position_embeddings", None)
+
+
+def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's and those of the model's generation configuration."""
+    ids = {tokenizer.eos_token_id}
+    generation = lm.generation_config.eos_token_id if lm.generation_config is not None else None
+    ids |= set(generation) if isinstance(generation, list) else {generation}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def named_weights(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by its transformers name, whole (collective under sharding), tied ones once."""
+    for name, parameter in lm.named_parameters():
+        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def export(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, write: bool) -> None:
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads. Collective; the process with `write` writes."""
+    weights = {}
+    for name, weight in named_weights(lm):
+        if write:
+            weights[name] = weight.cpu()
+    if write:
+        lm.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+
+def _refuse_what_we_would_miss(lm: PreTrainedModel) -> None:
+    for knob in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(lm.config, knob, None) not in (None, 1.0):
+            raise ConfigError(f"{type(lm).__name__} changes its logits after the head ({knob}), which is not supported")
+    if head(lm).bias is not None:
+        raise ConfigError(f"{type(lm).__name__} has a bias in its head, which is not supported")

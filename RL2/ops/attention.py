@@ -1,0 +1,133 @@
+"""Attention over packed sequences, as a function that transformers' models call.
+
+A model whose `_attn_implementation` is `IMPLEMENTATION` calls `attend(layer, query, key, value, scaling)`, passed to
+its forward as a keyword: training passes `PackedAttention`, the embedded engine its cache. Linear layers, norms and
+rotary embeddings see one row of T tokens and no padding.
+
+Shapes: T tokens of B sequences, H query heads, K key/value heads, D head size, L padded length of a block of R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+IMPLEMENTATION = "rl2_packed"
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+"""(layer number, query_THD, key_TKD, value_TKD, scaling) -> [T, H * D]"""
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    attend: Attend,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface, [1, heads, T, D] in, [1, T, H * D] out."""
+    if sliding_window or softcap or s_aux is not None:
+        raise ValueError(
+            f"{type(module).__name__} uses a sliding window, logit soft-capping or attention sinks, "
+            "which packed attention does not have; choose a model with plain causal attention"
+        )
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return attend(layer, *(x[0].transpose(0, 1) for x in (query, key, value)), scaling)[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+
+
+class PackedAttention:
+    """Causal attention within each of the B sequences of a packed batch.
+
+    On GPUs in half precision: torch's variable-length kernel. Elsewhere sequences are laid into padded blocks, sorted
+    by length so that little is padding, and go through scaled_dot_product_attention.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, max_block_waste: float = 0.2) -> None:
+        self.cu_seqlens = cu_seqlens.to(torch.int32)
+        self.lengths = cu_seqlens.diff().tolist()
+        self.blocks = _blocks(self.lengths, cu_seqlens, max_block_waste)
+        self.packed_order = torch.cat([position for _, _, (position, _) in self.blocks]).argsort()
+
+    def __call__(self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
+        if query_THD.is_cuda and query_THD.dtype in (torch.bfloat16, torch.float16):
+            return self._variable_length(query_THD, key_TKD, value_TKD, scaling)
+        parts = []
+        for rows, length, (position, place) in self.blocks:
+            query, key, value = (_pad(x, rows, length, position, place) for x in (query_THD, key_TKD, value_TKD))
+            out_RHLD = causal_attention(query, key, value, scaling)
+            parts.append(out_RHLD.transpose(1, 2).reshape(rows * length, -1).index_select(0, place))
+        return torch.cat(parts).index_select(0, self.packed_order)
+
+    def _variable_length(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = max(self.lengths)
+        out_THD = varlen_attn(
+            *(x.contiguous() for x in (query_THD, key_TKD, value_TKD)),
+            self.cu_seqlens,
+            self.cu_seqlens,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(-1, 0),
+            enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
+        )
+        return out_THD.flatten(1)
+
+
+def causal_attention(query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, scaling: float) -> Tensor:
+    """Padded causal attention [B, H, L, D]; padding stands at the end, so causality already hides it."""
+    grouped = query_BHLD.shape[1] != key_BKLD.shape[1]
+    return F.scaled_dot_product_attention(
+        query_BHLD, key_BKLD, value_BKLD, is_causal=True, scale=scaling, enable_gqa=grouped
+    )
+
+
+Block = tuple[int, int, tuple[Tensor, Tensor]]
+"""rows, padded length, (positions among the T tokens, the same tokens' places in the flattened block)"""
+
+
+def _blocks(lengths: list[int], cu_seqlens: Tensor, max_waste: float) -> list[Block]:
+    """Sequences grouped so that at most `max_waste` of a block is padding (blocks of a few rows may waste more)."""
+    order = sorted(range(len(lengths)), key=lambda b: (lengths[b], b))
+    groups: list[list[int]] = []
+    for b in order:
+        group = groups[-1] if groups else []
+        padded = lengths[b] * (len(group) + 1)
+        used = sum(lengths[i] for i in group) + lengths[b]
+        if group and (used >= (1 - max_waste) * padded or len(group) < 4):
+            group.append(b)
+        else:
+            groups.append([b])
+    device = cu_seqlens.device
+    starts = cu_seqlens[:-1]
+    blocks: list[Block] = []
+    for group in groups:
+        length = lengths[group[-1]]
+        counts = torch.tensor([lengths[b] for b in group], device=device)
+        row_T = torch.repeat_interleave(torch.arange(len(group), device=device), counts)
+        within_T = torch.arange(len(row_T), device=device) - (counts.cumsum(0) - counts)[row_T]
+        position_T = starts[torch.tensor(group, device=device)][row_T] + within_T
+        blocks.append((len(group), length, (position_T, row_T * length + within_T)))
+    return blocks
+
+
+def _pad(x_TxD: Tensor, rows: int, length: int, position: Tensor, place: Tensor) -> Tensor:
+    """[T, x, D] -> [rows, x, length, D] with zeros where a row is shorter."""
+    flat = x_TxD.new_zeros(rows * length, *x_TxD.shape[1:]).index_copy(0, place, x_TxD.index_select(0, position))
+    return flat.view(rows, length, *x_TxD.shape[1:]).transpose(1, 2)

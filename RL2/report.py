@@ -1,0 +1,117 @@
+"""What a person sees of a run: a line a step, a bar within it, metrics.jsonl and samples.jsonl, optional dashboards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from RL2.types import Trajectory
+
+Metrics = dict[str, float]
+
+CONSOLE = {
+    "test/score": ("test", "{:.3f}"),
+    "train/score": ("score", "{:.3f}"),
+    "actor/loss": ("loss", "{:+.4f}"),
+    "actor/entropy": ("entropy", "{:.3f}"),
+    "train/length": ("length", "{:.1f}"),
+    "actor/grad_norm": ("grad", "{:.2f}"),
+    "time/tokens_per_s": ("tok/s", "{:.0f}"),
+    "time/step_s": ("s", "{:.1f}"),
+}
+"""Metric -> its name in the console line and its format."""
+
+
+class Dashboard(Protocol):
+    """wandb, tensorboard: takes metrics."""
+
+    def log(self, metrics: Metrics, step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Report:
+    """Writes on the first process; on the others every method does nothing."""
+
+    def __init__(self, folder: Path, is_first: bool, num_steps: int, dashboards: Iterable[Dashboard] = ()) -> None:
+        self.folder, self.is_first, self.num_steps, self.dashboards = folder, is_first, num_steps, list(dashboards)
+
+    def keep_before(self, step: int) -> None:
+        """Forget what an interrupted run wrote about `step` and later; it will be written again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            file = self.folder / name
+            if self.is_first and file.exists():
+                # a line that the interruption cut in half is of the last step, which is run again
+                lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
+                kept = [line for line in lines if json.loads(line)["step"] < step]
+                file.write_text("".join(f"{line}\n" for line in kept))
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """One step's metrics: a console line, a line of metrics.jsonl, and the dashboards."""
+        if not self.is_first:
+            return
+        shown = [f"{name} {form.format(metrics[key])}" for key, (name, form) in CONSOLE.items() if key in metrics]
+        if metrics.get("train/unscored"):
+            shown.append(f"UNSCORED {metrics['train/unscored']:.0f}")
+        tqdm.write(f"step {step}/{self.num_steps}  " + "  ".join(shown))
+        self._append("metrics.jsonl", [{"step": step} | metrics])
+        for dashboard in self.dashboards:
+            dashboard.log(metrics, step)
+
+    def samples(self, step: int, split: str, trajectories: Iterable[Trajectory]) -> None:
+        """Trajectories to read, a line each in samples.jsonl."""
+        if not self.is_first:
+            return
+        keys = ("row", "group", "sample", "texts", "reward", "score", "truncated", "unscored")
+        rows = [{"step": step, "split": split} | {k: getattr(t, k) for k in keys} for t in trajectories]
+        self._append("samples.jsonl", rows)
+
+    def say(self, text: str) -> None:
+        if self.is_first:
+            tqdm.write(text)
+
+    @contextmanager
+    def bar(self, total: int, what: str) -> Iterator[tqdm[Any]]:
+        """A progress bar on a terminal; nothing where the output is a file."""
+        with tqdm(total=total, desc=what, leave=False, disable=None if self.is_first else True) as bar:
+            yield bar
+
+    def close(self) -> None:
+        for dashboard in self.dashboards:
+            dashboard.finish()
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        with (self.folder / name).open("a") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+class Wandb:
+    def __init__(self, folder: Path, project: str | None, name: str, config: dict[str, Any]) -> None:
+        import wandb
+
+        self.run = wandb.init(project=project, name=name, dir=folder, config=config, resume="allow")
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        self.run.log(metrics, step=step)
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder / "tensorboard")
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()

@@ -1,0 +1,123 @@
+"""Many episodes at once, and what is said and done about them as groups."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from RL2.engines.base import Engine
+from RL2.rollout.environment import Environment
+from RL2.rollout.episode import run_episode
+from RL2.types import Prompt, Sampling, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+async def collect(
+    prompts: Seq[Prompt],
+    *,
+    engine: Engine,
+    environment: Environment,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    responses_per_prompt: int,
+    max_turns: int,
+    max_length: int | None,
+    seed: int,
+    first_group: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[Trajectory]:
+    """`responses_per_prompt` episodes of each prompt, all under way together; ordered by group, then by sample.
+
+    First requests reach the engine in that order too. `progress(1)` is called as each episode ends. If one raises, the
+    others are cancelled.
+    """
+
+    async def episode(prompt: Prompt, group: int, sample: int) -> Trajectory:
+        trajectory = await run_episode(
+            prompt,
+            engine=engine,
+            environment=environment,
+            tokenizer=tokenizer,
+            sampling=sampling,
+            max_turns=max_turns,
+            max_length=max_length,
+            group=group,
+            sample=sample,
+            seed=seed,
+        )
+        if progress is not None:
+            progress(1)
+        return trajectory
+
+    tasks = [
+        asyncio.create_task(episode(prompt, group, sample))
+        for group, prompt in enumerate(prompts, first_group)
+        for sample in range(responses_per_prompt)
+    ]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:  # not a TaskGroup: the caller wants the error itself, not a group of them
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def scored(trajectories: Seq[Trajectory]) -> list[Trajectory]:
+    return [trajectory for trajectory in trajectories if trajectory.unscored is None]
+
+
+def unscored_causes(trajectories: Seq[Trajectory]) -> Counter[str]:
+    return Counter(trajectory.unscored for trajectory in trajectories if trajectory.unscored is not None)
+
+
+def raise_if_all_unscored(trajectories: Seq[Trajectory]) -> None:
+    """Nothing to learn from or report on: the environment is broken, and the run must not go on."""
+    if trajectories and not scored(trajectories):
+        causes = unscored_causes(trajectories).most_common(5)
+        listed = "".join(f"\n  {count} times: {cause}" for cause, count in causes)
+        raise RuntimeError(
+            f"none of the {len(trajectories)} trajectories has a reward; the most common causes:{listed}"
+        )
+
+
+def drop_equal_groups(trajectories: Seq[Trajectory]) -> list[Trajectory]:
+    """Without the groups that carry no signal for a group baseline: fewer than two scored members, or equal rewards."""
+    rewards: defaultdict[int, list[float]] = defaultdict(list)
+    for trajectory in scored(trajectories):
+        rewards[trajectory.group].append(trajectory.reward)
+    # a group without a scored member looks up an empty list
+    return [trajectory for trajectory in trajectories if len(set(rewards[trajectory.group])) > 1]
+
+
+def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, float]:
+    """What a rollout did; means over trajectories unless said otherwise. A mean over nothing is left out.
+
+    score, reward: of the scored trajectories. length: sampled tokens. turns: responses. truncated: share. unscored:
+    count. entropy: mean of -logp over all sampled tokens, in nats; when sampling at temperature 1 from all tokens that
+    is an unbiased estimate of the policy's entropy, otherwise it is a cross-entropy of no meaning but its trend.
+    """
+    rated = scored(trajectories)
+    surprise = [
+        -logp
+        for trajectory in trajectories
+        for sequence in trajectory.sequences
+        for logp, sampled in zip(sequence.logps, sequence.action_mask, strict=True)
+        if sampled
+    ]
+    values: dict[str, list[float]] = {
+        "score": [trajectory.score for trajectory in rated],
+        "reward": [trajectory.reward for trajectory in rated],
+        "length": [trajectory.num_tokens for trajectory in trajectories],
+        "entropy": surprise,
+        "truncated": [trajectory.truncated for trajectory in trajectories],
+        "turns": [len(trajectory.texts) // 2 for trajectory in trajectories],
+    }
+    metrics = {f"{prefix}/{name}": fmean(each) for name, each in values.items() if each}
+    return metrics | {f"{prefix}/unscored": float(len(trajectories) - len(rated))}

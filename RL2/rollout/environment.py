@@ -1,0 +1,314 @@
+"""The user's script: loaded from its file, run beside the engine, its answers checked.
+
+A script has `async def step(state, action, extra_info) -> dict` and, if it likes, `async def reset(extra_info) -> str`
+and `def example(row) -> dict`. It imports nothing of this library.
+
+Its code runs in one thread with an event loop of its own, so that it may share sessions between calls and may block
+without stopping the engine. Python code that never returns is interrupted; C code that never lets go of the interpreter
+(a runaway regular expression) stops the whole process, and only the script can prevent that. After a blocked call the
+loop is a new one: a session that a script keeps must be made again once `asyncio.get_running_loop()` is another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import inspect
+import math
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ATTEMPTS = 4
+"""How often a call is handed in before it is given up because others blocked the loop each time."""
+PATIENCE = 1.25
+"""Limits without progress after which a loop is taken for blocked. Above 1: a live loop stops a slow call itself."""
+
+AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
+
+
+class ScriptError(ValueError):
+    """The script cannot be used at all; found when it is loaded."""
+
+
+class Unscored(Exception):
+    """An episode has no reward, for this cause."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What `step` gave back, checked."""
+
+    next_state: str | None
+    """None only if done."""
+    reward: float
+    score: float
+    done: bool
+    extra_info: dict[str, Any]
+
+
+def load_environment(path: str | Path, timeout_s: float) -> Environment:
+    """The script at `path`; a call of it that takes longer than `timeout_s` is unscored. Raises `ScriptError`."""
+    module = _load(Path(path))
+    step = _function(module, path, "step", ("state", "action", "extra_info"), is_async=True)
+    if step is None:
+        raise ScriptError(f"{path} has no `async def step(state, action, extra_info)`")
+    reset = _function(module, path, "reset", ("extra_info",), is_async=True)
+    example = _function(module, path, "example", ("row",), is_async=False)
+    return Environment(str(path), module.__file__, step, reset, example, timeout_s)
+
+
+class Environment:
+    """The functions of a script, safe to call from the engine's event loop: a call ends, whatever the script does."""
+
+    def __init__(
+        self,
+        path: str,
+        file: str | None,
+        step: AsyncFunction,
+        reset: AsyncFunction | None,
+        example: Callable[[dict[str, Any]], dict[str, Any]] | None,
+        timeout_s: float,
+    ) -> None:
+        self.path = path
+        self.example = example
+        """Turns a raw row of a data file into one of ours; None if the script has no such function."""
+        self.timeout_s = timeout_s
+        self._file = file
+        self._step = step
+        self._reset = reset
+        self._thread: _LoopThread | None = None
+
+    @property
+    def has_reset(self) -> bool:
+        return self._reset is not None
+
+    async def reset(self, extra_info: dict[str, Any]) -> str:
+        """The first state of an episode without a prompt. Raises `Unscored`."""
+        assert self._reset is not None, "ask has_reset first"
+        state = await self._call("reset", self._reset, extra_info)
+        if not isinstance(state, str):
+            raise Unscored(f"reset returned {_name(state)}; expected a str")
+        return state
+
+    async def step(self, state: str, action: str, extra_info: dict[str, Any]) -> StepResult:
+        """Raises `Unscored` where there is no reward to be had; never takes that for a reward of 0."""
+        return _checked(await self._call("step", self._step, state, action, extra_info))
+
+    def close(self) -> None:
+        """Stop the script's thread. One that does not stop within a second is left to the end of the process."""
+        if self._thread is not None:
+            self._thread.stop()
+            self._thread.join(timeout=1)
+            self._thread.interrupt()
+            self._thread = None
+
+    async def _call(self, name: str, function: AsyncFunction, *args: Any) -> Any:
+        for _ in range(ATTEMPTS):
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = _LoopThread(self.timeout_s)
+            thread = self._thread
+            submitted = time.monotonic()
+            call = thread.submit(function, args)
+            answer = asyncio.wrap_future(call)
+            try:
+                while not call.done():  # not `answer`, which hears of it only when this loop has time
+                    deadline = max(thread.progress, submitted) + PATIENCE * self.timeout_s
+                    patience = deadline - time.monotonic()
+                    if patience <= 0:
+                        self._abandon(thread)
+                        break
+                    await asyncio.wait({answer}, timeout=patience)
+            finally:
+                thread.calls.pop(call, None)
+                answer.cancel()
+            if call.cancelled():
+                continue  # never started, so not at fault
+            value, error = call.result() if call.done() else (None, _Overtime())
+            if isinstance(error, _Overtime):
+                raise Unscored(f"{name} took longer than rollout.env_timeout_s={self.timeout_s:g}")
+            if error is not None:
+                raise Unscored(_described(error, self.path, self._file)) from error
+            return value
+        raise Unscored(f"{ATTEMPTS} times, other calls blocked longer than rollout.env_timeout_s={self.timeout_s:g}")
+
+    def _abandon(self, thread: _LoopThread) -> None:
+        """Leave a blocked thread behind; whichever caller notices first does it for all."""
+        if self._thread is thread:
+            self._thread = None
+            thread.stop()
+            thread.interrupt()
+
+
+class _Overtime(Exception):
+    """A call ran past its limit."""
+
+
+class _LoopThread(threading.Thread):
+    """An event loop in a thread, with a note of when a call last started or ended.
+
+    If that is longer ago than the limit, each call that has started is past its own limit, and each that has not is
+    innocent: nobody has to find out who blocks.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(name="environment", daemon=True)
+        self.limit_s = limit_s
+        self.progress = time.monotonic()
+        self.calls: dict[Future[Any], None] = {}
+        """Handed in and not yet answered, in that order; touched by the callers' side only."""
+        self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[None]] = set()  # a loop itself holds its tasks only weakly
+        self.start()
+
+    def submit(self, function: AsyncFunction, args: tuple[Any, ...]) -> Future[Any]:
+        """Its result is (value, None) or (None, error). Cancelled: the function was not and will not be called."""
+        call: Future[Any] = Future()
+        try:
+            self._loop.call_soon_threadsafe(self._launch, call, function, args)
+            self.calls[call] = None
+        except RuntimeError:  # the loop has just been closed
+            call.cancel()
+        return call
+
+    def stop(self) -> None:
+        """Calls that have not started never will; the thread ends as soon as its loop has its say."""
+        for call in self.calls:
+            call.cancel()
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def interrupt(self) -> None:
+        """Raise SystemExit in the Python code that runs there: an endless loop would slow down the process for ever."""
+        if self.is_alive() and self.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(SystemExit))
+
+    def run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            with contextlib.suppress(SystemExit):  # an interrupt, or the script's own
+                self._loop.run_forever()
+            with contextlib.suppress(SystemExit, RuntimeError):  # an interrupt or a stop that comes only now
+                left = asyncio.all_tasks(self._loop)
+                for task in left:
+                    task.cancel()
+                if left:  # their `finally` blocks run
+                    self._loop.run_until_complete(asyncio.wait(left, timeout=self.limit_s))
+        finally:
+            self._loop.close()
+
+    def _launch(self, call: Future[Any], function: AsyncFunction, args: tuple[Any, ...]) -> None:
+        task = self._loop.create_task(self._serve(call, function, args))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, call: Future[Any], function: AsyncFunction, args: tuple[Any, ...]) -> None:
+        if not call.set_running_or_notify_cancel():  # from here on it cannot be cancelled: it has started
+            return
+        start = self.progress = time.monotonic()
+        task = asyncio.current_task()
+        assert task is not None
+        timer = self._loop.call_later(self.limit_s, self._expire, call, task)
+        value: Any = None
+        error: BaseException | None = None
+        try:
+            value = await function(*args)
+        except BaseException as raised:  # SystemExit too: it ends this call, not the thread
+            error = raised
+        timer.cancel()
+        self.progress = time.monotonic()
+        if not call.done():
+            call.set_result((value, error) if self.progress - start <= self.limit_s else (None, _Overtime()))
+
+    def _expire(self, call: Future[Any], task: asyncio.Task[Any]) -> None:
+        call.set_result((None, _Overtime()))  # at once: the task may take its time to be cancelled
+        task.cancel()
+
+
+def _load(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ScriptError(f"{path}: there is no such file")
+    name = f"rl2_environment_{path.stem}_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ScriptError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look up their module there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ScriptError(f"{path} cannot be imported: {_described(error, str(path), spec.origin)}") from error
+    return module
+
+
+def _function(module: ModuleType, path: str | Path, name: str, parameters: tuple[str, ...], *, is_async: bool) -> Any:
+    function = getattr(module, name, None)
+    if function is None:
+        return None
+    wanted = f"{'async ' * is_async}def {name}({', '.join(parameters)})"
+    if not callable(function) or inspect.iscoroutinefunction(function) != is_async:
+        raise ScriptError(f"{path}: {name} must be `{wanted}`")
+    try:
+        inspect.signature(function).bind(*parameters)
+    except (TypeError, ValueError) as error:
+        raise ScriptError(f"{path}: {name} must be `{wanted}`: {error}") from error
+    return function
+
+
+def _checked(result: Any) -> StepResult:
+    if not isinstance(result, dict):
+        raise Unscored(f"step returned {_name(result)}; expected a dict")
+    if missing := [f.name for f in fields(StepResult) if f.name not in result]:
+        raise Unscored(f"step returned no {', '.join(missing)}")
+    next_state, done, extra_info = result["next_state"], result["done"], result["extra_info"]
+    if not isinstance(done, bool):
+        raise Unscored(f"step returned done={_name(done)}; expected a bool")
+    if not isinstance(extra_info, dict):
+        raise Unscored(f"step returned extra_info={_name(extra_info)}; expected a dict")
+    if not isinstance(next_state, str | None):
+        raise Unscored(f"step returned next_state={_name(next_state)}; expected a str or None")
+    if next_state is None and not done:
+        raise Unscored("step returned next_state=None with done=False")
+    return StepResult(next_state, _number(result, "reward"), _number(result, "score"), done, extra_info)
+
+
+def _number(result: dict[str, Any], name: str) -> float:
+    value = result[name]
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise Unscored(f"step returned {name}={_name(value)}; expected a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise Unscored(f"step returned {name}={number}; expected a finite number")
+    return number
+
+
+def _name(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _described(error: BaseException, path: str, file: str | None) -> str:
+    """Type, first line of the message, and the last line of the script that the error passed through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno)
+    message = (str(error).splitlines() or [""])[0][:200]
+    return type(error).__name__ + (f": {message}" if message else "") + (f" ({path}:{lines[-1]})" if lines else "")

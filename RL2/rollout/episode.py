@@ -1,0 +1,113 @@
+"""One episode: engine and environment in turn. Sampled ids stay as they are; only the environment's text is encoded."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from RL2.engines.base import Engine
+from RL2.rollout.environment import Environment, Unscored
+from RL2.types import Prompt, Sampling, Sequence, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def request_seed(seed: int, group: int, sample: int, turn: int) -> int:
+    """63 bits that depend on these four numbers alone. Take another `seed` for each rollout."""
+    digest = hashlib.blake2b(repr((seed, group, sample, turn)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+async def run_episode(
+    prompt: Prompt,
+    *,
+    engine: Engine,
+    environment: Environment,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    max_turns: int,
+    max_length: int | None,
+    group: int,
+    sample: int,
+    seed: int,
+) -> Trajectory:
+    """Play `prompt` until the environment is done, `max_turns` responses are there, or `max_length` tokens are full.
+
+    What goes wrong in the environment makes the trajectory unscored; what the engine raises is raised.
+    """
+    trajectory = Trajectory(row=prompt.row, group=group, sample=sample)
+    start = time.perf_counter()
+    try:
+        extra_info = copy.deepcopy(prompt.extra_info)  # samples of a prompt share it, and must not share changes to it
+        state, added = prompt.text, prompt.token_ids
+        if not state and environment.has_reset:
+            state = await environment.reset(extra_info)
+            added = _encode(tokenizer, state)
+        sequence = Sequence([], [], [], [])
+        for turn in range(max_turns):
+            length = len(sequence.token_ids) + len(added)
+            room = sampling.max_new_tokens if max_length is None else min(sampling.max_new_tokens, max_length - length)
+            if room < 1:
+                trajectory.truncated = True
+                if turn == 0:  # no response, so no reward; not a reward of 0
+                    raise Unscored(f"the prompt leaves no room for a response within {max_length} tokens")
+                break
+            if not sequence.token_ids:
+                trajectory.sequences.append(sequence)
+            _append(sequence, added)
+
+            request = replace(sampling, max_new_tokens=room, seed=request_seed(seed, group, sample, turn))
+            completion = await engine.generate(list(sequence.token_ids), request)
+            assert completion.token_ids, "an engine samples at least one token"
+            _append(sequence, completion.token_ids, completion.logps)
+            trajectory.truncated = completion.finish == "length"
+
+            sampled, end = completion.token_ids, ""
+            if completion.finish == "stop" and sampled[-1] in sampling.stop_token_ids:
+                sampled, end = sampled[:-1], _decode(tokenizer, sampled[-1:])
+            action = _decode(tokenizer, sampled)
+            trajectory.texts += [state, action]
+            result = await environment.step(state, action, extra_info)
+            sequence.rewards[-1] = result.reward
+            trajectory.score += result.score
+            if result.done or turn + 1 == max_turns:
+                break
+
+            assert result.next_state is not None, "checked by the environment"
+            if result.next_state.startswith(state + action):
+                # the end token was sampled; the environment may write its text out, as chat templates do
+                observation = result.next_state[len(state + action) :].removeprefix(end)
+                added = _encode(tokenizer, observation)
+            else:  # the history was rewritten: what was sampled stays in its own sequence
+                sequence, added = Sequence([], [], [], []), _encode(tokenizer, result.next_state)
+            state, extra_info = result.next_state, result.extra_info
+    except Unscored as error:
+        trajectory.unscored = error.cause
+        trajectory.score = 0.0
+        for sequence in trajectory.sequences:
+            sequence.rewards = [0.0] * len(sequence.rewards)
+    trajectory.seconds = time.perf_counter() - start
+    return trajectory
+
+
+def _append(sequence: Sequence, token_ids: list[int], logps: list[float] | None = None) -> None:
+    """Tokens with log-probabilities were sampled; tokens without were given."""
+    sequence.token_ids += token_ids
+    sequence.action_mask += [logps is not None] * len(token_ids)
+    sequence.logps += [0.0] * len(token_ids) if logps is None else logps
+    sequence.rewards += [0.0] * len(token_ids)
+    assert len(sequence.logps) == len(sequence.token_ids), "an engine gives each token its log-probability"
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    text = tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,160 @@
+"""The loop of reinforcement learning. `ppo`, `spo` and `spo_0p5` are this loop with another YAML."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+from RL2.advantages import ADVANTAGES
+from RL2.config import RLConfig
+from RL2.data.cursor import Cursor
+from RL2.data.prompts import load_prompts
+from RL2.engines.embedded.engine import EmbeddedEngine
+from RL2.models.policy import empty_model, end_tokens, load_tokenizer
+from RL2.objectives.terms import kl_estimate
+from RL2.packing import pack
+from RL2.report import Metrics, Report
+from RL2.rollout.collect import drop_equal_groups, rollout_metrics, scored
+from RL2.rollout.environment import load_environment
+from RL2.rollout.spread import Rollouts
+from RL2.trainer.run import Run
+from RL2.types import Prompt, TokenBatch, Trajectory
+from RL2.workers.actor import Actor, RefActor
+from RL2.workers.worker import compute_dtype
+
+
+def train(config: RLConfig, run: Run) -> None:
+    """Roll out, judge, update, until the data has been seen `n_epochs` times."""
+    trainer, save_dir = config.trainer, run.save_dir
+    tokenizer = load_tokenizer(config.actor.model_name)
+    environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
+    longest = config.actor.max_length_per_device + 1  # the last token is only a label and takes no position
+    prompts = load_prompts(config.train_data.path, tokenizer, environment.example, longest)
+    tests = (
+        load_prompts(config.test_data.path, tokenizer, environment.example, longest) if config.test_data.path else []
+    )
+    cursor = Cursor(len(prompts), config.train_data.prompts_per_rollout, trainer.seed)
+    num_steps = run.number_of_steps(cursor)
+
+    actor = Actor(config.actor, run.processes, num_steps * config.actor.update_per_rollout, save_dir)
+    ref_actor = RefActor(config.ref_actor, config.actor, run.processes) if config.actor.kl.coef > 0 else None
+    engine = make_engine(config, actor, lambda ids: str(tokenizer.decode(ids)))
+    rollouts = Rollouts(
+        config.rollout,
+        engine=engine,
+        environment=environment,
+        tokenizer=tokenizer,
+        end_tokens=end_tokens(actor.lm, tokenizer),
+        max_length=longest,
+        processes=run.processes,
+    )
+    report = run.report(num_steps)
+    first_step = run.resume(actor, cursor, report)
+
+    for step in range(first_step, num_steps):
+        clock = Clock()
+        engine.load_weights(actor.weights(), version=step)
+        metrics = test(tests, rollouts, config, step, report) if run.due(trainer.test_freq, step) else {}
+        clock.lap("test")
+
+        trajectories = sample([prompts[row] for row in cursor.next()], rollouts, config, step, report)
+        metrics |= rollout_metrics(trajectories, "train")
+        clock.lap("rollout")
+
+        batch = judge(pack(trainable(trajectories, config)), config, actor, ref_actor)
+        with report.bar(batch.num_sequences, "update") as bar:
+            metrics |= actor.update(batch, bar.update)
+        clock.lap("update")
+
+        report.step(step, metrics | clock.metrics(trajectories))
+        if run.due(trainer.save_freq, step + 1):
+            run.save(step + 1, actor, cursor, tokenizer)
+
+    engine.load_weights(actor.weights(), version=num_steps)
+    if trainer.test_freq is not None:
+        report.step(num_steps, test(tests, rollouts, config, num_steps, report))
+    run.export(actor, tokenizer)
+    engine.close()
+    environment.close()
+    report.close()
+
+
+def make_engine(config: RLConfig, actor: Actor, decode: Callable[[list[int]], str]) -> EmbeddedEngine:
+    """The engine of this process: on the actor's own tensors where they are whole and of the right dtype."""
+    device = actor.processes.device
+    dtype = actor.dtype if config.rollout.dtype == "auto" else compute_dtype(config.rollout.dtype, device)
+    shared = not actor.is_sharded and dtype == actor.lm.dtype
+    return EmbeddedEngine(
+        actor.lm if shared else empty_model(actor.lm, dtype, device),
+        decode=decode,
+        max_running_requests=config.rollout.max_running_requests,
+        memory_share=config.rollout.gpu_memory_utilization,
+    )
+
+
+def sample(prompts: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report) -> list[Trajectory]:
+    """The rollout of one step; some of it goes to samples.jsonl."""
+    number = config.train_data.responses_per_prompt
+    seed = config.trainer.seed * 1_000_000 + step  # a seed of its own for each step
+    with report.bar(len(prompts) * number, "rollout") as bar:
+        trajectories = rollouts.collect(prompts, config.rollout.train_sampling_params, number, seed, bar.update)
+    report.samples(step, "train", trajectories[: config.trainer.samples_per_step])
+    return trajectories
+
+
+def test(tests: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report) -> Metrics:
+    """Metrics of the present weights on the test set. The seed is the same at every step: only the weights differ."""
+    number, wave = config.test_data.responses_per_prompt, config.test_data.prompts_per_rollout or len(tests)
+    params = config.rollout.test_sampling_params
+    trajectories: list[Trajectory] = []
+    with report.bar(len(tests) * number, "test") as bar:
+        for start in range(0, len(tests), wave):
+            trajectories += rollouts.collect(
+                tests[start : start + wave], params, number, config.trainer.seed + start, bar.update
+            )
+    report.samples(step, "test", trajectories[: config.trainer.samples_per_step])
+    return rollout_metrics(trajectories, "test")
+
+
+def trainable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
+    """What may train: scored, and with dynamic filtering of a group whose rewards differ (if any group's do)."""
+    usable = scored(trajectories)
+    return (drop_equal_groups(usable) or usable) if config.rollout.dynamic_filtering else usable
+
+
+def judge(batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: RefActor | None) -> TokenBatch:
+    """The rollout with what the update reads beside it: old and reference log-probabilities, and advantages."""
+    kl, adv = config.actor.kl, config.adv
+    if config.actor.update_per_rollout > 1 or (ref_actor is not None and kl.type != "loss"):
+        batch = batch.with_(old_logp_T=actor.logp(batch))
+    rewarded, cost_T = batch, None
+    if ref_actor is not None:
+        batch = batch.with_(ref_logp_T=ref_actor.logp(batch))
+        if kl.type != "loss":
+            assert batch.old_logp_T is not None and batch.ref_logp_T is not None
+            cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.estimator) * batch.action_T
+            if kl.type == "reward":  # only for the advantages: which sequences are correct is the environment's word
+                rewarded = batch.with_(reward_T=batch.reward_T - cost_T)
+    knobs = {"global_norm": adv.global_norm, "norm_var": adv.norm_var} if adv.estimator == "reinforce" else {}
+    advantage_T = ADVANTAGES[adv.estimator](rewarded, **knobs)
+    if cost_T is not None and kl.type == "advantage":
+        advantage_T = advantage_T - cost_T
+    return batch.with_(advantage_T=advantage_T)
+
+
+class Clock:
+    """Seconds of the parts of a step."""
+
+    def __init__(self) -> None:
+        self.begun = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"time/{name}_s"], self.last = now - self.last, now
+
+    def metrics(self, trajectories: Seq[Trajectory]) -> Metrics:
+        seconds = time.perf_counter() - self.begun
+        sampled = sum(trajectory.num_tokens for trajectory in trajectories)
+        return self.laps | {"time/step_s": seconds, "time/tokens_per_s": sampled / seconds}

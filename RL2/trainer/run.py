@@ -1,0 +1,149 @@
+"""What every program does around its loop: configuration, processes, seed, folder, report, errors in plain words."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from RL2 import checkpoint
+from RL2.config import ConfigError, RLConfig, SFTConfig, check_files, load, show
+from RL2.config import Trainer as TrainerConfig
+from RL2.data.cursor import Cursor
+from RL2.data.source import DataError, describe
+from RL2.parallel.processes import Processes
+from RL2.report import Dashboard, Report, TensorBoard, Wandb
+from RL2.rollout.environment import ScriptError
+from RL2.workers.worker import Learner, NonFinite
+
+
+@dataclass(frozen=True)
+class Run:
+    """The surroundings of one run on this process."""
+
+    config: TrainerConfig
+    save_dir: Path
+    processes: Processes
+    settings: dict[str, Any]
+    """The whole configuration, for the dashboards."""
+
+    def report(self, num_steps: int) -> Report:
+        dashboards: list[Dashboard] = []
+        if self.processes.is_first and self.config.use_wandb:
+            dashboards.append(Wandb(self.save_dir, self.config.project, self.config.experiment_name, self.settings))
+        if self.processes.is_first and self.config.use_tensorboard:
+            dashboards.append(TensorBoard(self.save_dir))
+        return Report(self.save_dir, self.processes.is_first, num_steps, dashboards)
+
+    def resume(self, learner: Learner, cursor: Cursor, report: Report) -> int:
+        """Restore the checkpoint that the configuration names, if any; returns the step to begin with."""
+        source = checkpoint.find(self.config.load_ckpt_from, self.save_dir)
+        step = 0
+        if source is not None:
+            step = checkpoint.load(source, learner, cursor, self.processes)
+            report.say(f"resumed from {source}: step {step}")
+        report.keep_before(step)
+        self.processes.wait()
+        return step
+
+    def number_of_steps(self, cursor: Cursor) -> int:
+        """`max_steps`, or as many as `n_epochs` give."""
+        if self.config.max_steps is not None:
+            return self.config.max_steps
+        try:
+            return cursor.batches(self.config.n_epochs)
+        except ValueError as error:
+            raise ConfigError(f"{error}; lower the batch or raise trainer.n_epochs") from error
+
+    def save(self, step: int, learner: Learner, cursor: Cursor, tokenizer: PreTrainedTokenizerBase) -> None:
+        """A checkpoint to go on from at `step`, and the model as it is."""
+        checkpoint.save(self.save_dir, step, learner, cursor, self.processes)
+        self.export(learner, tokenizer)
+
+    def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The model in `save_dir/latest`, as `AutoModelForCausalLM.from_pretrained` loads it."""
+        target, partial = self.save_dir / "latest", self.save_dir / "latest.partial"
+        learner.export(tokenizer, partial)
+        if self.processes.is_first:
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+        self.processes.wait()
+
+    def due(self, frequency: int | None, step: int) -> bool:
+        return frequency is not None and step % frequency == 0
+
+
+def main(program: str, train: Callable[[Any, Run], None]) -> None:
+    """Entry point of a program. Errors of the user end in one line and exit code 1."""
+    try:
+        config = load(program, sys.argv[1:])
+        check_files(config)
+        if config.trainer.dry_run:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(show(config) + "\n" + summary(program, config))
+            return
+        with start(config) as run:
+            train(config, run)
+    except (ConfigError, DataError, ScriptError, NonFinite) as error:
+        rank = os.environ.get("RANK")
+        sys.exit(f"{program}{f' (rank {rank})' if rank else ''}: {error}")
+
+
+@contextmanager
+def start(config: RLConfig | SFTConfig) -> Iterator[Run]:
+    """Join the other processes, seed, and make the run's folder; leave in order."""
+    trainer = config.trainer
+    save_dir = Path(trainer.save_dir)
+    # denormals are slow on CPUs and train nothing
+    torch.set_flush_denormal(True)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    processes = Processes.start(trainer.timeout_s)
+    try:
+        random.seed(trainer.seed)
+        torch.manual_seed(trainer.seed)
+        if trainer.load_ckpt_from is None and (save_dir / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"trainer.save_dir={save_dir} already holds a run; go on with it (trainer.load_ckpt_from=latest) "
+                "or choose another trainer.save_dir"
+            )
+        processes.wait()
+        if processes.is_first:
+            save_dir.mkdir(parents=True, exist_ok=True)
+            (save_dir / "config.yaml").write_text(show(config))
+        processes.wait()
+        yield Run(trainer, save_dir, processes, asdict(config))
+    finally:
+        processes.stop()
+
+
+def summary(program: str, config: RLConfig | SFTConfig) -> str:
+    """What a run would use, in words; nothing is loaded."""
+    lines = [f"program      {program}", f"model        {config.actor.model_name}"]
+    if isinstance(config, SFTConfig):
+        lines += [f"data         {describe(config.data.path)}", f"rows through {config.data.env_path or 'as they are'}"]
+        per_step = f"{config.data.batch_size} examples"
+    else:
+        train, rollout = config.train_data, config.rollout
+        lines += [f"train data   {describe(train.path)}"]
+        lines += [f"test data    {describe(config.test_data.path) if config.test_data.path else 'none'}"]
+        lines += [f"environment  {rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode"]
+        lines += [f"engine       {rollout.engine}"]
+        lines += [f"objective    {config.actor.objective}, advantages {config.adv.estimator}"]
+        per_step = (
+            f"{train.prompts_per_rollout} prompts x {train.responses_per_prompt} responses, "
+            f"{config.actor.update_per_rollout} update(s)"
+        )
+    return "\n".join(
+        [*lines, f"a step       {per_step}", f"writes to    {config.trainer.save_dir}", "dry run: all checks passed"]
+    )

@@ -1,0 +1,209 @@
+"""A causal language model on any number of processes, with or without an optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from RL2.config import ConfigError, Trainable
+from RL2.models.policy import Policy, export, layers, load_model, named_weights
+from RL2.objectives.declare import Loss
+from RL2.packing import plan
+from RL2.parallel.fsdp import shard
+from RL2.parallel.processes import Processes
+from RL2.types import TokenBatch, TokenStats
+
+Progress = Callable[[int], object]
+"""Told how many sequences more are done."""
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient that is not a number; the optimizer step was not taken."""
+
+
+class Worker:
+    """A model spread over the processes: statistics of a batch, and its weights."""
+
+    def __init__(self, model_name: str, dtype: str, ddp_size: int, processes: Processes) -> None:
+        self.processes = processes
+        self.lm = load_model(model_name, torch.float32)
+        self.policy = Policy(self.lm).to(processes.device)
+        self.dtype = compute_dtype(dtype, processes.device)
+        mesh = processes.mesh(ddp_size)
+        # one process in float32 needs no sharding, and its weights can then be the engine's own
+        if processes.world_size > 1 or self.dtype != torch.float32:
+            shard(self.policy, layers(self.lm), mesh, self.dtype)
+
+    @property
+    def is_sharded(self) -> bool:
+        return isinstance(self.policy, FSDPModule)
+
+    def stats(self, batch: TokenBatch, fields: Sequence[str], temperature: float, max_tokens: int) -> TokenStats:
+        """Statistics at all T positions of `batch`, the same on every process; 0 where there is no action."""
+        self.policy.eval()
+        out = {name: torch.zeros(len(batch.labels_T)) for name in fields}
+        starts = batch.cu_seqlens.tolist()
+        for ids in plan(batch.lengths_B.tolist(), max_tokens, self.processes.world_size)[self.processes.rank]:
+            microbatch = batch.sequences(ids or [0])
+            with torch.no_grad():
+                stats = self.policy(microbatch.to(self.processes.device), temperature=temperature, fields=fields)
+            if ids:
+                places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
+                for name in fields:
+                    out[name][places] = stats[name].float().cpu()
+        return TokenStats(**{name: self.processes.sum(out[name]) for name in fields})
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight, whole (collective)."""
+        return named_weights(self.lm)
+
+    def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """The model in Hugging Face format (collective)."""
+        export(self.lm, tokenizer, folder, self.processes.is_first)
+
+
+class Learner(Worker):
+    """A model with an optimizer; `step` makes one optimizer step on a global minibatch that every process holds."""
+
+    def __init__(self, config: Trainable, processes: Processes, total_steps: int, save_dir: Path) -> None:
+        """`total_steps`: optimizer steps of the whole run, for the schedule. `save_dir`: where a broken batch goes."""
+        super().__init__(config.model_name, config.dtype, config.ddp_size, processes)
+        self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
+        if config.use_liger_kernel:
+            _apply_liger(self.lm)
+        if config.gradient_checkpointing:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = _adamw(self.policy, config)
+        self.steps = 0
+        """Optimizer steps taken."""
+
+    def step(
+        self,
+        batch: TokenBatch,
+        loss: Callable[[TokenStats, TokenBatch], Loss],
+        fields: Sequence[str],
+        temperature: float,
+        progress: Progress = lambda done: None,
+    ) -> dict[str, float]:
+        """One optimizer step on (loss_T * weight_T).sum() over `batch`, the global minibatch.
+
+        Sequences without any weight are left out of the plan, on every process alike; a microbatch that is empty runs
+        on a sequence of weight 0, so all processes meet in the same collectives. Returns means over the tokens that
+        train. Raises `NonFinite` on every process, before the optimizer step, if loss or gradient is not finite.
+        """
+        self.policy.train()
+        assert batch.weight_T is not None
+        totals = _Totals(self.processes)
+        trained = batch.sequence_T[batch.weight_T != 0].unique().tolist()
+        shortest = int(batch.lengths_B.argmin())
+        lengths = [int(batch.lengths_B[b]) for b in trained]
+        for ids in plan(lengths, self.config.max_length_per_device, self.processes.world_size)[self.processes.rank]:
+            microbatch = batch.sequences([trained[i] for i in ids] or [shortest])
+            if not ids:
+                microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.action_T, dtype=torch.float32))
+            microbatch = microbatch.to(self.processes.device)
+            stats = TokenStats(**self.policy(microbatch, temperature=temperature, fields=fields))
+            actions = microbatch.positions(microbatch.action_T)
+            assert actions.weight_T is not None
+            loss_T, metrics = loss(stats, actions)
+            total = (loss_T * actions.weight_T).sum()
+            total.backward()
+            totals.add(total, actions.weight_T != 0, metrics)
+            progress(len(ids))
+        means = totals.means()
+        return means | self._apply(means["loss"], batch)
+
+    def _apply(self, loss: float, batch: TokenBatch) -> dict[str, float]:
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            file = self.save_dir / f"nonfinite_step_{self.steps}.safetensors"
+            if self.processes.is_first:
+                save_file({name: x.contiguous() for name, x in batch.tensors().items()}, file)
+            raise NonFinite(
+                f"optimizer step {self.steps}: loss {loss}, gradient norm {grad_norm}; the step was not taken, "
+                f"and its batch is in {file}"
+            )
+        rate = self.config.lr * schedule(self.config, self.steps, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        return {"loss": loss, "grad_norm": grad_norm, "lr": rate}
+
+
+class _Totals:
+    """Sums over microbatches and processes. The names come from the objective, so they are alike everywhere."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        self.peaks: dict[str, Tensor] = {}
+
+    def add(self, loss: Tensor, trains_T: Tensor, metrics: dict[str, Tensor]) -> None:
+        self.sums["loss"] += loss.detach().double().cpu()
+        self.sums["tokens"] += trains_T.sum().double().cpu()
+        for name, value_T in metrics.items():
+            value_T = torch.where(trains_T, value_T.detach(), 0)
+            self.sums[name] += value_T.double().sum().cpu()
+            if name.endswith("_gap"):
+                peak = value_T.max().double().cpu() if len(value_T) else torch.zeros((), dtype=torch.float64)
+                self.peaks[name] = torch.maximum(self.peaks.get(name, peak), peak)
+
+    def means(self) -> dict[str, float]:
+        """The loss as it is (its weights make it a mean already), everything else over the tokens that train."""
+        summed = self.processes.sum(torch.stack(list(self.sums.values()))).tolist()
+        sums = dict(zip(self.sums, summed, strict=True))
+        tokens = max(sums["tokens"], 1)
+        means = {name: x if name in ("loss", "tokens") else x / tokens for name, x in sums.items()}
+        return means | {f"{name}_max": float(self.processes.max(peak)) for name, peak in self.peaks.items()}
+
+
+def schedule(config: Trainable, step: int, total: int) -> float:
+    """Factor of the learning rate at optimizer step `step` (from 0) of `total`: a pure function, nothing to restore."""
+    warmup = round(config.warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.scheduler == "constant":
+        return 1.0
+    if config.scheduler == "wsd":
+        return min(1.0, (total - step) / max(1.0, config.decay_ratio * total))
+    progress = (step - warmup) / max(1, total - warmup)
+    return 1 - progress if config.scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _adamw(policy: Policy, config: Trainable) -> torch.optim.AdamW:
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+    )
+
+
+def _apply_liger(lm: torch.nn.Module) -> None:
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise ConfigError("actor.use_liger_kernel=true needs liger-kernel: pip install rl2-spo[liger]") from error
+    _apply_liger_kernel_to_instance(model=lm)

@@ -1,0 +1,59 @@
+"""GSM8K: grade-school mathematics with a number as the answer, written after `####`.
+
+An answer counts only if it is the correct *number*: 312 is not 12, 12.0 and $12 are.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Any
+
+INSTRUCTION = "\nReason step by step. End with '#### ' and the answer as a number."
+
+# thousands separators count only where they are well-formed: "12,00" leaves digits over and is no number
+NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+")
+ANNOTATION = re.compile(r"<<[^<>]*>>")
+"""The calculator annotations of the data set, as in 48/2=<<48/2=24>>24."""
+
+
+async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+    gold = number(str(extra_info["answer"]))
+    if gold is None:
+        raise ValueError(f"the answer {extra_info['answer']!r} of the data set is not a number")
+    reward = float(number(answer(action)) == gold)
+    return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
+
+
+def example(row: dict[str, Any]) -> dict[str, Any]:
+    """A raw row {"question", "answer"} as a chat; rows in the library's own formats stay as they are."""
+    if "messages" in row or "prompt" in row:
+        return row
+    mark, gold = row["answer"].rpartition("####")[1:]
+    if not mark or number(gold) is None:
+        raise ValueError(f"no number after '####' in the answer {row['answer']!r}")
+    return {
+        "messages": [{"role": "user", "content": row["question"] + INSTRUCTION}],
+        "response": ANNOTATION.sub("", row["answer"]),
+        "extra_info": {"answer": gold.strip()},
+    }
+
+
+def answer(text: str) -> str:
+    """The first line after the last `####` behind the reasoning; empty if there is none."""
+    _, mark, after = text.rpartition("</think>")[2].rpartition("####")
+    return after.lstrip().partition("\n")[0] if mark else ""
+
+
+def number(line: str) -> Decimal | None:
+    """The one number on a line; None if there is none, a second one, or any digit left over."""
+    found = NUMBER.search(line)
+    if found is None:
+        return None
+    before, after = line[: found.start()], line[found.end() :]
+    if any(character.isnumeric() for character in before + after):
+        return None
+    # a sign may stand before the currency or the bold marks: -$12, -**12**
+    negative = before.rstrip(" \t$*\\(").endswith(("-", "\N{MINUS SIGN}", "\N{EN DASH}"))
+    value = Decimal(found[0].replace(",", ""))
+    return value.copy_negate() if negative else value

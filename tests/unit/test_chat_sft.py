@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from RL2.data import sft
+from RL2.data.sft import load_examples
+from RL2.data.source import DataError
+from RL2.types import Trajectory
+
+MARKED = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' %}{% generation %}BODY{% endgeneration %}REST
+{% else %}{{ message.content }}<|im_end|>
+{% endif %}{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+def load(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, *rows: Any, max_length: int = 200
+) -> tuple[list[Trajectory], int]:
+    path = folder / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return load_examples(str(path), tokenizer, None, max_length)
+
+
+def show(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory) -> str:
+    """The text, with [brackets] around what is trained on."""
+    (sequence,) = trajectory.sequences
+    text, before = "", False
+    for token, trained in zip(sequence.token_ids, sequence.action_mask, strict=True):
+        text += "[" * (trained > before) + "]" * (before > trained) + str(tokenizer.decode([token]))
+        before = trained
+    return text + "]" * before
+
+
+def test_the_rows_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trajectories, num_cut = load(
+        tmp_path,
+        tokenizer,
+        {"prompt": "12+30=", "response": "42"},
+        {"messages": turns("12+30", "42"), "prompt": None},
+        {"messages": turns("12+30", "42", "48-19"), "response": "29"},
+        {"messages": json.dumps(turns(" apples ", " \n4 "))},
+    )
+    assert [show(tokenizer, trajectory) for trajectory in trajectories] == [
+        "12+30=[42<|im_end|>]",
+        "<|im_start|>user\n12+30<|im_end|>\n<|im_start|>assistant\n[42<|im_end|>]",
+        "<|im_start|>user\n12+30<|im_end|>\n<|im_start|>assistant\n[42<|im_end|>]\n"
+        "<|im_start|>user\n48-19<|im_end|>\n<|im_start|>assistant\n[29<|im_end|>]",
+        "<|im_start|>user\n apples <|im_end|>\n<|im_start|>assistant\n[ \n4 <|im_end|>]",
+    ]
+    assert num_cut == 0
+    first = trajectories[2]
+    assert (first.row, first.group, first.sample) == (2, 2, 0)
+    (sequence,) = first.sequences
+    assert sequence.logps == sequence.rewards == [0.0] * len(sequence.token_ids)
+
+
+def test_token_ids_are_those_of_the_whole_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = turns("How many — 🍎?", "Four 🍎🍎!", "Sure?", "Yes. 四")
+    trajectories, _ = load(tmp_path, tokenizer, {"messages": messages})
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False)).removesuffix("\n")
+    (sequence,) = trajectories[0].sequences
+    assert sequence.token_ids == tokenizer.encode(text, add_special_tokens=False)
+    trained = [token for token, m in zip(sequence.token_ids, sequence.action_mask, strict=True) if m]
+    assert tokenizer.decode(trained) == "Four 🍎🍎!<|im_end|>Yes. 四<|im_end|>"
+
+
+def test_encoding_apart_agrees(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: Any) -> None:
+    rows = [{"messages": turns("12+30", "42", "48-19", "29")}, {"messages": turns("Tom has 12 apples", "#### 12")}]
+    whole, _ = load(tmp_path, tokenizer, *rows)
+    monkeypatch.setattr(sft, "_encode_whole", sft._encode_apart)
+    assert load(tmp_path, tokenizer, *rows)[0] == whole
+
+
+@pytest.mark.parametrize(
+    ("body", "rest"),
+    [
+        ("{{ message.content }}<|im_end|>", ""),
+        ("{{ message.content }}<|im_end|>\n", ""),
+        ("{{ message.content }}", "<|im_end|>"),
+    ],
+)
+def test_generation_marks(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, body: str, rest: str) -> None:
+    marked = copy.deepcopy(tokenizer)
+    marked.chat_template = MARKED.replace("BODY", body).replace("REST", rest)
+    trajectories, _ = load(tmp_path, marked, {"messages": turns("12+30", "42", "48-19", "29")})
+    text = show(marked, trajectories[0])
+    assert text.count("[") == 2
+    assert "assistant\n[42<|im_end|>]" in text
+    assert "assistant\n[29<|im_end|>]" in text
+
+
+def test_a_template_that_rewrites_the_past_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    forgetful = copy.deepcopy(tokenizer)
+    forgetful.chat_template = str(tokenizer.chat_template).replace(
+        "{{ message.content }}", "{{ message.content if loop.last else message.content.split('</think>')[-1] }}"
+    )
+    load(tmp_path, forgetful, {"messages": turns("12+30", "<think>hm</think>42")})
+    with pytest.raises(DataError, match=r"row 1: .* the prefix property: up to messages\[1\] .* {% generation %}"):
+        load(tmp_path, forgetful, {"messages": turns("12+30", "<think>hm</think>42", "48-19", "29")})
+
+
+def test_text_after_the_turn_is_kept_out_only_by_an_eos(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }};\n{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    trajectories, _ = load(tmp_path, plain, {"messages": turns("12", "42")})
+    (sequence,) = trajectories[0].sequences
+    trained = [token for token, m in zip(sequence.token_ids, sequence.action_mask, strict=True) if m]
+    assert str(plain.decode(trained)).strip() == "42;"
+
+
+def test_long_rows_are_cut_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "1", "response": "2" * n} for n in (3, 8, 9)]
+    trajectories, num_cut = load(tmp_path, tokenizer, *rows, max_length=10)
+    assert [len(trajectory.sequences[0].token_ids) for trajectory in trajectories] == [5, 10, 10]
+    assert num_cut == 1
+    assert trajectories[1].sequences[0].token_ids[-1] == tokenizer.eos_token_id
+    assert trajectories[2].sequences[0].token_ids[-1] != tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q"}, "'prompt' without 'response'; its keys are prompt"),
+        ({"prompt": "q", "response": 3}, "'response' must be text, not 3"),
+        ({"question": "q"}, "keys are question; .* in SFT data.env_path"),
+        ({"messages": turns("q")}, "must end with the assistant, or the row needs a 'response'"),
+        ({"messages": turns("q", "a"), "response": "b"}, "end with the assistant already"),
+        ({"messages": turns("q", "a")[1:]}, "nothing to answer"),
+        ({"prompt": "q" * 60, "response": "a"}, "no token to train on within data.max_length=50; raise it"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"a.jsonl, row 2: .*{message}"):
+        load(tmp_path, tokenizer, {"prompt": "q", "response": "a"}, row, max_length=50)
+
+
+def test_a_raw_response_needs_an_eos(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(DataError, match="eos token"):
+        load(tmp_path, endless, {"prompt": "q", "response": "a"})

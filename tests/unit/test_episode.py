@@ -1,0 +1,207 @@
+"""Token ids in, token ids out: what was sampled is kept to the token, whatever the environment makes of the text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from RL2.engines.scripted import ScriptedEngine
+from RL2.rollout.environment import load_environment
+from RL2.rollout.episode import request_seed, run_episode
+from RL2.types import Prompt, Sampling, Sequence, Trajectory
+
+PREFIX = """
+async def step(state, action, extra_info):
+    turn = extra_info["turn"] = extra_info.get("turn", 0) + 1
+    return {"next_state": state + action + extra_info.get("between", " then "), "reward": turn / 10, "score": turn,
+            "done": turn == extra_info.get("turns", 2), "extra_info": extra_info}
+"""
+REWRITE = """
+async def step(state, action, extra_info):
+    return {"next_state": "again: " + action, "reward": 1, "score": 1, "done": False, "extra_info": extra_info}
+"""
+
+Play = Callable[..., Trajectory]
+
+
+@pytest.fixture
+def play(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Play]:
+    """One episode of a script against replies."""
+    environments = []
+
+    def play(source: str, engine: ScriptedEngine, text: str = "hello", **changes: Any) -> Trajectory:
+        path = tmp_path / "env.py"
+        path.write_text(source)
+        environments.append(load_environment(path, 5))
+        prompt = Prompt(7, text, tokenizer.encode(text), changes.pop("extra_info", {}))
+        settings: dict[str, Any] = {"max_turns": 4, "max_length": None, "group": 1, "sample": 2, "seed": 3}
+        settings["sampling"] = Sampling(max_new_tokens=16, stop_token_ids=(tokenizer.eos_token_id,))
+        return asyncio.run(
+            run_episode(
+                prompt, engine=engine, environment=environments[-1], tokenizer=tokenizer, **(settings | changes)
+            )
+        )
+
+    yield play
+    for environment in environments:
+        environment.close()
+
+
+def says(*replies: list[int]) -> ScriptedEngine:
+    """One reply after another."""
+    left = iter(replies)
+    return ScriptedEngine(lambda token_ids, sampling: next(left), lambda ids: [-i / 100 for i in ids])
+
+
+def sampled(sequence: Sequence) -> list[int]:
+    return [i for i, action in zip(sequence.token_ids, sequence.action_mask, strict=True) if action]
+
+
+def test_every_token_has_its_place(play: Play, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt, reply = tokenizer.encode("hello"), [*tokenizer.encode(" world"), tokenizer.eos_token_id]
+    trajectory = play(PREFIX, says(reply), extra_info={"turns": 1})
+    (sequence,) = trajectory.sequences
+    assert sequence.token_ids == prompt + reply
+    assert sequence.action_mask == [False] * len(prompt) + [True] * len(reply)
+    assert sequence.logps == [0.0] * len(prompt) + [-i / 100 for i in reply]
+    assert sequence.rewards == [0.0] * (len(prompt) + len(reply) - 1) + [0.1]
+    assert trajectory.texts == ["hello", " world"], "the end token is no part of the action"
+    assert (trajectory.row, trajectory.group, trajectory.sample) == (7, 1, 2)
+    assert (trajectory.reward, trajectory.score, trajectory.truncated, trajectory.unscored) == (0.1, 1, False, None)
+    assert trajectory.seconds > 0
+
+
+def test_sampled_ids_are_never_encoded_again(play: Play, tokenizer: PreTrainedTokenizerBase) -> None:
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "hello"]
+    half = tokenizer.encode("é")[:1]  # a byte that is no text on its own
+    odd = [*letters, *half]
+    assert tokenizer.encode(tokenizer.decode(odd)) != odd, "the tokenizer spells this otherwise"
+    engine = says([*odd, tokenizer.eos_token_id], tokenizer.encode("the answer"))
+    trajectory = play(PREFIX, engine)
+    (sequence,) = trajectory.sequences
+    between = tokenizer.encode(" then ")
+    context = [*tokenizer.encode("hello"), *odd, tokenizer.eos_token_id, *between]
+    assert engine.requests[1][0] == context
+    assert sequence.token_ids == context + tokenizer.encode("the answer")
+    start = len(context) - len(between)
+    assert sequence.action_mask[start : len(context)] == [False] * len(between)
+    assert sequence.logps[start : len(context)] == [0.0] * len(between)
+    assert sampled(sequence) == [*odd, tokenizer.eos_token_id, *tokenizer.encode("the answer")]
+
+
+def test_each_turn_has_its_reward(play: Play) -> None:
+    trajectory = play(PREFIX, says([10, 11], [12], [13, 14]), extra_info={"turns": 3})
+    (sequence,) = trajectory.sequences
+    rewarded = {sequence.token_ids[t]: reward for t, reward in enumerate(sequence.rewards) if reward}
+    assert rewarded == {11: 0.1, 12: 0.2, 14: 0.3}
+    assert trajectory.score == 6
+    assert trajectory.reward == pytest.approx(0.6)
+    assert len(trajectory.texts) == 6
+
+
+@pytest.mark.parametrize("written_out", [True, False])
+def test_the_end_token_is_not_doubled(play: Play, tokenizer: PreTrainedTokenizerBase, written_out: bool) -> None:
+    end = tokenizer.eos_token_id
+    engine = says([20, end], [21])
+    play(PREFIX, engine, extra_info={"between": "<|im_end|>" * written_out + "\n<|im_start|>user"})
+    assert engine.requests[1][0] == [*tokenizer.encode("hello"), 20, end, *tokenizer.encode("\n<|im_start|>user")]
+
+
+def test_an_end_token_that_was_not_sampled_is_kept(play: Play, tokenizer: PreTrainedTokenizerBase) -> None:
+    engine = says([20], [21])
+    play(PREFIX, engine, extra_info={"between": "<|im_end|>"})
+    assert engine.requests[1][0] == [*tokenizer.encode("hello"), 20, tokenizer.eos_token_id]
+
+
+def test_a_rewritten_history_begins_a_new_sequence(play: Play, tokenizer: PreTrainedTokenizerBase) -> None:
+    engine = says([*tokenizer.encode("one"), tokenizer.eos_token_id], tokenizer.encode("two"))
+    trajectory = play(REWRITE, engine, max_turns=2)
+    first, second = trajectory.sequences
+    assert sampled(first) == [*tokenizer.encode("one"), tokenizer.eos_token_id]
+    assert second.token_ids == tokenizer.encode("again: one") + tokenizer.encode("two")
+    assert sampled(second) == tokenizer.encode("two")
+    assert (first.rewards[-1], second.rewards[-1], trajectory.reward) == (1, 1, 2)
+    assert trajectory.texts == ["hello", "one", "again: one", "two"]
+
+
+def test_turns_are_limited(play: Play) -> None:
+    engine = says(*[[30]] * 9)
+    trajectory = play(PREFIX, engine, max_turns=3, extra_info={"turns": 9})
+    assert len(engine.requests) == 3
+    assert not trajectory.truncated
+
+
+def test_a_response_cut_short_is_truncated(play: Play) -> None:
+    assert play(PREFIX, says([40] * 99), max_turns=1).truncated
+    assert not play(PREFIX, says([40] * 99, [41]), extra_info={"turns": 2}).truncated, "the last response counts"
+
+
+def test_a_sequence_never_outgrows_max_length(play: Play, tokenizer: PreTrainedTokenizerBase) -> None:
+    start, between = len(tokenizer.encode("hello")), len(tokenizer.encode(" then "))
+    engine = says([50] * 3, [51] * 99)
+    (sequence,) = play(PREFIX, engine, max_length=start + 3 + between + 2).sequences
+    assert [sampling.max_new_tokens for _, sampling in engine.requests] == [5 + between, 2]
+    assert len(sequence.token_ids) == start + 3 + between + 2
+
+    engine = says([50] * 3)
+    trajectory = play(PREFIX, engine, max_length=start + 3 + between, extra_info={"turns": 4})
+    assert len(engine.requests) == 1
+    assert len(trajectory.sequences[0].token_ids) == start + 3, "an observation that nobody answers is left out"
+    assert trajectory.truncated
+    assert trajectory.unscored is None
+    assert trajectory.score == 1
+
+    trajectory = play(PREFIX, says(), max_length=start)
+    assert trajectory.truncated
+    assert trajectory.unscored == f"the prompt leaves no room for a response within {start} tokens"
+    assert trajectory.sequences == []
+
+
+def test_an_unscored_trajectory_keeps_its_tokens_and_no_reward(play: Play) -> None:
+    source = PREFIX.replace("    return", "    if extra_info['turn'] == 2: raise OSError('no answer')\n    return")
+    trajectory = play(source, says([60], [61]))
+    assert trajectory.unscored is not None
+    assert trajectory.unscored.startswith("OSError: no answer (")
+    assert (trajectory.score, trajectory.reward) == (0, 0)
+    assert sampled(trajectory.sequences[0]) == [60, 61]
+    assert len(trajectory.texts) == 4
+
+
+def test_an_error_of_the_engine_is_raised(play: Play) -> None:
+    def fails(token_ids: list[int], sampling: Sampling) -> list[int]:
+        raise ConnectionError("the engine is gone")
+
+    with pytest.raises(ConnectionError, match="the engine is gone"):
+        play(PREFIX, ScriptedEngine(fails))
+
+
+def test_reset_gives_the_first_state_where_there_is_no_prompt(play: Play, tokenizer: PreTrainedTokenizerBase) -> None:
+    source = PREFIX + "\nasync def reset(extra_info):\n    extra_info['turns'] = 1\n    return 'a board'\n"
+    engine = says([70])
+    trajectory = play(source, engine, text="")
+    assert engine.requests[0][0] == tokenizer.encode("a board")
+    assert trajectory.texts[0] == "a board"
+    engine = says([70], [71])
+    assert play(source, engine).texts[0] == "hello", "a prompt comes first"
+
+
+def test_changes_to_extra_info_stay_in_the_episode(play: Play) -> None:
+    shared: dict[str, Any] = {"turns": 2, "notes": []}
+    source = PREFIX.replace("    return", "    extra_info['notes'].append(action)\n    return")
+    play(source, says([80], [81]), extra_info=shared)
+    assert shared == {"turns": 2, "notes": []}
+
+
+def test_each_request_has_a_seed_of_its_own(play: Play) -> None:
+    engine = says([90], [91])
+    play(PREFIX, engine)
+    assert [sampling.seed for _, sampling in engine.requests] == [request_seed(3, 1, 2, turn) for turn in range(2)]
+    seeds = [request_seed(s, g, k, t) for s in range(4) for g in range(4) for k in range(4) for t in range(4)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert request_seed(0, 1, 2, 3) == 3252311618909706447, "the same on every machine"

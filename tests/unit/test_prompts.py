@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
+
+from RL2.data.prompts import load_prompts
+from RL2.data.source import DataError
+from RL2.types import Prompt
+
+USER = [{"role": "user", "content": "How many apples?"}]
+
+
+def jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_prompts_and_messages(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        [
+            {"prompt": "12+30=", "extra_info": {"answer": "42"}},
+            {"messages": USER, "prompt": None, "extra_info": '{"answer": 1}'},
+            {"prompt": "48-19="},
+        ],
+    )
+    chat = "<|im_start|>user\nHow many apples?<|im_end|>\n<|im_start|>assistant\n"
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    assert load_prompts(path, tokenizer, None, 100) == [
+        Prompt(0, "12+30=", ids("12+30="), {"answer": "42"}),
+        Prompt(1, chat, ids(chat), {"answer": 1}),
+        Prompt(2, "48-19=", ids("48-19="), {}),
+    ]
+    assert ids(chat)[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_only_raw_prompts_get_the_tokenizers_bos(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with_bos: Any = copy.deepcopy(tokenizer)
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "12"}, {"messages": USER}])
+    raw, chat = load_prompts(path, with_bos, None, 100)
+    assert raw.token_ids[0] == 0
+    assert 0 not in chat.token_ids
+
+
+def test_example_converts_raw_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"q": "12", "a": "3"}])
+    prompts = load_prompts(
+        path, tokenizer, lambda row: {"prompt": row["q"] + "?", "extra_info": {"answer": row["a"]}}, 10
+    )
+    assert (prompts[0].text, prompts[0].extra_info) == ("12?", {"answer": "3"})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "answer": "a"}, r"keys are question, answer; example\(row\) in .* \(rollout.env_path"),
+        ({"prompt": "q", "messages": USER}, "both 'prompt' and 'messages'"),
+        ({"prompt": " \n"}, "'prompt' is empty"),
+        ({"prompt": 3}, "'prompt' must be text, not 3"),
+        ({"prompt": USER}, "chat messages go under 'messages'"),
+        ({"prompt": "q", "extra_info": [1]}, r"'extra_info' must be an object, not \[1\]"),
+        ({"prompt": "q", "extra_info": "{1"}, "'extra_info' must be an object"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": "hello"}, "must be a list"),
+        ({"messages": ["hello"]}, r"messages\[0\] must be an object"),
+        ({"messages": [*USER, {"content": "x"}]}, r"messages\[1\] has no 'role'"),
+        ({"messages": [{"role": 1, "content": "x"}]}, r"messages\[0\].role must be text, not 1"),
+        ({"messages": [{"role": "user", "content": " "}]}, r"messages\[0\] is empty"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\] has no 'content'"),
+        ({"messages": [{"role": "user", "content": [1]}]}, r"messages\[0\].content must be text"),
+        ({"prompt": "q" * 33}, r"has 33 tokens, the limit is 32; raise actor.max_length_per_device"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Any, message: str) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "12"}, row])
+    with pytest.raises(DataError, match=f"a.jsonl, row 2: .*{message}"):
+        load_prompts(path, tokenizer, None, 32)
+
+
+def test_templates_that_are_missing_or_refuse(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": USER}])
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="row 1: the chat template refuses the messages: roles must alternate"):
+        load_prompts(path, other, None, 32)
+    other.chat_template = None
+    with pytest.raises(DataError, match=r"row 1: .* no chat template; pass rows with 'prompt' or a tokenizer with"):
+        load_prompts(path, other, None, 32)
