@@ -66,10 +66,13 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     try:
         dcp.load(state, checkpoint_id=source / "state")
-    except (dcp.CheckpointException, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"trainer.load_ckpt_from={source} does not fit this model: {str(error).splitlines()[0]}"
-        ) from error
+    except dcp.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]  # of the first process that failed
+        raise ConfigError(f"trainer.load_ckpt_from={source} cannot be loaded: {str(cause) or repr(cause)}") from error
+    # dcp reads what the model asks for, and would leave the rest of a larger one unread
+    saved = dcp.FileSystemReader(source / "state").read_metadata().state_dict_metadata
+    if extra := {key for key in saved if key.startswith("model.")} - {f"model.{name}" for name in model_state}:
+        raise ConfigError(f"trainer.load_ckpt_from={source} is of a larger model: it has {min(extra)}")
     set_state_dict(
         learner.policy, learner.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
@@ -89,7 +92,8 @@ def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
     if load_ckpt_from is None:
         return None
     if load_ckpt_from == "latest":
-        found = [path for path in save_dir.glob("step_*") if (path / "notes.json").is_file()]
+        # one that was being written has a suffix, and may have its notes already
+        found = [path for path in save_dir.glob("step_*") if not path.suffix and (path / "notes.json").is_file()]
         return max(found, default=None)
     source = Path(load_ckpt_from)
     if not (source / "notes.json").is_file():

@@ -46,10 +46,11 @@ class Report:
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.folder / name
             if self.is_first and file.exists():
-                # a line that the interruption cut in half is of the last step, which is run again
-                lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
-                kept = [line for line in lines if json.loads(line)["step"] < step]
-                file.write_text("".join(f"{line}\n" for line in kept))
+                # a line without an end was cut by the interruption: it is of the last step, which is run again
+                lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+                kept = file.with_suffix(".partial")
+                kept.write_bytes(b"".join(line for line in lines if json.loads(line)["step"] < step))
+                kept.replace(file)  # so that another interruption, here, loses nothing
 
     def step(self, step: int, metrics: Metrics) -> None:
         """One step's metrics: a console line, a line of metrics.jsonl, and the dashboards."""
@@ -86,7 +87,7 @@ class Report:
             dashboard.finish()
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        with (self.folder / name).open("a") as file:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

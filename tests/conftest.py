@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# models this small gain nothing from threads, and lose much where cores are busy
+torch.set_num_threads(1)
 
 CHATML = """\
 {%- for message in messages -%}

@@ -27,9 +27,9 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-import RL2
 from RL2.demo.model import build_model
 from RL2.demo.problems import write_data
+from RL2.trainer.rl import evaluate_model
 from RL2.viewer.report import Page, RunView, Scores, findings, headline, summary_json, write_report
 
 MAX_NEW_TOKENS = 36
@@ -259,7 +259,6 @@ def run_jobs(jobs: Sequence[Job], at_once: int, board: Board) -> dict[Path, floa
 
 def evaluate(models: Sequence[Path], out: Path, env_path: Path, seed: int, board: Board) -> list[Scores]:
     """Every model on every held-out problem, greedily and sampled."""
-    from RL2.trainer.rl import evaluate_model
 
     def scores(model: Path, temperature: float) -> list[float]:
         return evaluate_model(
@@ -283,7 +282,7 @@ def evaluate(models: Sequence[Path], out: Path, env_path: Path, seed: int, board
 
 def find_environment() -> Path:
     """envs/gsm8k.py of the repository: a user's script, so no part of the package."""
-    path = Path(RL2.__file__).parent.parent / "envs" / "gsm8k.py"
+    path = Path(__file__).resolve().parents[2] / "envs" / "gsm8k.py"
     if not path.is_file():
         raise DemoError(f"{path} is not there: run the demo from a checkout of the repository")
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

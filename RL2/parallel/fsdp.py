@@ -18,3 +18,4 @@ def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dt
         if isinstance(part, FSDPModule):
             # the weights in the loss already divide by the global count
             part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # otherwise a factor is an operation that gloo does not have

@@ -29,10 +29,10 @@ def train(config: RLConfig, run: Run) -> None:
     trainer, save_dir = config.trainer, run.save_dir
     tokenizer = load_tokenizer(config.actor.model_name)
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
-    longest = config.actor.max_length_per_device + 1  # the last token is only a label and takes no position
-    prompts = load_prompts(config.train_data.path, tokenizer, environment.example, longest)
+    positions = config.actor.max_length_per_device
+    prompts = load_prompts(config.train_data.path, tokenizer, environment.example, positions)
     tests = (
-        load_prompts(config.test_data.path, tokenizer, environment.example, longest) if config.test_data.path else []
+        load_prompts(config.test_data.path, tokenizer, environment.example, positions) if config.test_data.path else []
     )
     cursor = Cursor(len(prompts), config.train_data.prompts_per_rollout, trainer.seed)
     num_steps = run.number_of_steps(cursor)
@@ -46,7 +46,7 @@ def train(config: RLConfig, run: Run) -> None:
         environment=environment,
         tokenizer=tokenizer,
         end_tokens=end_tokens(actor.lm, tokenizer),
-        max_length=longest,
+        max_length=positions + 1,  # the last token is only a label and takes no position
         processes=run.processes,
     )
     report = run.report(num_steps)

@@ -96,20 +96,35 @@ class Learner(Worker):
     ) -> dict[str, float]:
         """One optimizer step on (loss_T * weight_T).sum() over `batch`, the global minibatch.
 
-        Sequences without any weight are left out of the plan, on every process alike; a microbatch that is empty runs
-        on a sequence of weight 0, so all processes meet in the same collectives. Returns means over the tokens that
-        train. Raises `NonFinite` on every process, before the optimizer step, if loss or gradient is not finite.
+        Returns the loss, means over the tokens that train, gradient norm and learning rate. Raises `NonFinite` on every
+        process, before the optimizer step, if loss or gradient is not finite.
+        """
+        means = self.backward(batch, loss, fields, temperature, progress)
+        return means | self._apply(means["loss"], batch)
+
+    def backward(
+        self,
+        batch: TokenBatch,
+        loss: Callable[[TokenStats, TokenBatch], Loss],
+        fields: Sequence[str],
+        temperature: float,
+        progress: Progress = lambda done: None,
+    ) -> dict[str, float]:
+        """Gradients of the loss of `step`, summed over microbatches and processes.
+
+        Sequences without any weight are left out of the plan, on every process alike; a microbatch that is empty runs on
+        a sequence of weight 0, so all processes meet in the same collectives.
         """
         self.policy.train()
         assert batch.weight_T is not None
         totals = _Totals(self.processes)
         trained = batch.sequence_T[batch.weight_T != 0].unique().tolist()
+        lengths = batch.lengths_B[trained].tolist()
         shortest = int(batch.lengths_B.argmin())
-        lengths = [int(batch.lengths_B[b]) for b in trained]
         for ids in plan(lengths, self.config.max_length_per_device, self.processes.world_size)[self.processes.rank]:
             microbatch = batch.sequences([trained[i] for i in ids] or [shortest])
             if not ids:
-                microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.action_T, dtype=torch.float32))
+                microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))
             microbatch = microbatch.to(self.processes.device)
             stats = TokenStats(**self.policy(microbatch, temperature=temperature, fields=fields))
             actions = microbatch.positions(microbatch.action_T)
@@ -119,8 +134,7 @@ class Learner(Worker):
             total.backward()
             totals.add(total, actions.weight_T != 0, metrics)
             progress(len(ids))
-        means = totals.means()
-        return means | self._apply(means["loss"], batch)
+        return totals.means()
 
     def _apply(self, loss: float, batch: TokenBatch) -> dict[str, float]:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
@@ -129,6 +143,7 @@ class Learner(Worker):
             file = self.save_dir / f"nonfinite_step_{self.steps}.safetensors"
             if self.processes.is_first:
                 save_file({name: x.contiguous() for name, x in batch.tensors().items()}, file)
+            self.processes.wait()  # torchrun ends all processes as soon as one has failed
             raise NonFinite(
                 f"optimizer step {self.steps}: loss {loss}, gradient norm {grad_norm}; the step was not taken, "
                 f"and its batch is in {file}"

@@ -99,7 +99,7 @@ class EmbeddedEngine:
     def close(self) -> None:
         if self.driver is not None:
             self.driver.cancel()
-        self._drop(asyncio.CancelledError())
+        self._drop()
 
     async def _drive(self) -> None:
         """Steps until nothing is left to do, letting other tasks run in between."""
@@ -111,14 +111,16 @@ class EmbeddedEngine:
                     self.step()
                 await asyncio.sleep(0)
             self.cache = KVCache()  # its memory is the training step's now
-        except BaseException as error:
+        except Exception as error:  # every caller is told; none is left waiting
             self._drop(error)
-            raise
 
-    def _drop(self, error: BaseException) -> None:
+    def _drop(self, cause: BaseException | None = None) -> None:
         for request in (*self.waiting, *self.running):
             if not request.future.done():
-                request.future.set_exception(error)
+                # an exception of its own for each: one that is raised in many tasks gathers the traces of all
+                stopped = RuntimeError(f"the engine stopped: {cause or 'it was closed'}")
+                stopped.__cause__ = cause
+                request.future.set_exception(stopped)
         self.waiting.clear()
         self.running.clear()
         self.cache = KVCache()
@@ -131,9 +133,12 @@ class EmbeddedEngine:
         self._admit()
 
     def _admit(self) -> None:
-        room = self._max_rows() - len(self.running)
+        if not self.waiting:
+            return
+        rows = self._max_rows()
+        room = rows - len(self.running)
         # a few large prefills cost less than many small ones, so a trickle of free rows waits until it is worth it
-        if not self.waiting or room < min(len(self.waiting), self.max_running_requests // 8, max(1, room)):
+        if room < max(1, min(len(self.waiting), rows // 8)):
             return
         prompts: dict[tuple[int, ...], list[_Request]] = {}
         tokens, first = 0, len(self.running)
@@ -146,7 +151,7 @@ class EmbeddedEngine:
             tokens, room = tokens + new, room - 1
         admitted = [request for sharing in prompts.values() for request in sharing]
         numbers = iter(range(first, first + len(admitted)))
-        rows = [[next(numbers) for _ in sharing] for sharing in prompts.values()]
+        owners = [[next(numbers) for _ in sharing] for sharing in prompts.values()]
         self.running += admitted
         self._reserve(first)
 
@@ -154,10 +159,10 @@ class EmbeddedEngine:
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         ids = torch.tensor([i for key in prompts for i in key], device=self.device)
         positions = torch.cat([torch.arange(len(key), device=self.device) for key in prompts])
-        hidden_TD = self._forward(ids, positions, Prefill(self.cache, cu_seqlens, rows))
+        hidden_TD = self._forward(ids, positions, Prefill(self.cache, cu_seqlens, owners))
         last_PD = hidden_TD[cu_seqlens[1:] - 1]
-        owners = torch.tensor([p for p, sharing in enumerate(rows) for _ in sharing], device=self.device)
-        self._advance(list(range(first, len(self.running))), head(self.lm)(last_PD)[owners])
+        prompt_R = torch.tensor([p for p, sharing in enumerate(owners) for _ in sharing], device=self.device)
+        self._advance(list(range(first, len(self.running))), head(self.lm)(last_PD)[prompt_R])
 
     def _decode(self) -> None:
         self._reserve(len(self.running))

@@ -34,7 +34,7 @@ def sample(
 
 
 def _truncated(logp_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tensor:
-    sorted_RV, order_RV = logp_RV.sort(-1, descending=True, stable=True)
+    sorted_RV, order_RV = torch.sort(logp_RV, dim=-1, descending=True, stable=True)
     before_RV = sorted_RV.exp().cumsum(-1) - sorted_RV.exp()  # probability of all that is more likely
     rank_RV = torch.arange(logp_RV.shape[1], device=logp_RV.device).expand_as(logp_RV)
     cut_RV = ((top_p_R < 1)[:, None] & (before_RV >= top_p_R[:, None])) | (

@@ -1,0 +1,418 @@
+"""One step of reinforcement learning (rollout, rewards, update) in RL2 and in TRL's GRPOTrainer.
+
+    make bench-setup
+    python benchmarks/rl_step.py [--steps 5] [--json FILE]
+
+Both sides train the same random Qwen3 of 3.3 million parameters in float32 by Dr. GRPO: 32 prompts of 20 to 60 tokens,
+4 responses each, one optimizer step on all 128. Two cases:
+
+    ragged   a response ends with probability 1/60 a token, cap 512
+    fixed    every response has 128 tokens
+
+Each side is a process of its own, so that its peak memory is its own. They take turns, step by step; times are medians,
+so a noisy machine disturbs both alike. `memory` is what the steps add to the process at their peak: weights and imported
+libraries are loaded before, gradients, optimizer state, cache and activations are not.
+
+TRL's settings are its fast ones here: no gradient checkpointing, no reference model, no logging or saving, generation by
+transformers with a cache, one batch of 128 (half the time of four accumulated batches of 32 is not to be had; see
+--peer-batch). RL2's microbatches are bounded in tokens (--max-length), as its commands always are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import IO, Any
+
+import torch
+
+NUM_PROMPTS, RESPONSES = 32, 4
+LEARNING_RATE = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    end_probability: float
+    """Of the end token, at every position."""
+    max_new_tokens: int
+
+
+CASES = (Case("ragged", 1 / 60, 512), Case("fixed", 0.0, 128))
+
+ENVIRONMENT = """\
+import zlib
+
+
+async def step(state, action, extra_info):
+    reward = float(zlib.crc32(action.encode()) & 1)
+    return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
+"""
+
+
+# The task: a folder with a model, its tokenizer, prompts and the environment.
+
+
+def write_task(folder: Path, case: Case) -> None:
+    from RL2.demo.model import build_tokenizer
+
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(300)]
+    tokenizer = build_tokenizer(" ".join(rng.choices(words, k=40)) for _ in range(300))
+    tokenizer.save_pretrained(folder)
+    prompts = []
+    for number in range(NUM_PROMPTS):
+        text = rng.choice(words)
+        while len(tokenizer.encode(text)) < 20 + 40 * number / NUM_PROMPTS:
+            text += " " + rng.choice(words)
+        prompts.append(text)
+    rng.shuffle(prompts)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    (folder / "environment.py").write_text(ENVIRONMENT)
+    write_model(folder, case.end_probability, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def write_model(folder: Path, end_probability: float, end: int, pad: int) -> None:
+    """A random model that draws `end` with about `end_probability` wherever it stands.
+
+    Feature 0 of the residual stream is a constant: embeddings set it and no layer writes to it. The head reads it for the
+    end token alone, as a bias would be read.
+    """
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=736,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+        dtype="float32",
+    )
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0.3
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.down_proj.weight[0] = 0
+        head = model.lm_head.weight
+        head[:, 0] = 0
+        head[end] = 0
+        hidden_BLD = model.model(torch.randint(512, (16, 64))).last_hidden_state
+        others_BLV = (hidden_BLD @ head.T).index_fill(-1, torch.tensor([end]), -math.inf)
+        odds = end_probability / (1 - end_probability)
+        logit = float(others_BLV.logsumexp(-1).mean()) + math.log(odds) if odds else -100.0
+        head[end, 0] = logit / float(hidden_BLD[..., 0].mean())
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    model.save_pretrained(folder)
+
+
+# A side: a process that makes one step whenever it is told to.
+
+
+class Turns:
+    """This process's end of the conversation: waits to be told, makes a step, answers."""
+
+    def __init__(self) -> None:
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print does not get in between
+        self.begun = 0.0
+        self.loaded_mb = 0.0
+
+    def wait(self) -> bool:
+        """Until the next step is due; false after the last."""
+        if not self.begun:
+            self.loaded_mb = memory_mb("VmRSS")
+        due = sys.stdin.readline() == "step\n"
+        self.begun = time.perf_counter()
+        return due
+
+    def answer(self, rollout_s: float, **values: float) -> None:
+        step_s = time.perf_counter() - self.begun
+        peak_mb = memory_mb("VmHWM")
+        times = {"step_s": step_s, "rollout_s": rollout_s, "update_s": step_s - rollout_s}
+        memory = {"peak_mb": peak_mb, "memory_mb": peak_mb - self.loaded_mb}
+        print(json.dumps({**times, **memory, **values}), file=self.answers, flush=True)
+
+
+def memory_mb(name: str) -> float:
+    """Resident memory of this process, now (VmRSS) or at its peak (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) / 1024
+
+
+def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
+    """The body of RL2.trainer.rl.train, without its report."""
+    from RL2.config import RLConfig, load
+    from RL2.data.prompts import load_prompts
+    from RL2.models.policy import end_tokens, load_tokenizer
+    from RL2.parallel.processes import Processes
+    from RL2.rollout.collect import rollout_metrics
+    from RL2.rollout.environment import load_environment
+    from RL2.rollout.spread import Rollouts
+    from RL2.trainer.rl import judge, make_engine, pack, trainable
+    from RL2.workers.actor import Actor
+
+    config = load(
+        "ppo",
+        [
+            f"train_data.path={folder}/prompts.jsonl",
+            f"train_data.prompts_per_rollout={NUM_PROMPTS}",
+            f"train_data.responses_per_prompt={RESPONSES}",
+            f"actor.model_name={folder}",
+            f"actor.max_length_per_device={options.max_length}",
+            "actor.gradient_checkpointing=false",
+            f"actor.lr={LEARNING_RATE}",
+            "actor.warmup_ratio=0",
+            "actor.weight_decay=0",
+            "actor.tis_coef=0",
+            f"rollout.train_sampling_params.max_new_tokens={options.max_new_tokens}",
+            f"rollout.env_path={folder}/environment.py",
+            "trainer.experiment_name=benchmark",
+            f"trainer.save_dir={folder}",
+        ],
+    )
+    assert isinstance(config, RLConfig)
+    processes = Processes.start(config.trainer.timeout_s)
+    tokenizer = load_tokenizer(config.actor.model_name)
+    environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
+    prompts = load_prompts(config.train_data.path, tokenizer, environment.example, options.max_length)
+    actor = Actor(config.actor, processes, 1000, folder)
+    engine = make_engine(config, actor, lambda ids: str(tokenizer.decode(ids)))
+    rollouts = Rollouts(
+        config.rollout,
+        engine=engine,
+        environment=environment,
+        tokenizer=tokenizer,
+        end_tokens=end_tokens(actor.lm, tokenizer),
+        max_length=options.max_length + 1,
+        processes=processes,
+    )
+    step = 0
+    while turns.wait():
+        engine.load_weights(actor.weights(), version=step)
+        trajectories = rollouts.collect(
+            prompts, config.rollout.train_sampling_params, RESPONSES, step, lambda done: None
+        )
+        metrics = rollout_metrics(trajectories, "train")
+        rollout_s = time.perf_counter() - turns.begun
+        batch = judge(pack(trainable(trajectories, config)), config, actor, None)
+        metrics |= actor.update(batch)
+        turns.answer(rollout_s, tokens=metrics["actor/tokens"], reward=metrics["train/reward"])
+        step += 1
+    engine.close()
+    environment.close()
+    processes.stop()
+
+
+def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
+    """TRL's GRPOTrainer, with a callback that waits between steps and a clock around its rollout."""
+    import datasets
+    import zlib
+
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clocked(GRPOTrainer):
+        rollout_s, tokens, mean_reward = 0.0, 0, 0.0
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            begun = time.perf_counter()
+            outputs = super()._generate_and_score_completions(inputs)
+            self.rollout_s = time.perf_counter() - begun
+            self.tokens = int(outputs["completion_mask"].sum())
+            return outputs
+
+    class Gate(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 0:
+                turns.wait()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            turns.answer(trainer.rollout_s, tokens=trainer.tokens, reward=trainer.mean_reward)
+            control.should_training_stop = not turns.wait()
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        rewards = [float(zlib.crc32(text.encode()) & 1) for text in completions]
+        trainer.mean_reward = fmean(rewards)
+        return rewards
+
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    batch = options.peer_batch
+    settings = GRPOConfig(
+        output_dir=str(folder / "trl"),
+        model_init_kwargs={"dtype": "float32"},
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=NUM_PROMPTS * RESPONSES // batch,
+        num_generations=RESPONSES,
+        max_completion_length=options.max_new_tokens,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        beta=0.0,
+        num_iterations=1,
+        temperature=1.0,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=False,
+        max_steps=1000,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        shuffle_dataset=False,
+    )
+    trainer = Clocked(
+        model=str(folder),
+        reward_funcs=reward,
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(rows * 1000),  # no end of an epoch within the benchmark
+        callbacks=[Gate()],
+    )
+    trainer.train()
+
+
+SIDES: dict[str, Callable[[Path, argparse.Namespace, Turns], None]] = {"ours": ours, "theirs": theirs}
+
+
+# The parent: lets the sides take turns and compares.
+
+
+class Side:
+    """A process, told to make a step."""
+
+    def __init__(self, name: str, folder: Path, case: Case, options: argparse.Namespace) -> None:
+        self.name, self.log = name, folder / f"{name}.log"
+        command = [sys.executable, __file__, "--side", name, "--folder", str(folder), "--threads", str(options.threads)]
+        command += ["--max-new-tokens", str(case.max_new_tokens), "--max-length", str(options.max_length)]
+        command += ["--peer-batch", str(options.peer_batch)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True, env=environment
+        )
+
+    def step(self) -> dict[str, float]:
+        into, out = self._pipes()
+        try:
+            print("step", file=into, flush=True)
+        except BrokenPipeError:
+            pass  # the log says why
+        if not (answer := out.readline()):
+            sys.exit(f"{self.name} stopped:\n{self.log.read_text()[-3000:]}")
+        result: dict[str, float] = json.loads(answer)
+        return result
+
+    def close(self) -> None:
+        self._pipes()[0].close()
+        self.process.wait()
+
+    def _pipes(self) -> tuple[IO[str], IO[str]]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        return self.process.stdin, self.process.stdout
+
+
+Steps = dict[str, list[dict[str, float]]]
+
+
+def measure(case: Case, options: argparse.Namespace) -> Steps:
+    """The steps of both sides, after a warm-up of one step each."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_task(folder, case)
+        sides = [Side(name, folder, case, options) for name in SIDES]
+        for side in sides:
+            side.step()
+        steps: Steps = {side.name: [] for side in sides}
+        for _ in range(options.steps):
+            for side in sides:
+                steps[side.name].append(side.step())
+        for side in sides:
+            side.close()
+    return steps
+
+
+def compare(case: Case, steps: Steps) -> dict[str, float]:
+    """Seconds and megabytes of both sides, and how many times theirs are ours."""
+    suffix = "" if case.name == "ragged" else f"_{case.name}"
+    numbers: dict[str, float] = {}
+    for key, ratio in (("step_s", "speedup"), ("rollout_s", "rollout_speedup"), ("update_s", "update_speedup")):
+        mine, peer = (median(step[key] for step in steps[side]) for side in SIDES)
+        numbers |= {f"{ratio}{suffix}": peer / mine, f"{key}{suffix}": mine, f"peer_{key}{suffix}": peer}
+    for key, ratio in (("memory_mb", "memory_ratio"), ("peak_mb", "peak_ratio")):
+        mine, peer = (max(step[key] for step in steps[side]) for side in SIDES)
+        numbers |= {f"{ratio}{suffix}": peer / mine, f"{key}{suffix}": mine, f"peer_{key}{suffix}": peer}
+    for key in ("tokens", "reward"):
+        mine, peer = (fmean(step[key] for step in steps[side]) for side in SIDES)
+        numbers |= {f"{key}{suffix}": mine, f"peer_{key}{suffix}": peer}
+    return numbers
+
+
+def table(case: Case, numbers: dict[str, float]) -> str:
+    suffix = "" if case.name == "ragged" else f"_{case.name}"
+    rows = [
+        ("step, s", "step_s", "speedup", "{:.2f}"),
+        ("  rollout, s", "rollout_s", "rollout_speedup", "{:.2f}"),
+        ("  update, s", "update_s", "update_speedup", "{:.2f}"),
+        ("memory of the steps, MB", "memory_mb", "memory_ratio", "{:.0f}"),
+        ("peak of the process, MB", "peak_mb", "peak_ratio", "{:.0f}"),
+        ("tokens sampled a step", "tokens", None, "{:.0f}"),
+        ("mean reward", "reward", None, "{:.2f}"),
+    ]
+    lines = [f"{case.name:<26}{'RL2':>10}{'TRL':>10}{'TRL / RL2':>12}"]
+    for title, key, ratio, form in rows:
+        mine, peer = (form.format(numbers[f"{who}{key}{suffix}"]) for who in ("", "peer_"))
+        times = f"{numbers[ratio + suffix]:.2f}" if ratio else ""
+        lines.append(f"{title:<26}{mine:>10}{peer:>10}{times:>12}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--steps", type=int, default=5, help="steps of each side after the warm-up")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each side")
+    parser.add_argument("--max-length", type=int, default=8192, help="RL2: tokens of a microbatch")
+    parser.add_argument("--peer-batch", type=int, default=128, help="TRL: sequences of a microbatch")
+    parser.add_argument("--case", choices=[case.name for case in CASES], help="only this case")
+    for hidden in ("--side", "--folder", "--max-new-tokens"):
+        parser.add_argument(hidden, type=int if hidden == "--max-new-tokens" else str, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        torch.set_num_threads(options.threads)
+        SIDES[options.side](Path(options.folder), options, Turns())
+        return
+    if importlib.util.find_spec("trl") is None:
+        sys.exit("TRL is not installed; run: make bench-setup")
+    numbers: dict[str, float] = {}
+    for case in CASES:
+        if options.case in (None, case.name):
+            results = compare(case, measure(case, options))
+            print(table(case, results) + "\n", flush=True)
+            numbers |= results
+    if options.json:
+        options.json.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""A world small enough for whole runs of the programs within seconds."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from programs import NUM_ROWS, World
+
+from RL2.demo.model import build_model
+from RL2.demo.problems import Demonstrator, draw_problems
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root, rng = tmp_path_factory.mktemp("world"), Random(0)
+    pairs = [(p.question, Demonstrator().solve(p, rng)) for p in draw_problems(rng, NUM_ROWS, held_out=False)]
+    build_model(root / "model", [text for pair in pairs for text in pair], seed=0)
+    _write(root / "sft.jsonl", [{"prompt": question, "response": solution} for question, solution in pairs])
+    _write(root / "rl.jsonl", [{"prompt": question, "extra_info": {"row": i}} for i, (question, _) in enumerate(pairs)])
+    return World(root, count())
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,164 @@
+"""How the tests start the library's programs as a user does, and look at what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+LIMIT_S = 120
+"""No run may take longer; one that does hangs."""
+
+NUM_ROWS = 24
+"""Rows of each data file."""
+
+ENVIRONMENT = '''
+async def step(state, action, extra_info):
+    reward = float({rule})
+    next_state = state + action + "\\nOnce more:"
+    return dict(next_state=next_state, reward=reward, score=reward, done=reward > 0, extra_info=extra_info)
+'''
+
+
+@dataclass(frozen=True)
+class Run:
+    """A program at work, or done."""
+
+    process: subprocess.Popen[bytes]
+    settings: list[str]
+    save_dir: Path
+    log: Path
+
+    def wait(self) -> Run:
+        """Until it ends; a hanging one is killed and fails the test."""
+        try:
+            self.process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {LIMIT_S} s:\n{self.output}\n{self.errors}") from None
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL to all its processes."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def succeeded(self) -> Run:
+        assert self.process.returncode == 0, self.errors
+        return self
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    @property
+    def errors(self) -> str:
+        return self.log.with_suffix(".err").read_text(encoding="utf-8")
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return rows(self.save_dir / "metrics.jsonl")
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        return rows(self.save_dir / "samples.jsonl")
+
+    @property
+    def weights(self) -> Path:
+        return self.save_dir / "latest" / "model.safetensors"
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with a random model and a few rows; runs go into it too."""
+
+    root: Path
+    numbers: count[int]
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def weights(self) -> Path:
+        return self.model / "model.safetensors"
+
+    def start(self, program: str, *overrides: str, nproc: int = 1, save_dir: Path | None = None) -> Run:
+        """`save_dir`: a new folder if None."""
+        name = f"{next(self.numbers):02d}_{program}"
+        save_dir, log = save_dir or self.root / name, self.root / f"{name}.log"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+        settings = [*(self.sft if program == "sft" else self.rl), f"trainer.save_dir={save_dir}", *overrides]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        with log.open("wb") as out, log.with_suffix(".err").open("wb") as err:
+            process = subprocess.Popen(
+                [sys.executable, *launcher, "-m", f"RL2.trainer.{program}", *settings],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=environment,
+                start_new_session=True,
+            )
+        return Run(process, settings, save_dir, log)
+
+    def run(self, program: str, *overrides: str, nproc: int = 1, save_dir: Path | None = None) -> Run:
+        return self.start(program, *overrides, nproc=nproc, save_dir=save_dir).wait()
+
+    @property
+    def sft(self) -> list[str]:
+        return [f"data.path={self.root}/sft.jsonl", "data.max_length=128", "data.batch_size=8", *self._common]
+
+    @property
+    def rl(self) -> list[str]:
+        return [
+            f"train_data.path={self.root}/rl.jsonl",
+            "train_data.prompts_per_rollout=4",
+            "train_data.responses_per_prompt=4",
+            "rollout.train_sampling_params.max_new_tokens=12",
+            self.reward("any(character.isdigit() for character in action)"),
+            *self._common,
+        ]
+
+    @property
+    def _common(self) -> list[str]:
+        return [
+            f"actor.model_name={self.model}",
+            "actor.max_length_per_device=256",
+            "actor.lr=1e-3",
+            "actor.warmup_ratio=0",
+            "trainer.experiment_name=test",
+            "trainer.max_steps=3",
+        ]
+
+    def reward(self, rule: str) -> str:
+        """The override for an environment that pays 1 where `rule` holds and then ends the episode."""
+        script = self.root / f"environment_{crc32(rule.encode()):08x}.py"
+        script.write_text(ENVIRONMENT.format(rule=rule))
+        return f"rollout.env_path={script}"
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    """A .jsonl file."""
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in metrics]
+
+
+def wait_for_line(file: Path, run: Run) -> str:
+    """The first whole line of a file that `run` is going to write."""
+    while run.process.poll() is None:
+        if file.exists() and "\n" in (text := file.read_text(encoding="utf-8")):
+            return text.partition("\n")[0]
+        time.sleep(0.01)
+    raise AssertionError(f"it ended without writing {file.name}:\n{run.errors}")

@@ -1,0 +1,232 @@
+"""The embedded engine: what it samples, and that its log-probabilities are the trainer's."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from RL2.engines.embedded.engine import EmbeddedEngine
+from RL2.engines.embedded.sampling import sample, uniforms
+from RL2.ops.attention import IMPLEMENTATION, PackedAttention
+from RL2.types import Completion, Sampling
+
+V = 64
+SHAPE: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 200,
+    "initializer_range": 0.3,
+}
+FAMILIES = [(Qwen3Config, Qwen3ForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (LlamaConfig, LlamaForCausalLM)]
+STOP = (1, 2, 3)
+
+
+def make_model(config: Any = Qwen3Config, model: Any = Qwen3ForCausalLM) -> PreTrainedModel:
+    torch.manual_seed(0)
+    lm = model(config(**SHAPE)).eval()
+    lm.set_attn_implementation(IMPLEMENTATION)
+    return lm
+
+
+def make_engine(lm: PreTrainedModel, rows: int = 4) -> EmbeddedEngine:
+    """Token i is written as the i-th letter from 'A' on."""
+    return EmbeddedEngine(
+        lm, decode=lambda ids: "".join(chr(65 + i) for i in ids), max_running_requests=rows, memory_share=0.5
+    )
+
+
+@pytest.fixture(scope="module")
+def lm() -> PreTrainedModel:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(0, V, (n,), generator=g).tolist() for n in (3, 30, 1, 12, 7, 30, 55, 2, 9, 4, 17)]
+
+
+def generate(engine: EmbeddedEngine, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+    async def everything() -> list[Completion]:
+        return await asyncio.gather(
+            *(engine.generate(p, replace(sampling, seed=100 + i)) for i, p in enumerate(prompts))
+        )
+
+    return asyncio.run(everything())
+
+
+@torch.no_grad()
+def logits_of(lm: PreTrainedModel, prompt: list[int], completion: Completion) -> Tensor:
+    """The trainer's logits [n, V] before each sampled token."""
+    ids = torch.tensor(prompt + completion.token_ids)
+    attend = PackedAttention(torch.tensor([0, len(ids)]))
+    positions = torch.arange(len(ids))
+    hidden = lm.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend)
+    return lm.lm_head(hidden.last_hidden_state[0, len(prompt) - 1 : -1])
+
+
+@pytest.mark.parametrize(("config", "model"), FAMILIES, ids=lambda x: x.__name__)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_log_probabilities_are_the_trainers(
+    config: Any, model: Any, temperature: float, prompts: list[list[int]]
+) -> None:
+    lm = make_model(config, model)
+    sampling = Sampling(max_new_tokens=40, temperature=temperature, stop_token_ids=STOP)
+    for prompt, completion in zip(prompts, generate(make_engine(lm), prompts, sampling), strict=True):
+        logp = (logits_of(lm, prompt, completion) / (temperature or 1.0)).log_softmax(-1)
+        ours = logp.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logps), ours, rtol=0, atol=1e-4)
+        if temperature == 0:
+            assert completion.token_ids == logp.argmax(-1).tolist()
+
+
+def test_continuous_batching_changes_nothing(lm: PreTrainedModel, prompts: list[list[int]]) -> None:
+    """Alone, four rows at a time, or all together: the same tokens, and every request ends as it should."""
+    sampling = Sampling(max_new_tokens=25, stop_token_ids=STOP)
+    together = generate(make_engine(lm, rows=64), prompts * 3, sampling)
+    assert [c.token_ids for c in generate(make_engine(lm, rows=4), prompts * 3, sampling)] == [
+        c.token_ids for c in together
+    ]
+    for i, (prompt, completion) in enumerate(zip(prompts * 3, together, strict=True)):
+        alone = asyncio.run(make_engine(lm).generate(prompt, replace(sampling, seed=100 + i)))
+        assert alone.token_ids == completion.token_ids
+        assert (alone.token_ids[-1] in STOP) == (alone.finish == "stop")
+        assert not set(alone.token_ids[:-1]) & set(STOP)
+        assert alone.finish == "stop" or len(alone.token_ids) == 25
+    assert {c.finish for c in together} == {"stop", "length"}
+
+
+def test_requests_that_come_later_join_in(lm: PreTrainedModel, prompts: list[list[int]]) -> None:
+    """A second turn is a request whose prompt holds the first answer."""
+    engine, sampling = make_engine(lm), Sampling(max_new_tokens=10)
+
+    async def two_turns(prompt: list[int], seed: int) -> list[int]:
+        first = await engine.generate(prompt, replace(sampling, seed=seed))
+        second = await engine.generate(prompt + first.token_ids + [5], replace(sampling, seed=seed + 1))
+        return second.token_ids
+
+    async def everything() -> list[list[int]]:
+        return await asyncio.gather(*(two_turns(p, i) for i, p in enumerate(prompts)))
+
+    assert asyncio.run(everything()) == [asyncio.run(two_turns(p, i)) for i, p in enumerate(prompts)]
+
+
+def test_a_group_shares_its_prompt(lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(lm, rows=16)
+    lengths: list[int] = []
+    forward = engine._forward
+    monkeypatch.setattr(engine, "_forward", lambda ids, *rest: (lengths.append(len(ids)), forward(ids, *rest))[1])
+    out = generate(engine, [[4, 5, 6, 7]] * 8 + [[8, 9]] * 8, Sampling(max_new_tokens=3))
+    assert lengths == [6, 16, 16]
+    assert len({tuple(c.token_ids) for c in out}) > 2
+
+
+def test_stop_strings_end_with_the_token_that_completes_them(lm: PreTrainedModel, prompts: list[list[int]]) -> None:
+    free = generate(make_engine(lm), prompts, Sampling(max_new_tokens=12))
+    text = "".join(chr(65 + i) for i in free[0].token_ids)
+    stopped = generate(make_engine(lm), prompts, Sampling(max_new_tokens=12, stop=("never", text[4:7])))
+    assert stopped[0].token_ids == free[0].token_ids[: text.index(text[4:7]) + 3]
+    assert stopped[0].finish == "stop"
+
+
+def test_the_limit_of_the_model_ends_a_request(lm: PreTrainedModel) -> None:
+    out = asyncio.run(make_engine(lm).generate([7] * 195, Sampling(max_new_tokens=50)))
+    assert len(out.token_ids) == 5
+    assert out.finish == "length"
+    with pytest.raises(ValueError, match="a prompt of 200 tokens leaves no room: the model ends at 200"):
+        asyncio.run(make_engine(lm).generate([7] * 200, Sampling(max_new_tokens=5)))
+    with pytest.raises(ValueError, match="empty prompt"):
+        asyncio.run(make_engine(lm).generate([], Sampling(max_new_tokens=5)))
+
+
+def test_weights_are_taken_over_or_copied() -> None:
+    lm, other = make_model(), make_model(LlamaConfig, LlamaForCausalLM)
+    engine = make_engine(lm)
+    pointers = [p.data_ptr() for p in lm.parameters()]
+    engine.load_weights(((n, p.detach()) for n, p in lm.named_parameters()), version=3)
+    assert [p.data_ptr() for p in lm.parameters()] == pointers
+    before = asyncio.run(engine.generate([5, 6], Sampling(max_new_tokens=4)))
+    assert before.version == 3
+    engine.load_weights(((n, p.detach() * 0.5) for n, p in lm.named_parameters()), version=4)
+    after = asyncio.run(engine.generate([5, 6], Sampling(max_new_tokens=4)))
+    assert after.version == 4
+    assert after.logps != before.logps
+    with pytest.raises(RuntimeError, match="weights of version 5 lack"):
+        engine.load_weights(((n, p) for n, p in other.named_parameters() if "norm" in n), version=5)
+
+
+def test_broken_weights_stop_every_request() -> None:
+    lm = make_model()
+    with torch.no_grad():
+        lm.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="the weights are broken"):
+        generate(make_engine(lm), [[3], [4]], Sampling(max_new_tokens=4))
+
+
+def test_memory_that_is_too_small_is_said(lm: PreTrainedModel) -> None:
+    engine = EmbeddedEngine(lm, decode=str, max_running_requests=4, memory_share=1e-9)
+    with pytest.raises(RuntimeError, match=r"raise rollout\.gpu_memory_utilization"):
+        asyncio.run(engine.generate([3], Sampling(max_new_tokens=4)))
+
+
+def draws(logits_V: Tensor, number: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> tuple[Any, Any]:
+    """`number` draws from one distribution: frequency of each token, and its log-probability (nan if never drawn)."""
+    same = torch.ones(number)
+    u = torch.from_numpy(uniforms(list(range(number)), [0] * number))
+    ids, logps = sample(logits_V.expand(number, -1), temperature * same, top_p * same, (top_k * same).long(), u)
+    frequency = torch.bincount(ids, minlength=len(logits_V)) / number
+    logp = torch.full((len(logits_V),), float("nan")).index_copy(0, ids, logps)
+    return frequency, logp
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_draws_follow_the_distribution(temperature: float) -> None:
+    logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
+    frequency, logp = draws(logits_V, 40_000, temperature)
+    p = (logits_V / temperature).softmax(-1)
+    assert (frequency - p).abs().max() < 4 * (p * (1 - p) / 40_000).sqrt().max()
+    torch.testing.assert_close(logp[:4], p[:4].log())
+
+
+def test_top_k_and_top_p_cut_and_normalise() -> None:
+    p = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    for options, kept in (({"top_k": 2}, 2), ({"top_p": 0.6}, 2), ({"top_p": 0.5}, 1), ({"top_p": 0.8, "top_k": 2}, 2)):
+        frequency, logp = draws(p.log(), 5_000, **options)  # type: ignore[arg-type]
+        assert not frequency[kept:].any()
+        torch.testing.assert_close(logp[:kept], (p[:kept] / p[:kept].sum()).log())
+
+
+def test_rows_have_their_own_settings() -> None:
+    logits_RV = torch.tensor([[0.0, 3.0, 1.0]]).repeat(3, 1)
+    u = torch.tensor([0.999999, 0.999999, 0.0])
+    temperature, top_k = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1])
+    ids, logps = sample(logits_RV, temperature, torch.ones(3), top_k, u)
+    assert ids.tolist() == [2, 1, 1]
+    assert logps[2] == 0
+    torch.testing.assert_close(logps[1], logits_RV[1].log_softmax(-1)[1])
+
+
+def test_uniforms_depend_on_seed_and_position_alone() -> None:
+    u = uniforms([1, 2, 2**63 - 1], [0, 5, 7])
+    assert (uniforms([2], [5]) == u[1]).all()
+    many = uniforms(list(range(20_000)), [3] * 20_000)
+    assert 0 <= many.min() < many.max() < 1
+    assert abs(many.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(many, uniforms(list(range(20_000)), [4] * 20_000))[0, 1]) < 0.03

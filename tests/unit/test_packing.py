@@ -1,0 +1,143 @@
+"""Packing, weights, advantages and the plan: small cases worked out by hand."""
+
+import random
+
+import pytest
+import torch
+
+from RL2.advantages import reinforce, spo
+from RL2.packing import loss_weights, minibatches, pack, plan
+from RL2.types import Sequence, TokenBatch, Trajectory
+
+
+def trajectory(group: int, reward: float, lengths: tuple[tuple[int, int], ...], row: int = 0) -> Trajectory:
+    """`lengths`: prompt and response tokens of each sequence; the reward stands on the last response token."""
+    sequences = []
+    for i, (prompt, response) in enumerate(lengths):
+        n = prompt + response
+        rewards = [0.0] * n
+        if i == len(lengths) - 1:
+            rewards[-1] = reward
+        ids = list(range(100 * group, 100 * group + n))
+        mask = [False] * prompt + [True] * response
+        sequences.append(Sequence(ids, mask, [-0.5 if a else 0.0 for a in mask], rewards))
+    return Trajectory(row=row, group=group, sample=0, sequences=sequences)
+
+
+@pytest.fixture
+def batch() -> TokenBatch:
+    """Two groups of two; the third trajectory has two sequences."""
+    return pack(
+        [
+            trajectory(0, 1.0, ((2, 3),)),
+            trajectory(0, 0.0, ((2, 1),)),
+            trajectory(1, 1.0, ((1, 2), (3, 4))),
+            trajectory(1, 1.0, ((1, 1),)),
+        ]
+    )
+
+
+def test_labels_are_shifted_once(batch: TokenBatch) -> None:
+    first = batch.sequences([0])
+    assert first.token_ids_T.tolist() == [0, 1, 2, 3]
+    assert first.labels_T.tolist() == [1, 2, 3, 4]
+    assert first.action_T.tolist() == [False, True, True, True]
+    assert first.reward_T.tolist() == [0, 0, 0, 1]
+    assert first.position_ids_T.tolist() == [0, 1, 2, 3]
+    assert batch.lengths_B.tolist() == [4, 2, 2, 6, 1]
+    assert batch.trajectory_B.tolist() == [0, 1, 2, 2, 3]
+
+
+def test_choosing_sequences_and_positions(batch: TokenBatch) -> None:
+    chosen = batch.sequences([3, 0])
+    assert chosen.token_ids_T.tolist() == [100, 101, 102, 103, 104, 105, 0, 1, 2, 3]
+    actions = chosen.positions(chosen.action_T)
+    assert actions.labels_T.tolist() == [103, 104, 105, 106, 2, 3, 4]
+    assert actions.cu_seqlens.tolist() == [0, 4, 7]
+    none = chosen.positions(torch.zeros_like(chosen.action_T))
+    assert none.cu_seqlens.tolist() == [0, 0, 0]
+
+
+def weights_of(batch: TokenBatch, **how: str) -> list[float]:
+    """The weight of each action token, a number a sequence (all tokens of a sequence weigh the same)."""
+    weight_T = loss_weights(batch, **how)  # type: ignore[arg-type]
+    assert not weight_T[~batch.action_T].any()
+    per_sequence = []
+    for b in range(batch.num_sequences):
+        own = weight_T[(batch.sequence_T == b) & batch.action_T]
+        assert len(own.unique()) == 1
+        per_sequence.append(own[0].item())
+    return per_sequence
+
+
+def test_weights(batch: TokenBatch) -> None:
+    token = weights_of(batch, train_on="all", level="token", average_over="all")
+    assert token == pytest.approx([1 / 11] * 5)
+    sequence = weights_of(batch, train_on="all", level="sequence", average_over="all")
+    assert sequence == pytest.approx([1 / 15, 1 / 5, 1 / 10, 1 / 20, 1 / 5])
+    # thesis 3.1: wrong sequences have weight 0 and count in the number of sequences
+    correct = weights_of(batch, train_on="correct", level="sequence", average_over="all")
+    assert correct == pytest.approx([1 / 15, 0, 1 / 10, 1 / 20, 1 / 5])
+    # thesis 3.2: only the correct ones count
+    kept = weights_of(batch, train_on="correct", level="sequence", average_over="kept")
+    assert kept == pytest.approx([1 / 12, 0, 1 / 8, 1 / 16, 1 / 4])
+    kept_token = weights_of(batch, train_on="correct", level="token", average_over="kept")
+    assert kept_token == pytest.approx([1 / 10, 0, 1 / 10, 1 / 10, 1 / 10])
+
+
+def test_nothing_correct_weighs_nothing() -> None:
+    batch = pack([trajectory(0, 0.0, ((2, 3),))])
+    for average_over in ("all", "kept"):
+        assert weights_of(batch, train_on="correct", level="sequence", average_over=average_over) == [0]
+
+
+def test_reinforce_is_reward_minus_group_mean(batch: TokenBatch) -> None:
+    advantage_T = reinforce(batch, global_norm=False, norm_var=False)
+    by_sequence = [advantage_T[batch.sequence_T == b].max().item() for b in range(5)]
+    assert by_sequence == pytest.approx([0.5, 0.0, 0, 0, 0])
+    assert advantage_T[batch.sequence_T == 1].min() == -0.5
+    assert not advantage_T[~batch.action_T].any()
+
+
+def test_reinforce_over_the_whole_rollout(batch: TokenBatch) -> None:
+    advantage_T = reinforce(batch, global_norm=True, norm_var=True)
+    # rewards 1, 0, 1, 1: mean 3/4, deviation sqrt(3)/4
+    assert advantage_T[batch.action_T & (batch.sequence_T == 3)].tolist() == pytest.approx([3**-0.5] * 4, rel=1e-5)
+    assert advantage_T[batch.action_T & (batch.sequence_T == 1)].tolist() == pytest.approx([-(3**0.5)], rel=1e-5)
+
+
+def test_groups_of_one_compare_with_the_rollout() -> None:
+    batch = pack([trajectory(g, float(g == 0), ((1, 1),)) for g in range(4)])
+    assert reinforce(batch, global_norm=False, norm_var=False).tolist() == pytest.approx([0.75, -0.25, -0.25, -0.25])
+
+
+def test_spo_advantage_is_the_reward(batch: TokenBatch) -> None:
+    assert spo(batch)[batch.action_T].tolist() == [1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_plan_covers_everything_once_within_the_limit(num_ranks: int) -> None:
+    draw = random.Random(0)
+    lengths = [draw.randint(1, 60) for _ in range(101)]
+    planned = plan(lengths, 100, num_ranks)
+    assert len(planned) == num_ranks
+    assert len({len(rank) for rank in planned}) == 1
+    assert sorted(i for rank in planned for ids in rank for i in ids) == list(range(101))
+    assert max(sum(lengths[i] for i in ids) for rank in planned for ids in rank) <= 100
+    assert plan(lengths, 100, num_ranks) == planned
+
+
+def test_plan_with_fewer_sequences_than_ranks_has_empty_microbatches() -> None:
+    assert sorted(plan([5], 10, 3)) == [[[]], [[]], [[0]]]
+    assert plan([], 10, 2) == [[[]], [[]]]
+
+
+def test_plan_names_the_override_for_a_sequence_that_is_too_long() -> None:
+    with pytest.raises(ValueError, match=r"12 tokens does not fit into a microbatch of 10; raise actor.max_length"):
+        plan([3, 11], 10, 1)
+
+
+def test_minibatches_keep_trajectories_whole(batch: TokenBatch) -> None:
+    assert minibatches(batch, 1) == [[0, 1, 2, 3, 4]]
+    assert minibatches(batch, 2) == [[0, 1], [2, 3, 4]]
+    assert minibatches(batch, 9) == [[0], [1], [2, 3], [4]]
