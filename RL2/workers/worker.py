@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from RL2.config import ConfigError, Trainable
 from RL2.models.policy import Policy, export, layers, load_model, named_weights
@@ -81,7 +82,7 @@ class Learner(Worker):
         if config.use_liger_kernel:
             _apply_liger(self.lm)
         if config.gradient_checkpointing:
-            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute_activations(self.lm)
         self.optimizer = _adamw(self.policy, config)
         self.steps = 0
         """Optimizer steps taken."""
@@ -216,7 +217,13 @@ def _adamw(policy: Policy, config: Trainable) -> torch.optim.AdamW:
     )
 
 
-def _apply_liger(lm: torch.nn.Module) -> None:
+def _recompute_activations(lm: PreTrainedModel) -> None:
+    with warnings.catch_warnings():  # newer transformers have another name for it, older ones only this
+        warnings.simplefilter("ignore", FutureWarning)
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _apply_liger(lm: PreTrainedModel) -> None:
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError as error:

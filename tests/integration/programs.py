@@ -20,12 +20,12 @@ LIMIT_S = 120
 NUM_ROWS = 24
 """Rows of each data file."""
 
-ENVIRONMENT = '''
+ENVIRONMENT = """
 async def step(state, action, extra_info):
     reward = float({rule})
     next_state = state + action + "\\nOnce more:"
     return dict(next_state=next_state, reward=reward, score=reward, done=reward > 0, extra_info=extra_info)
-'''
+"""
 
 
 @dataclass(frozen=True)

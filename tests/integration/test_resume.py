@@ -1,0 +1,156 @@
+"""A run that is killed and started again ends as one that was not: bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from programs import Run, World, wait_for_line, without_times
+from torch import nn
+
+from RL2 import checkpoint
+from RL2.config import ConfigError
+from RL2.data.cursor import Cursor
+from RL2.parallel.processes import Processes
+from RL2.report import Report
+from RL2.types import Trajectory
+
+CASES = {
+    "ppo": (
+        "actor.update_per_rollout=2",
+        "actor.kl.coef=0.01",
+        "actor.kl.type=reward",
+        "rollout.max_turns=2",
+        "trainer.save_freq=1",
+        "trainer.test_freq=3",
+    ),
+    "spo": ("actor.warmup_ratio=0.5", "actor.scheduler=cosine", "trainer.save_freq=2", "trainer.test_freq=4"),
+}
+
+
+@pytest.mark.parametrize("program", CASES)
+def test_a_killed_run_ends_as_an_uninterrupted_one(program: str, world: World) -> None:
+    settings = (*CASES[program], "trainer.max_steps=8", f"test_data.path={world.root}/rl.jsonl")
+    whole, killed = world.start(program, *settings), world.start(program, *settings)
+
+    first = json.loads(wait_for_line(killed.save_dir / "metrics.jsonl", killed))
+    delay = random.uniform(0, 5 * first["time/step_s"])  # anywhere in a rollout, an update, a save
+    time.sleep(delay)
+    killed.kill()
+    files = sorted(path.name for path in killed.save_dir.iterdir())
+    print(f"{program}: killed {delay:.3f} s after its first step; it left {', '.join(files)}")
+    whole.wait().succeeded()
+
+    again = world.run(program, *settings, "trainer.load_ckpt_from=latest", save_dir=killed.save_dir).succeeded()
+    assert again.weights.read_bytes() == whole.weights.read_bytes()
+    assert without_times(again.metrics) == without_times(whole.metrics)
+    assert again.samples == whole.samples
+    assert [row["step"] for row in again.metrics] == list(range(9))
+
+
+class Small:
+    """What a checkpoint asks of a learner."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.policy = nn.Sequential(*(nn.Linear(n, m) for n, m in zip(sizes, sizes[1:], strict=False)))
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.1)
+        self.steps = 0
+
+    def step(self) -> None:
+        self.policy(torch.ones(self.policy[0].in_features)).square().sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    processes = Processes.start(timeout_s=30)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture
+def saved(tmp_path: Path, processes: Processes) -> tuple[Path, Small]:
+    learner, cursor = Small(2, 3, 1), Cursor(10, 4, seed=0)
+    learner.step()
+    cursor.next()
+    return checkpoint.save(tmp_path, 1, learner, cursor, processes), learner
+
+
+def test_model_optimizer_cursor_and_random_numbers_come_back(saved: tuple[Path, Small], processes: Processes) -> None:
+    folder, learner = saved
+    numbers = torch.rand(3), random.random()
+    other, cursor = Small(2, 3, 1), Cursor(10, 4, seed=0)
+    assert checkpoint.load(folder, other, cursor, processes) == 1
+    assert (torch.rand(3).tolist(), random.random()) == (numbers[0].tolist(), numbers[1])
+    assert other.steps == 1
+    assert cursor.drawn == 4
+    for trained in (learner, other):
+        trained.step()
+    for weight, expected in zip(other.policy.parameters(), learner.policy.parameters(), strict=True):
+        assert torch.equal(weight, expected)
+
+
+def test_latest_is_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    assert checkpoint.find("latest", tmp_path) is None
+    for name in ("step_000002", "step_000010", "step_000030.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.json").write_text("{}")
+    (tmp_path / "step_000020").mkdir()  # without notes
+    assert checkpoint.find("latest", tmp_path) == tmp_path / "step_000010"
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nothing"):
+        message = f"trainer.load_ckpt_from={folder} is not a checkpoint (it has no notes.json)"
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            checkpoint.find(str(folder), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        (
+            (2, 4, 1),
+            "Size mismatch between saved torch.Size([3, 2]) and current: torch.Size([4, 2]) for model.0.weight",
+        ),
+        ((2, 3, 1, 5), "Missing key in checkpoint state_dict: model.2.weight."),
+        ((2, 3), "it has model.1.bias"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    sizes: tuple[int, ...], reason: str, saved: tuple[Path, Small], processes: Processes
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
+        checkpoint.load(saved[0], Small(*sizes), Cursor(10, 4, seed=0), processes)
+    assert str(caught.value).startswith(f"trainer.load_ckpt_from={saved[0]} ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_refused(saved: tuple[Path, Small], processes: Processes) -> None:
+    for part in (saved[0] / "state").glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"load_ckpt_from=.* cannot be loaded: "):
+        checkpoint.load(saved[0], Small(2, 3, 1), Cursor(10, 4, seed=0), processes)
+
+
+def test_what_an_interrupted_run_wrote_is_cut_back(tmp_path: Path) -> None:
+    report = Report(tmp_path, is_first=True, num_steps=3)
+    # line ends that are none in JSON, and what looks like the end of a line that was cut
+    texts = ["\u2028 \x85 \r\n }", "ü}"]
+    for step in range(3):
+        report.samples(step, "train", [Trajectory(row=step, group=0, sample=0, texts=texts)])
+    file = tmp_path / "samples.jsonl"
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for cut in range(len(lines[0]) + len(lines[1]), len(whole) + 1):
+        file.write_bytes(whole[:cut])
+        report.keep_before(2)
+        assert file.read_bytes() == lines[0] + lines[1]

@@ -1,0 +1,248 @@
+"""Results do not depend on how the work is cut: microbatches, packing order, processes. Real processes, gloo.
+
+The cases run once in this process and once in a pool of two; each test reads what it needs from both.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from RL2.advantages import reinforce
+from RL2.config import Actor as ActorConfig
+from RL2.config import load
+from RL2.packing import loss_weights, pack, plan
+from RL2.parallel.processes import Processes
+from RL2.types import Sequence, TokenBatch, Trajectory
+from RL2.workers.actor import Actor
+
+TOLERANCE = 1e-6
+PROGRAMS = ("sft", "spo", "spo_0p5", "ppo")
+Result = dict[str, Any]
+
+
+def actor_config(program: str, model: str, **changes: Any) -> ActorConfig:
+    overrides = f"""actor.model_name={model} actor.max_length_per_device=4096 actor.lr=1e-3 actor.warmup_ratio=0
+        actor.entropy.coef=0.01 train_data.path=x.jsonl train_data.prompts_per_rollout=1 rollout.env_path=x.py
+        rollout.train_sampling_params.max_new_tokens=1 trainer.experiment_name=x"""
+    name = "ppo" if program == "sft" else program
+    config = load(name, overrides.split()).actor
+    return replace(config, objective=program, **changes)
+
+
+def make_batch(rewards: list[float]) -> TokenBatch:
+    """Ragged sequences, some of several turns; engine log-probabilities that differ a little from the model's."""
+    draw = random.Random(0)
+    trajectories = []
+    for n, reward in enumerate(rewards):
+        prompt, response = draw.randint(1, 20), draw.randint(1, 40)
+        mask = [False] * prompt + [True] * response
+        if response > 20:
+            mask[prompt + 5 : prompt + 9] = [False] * 4  # an observation
+        ids = [draw.randrange(50) for _ in mask]
+        values = [0.0] * (len(mask) - 1) + [reward]
+        sequence = Sequence(ids, mask, [draw.uniform(-5, 0) if a else 0.0 for a in mask], values)
+        trajectories.append(Trajectory(row=n, group=n // 4, sample=n % 4, sequences=[sequence]))
+    batch = pack(trajectories)
+    return batch.with_(advantage_T=reinforce(batch, global_norm=False, norm_var=False))
+
+
+def mixed() -> TokenBatch:
+    return make_batch([float(n % 3 == 0) for n in range(24)])
+
+
+def gradients(actor: Actor, batch: TokenBatch, max_tokens: int) -> Result:
+    """Loss, metrics and whole gradients of one minibatch cut into microbatches of `max_tokens`."""
+    actor.config = replace(actor.config, max_length_per_device=max_tokens)
+    weight_T = loss_weights(
+        batch,
+        train_on=actor.config.train_on,
+        level=actor.config.avg_level,
+        average_over=actor.config.average_over,
+    )
+    metrics = actor.backward(batch.with_(weight_T=weight_T), actor.loss, actor.fields, 1.0)
+    grads = {
+        name: whole(p.grad) if p.grad is not None else torch.zeros(p.shape)
+        for name, p in actor.lm.named_parameters()
+    }
+    actor.optimizer.zero_grad()
+    return {"metrics": metrics, "grads": grads}
+
+
+def whole(x: Tensor) -> Tensor:
+    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
+
+
+def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
+    """Every case on these processes."""
+    model, batch = str(folder / "model"), mixed()
+    longest = int(batch.lengths_B.max())
+    results: dict[str, Result] = {}
+    for program in PROGRAMS:
+        actor = Actor(actor_config(program, model), processes, 10, folder)
+        results[program] = gradients(actor, batch, 4096)
+        results[f"{program} cut"] = gradients(actor, batch, 3 * longest)
+        if program == "spo":
+            results["one correct"] = gradients(actor, make_batch([1.0] + [0.0] * 7), 4096)
+            results["none correct"] = gradients(actor, make_batch([0.0] * 8), 4096)
+            results["few sequences"] = gradients(actor, make_batch([1.0]), 4096)
+            stats = actor.stats(batch, ("logp", "entropy"), 0.7, 2 * longest)
+            results["stats"] = {"grads": {"logp": stats.logp, "entropy": stats.entropy}, "metrics": {}}
+            replicas = Actor(actor_config(program, model, ddp_size=processes.world_size), processes, 10, folder)
+            results["replicas"] = gradients(replicas, batch, 4096)
+            for _ in range(3):
+                actor.update(batch)
+            results["after 3 steps"] = {"grads": {n: whole(w) for n, w in actor.weights()}, "metrics": {}}
+    return results
+
+
+def _in_pool(rank: int, folder: Path, size: int) -> None:
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655"}
+    torch.set_num_threads(1)
+    processes = Processes.start(timeout_s=60)
+    results = run_cases(folder, processes)
+    if rank == 0:
+        torch.save(results, folder / f"results_{size}.pt")
+    processes.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("invariants")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(
+        vocab_size=50, intermediate_size=48, head_dim=8, tie_word_embeddings=True, initializer_range=0.2, **shape
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    processes = Processes.start(timeout_s=60)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, processes: Processes) -> dict[str, Result]:
+    return run_cases(folder, processes)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> dict[str, Result]:
+    mp.spawn(_in_pool, args=(folder, 2), nprocs=2)
+    return torch.load(folder / "results_2.pt", weights_only=True)
+
+
+def assert_same(ours: Result, theirs: Result, tolerance: float = TOLERANCE) -> None:
+    """Each tensor to `tolerance` of its norm (or of 1, for tiny ones), each metric relatively."""
+    assert ours["grads"].keys() == theirs["grads"].keys()
+    for name, x in ours["grads"].items():
+        y = theirs["grads"][name]
+        assert (x - y).norm() <= tolerance * max(1.0, y.norm().item()), name
+    for name, value in ours["metrics"].items():
+        assert theirs["metrics"][name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_two_processes_are_one(program: str, one: dict[str, Result], two: dict[str, Result]) -> None:
+    assert one[program]["metrics"]["loss"] != 0
+    assert_same(one[program], two[program])
+    assert_same(one[program], two[f"{program} cut"])
+
+
+@pytest.mark.parametrize("number", [2, 5])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_microbatches_are_one_batch(
+    program: str, number: int, one: dict[str, Result], folder: Path, processes: Processes
+) -> None:
+    batch = mixed()
+    actor = Actor(actor_config(program, str(folder / "model")), processes, 10, folder)
+    counted: list[int] = []
+    whole_step = actor.policy.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        counted.append(1)
+        return whole_step(*args, **kwargs)
+
+    actor.policy.forward = counting  # type: ignore[method-assign]
+    weights = loss_weights(batch, train_on=actor.config.train_on, level="token", average_over="all")
+    lengths = batch.lengths_B[batch.sequence_T[weights != 0].unique()].tolist()
+    limit = next(m for m in range(sum(lengths), 0, -1) if len(plan(lengths, m, 1)[0]) == number)
+    result = gradients(actor, batch, limit)
+    assert len(counted) == number
+    assert_same(one[program], result)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_packing_order_does_not_matter(
+    program: str, one: dict[str, Result], folder: Path, processes: Processes
+) -> None:
+    batch = mixed()
+    order = list(range(batch.num_sequences))
+    random.Random(1).shuffle(order)
+    actor = Actor(actor_config(program, str(folder / "model")), processes, 10, folder)
+    assert_same(one[program], gradients(actor, batch.sequences(order), 4096))
+
+
+def test_replicas_are_shards(one: dict[str, Result], two: dict[str, Result]) -> None:
+    assert_same(one["spo"], two["replicas"])
+
+
+def test_a_rank_without_a_correct_sequence(one: dict[str, Result], two: dict[str, Result]) -> None:
+    assert_same(one["one correct"], two["one correct"])
+    assert_same(one["few sequences"], two["few sequences"])
+
+
+def test_no_correct_sequence_is_a_step_of_zero(one: dict[str, Result], two: dict[str, Result]) -> None:
+    for results in (one, two):
+        assert results["none correct"]["metrics"]["loss"] == 0
+        assert not any(grad.any() for grad in results["none correct"]["grads"].values())
+
+
+def test_statistics_come_back_in_place(one: dict[str, Result], two: dict[str, Result]) -> None:
+    assert_same(one["stats"], two["stats"])
+    batch = mixed()
+    logp_T = one["stats"]["grads"]["logp"]
+    assert not logp_T[~batch.action_T].any()
+    assert (logp_T[batch.action_T] < 0).all()
+
+
+def test_weights_after_three_steps(one: dict[str, Result], two: dict[str, Result]) -> None:
+    # Adam divides by the root of the second moment: where gradients are tiny, rounding is amplified
+    assert_same(one["after 3 steps"], two["after 3 steps"], tolerance=1e-4)
+
+
+def test_the_loss_is_the_sum_over_tokens(one: dict[str, Result], folder: Path) -> None:
+    """Thesis 3.1 by hand: a mean over each correct sequence's tokens, divided by the number of all sequences."""
+    lm = Qwen3ForCausalLM.from_pretrained(folder / "model").double().eval()
+    batch = mixed()
+    total = torch.zeros((), dtype=torch.float64)
+    for b in range(batch.num_sequences):
+        own = batch.sequences([b])
+        if own.reward_T.sum() <= 0:
+            continue
+        logits_TV = lm(input_ids=own.token_ids_T[None]).logits[0][own.action_T]
+        labels_T = own.labels_T[own.action_T]
+        p_TV = logits_TV.double().softmax(-1)
+        p_a, p_m = p_TV.gather(1, labels_T[:, None])[:, 0], p_TV.max(-1).values
+        kl_T = p_m * (p_m / p_a).log() + (1 - p_m) * ((1 - p_m) / (1 - p_a)).log()
+        entropy_T = -(p_TV * p_TV.log()).sum(-1)
+        assert own.engine_logp_T is not None
+        tis_T = (p_a.log() - own.engine_logp_T[own.action_T]).exp().clamp(max=2.0)
+        total += (kl_T * tis_T - 0.01 * entropy_T).mean().detach() / batch.num_sequences
+    assert one["spo"]["metrics"]["loss"] == pytest.approx(total.item(), rel=1e-4)
