@@ -175,6 +175,7 @@ class Actor(Trainable):
 @dataclass(frozen=True, kw_only=True)
 class RefActor:
     model_name: str
+    """As `actor.model_name`; by default the model that training starts from."""
     max_inference_length_per_device: Count
     """Tokens of one microbatch."""
 
@@ -184,6 +185,7 @@ class SamplingParams:
     temperature: NonNegative
     """0 takes the most likely token."""
     top_p: Annotated[float, Range(0, 1, open_low=True)]
+    """Only the most likely tokens that together have this probability; 1 keeps all."""
     top_k: Index
     """0 keeps all tokens."""
     max_new_tokens: Count
@@ -251,7 +253,9 @@ class Trainer:
     samples_per_step: Index
     """Trajectories written to samples.jsonl at each step."""
     use_wandb: bool
+    """Metrics go to Weights & Biases too (pip install rl2-spo[wandb])."""
     use_tensorboard: bool
+    """Metrics go to save_dir/tensorboard too (pip install rl2-spo[tensorboard])."""
     timeout_s: PositiveFloat
     """Limit of every wait on another process."""
     dry_run: bool

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from RL2.demo.model import build_model
 from RL2.demo.problems import write_data
-from RL2.trainer.rl import evaluate_model
+from RL2.evaluation.evaluate import evaluate_model
 from RL2.viewer.report import Page, RunView, Scores, findings, headline, summary_json, write_report
 
 MAX_NEW_TOKENS = 36
@@ -63,8 +63,8 @@ class Plan:
     methods: tuple[Method, ...]
 
 
-FULL = Plan(warmup_steps=1000, steps=70, test_freq=10, methods=METHODS)
-QUICK = Plan(warmup_steps=450, steps=30, test_freq=10, methods=METHODS[2:3])
+FULL = Plan(warmup_steps=1000, steps=80, test_freq=10, methods=METHODS)
+QUICK = Plan(warmup_steps=500, steps=40, test_freq=10, methods=METHODS[2:3])
 
 
 class DemoError(Exception):
@@ -188,7 +188,12 @@ class Child:
         job.folder.mkdir(parents=True)
         self.started = time.monotonic()
         self.task = self.board.start(job.title, job.steps)
-        environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
+        # waiting threads sleep: where other programs want the cores too, spinning makes two threads far slower than one
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(job.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "HF_HUB_OFFLINE": "1",
+        }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
@@ -378,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # so small a model gains nothing from a GPU, and without one the figures are the same everywhere
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    torch.set_num_threads(num_cores())
+    torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, _interrupt)  # end the children on `kill` as on Ctrl-C
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean, stdev, variance
 from typing import NamedTuple
 
 
@@ -56,3 +56,16 @@ def paired_difference(before: Sequence[float], after: Sequence[float], confidenc
     mean = fmean(differences)
     half = quantile(confidence) * stdev(differences) / math.sqrt(len(differences))
     return Estimate(mean, mean - half, mean + half)
+
+
+def unpaired_difference(before: Sequence[float], after: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """Difference of two means of unrelated values, with the normal interval of Welch's unequal variances.
+
+    B. L. Welch, "The significance of the difference between two means when the population variances are unequal",
+    Biometrika 29 (1938).
+    """
+    if len(before) < 2 or len(after) < 2:
+        raise ValueError("a difference of means needs at least two values on each side")
+    difference = fmean(after) - fmean(before)
+    half = quantile(confidence) * math.sqrt(variance(before) / len(before) + variance(after) / len(after))
+    return Estimate(difference, difference - half, difference + half)

@@ -47,11 +47,13 @@ def backbone(lm: PreTrainedModel) -> nn.Module:
 
 
 def head(lm: PreTrainedModel) -> nn.Linear:
-    return lm.get_output_embeddings()  # type: ignore[return-value]
+    return lm.get_output_embeddings()
 
 
 def layers(lm: PreTrainedModel) -> nn.ModuleList:
-    return backbone(lm).layers
+    found = backbone(lm).layers
+    assert isinstance(found, nn.ModuleList)
+    return found
 
 
 def load_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -44,7 +44,8 @@ def _attention(
             "which packed attention does not have; choose a model with plain causal attention"
         )
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return attend(layer, *(x[0].transpose(0, 1) for x in (query, key, value)), scaling)[None], None
+    query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(layer, query_THD, key_TKD, value_TKD, scaling)[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -78,7 +79,9 @@ class PackedAttention:
 
         longest = max(self.lengths)
         out_THD = varlen_attn(
-            *(x.contiguous() for x in (query_THD, key_TKD, value_TKD)),
+            query_THD.contiguous(),
+            key_TKD.contiguous(),
+            value_TKD.contiguous(),
             self.cu_seqlens,
             self.cu_seqlens,
             longest,
@@ -87,6 +90,7 @@ class PackedAttention:
             window_size=(-1, 0),
             enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
         )
+        assert isinstance(out_THD, Tensor)
         return out_THD.flatten(1)
 
 

@@ -20,7 +20,7 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from RL2.evaluation.intervals import Estimate, accuracy, paired_difference
+from RL2.evaluation.intervals import Estimate, accuracy, paired_difference, unpaired_difference
 
 Row = dict[str, Any]
 
@@ -30,11 +30,8 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DASHES = ("solid", "dash", "solid", "dot", "dashdot", "longdash")
 MARKERS = ("circle", "square", "diamond", "x", "triangle-up", "cross")
 
-EDGE_STEPS = 5
+EDGE_STEPS = 10
 """`first` and `last` values of noisy series are means over so many steps."""
-
-STEADY = 0.05
-"""A relative change of less is called none."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,12 @@ class Summary:
     sampled_difference_interval: tuple[float, float] | None = None
     entropy_first: float | None = None
     entropy_last: float | None = None
+    entropy_difference: float | None = None
+    entropy_difference_interval: tuple[float, float] | None = None
     length_first: float | None = None
     length_last: float | None = None
+    length_difference: float | None = None
+    length_difference_interval: tuple[float, float] | None = None
     test_best: float | None = None
     test_last: float | None = None
     collapsed: bool | None = None
@@ -125,8 +126,11 @@ def summarise(run: RunView) -> Summary:
             put(f"{mode}_difference", paired_difference(before, after))
     for name in ("entropy", "length"):
         _, values = series(run.metrics, f"train/{name}")
-        if values:
-            figures[f"{name}_first"], figures[f"{name}_last"] = fmean(values[:EDGE_STEPS]), fmean(values[-EDGE_STEPS:])
+        edge = min(EDGE_STEPS, len(values) // 2)
+        if edge >= 2:
+            first, last = values[:edge], values[-edge:]
+            figures |= {f"{name}_first": fmean(first), f"{name}_last": fmean(last)}
+            put(f"{name}_difference", unpaired_difference(first, last))
     _, tests = series(run.metrics, "test/score")
     if tests:
         best, last = max(tests), tests[-1]
@@ -149,8 +153,8 @@ def headline(runs: Sequence[RunView]) -> str:
         sentences.append(f"{best.title} ended with the highest greedy accuracy, {best.greedy_after:.1%}.")
     moves: dict[str, list[str]] = {}
     for s in found:
-        if s.entropy_first is not None and s.entropy_last is not None:
-            moves.setdefault(_entropy_move(s.entropy_first, s.entropy_last), []).append(s.title)
+        if s.entropy_difference is not None:
+            moves.setdefault(_move(s, "entropy"), []).append(s.title)
     if moves:
         sentences.append("Entropy " + "; it ".join(f"{move} under {_list(who)}" for move, who in moves.items()) + ".")
     judged = [s for s in found if s.collapsed is not None]
@@ -176,28 +180,22 @@ def findings(runs: Sequence[RunView]) -> list[Finding]:
 
 def _finding(s: Summary) -> str:
     parts = []
-    for mode in ("greedy", "sampled"):
-        before, after = getattr(s, f"{mode}_before"), getattr(s, f"{mode}_after")
-        if before is not None:
-            low, high = getattr(s, f"{mode}_difference_interval")
-            move = _move(before, after, clear=low > 0 or high < 0)
-            parts.append(f"{mode} accuracy {move} from {before:.1%} to {after:.1%}")
-    if s.entropy_first is not None and s.entropy_last is not None:
-        move = _entropy_move(s.entropy_first, s.entropy_last)
-        parts.append(f"entropy {move} from {s.entropy_first:.3f} to {s.entropy_last:.3f}")
+    if s.greedy_after is not None:
+        parts.append(f"greedy accuracy {_move(s, 'greedy')} from {s.greedy_before:.1%} to {s.greedy_after:.1%}")
+        parts.append(f"sampled accuracy {_move(s, 'sampled')} from {s.sampled_before:.1%} to {s.sampled_after:.1%}")
+    if s.entropy_difference is not None:
+        parts.append(f"entropy {_move(s, 'entropy')} from {s.entropy_first:.3f} to {s.entropy_last:.3f}")
     if s.collapsed is not None:
         parts.append("the run collapsed" if s.collapsed else "the run did not collapse")
     return "; ".join(parts) + "." if parts else "wrote no figures to judge by."
 
 
-def _move(first: float, last: float, *, clear: bool) -> str:
-    if not clear:
-        return "hardly moved"
-    return "rose" if last > first else "fell"
-
-
-def _entropy_move(first: float, last: float) -> str:
-    return _move(first, last, clear=abs(last - first) >= STEADY * abs(first))
+def _move(s: Summary, name: str) -> str:
+    """Which way a figure went, if its interval leaves out that it stayed."""
+    low, high = getattr(s, f"{name}_difference_interval")
+    if low <= 0 <= high:
+        return "did not clearly move"
+    return "rose" if low > 0 else "fell"
 
 
 _FROM_ZERO = ("test/score", "train/score", "train/entropy")

@@ -113,8 +113,8 @@ class Learner(Worker):
     ) -> dict[str, float]:
         """Gradients of the loss of `step`, summed over microbatches and processes.
 
-        Sequences without any weight are left out of the plan, on every process alike; a microbatch that is empty runs on
-        a sequence of weight 0, so all processes meet in the same collectives.
+        Sequences without any weight are left out of the plan, on every process alike; a microbatch that is empty runs
+        on a sequence of weight 0, so all processes meet in the same collectives.
         """
         self.policy.train()
         assert batch.weight_T is not None
@@ -177,12 +177,14 @@ class _Totals:
                 self.peaks[name] = torch.maximum(self.peaks.get(name, peak), peak)
 
     def means(self) -> dict[str, float]:
-        """The loss as it is (its weights make it a mean already), everything else over the tokens that train."""
+        """The loss as it is (its weights make it a mean already), the rest over the tokens that train, if any does."""
         summed = self.processes.sum(torch.stack(list(self.sums.values()))).tolist()
         sums = dict(zip(self.sums, summed, strict=True))
-        tokens = max(sums["tokens"], 1)
-        means = {name: x if name in ("loss", "tokens") else x / tokens for name, x in sums.items()}
-        return means | {f"{name}_max": float(self.processes.max(peak)) for name, peak in self.peaks.items()}
+        peaks = {f"{name}_max": float(self.processes.max(peak)) for name, peak in self.peaks.items()}
+        means = {"loss": sums.pop("loss"), "tokens": sums.pop("tokens")}
+        if means["tokens"]:
+            means |= {name: x / means["tokens"] for name, x in sums.items()} | peaks
+        return means
 
 
 def schedule(config: Trainable, step: int, total: int) -> float:

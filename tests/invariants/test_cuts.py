@@ -72,8 +72,7 @@ def gradients(actor: Actor, batch: TokenBatch, max_tokens: int) -> Result:
     )
     metrics = actor.backward(batch.with_(weight_T=weight_T), actor.loss, actor.fields, 1.0)
     grads = {
-        name: whole(p.grad) if p.grad is not None else torch.zeros(p.shape)
-        for name, p in actor.lm.named_parameters()
+        name: whole(p.grad) if p.grad is not None else torch.zeros(p.shape) for name, p in actor.lm.named_parameters()
     }
     actor.optimizer.zero_grad()
     return {"metrics": metrics, "grads": grads}

@@ -67,9 +67,7 @@ def test_blocks_waste_little() -> None:
 
 
 def test_sliding_windows_are_refused() -> None:
-    lm = Qwen2ForCausalLM(
-        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    )
+    lm = Qwen2ForCausalLM(Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=0))
     lm.set_attn_implementation(IMPLEMENTATION)
     with pytest.raises(ValueError, match="sliding window"):
         lm.base_model(

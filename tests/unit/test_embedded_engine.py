@@ -186,7 +186,9 @@ def test_memory_that_is_too_small_is_said(lm: PreTrainedModel) -> None:
         asyncio.run(engine.generate([3], Sampling(max_new_tokens=4)))
 
 
-def draws(logits_V: Tensor, number: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> tuple[Any, Any]:
+def draws(
+    logits_V: Tensor, number: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
     """`number` draws from one distribution: frequency of each token, and its log-probability (nan if never drawn)."""
     same = torch.ones(number)
     u = torch.from_numpy(uniforms(list(range(number)), [0] * number))

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from RL2.evaluation.intervals import accuracy, paired_difference, quantile
+from RL2.evaluation.intervals import accuracy, paired_difference, quantile, unpaired_difference
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,12 @@ def test_paired_difference_covers_the_truth_as_often_as_it_says() -> None:
         estimate = paired_difference(before, after)
         covered += estimate.low <= 0.15 <= estimate.high
     assert 0.92 <= covered / 1000 <= 0.98
+
+
+def test_unpaired_difference_is_welchs() -> None:
+    # means 2 and 5, variances 1 and 4 of three values each: standard error sqrt(1/3 + 4/3)
+    half = 1.959964 * math.sqrt(5 / 3)
+    assert unpaired_difference([1, 2, 3], [3, 5, 7]) == pytest.approx((3, 3 - half, 3 + half), abs=1e-6)
 
 
 def test_no_change_is_a_difference_of_nothing() -> None:

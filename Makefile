@@ -1,0 +1,42 @@
+# setup makes .venv; every other word makes what it needs first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo demo-quick test check bench bench-setup format clean
+
+setup: $(READY)
+
+$(READY): requirements/test.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: setup ## train four methods on a toy task and write runs/demo/report.html
+	$(BIN)/python -m RL2.demo.run
+
+demo-quick: setup ## the same with one method
+	$(BIN)/python -m RL2.demo.run --quick
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: bench-setup
+	$(BIN)/python benchmarks/rl_step.py
+
+bench-setup: setup ## the peers that benchmarks compare with
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/bench.txt
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs

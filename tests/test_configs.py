@@ -1,0 +1,145 @@
+"""Every program's YAML loads, every knob says what it means, and every mistake is answered in the user's words."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import resource
+import subprocess
+import sys
+import typing
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from RL2 import config
+from RL2.config import PROGRAMS, ConfigError, Range, RLConfig, check_files, load, show
+
+ROOT = Path(__file__).resolve().parents[1]
+YAMLS = ROOT / "RL2" / "trainer" / "config"
+
+MODEL = ("actor.model_name=model", "actor.max_length_per_device=512", "trainer.experiment_name=test")
+SFT = ("data.path=rows.jsonl", "data.max_length=512", "data.batch_size=8", *MODEL)
+RL = (
+    "train_data.path=rows.jsonl",
+    "train_data.prompts_per_rollout=4",
+    "rollout.train_sampling_params.max_new_tokens=16",
+    f"rollout.env_path={ROOT}/envs/gsm8k.py",
+    *MODEL,
+)
+
+
+def minimal(program: str) -> tuple[str, ...]:
+    return RL if PROGRAMS[program] is RLConfig else SFT
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_needs_few_overrides_and_shows_what_it_resolved(program: str) -> None:
+    loaded = load(program, minimal(program))
+    assert loaded.actor.model_name == "model"
+    assert loaded.trainer.save_dir == "ckpts/test"
+    shown = OmegaConf.create(show(loaded))
+    assert shown.actor.max_length_per_device == 512
+
+
+@pytest.mark.parametrize(
+    ("program", "missing"), [*[("ppo", i) for i in range(len(RL))], *[("sft", i) for i in range(len(SFT))]]
+)
+def test_what_the_minimum_lacks_is_asked_for(program: str, missing: int) -> None:
+    given = minimal(program)
+    key = given[missing].partition("=")[0]
+    with pytest.raises(ConfigError) as caught:
+        load(program, given[:missing] + given[missing + 1 :])
+    assert str(caught.value) == f"{key} is not set; pass {key}=..."
+
+
+def test_every_program_has_a_yaml_and_a_module() -> None:
+    assert {path.stem for path in YAMLS.glob("*.yaml")} == set(PROGRAMS)
+    assert all((ROOT / "RL2" / "trainer" / f"{program}.py").is_file() for program in PROGRAMS)
+
+
+def knobs() -> dict[str, bool]:
+    """Class.field -> whether a text stands below it; without the fields that are groups of others."""
+    found = {}
+    for node in ast.walk(ast.parse(inspect.getsource(config))):
+        cls = getattr(config, node.name, None) if isinstance(node, ast.ClassDef) else None
+        if cls is Range or not is_dataclass(cls):
+            continue
+        hints = typing.get_type_hints(cls)
+        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign) and not is_dataclass(hints[statement.target.id]):
+                text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                found[f"{node.name}.{statement.target.id}"] = text and isinstance(following.value.value, str)
+    return found
+
+
+def test_every_knob_says_what_it_means() -> None:
+    found = knobs()
+    assert len(found) > 70
+    assert [name for name, has_text in found.items() if not has_text] == []
+
+
+MISTAKES = [
+    ("actor.kl.estimator=k9", "actor.kl.estimator='k9'; choose one of k1, k2, k3"),
+    ("actor.kl.esimator=k2", "ppo has no key 'actor.kl.esimator'; did you mean actor.kl.estimator?"),
+    ("+actor.kl.esimator=k2", "nothing reads actor.kl.esimator"),
+    ("zzz=1", "ppo has no key 'zzz'"),
+    ("actor.lr", "'actor.lr' is not an override; write key=value"),
+    ("actor.lr=fast", "actor.lr='fast'; expected a number"),
+    ("actor.lr=nan", "actor.lr=nan; expected a finite number"),
+    ("actor.lr=-1", "actor.lr=-1; must be at least 0"),
+    ("actor.lr=null", "actor.lr is not set; pass actor.lr=..."),
+    ("actor.clip=0", "actor.clip=0; must be above 0"),
+    ("actor.warmup_ratio=1.5", "actor.warmup_ratio=1.5; must be at least 0 and at most 1"),
+    ("actor.update_per_rollout=2.5", "actor.update_per_rollout=2.5; expected a whole number"),
+    ("actor.update_per_rollout=0", "actor.update_per_rollout=0; must be at least 1"),
+    ("actor.use_liger_kernel=1", "actor.use_liger_kernel=1; expected true or false"),
+    ("actor.betas=0.9", "actor.betas=0.9; expected a list: 'actor.betas=[...]'"),
+    ("actor.betas=[0.9,2]", "actor.betas[1]=2; must be at least 0 and at most 1"),
+    ("actor.kl=0.1", "actor.kl=0.1; actor.kl is a group: set actor.kl.NAME=value"),
+    ("actor.tp_size=2", "actor.tp_size=2; choose 1"),
+    ("rollout.tp_size=2", "rollout.tp_size=2; choose 1"),
+    ("rollout.model_name=other", "rollout.model_name='other' is not actor.model_name='model'"),
+    ("trainer.test_freq=5", "trainer.test_freq=5 needs test_data.path"),
+    ("actor.average_over=kept", "actor.average_over=kept has no effect with actor.train_on=all; set one of the two"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[override for override, _ in MISTAKES])
+def test_a_mistake_is_answered_with_the_override_to_change(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("ppo", (*RL, override))
+    assert str(caught.value) == message
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    named = {
+        "ppo": ("rollout.env_path=envs/nothing.py", "train_data.path=nothing.parquet", "test_data.path=nothing.json"),
+        "sft": ("data.path=nothing.jsonl", "data.env_path=envs/nothing.py"),
+    }
+    for program, overrides in named.items():
+        for override in overrides:
+            # what is no file name is a hub data set
+            given = (*minimal(program), "data.path=rows" if program == "sft" else "train_data.path=rows", override)
+            key, _, path = override.partition("=")
+            with pytest.raises(ConfigError) as caught:
+                check_files(load(program, given))
+            assert str(caught.value) == f"{key}={path}: there is no such file"
+
+
+def test_a_mistake_ends_a_program_in_one_line() -> None:
+    before = cpu_seconds_of_children()
+    command = [sys.executable, "-m", "RL2.trainer.spo", *RL, "actor.kl.estimator=k9"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "spo: actor.kl.estimator='k9'; choose one of k1, k2, k3\n"
+    assert cpu_seconds_of_children() - before < 15
+
+
+def cpu_seconds_of_children() -> float:
+    """Not the time on the clock, which says more about what else the machine does."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

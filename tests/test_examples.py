@@ -1,0 +1,89 @@
+"""Every example is a command that works as it stands, checked with a dry run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from RL2.trainer.run import main
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.sh"))
+DRY = ("trainer.dry_run=true", "trainer.experiment_name=renamed")
+
+SAYS = {
+    "sft": ("data", "rows through"),
+    "ppo": ("train data", "test data", "environment", "engine", "objective"),
+}
+"""Program -> the lines of a dry run; `ppo` stands for all of reinforcement learning."""
+
+
+def run(example: Path, bin_folder: Path) -> subprocess.CompletedProcess[str]:
+    """The script with the commands of `bin_folder` first, started from a folder that is not the repository."""
+    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "NPROC": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(example), *DRY]
+    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=120)
+
+
+def check(program: str, output: str) -> None:
+    assert "experiment_name: renamed\n" in output
+    assert "save_dir: ckpts/renamed\n" in output
+    says = {line[:13].rstrip() for line in output.splitlines()}
+    assert says >= {"program", "model", "a step", "writes to", *SAYS.get(program, SAYS["ppo"])}
+    assert output.endswith("dry run: all checks passed\n")
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Path:
+    """A folder with a `torchrun` that only tells its arguments, a line each."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    torchrun.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_resolves(
+    example: Path, recorder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = run(example, recorder)
+    assert done.returncode == 0, done.stderr
+    processes, module_flag, module, *overrides = done.stdout.splitlines()
+    assert (processes, module_flag) == ("--nproc_per_node=1", "-m")
+    assert overrides[-len(DRY) :] == list(DRY)  # what is given to the script goes last, and so wins
+    program = module.removeprefix("RL2.trainer.")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [module, *overrides])
+    main(program, lambda config, run: pytest.fail("a dry run trains nothing"))
+    check(program, capsys.readouterr().out)
+
+
+def test_examples_run_under_torchrun() -> None:
+    """The whole way for one of each kind; the others differ in their overrides only."""
+    chosen = {"sft": ROOT / "examples" / "gsm8k_sft.sh", "ppo": ROOT / "examples" / "gsm8k_reinforce.sh"}
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda example: run(example, Path(sys.executable).parent), chosen.values())
+        for program, done in zip(chosen, results, strict=True):
+            assert done.returncode == 0, done.stderr
+            check(program, done.stdout)
+    assert not (ROOT / "ckpts" / "renamed").exists()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_written_with_care(example: Path) -> None:
+    text = example.read_text()
+    assert os.access(example, os.X_OK)
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert re.search(r"^# .*hardware", text, re.IGNORECASE | re.MULTILINE), "say what it was written for"
+    # without the space a value takes in the next line
+    assert not re.search(r"\S\\$", text, re.MULTILINE)
+    assert text.endswith('"$@"\n')
+    assert "/home/" not in text
