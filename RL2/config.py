@@ -21,7 +21,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """Something for the user to put right, said in plain words; programs end with it and exit code 1."""
+
+
+class ConfigError(UserError, ValueError):
     """A setting that cannot work; the message names the override to change."""
 
 
@@ -282,6 +286,11 @@ class RLConfig:
             )
         if actor.average_over == "kept" and actor.train_on == "all":
             raise ConfigError("actor.average_over=kept has no effect with actor.train_on=all; set one of the two")
+        if actor.kl.coef > 0 and actor.kl.type != "loss" and actor.objective != "ppo":
+            raise ConfigError(
+                f"actor.kl.type={actor.kl.type} has no effect: actor.objective={actor.objective} reads no advantages; "
+                "set actor.kl.type=loss"
+            )
         if rollout.dynamic_filtering and self.train_data.responses_per_prompt == 1:
             raise ConfigError(
                 "rollout.dynamic_filtering=true drops every group of one (train_data.responses_per_prompt=1); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,7 @@ class Report:
         shown = [f"{name} {form.format(metrics[key])}" for key, (name, form) in CONSOLE.items() if key in metrics]
         if metrics.get("train/unscored"):
             shown.append(f"UNSCORED {metrics['train/unscored']:.0f}")
-        tqdm.write(f"step {step}/{self.num_steps}  " + "  ".join(shown))
+        self.say(f"step {step}/{self.num_steps}  " + "  ".join(shown))
         self._append("metrics.jsonl", [{"step": step} | metrics])
         for dashboard in self.dashboards:
             dashboard.log(metrics, step)
@@ -75,6 +76,7 @@ class Report:
     def say(self, text: str) -> None:
         if self.is_first:
             tqdm.write(text)
+            sys.stdout.flush()  # a file or pipe would hold back many lines
 
     @contextmanager
     def bar(self, total: int, what: str) -> Iterator[tqdm[Any]]:

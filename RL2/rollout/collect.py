@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from RL2.config import UserError
 from RL2.engines.base import Engine
 from RL2.rollout.environment import Environment
 from RL2.rollout.episode import run_episode
@@ -77,12 +78,16 @@ def unscored_causes(trajectories: Seq[Trajectory]) -> Counter[str]:
     return Counter(trajectory.unscored for trajectory in trajectories if trajectory.unscored is not None)
 
 
+class NothingScored(UserError, RuntimeError):
+    """Not one trajectory of a rollout has a reward."""
+
+
 def raise_if_all_unscored(trajectories: Seq[Trajectory]) -> None:
     """Nothing to learn from or report on: the environment is broken, and the run must not go on."""
     if trajectories and not scored(trajectories):
         causes = unscored_causes(trajectories).most_common(5)
         listed = "".join(f"\n  {count} times: {cause}" for cause, count in causes)
-        raise RuntimeError(
+        raise NothingScored(
             f"none of the {len(trajectories)} trajectories has a reward; the most common causes:{listed}"
         )
 

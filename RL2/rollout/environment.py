@@ -30,6 +30,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from RL2.config import UserError
+
 ATTEMPTS = 4
 """How often a call is handed in before it is given up because others blocked the loop each time."""
 PATIENCE = 1.25
@@ -38,7 +40,7 @@ PATIENCE = 1.25
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
 
 
-class ScriptError(ValueError):
+class ScriptError(UserError, ValueError):
     """The script cannot be used at all; found when it is loaded."""
 
 

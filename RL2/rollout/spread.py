@@ -45,7 +45,7 @@ class Rollouts:
     ) -> list[Trajectory]:
         """`responses_per_prompt` trajectories of each prompt, in order, the same list on every process (collective).
 
-        Raises RuntimeError, on every process, if not one of them could be scored.
+        Raises `NothingScored`, on every process, if not one of them could be scored.
         """
         rank, size = self.processes.rank, self.processes.world_size
         first, last = (len(prompts) * i // size for i in (rank, rank + 1))

@@ -1,7 +1,6 @@
 """`torchrun -m RL2.trainer.ppo key=value ...`: policy gradient with PPO's ratio, by default Dr. GRPO."""
 
-from RL2.trainer.rl import train
-from RL2.trainer.run import main
+from RL2.trainer.launch import main
 
 if __name__ == "__main__":
-    main("ppo", train)
+    main("ppo")

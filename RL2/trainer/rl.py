@@ -15,7 +15,7 @@ from RL2.models.policy import empty_model, end_tokens, load_tokenizer
 from RL2.objectives.terms import kl_estimate
 from RL2.packing import pack
 from RL2.report import Metrics, Report
-from RL2.rollout.collect import drop_equal_groups, rollout_metrics, scored
+from RL2.rollout.collect import drop_equal_groups, rollout_metrics, scored, unscored_causes
 from RL2.rollout.environment import load_environment
 from RL2.rollout.spread import Rollouts
 from RL2.trainer.run import Run
@@ -55,8 +55,10 @@ def train(config: RLConfig, run: Run) -> None:
     for step in range(first_step, num_steps):
         clock = Clock()
         engine.load_weights(actor.weights(), version=step)
-        metrics = test(tests, rollouts, config, step, report) if run.due(trainer.test_freq, step) else {}
-        clock.lap("test")
+        metrics: Metrics = {}
+        if run.due(trainer.test_freq, step):
+            metrics = test(tests, rollouts, config, step, report)
+            clock.lap("test")
 
         trajectories = sample([prompts[row] for row in cursor.next()], rollouts, config, step, report)
         metrics |= rollout_metrics(trajectories, "train")
@@ -99,6 +101,8 @@ def sample(prompts: list[Prompt], rollouts: Rollouts, config: RLConfig, step: in
     seed = config.trainer.seed * 1_000_000 + step  # a seed of its own for each step
     with report.bar(len(prompts) * number, "rollout") as bar:
         trajectories = rollouts.collect(prompts, config.rollout.train_sampling_params, number, seed, bar.update)
+    for cause, count in unscored_causes(trajectories).most_common(3):
+        report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")
     report.samples(step, "train", trajectories[: config.trainer.samples_per_step])
     return trajectories
 

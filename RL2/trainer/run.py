@@ -1,12 +1,10 @@
-"""What every program does around its loop: configuration, processes, seed, folder, report, errors in plain words."""
+"""What every program does around its loop: processes, seed, folder, report, resume, save."""
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from RL2 import checkpoint
-from RL2.config import ConfigError, RLConfig, SFTConfig, check_files, load, show
+from RL2.config import ConfigError, RLConfig, SFTConfig, show
 from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
-from RL2.data.source import DataError, describe
 from RL2.parallel.processes import Processes
 from RL2.report import Dashboard, Report, TensorBoard, Wandb
-from RL2.rollout.environment import ScriptError
-from RL2.workers.worker import Learner, NonFinite
+from RL2.workers.worker import Learner
 
 
 @dataclass(frozen=True)
@@ -83,22 +79,6 @@ class Run:
         return frequency is not None and step % frequency == 0
 
 
-def main(program: str, train: Callable[[Any, Run], None]) -> None:
-    """Entry point of a program. Errors of the user end in one line and exit code 1."""
-    try:
-        config = load(program, sys.argv[1:])
-        check_files(config)
-        if config.trainer.dry_run:
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(show(config) + "\n" + summary(program, config))
-            return
-        with start(config) as run:
-            train(config, run)
-    except (ConfigError, DataError, ScriptError, NonFinite) as error:
-        rank = os.environ.get("RANK")
-        sys.exit(f"{program}{f' (rank {rank})' if rank else ''}: {error}")
-
-
 @contextmanager
 def start(config: RLConfig | SFTConfig) -> Iterator[Run]:
     """Join the other processes, seed, and make the run's folder; leave in order."""
@@ -125,25 +105,3 @@ def start(config: RLConfig | SFTConfig) -> Iterator[Run]:
         yield Run(trainer, save_dir, processes, asdict(config))
     finally:
         processes.stop()
-
-
-def summary(program: str, config: RLConfig | SFTConfig) -> str:
-    """What a run would use, in words; nothing is loaded."""
-    lines = [f"program      {program}", f"model        {config.actor.model_name}"]
-    if isinstance(config, SFTConfig):
-        lines += [f"data         {describe(config.data.path)}", f"rows through {config.data.env_path or 'as they are'}"]
-        per_step = f"{config.data.batch_size} examples"
-    else:
-        train, rollout = config.train_data, config.rollout
-        lines += [f"train data   {describe(train.path)}"]
-        lines += [f"test data    {describe(config.test_data.path) if config.test_data.path else 'none'}"]
-        lines += [f"environment  {rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode"]
-        lines += [f"engine       {rollout.engine}"]
-        lines += [f"objective    {config.actor.objective}, advantages {config.adv.estimator}"]
-        per_step = (
-            f"{train.prompts_per_rollout} prompts x {train.responses_per_prompt} responses, "
-            f"{config.actor.update_per_rollout} update(s)"
-        )
-    return "\n".join(
-        [*lines, f"a step       {per_step}", f"writes to    {config.trainer.save_dir}", "dry run: all checks passed"]
-    )

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, Trainable
+from RL2.config import ConfigError, Trainable, UserError
 from RL2.models.policy import Policy, export, layers, load_model, named_weights
 from RL2.objectives.declare import Loss
 from RL2.packing import plan
@@ -27,7 +27,7 @@ Progress = Callable[[int], object]
 """Told how many sequences more are done."""
 
 
-class NonFinite(RuntimeError):
+class NonFinite(UserError, RuntimeError):
     """A loss or gradient that is not a number; the optimizer step was not taken."""
 
 

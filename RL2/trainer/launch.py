@@ -1,0 +1,53 @@
+"""The door of every program: configuration, dry run, errors in plain words. Heavy imports wait for all that."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+from RL2.config import RLConfig, SFTConfig, UserError, check_files, load, show
+from RL2.data.source import describe
+
+LOOPS = {"sft": "RL2.trainer.sft_loop", "ppo": "RL2.trainer.rl", "spo": "RL2.trainer.rl", "spo_0p5": "RL2.trainer.rl"}
+"""Program -> the module whose `train(config, run)` is its loop."""
+
+
+def main(program: str) -> None:
+    """Run `program` with the overrides of the command line. Errors of the user end in one line and exit code 1."""
+    try:
+        config = load(program, sys.argv[1:])
+        check_files(config)
+        if config.trainer.dry_run:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(show(config) + "\n" + summary(program, config))
+            return
+        from RL2.trainer.run import start
+
+        with start(config) as run:
+            import_module(LOOPS[program]).train(config, run)
+    except UserError as error:
+        rank = os.environ.get("RANK")
+        sys.exit(f"{program}{f' (rank {rank})' if rank else ''}: {error}")
+
+
+def summary(program: str, config: RLConfig | SFTConfig) -> str:
+    """What a run would use, in words; nothing is loaded."""
+    lines = [f"program      {program}", f"model        {config.actor.model_name}"]
+    if isinstance(config, SFTConfig):
+        lines += [f"data         {describe(config.data.path)}", f"rows through {config.data.env_path or 'as they are'}"]
+        per_step = f"{config.data.batch_size} examples"
+    else:
+        train, rollout = config.train_data, config.rollout
+        lines += [f"train data   {describe(train.path)}"]
+        lines += [f"test data    {describe(config.test_data.path) if config.test_data.path else 'none'}"]
+        lines += [f"environment  {rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode"]
+        lines += [f"engine       {rollout.engine}"]
+        lines += [f"objective    {config.actor.objective}, advantages {config.adv.estimator}"]
+        per_step = (
+            f"{train.prompts_per_rollout} prompts x {train.responses_per_prompt} responses, "
+            f"{config.actor.update_per_rollout} update(s)"
+        )
+    return "\n".join(
+        [*lines, f"a step       {per_step}", f"writes to    {config.trainer.save_dir}", "dry run: all checks passed"]
+    )
