@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -128,9 +128,9 @@ def summarise(run: RunView) -> Summary:
         _, values = series(run.metrics, f"train/{name}")
         edge = min(EDGE_STEPS, len(values) // 2)
         if edge >= 2:
-            first, last = values[:edge], values[-edge:]
-            figures |= {f"{name}_first": fmean(first), f"{name}_last": fmean(last)}
-            put(f"{name}_difference", unpaired_difference(first, last))
+            start, end = values[:edge], values[-edge:]
+            figures |= {f"{name}_first": fmean(start), f"{name}_last": fmean(end)}
+            put(f"{name}_difference", unpaired_difference(start, end))
     _, tests = series(run.metrics, "test/score")
     if tests:
         best, last = max(tests), tests[-1]
@@ -211,41 +211,47 @@ class Chart(NamedTuple):
 def charts(runs: Sequence[RunView]) -> list[Chart]:
     """The five pictures; a method has the same colour in all of them."""
 
-    def draw(id: str, title: str, note: str, key: str, tick: str, *, line: str = "noisy") -> Chart:
+    def draw(id: str, title: str, note: str, key: str, tick: str, **look: bool) -> Chart:
         figure = go.Figure()
         for number, run in enumerate(runs):
-            figure.add_traces(list(_traces(run, key, number, tick.replace(".0%", ".1%"), noisy=line == "noisy")))
-        figure.update_layout(**_LAYOUT, height=360 if line == "tests" else 280)
+            figure.add_traces(_traces(run, key, number, tick.replace(".0%", ".1%"), **look))
+        figure.update_layout(**_LAYOUT, height=360 if id == "test" else 280)
         figure.update_yaxes(tickformat=tick, rangemode="tozero" if key in _FROM_ZERO else "normal")
         div = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{id}", config=_CONFIG)
         return Chart(id, title, note, div)
 
     return [
-        draw("test", "Test accuracy", "held-out problems, greedy", "test/score", ".0%", line="tests"),
+        draw("test", "Test accuracy", "held-out problems, greedy", "test/score", ".0%", noisy=False),
         draw("train", "Training accuracy", "rollouts of each step", "train/score", ".0%"),
         draw("entropy", "Entropy", "nats per sampled token, estimated from the rollouts", "train/entropy", ".3~f"),
         draw("length", "Response length", "tokens", "train/length", ".3~f"),
-        draw("loss", "Loss", "every method has its own: compare shapes", "actor/loss", ".3~g"),
+        # methods minimise different things: on one scale the largest would press the others flat
+        draw("loss", "Loss", "each as a share of its own largest value", "actor/loss", ".3~g", scaled=True),
     ]
 
 
-def _traces(run: RunView, key: str, number: int, tick: str, *, noisy: bool) -> Iterator[go.Scatter]:
+def _traces(
+    run: RunView, key: str, number: int, tick: str, *, noisy: bool = True, scaled: bool = False
+) -> list[go.Scatter]:
+    """One line, or for a noisy series two: faintly what was measured, and over it its running mean."""
     steps, values = series(run.metrics, key)
+    largest = max(map(abs, values), default=1.0) or 1.0
+    heights = [value / largest for value in values] if scaled else values
     colour = COLOURS[number % len(COLOURS)]
-    line = {"color": colour, "width": 2.5, "dash": DASHES[number % len(DASHES)]}
-    marker = {"symbol": MARKERS[number % len(MARKERS)], "size": 8, "color": colour}
     shared = {"x": steps, "name": run.title, "meta": run.name, "showlegend": False, "cliponaxis": False}
-    hover = f"%{{y:{tick}}}"
-    if noisy:
-        # what was measured, faintly, under its running mean; only the measured value is read out
-        faint = {"color": colour, "width": 1}
-        yield go.Scatter(**shared, y=values, mode="lines", line=faint, opacity=0.3, hoverinfo="skip")
-        hover = "%{customdata:" + tick + "}"
-        yield go.Scatter(
-            **shared, y=smooth(values), customdata=values, mode="lines", line=line, marker=marker, hovertemplate=hover
-        )
-    else:
-        yield go.Scatter(**shared, y=values, mode="lines+markers", line=line, marker=marker, hovertemplate=hover)
+    faint = go.Scatter(
+        **shared, y=heights, mode="lines", line={"color": colour, "width": 1}, opacity=0.3, hoverinfo="skip"
+    )
+    strong = go.Scatter(
+        **shared,
+        y=smooth(heights) if noisy else heights,
+        mode="lines" if noisy else "lines+markers",
+        line={"color": colour, "width": 2.5, "dash": DASHES[number % len(DASHES)]},
+        marker={"symbol": MARKERS[number % len(MARKERS)], "size": 8},
+        customdata=values,  # what is read out is the value itself, neither smoothed nor scaled
+        hovertemplate=f"%{{customdata:{tick}}}",
+    )
+    return [faint, strong] if noisy else [strong]
 
 
 def smooth(values: Sequence[float], reach: int = 3) -> list[float]:
@@ -315,8 +321,9 @@ def readings(run: RunView, *, each: int = 2) -> list[Reading]:
     found = []
     for step in steps[:1] + steps[1:][-1:]:
         here = [row for row in rows if row["step"] == step]
-        right = [row for row in here if row.get("score", 0) > 0]
-        wrong = [row for row in here if not row.get("score", 0) > 0]
+        # one of each problem, since samples of a group say much the same
+        right = list({row.get("row"): row for row in here if row.get("score", 0) > 0}.values())
+        wrong = list({row.get("row"): row for row in here if not row.get("score", 0) > 0}.values())
         found.append(Reading(step, [_rollout(row) for row in right[:each] + wrong[:each]]))
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -38,17 +37,18 @@ class Run:
     log: Path
 
     def wait(self) -> Run:
-        """Until it ends; a hanging one is killed and fails the test."""
+        """Until it ends; a hanging one is ended and fails the test."""
         try:
             self.process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self.process.terminate()  # torchrun then ends its processes, which have sessions of their own
+            self.process.wait()
             raise AssertionError(f"still running after {LIMIT_S} s:\n{self.output}\n{self.errors}") from None
         return self
 
     def kill(self) -> None:
-        """SIGKILL to all its processes."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """SIGKILL; of a run on one process."""
+        self.process.kill()
         self.process.wait()
 
     def succeeded(self) -> Run:
@@ -105,7 +105,6 @@ class World:
                 stdout=out,
                 stderr=err,
                 env=environment,
-                start_new_session=True,
             )
         return Run(process, settings, save_dir, log)
 

@@ -66,7 +66,7 @@ def test_held_out_problems_share_no_calculation_with_the_others(tmp_path: Path) 
     held = {problem.calculation for problem in draw_problems(rng, 500, held_out=True)}
     assert not seen & held
 
-    # and so in the files: the numbers of a question in their order, with the answer, are nearly the calculation
+    # and the files keep to it: no question of the test stands among the others
     write_data(tmp_path, 0, warmup_rows=500, train_rows=500, test_rows=64)
     assert not {row["messages"][0]["content"] for row in read(tmp_path / "test.jsonl")} & {
         row["messages"][0]["content"] for name in ("warmup", "train") for row in read(tmp_path / f"{name}.jsonl")

@@ -1,0 +1,44 @@
+"""What a run writes: lines that can be read again, and dashboards with the same names."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from RL2.report import Report, TensorBoard
+from RL2.types import Trajectory
+
+
+def test_a_step_is_a_line_here_and_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(tmp_path, is_first=True, num_steps=9, dashboards=[TensorBoard(tmp_path)])
+    report.step(3, {"train/score": 0.5, "actor/loss": -0.25, "train/unscored": 2.0, "other": 7.0})
+    report.close()
+    assert capsys.readouterr().out == "step 3/9  score 0.500  loss -0.2500  UNSCORED 2\n"
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row == {"step": 3, "train/score": 0.5, "actor/loss": -0.25, "train/unscored": 2.0, "other": 7.0}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("actor/loss")] == [(3, -0.25)]
+
+
+def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(tmp_path, is_first=False, num_steps=9)
+    report.step(0, {"actor/loss": 1.0})
+    report.samples(0, "train", [Trajectory(0, 0, 0)])
+    report.say("hello")
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
+
+
+def test_resuming_forgets_what_will_come_again(tmp_path: Path) -> None:
+    """Model text may hold any character that some reader takes for the end of a line."""
+    report = Report(tmp_path, is_first=True, num_steps=9)
+    for step in range(3):
+        report.step(step, {"actor/loss": float(step)})
+        report.samples(step, "train", [Trajectory(0, 0, 0, texts=["a\u2028b\u0085c\nd"])])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "actor/lo')  # killed while writing
+    report.keep_before(2)
+    assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+    kept = [json.loads(x) for x in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").strip().split("\n")]
+    assert [row["texts"] for row in kept] == [["a\u2028b\u0085c\nd"]] * 2
