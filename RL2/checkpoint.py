@@ -101,6 +101,15 @@ def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
     return source
 
 
+def set_aside_after(save_dir: Path, step: int) -> None:
+    """Rename checkpoints of later steps: a run that goes on from `step` has another future, and `latest` is in it."""
+    for path in save_dir.glob("step_*"):
+        if not path.suffix and int(path.name.removeprefix("step_")) > step:
+            aside = path.with_suffix(".superseded")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def _random_states(device: torch.device) -> dict[str, Tensor]:
     version, internal, _ = random.getstate()
     states = {"torch": torch.get_rng_state(), "python": torch.tensor([version, *internal], dtype=torch.int64)}

@@ -425,5 +425,7 @@ def check_files(config: RLConfig | SFTConfig) -> None:
     else:
         named |= {"data.path": config.data.path, "data.env_path": config.data.env_path}
     for key, path in named.items():
-        if path is not None and Path(path).suffix and "@" not in path and not Path(path).is_file():
+        # a name without suffix may be a hub data set or a folder; a script is always a file
+        is_file = path is not None and (key.endswith("env_path") or (Path(path).suffix and "@" not in path))
+        if path is not None and is_file and not Path(path).is_file():
             raise ConfigError(f"{key}={path}: there is no such file")

@@ -49,6 +49,8 @@ class Run:
             step = checkpoint.load(source, learner, cursor, self.processes)
             report.say(f"resumed from {source}: step {step}")
         report.keep_before(step)
+        if self.processes.is_first:
+            checkpoint.set_aside_after(self.save_dir, step)
         self.processes.wait()
         return step
 

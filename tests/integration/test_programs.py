@@ -104,7 +104,7 @@ def test_two_processes_with_fewer_correct_sequences_than_processes(runs: Runs, w
     assert [row["train/score"] for row in run.metrics] == [0, 1 / 8, 1 / 8]
     assert [row["actor/loss"] == 0 for row in run.metrics] == [True, False, False]
     assert [row["actor/grad_norm"] == 0 for row in run.metrics] == [True, False, False]
-    assert all(row["actor/logp_gap_max"] <= 1e-4 for row in run.metrics)
+    assert all(row["actor/logp_gap_max"] <= 1e-4 for row in run.metrics[1:])
 
     # a step without a correct sequence leaves the weights as they were, bit for bit
     before = load_file(world.weights)

@@ -156,3 +156,13 @@ def test_what_an_interrupted_run_wrote_is_cut_back(tmp_path: Path) -> None:
         file.write_bytes(whole[:cut])
         report.keep_before(2)
         assert file.read_bytes() == lines[0] + lines[1]
+
+
+def test_going_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        folder = tmp_path / f"step_{step:06d}"
+        folder.mkdir()
+        (folder / "notes.json").write_text("{}")
+    checkpoint.set_aside_after(tmp_path, 4)
+    assert checkpoint.find("latest", tmp_path) == tmp_path / "step_000004"
+    assert (tmp_path / "step_000006.superseded" / "notes.json").exists()
