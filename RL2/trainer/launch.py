@@ -22,6 +22,9 @@ def main(program: str) -> None:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(show(config) + "\n" + summary(program, config))
             return
+        # threads that spin while they wait make a CPU run up to 30 times slower as soon as anything else wants a core;
+        # read by OpenMP when torch is first imported, which is below
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from RL2.trainer.run import start
 
         with start(config) as run:

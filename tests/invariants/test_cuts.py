@@ -245,3 +245,22 @@ def test_the_loss_is_the_sum_over_tokens(one: dict[str, Result], folder: Path) -
         tis_T = (p_a.log() - own.engine_logp_T[own.action_T]).exp().clamp(max=2.0)
         total += (kl_T * tis_T - 0.01 * entropy_T).mean().detach() / batch.num_sequences
     assert one["spo"]["metrics"]["loss"] == pytest.approx(total.item(), rel=1e-4)
+
+
+def test_bfloat16_trains_float32_weights(folder: Path, processes: Processes) -> None:
+    """Updates of 1e-6 are far below bfloat16's resolution at the weights' size, and must not be lost."""
+    batch = mixed()
+    config = actor_config("ppo", str(folder / "model"), dtype="bfloat16", lr=1e-6, weight_decay=0.0)
+    half, whole_precision = (
+        Actor(config, processes, 10, folder),
+        Actor(replace(config, dtype="float32"), processes, 10, folder),
+    )
+    before = {name: whole(w) for name, w in half.weights()}
+    metrics, exact = half.update(batch), whole_precision.update(batch)
+    assert metrics["actor/entropy"] == pytest.approx(exact["actor/entropy"], rel=0.02)
+    assert metrics["actor/entropy"] != exact["actor/entropy"]
+    after = {name: whole(w) for name, w in half.weights()}
+    assert {w.dtype for w in after.values()} == {torch.float32}
+    changed = sum(int((after[n] != before[n]).sum()) for n in before) / sum(w.numel() for w in before.values())
+    assert changed > 0.95
+    assert max((after[n] - before[n]).abs().max().item() for n in before) < 2e-6
