@@ -13,9 +13,9 @@ from RL2.types import TokenBatch
 def reinforce(batch: TokenBatch, *, global_norm: bool, norm_var: bool) -> Tensor:
     """Total reward of the trajectory minus the mean of its group, on each of its action tokens.
 
-    Dr. GRPO (arXiv 2503.20783); with `norm_var` divided by the group's standard deviation (GRPO, 2402.03300). With
-    `global_norm`, or where groups have one member and so no mean to compare with, mean and deviation are those of the
-    whole rollout (REINFORCE++, 2501.03262).
+    Dr. GRPO (arXiv 2503.20783); with `norm_var` divided by the group's standard deviation, n - 1 in its denominator
+    (GRPO, 2402.03300). With `global_norm`, or where groups have one member and so no mean to compare with, mean and
+    deviation are those of the whole rollout (REINFORCE++, 2501.03262).
     """
     reward_N, group_N, number_B = _trajectories(batch)
     group_N = group_N.unique(return_inverse=True)[1]
@@ -24,7 +24,9 @@ def reinforce(batch: TokenBatch, *, global_norm: bool, norm_var: bool) -> Tensor
     mean_N = _group_mean(reward_N, group_N)
     advantage_N = reward_N - mean_N
     if norm_var:
-        advantage_N = advantage_N / (_group_mean(advantage_N.square(), group_N).sqrt() + 1e-6)
+        size_N = torch.bincount(group_N)[group_N]
+        variance_N = _group_mean(advantage_N.square(), group_N) * size_N / (size_N - 1).clamp(min=1)
+        advantage_N = advantage_N / (variance_N.sqrt() + 1e-6)
     return _on_actions(batch, advantage_N[number_B])
 
 

@@ -73,11 +73,17 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
     saved = dcp.FileSystemReader(source / "state").read_metadata().state_dict_metadata
     if extra := {key for key in saved if key.startswith("model.")} - {f"model.{name}" for name in model_state}:
         raise ConfigError(f"trainer.load_ckpt_from={source} is of a larger model: it has {min(extra)}")
+    knobs = [{k: v for k, v in group.items() if k != "params"} for group in learner.optimizer.param_groups]
     set_state_dict(
         learner.policy, learner.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
+    for group, own in zip(learner.optimizer.param_groups, knobs, strict=True):
+        group.update(own)  # the configuration's word counts, not the checkpoint's
     learner.steps = notes["optimizer_steps"]
-    cursor.load_state_dict(notes["cursor"])
+    try:
+        cursor.load_state_dict(notes["cursor"])
+    except ValueError as error:
+        raise ConfigError(f"trainer.load_ckpt_from={source}: {error}") from error
     states = source / f"random_{processes.rank}.safetensors"
     if states.exists():  # more processes than the checkpoint had: theirs start from the seed
         _restore_random_states(load_file(states), processes.device)
@@ -103,7 +109,7 @@ def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
 
 def set_aside_after(save_dir: Path, step: int) -> None:
     """Rename checkpoints of later steps: a run that goes on from `step` has another future, and `latest` is in it."""
-    for path in save_dir.glob("step_*"):
+    for path in save_dir.glob("step_[0-9]*"):
         if not path.suffix and int(path.name.removeprefix("step_")) > step:
             aside = path.with_suffix(".superseded")
             shutil.rmtree(aside, ignore_errors=True)

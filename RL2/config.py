@@ -7,6 +7,7 @@ be. Errors are `ConfigError`s that name the override to change.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import types
 import typing
@@ -92,7 +93,8 @@ class KL:
     type: Literal["loss", "reward", "advantage"]
     """Where it enters: added to the loss, taken off the reward of each token, or off its advantage."""
     estimator: Literal["k1", "k2", "k3"]
-    """Per-token estimator of the KL divergence (http://joschu.net/blog/kl-approx.html)."""
+    """Per-token estimator (http://joschu.net/blog/kl-approx.html). k1 or k3 in rewards and advantages, k2 or k3 in the
+    loss: there k1 has an expected gradient of 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,13 @@ class Trainable:
     decay_ratio: Share
     """wsd: share of all optimizer steps over which the rate falls to 0."""
 
+    def __post_init__(self) -> None:
+        if self.scheduler == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ConfigError(
+                f"actor.warmup_ratio={self.warmup_ratio} and actor.decay_ratio={self.decay_ratio} overlap; "
+                "together they must be at most 1"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Actor(Trainable):
@@ -159,7 +168,7 @@ class Actor(Trainable):
     """Tokens of one microbatch without gradients."""
     temperature: PositiveFloat
     """Divides the logits in training; the sampling temperature, so that both see one distribution."""
-    objective: str
+    objective: Literal["ppo", "spo", "spo_0p5", "sft"]
     """What is minimised: a name of objectives/table.py."""
     path: PathKnobs
     clip: PositiveFloat
@@ -243,7 +252,8 @@ class Trainer:
     seed: Index
     """Of data order, sampling and initialisation."""
     load_ckpt_from: str | None
-    """A checkpoint folder to resume from, or `latest`: the newest in save_dir, if there is one."""
+    """A checkpoint folder to resume from, or `latest`: the newest in save_dir, if there is one. Only folders that you
+    trust: torch's format holds a pickle."""
     n_epochs: Count
     """Passes over the training data."""
     max_steps: Index | None
@@ -284,6 +294,33 @@ class RLConfig:
             raise ConfigError(
                 "rollout.train_sampling_params.temperature=0 samples nothing to learn from; set it above 0"
             )
+        if actor.temperature != rollout.train_sampling_params.temperature:
+            raise ConfigError(
+                f"actor.temperature={actor.temperature} is not rollout.train_sampling_params.temperature="
+                f"{rollout.train_sampling_params.temperature}: it would train on a distribution it did not draw from"
+            )
+        cut = rollout.train_sampling_params.top_p < 1 or rollout.train_sampling_params.top_k > 0
+        if cut and actor.tis_coef > 0:
+            raise ConfigError(
+                f"actor.tis_coef={actor.tis_coef} compares with the engine's distribution, which top_p and top_k of "
+                "rollout.train_sampling_params cut; set actor.tis_coef=0 or sample from all tokens"
+            )
+        for name in ("train", "test"):
+            new = getattr(rollout, f"{name}_sampling_params").max_new_tokens
+            if new > actor.max_length_per_device:
+                raise ConfigError(
+                    f"rollout.{name}_sampling_params.max_new_tokens={new} does not fit into "
+                    f"actor.max_length_per_device={actor.max_length_per_device}"
+                )
+        for name, limit in (("actor", actor), ("ref_actor", self.ref_actor)):
+            tokens = limit.max_inference_length_per_device
+            if tokens < actor.max_length_per_device:
+                raise ConfigError(
+                    f"{name}.max_inference_length_per_device={tokens} is less than "
+                    f"actor.max_length_per_device={actor.max_length_per_device}, so a sequence may not fit"
+                )
+        if self.adv.estimator == "spo" and (self.adv.norm_var or self.adv.global_norm):
+            raise ConfigError("adv.norm_var and adv.global_norm have no effect with adv.estimator=spo")
         if actor.average_over == "kept" and actor.train_on == "all":
             raise ConfigError("actor.average_over=kept has no effect with actor.train_on=all; set one of the two")
         if actor.kl.coef > 0 and actor.kl.type != "loss" and actor.objective != "ppo":
@@ -416,8 +453,16 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def check_files(config: RLConfig | SFTConfig) -> None:
-    """Raise `ConfigError` for local files and folders that are named but not there."""
+def check_here(config: RLConfig | SFTConfig) -> None:
+    """Raise `ConfigError` for files that are named but not there, and packages that are asked for but not installed."""
+    packages = {
+        "trainer.use_wandb": ("wandb", "wandb", config.trainer.use_wandb),
+        "trainer.use_tensorboard": ("tensorboard", "tensorboard", config.trainer.use_tensorboard),
+        "actor.use_liger_kernel": ("liger_kernel", "liger", config.actor.use_liger_kernel),
+    }
+    for key, (package, extra, wanted) in packages.items():
+        if wanted and not config.trainer.dry_run and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key}=true needs a package that is not installed: pip install 'rl2-spo[{extra}]'")
     named: dict[str, str | None] = {}
     if isinstance(config, RLConfig):
         named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}
@@ -426,6 +471,9 @@ def check_files(config: RLConfig | SFTConfig) -> None:
         named |= {"data.path": config.data.path, "data.env_path": config.data.env_path}
     for key, path in named.items():
         # a name without suffix may be a hub data set or a folder; a script is always a file
-        is_file = path is not None and (key.endswith("env_path") or (Path(path).suffix and "@" not in path))
-        if path is not None and is_file and not Path(path).is_file():
+        if path is None:
+            continue
+        if key.endswith("env_path") and not Path(path).is_file():
+            raise ConfigError(f"{key}={path}: there is no such file")
+        if Path(path).suffix and "@" not in path and not Path(path).exists():
             raise ConfigError(f"{key}={path}: there is no such file")

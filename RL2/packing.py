@@ -79,7 +79,7 @@ def minibatches(batch: TokenBatch, number: int) -> list[list[int]]:
 
 
 def plan(lengths: Seq[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
-    """[rank][microbatch] -> ids of the sequences: at most `max_tokens` each, as even as can be, as few as can be.
+    """[rank][microbatch] -> ids of the sequences: at most `max_tokens` each, even, and few.
 
     Every rank gets the same number of microbatches (some may be empty), so every rank runs the same collectives.
     Longest first, each into the emptiest microbatch. Raises ValueError if one sequence alone is too long.

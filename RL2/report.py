@@ -97,7 +97,13 @@ class Wandb:
     def __init__(self, folder: Path, project: str | None, name: str, config: dict[str, Any]) -> None:
         import wandb
 
-        self.run = wandb.init(project=project, name=name, dir=folder, config=config, resume="allow")
+        file = folder / "wandb_id"
+        if not file.exists():
+            file.write_text(wandb.util.generate_id())
+        # the same id again after an interruption, so that it stays one run
+        self.run = wandb.init(
+            project=project, name=name, dir=folder, config=config, id=file.read_text(), resume="allow"
+        )
 
     def log(self, metrics: Metrics, step: int) -> None:
         self.run.log(metrics, step=step)

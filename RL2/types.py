@@ -86,7 +86,6 @@ class Trajectory:
     """The last completion ran into `max_new_tokens` or the length limit."""
     unscored: str | None = None
     """Why there is no reward. An unscored trajectory does not train and has no score."""
-    seconds: float = 0.0
 
     @property
     def reward(self) -> float:

@@ -226,9 +226,9 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
 
 def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     """TRL's GRPOTrainer, with a callback that waits between steps and a clock around its rollout."""
-    import datasets
     import zlib
 
+    import datasets
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 

@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from RL2 import config
-from RL2.config import PROGRAMS, ConfigError, Range, RLConfig, check_files, load, show
+from RL2.config import PROGRAMS, ConfigError, Range, RLConfig, check_here, load, show
 
 ROOT = Path(__file__).resolve().parents[1]
 YAMLS = ROOT / "RL2" / "trainer" / "config"
@@ -125,7 +125,7 @@ def test_a_file_that_is_not_there_is_named() -> None:
             given = (*minimal(program), "data.path=rows" if program == "sft" else "train_data.path=rows", override)
             key, _, path = override.partition("=")
             with pytest.raises(ConfigError) as caught:
-                check_files(load(program, given))
+                check_here(load(program, given))
             assert str(caught.value) == f"{key}={path}: there is no such file"
 
 

@@ -35,9 +35,13 @@ class Cursor:
         return num_batches
 
     def state_dict(self) -> dict[str, int]:
-        return {"drawn": self.drawn}
+        return {"drawn": self.drawn, "num_rows": self.num_rows, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises ValueError for a position in other data or in another order."""
+        for name, here in (("num_rows", self.num_rows), ("seed", self.seed)):
+            if state[name] != here:
+                raise ValueError(f"it was made with {name}={state[name]}, and now {name}={here}")
         self.drawn = state["drawn"]
 
     def _row(self, n: int) -> int:

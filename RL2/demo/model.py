@@ -1,4 +1,4 @@
-"""A language model small enough to be trained in a minute: 243,000 parameters in Qwen3's architecture."""
+"""A language model small enough to be trained in a minute: 245,000 parameters in Qwen3's architecture."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.models.policy import end_tokens, load_model, load_tokenizer, max_length
 from RL2.rollout.collect import collect, unscored_causes
 from RL2.rollout.environment import load_environment
+from RL2.rollout.episode import decode
 from RL2.types import Sampling
 
 
@@ -31,11 +32,9 @@ def evaluate_model(
     """
     tokenizer, lm = load_tokenizer(str(model_dir)), load_model(str(model_dir), torch.float32)
     environment = load_environment(env_path, timeout_s)
-    longest = max_length(lm)
-    prompts = load_prompts(str(data_path), tokenizer, environment.example, longest or 2**31)
-    engine = EmbeddedEngine(
-        lm, decode=lambda ids: str(tokenizer.decode(ids)), max_running_requests=256, memory_share=0.5
-    )
+    longest = max_length(str(model_dir))
+    prompts = load_prompts(str(data_path), tokenizer, environment.example, longest - 1)
+    engine = EmbeddedEngine(lm, decode=lambda ids: decode(tokenizer, ids), max_running_requests=256, memory_share=0.5)
     sampling = Sampling(max_new_tokens, temperature, stop_token_ids=end_tokens(lm, tokenizer))
     trajectories = asyncio.run(
         collect(

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from RL2.config import ConfigError
 from RL2.ops.attention import IMPLEMENTATION, PackedAttention
@@ -56,12 +63,12 @@ def layers(lm: PreTrainedModel) -> nn.ModuleList:
     return found
 
 
-def load_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM of a hub name or folder, in `dtype`, calling packed attention."""
+def load_model(model_name: str, dtype: torch.dtype, key: str = "actor.model_name") -> PreTrainedModel:
+    """The causal LM of a hub name or folder, in `dtype`, calling packed attention. `key` named it, for errors."""
     try:
         lm = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, attn_implementation=IMPLEMENTATION)
     except OSError as error:
-        raise ConfigError(f"actor.model_name={model_name}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{key}={model_name}: {str(error).splitlines()[0]}") from error
     _refuse_what_we_would_miss(lm)
     return lm
 
@@ -79,9 +86,18 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
         raise ConfigError(f"actor.model_name={model_name} has no tokenizer: {str(error).splitlines()[0]}") from error
 
 
-def max_length(lm: PreTrainedModel) -> int | None:
-    """Positions that the model was made for."""
-    return getattr(lm.config, "max_position_embeddings", None)
+def max_length(model_name: str) -> int:
+    """Positions that the model was made for; read from its configuration alone."""
+    try:
+        config = AutoConfig.from_pretrained(model_name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"actor.model_name={model_name}: {str(error).splitlines()[0]}") from error
+    return positions(config)
+
+
+def positions(config: PretrainedConfig) -> int:
+    """Positions of a model with this configuration; some set no limit."""
+    return getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -113,5 +129,11 @@ def _refuse_what_we_would_miss(lm: PreTrainedModel) -> None:
     for knob in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(lm.config, knob, None) not in (None, 1.0):
             raise ConfigError(f"{type(lm).__name__} changes its logits after the head ({knob}), which is not supported")
+    if not isinstance(getattr(backbone(lm), "layers", None), nn.ModuleList) or not hasattr(
+        lm.config, "num_key_value_heads"
+    ):
+        raise ConfigError(f"{type(lm).__name__} is not built like Llama or Qwen, which is what is supported")
+    if getattr(lm.config, "sliding_window", None):
+        raise ConfigError(f"{type(lm).__name__} uses a sliding window, which packed attention does not have")
     if head(lm).bias is not None:
         raise ConfigError(f"{type(lm).__name__} has a bias in its head, which is not supported")

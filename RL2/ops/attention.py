@@ -10,6 +10,7 @@ Shapes: T tokens of B sequences, H query heads, K key/value heads, D head size, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ def _attention(
 AttentionInterface.register(IMPLEMENTATION, _attention)
 
 
+Block = tuple[int, int, tuple[Tensor, Tensor]]
+"""rows, padded length, (positions among the T tokens, the same tokens' places in the flattened block)"""
+
+
 class PackedAttention:
     """Causal attention within each of the B sequences of a packed batch.
 
@@ -61,8 +66,16 @@ class PackedAttention:
     def __init__(self, cu_seqlens: Tensor, max_block_waste: float = 0.2) -> None:
         self.cu_seqlens = cu_seqlens.to(torch.int32)
         self.lengths = cu_seqlens.diff().tolist()
-        self.blocks = _blocks(self.lengths, cu_seqlens, max_block_waste)
-        self.packed_order = torch.cat([position for _, _, (position, _) in self.blocks]).argsort()
+        self.max_block_waste = max_block_waste
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        return _blocks(self.lengths, self.cu_seqlens.long(), self.max_block_waste)
+
+    @cached_property
+    def packed_order(self) -> Tensor:
+        """Where each of the T tokens stands when the blocks' tokens are laid end to end."""
+        return torch.cat([position for _, _, (position, _) in self.blocks]).argsort()
 
     def __call__(self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
         if query_THD.is_cuda and query_THD.dtype in (torch.bfloat16, torch.float16):
@@ -100,10 +113,6 @@ def causal_attention(query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, s
     return F.scaled_dot_product_attention(
         query_BHLD, key_BKLD, value_BKLD, is_causal=True, scale=scaling, enable_gqa=grouped
     )
-
-
-Block = tuple[int, int, tuple[Tensor, Tensor]]
-"""rows, padded length, (positions among the T tokens, the same tokens' places in the flattened block)"""
 
 
 def _blocks(lengths: list[int], cu_seqlens: Tensor, max_waste: float) -> list[Block]:

@@ -73,13 +73,15 @@ def reference_stats(logits_TV: Tensor, labels_T: Tensor, fields: Sequence[str]) 
 
 def _logits(hidden_CD: Tensor, head_VD: Tensor, temperature: float) -> Tensor:
     """float32 logits (float64 for float64 inputs). Half-precision inputs are not rounded to half on the way out."""
-    if hidden_CD.dtype in (torch.float32, torch.float64):
-        logits_CV = F.linear(hidden_CD, head_VD)
-    elif hidden_CD.is_cuda:
-        logits_CV = torch.mm(hidden_CD, head_VD.T, out_dtype=torch.float32)
-    else:
-        logits_CV = F.linear(hidden_CD.float(), head_VD.float())
+    logits_CV = _product(hidden_CD, head_VD.T)
     return logits_CV if temperature == 1.0 else logits_CV / temperature
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with the result in float32 for half-precision inputs: accumulated there and not rounded on the way out."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 class _Softmax:
@@ -180,7 +182,7 @@ class _Chunked(torch.autograd.Function):
             if grad_hidden_TD is not None:
                 grad_hidden_TD[at] = grad_CV @ head_VD
             if grad_head_VD is not None:
-                grad_head_VD += grad_CV.T @ hidden_TD[at]
+                grad_head_VD += _product(grad_CV.T, hidden_TD[at])
         return grad_hidden_TD, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype), None, None, None
 
 

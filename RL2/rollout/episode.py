@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -40,7 +39,6 @@ async def run_episode(
     What goes wrong in the environment makes the trajectory unscored; what the engine raises is raised.
     """
     trajectory = Trajectory(row=prompt.row, group=group, sample=sample)
-    start = time.perf_counter()
     try:
         extra_info = copy.deepcopy(prompt.extra_info)  # samples of a prompt share it, and must not share changes to it
         state, added = prompt.text, prompt.token_ids
@@ -68,8 +66,8 @@ async def run_episode(
 
             sampled, end = completion.token_ids, ""
             if completion.finish == "stop" and sampled[-1] in sampling.stop_token_ids:
-                sampled, end = sampled[:-1], _decode(tokenizer, sampled[-1:])
-            action = _decode(tokenizer, sampled)
+                sampled, end = sampled[:-1], decode(tokenizer, sampled[-1:])
+            action = decode(tokenizer, sampled)
             trajectory.texts += [state, action]
             result = await environment.step(state, action, extra_info)
             sequence.rewards[-1] = result.reward
@@ -90,7 +88,6 @@ async def run_episode(
         trajectory.score = 0.0
         for sequence in trajectory.sequences:
             sequence.rewards = [0.0] * len(sequence.rewards)
-    trajectory.seconds = time.perf_counter() - start
     return trajectory
 
 
@@ -107,7 +104,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
     text = tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text

@@ -12,7 +12,7 @@ from RL2.config import Rollout as RolloutConfig
 from RL2.config import SamplingParams
 from RL2.engines.base import Engine
 from RL2.parallel.processes import Processes
-from RL2.rollout.collect import collect, raise_if_all_unscored
+from RL2.rollout.collect import collect
 from RL2.rollout.environment import Environment
 from RL2.types import Prompt, Sampling, Trajectory
 
@@ -43,10 +43,7 @@ class Rollouts:
         seed: int,
         progress: Callable[[int], None],
     ) -> list[Trajectory]:
-        """`responses_per_prompt` trajectories of each prompt, in order, the same list on every process (collective).
-
-        Raises `NothingScored`, on every process, if not one of them could be scored.
-        """
+        """`responses_per_prompt` trajectories of each prompt, in order, the same list on every process (collective)."""
         rank, size = self.processes.rank, self.processes.world_size
         first, last = (len(prompts) * i // size for i in (rank, rank + 1))
         mine = asyncio.run(
@@ -64,9 +61,7 @@ class Rollouts:
                 progress=lambda done: progress(done * size),
             )
         )
-        trajectories = self.processes.gather(mine)
-        raise_if_all_unscored(trajectories)
-        return trajectories
+        return self.processes.gather(mine)
 
     def _sampling(self, params: SamplingParams) -> Sampling:
         return Sampling(

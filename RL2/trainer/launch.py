@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import import_module
 
-from RL2.config import RLConfig, SFTConfig, UserError, check_files, load, show
+from RL2.config import RLConfig, SFTConfig, UserError, check_here, load, show
 from RL2.data.source import describe
 
 LOOPS = {"sft": "RL2.trainer.sft_loop", "ppo": "RL2.trainer.rl", "spo": "RL2.trainer.rl", "spo_0p5": "RL2.trainer.rl"}
@@ -17,7 +17,7 @@ def main(program: str) -> None:
     """Run `program` with the overrides of the command line. Errors of the user end in one line and exit code 1."""
     try:
         config = load(program, sys.argv[1:])
-        check_files(config)
+        check_here(config)
         if config.trainer.dry_run:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(show(config) + "\n" + summary(program, config))

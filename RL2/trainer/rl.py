@@ -11,12 +11,19 @@ from RL2.config import RLConfig
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
-from RL2.models.policy import empty_model, end_tokens, load_tokenizer
+from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_length
 from RL2.objectives.terms import kl_estimate
 from RL2.packing import pack
 from RL2.report import Metrics, Report
-from RL2.rollout.collect import drop_equal_groups, rollout_metrics, scored, unscored_causes
+from RL2.rollout.collect import (
+    drop_equal_groups,
+    raise_if_all_unscored,
+    rollout_metrics,
+    scored,
+    unscored_causes,
+)
 from RL2.rollout.environment import load_environment
+from RL2.rollout.episode import decode
 from RL2.rollout.spread import Rollouts
 from RL2.trainer.run import Run
 from RL2.types import Prompt, TokenBatch, Trajectory
@@ -29,24 +36,25 @@ def train(config: RLConfig, run: Run) -> None:
     trainer, save_dir = config.trainer, run.save_dir
     tokenizer = load_tokenizer(config.actor.model_name)
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
-    positions = config.actor.max_length_per_device
-    prompts = load_prompts(config.train_data.path, tokenizer, environment.example, positions)
-    tests = (
-        load_prompts(config.test_data.path, tokenizer, environment.example, positions) if config.test_data.path else []
-    )
+    # the last token of a sequence is only a label and takes no position
+    longest = min(config.actor.max_length_per_device + 1, max_length(config.actor.model_name))
+    prompts = load_prompts(config.train_data.path, tokenizer, environment.example, longest - 1)
+    tests = []
+    if trainer.test_freq is not None and config.test_data.path is not None:
+        tests = load_prompts(config.test_data.path, tokenizer, environment.example, longest - 1)
     cursor = Cursor(len(prompts), config.train_data.prompts_per_rollout, trainer.seed)
     num_steps = run.number_of_steps(cursor)
 
     actor = Actor(config.actor, run.processes, num_steps * config.actor.update_per_rollout, save_dir)
     ref_actor = RefActor(config.ref_actor, config.actor, run.processes) if config.actor.kl.coef > 0 else None
-    engine = make_engine(config, actor, lambda ids: str(tokenizer.decode(ids)))
+    engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids))
     rollouts = Rollouts(
         config.rollout,
         engine=engine,
         environment=environment,
         tokenizer=tokenizer,
         end_tokens=end_tokens(actor.lm, tokenizer),
-        max_length=positions + 1,  # the last token is only a label and takes no position
+        max_length=longest,
         processes=run.processes,
     )
     report = run.report(num_steps)
@@ -101,6 +109,7 @@ def sample(prompts: list[Prompt], rollouts: Rollouts, config: RLConfig, step: in
     seed = config.trainer.seed * 1_000_000 + step  # a seed of its own for each step
     with report.bar(len(prompts) * number, "rollout") as bar:
         trajectories = rollouts.collect(prompts, config.rollout.train_sampling_params, number, seed, bar.update)
+    raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")
     report.samples(step, "train", trajectories[: config.trainer.samples_per_step])
@@ -117,6 +126,7 @@ def test(tests: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, r
             trajectories += rollouts.collect(
                 tests[start : start + wave], params, number, config.trainer.seed + start, bar.update
             )
+    raise_if_all_unscored(trajectories)
     report.samples(step, "test", trajectories[: config.trainer.samples_per_step])
     return rollout_metrics(trajectories, "test")
 

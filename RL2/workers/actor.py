@@ -58,8 +58,9 @@ class Actor(Learner):
         logp_T, entropy_T, engine_logp_T = stats.logp, stats.entropy, batch.engine_logp_T
         assert engine_logp_T is not None
         loss_T, metrics = self.objective(stats, batch)
+        # the policy's own log-probability when the rollout arrived
+        arrived_T = logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T
         if config.tis_coef > 0:
-            arrived_T = logp_T if batch.old_logp_T is None else batch.old_logp_T
             loss_T = loss_T * importance_weight(arrived_T, engine_logp_T, config.tis_coef)
         if batch.ref_logp_T is not None:
             kl_T = kl_estimate(logp_T, batch.ref_logp_T, config.kl.estimator)
@@ -68,14 +69,14 @@ class Actor(Learner):
                 loss_T = loss_T + config.kl.coef * kl_T
         if config.entropy.coef != 0:
             loss_T = loss_T - config.entropy.coef * entropy_T
-        return loss_T, metrics | {"entropy": entropy_T, "logp_gap": (logp_T - engine_logp_T).abs()}
+        return loss_T, metrics | {"entropy": entropy_T, "logp_gap": (arrived_T - engine_logp_T).abs()}
 
 
 class RefActor(Worker):
     """The frozen policy that the KL divergence is measured from."""
 
     def __init__(self, config: RefActorConfig, actor: ActorConfig, processes: Processes) -> None:
-        super().__init__(config.model_name, actor.dtype, actor.ddp_size, processes)
+        super().__init__(config.model_name, actor.dtype, actor.ddp_size, processes, "ref_actor.model_name")
         self.policy.requires_grad_(False)
         self.temperature, self.limit = actor.temperature, config.max_inference_length_per_device
 

@@ -34,9 +34,11 @@ class NonFinite(UserError, RuntimeError):
 class Worker:
     """A model spread over the processes: statistics of a batch, and its weights."""
 
-    def __init__(self, model_name: str, dtype: str, ddp_size: int, processes: Processes) -> None:
+    def __init__(
+        self, model_name: str, dtype: str, ddp_size: int, processes: Processes, key: str = "actor.model_name"
+    ) -> None:
         self.processes = processes
-        self.lm = load_model(model_name, torch.float32)
+        self.lm = load_model(model_name, torch.float32, key)
         self.policy = Policy(self.lm).to(processes.device)
         self.dtype = compute_dtype(dtype, processes.device)
         mesh = processes.mesh(ddp_size)
@@ -61,6 +63,8 @@ class Worker:
                 places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
                 for name in fields:
                     out[name][places] = stats[name].float().cpu()
+        if isinstance(self.policy, FSDPModule):
+            self.policy.reshard()  # or the root would stay whole, in the compute dtype, until the next backward
         return TokenStats(**{name: self.processes.sum(out[name]) for name in fields})
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -134,7 +138,7 @@ class Learner(Worker):
             total = (loss_T * actions.weight_T).sum()
             total.backward()
             totals.add(total, actions.weight_T != 0, metrics)
-            progress(len(ids))
+            progress(len(ids) * self.processes.world_size)
         return totals.means()
 
     def _apply(self, loss: float, batch: TokenBatch) -> dict[str, float]:

@@ -31,8 +31,8 @@ def test_resume_is_exact() -> None:
         resumed.load_state_dict(state)
         assert [resumed.next() for _ in range(4)] == expected
         assert resumed.state_dict() == cursor.state_dict()
-        cursor.load_state_dict({"drawn": state["drawn"] + 4})
-    assert state == {"drawn": 20}
+        cursor.load_state_dict(state | {"drawn": state["drawn"] + 4})
+    assert state == {"drawn": 20, "num_rows": 10, "seed": 3}
 
 
 def test_number_of_batches() -> None:
@@ -42,3 +42,11 @@ def test_number_of_batches() -> None:
         Cursor(10, 64, seed=0).batches(2)
     with pytest.raises(ValueError, match="num_rows=0"):
         Cursor(0, 4, seed=0)
+
+
+def test_a_position_in_other_data_is_refused() -> None:
+    state = Cursor(10, 4, seed=3).state_dict()
+    with pytest.raises(ValueError, match="made with num_rows=10, and now num_rows=11"):
+        Cursor(11, 4, seed=3).load_state_dict(state)
+    with pytest.raises(ValueError, match="made with seed=3, and now seed=4"):
+        Cursor(10, 4, seed=4).load_state_dict(state)

@@ -73,7 +73,6 @@ def test_every_token_has_its_place(play: Play, tokenizer: PreTrainedTokenizerBas
     assert trajectory.texts == ["hello", " world"], "the end token is no part of the action"
     assert (trajectory.row, trajectory.group, trajectory.sample) == (7, 1, 2)
     assert (trajectory.reward, trajectory.score, trajectory.truncated, trajectory.unscored) == (0.1, 1, False, None)
-    assert trajectory.seconds > 0
 
 
 def test_sampled_ids_are_never_encoded_again(play: Play, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -101,9 +101,9 @@ def test_reinforce_is_reward_minus_group_mean(batch: TokenBatch) -> None:
 
 def test_reinforce_over_the_whole_rollout(batch: TokenBatch) -> None:
     advantage_T = reinforce(batch, global_norm=True, norm_var=True)
-    # rewards 1, 0, 1, 1: mean 3/4, deviation sqrt(3)/4
-    assert advantage_T[batch.action_T & (batch.sequence_T == 3)].tolist() == pytest.approx([3**-0.5] * 4, rel=1e-5)
-    assert advantage_T[batch.action_T & (batch.sequence_T == 1)].tolist() == pytest.approx([-(3**0.5)], rel=1e-5)
+    # rewards 1, 0, 1, 1: mean 3/4, deviation 1/2 (3/4 over n - 1 = 3)
+    assert advantage_T[batch.action_T & (batch.sequence_T == 3)].tolist() == pytest.approx([0.5] * 4, rel=1e-5)
+    assert advantage_T[batch.action_T & (batch.sequence_T == 1)].tolist() == pytest.approx([-1.5], rel=1e-5)
 
 
 def test_groups_of_one_compare_with_the_rollout() -> None:

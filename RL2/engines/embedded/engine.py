@@ -12,15 +12,17 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from RL2.config import UserError
 from RL2.engines.embedded.cache import Decode, KVCache, Prefill
 from RL2.engines.embedded.sampling import sample, uniforms
-from RL2.models.policy import backbone, head, max_length
+from RL2.models.policy import backbone, head, positions
 from RL2.ops.attention import Attend
 from RL2.types import Completion, Sampling
 
@@ -28,6 +30,10 @@ PREFILL_TOKENS = 8192
 """Prompt tokens of one forward pass, unless a single prompt is longer."""
 LENGTH_STEP = 64
 """Positions are allocated in multiples of this."""
+
+
+class OutOfMemory(UserError, RuntimeError):
+    """Not even one request fits into the memory that the engine may take."""
 
 
 @dataclass(eq=False)
@@ -65,7 +71,7 @@ class EmbeddedEngine:
         self.lm, self.decode = lm, decode
         self.max_running_requests, self.memory_share = max_running_requests, memory_share
         self.device = next(lm.parameters()).device
-        self.max_length = max_length(lm)
+        self.max_length = positions(lm.config)
         self.version = 0
         self.budget_bytes = 0.0
         self.waiting: deque[_Request] = deque()
@@ -76,7 +82,7 @@ class EmbeddedEngine:
     async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
         if not token_ids:
             raise ValueError("an empty prompt: there is no token to go on from")
-        if self.max_length is not None and len(token_ids) >= self.max_length:
+        if len(token_ids) >= self.max_length:
             raise ValueError(f"a prompt of {len(token_ids)} tokens leaves no room: the model ends at {self.max_length}")
         request = _Request(token_ids, sampling, asyncio.get_running_loop().create_future())
         self.waiting.append(request)
@@ -118,7 +124,8 @@ class EmbeddedEngine:
         for request in (*self.waiting, *self.running):
             if not request.future.done():
                 # an exception of its own for each: one that is raised in many tasks gathers the traces of all
-                stopped = RuntimeError(f"the engine stopped: {cause or 'it was closed'}")
+                kind = type(cause) if isinstance(cause, UserError) else RuntimeError
+                stopped = kind(f"the engine stopped: {cause or 'it was closed'}")
                 stopped.__cause__ = cause
                 request.future.set_exception(stopped)
         self.waiting.clear()
@@ -232,28 +239,38 @@ class EmbeddedEngine:
         length = max(request.length for request in self.running) + 1
         if length > self.cache.length or len(self.running) > self.cache.rows:
             # grow by a quarter at least, and leave room for those who wait but not for those who left
-            length = length if length <= self.cache.length else max(length, self.cache.length * 5 // 4)
+            if length > self.cache.length:
+                length = max(length, min(self._longest(), self.cache.length * 5 // 4))
             length = -(-length // LENGTH_STEP) * LENGTH_STEP
             self.cache.reserve(min(self._max_rows(), len(self.running) + len(self.waiting)), length, keep)
 
+    def _longest(self) -> int:
+        """Tokens that the longest of the present requests may come to."""
+        return min(self.max_length, max(request.limit for request in (*self.running, *self.waiting)))
+
     def _max_rows(self) -> int:
         """Requests whose keys and values fit into the memory budget at full length, up to `max_running_requests`."""
-        longest = max((request.limit for request in (*self.running, *self.waiting)), default=1)
         config = self.lm.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * size * self.lm.dtype.itemsize
-        fitting = int(self.budget_bytes // (per_position * (min(longest, self.max_length or longest) + LENGTH_STEP)))
+        fitting = int(self.budget_bytes // (per_position * (self._longest() + LENGTH_STEP)))
         if fitting == 0:
-            raise RuntimeError(
-                f"the KV cache of one request of {longest} tokens does not fit into "
+            raise OutOfMemory(
+                f"the KV cache of one request of {self._longest()} tokens does not fit into "
                 f"{self.budget_bytes / 2**30:.1f} GiB; raise rollout.gpu_memory_utilization or lower max_new_tokens"
             )
         return max(len(self.running), min(self.max_running_requests, fitting))
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Memory that is free now, on the GPU or in the machine."""
+    """Memory that is free now: of the GPU, or this process' share of what the machine could give."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    except (OSError, StopIteration):  # not Linux: half of what there is
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return available / here

@@ -1,0 +1,107 @@
+"""The small parts of the loop: schedules, what may train, and what stands beside a rollout before the update."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from RL2.config import RLConfig, load
+from RL2.packing import pack
+from RL2.trainer.rl import judge, trainable
+from RL2.types import Sequence, TokenBatch, Trajectory
+from RL2.workers.worker import schedule
+
+OVERRIDES = [
+    "actor.model_name=m",
+    "actor.max_length_per_device=100",
+    "train_data.path=x.jsonl",
+    "train_data.prompts_per_rollout=1",
+    "train_data.responses_per_prompt=2",
+    "rollout.env_path=x.py",
+    "rollout.train_sampling_params.max_new_tokens=1",
+    "trainer.experiment_name=x",
+]
+
+
+def config(*overrides: str) -> RLConfig:
+    return load("ppo", [*OVERRIDES, *overrides])
+
+
+def rates(*overrides: str, total: int = 10) -> list[float]:
+    actor = config(*overrides).actor
+    return [schedule(actor, step, total) for step in range(total)]
+
+
+def test_schedules() -> None:
+    assert rates("actor.scheduler=constant", "actor.warmup_ratio=0") == [1] * 10
+    warm = rates("actor.scheduler=constant", "actor.warmup_ratio=0.3")
+    assert warm == pytest.approx([0.25, 0.5, 0.75] + [1] * 7)
+    linear = rates("actor.scheduler=linear", "actor.warmup_ratio=0")
+    assert linear == pytest.approx([1 - i / 10 for i in range(10)])
+    cosine = rates("actor.scheduler=cosine", "actor.warmup_ratio=0")
+    assert cosine[0] == 1
+    assert cosine[5] == pytest.approx(0.5)
+    wsd = rates("actor.scheduler=wsd", "actor.warmup_ratio=0.2", "actor.decay_ratio=0.4")
+    assert wsd == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def trajectory(group: int, reward: float, unscored: str | None = None) -> Trajectory:
+    sequence = Sequence([1, 2, 3, 4], [False, False, True, True], [0, 0, -1.0, -1.0], [0, 0, 0, reward])
+    return Trajectory(row=0, group=group, sample=0, sequences=[sequence], unscored=unscored)
+
+
+def test_what_may_train() -> None:
+    equal, mixed = [trajectory(0, 1.0), trajectory(0, 1.0)], [trajectory(1, 0.0), trajectory(1, 1.0)]
+    failed = trajectory(1, 0.0, unscored="time-out")
+    everything = [*equal, *mixed, failed]
+    assert trainable(everything, config()) == [*equal, *mixed]
+    filtering = config("rollout.dynamic_filtering=true")
+    assert trainable(everything, filtering) == mixed
+    assert trainable(equal, filtering) == equal  # rather a step without signal than none
+
+
+@dataclass
+class Fixed:
+    """A policy whose log-probabilities are known."""
+
+    value: float
+
+    def logp(self, batch: TokenBatch) -> Tensor:
+        return torch.full(batch.labels_T.shape, self.value) * batch.action_T
+
+
+def advantages(*overrides: str) -> tuple[Any, Tensor]:
+    batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
+    with_kl = config("actor.kl.coef=0.5", "actor.kl.estimator=k1", *overrides)
+    judged = judge(batch, with_kl, Fixed(-1.0), Fixed(-3.0))  # type: ignore[arg-type]
+    assert judged.advantage_T is not None
+    assert torch.equal(judged.reward_T, batch.reward_T)
+    return judged, judged.advantage_T[judged.action_T]
+
+
+def test_kl_in_the_rewards_moves_the_groups_mean() -> None:
+    """Each trajectory pays 0.5 * 2 for each of its 2 tokens: rewards -1 and -2, which differ from their mean by 1/2."""
+    _, advantage_A = advantages("actor.kl.type=reward")
+    assert advantage_A.tolist() == [0.5, 0.5, -0.5, -0.5]
+
+
+def test_kl_in_the_advantages_is_paid_by_each_token() -> None:
+    _, advantage_A = advantages("actor.kl.type=advantage")
+    assert advantage_A.tolist() == [-0.5, -0.5, -1.5, -1.5]
+
+
+def test_kl_in_the_loss_leaves_advantages_alone() -> None:
+    judged, advantage_A = advantages("actor.kl.type=loss")
+    assert advantage_A.tolist() == [0.5, 0.5, -0.5, -0.5]
+    assert judged.ref_logp_T is not None
+    assert judged.old_logp_T is None
+
+
+def test_old_log_probabilities_are_there_for_a_second_update() -> None:
+    several = config("actor.update_per_rollout=2")
+    batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
+    judged = judge(batch, replace(several), Fixed(-1.0), None)  # type: ignore[arg-type]
+    assert judged.old_logp_T is not None
+    assert judged.old_logp_T[judged.action_T].tolist() == [-1.0] * 4
