@@ -78,6 +78,33 @@ def minibatches(batch: TokenBatch, number: int) -> list[list[int]]:
     return shares
 
 
+def units(batch: TokenBatch, ids: Seq[int], max_tokens: int) -> list[list[int]]:
+    """`ids` in lists that stay together: sequences of one group, as far as `max_tokens` allow.
+
+    They begin alike, and in one microbatch what they share is computed once.
+    """
+    lengths, groups = batch.lengths_B.tolist(), batch.group_B.tolist()
+    found: list[list[int]] = []
+    room: dict[int, tuple[list[int], int]] = {}
+    for b in ids:
+        unit, left = room.get(groups[b], ([], 0))
+        if lengths[b] > left:
+            unit, left = [], max_tokens
+            found.append(unit)
+        unit.append(b)
+        room[groups[b]] = unit, left - lengths[b]
+    return found
+
+
+def microbatches(batch: TokenBatch, ids: Seq[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
+    """[rank][microbatch] -> which of the sequences `ids`: `plan` over their `units`."""
+    together = units(batch, ids, max_tokens)
+    lengths = [int(batch.lengths_B[unit].sum()) for unit in together]
+    return [
+        [[b for i in chosen for b in together[i]] for chosen in rank] for rank in plan(lengths, max_tokens, num_ranks)
+    ]
+
+
 def plan(lengths: Seq[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
     """[rank][microbatch] -> ids of the sequences: at most `max_tokens` each, even, and few.
 

@@ -98,6 +98,19 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """T positions of which only U are different computations: samples of a prompt share its positions, exactly."""
+
+    distinct_U: Tensor
+    """int64: the positions that are computed."""
+    place_T: Tensor
+    """int64: where among the U each position finds its result."""
+
+    def to(self, device: torch.device | str) -> Shared:
+        return Shared(self.distinct_U.to(device), self.place_T.to(device))
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """B sequences laid end to end in one layout, aligned once.
 
@@ -138,6 +151,25 @@ class TokenBatch:
 
     def with_(self, **changes: Tensor) -> TokenBatch:
         return replace(self, **changes)
+
+    def shared(self) -> Shared | None:
+        """Which positions are the same computation, because sequences of a group begin alike; None if none do.
+
+        Every sequence is compared with the first of its group, so it is worth keeping groups together.
+        """
+        starts, lengths = self.cu_seqlens.tolist(), self.lengths_B.tolist()
+        source_T = torch.arange(len(self.token_ids_T))
+        first: dict[int, int] = {}
+        for b, group in enumerate(self.group_B.tolist()):
+            a = first.setdefault(group, b)
+            length = min(lengths[a], lengths[b])
+            mine, its = (self.token_ids_T[starts[i] : starts[i] + length] for i in (b, a))
+            alike = int((mine == its).long().cumprod(0).sum())
+            source_T[starts[b] : starts[b] + alike] = source_T[starts[a] : starts[a] + alike]
+        is_own_T = source_T == torch.arange(len(source_T))
+        if bool(is_own_T.all()):
+            return None
+        return Shared(distinct_U=is_own_T.nonzero()[:, 0], place_T=(is_own_T.cumsum(0) - 1)[source_T])
 
     def to(self, device: torch.device | str) -> TokenBatch:
         return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})

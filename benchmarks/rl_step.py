@@ -10,12 +10,15 @@ Both sides train the same random Qwen3 of 3.3 million parameters in float32 by D
     fixed    every response has 128 tokens
 
 Each side is a process of its own, so that its peak memory is its own. They take turns, step by step; times are medians,
-so a noisy machine disturbs both alike. `memory` is what the steps add to the process at their peak: weights and imported
-libraries are loaded before, gradients, optimizer state, cache and activations are not.
+so that a busy machine disturbs both alike. On a machine that others use too, set OMP_WAIT_POLICY=PASSIVE (threads that
+spin while they wait are far slower there); processor seconds say more than seconds then. `memory` is what the steps add
+to the process at their peak: weights and libraries are loaded before; gradients, optimizer state, cache and activations
+come with the steps.
 
 TRL's settings are its fast ones here: no gradient checkpointing, no reference model, no logging or saving, generation by
-transformers with a cache, one batch of 128 (half the time of four accumulated batches of 32 is not to be had; see
---peer-batch). RL2's microbatches are bounded in tokens (--max-length), as its commands always are.
+transformers with a cache, and @@PEER@@
+RL2's microbatches are bounded in tokens (--max-length), as its commands always are. The losses are the same but for
+a constant factor: TRL divides by the cap on tokens, RL2 by their number.
 """
 
 from __future__ import annotations
@@ -135,7 +138,7 @@ class Turns:
     def __init__(self) -> None:
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what libraries print does not get in between
-        self.begun = 0.0
+        self.begun = self.begun_cpu = 0.0
         self.loaded_mb = 0.0
 
     def wait(self) -> bool:
@@ -143,13 +146,13 @@ class Turns:
         if not self.begun:
             self.loaded_mb = memory_mb("VmRSS")
         due = sys.stdin.readline() == "step\n"
-        self.begun = time.perf_counter()
+        self.begun, self.begun_cpu = time.perf_counter(), time.process_time()
         return due
 
     def answer(self, rollout_s: float, **values: float) -> None:
-        step_s = time.perf_counter() - self.begun
+        step_s, cpu_s = time.perf_counter() - self.begun, time.process_time() - self.begun_cpu
         peak_mb = memory_mb("VmHWM")
-        times = {"step_s": step_s, "rollout_s": rollout_s, "update_s": step_s - rollout_s}
+        times = {"step_s": step_s, "rollout_s": rollout_s, "update_s": step_s - rollout_s, "cpu_s": cpu_s}
         memory = {"peak_mb": peak_mb, "memory_mb": peak_mb - self.loaded_mb}
         print(json.dumps({**times, **memory, **values}), file=self.answers, flush=True)
 
@@ -338,6 +341,7 @@ class Side:
 
 
 Steps = dict[str, list[dict[str, float]]]
+TIMES = {"step_s": "speedup", "rollout_s": "rollout_speedup", "update_s": "update_speedup", "cpu_s": "cpu_speedup"}
 
 
 def measure(case: Case, options: argparse.Namespace) -> Steps:
@@ -361,7 +365,7 @@ def compare(case: Case, steps: Steps) -> dict[str, float]:
     """Seconds and megabytes of both sides, and how many times theirs are ours."""
     suffix = "" if case.name == "ragged" else f"_{case.name}"
     numbers: dict[str, float] = {}
-    for key, ratio in (("step_s", "speedup"), ("rollout_s", "rollout_speedup"), ("update_s", "update_speedup")):
+    for key, ratio in TIMES.items():
         mine, peer = (median(step[key] for step in steps[side]) for side in SIDES)
         numbers |= {f"{ratio}{suffix}": peer / mine, f"{key}{suffix}": mine, f"peer_{key}{suffix}": peer}
     for key, ratio in (("memory_mb", "memory_ratio"), ("peak_mb", "peak_ratio")):
@@ -379,6 +383,7 @@ def table(case: Case, numbers: dict[str, float]) -> str:
         ("step, s", "step_s", "speedup", "{:.2f}"),
         ("  rollout, s", "rollout_s", "rollout_speedup", "{:.2f}"),
         ("  update, s", "update_s", "update_speedup", "{:.2f}"),
+        ("processor, s", "cpu_s", "cpu_speedup", "{:.2f}"),
         ("memory of the steps, MB", "memory_mb", "memory_ratio", "{:.0f}"),
         ("peak of the process, MB", "peak_mb", "peak_ratio", "{:.0f}"),
         ("tokens sampled a step", "tokens", None, "{:.0f}"),
@@ -397,7 +402,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps of each side after the warm-up")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side")
-    parser.add_argument("--max-length", type=int, default=8192, help="RL2: tokens of a microbatch")
+    parser.add_argument("--max-length", type=int, default=4096, help="RL2: tokens of a microbatch")
     parser.add_argument("--peer-batch", type=int, default=128, help="TRL: sequences of a microbatch")
     parser.add_argument("--case", choices=[case.name for case in CASES], help="only this case")
     for hidden in ("--side", "--folder", "--max-new-tokens"):

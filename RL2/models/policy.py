@@ -20,7 +20,7 @@ from transformers import (
 from RL2.config import ConfigError
 from RL2.ops.attention import IMPLEMENTATION, PackedAttention
 from RL2.ops.token_stats import token_stats
-from RL2.types import TokenBatch
+from RL2.types import Shared, TokenBatch
 
 
 class Policy(nn.Module):
@@ -30,17 +30,22 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batch: TokenBatch, *, temperature: float, fields: Sequence[str]) -> dict[str, Tensor]:
-        """`fields` of the token statistics, each [number of action tokens]."""
-        hidden_TD = backbone(self.lm)(
-            input_ids=batch.token_ids_T[None],
-            position_ids=batch.position_ids_T[None],
-            use_cache=False,
-            attend=PackedAttention(batch.cu_seqlens),
-        ).last_hidden_state[0]
+    def forward(
+        self, batch: TokenBatch, shared: Shared | None, *, temperature: float, fields: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """`fields` of the token statistics, each [number of action tokens]. `shared` is `batch.shared()`."""
+        ids, positions = batch.token_ids_T, batch.position_ids_T
         actions = batch.action_T.nonzero()[:, 0]
+        if shared is not None:  # what sequences have in common runs through the backbone once
+            ids, positions = ids[shared.distinct_U], positions[shared.distinct_U]
+        hidden_UD = backbone(self.lm)(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            attend=PackedAttention(batch.cu_seqlens, shared),
+        ).last_hidden_state[0]
         stats = token_stats(
-            hidden_TD.index_select(0, actions),
+            hidden_UD.index_select(0, actions if shared is None else shared.place_T[actions]),
             head(self.lm).weight,
             batch.labels_T[actions],
             temperature=temperature,

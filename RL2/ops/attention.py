@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from RL2.types import Shared
+
 IMPLEMENTATION = "rl2_packed"
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -63,26 +65,37 @@ class PackedAttention:
     by length so that little is padding, and go through scaled_dot_product_attention.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_block_waste: float = 0.2) -> None:
+    def __init__(self, cu_seqlens: Tensor, shared: Shared | None = None, max_block_waste: float = 0.2) -> None:
+        """With `shared`, queries, keys and values of its U distinct positions come in, and their results go out."""
+        self.shared = shared
         self.cu_seqlens = cu_seqlens.to(torch.int32)
         self.lengths = cu_seqlens.diff().tolist()
         self.max_block_waste = max_block_waste
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        has_kernel = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+        return (self._variable_length if has_kernel else self._padded)(query, key, value, scaling)
 
     @cached_property
     def blocks(self) -> list[Block]:
         return _blocks(self.lengths, self.cu_seqlens.long(), self.max_block_waste)
 
     @cached_property
-    def packed_order(self) -> Tensor:
-        """Where each of the T tokens stands when the blocks' tokens are laid end to end."""
-        return torch.cat([position for _, _, (position, _) in self.blocks]).argsort()
+    def sources(self) -> list[Tensor]:
+        """Of each block, where its tokens' queries, keys and values come from."""
+        positions = [position for _, _, (position, _) in self.blocks]
+        return positions if self.shared is None else [self.shared.place_T[position] for position in positions]
 
-    def __call__(self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
-        if query_THD.is_cuda and query_THD.dtype in (torch.bfloat16, torch.float16):
-            return self._variable_length(query_THD, key_TKD, value_TKD, scaling)
+    @cached_property
+    def packed_order(self) -> Tensor:
+        """Where each result stands when the blocks' tokens are laid end to end."""
+        order_T = torch.cat([position for _, _, (position, _) in self.blocks]).argsort()
+        return order_T if self.shared is None else order_T[self.shared.distinct_U]
+
+    def _padded(self, query_UHD: Tensor, key_UKD: Tensor, value_UKD: Tensor, scaling: float) -> Tensor:
         parts = []
-        for rows, length, (position, place) in self.blocks:
-            query, key, value = (_pad(x, rows, length, position, place) for x in (query_THD, key_TKD, value_TKD))
+        for (rows, length, (_, place)), source in zip(self.blocks, self.sources, strict=True):
+            query, key, value = (_pad(x, rows, length, source, place) for x in (query_UHD, key_UKD, value_UKD))
             out_RHLD = causal_attention(query, key, value, scaling)
             parts.append(out_RHLD.transpose(1, 2).reshape(rows * length, -1).index_select(0, place))
         return torch.cat(parts).index_select(0, self.packed_order)
@@ -90,6 +103,8 @@ class PackedAttention:
     def _variable_length(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
+        if self.shared is not None:
+            query_THD, key_TKD, value_TKD = (x[self.shared.place_T] for x in (query_THD, key_TKD, value_TKD))
         longest = max(self.lengths)
         out_THD = varlen_attn(
             query_THD.contiguous(),
@@ -104,7 +119,7 @@ class PackedAttention:
             enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
         )
         assert isinstance(out_THD, Tensor)
-        return out_THD.flatten(1)
+        return (out_THD if self.shared is None else out_THD[self.shared.distinct_U]).flatten(1)
 
 
 def causal_attention(query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, scaling: float) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from RL2.config import ConfigError, Trainable, UserError
 from RL2.models.policy import Policy, export, layers, load_model, named_weights
 from RL2.objectives.declare import Loss
-from RL2.packing import plan
+from RL2.packing import microbatches
 from RL2.parallel.fsdp import shard
 from RL2.parallel.processes import Processes
 from RL2.types import TokenBatch, TokenStats
@@ -55,10 +55,11 @@ class Worker:
         self.policy.eval()
         out = {name: torch.zeros(len(batch.labels_T)) for name in fields}
         starts = batch.cu_seqlens.tolist()
-        for ids in plan(batch.lengths_B.tolist(), max_tokens, self.processes.world_size)[self.processes.rank]:
+        everything = range(batch.num_sequences)
+        for ids in microbatches(batch, everything, max_tokens, self.processes.world_size)[self.processes.rank]:
             microbatch = batch.sequences(ids or [0])
             with torch.no_grad():
-                stats = self.policy(microbatch.to(self.processes.device), temperature=temperature, fields=fields)
+                stats = self._forward(microbatch, temperature, fields)
             if ids:
                 places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
                 for name in fields:
@@ -66,6 +67,10 @@ class Worker:
         if isinstance(self.policy, FSDPModule):
             self.policy.reshard()  # or the root would stay whole, in the compute dtype, until the next backward
         return TokenStats(**{name: self.processes.sum(out[name]) for name in fields})
+
+    def _forward(self, microbatch: TokenBatch, temperature: float, fields: Sequence[str]) -> dict[str, Tensor]:
+        device, shared = self.processes.device, microbatch.shared()
+        return self.policy(microbatch.to(device), shared and shared.to(device), temperature=temperature, fields=fields)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight, whole (collective)."""
@@ -124,21 +129,20 @@ class Learner(Worker):
         assert batch.weight_T is not None
         totals = _Totals(self.processes)
         trained = batch.sequence_T[batch.weight_T != 0].unique().tolist()
-        lengths = batch.lengths_B[trained].tolist()
         shortest = int(batch.lengths_B.argmin())
-        for ids in plan(lengths, self.config.max_length_per_device, self.processes.world_size)[self.processes.rank]:
-            microbatch = batch.sequences([trained[i] for i in ids] or [shortest])
+        limit, world_size = self.config.max_length_per_device, self.processes.world_size
+        for ids in microbatches(batch, trained, limit, world_size)[self.processes.rank]:
+            microbatch = batch.sequences(ids or [shortest])
             if not ids:
                 microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))
-            microbatch = microbatch.to(self.processes.device)
-            stats = TokenStats(**self.policy(microbatch, temperature=temperature, fields=fields))
-            actions = microbatch.positions(microbatch.action_T)
+            stats = TokenStats(**self._forward(microbatch, temperature, fields))
+            actions = microbatch.positions(microbatch.action_T).to(self.processes.device)
             assert actions.weight_T is not None
             loss_T, metrics = loss(stats, actions)
             total = (loss_T * actions.weight_T).sum()
             total.backward()
             totals.add(total, actions.weight_T != 0, metrics)
-            progress(len(ids) * self.processes.world_size)
+            progress(len(ids) * world_size)
         return totals.means()
 
     def _apply(self, loss: float, batch: TokenBatch) -> dict[str, float]:

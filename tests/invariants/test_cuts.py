@@ -23,7 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from RL2.advantages import reinforce
 from RL2.config import Actor as ActorConfig
 from RL2.config import load
-from RL2.packing import loss_weights, pack, plan
+from RL2.packing import loss_weights, microbatches, pack
 from RL2.parallel.processes import Processes
 from RL2.types import Sequence, TokenBatch, Trajectory
 from RL2.workers.actor import Actor
@@ -43,15 +43,17 @@ def actor_config(program: str, model: str, **changes: Any) -> ActorConfig:
 
 
 def make_batch(rewards: list[float]) -> TokenBatch:
-    """Ragged sequences, some of several turns; engine log-probabilities that differ a little from the model's."""
+    """Ragged sequences, four of a group with one prompt, some of several turns; made-up engine log-probabilities."""
     draw = random.Random(0)
-    trajectories = []
+    trajectories: list[Trajectory] = []
     for n, reward in enumerate(rewards):
-        prompt, response = draw.randint(1, 20), draw.randint(1, 40)
+        if n % 4 == 0:
+            start = [draw.randrange(50) for _ in range(draw.randint(1, 20))]
+        prompt, response = len(start), draw.randint(1, 40)
         mask = [False] * prompt + [True] * response
         if response > 20:
             mask[prompt + 5 : prompt + 9] = [False] * 4  # an observation
-        ids = [draw.randrange(50) for _ in mask]
+        ids = start + [draw.randrange(50) for _ in range(response)]
         values = [0.0] * (len(mask) - 1) + [reward]
         sequence = Sequence(ids, mask, [draw.uniform(-5, 0) if a else 0.0 for a in mask], values)
         trajectories.append(Trajectory(row=n, group=n // 4, sample=n % 4, sequences=[sequence]))
@@ -186,8 +188,8 @@ def test_microbatches_are_one_batch(
 
     actor.policy.forward = counting  # type: ignore[method-assign]
     weights = loss_weights(batch, train_on=actor.config.train_on, level="token", average_over="all")
-    lengths = batch.lengths_B[batch.sequence_T[weights != 0].unique()].tolist()
-    limit = next(m for m in range(sum(lengths), 0, -1) if len(plan(lengths, m, 1)[0]) == number)
+    trained = batch.sequence_T[weights != 0].unique().tolist()
+    limit = next(m for m in range(4096, 0, -1) if len(microbatches(batch, trained, m, 1)[0]) == number)
     result = gradients(actor, batch, limit)
     assert len(counted) == number
     assert_same(one[program], result)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from RL2.advantages import reinforce, spo
-from RL2.packing import loss_weights, minibatches, pack, plan
+from RL2.packing import loss_weights, microbatches, minibatches, pack, plan, units
 from RL2.types import Sequence, TokenBatch, Trajectory
 
 
@@ -141,3 +141,30 @@ def test_minibatches_keep_trajectories_whole(batch: TokenBatch) -> None:
     assert minibatches(batch, 1) == [[0, 1, 2, 3, 4]]
     assert minibatches(batch, 2) == [[0, 1], [2, 3, 4]]
     assert minibatches(batch, 9) == [[0], [1], [2, 3], [4]]
+
+
+def test_groups_stay_together_as_far_as_they_fit(batch: TokenBatch) -> None:
+    assert batch.group_B.tolist() == [0, 0, 1, 1, 1]
+    assert units(batch, range(5), 100) == [[0, 1], [2, 3, 4]]
+    assert units(batch, [4, 0, 3, 1], 100) == [[4, 3], [0, 1]]
+    assert units(batch, range(5), 6) == [[0, 1], [2], [3], [4]]  # 4 + 2, 2 + 6 > 6, 6 + 1 > 6
+    planned = microbatches(batch, [0, 1, 3, 4], 7, 2)
+    assert sorted(sorted(ids) for rank in planned for ids in rank) == [[0, 1], [3, 4]]
+
+
+def test_what_sequences_share_is_found() -> None:
+    """Two of a group begin with 1 2 3; one of another group does so by chance; one of the group does not."""
+    ids = [[1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2, 3, 4, 5], [7, 2, 3]]
+    groups = [0, 0, 1, 0]
+    trajectories = [
+        Trajectory(0, group, 0, [Sequence(i, [False] + [True] * (len(i) - 1), [0.0] * len(i), [0.0] * len(i))])
+        for i, group in zip(ids, groups, strict=True)
+    ]
+    batch = pack(trajectories)
+    shared = batch.shared()
+    assert shared is not None
+    # inputs: 1 2 3 4 | 1 2 3 | 1 2 3 4 | 7 2
+    assert shared.distinct_U.tolist() == [0, 1, 2, 3, 7, 8, 9, 10, 11, 12]
+    assert shared.place_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert batch.token_ids_T[shared.distinct_U][shared.place_T].tolist() == batch.token_ids_T.tolist()
+    assert pack(trajectories[2:]).shared() is None
