@@ -15,15 +15,16 @@ spin while they wait are far slower there); processor seconds say more than seco
 to the process at their peak: weights and libraries are loaded before; gradients, optimizer state, cache and activations
 come with the steps.
 
-TRL's settings are its fast ones here: no gradient checkpointing, no reference model, no logging or saving, generation by
-transformers with a cache, and @@PEER@@
-RL2's microbatches are bounded in tokens (--max-length), as its commands always are. The losses are the same but for
-a constant factor: TRL divides by the cap on tokens, RL2 by their number.
+TRL's settings are its fast ones here: no gradient checkpointing, no reference model, no logging or saving, generation
+by transformers with a cache, and one batch of 128 (--peer-batch). RL2's microbatches are bounded in tokens
+(--max-length), as its commands always are. The losses are the same but for a constant factor: TRL divides by the cap on
+tokens, RL2 by their number.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -90,8 +91,8 @@ def write_task(folder: Path, case: Case) -> None:
 def write_model(folder: Path, end_probability: float, end: int, pad: int) -> None:
     """A random model that draws `end` with about `end_probability` wherever it stands.
 
-    Feature 0 of the residual stream is a constant: embeddings set it and no layer writes to it. The head reads it for the
-    end token alone, as a bias would be read.
+    Feature 0 of the residual stream is a constant: embeddings set it and no layer writes to it. The head reads it for
+    the end token alone, as a bias would be read.
     """
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -321,10 +322,8 @@ class Side:
 
     def step(self) -> dict[str, float]:
         into, out = self._pipes()
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the log says why
             print("step", file=into, flush=True)
-        except BrokenPipeError:
-            pass  # the log says why
         if not (answer := out.readline()):
             sys.exit(f"{self.name} stopped:\n{self.log.read_text()[-3000:]}")
         result: dict[str, float] = json.loads(answer)
