@@ -255,7 +255,7 @@ def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
             turns.answer(trainer.rollout_s, tokens=trainer.tokens, reward=trainer.mean_reward)
             control.should_training_stop = not turns.wait()
 
-    def reward(completions: list[str], **_: Any) -> list[float]:
+    def reward(completions: list[str], **_: Any) -> list[float | None]:
         rewards = [float(zlib.crc32(text.encode()) & 1) for text in completions]
         trainer.mean_reward = fmean(rewards)
         return rewards
