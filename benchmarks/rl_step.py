@@ -258,7 +258,7 @@ def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     def reward(completions: list[str], **_: Any) -> list[float | None]:
         rewards = [float(zlib.crc32(text.encode()) & 1) for text in completions]
         trainer.mean_reward = fmean(rewards)
-        return rewards
+        return [*rewards]
 
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     batch = options.peer_batch
