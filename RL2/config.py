@@ -107,10 +107,12 @@ class Entropy:
 class PathKnobs:
     """Knobs of the SPO family (objectives/path.py)."""
 
-    detach_target: bool
-    """spo: false lets the gradient flow through p_m too (the fork's way); true takes p_m as a fixed target."""
-    region: Literal["above_half", "all", "below_half"]
-    """spo_0p5: which tokens train, by their probability. above_half is the fork's way, all the formula as published."""
+    detach_target: bool | None
+    """spo, binary_jsd: true takes p_m as a fixed target; false, as null, lets the gradient flow through it too (the
+    fork's way)."""
+    region: Literal["above_half", "all", "below_half"] | None
+    """spo_0p5: which tokens train, by their probability. above_half, as null, is the fork's way, all the formula as
+    published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +170,13 @@ class Actor(Trainable):
     """Tokens of one microbatch without gradients."""
     temperature: PositiveFloat
     """Divides the logits in training; the sampling temperature, so that both see one distribution."""
-    objective: Literal["ppo", "spo", "spo_0p5", "sft"]
-    """What is minimised: a name of objectives/table.py."""
+    objective: str
+    """What is minimised: a name of objectives/table.py, or path.py:function of your own (docs/objectives.md)."""
+    objective_args: dict[str, Any]
+    """Knobs of the objective by name; those that are not given keep the defaults of its function."""
     path: PathKnobs
-    clip: PositiveFloat
-    """ppo: the probability ratio is clipped to [1 - clip, 1 + clip]."""
+    clip: PositiveFloat | None
+    """ppo, gspo: the probability ratio is clipped to [1 - clip, 1 + clip]; null: the objective's own default."""
     train_on: Literal["all", "correct"]
     """correct: only sequences of trajectories whose total reward is above 0."""
     average_over: Literal["all", "kept"]
@@ -367,16 +371,24 @@ def load(program: str, overrides: Sequence[str]) -> Any:
     """
     try:
         with initialize_config_module("RL2.trainer.config", version_base="1.3"):
-            tree = compose(program, overrides=list(overrides))
+            tree = compose(program, overrides=[_may_be_new(override) for override in overrides])
         values = OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_the_users_words(program, overrides, error)) from error
-    return _build(PROGRAMS[program], values, "")
+    return build(PROGRAMS[program], values, "")
 
 
 def show(config: Any) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def _may_be_new(override: str) -> str:
+    """Keys of `actor.objective_args` are the objective's: none stands in a YAML."""
+    return f"++{override}" if override.startswith(f"{ARGS}.") else override
+
+
+ARGS = "actor.objective_args"
 
 
 def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception) -> str:
@@ -385,7 +397,7 @@ def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception
         if "=" not in override:
             return f"{override!r} is not an override; write key=value"
         key = override.split("=", 1)[0].lstrip("+~")
-        if key not in keys and not any(k.startswith(f"{key}.") for k in keys):
+        if key not in keys and not key.startswith(f"{ARGS}.") and not any(k.startswith(f"{key}.") for k in keys):
             near = difflib.get_close_matches(key, keys, n=1)
             return f"{program} has no key {key!r}" + (f"; did you mean {near[0]}?" if near else "")
     return f"{str(error).splitlines()[0]} (overrides: {' '.join(overrides)})"
@@ -402,7 +414,7 @@ def _keys(cls: type, prefix: str) -> list[str]:
     ]
 
 
-def _build(annotation: Any, value: Any, key: str) -> Any:
+def build(annotation: Any, value: Any, key: str) -> Any:
     """`value` as `annotation`; `key` is its full name, for errors."""
     if is_dataclass(annotation):
         assert isinstance(annotation, type)
@@ -414,11 +426,11 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"nothing reads {', '.join(prefix + name for name in sorted(unknown))}")
         if missing := [f.name for f in fields(annotation) if f.name not in value and f.default is MISSING]:
             raise ConfigError(f"{', '.join(prefix + name for name in missing)} missing in the YAML")
-        return annotation(**{f.name: _build(hints[f.name], value[f.name], prefix + f.name) for f in fields(annotation)})
+        return annotation(**{f.name: build(hints[f.name], value[f.name], prefix + f.name) for f in fields(annotation)})
 
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        number = _build(args[0], value, key)
+        number = build(args[0], value, key)
         if not args[1].holds(number):
             raise ConfigError(f"{key}={value!r}; must be {args[1]}")
         return number
@@ -431,12 +443,16 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _build(next(a for a in args if a is not type(None)), value, key)
+        return build(next(a for a in args if a is not type(None)), value, key)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key}={value!r}; {key} is a group: set {key}.NAME=value")
+        return value
     if origin is tuple:
         if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
             raise ConfigError(f"{key}={value!r}; expected a list: '{key}=[...]'")
         each = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_build(a, x, f"{key}[{i}]") for i, (a, x) in enumerate(zip(each, value, strict=True)))
+        return tuple(build(a, x, f"{key}[{i}]") for i, (a, x) in enumerate(zip(each, value, strict=True)))
     if value is None:
         raise ConfigError(f"{key} is not set; pass {key}=...")
     if annotation is float and type(value) is int:

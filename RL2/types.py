@@ -218,6 +218,14 @@ class TokenStats:
     """log(1 - p_m)"""
     entropy: Tensor
     """-sum_i p_i log p_i, in nats"""
+    rank: Tensor
+    """Place of a among all tokens by falling probability, 1 = m; equals by rising id. No gradient."""
+    top_logp: Tensor
+    """[T, K]: log-probabilities of the K most likely tokens, in the order of `rank`."""
+    top_id: Tensor
+    """int64 [T, K]: their ids. No gradient."""
+    sum_p2: Tensor
+    """sum_i p_i^2, the chance that two samples are the same token"""
 
     def __init__(self, **fields: Tensor) -> None:
         self.__dict__.update(fields)
@@ -226,6 +234,17 @@ class TokenStats:
         if name in MENU:
             raise AttributeError(f"the statistic {name!r} was not asked for; declare it with @needs({name!r})")
         raise AttributeError(name)
+
+
+@dataclass(frozen=True)
+class StatsRequest:
+    """Which token statistics are wanted."""
+
+    fields: tuple[str, ...]
+    top_k: int = 0
+    """K of `top_logp` and `top_id`."""
+    temperature: float = 1.0
+    """Divides the logits."""
 
 
 MENU: tuple[str, ...] = tuple(TokenStats.__annotations__)

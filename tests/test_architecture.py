@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    ("types", "config"),
+    ("types", "config", "scripts"),
     ("ops", "parallel", "objectives", "advantages", "packing", "report"),
     ("models", "data", "engines", "rollout", "checkpoint"),
     ("workers",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from transformers import (
 from RL2.config import ConfigError
 from RL2.ops.attention import IMPLEMENTATION, PackedAttention
 from RL2.ops.token_stats import token_stats
-from RL2.types import Shared, TokenBatch
+from RL2.types import Shared, StatsRequest, TokenBatch
 
 
 class Policy(nn.Module):
@@ -30,10 +30,8 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(
-        self, batch: TokenBatch, shared: Shared | None, *, temperature: float, fields: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """`fields` of the token statistics, each [number of action tokens]. `shared` is `batch.shared()`."""
+    def forward(self, batch: TokenBatch, shared: Shared | None, request: StatsRequest) -> dict[str, Tensor]:
+        """The token statistics by name, each [number of action tokens]. `shared` is `batch.shared()`."""
         ids, positions = batch.token_ids_T, batch.position_ids_T
         actions = batch.action_T.nonzero()[:, 0]
         if shared is not None:  # what sequences have in common runs through the backbone once
@@ -48,10 +46,11 @@ class Policy(nn.Module):
             hidden_UD.index_select(0, actions if shared is None else shared.place_T[actions]),
             head(self.lm).weight,
             batch.labels_T[actions],
-            temperature=temperature,
-            fields=fields,
+            temperature=request.temperature,
+            fields=request.fields,
+            top_k=request.top_k,
         )
-        return {name: getattr(stats, name) for name in fields}
+        return {name: getattr(stats, name) for name in request.fields}
 
 
 def backbone(lm: PreTrainedModel) -> nn.Module:

@@ -16,7 +16,7 @@ from RL2.types import TokenBatch, TokenStats
 
 
 @needs("logp")
-def sft(stats: TokenStats, batch: TokenBatch) -> Loss:
+def cross_entropy(stats: TokenStats, batch: TokenBatch) -> Loss:
     """Cross-entropy, -log p_a.
 
     Gradient: p - e_a. Zero at p_a = 1.
@@ -25,7 +25,7 @@ def sft(stats: TokenStats, batch: TokenBatch) -> Loss:
 
 
 @needs("logp", "log1mp", "max_logp", "max_log1mp")
-def spo(stats: TokenStats, batch: TokenBatch, *, detach_target: bool) -> Loss:
+def spo(stats: TokenStats, batch: TokenBatch, *, detach_target: bool = False) -> Loss:
     """KL(Bern(p_m) || Bern(p_a)) = p_m log(p_m / p_a) + (1 - p_m) log((1 - p_m) / (1 - p_a)).
 
     Thesis, sections 3.1 and 3.2 (they differ in `actor.average_over`). Zero, with zero gradient, where a = m.
@@ -44,7 +44,9 @@ def spo(stats: TokenStats, batch: TokenBatch, *, detach_target: bool) -> Loss:
 
 
 @needs("logp", "log1mp")
-def spo_0p5(stats: TokenStats, batch: TokenBatch, *, region: Literal["above_half", "all", "below_half"]) -> Loss:
+def spo_0p5(
+    stats: TokenStats, batch: TokenBatch, *, region: Literal["above_half", "all", "below_half"] = "above_half"
+) -> Loss:
     """KL(Bern(1/2) || Bern(p_a)) = -(log p_a + log(1 - p_a)) / 2 + log(1/2), on the tokens of `region`.
 
     Thesis, section 3.3. Zero, with zero gradient, at p_a = 1/2. Gradient: (2 p_a - 1) / (2 (1 - p_a)) (e_a - p): it

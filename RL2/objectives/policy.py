@@ -9,7 +9,7 @@ from RL2.types import TokenBatch, TokenStats
 
 
 @needs("logp")
-def ppo(stats: TokenStats, batch: TokenBatch, *, clip: float) -> Loss:
+def ppo(stats: TokenStats, batch: TokenBatch, *, clip: float = 0.2) -> Loss:
     """-min(r A, clamp(r, 1 - clip, 1 + clip) A) with r = p_a / p_a_old (Schulman et al. 2017, equation 7).
 
     p_a_old is the policy's own probability when the rollout arrived; on the first of its updates r is 1 and the

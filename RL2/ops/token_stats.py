@@ -1,32 +1,47 @@
-"""The statistics seam: the only training code that sees logits.
+"""The statistics seam: the only training code that sees logits. ops/tally.py holds the mathematics.
 
-Shapes: T tokens, V vocabulary, D hidden size, C tokens of one chunk.
-
-Everything is computed relative to the two largest logits. With m the mode, d = z_m - logsumexp(the other logits), and
-q the distribution over the other tokens (p_i = (1 - p_m) q_i for i != m):
-
-    max_logp   = log sigmoid(d)          max_log1mp = log sigmoid(-d)
-    logp       = (z_a - z_m) + max_logp
-    log1mp     = max_log1mp if a = m, else log1p(-p_a), where p_a <= 1/2
-    entropy    = H(Bern(p_m)) + (1 - p_m) H(q)
-
-so no large number is subtracted from another: float32 keeps its relative precision up to p_m = 1 - 1e-38.
-`log(-expm1(logp))`, the obvious way to log1mp, is off by up to 0.3 there.
+Shapes: T tokens, V vocabulary, D hidden size, C tokens and W columns of one tile, K of the most likely tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
 
+from RL2.ops import tally as plain
+from RL2.ops.tally import Rows, Tally, Top
 from RL2.types import MENU, TokenStats
 
-CHUNK_BYTES = 64 * 2**20
-"""Logits that the chunked path holds at a time."""
+Implementation = Literal["auto", "reference", "chunked", "triton"]
+
+BUDGET_MIB = {"cpu": 64.0, "cuda": 512.0}
+"""Logits that are in memory at a time."""
+
+TILE_TOKENS = 1024
+"""Rows of a tile: enough for a matrix product to run at full speed."""
+
+CPU_TILE_MIB = 4.0
+"""A tile on a CPU is smaller than the budget, so that a dozen passes over it stay in the cache."""
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The head's rows here are the tokens from `start` on, out of `total`; the rest are on the others of `group`.
+
+    All processes of the group have the same hidden states, and get the same statistics.
+    """
+
+    group: dist.ProcessGroup
+    start: int
+    total: int
 
 
 def token_stats(
@@ -36,26 +51,46 @@ def token_stats(
     *,
     temperature: float = 1.0,
     fields: Sequence[str],
-    implementation: Literal["auto", "reference", "chunked"] = "auto",
+    top_k: int = 0,
+    tp: VocabularyShard | None = None,
+    implementation: Implementation = "auto",
+    budget_mib: float | None = None,
 ) -> TokenStats:
     """Statistics of softmax(hidden @ head.T / temperature) at each token, differentiable in `hidden` and `head`.
 
-    `fields` names what is computed, out of `types.MENU`. Results are float32, or float64 for float64 inputs.
-    `reference` builds the dense logits and lets autograd work; `chunked` never holds [T, V] and recomputes logits in
-    the backward pass, whose gradient is in closed form. `auto` is chunked.
+    `fields` names what is computed, out of `types.MENU`; `top_k` is the K of `top_logp` and `top_id`. Results are
+    float32, or float64 for float64 inputs. Half-precision inputs are multiplied with float32 accumulation.
+
+    `reference` builds the dense logits and lets autograd work. `chunked` holds `budget_mib` of logits at a time
+    and computes them again in the backward pass, whose gradient is in closed form; `triton` is the same in two kernels
+    for GPUs. `auto` is `triton` on a GPU, `chunked` elsewhere.
+
+    Raises ValueError for a field that is not on the menu, and for `top_k` without the fields that it is for.
     """
+    check_fields(fields, top_k)
+    if implementation == "reference":
+        whole_VD = head_VD if tp is None else _gathered_head(head_VD, tp.group)
+        return reference_stats(_product(hidden_TD, whole_VD.T) / temperature, labels_T, fields, top_k)
+    if implementation == "auto":
+        implementation = "triton" if hidden_TD.is_cuda and find_spec("triton") else "chunked"
+    names = tuple(name for name in MENU if name in fields)
+    job = _Job(names, top_k, temperature, tp, implementation == "triton", budget_mib)
+    return TokenStats(**dict(zip(names, _Chunked.apply(hidden_TD, head_VD, labels_T, job), strict=True)))
+
+
+def check_fields(fields: Sequence[str], top_k: int) -> None:
     if unknown := set(fields) - set(MENU):
         raise ValueError(f"no such token statistic: {', '.join(sorted(unknown))}; the menu is {', '.join(MENU)}")
-    if implementation == "reference":
-        return reference_stats(_logits(hidden_TD, head_VD, temperature), labels_T, fields)
-    names = tuple(name for name in MENU if name in fields)
-    return TokenStats(**dict(zip(names, _Chunked.apply(hidden_TD, head_VD, labels_T, temperature, names), strict=True)))
+    wants_top = bool({"top_logp", "top_id"} & set(fields))
+    if wants_top != (top_k > 0):
+        raise ValueError(f"top_k={top_k} and the fields {', '.join(fields)}: top_logp and top_id need top_k above 0")
 
 
-def reference_stats(logits_TV: Tensor, labels_T: Tensor, fields: Sequence[str]) -> TokenStats:
+def reference_stats(logits_TV: Tensor, labels_T: Tensor, fields: Sequence[str], top_k: int = 0) -> TokenStats:
     """The dense definition that everyone can check, in the dtype of the logits (float64 for tests)."""
     logp_TV = logits_TV.log_softmax(-1)
-    mode_T = logits_TV.argmax(-1)
+    order_TV = logits_TV.sort(dim=-1, descending=True, stable=True).indices  # equal logits by id
+    top_id_TK = order_TV[:, :top_k]
 
     def log_of_the_others(label_T: Tensor) -> Tensor:
         others_TV = logits_TV.scatter(1, label_T[:, None], -torch.inf)
@@ -64,132 +99,207 @@ def reference_stats(logits_TV: Tensor, labels_T: Tensor, fields: Sequence[str]) 
     menu = {
         "logp": lambda: logp_TV.gather(1, labels_T[:, None])[:, 0],
         "log1mp": lambda: log_of_the_others(labels_T),
-        "max_logp": lambda: logp_TV.gather(1, mode_T[:, None])[:, 0],
-        "max_log1mp": lambda: log_of_the_others(mode_T),
+        "max_logp": lambda: logp_TV.gather(1, order_TV[:, :1])[:, 0],
+        "max_log1mp": lambda: log_of_the_others(order_TV[:, 0]),
         "entropy": lambda: -(logp_TV.exp() * logp_TV).sum(-1),
+        "rank": lambda: (order_TV == labels_T[:, None]).to(logp_TV.dtype).argmax(-1).to(logp_TV.dtype) + 1,
+        "top_logp": lambda: logp_TV.gather(1, top_id_TK),
+        "top_id": lambda: top_id_TK,
+        "sum_p2": lambda: logp_TV.exp().square().sum(-1),
     }
     return TokenStats(**{name: menu[name]() for name in fields})
 
 
-def _logits(hidden_CD: Tensor, head_VD: Tensor, temperature: float) -> Tensor:
-    """float32 logits (float64 for float64 inputs). Half-precision inputs are not rounded to half on the way out."""
-    logits_CV = _product(hidden_CD, head_VD.T)
-    return logits_CV if temperature == 1.0 else logits_CV / temperature
+@dataclass(frozen=True)
+class _Job:
+    """What is asked of the tiled paths, and how they go about it."""
 
+    names: tuple[str, ...]
+    top_k: int
+    temperature: float
+    tp: VocabularyShard | None
+    triton: bool
+    budget_mib: float | None
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with the result in float32 for half-precision inputs: accumulated there and not rounded on the way out."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    @property
+    def ops(self) -> Any:
+        """`tally` and `gradient`, plain or as kernels."""
+        if not self.triton:
+            return plain
+        from RL2.ops import tally_triton
 
+        return tally_triton
 
-class _Softmax:
-    """One chunk's distribution, in the terms of the module's docstring."""
+    def tile_shape(self, num_tokens: int, vocabulary: int, device: torch.device) -> tuple[int, int]:
+        """Tokens and columns of a tile. For `rank` a tile has all columns: the label's logit comes before the count.
 
-    def __init__(self, logits_CV: Tensor, labels_C: Tensor) -> None:
-        """Takes `logits_CV` over: afterwards `e_CV` lives in its memory, holding q_i up to its sum."""
-        top_C, self.mode_C = logits_CV.max(-1)
-        label_logit_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
-        # with the mode out of the way the largest of the rest is the reference: nothing underflows that matters
-        second_C = logits_CV.scatter_(1, self.mode_C[:, None], -torch.inf).amax(-1)
-        self.z_CV = logits_CV.sub_(second_C[:, None])
-        self.z_CV.scatter_(1, self.mode_C[:, None], 0.0)
-        self.e_CV = self.z_CV.exp()
-        self.e_CV.scatter_(1, self.mode_C[:, None], 0.0)
-        self.sum_C = self.e_CV.sum(-1)
-        odds_C = (top_C - second_C) - self.sum_C.log()
-        self.max_logp_C = F.logsigmoid(odds_C)
-        self.max_log1mp_C = F.logsigmoid(-odds_C)
-        self.is_mode_C = labels_C == self.mode_C
-        self.logp_C = (label_logit_C - top_C) + self.max_logp_C
-        below_half_C = self.logp_C.clamp(max=-0.5)  # keeps log1p finite where the other branch is taken
-        self.log1mp_C = torch.where(self.is_mode_C, self.max_log1mp_C, torch.log1p(-below_half_C.exp()))
-
-    def entropy_C(self) -> Tensor:
-        mean_z_C = torch.linalg.vecdot(self.e_CV, self.z_CV) / self.sum_C
-        rest_C = self.sum_C.log() - mean_z_C
-        p_mode_C, p_rest_C = self.max_logp_C.exp(), self.max_log1mp_C.exp()
-        return -p_mode_C * self.max_logp_C + p_rest_C * (rest_C - self.max_log1mp_C)
-
-    def fields(self, names: Sequence[str]) -> list[Tensor]:
-        return [self.entropy_C() if name == "entropy" else getattr(self, f"{name}_C") for name in names]
-
-    def grad_logits(self, labels_C: Tensor, grads: dict[str, Tensor]) -> Tensor:
-        """sum over fields f of grad_f df/dz, [C, V], written over `e_CV`.
-
-        For i other than a and m, with p_i = (1 - p_m) q_i:
-            dlogp/dz_i = dmax_logp/dz_i = -p_i,  dlog1mp/dz_i = p_a p_i / (1 - p_a),  dmax_log1mp/dz_i = p_m q_i,
-            dH/dz_i = -p_i (log p_i + H).
-        a and m have terms of their own. 1 - p is never formed by subtraction.
+        Alike on all processes of a tensor-parallel group, since each token tile ends in collectives.
         """
-        zero_C = torch.zeros_like(self.sum_C)
-        logp, log1mp, max_logp, max_log1mp = (
-            grads.get(name, zero_C) for name in ("logp", "log1mp", "max_logp", "max_log1mp")
-        )
-        p_mode_C, p_rest_C = self.max_logp_C.exp(), self.max_log1mp_C.exp()
-        # where a is the mode, log1mp *is* max_log1mp and logp is max_logp
-        on_mode_logp_C = max_logp + torch.where(self.is_mode_C, logp, zero_C)
-        on_mode_log1mp_C = max_log1mp + torch.where(self.is_mode_C, log1mp, zero_C)
-        other_logp_C = torch.where(self.is_mode_C, zero_C, logp)
-        odds_a_C = (self.logp_C - self.log1mp_C).exp()
-        other_log1mp_C = torch.where(self.is_mode_C, zero_C, log1mp * odds_a_C)
-
-        rest_C = p_rest_C * (other_log1mp_C - on_mode_logp_C - other_logp_C) + p_mode_C * on_mode_log1mp_C
-        mode_C = p_rest_C * on_mode_logp_C + p_mode_C * (other_log1mp_C - other_logp_C - on_mode_log1mp_C)
-        if (grad_entropy := grads.get("entropy")) is not None:
-            entropy_C = self.entropy_C()
-            shift_C = self.max_log1mp_C - self.sum_C.log() + entropy_C  # log p_i + H = z_i + shift
-            scale_C = grad_entropy * p_rest_C
-            grad_CV = self.z_CV.mul_(-scale_C[:, None]).add_((rest_C - scale_C * shift_C)[:, None])
-            grad_CV.mul_(self.e_CV).div_(self.sum_C[:, None])
-            mode_C = mode_C - grad_entropy * p_mode_C * (self.max_logp_C + entropy_C)
-        else:
-            grad_CV = self.e_CV.mul_((rest_C / self.sum_C)[:, None])
-        grad_CV.scatter_(1, self.mode_C[:, None], mode_C[:, None])
-        return grad_CV.scatter_add_(1, labels_C[:, None], (other_logp_C - other_log1mp_C)[:, None])
+        if self.tp is not None:
+            vocabulary = math.ceil(self.tp.total / dist.get_world_size(self.tp.group))
+        budget = int((self.budget_mib or BUDGET_MIB[device.type]) * 2**20) // 4
+        if "rank" in self.names:
+            return max(1, min(num_tokens, budget // vocabulary)), vocabulary
+        if device.type == "cpu":
+            budget = min(budget, int(CPU_TILE_MIB * 2**20) // 4)
+        tokens = max(1, min(num_tokens, TILE_TOKENS, budget))
+        return tokens, max(1, min(vocabulary, budget // tokens))
 
 
 class _Chunked(torch.autograd.Function):
-    """Forward keeps nothing of size [T, V]; backward computes the logits again, chunk by chunk."""
+    """Forward keeps nothing of size [T, V]; backward computes the logits again, tile by tile."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, temperature: float, names: tuple[str, ...]
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, job: _Job) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # a statistic that no loss reads costs nothing in the backward pass
-        ctx.save_for_backward(hidden_TD, head_VD, labels_T)
-        ctx.temperature, ctx.names = temperature, names
-        out = [hidden_TD.new_empty(len(labels_T), dtype=_dtype(hidden_TD)) for _ in names]
-        for at in _chunks(len(labels_T), len(head_VD)):
-            softmax = _Softmax(_logits(hidden_TD[at], head_VD, temperature), labels_T[at])
-            for whole_T, part_C in zip(out, softmax.fields(names), strict=True):
-                whole_T[at] = part_C
-        return tuple(out)
+        tiles = _Tiles(hidden_TD, head_VD, job)
+        parts = [_forward(tiles, at, labels_T[at], job) for at in tiles.tokens]
+        whole: dict[str, Tensor] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        out = tuple(whole[name] for name in job.names)
+        ctx.mark_non_differentiable(*(whole[name] for name in ("rank", "top_id") if name in job.names))
+        kept = {name: whole[name] for name in (*Rows._fields, "top_id") if name in whole}
+        ctx.job, ctx.kept = job, tuple(kept)
+        # fields that are outputs are saved as such; the rest are copies of size [T]
+        ctx.save_for_backward(hidden_TD, head_VD, labels_T, *kept.values())
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        asked = {name: grad_T for name, grad_T in zip(ctx.names, grads, strict=True) if grad_T is not None}
-        hidden_TD, head_VD, labels_T = ctx.saved_tensors
+        job: _Job = ctx.job
+        asked = {name: grad for name, grad in zip(job.names, grads, strict=True) if grad is not None}
+        hidden_TD, head_VD, labels_T, *kept = ctx.saved_tensors
+        saved = dict(zip(ctx.kept, kept, strict=True))
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
-        # accumulated over chunks in float32 whatever the dtype of the head
+        # accumulated over tiles in float32 whatever the dtype of the model
+        grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=_dtype(hidden_TD)) if needs_hidden else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=_dtype(hidden_TD)) if needs_head else None
-        for at in _chunks(len(labels_T), len(head_VD)):
-            softmax = _Softmax(_logits(hidden_TD[at], head_VD, ctx.temperature), labels_T[at])
-            grad_CV = softmax.grad_logits(labels_T[at], {name: grad_T[at] for name, grad_T in asked.items()})
-            grad_CV = (grad_CV / ctx.temperature if ctx.temperature != 1.0 else grad_CV).to(hidden_TD.dtype)
-            if grad_hidden_TD is not None:
-                grad_hidden_TD[at] = grad_CV @ head_VD
-            if grad_head_VD is not None:
-                grad_head_VD += _product(grad_CV.T, hidden_TD[at])
-        return grad_hidden_TD, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype), None, None, None
+        tiles = _Tiles(hidden_TD, head_VD, job)
+        for at in tiles.tokens:
+            slope = plain.slopes(
+                Rows(*(saved[name][at] for name in Rows._fields)),
+                labels_T[at],
+                saved["top_id"][at] if "top_id" in saved else None,
+                {name: grad[at] for name, grad in asked.items()},
+                1 / job.temperature,
+            )
+            for columns, z_CW, scratch_CW, start in tiles.logits(at):
+                grad_CW = job.ops.gradient(z_CW, start, scratch_CW, slope)
+                if grad_hidden_TD is not None:
+                    _add_product(grad_hidden_TD[at], grad_CW, head_VD[columns])
+                if grad_head_VD is not None:
+                    _add_product(grad_head_VD[columns], grad_CW.T, hidden_TD[at])
+        if grad_hidden_TD is not None:
+            if job.tp is not None:
+                dist.all_reduce(grad_hidden_TD, group=job.tp.group)
+            grad_hidden_TD = grad_hidden_TD.to(hidden_TD.dtype)
+        return grad_hidden_TD, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype), None, None
+
+
+class _Tiles:
+    """hidden @ head.T / temperature in tiles, in two buffers that all tiles share."""
+
+    def __init__(self, hidden_TD: Tensor, head_VD: Tensor, job: _Job) -> None:
+        self.hidden_TD, self.head_VD, self.temperature = hidden_TD, head_VD, job.temperature
+        self.first = 0 if job.tp is None else job.tp.start
+        self.num_tokens, self.width = job.tile_shape(len(hidden_TD), len(head_VD), hidden_TD.device)
+        size = self.num_tokens * min(self.width, len(head_VD))
+        self.buffer, self.scratch = (hidden_TD.new_empty(size, dtype=_dtype(hidden_TD)) for _ in range(2))
+
+    @property
+    def tokens(self) -> list[slice]:
+        """At least one, so that an empty batch has statistics of size 0."""
+        return _slices(len(self.hidden_TD), self.num_tokens) or [slice(0, 0)]
+
+    def logits(self, at: slice) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
+        """Of the tokens `at`: the columns of a tile, its logits, a scratch of the same size, and its first token id."""
+        hidden_CD = self.hidden_TD[at]
+        for columns in _slices(len(self.head_VD), self.width):
+            head_WD = self.head_VD[columns]
+            shape = (len(hidden_CD), len(head_WD))
+            z_CW, scratch_CW = (x[: shape[0] * shape[1]].view(shape) for x in (self.buffer, self.scratch))
+            _add_product(z_CW, hidden_CD, head_WD.T, beta=0.0, alpha=1 / self.temperature)
+            yield columns, z_CW, scratch_CW, self.first + columns.start
+
+
+def _forward(tiles: _Tiles, at: slice, labels_C: Tensor, job: _Job) -> dict[str, Tensor]:
+    """Statistics of the tokens `at`, by name: all `Rows`, and the others that were asked for."""
+    with_z, with_sq = "entropy" in job.names, "sum_p2" in job.names
+    tallies: list[Tally] = []
+    tops: list[Top] = []
+    label_logit_C = tiles.buffer.new_zeros(len(labels_C))
+    before_C = torch.zeros_like(labels_C)
+    for _, z_CW, scratch_CW, start in tiles.logits(at):
+        label_logit_C += plain.pick(z_CW, labels_C - start)
+        if "rank" in job.names:  # the one tile of these tokens
+            if job.tp is not None:
+                dist.all_reduce(label_logit_C, group=job.tp.group)
+            before_C = plain.count_above(z_CW, start, labels_C, label_logit_C)
+        if job.top_k:
+            tops.append(plain.top(z_CW, start, job.top_k))
+        tallies.append(job.ops.tally(z_CW, start, scratch_CW, with_z=with_z, with_sq=with_sq))
+    whole = reduce(plain.merge, tallies)
+    if job.tp is not None:
+        group = job.tp.group
+        whole = reduce(plain.merge, [Tally(*part) for part in _all_gather(torch.stack(whole), group)])
+        if "rank" in job.names:
+            dist.all_reduce(before_C, group=group)
+        else:
+            dist.all_reduce(label_logit_C, group=group)
+    row = plain.rows(whole, label_logit_C, labels_C)
+    found = row._asdict()
+    if "rank" in job.names:
+        found["rank"] = (before_C + 1).to(row.logp.dtype)
+    if job.top_k:
+        value_CK, found["top_id"] = _best(tops, job)
+        found["top_logp"] = (value_CK - whole.top[:, None]) + row.max_logp[:, None]
+    return found
+
+
+def _best(tops: list[Top], job: _Job) -> Top:
+    """The K best of all tiles, and of all processes."""
+    values, ids = (torch.cat(parts, -1) for parts in zip(*tops, strict=True))
+    values, ids = plain.ordered(values, ids, job.top_k)
+    if job.tp is not None:
+        missing = job.top_k - values.shape[1]  # a shard narrower than K
+        padded = [torch.nn.functional.pad(x, (0, missing), value=fill) for x, fill in ((values, -torch.inf), (ids, -1))]
+        values, ids = (torch.cat(_all_gather(x.contiguous(), job.tp.group), -1) for x in padded)
+        values, ids = plain.ordered(values, ids, job.top_k)
+    if values.shape[1] < job.top_k:
+        raise ValueError(f"top_k={job.top_k} of a vocabulary of {values.shape[1]} tokens")
+    return values, ids
+
+
+def _gathered_head(head_VD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The whole head; gradients flow into this process's own part of it."""
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, head_VD.detach(), group=group)
+    parts[dist.get_rank(group)] = head_VD
+    return torch.cat(parts)
+
+
+def _all_gather(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return parts
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 (float64 for float64), differentiable."""
+    return a.to(_dtype(a)) @ b.to(_dtype(b))
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
+    """out = beta * out + alpha * a @ b, accumulated in the dtype of `out` and never rounded to half precision."""
+    half = torch.float16 if torch.float16 in (a.dtype, b.dtype) else torch.bfloat16
+    if out.is_cuda and half in (a.dtype, b.dtype):
+        torch.addmm(out, a.to(half), b.to(half), beta=beta, alpha=alpha, out_dtype=out.dtype, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
 
 
 def _dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
-    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]

@@ -14,14 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import hashlib
-import importlib.util
 import inspect
 import math
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
@@ -30,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from RL2.config import UserError
+from RL2.scripts import ScriptError, described, load_script
 
 ATTEMPTS = 4
 """How often a call is handed in before it is given up because others blocked the loop each time."""
@@ -38,10 +34,6 @@ PATIENCE = 1.25
 """Limits without progress after which a loop is taken for blocked. Above 1: a live loop stops a slow call itself."""
 
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
-
-
-class ScriptError(UserError, ValueError):
-    """The script cannot be used at all; found when it is loaded."""
 
 
 class Unscored(Exception):
@@ -66,7 +58,7 @@ class StepResult:
 
 def load_environment(path: str | Path, timeout_s: float) -> Environment:
     """The script at `path`; a call of it that takes longer than `timeout_s` is unscored. Raises `ScriptError`."""
-    module = _load(Path(path))
+    module = load_script(path)
     step = _function(module, path, "step", ("state", "action", "extra_info"), is_async=True)
     if step is None:
         raise ScriptError(f"{path} has no `async def step(state, action, extra_info)`")
@@ -145,7 +137,7 @@ class Environment:
             if isinstance(error, _Overtime):
                 raise Unscored(f"{name} took longer than rollout.env_timeout_s={self.timeout_s:g}")
             if error is not None:
-                raise Unscored(_described(error, self.path, self._file)) from error
+                raise Unscored(described(error, self.path, self._file)) from error
             return value
         raise Unscored(f"{ATTEMPTS} times, other calls blocked longer than rollout.env_timeout_s={self.timeout_s:g}")
 
@@ -242,23 +234,6 @@ class _LoopThread(threading.Thread):
         task.cancel()
 
 
-def _load(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ScriptError(f"{path}: there is no such file")
-    name = f"rl2_environment_{path.stem}_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ScriptError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ScriptError(f"{path} cannot be imported: {_described(error, str(path), spec.origin)}") from error
-    return module
-
-
 def _function(module: ModuleType, path: str | Path, name: str, parameters: tuple[str, ...], *, is_async: bool) -> Any:
     function = getattr(module, name, None)
     if function is None:
@@ -305,12 +280,3 @@ def _number(result: dict[str, Any], name: str) -> float:
 
 def _name(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
-
-
-def _described(error: BaseException, path: str, file: str | None) -> str:
-    """Type, first line of the message, and the last line of the script that the error passed through."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    if isinstance(error, SyntaxError):
-        lines.append(error.lineno)
-    message = (str(error).splitlines() or [""])[0][:200]
-    return type(error).__name__ + (f": {message}" if message else "") + (f" ({path}:{lines[-1]})" if lines else "")

@@ -8,10 +8,11 @@ from RL2.config import SFTConfig
 from RL2.data.cursor import Cursor
 from RL2.data.sft import load_examples
 from RL2.models.policy import load_tokenizer
-from RL2.objectives.path import sft
+from RL2.objectives.path import cross_entropy
 from RL2.packing import loss_weights, pack
 from RL2.rollout.environment import load_environment
 from RL2.trainer.run import Run
+from RL2.types import StatsRequest
 from RL2.workers.worker import Learner
 
 
@@ -34,7 +35,7 @@ def train(config: SFTConfig, run: Run) -> None:
         batch = pack([examples[row] for row in cursor.next()])
         weight_T = loss_weights(batch, train_on="all", level=config.actor.avg_level, average_over="all")
         with report.bar(batch.num_sequences, "update") as bar:
-            metrics = learner.step(batch.with_(weight_T=weight_T), sft, ("logp",), 1.0, bar.update)
+            metrics = learner.step(batch.with_(weight_T=weight_T), cross_entropy, StatsRequest(("logp",)), bar.update)
         seconds = time.perf_counter() - start
         times = {"time/step_s": seconds, "time/tokens_per_s": len(batch.token_ids_T) / seconds}
         report.step(step, {f"actor/{name}": value for name, value in metrics.items()} | times)

@@ -10,11 +10,11 @@ from torch import Tensor
 from RL2.config import Actor as ActorConfig
 from RL2.config import RefActor as RefActorConfig
 from RL2.objectives.declare import Loss
-from RL2.objectives.table import bind
+from RL2.objectives.table import configured
 from RL2.objectives.terms import importance_weight, kl_estimate
 from RL2.packing import loss_weights, minibatches
 from RL2.parallel.processes import Processes
-from RL2.types import TokenBatch, TokenStats
+from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import Learner, Progress, Worker
 
 
@@ -25,12 +25,10 @@ class Actor(Learner):
 
     def __init__(self, config: ActorConfig, processes: Processes, total_steps: int, save_dir: Path) -> None:
         super().__init__(config, processes, total_steps, save_dir)
-        self.objective, needs = bind(
-            config.objective,
-            {"clip": config.clip, "detach_target": config.path.detach_target, "region": config.path.region},
-        )
+        self.objective = configured(config)
         # entropy is always reported, and logp watched against the engine's
-        self.fields = tuple(dict.fromkeys((*needs, "logp", "entropy")))
+        fields = tuple(dict.fromkeys((*self.objective.fields, "logp", "entropy")))
+        self.request = StatsRequest(fields, self.objective.top_k, config.temperature)
 
     def logp(self, batch: TokenBatch) -> Tensor:
         """Log-probability of every sampled token under the present weights, [T]."""
@@ -46,7 +44,7 @@ class Actor(Learner):
                 minibatch, train_on=config.train_on, level=config.avg_level, average_over=config.average_over
             )
             minibatch = minibatch.with_(weight_T=weight_T)
-            metrics = self.step(minibatch, self.loss, self.fields, config.temperature, progress)
+            metrics = self.step(minibatch, self.loss, self.request, progress)
             metrics["trained_share"] = metrics["tokens"] / int(minibatch.action_T.sum())
             for name, value in metrics.items():
                 history[name].append(value)
@@ -57,7 +55,7 @@ class Actor(Learner):
         config = self.config
         logp_T, entropy_T, engine_logp_T = stats.logp, stats.entropy, batch.engine_logp_T
         assert engine_logp_T is not None
-        loss_T, metrics = self.objective(stats, batch)
+        loss_T, metrics = self.objective.loss(stats, batch)
         # the policy's own log-probability when the rollout arrived
         arrived_T = logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T
         if config.tis_coef > 0:
@@ -86,4 +84,4 @@ class RefActor(Worker):
 
 
 def _logp(worker: Worker, batch: TokenBatch, temperature: float, max_tokens: int) -> Tensor:
-    return worker.stats(batch, ("logp",), temperature, max_tokens).logp
+    return worker.stats(batch, StatsRequest(("logp",), temperature=temperature), max_tokens).logp

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from RL2.objectives.declare import Loss
 from RL2.packing import microbatches
 from RL2.parallel.fsdp import shard
 from RL2.parallel.processes import Processes
-from RL2.types import TokenBatch, TokenStats
+from RL2.types import StatsRequest, TokenBatch, TokenStats
 
 Progress = Callable[[int], object]
 """Told how many sequences more are done."""
@@ -50,27 +50,28 @@ class Worker:
     def is_sharded(self) -> bool:
         return isinstance(self.policy, FSDPModule)
 
-    def stats(self, batch: TokenBatch, fields: Sequence[str], temperature: float, max_tokens: int) -> TokenStats:
+    def stats(self, batch: TokenBatch, request: StatsRequest, max_tokens: int) -> TokenStats:
         """Statistics at all T positions of `batch`, the same on every process; 0 where there is no action."""
         self.policy.eval()
-        out = {name: torch.zeros(len(batch.labels_T)) for name in fields}
+        out: dict[str, Tensor] = {}
         starts = batch.cu_seqlens.tolist()
         everything = range(batch.num_sequences)
         for ids in microbatches(batch, everything, max_tokens, self.processes.world_size)[self.processes.rank]:
             microbatch = batch.sequences(ids or [0])
             with torch.no_grad():
-                stats = self._forward(microbatch, temperature, fields)
-            if ids:
-                places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
-                for name in fields:
-                    out[name][places] = stats[name].float().cpu()
+                stats = self._forward(microbatch, request)
+            for name, value in stats.items():
+                out.setdefault(name, value.new_zeros(len(batch.labels_T), *value.shape[1:], device="cpu"))
+                if ids:
+                    places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
+                    out[name][places] = value.cpu()
         if isinstance(self.policy, FSDPModule):
             self.policy.reshard()  # or the root would stay whole, in the compute dtype, until the next backward
-        return TokenStats(**{name: self.processes.sum(out[name]) for name in fields})
+        return TokenStats(**{name: self.processes.sum(value) for name, value in out.items()})
 
-    def _forward(self, microbatch: TokenBatch, temperature: float, fields: Sequence[str]) -> dict[str, Tensor]:
+    def _forward(self, microbatch: TokenBatch, request: StatsRequest) -> dict[str, Tensor]:
         device, shared = self.processes.device, microbatch.shared()
-        return self.policy(microbatch.to(device), shared and shared.to(device), temperature=temperature, fields=fields)
+        return self.policy(microbatch.to(device), shared and shared.to(device), request)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight, whole (collective)."""
@@ -100,8 +101,7 @@ class Learner(Worker):
         self,
         batch: TokenBatch,
         loss: Callable[[TokenStats, TokenBatch], Loss],
-        fields: Sequence[str],
-        temperature: float,
+        request: StatsRequest,
         progress: Progress = lambda done: None,
     ) -> dict[str, float]:
         """One optimizer step on (loss_T * weight_T).sum() over `batch`, the global minibatch.
@@ -109,15 +109,14 @@ class Learner(Worker):
         Returns the loss, means over the tokens that train, gradient norm and learning rate. Raises `NonFinite` on every
         process, before the optimizer step, if loss or gradient is not finite.
         """
-        means = self.backward(batch, loss, fields, temperature, progress)
+        means = self.backward(batch, loss, request, progress)
         return means | self._apply(means["loss"], batch)
 
     def backward(
         self,
         batch: TokenBatch,
         loss: Callable[[TokenStats, TokenBatch], Loss],
-        fields: Sequence[str],
-        temperature: float,
+        request: StatsRequest,
         progress: Progress = lambda done: None,
     ) -> dict[str, float]:
         """Gradients of the loss of `step`, summed over microbatches and processes.
@@ -135,7 +134,7 @@ class Learner(Worker):
             microbatch = batch.sequences(ids or [shortest])
             if not ids:
                 microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))
-            stats = TokenStats(**self._forward(microbatch, temperature, fields))
+            stats = TokenStats(**self._forward(microbatch, request))
             actions = microbatch.positions(microbatch.action_T).to(self.processes.device)
             assert actions.weight_T is not None
             loss_T, metrics = loss(stats, actions)

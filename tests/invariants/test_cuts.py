@@ -25,7 +25,7 @@ from RL2.config import Actor as ActorConfig
 from RL2.config import load
 from RL2.packing import loss_weights, microbatches, pack
 from RL2.parallel.processes import Processes
-from RL2.types import Sequence, TokenBatch, Trajectory
+from RL2.types import Sequence, StatsRequest, TokenBatch, Trajectory
 from RL2.workers.actor import Actor
 
 TOLERANCE = 1e-6
@@ -74,7 +74,7 @@ def gradients(actor: Actor, batch: TokenBatch, max_tokens: int) -> Result:
         level=actor.config.avg_level,
         average_over=actor.config.average_over,
     )
-    metrics = actor.backward(batch.with_(weight_T=weight_T), actor.loss, actor.fields, 1.0)
+    metrics = actor.backward(batch.with_(weight_T=weight_T), actor.loss, actor.request)
     grads = {
         name: whole(p.grad) if p.grad is not None else torch.zeros(p.shape) for name, p in actor.lm.named_parameters()
     }
@@ -99,10 +99,10 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
             results["one correct"] = gradients(actor, make_batch([1.0] + [0.0] * 7), 4096)
             results["none correct"] = gradients(actor, make_batch([0.0] * 8), 4096)
             results["few sequences"] = gradients(actor, make_batch([1.0]), 4096)
-            stats = actor.stats(batch, ("logp", "entropy"), 0.7, 2 * longest)
+            stats = actor.stats(batch, StatsRequest(("logp", "entropy"), temperature=0.7), 2 * longest)
             results["stats"] = {"grads": {"logp": stats.logp, "entropy": stats.entropy}, "metrics": {}}
             half = Actor(actor_config(program, model, dtype="bfloat16"), processes, 10, folder)
-            half.stats(batch, ("logp",), 1.0, 4096)
+            half.stats(batch, StatsRequest(("logp",)), 4096)
             results["after statistics"] = {"grads": {n: whole(w) for n, w in half.weights()}, "metrics": {}}
             replicas = Actor(actor_config(program, model, ddp_size=processes.world_size), processes, 10, folder)
             results["replicas"] = gradients(replicas, batch, 4096)

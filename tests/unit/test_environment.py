@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from RL2.rollout.environment import ATTEMPTS, Environment, ScriptError, StepResult, Unscored, load_environment
+from RL2.rollout.environment import ATTEMPTS, Environment, StepResult, Unscored, load_environment
+from RL2.scripts import ScriptError
 
 LIMIT = 0.2
 RESULT = '{"next_state": None, "reward": 1.0, "score": 2, "done": True, "extra_info": extra_info}'

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from RL2.objectives.path import sft, spo, spo_0p5
+from RL2.objectives.path import cross_entropy, spo, spo_0p5
 from RL2.objectives.policy import ppo
 from RL2.objectives.table import OBJECTIVES, bind
 from RL2.objectives.terms import importance_weight, kl_estimate
 from RL2.ops.token_stats import token_stats
 from RL2.packing import pack
-from RL2.types import MENU, Sequence, TokenBatch, Trajectory
+from RL2.types import Sequence, TokenBatch, Trajectory
 
 T, V = 60, 23
+FIELDS = ("logp", "log1mp", "max_logp", "max_log1mp")
 
 
 def a_batch(advantage_T: Tensor | None = None, old_logp_T: Tensor | None = None) -> TokenBatch:
@@ -58,7 +59,7 @@ CASES: dict[str, tuple[Callable[..., tuple[Tensor, dict[str, Tensor]]], Callable
     "0.5 above": (lambda s, b: spo_0p5(s, b, region="above_half"), lambda p, a, r: dense_0p5(a, r, "above_half")),
     "0.5 all": (lambda s, b: spo_0p5(s, b, region="all"), lambda p, a, r: dense_0p5(a, r, "all")),
     "0.5 below": (lambda s, b: spo_0p5(s, b, region="below_half"), lambda p, a, r: dense_0p5(a, r, "below_half")),
-    "sft": (lambda s, b: sft(s, b), lambda p, a, r: -a.log()),
+    "sft": (lambda s, b: cross_entropy(s, b), lambda p, a, r: -a.log()),
 }
 
 
@@ -79,7 +80,7 @@ def test_loss_and_gradient_are_those_of_dense_float64(
     (exact_grad,) = torch.autograd.grad((exact_T * weight_T).sum(), exact_TV)
 
     leaf_TV = logits_TV.to(dtype).requires_grad_()
-    stats = token_stats(leaf_TV, torch.eye(V, dtype=dtype), labels_T, temperature=temperature, fields=MENU)
+    stats = token_stats(leaf_TV, torch.eye(V, dtype=dtype), labels_T, temperature=temperature, fields=FIELDS)
     loss_T, _ = objective(stats, a_batch())
     (grad,) = torch.autograd.grad((loss_T * weight_T.to(dtype)).sum(), leaf_TV)
 
@@ -95,7 +96,7 @@ def test_loss_and_gradient_are_those_of_dense_float64(
 def test_spo_is_zero_without_gradient_on_the_mode(detach_target: bool) -> None:
     logits_TV, _ = logits_and_labels()
     leaf_TV = logits_TV.requires_grad_()
-    stats = token_stats(leaf_TV, torch.eye(V), logits_TV.argmax(-1), fields=MENU)
+    stats = token_stats(leaf_TV, torch.eye(V), logits_TV.argmax(-1), fields=FIELDS)
     loss_T, metrics = spo(stats, a_batch(), detach_target=detach_target)
     (grad,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
     assert not loss_T.any()
@@ -108,7 +109,7 @@ def test_spo_gradient_of_the_docstring() -> None:
     g = torch.Generator().manual_seed(1)
     leaf_TV = torch.randn(T, V, generator=g, dtype=torch.float64).requires_grad_()
     labels_T = torch.randint(0, V, (T,), generator=g)
-    stats = token_stats(leaf_TV, torch.eye(V, dtype=torch.float64), labels_T, fields=MENU)
+    stats = token_stats(leaf_TV, torch.eye(V, dtype=torch.float64), labels_T, fields=FIELDS)
     (grad,) = torch.autograd.grad(spo(stats, a_batch(), detach_target=False)[0].sum(), leaf_TV)
     p_TV = leaf_TV.detach().softmax(-1)
     p_m, mode_T = p_TV.max(-1)
@@ -174,10 +175,12 @@ def test_importance_weight_is_capped_and_constant() -> None:
 
 
 def test_the_table_fills_knobs_and_names_what_is_missing() -> None:
-    objective, needs = bind("spo", {"detach_target": True, "clip": 0.2})
-    assert needs == ("logp", "log1mp", "max_logp", "max_log1mp")
-    assert objective.keywords == {"detach_target": True}  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=f"actor.objective='nope'; choose one of {', '.join(OBJECTIVES)}"):
+    bound = bind("spo", {"detach_target": True})
+    assert bound.fields == ("logp", "log1mp", "max_logp", "max_log1mp")
+    assert bound.knobs == {"detach_target": True}
+    with pytest.raises(ValueError, match=f"actor.objective=nope; choose one of {', '.join(OBJECTIVES)}"):
         bind("nope", {})
-    with pytest.raises(ValueError, match="a knob that nothing fills: clip"):
-        bind("ppo", {})
+    with pytest.raises(ValueError, match=r"actor\.clip has no effect: actor\.objective=spo does not read it"):
+        bind("spo", {"clip": 0.2})
+    with pytest.raises(ValueError, match=r"actor\.clip='wide'; expected a number"):
+        bind("ppo", {"clip": "wide"})

@@ -1,0 +1,44 @@
+"""A user's own Python file: an environment or an objective, loaded from where it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from RL2.config import UserError
+
+
+class ScriptError(UserError, ValueError):
+    """The script cannot be used at all; found when it is loaded."""
+
+
+def load_script(path: str | Path) -> ModuleType:
+    """The module of the file `path`. Raises `ScriptError`, with the line in the script where it failed."""
+    path = Path(path)
+    if not path.is_file():
+        raise ScriptError(f"{path}: there is no such file")
+    name = f"rl2_script_{path.stem}_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ScriptError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look up their module there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ScriptError(f"{path} cannot be imported: {described(error, str(path), spec.origin)}") from error
+    return module
+
+
+def described(error: BaseException, path: str, file: str | None) -> str:
+    """Type, first line of the message, and the last line of the script that the error passed through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno)
+    message = (str(error).splitlines() or [""])[0][:200]
+    return type(error).__name__ + (f": {message}" if message else "") + (f" ({path}:{lines[-1]})" if lines else "")
