@@ -24,13 +24,10 @@ tokens, RL2 by their number.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,9 +35,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import IO, Any
+from typing import Any
 
 import torch
+from turns import Side, Steps, Turns, alternate
 
 NUM_PROMPTS, RESPONSES = 32, 4
 LEARNING_RATE = 1e-6
@@ -133,35 +131,9 @@ def write_model(folder: Path, end_probability: float, end: int, pad: int) -> Non
 # A side: a process that makes one step whenever it is told to.
 
 
-class Turns:
-    """This process's end of the conversation: waits to be told, makes a step, answers."""
-
-    def __init__(self) -> None:
-        self.answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print does not get in between
-        self.begun = self.begun_cpu = 0.0
-        self.loaded_mb = 0.0
-
-    def wait(self) -> bool:
-        """Until the next step is due; false after the last."""
-        if not self.begun:
-            self.loaded_mb = memory_mb("VmRSS")
-        due = sys.stdin.readline() == "step\n"
-        self.begun, self.begun_cpu = time.perf_counter(), time.process_time()
-        return due
-
-    def answer(self, rollout_s: float, **values: float) -> None:
-        step_s, cpu_s = time.perf_counter() - self.begun, time.process_time() - self.begun_cpu
-        peak_mb = memory_mb("VmHWM")
-        times = {"step_s": step_s, "rollout_s": rollout_s, "update_s": step_s - rollout_s, "cpu_s": cpu_s}
-        memory = {"peak_mb": peak_mb, "memory_mb": peak_mb - self.loaded_mb}
-        print(json.dumps({**times, **memory, **values}), file=self.answers, flush=True)
-
-
-def memory_mb(name: str) -> float:
-    """Resident memory of this process, now (VmRSS) or at its peak (VmHWM)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{name}:")[1].split()[0]) / 1024
+def answer(turns: Turns, rollout_s: float, **values: float) -> None:
+    update_s = time.perf_counter() - turns.begun - rollout_s
+    turns.answer(rollout_s=rollout_s, update_s=update_s, **values)
 
 
 def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
@@ -221,7 +193,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
         rollout_s = time.perf_counter() - turns.begun
         batch = judge(pack(trainable(trajectories, config)), config, actor, None)
         metrics |= actor.update(batch)
-        turns.answer(rollout_s, tokens=metrics["actor/tokens"], reward=metrics["train/reward"])
+        answer(turns, rollout_s, tokens=metrics["actor/tokens"], reward=metrics["train/reward"])
         step += 1
     engine.close()
     environment.close()
@@ -252,7 +224,7 @@ def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
                 turns.wait()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            turns.answer(trainer.rollout_s, tokens=trainer.tokens, reward=trainer.mean_reward)
+            answer(turns, trainer.rollout_s, tokens=trainer.tokens, reward=trainer.mean_reward)
             control.should_training_stop = not turns.wait()
 
     def reward(completions: list[str], **_: Any) -> list[float | None]:
@@ -302,44 +274,6 @@ SIDES: dict[str, Callable[[Path, argparse.Namespace, Turns], None]] = {"ours": o
 # The parent: lets the sides take turns and compares.
 
 
-class Side:
-    """A process, told to make a step."""
-
-    def __init__(self, name: str, folder: Path, case: Case, options: argparse.Namespace) -> None:
-        self.name, self.log = name, folder / f"{name}.log"
-        command = [sys.executable, __file__, "--side", name, "--folder", str(folder), "--threads", str(options.threads)]
-        command += ["--max-new-tokens", str(case.max_new_tokens), "--max-length", str(options.max_length)]
-        command += ["--peer-batch", str(options.peer_batch)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-            env=environment,
-        )
-
-    def step(self) -> dict[str, float]:
-        into, out = self._pipes()
-        with contextlib.suppress(BrokenPipeError):  # the log says why
-            print("step", file=into, flush=True)
-        if not (answer := out.readline()):
-            sys.exit(f"{self.name} stopped:\n{self.log.read_text()[-3000:]}")
-        result: dict[str, float] = json.loads(answer)
-        return result
-
-    def close(self) -> None:
-        self._pipes()[0].close()
-        self.process.wait()
-
-    def _pipes(self) -> tuple[IO[str], IO[str]]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        return self.process.stdin, self.process.stdout
-
-
-Steps = dict[str, list[dict[str, float]]]
 TIMES = {"step_s": "speedup", "rollout_s": "rollout_speedup", "update_s": "update_speedup", "cpu_s": "cpu_speedup"}
 
 
@@ -348,16 +282,10 @@ def measure(case: Case, options: argparse.Namespace) -> Steps:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_task(folder, case)
-        sides = [Side(name, folder, case, options) for name in SIDES]
-        for side in sides:
-            side.step()
-        steps: Steps = {side.name: [] for side in sides}
-        for _ in range(options.steps):
-            for side in sides:
-                steps[side.name].append(side.step())
-        for side in sides:
-            side.close()
-    return steps
+        arguments = ["--folder", name, "--threads", str(options.threads), "--max-length", str(options.max_length)]
+        arguments += ["--max-new-tokens", str(case.max_new_tokens), "--peer-batch", str(options.peer_batch)]
+        sides = [Side(__file__, side, arguments, options.threads, folder / f"{side}.log") for side in SIDES]
+        return alternate(sides, options.steps)
 
 
 def compare(case: Case, steps: Steps) -> dict[str, float]:

@@ -183,8 +183,8 @@ def slopes(row: Rows, labels_C: Tensor, top_id_CK: Tensor | None, grads: dict[st
     return Slopes(row.second, a_C * per_sum_C, b_C, c_C, row.mode, at_mode_C, extra_id, extra)
 
 
-def gradient(z_CW: Tensor, start: int, scratch_CW: Tensor, slope: Slopes) -> Tensor:
-    """g of the columns of one tile, in place of the logits or of `scratch_CW`."""
+def gradient(z_CW: Tensor, start: int, scratch_CW: Tensor, slope: Slopes, dtype: torch.dtype) -> Tensor:
+    """g of the columns of one tile, in `dtype`. Overwrites the tile and `scratch_CW`, and may lie in either."""
     z_CW.sub_(slope.second[:, None])
     if slope.b is None and slope.c is None:
         g_CW = z_CW.exp_().mul_(slope.a[:, None])
@@ -196,7 +196,7 @@ def gradient(z_CW: Tensor, start: int, scratch_CW: Tensor, slope: Slopes) -> Ten
         g_CW.add_(slope.a[:, None]).mul_(e_CW)
     put(g_CW, slope.mode[:, None] - start, slope.at_mode[:, None])
     local, inside = columns(slope.extra_id - start, g_CW.shape[1])
-    return g_CW.scatter_add_(1, local, torch.where(inside, slope.extra, 0.0))
+    return g_CW.scatter_add_(1, local, torch.where(inside, slope.extra, 0.0)).to(dtype)
 
 
 def columns(local_CK: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from RL2.ops import tally as plain
@@ -25,7 +26,7 @@ Implementation = Literal["auto", "reference", "chunked", "triton"]
 BUDGET_MIB = {"cpu": 64.0, "cuda": 512.0}
 """Logits that are in memory at a time."""
 
-TILE_TOKENS = 1024
+TILE_TOKENS = {"cpu": 1024, "cuda": 4096}
 """Rows of a tile: enough for a matrix product to run at full speed."""
 
 CPU_TILE_MIB = 4.0
@@ -122,8 +123,12 @@ class _Job:
     budget_mib: float | None
 
     @property
+    def wants_rank(self) -> bool:
+        return "rank" in self.names
+
+    @property
     def ops(self) -> Any:
-        """`tally` and `gradient`, plain or as kernels."""
+        """`tally`, `gradient` and `count_above`, plain or as kernels."""
         if not self.triton:
             return plain
         from RL2.ops import tally_triton
@@ -138,11 +143,11 @@ class _Job:
         if self.tp is not None:
             vocabulary = math.ceil(self.tp.total / dist.get_world_size(self.tp.group))
         budget = int((self.budget_mib or BUDGET_MIB[device.type]) * 2**20) // 4
-        if "rank" in self.names:
+        if self.wants_rank:
             return max(1, min(num_tokens, budget // vocabulary)), vocabulary
         if device.type == "cpu":
             budget = min(budget, int(CPU_TILE_MIB * 2**20) // 4)
-        tokens = max(1, min(num_tokens, TILE_TOKENS, budget))
+        tokens = max(1, min(num_tokens, TILE_TOKENS[device.type], budget))
         return tokens, max(1, min(vocabulary, budget // tokens))
 
 
@@ -153,8 +158,7 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, job: _Job) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # a statistic that no loss reads costs nothing in the backward pass
         tiles = _Tiles(hidden_TD, head_VD, job)
-        parts = [_forward(tiles, at, labels_T[at], job) for at in tiles.tokens]
-        whole: dict[str, Tensor] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        whole = _forward(tiles, labels_T, job)
         out = tuple(whole[name] for name in job.names)
         ctx.mark_non_differentiable(*(whole[name] for name in ("rank", "top_id") if name in job.names))
         kept = {name: whole[name] for name in (*Rows._fields, "top_id") if name in whole}
@@ -183,7 +187,7 @@ class _Chunked(torch.autograd.Function):
                 1 / job.temperature,
             )
             for columns, z_CW, scratch_CW, start in tiles.logits(at):
-                grad_CW = job.ops.gradient(z_CW, start, scratch_CW, slope)
+                grad_CW = job.ops.gradient(z_CW, start, scratch_CW, slope, tiles.grad_dtype)
                 if grad_hidden_TD is not None:
                     _add_product(grad_hidden_TD[at], grad_CW, head_VD[columns])
                 if grad_head_VD is not None:
@@ -206,6 +210,11 @@ class _Tiles:
         self.buffer, self.scratch = (hidden_TD.new_empty(size, dtype=_dtype(hidden_TD)) for _ in range(2))
 
     @property
+    def grad_dtype(self) -> torch.dtype:
+        """Of the gradient that goes into matrix products: on a GPU that of the model, for speed."""
+        return self.hidden_TD.dtype if self.hidden_TD.is_cuda else self.buffer.dtype
+
+    @property
     def tokens(self) -> list[slice]:
         """At least one, so that an empty batch has statistics of size 0."""
         return _slices(len(self.hidden_TD), self.num_tokens) or [slice(0, 0)]
@@ -221,52 +230,59 @@ class _Tiles:
             yield columns, z_CW, scratch_CW, self.first + columns.start
 
 
-def _forward(tiles: _Tiles, at: slice, labels_C: Tensor, job: _Job) -> dict[str, Tensor]:
-    """Statistics of the tokens `at`, by name: all `Rows`, and the others that were asked for."""
-    with_z, with_sq = "entropy" in job.names, "sum_p2" in job.names
-    tallies: list[Tally] = []
-    tops: list[Top] = []
-    label_logit_C = tiles.buffer.new_zeros(len(labels_C))
-    before_C = torch.zeros_like(labels_C)
-    for _, z_CW, scratch_CW, start in tiles.logits(at):
-        label_logit_C += plain.pick(z_CW, labels_C - start)
-        if "rank" in job.names:  # the one tile of these tokens
-            if job.tp is not None:
-                dist.all_reduce(label_logit_C, group=job.tp.group)
-            before_C = plain.count_above(z_CW, start, labels_C, label_logit_C)
-        if job.top_k:
-            tops.append(plain.top(z_CW, start, job.top_k))
-        tallies.append(job.ops.tally(z_CW, start, scratch_CW, with_z=with_z, with_sq=with_sq))
-    whole = reduce(plain.merge, tallies)
+def _forward(tiles: _Tiles, labels_T: Tensor, job: _Job) -> dict[str, Tensor]:
+    """Statistics of all tokens, by name: all `Rows`, and the others that were asked for."""
+    parts = [_of_tile(tiles, at, labels_T[at], job) for at in tiles.tokens]
+    label_logit_T, before_T = (torch.cat([part[i] for part in parts]) for i in (1, 2))  # type: ignore[misc]
+    whole = Tally(*(torch.cat(of_tiles) for of_tiles in zip(*(part[0] for part in parts), strict=True)))
     if job.tp is not None:
-        group = job.tp.group
-        whole = reduce(plain.merge, [Tally(*part) for part in _all_gather(torch.stack(whole), group)])
-        if "rank" in job.names:
-            dist.all_reduce(before_C, group=group)
-        else:
-            dist.all_reduce(label_logit_C, group=group)
-    row = plain.rows(whole, label_logit_C, labels_C)
+        whole = reduce(plain.merge, [Tally(*part) for part in _all_gather(torch.stack(whole), job.tp.group)])
+        dist.all_reduce(before_T if job.wants_rank else label_logit_T, group=job.tp.group)
+    row = plain.rows(whole, label_logit_T, labels_T)
     found = row._asdict()
-    if "rank" in job.names:
-        found["rank"] = (before_C + 1).to(row.logp.dtype)
+    if job.wants_rank:
+        found["rank"] = (before_T + 1).to(row.logp.dtype)
     if job.top_k:
-        value_CK, found["top_id"] = _best(tops, job)
-        found["top_logp"] = (value_CK - whole.top[:, None]) + row.max_logp[:, None]
+        values, ids = (torch.cat([part[3][i] for part in parts]) for i in (0, 1))
+        value_TK, found["top_id"] = _best_of_all(values, ids, job)
+        found["top_logp"] = (value_TK - whole.top[:, None]) + row.max_logp[:, None]
     return found
 
 
-def _best(tops: list[Top], job: _Job) -> Top:
-    """The K best of all tiles, and of all processes."""
-    values, ids = (torch.cat(parts, -1) for parts in zip(*tops, strict=True))
-    values, ids = plain.ordered(values, ids, job.top_k)
+def _of_tile(tiles: _Tiles, at: slice, labels_C: Tensor, job: _Job) -> tuple[Tally, Tensor, Tensor, Top]:
+    """Of the tokens `at`, from this process's columns: tally, logit of the label, how many rank before it, K best."""
+    label_logit_C = tiles.buffer.new_zeros(len(labels_C))
+    before_C = torch.zeros_like(labels_C)
+    tallies: list[Tally] = []
+    tops: list[Top] = []
+    for _, z_CW, scratch_CW, start in tiles.logits(at):
+        label_logit_C += plain.pick(z_CW, labels_C - start)
+        if job.wants_rank:  # the one tile of these tokens
+            if job.tp is not None:
+                dist.all_reduce(label_logit_C, group=job.tp.group)
+            before_C = job.ops.count_above(z_CW, start, labels_C, label_logit_C)
+        if job.top_k:
+            tops.append(plain.top(z_CW, start, job.top_k))
+        tallies.append(
+            job.ops.tally(z_CW, start, scratch_CW, with_z="entropy" in job.names, with_sq="sum_p2" in job.names)
+        )
+    best = label_logit_C, labels_C  # not looked at
+    if tops:
+        values, ids = (torch.cat(parts, -1) for parts in zip(*tops, strict=True))
+        best = plain.ordered(values, ids, job.top_k)
+    return reduce(plain.merge, tallies), label_logit_C, before_C, best
+
+
+def _best_of_all(value_TK: Tensor, id_TK: Tensor, job: _Job) -> Top:
+    """The K best of all processes."""
     if job.tp is not None:
-        missing = job.top_k - values.shape[1]  # a shard narrower than K
-        padded = [torch.nn.functional.pad(x, (0, missing), value=fill) for x, fill in ((values, -torch.inf), (ids, -1))]
-        values, ids = (torch.cat(_all_gather(x.contiguous(), job.tp.group), -1) for x in padded)
-        values, ids = plain.ordered(values, ids, job.top_k)
-    if values.shape[1] < job.top_k:
-        raise ValueError(f"top_k={job.top_k} of a vocabulary of {values.shape[1]} tokens")
-    return values, ids
+        short = job.top_k - value_TK.shape[1]  # of a shard with fewer tokens than K
+        padded = F.pad(value_TK, (0, short), value=-torch.inf), F.pad(id_TK, (0, short), value=job.tp.total)
+        value_TK, id_TK = (torch.cat(_all_gather(x.contiguous(), job.tp.group), -1) for x in padded)
+        value_TK, id_TK = plain.ordered(value_TK, id_TK, min(job.top_k, job.tp.total))
+    if value_TK.shape[1] < job.top_k:
+        raise ValueError(f"top_k={job.top_k} of a vocabulary of {value_TK.shape[1]} tokens")
+    return value_TK, id_TK
 
 
 def _gathered_head(head_VD: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,0 +1,173 @@
+"""Token statistics, forward and backward, without the logits and with them.
+
+    python benchmarks/token_stats.py [--steps 5] [--json FILE] [--device cuda --dtype bfloat16]
+
+Two tables, T tokens of hidden size D and a head of V rows:
+
+    spo     the five statistics of `spo` (logp, log1mp, max_logp, max_log1mp, entropy): `token_stats` against the way
+            of the SPO fork: dense float32 logits, logsumexp, two masked clones, softmax entropy, autograd
+    logp    the log-probability alone: `token_stats` against TRL's chunked log-probability, in TRL's own tile sizes
+
+Each side is a process of its own; they take turns. Times are medians; memory is what a step adds at its peak to
+hidden states, head and labels: the gradient of the head, which every side must have, and what it works with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from turns import Side, Steps, Turns, alternate
+
+SPO = ("logp", "log1mp", "max_logp", "max_log1mp", "entropy")
+
+
+def ours(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, fields: tuple[str, ...]) -> list[Tensor]:
+    from RL2.ops.token_stats import token_stats
+
+    stats = token_stats(hidden_TD, head_VD, labels_T, fields=fields)
+    return [getattr(stats, name) for name in fields]
+
+
+def fork(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> list[Tensor]:
+    """The statistics from the logits, each by the shortest way."""
+    logits_TV = (hidden_TD @ head_VD.T).float()
+    total_T = logits_TV.logsumexp(-1)
+    top_T, mode_T = logits_TV.max(-1)
+
+    def log_of_the_others(ids_T: Tensor) -> Tensor:
+        others_TV = logits_TV.clone()
+        others_TV.scatter_(1, ids_T[:, None], -math.inf)
+        return others_TV.logsumexp(-1) - total_T
+
+    logp_T = logits_TV.gather(1, labels_T[:, None])[:, 0] - total_T
+    entropy_T = total_T - (logits_TV.softmax(-1) * logits_TV).sum(-1)
+    return [logp_T, log_of_the_others(labels_T), top_T - total_T, log_of_the_others(mode_T), entropy_T]
+
+
+def trl(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> list[Tensor]:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    # the width that its GRPO trainer takes
+    logp_T = ChunkedLogProbFunction.apply(hidden_TD, head_VD, None, labels_T, 1.0, TRL_CHUNK, None, 1.0, ())[0]
+    return [logp_T]
+
+
+TRL_CHUNK = 8192
+
+SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], list[Tensor]]] = {
+    "spo": lambda hidden, head, labels: ours(hidden, head, labels, SPO),
+    "fork": fork,
+    "logp": lambda hidden, head, labels: ours(hidden, head, labels, ("logp",)),
+    "trl": trl,
+}
+TABLES = {"the five statistics of spo": ("spo", "fork", ""), "logp alone": ("logp", "trl", "_logp")}
+
+
+def run_side(options: argparse.Namespace) -> None:
+    turns, device = Turns(), torch.device(options.device)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    hidden_TD = torch.randn(options.T, options.D, device=device, dtype=dtype).requires_grad_()
+    head_VD = (torch.randn(options.V, options.D, device=device, dtype=dtype) * options.D**-0.5).requires_grad_()
+    labels_T = torch.randint(options.V, (options.T,), device=device)
+    stats = SIDES[options.side]
+    if device.type == "cuda":
+        stats(hidden_TD[:8], head_VD[:64], labels_T[:8] % 64)  # loads the libraries
+        torch.cuda.synchronize()
+    loaded_mb = torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else 0.0
+    while turns.wait():
+        hidden_TD.grad = head_VD.grad = None
+        parts = stats(hidden_TD, head_VD, labels_T)
+        _synchronize(device)
+        forward_s = time.perf_counter() - turns.begun
+        torch.autograd.backward(
+            parts, [torch.linspace(-1, 1, options.T, device=device) / (i + 1) for i in range(len(parts))]
+        )
+        _synchronize(device)
+        assert head_VD.grad is not None
+        # the sum of all gradients' squares, for the parent to see that both sides computed the same
+        norm = float(head_VD.grad.float().norm())
+        values = {"forward_s": forward_s, "norm": norm}
+        if device.type == "cuda":
+            values["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 - loaded_mb
+        turns.answer(**values)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def compare(steps: Steps, mine: str, peer: str, suffix: str) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for key, ratio in (("step_s", "speedup"), ("forward_s", "forward_speedup"), ("memory_mb", "memory_ratio")):
+        pick = max if key == "memory_mb" else median
+        own, other = (pick(step[key] for step in steps[side]) for side in (mine, peer))
+        numbers |= {f"{ratio}{suffix}": other / own, f"{key}{suffix}": own, f"peer_{key}{suffix}": other}
+    norm, other_norm = steps[mine][0]["norm"], steps[peer][0]["norm"]
+    if not math.isclose(norm, other_norm, rel_tol=1e-2):
+        sys.exit(f"{mine} and {peer} do not compute the same gradient: its norm is {norm} and {other_norm}")
+    return numbers
+
+
+def table(title: str, peer: str, numbers: dict[str, float], suffix: str) -> str:
+    rows = (
+        ("forward and backward, s", "step_s", "speedup", "{:.3f}"),
+        ("forward, s", "forward_s", "forward_speedup", "{:.3f}"),
+        ("memory above the inputs, MiB", "memory_mb", "memory_ratio", "{:.0f}"),
+    )
+    lines = [f"{title:<32}{'RL2':>10}{peer:>10}{f'{peer} / RL2':>12}"]
+    for name, key, ratio, form in rows:
+        own, other = (form.format(numbers[f"{who}{key}{suffix}"]) for who in ("", "peer_"))
+        lines.append(f"  {name:<30}{own:>10}{other:>10}{numbers[ratio + suffix]:>12.2f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--steps", type=int, default=5, help="steps of each side after the warm-up")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each side")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    for name, size in (("T", 1024), ("V", 151_936), ("D", 512)):
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        run_side(options)
+        return
+    names = ("threads", "device", "dtype", "T", "V", "D")
+    arguments = [word for name in names for word in (f"--{name}", str(getattr(options, name)))]
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
+    print(f"T = {options.T}, V = {options.V}, D = {options.D}, {options.dtype}, {where}\n")
+    results: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for title, (mine, peer, suffix) in TABLES.items():
+            if peer == "trl" and importlib.util.find_spec("trl") is None:
+                print("logp alone: TRL is not installed (make setup)")
+                continue
+            sides = [
+                Side(__file__, side, arguments, options.threads, Path(folder) / f"{side}.log") for side in (mine, peer)
+            ]
+            numbers = compare(alternate(sides, options.steps), mine, peer, suffix)
+            print(table(title, peer, numbers, suffix) + "\n", flush=True)
+            results |= numbers
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Sides of a benchmark: a process each, so that peak memory is its own, which take turns, so that noise hits all alike.
+
+The parent starts `Side`s and lets them step in turn; a side is the same script with `--side NAME`, which loops over
+`Turns`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+Steps = dict[str, list[dict[str, float]]]
+"""Of each side by name, what its steps answered."""
+
+
+class Turns:
+    """The side's end of the conversation: waits to be told, makes a step, answers."""
+
+    def __init__(self) -> None:
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print does not get in between
+        self.begun = self.begun_cpu = 0.0
+        self.loaded_mb = 0.0
+
+    def wait(self) -> bool:
+        """Until the next step is due; false after the last."""
+        if not self.begun:
+            self.loaded_mb = memory_mb("VmRSS")
+        due = sys.stdin.readline() == "step\n"
+        self.begun, self.begun_cpu = time.perf_counter(), time.process_time()
+        return due
+
+    def answer(self, **values: float) -> None:
+        """Seconds of the step and memory that steps add at their peak, and `values`, which win over these."""
+        times = {"step_s": time.perf_counter() - self.begun, "cpu_s": time.process_time() - self.begun_cpu}
+        peak_mb = memory_mb("VmHWM")
+        memory = {"peak_mb": peak_mb, "memory_mb": peak_mb - self.loaded_mb}
+        print(json.dumps({**times, **memory, **values}), file=self.answers, flush=True)
+
+
+def memory_mb(name: str) -> float:
+    """Resident memory of this process, now (VmRSS) or at its peak (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) / 1024
+
+
+class Side:
+    """A process, told to make a step."""
+
+    def __init__(self, script: str, name: str, arguments: Sequence[str], threads: int, log: Path) -> None:
+        self.name, self.log = name, log
+        # threads that spin while they wait take the cores from the side whose turn it is
+        settings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, script, "--side", name, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            env=os.environ | settings,
+        )
+
+    def step(self) -> dict[str, float]:
+        into, out = self._pipes()
+        with contextlib.suppress(BrokenPipeError):  # the log says why
+            print("step", file=into, flush=True)
+        if not (answer := out.readline()):
+            sys.exit(f"{self.name} stopped:\n{self.log.read_text()[-3000:]}")
+        result: dict[str, float] = json.loads(answer)
+        return result
+
+    def close(self) -> None:
+        self._pipes()[0].close()
+        self.process.wait()
+
+    def _pipes(self) -> tuple[IO[str], IO[str]]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        return self.process.stdin, self.process.stdout
+
+
+def alternate(sides: Sequence[Side], steps: int) -> Steps:
+    """`steps` steps of each side in turn, after a warm-up of one."""
+    for side in sides:
+        side.step()
+    answers: Steps = {side.name: [] for side in sides}
+    for _ in range(steps):
+        for side in sides:
+            answers[side.name].append(side.step())
+    for side in sides:
+        side.close()
+    return answers
