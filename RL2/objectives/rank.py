@@ -23,29 +23,33 @@ from RL2.types import TokenBatch, TokenStats
 RANK_CAP = 32
 
 
-def _target(by_rank_TK: Tensor, r_T1: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities (or their logarithms) of the target by rank, and where: True on ranks 1 to r, if r > 1."""
+def _target(by_rank_TK: Tensor, is_label_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (or their logarithms) of the target by rank, and True on ranks 1 to r.
+
+    A label that is not among the K counts as rank 1: nothing moves.
+    """
+    r_T1 = is_label_TK.long().argmax(-1, keepdim=True) + 1
     rank_K = torch.arange(1, by_rank_TK.shape[1] + 1, device=by_rank_TK.device)
     target_TK = torch.where(rank_K == r_T1, by_rank_TK[:, :1], by_rank_TK.roll(-1, dims=1))
-    return target_TK, (rank_K <= r_T1) & (r_T1 > 1)
+    return target_TK, rank_K <= r_T1
 
 
 def _logs(stats: TokenStats, batch: TokenBatch, rank_cap: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """log p and log q by rank, [T, K], and the metric. 0 in both where the target changes nothing or is not known."""
+    """log p and log q by rank, [T, K], both 0 beyond rank r; and the metric."""
     logp_TK = stats.top_logp[:, :rank_cap]
     is_label_TK = stats.top_id[:, :rank_cap] == batch.labels_T[:, None]
-    covered_T = is_label_TK.any(-1)
-    r_T1 = (is_label_TK.long().argmax(-1, keepdim=True) + 1) * covered_T[:, None]
-    logq_TK, inside_TK = _target(logp_TK.detach(), r_T1)
-    return logp_TK.masked_fill(~inside_TK, 0.0), logq_TK.masked_fill(~inside_TK, 0.0), {"covered": covered_T.float()}
+    logq_TK, inside_TK = _target(logp_TK.detach(), is_label_TK)
+    covered = {"covered": is_label_TK.any(-1).float()}
+    return logp_TK.masked_fill(~inside_TK, 0.0), logq_TK.masked_fill(~inside_TK, 0.0), covered
 
 
 def _dense(p_TV: Tensor, labels_T: Tensor, rank_cap: int) -> tuple[Tensor, Tensor, Tensor]:
-    """p and q by rank, [T, V], and the token id of each rank. q = p where the target changes nothing."""
+    """p and q by rank, [T, V], and the token id of each rank."""
     by_rank_TV, id_TV = p_TV.sort(dim=-1, descending=True, stable=True)
-    r_T1 = (id_TV == labels_T[:, None]).long().argmax(-1, keepdim=True) + 1
-    target_TV, inside_TV = _target(by_rank_TV, r_T1)
-    return by_rank_TV, torch.where(inside_TV & (r_T1 <= rank_cap), target_TV, by_rank_TV), id_TV
+    is_label_TV = id_TV == labels_T[:, None]
+    is_label_TV[:, rank_cap:] = False
+    target_TV, inside_TV = _target(by_rank_TV, is_label_TV)
+    return by_rank_TV, torch.where(inside_TV, target_TV, by_rank_TV), id_TV
 
 
 def rank_kl_gradient(p_TV: Tensor, batch: TokenBatch, *, rank_cap: int = RANK_CAP) -> Tensor:
@@ -80,4 +84,5 @@ def rank_jsd(stats: TokenStats, batch: TokenBatch, *, rank_cap: Count = RANK_CAP
     goes to 0, where that of `rank_kl` goes to -p_1.
     """
     logp_TK, logq_TK, covered = _logs(stats, batch, rank_cap)
+    # where p = q a rounded logarithm of 2 would be left on some devices
     return js_summand(logp_TK, logq_TK).masked_fill(logp_TK == logq_TK, 0.0).sum(-1), covered
