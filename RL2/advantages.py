@@ -15,12 +15,11 @@ def reinforce(batch: TokenBatch, *, global_norm: bool, norm_var: bool) -> Tensor
 
     Dr. GRPO (arXiv 2503.20783); with `norm_var` divided by the group's standard deviation, n - 1 in its denominator
     (GRPO, 2402.03300). With `global_norm`, or where groups have one member and so no mean to compare with, mean and
-    deviation are those of the whole rollout (REINFORCE++, 2501.03262).
+    deviation are those of the whole rollout: with both knobs this is REINFORCE++ (2501.03262, equation 10), but for a
+    KL cost in the reward, of which the whole sum counts at each token, as in RL2, and not only what lies ahead.
     """
     reward_N, group_N, number_B = _trajectories(batch)
-    group_N = group_N.unique(return_inverse=True)[1]
-    if global_norm or len(group_N.unique()) == len(group_N):
-        group_N = torch.zeros_like(group_N)
+    group_N = _compared(group_N, whole=global_norm)
     mean_N = _group_mean(reward_N, group_N)
     advantage_N = reward_N - mean_N
     if norm_var:
@@ -30,13 +29,51 @@ def reinforce(batch: TokenBatch, *, global_norm: bool, norm_var: bool) -> Tensor
     return _on_actions(batch, advantage_N[number_B])
 
 
+def rloo(batch: TokenBatch) -> Tensor:
+    """Total reward of the trajectory minus the mean of the others in its group, on each of its action tokens.
+
+    REINFORCE leave-one-out (arXiv 2402.14740). Where groups have one member, the others are the rest of the rollout.
+    """
+    reward_N, group_N, number_B = _trajectories(batch)
+    group_N = _compared(group_N)
+    size_N = torch.bincount(group_N)[group_N]
+    # R - (sum - R) / (n - 1) = n / (n - 1) (R - mean)
+    advantage_N = (reward_N - _group_mean(reward_N, group_N)) * size_N / (size_N - 1).clamp(min=1)
+    return _on_actions(batch, advantage_N[number_B])
+
+
+def gae(batch: TokenBatch, *, gamma: float, lamda: float) -> Tensor:
+    """Generalised advantage estimation (arXiv 1506.02438) with the critic's `value_T`, at each action token.
+
+    A_t = d_t + gamma lamda A_(t+1), d_t = r_t + gamma V_(t+1) - V_t, where t + 1 is the next action token of the
+    trajectory: what the environment says in between takes no step, and sequences of one trajectory follow each other.
+    After its last action there is nothing. The target of the critic is A_t + V_t.
+    """
+    assert batch.value_T is not None
+    number_B = batch.trajectory_B.unique(return_inverse=True)[1]
+    action_A = batch.action_T.nonzero()[:, 0]
+    number_A, by_trajectory = number_B[batch.sequence_T[action_A]].sort(stable=True)
+    action_A = action_A[by_trajectory]
+    length_N = torch.bincount(number_A)
+    place_A = torch.arange(len(action_A), device=action_A.device) - (length_N.cumsum(0) - length_N)[number_A]
+    # [step, trajectory], with 0 after the end: there deltas, and so advantages, are 0
+    shape = (int(length_N.max()) + 1, len(length_N)) if len(action_A) else (1, 0)
+    value_SN, reward_SN = (x.new_zeros(shape) for x in (batch.value_T, batch.reward_T))
+    value_SN[place_A, number_A], reward_SN[place_A, number_A] = batch.value_T[action_A], batch.reward_T[action_A]
+    advantage_SN = reward_SN - value_SN
+    advantage_SN[:-1] += gamma * value_SN[1:]
+    for step in range(shape[0] - 2, -1, -1):
+        advantage_SN[step] += gamma * lamda * advantage_SN[step + 1]
+    return torch.zeros_like(batch.value_T).index_copy_(0, action_A, advantage_SN[place_A, number_A])
+
+
 def spo(batch: TokenBatch) -> Tensor:
     """The total reward of the trajectory on each of its action tokens: no baseline, no normalisation."""
     reward_N, _, number_B = _trajectories(batch)
     return _on_actions(batch, reward_N[number_B])
 
 
-ADVANTAGES: dict[str, Callable[..., Tensor]] = {"reinforce": reinforce, "spo": spo}
+ADVANTAGES: dict[str, Callable[..., Tensor]] = {"reinforce": reinforce, "rloo": rloo, "spo": spo}
 
 
 def reward_of_sequences(batch: TokenBatch) -> Tensor:
@@ -51,6 +88,12 @@ def _trajectories(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     reward_N = batch.reward_T.new_zeros(len(ids)).index_add_(0, number_B[batch.sequence_T], batch.reward_T)
     group_N = torch.zeros_like(ids).index_copy_(0, number_B, batch.group_B)
     return reward_N, group_N, number_B
+
+
+def _compared(group_N: Tensor, whole: bool = False) -> Tensor:
+    """Which trajectories are compared, numbered from 0: those of a group, or all if groups have one member each."""
+    names, number_N = group_N.unique(return_inverse=True)
+    return torch.zeros_like(number_N) if whole or len(names) == len(number_N) else number_N
 
 
 def _group_mean(x_N: Tensor, group_N: Tensor) -> Tensor:

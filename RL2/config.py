@@ -239,8 +239,9 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage:
-    estimator: Literal["reinforce", "spo"]
-    """reinforce: reward minus the group's mean (Dr. GRPO). spo: the reward itself."""
+    estimator: Literal["reinforce", "rloo", "spo"]
+    """reinforce: reward minus the group's mean (Dr. GRPO). rloo: minus the mean of the group's others. spo: the reward
+    itself."""
     global_norm: bool
     """reinforce: mean (and deviation) over the whole rollout instead of each group."""
     norm_var: bool
@@ -323,8 +324,10 @@ class RLConfig:
                     f"{name}.max_inference_length_per_device={tokens} is less than "
                     f"actor.max_length_per_device={actor.max_length_per_device}, so a sequence may not fit"
                 )
-        if self.adv.estimator == "spo" and (self.adv.norm_var or self.adv.global_norm):
-            raise ConfigError("adv.norm_var and adv.global_norm have no effect with adv.estimator=spo")
+        if self.adv.estimator != "reinforce" and (self.adv.norm_var or self.adv.global_norm):
+            raise ConfigError(
+                f"adv.norm_var and adv.global_norm have no effect with adv.estimator={self.adv.estimator}"
+            )
         if actor.average_over == "kept" and actor.train_on == "all":
             raise ConfigError("actor.average_over=kept has no effect with actor.train_on=all; set one of the two")
         if actor.kl.coef > 0 and actor.kl.type != "loss" and actor.objective != "ppo":

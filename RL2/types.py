@@ -133,6 +133,8 @@ class TokenBatch:
     engine_logp_T: Tensor | None = None
     old_logp_T: Tensor | None = None
     ref_logp_T: Tensor | None = None
+    value_T: Tensor | None = None
+    """The critic's estimate, before an action, of the rewards to come; elsewhere it means nothing."""
     advantage_T: Tensor | None = None
     weight_T: Tensor | None = None
 

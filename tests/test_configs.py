@@ -114,6 +114,14 @@ def test_a_mistake_is_answered_with_the_override_to_change(override: str, messag
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("estimator", ["rloo", "spo"])
+@pytest.mark.parametrize("knob", ["global_norm", "norm_var"])
+def test_knobs_of_reinforce_are_refused_elsewhere(estimator: str, knob: str) -> None:
+    assert load("ppo", (*RL, f"adv.estimator={estimator}")).adv.estimator == estimator
+    with pytest.raises(ConfigError, match=f"have no effect with adv.estimator={estimator}"):
+        load("ppo", (*RL, f"adv.estimator={estimator}", f"adv.{knob}=true"))
+
+
 def test_a_file_that_is_not_there_is_named() -> None:
     named = {
         "ppo": ("rollout.env_path=envs/nothing.py", "train_data.path=nothing.parquet", "test_data.path=nothing.json"),

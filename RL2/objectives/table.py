@@ -10,8 +10,9 @@ from typing import Any, get_type_hints
 
 from RL2.config import ARGS, Actor, ConfigError, build
 from RL2.objectives.declare import Gradient, Objective
-from RL2.objectives.path import cross_entropy, spo, spo_0p5
-from RL2.objectives.policy import ppo
+from RL2.objectives.path import binary_jsd, cross_entropy, spo, spo_0p5
+from RL2.objectives.policy import cispo, gspo, ppo, reinforce, sapo
+from RL2.objectives.rank import rank_jsd, rank_kl
 from RL2.scripts import ScriptError, load_script
 
 OBJECTIVES: dict[str, Objective] = {
@@ -19,7 +20,14 @@ OBJECTIVES: dict[str, Objective] = {
     "positive_ce": cross_entropy,
     "spo": spo,
     "spo_0p5": spo_0p5,
+    "binary_jsd": binary_jsd,
+    "rank_jsd": rank_jsd,
+    "rank_kl": rank_kl,
+    "reinforce": reinforce,
     "ppo": ppo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "sapo": sapo,
 }
 
 

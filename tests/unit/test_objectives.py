@@ -1,28 +1,28 @@
 """Each objective against the formula of its source, in float64, gradients with respect to the logits included."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from RL2.objectives.path import cross_entropy, spo, spo_0p5
 from RL2.objectives.policy import ppo
-from RL2.objectives.table import OBJECTIVES, bind
+from RL2.objectives.table import OBJECTIVES, Bound, bind
 from RL2.objectives.terms import importance_weight, kl_estimate
 from RL2.ops.token_stats import token_stats
 from RL2.packing import pack
 from RL2.types import Sequence, TokenBatch, Trajectory
 
-T, V = 60, 23
+T, V = 60, 41
+LENGTHS = (7, 20, 33)
 FIELDS = ("logp", "log1mp", "max_logp", "max_log1mp")
 
 
-def a_batch(advantage_T: Tensor | None = None, old_logp_T: Tensor | None = None) -> TokenBatch:
-    sequence = Sequence([0] * (T + 1), [False] + [True] * T, [0.0] * (T + 1), [0.0] * (T + 1))
-    batch = pack([Trajectory(row=0, group=0, sample=0, sequences=[sequence])])
-    more = {"advantage_T": advantage_T, "old_logp_T": old_logp_T}
-    return batch.with_(**{name: x for name, x in more.items() if x is not None})
+def a_batch(labels_T: Tensor, **more: Tensor) -> TokenBatch:
+    """Three sequences of actions only."""
+    sequences = [Sequence([0] * (n + 1), [False] + [True] * n, [0.0] * (n + 1), [0.0] * (n + 1)) for n in LENGTHS]
+    return pack([Trajectory(0, 0, 0, sequences)]).with_(labels_T=labels_T, **more)
 
 
 def logits_and_labels() -> tuple[Tensor, Tensor]:
@@ -37,30 +37,147 @@ def logits_and_labels() -> tuple[Tensor, Tensor]:
     return logits_TV, labels_T
 
 
-def dense_spo(p_TV: Tensor, p_a: Tensor, rest_a: Tensor, *, detach: bool) -> Tensor:
-    """KL(Bern(p_m) || Bern(p_a)) from probabilities; 1 - p as the sum of the others."""
-    p_m, mode_T = p_TV.max(-1)
-    rest_m = p_TV.scatter(1, mode_T[:, None], 0).sum(-1)
+def judged(labels_T: Tensor, p_TV: Tensor) -> TokenBatch:
+    """A batch with advantages of both signs, some of them 0, and old probabilities around the present ones."""
+    g = torch.Generator().manual_seed(3)
+    advantage_T = torch.randn(T, generator=g, dtype=torch.float64)
+    advantage_T[::7] = 0
+    noise_T = 0.4 * torch.randn(T, generator=g, dtype=torch.float64)
+    old_logp_T = (pick(p_TV, labels_T).log() + noise_T - noise_T.mean()).detach()
+    return a_batch(labels_T, advantage_T=advantage_T, old_logp_T=old_logp_T)
+
+
+def pick(p_TV: Tensor, ids_T: Tensor) -> Tensor:
+    return p_TV[torch.arange(len(ids_T)), ids_T]
+
+
+def rest(p_TV: Tensor, ids_T: Tensor) -> Tensor:
+    """1 - p as the sum of the others."""
+    return p_TV.scatter(1, ids_T[:, None], 0).sum(-1)
+
+
+def bernoulli_kl(p: Tensor, rest_p: Tensor, q: Tensor, rest_q: Tensor) -> Tensor:
+    return p * (p / q).log() + rest_p * (rest_p / rest_q).log()
+
+
+def dense_mode(p_TV: Tensor, batch: TokenBatch, *, js: bool, detach: bool) -> Tensor:
+    """KL or Jensen-Shannon divergence between Bern(p_m) and Bern(p_a), from probabilities."""
+    a_T, m_T = batch.labels_T, p_TV.argmax(-1)
+    target, token = (pick(p_TV, m_T), rest(p_TV, m_T)), (pick(p_TV, a_T), rest(p_TV, a_T))
     if detach:
-        p_m, rest_m = p_m.detach(), rest_m.detach()
-    return p_m * (p_m / p_a).log() + rest_m * (rest_m / rest_a).log()
+        target = target[0].detach(), target[1].detach()
+    if not js:
+        return bernoulli_kl(*target, *token)
+    middle = (target[0] + token[0]) / 2, (target[1] + token[1]) / 2
+    return (bernoulli_kl(*target, *middle) + bernoulli_kl(*token, *middle)) / 2
 
 
-def dense_0p5(p_a: Tensor, rest_a: Tensor, region: str) -> Tensor:
+def dense_0p5(p_TV: Tensor, batch: TokenBatch, region: str) -> Tensor:
+    p_a, rest_a = pick(p_TV, batch.labels_T), rest(p_TV, batch.labels_T)
     half = torch.full_like(p_a, 0.5)
-    kl = half * (half / p_a).log() + half * (half / rest_a).log()
     inside = {"above_half": p_a > 0.5, "below_half": p_a <= 0.5, "all": p_a > 0}[region]
-    return kl * inside
+    return bernoulli_kl(half, half, p_a, rest_a) * inside
 
 
-CASES: dict[str, tuple[Callable[..., tuple[Tensor, dict[str, Tensor]]], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
-    "spo live": (lambda s, b: spo(s, b, detach_target=False), lambda p, a, r: dense_spo(p, a, r, detach=False)),
-    "spo detached": (lambda s, b: spo(s, b, detach_target=True), lambda p, a, r: dense_spo(p, a, r, detach=True)),
-    "0.5 above": (lambda s, b: spo_0p5(s, b, region="above_half"), lambda p, a, r: dense_0p5(a, r, "above_half")),
-    "0.5 all": (lambda s, b: spo_0p5(s, b, region="all"), lambda p, a, r: dense_0p5(a, r, "all")),
-    "0.5 below": (lambda s, b: spo_0p5(s, b, region="below_half"), lambda p, a, r: dense_0p5(a, r, "below_half")),
-    "sft": (lambda s, b: cross_entropy(s, b), lambda p, a, r: -a.log()),
+def dense_rank(p_TV: Tensor, batch: TokenBatch, *, js: bool, cap: int) -> Tensor:
+    """Token by token: the target gives each of the first r ranks its probability in plain words."""
+    losses = []
+    for p_V, label in zip(p_TV, batch.labels_T.tolist(), strict=True):
+        order = sorted(range(V), key=lambda i: (-p_V[i].item(), i))
+        r = order.index(label) + 1
+        p = p_V[order[:r]]
+        q = torch.stack([*p[1:], p[0]]).detach()
+        m = (p + q) / 2
+        jsd = ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
+        kl = (q * (q / p).log() - q + p).sum()
+        losses.append((jsd if js else kl) * (r <= cap))
+    return torch.stack(losses)
+
+
+def ratio_and_advantage(p_TV: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    assert batch.old_logp_T is not None and batch.advantage_T is not None
+    return pick(p_TV, batch.labels_T) / batch.old_logp_T.exp(), batch.advantage_T
+
+
+def clipped_gain(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """min(r A, clip(r) A) by the sign of A: only one of the two bounds can hold."""
+    return torch.where(advantage > 0, ratio.clamp(max=1 + high), ratio.clamp(min=1 - low)) * advantage
+
+
+def dense_ppo(p_TV: Tensor, batch: TokenBatch, low: float, high: float, dual: float | None) -> Tensor:
+    ratio_T, advantage_T = ratio_and_advantage(p_TV, batch)
+    if dual is not None:  # max(min(r A, clip(r) A), c A) for A < 0 bounds the ratio by c
+        ratio_T = torch.where(advantage_T < 0, ratio_T.clamp(max=dual), ratio_T)
+    return -clipped_gain(ratio_T, advantage_T, low, high)
+
+
+def dense_gspo(p_TV: Tensor, batch: TokenBatch, low: float, high: float) -> Tensor:
+    """s = (product of the sequence's ratios) ^ (1 / its length)."""
+    parts = []
+    for ratio, advantage in zip(*(x.split(LENGTHS) for x in ratio_and_advantage(p_TV, batch)), strict=True):
+        s = ratio.prod() ** (1 / len(ratio))
+        parts.append(-clipped_gain(s.expand(len(ratio)), advantage, low, high))
+    return torch.cat(parts)
+
+
+def dense_cispo(p_TV: Tensor, batch: TokenBatch, low: float, high: float) -> Tensor:
+    ratio_T, advantage_T = ratio_and_advantage(p_TV, batch)
+    weight = torch.tensor([min(max(r, low), high) for r in ratio_T.tolist()], dtype=p_TV.dtype)
+    return -weight * advantage_T * pick(p_TV, batch.labels_T).log()
+
+
+def dense_sapo(p_TV: Tensor, batch: TokenBatch, tau_pos: float, tau_neg: float) -> Tensor:
+    losses = []
+    for ratio, advantage in zip(*ratio_and_advantage(p_TV, batch), strict=True):
+        tau = tau_pos if advantage > 0 else tau_neg
+        losses.append(-4 / tau / (1 + (-tau * (ratio - 1)).exp()) * advantage)
+    return torch.stack(losses)
+
+
+def dense_reinforce(p_TV: Tensor, batch: TokenBatch) -> Tensor:
+    return -ratio_and_advantage(p_TV, batch)[1] * pick(p_TV, batch.labels_T).log()
+
+
+Dense = Callable[[Tensor, TokenBatch], Tensor]
+CASES: dict[str, tuple[str, dict[str, Any], Dense]] = {
+    "sft": ("sft", {}, lambda p, b: -pick(p, b.labels_T).log()),
+    "positive_ce": ("positive_ce", {}, lambda p, b: -pick(p, b.labels_T).log()),
+    "spo live": ("spo", {}, lambda p, b: dense_mode(p, b, js=False, detach=False)),
+    "spo detached": ("spo", {"detach_target": True}, lambda p, b: dense_mode(p, b, js=False, detach=True)),
+    "jsd live": ("binary_jsd", {}, lambda p, b: dense_mode(p, b, js=True, detach=False)),
+    "jsd detached": ("binary_jsd", {"detach_target": True}, lambda p, b: dense_mode(p, b, js=True, detach=True)),
+    "0.5 above": ("spo_0p5", {}, lambda p, b: dense_0p5(p, b, "above_half")),
+    "0.5 all": ("spo_0p5", {"region": "all"}, lambda p, b: dense_0p5(p, b, "all")),
+    "0.5 below": ("spo_0p5", {"region": "below_half"}, lambda p, b: dense_0p5(p, b, "below_half")),
+    "rank kl": ("rank_kl", {}, lambda p, b: dense_rank(p, b, js=False, cap=32)),
+    "rank kl cap": ("rank_kl", {"rank_cap": 4}, lambda p, b: dense_rank(p, b, js=False, cap=4)),
+    "rank jsd": ("rank_jsd", {}, lambda p, b: dense_rank(p, b, js=True, cap=32)),
+    "rank jsd cap": ("rank_jsd", {"rank_cap": 4}, lambda p, b: dense_rank(p, b, js=True, cap=4)),
+    "reinforce": ("reinforce", {}, dense_reinforce),
+    "ppo": ("ppo", {}, lambda p, b: dense_ppo(p, b, 0.2, 0.2, None)),
+    "clip higher": ("ppo", {"clip_high": 0.28}, lambda p, b: dense_ppo(p, b, 0.2, 0.28, None)),
+    "dual clip": ("ppo", {"dual_clip": 1.4}, lambda p, b: dense_ppo(p, b, 0.2, 0.2, 1.4)),
+    "dual clip below": ("ppo", {"clip": 0.3, "dual_clip": 1.1}, lambda p, b: dense_ppo(p, b, 0.3, 0.3, 1.1)),
+    "gspo": ("gspo", {}, lambda p, b: dense_gspo(p, b, 3e-4, 4e-4)),
+    "gspo wide": ("gspo", {"clip": 0.05, "clip_high": None}, lambda p, b: dense_gspo(p, b, 0.05, 0.05)),
+    "cispo": ("cispo", {}, lambda p, b: dense_cispo(p, b, 0.0, 5.0)),
+    "cispo narrow": ("cispo", {"ratio_min": 0.9, "ratio_max": 1.2}, lambda p, b: dense_cispo(p, b, 0.9, 1.2)),
+    "sapo": ("sapo", {}, lambda p, b: dense_sapo(p, b, 1.0, 1.05)),
+    "sapo hard": ("sapo", {"tau_pos": 3.0, "tau_neg": 7.0}, lambda p, b: dense_sapo(p, b, 3.0, 7.0)),
 }
+
+
+def test_every_objective_has_a_case() -> None:
+    assert {name for name, _, _ in CASES.values()} == set(OBJECTIVES)
+
+
+def computed(bound: Bound, leaf_TV: Tensor, batch: TokenBatch, temperature: float = 1.0) -> tuple[Tensor, Any]:
+    """The objective through the statistics seam, everything in the dtype of the logits."""
+    dtype = leaf_TV.dtype
+    batch = batch.with_(**{n: x.to(dtype) for n, x in batch.tensors().items() if x.is_floating_point()})
+    eye_VV = torch.eye(V, dtype=dtype)
+    how = {"temperature": temperature, "fields": bound.fields, "top_k": bound.top_k}
+    return bound.loss(token_stats(leaf_TV, eye_VV, batch.labels_T, **how), batch)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -69,19 +186,17 @@ CASES: dict[str, tuple[Callable[..., tuple[Tensor, dict[str, Tensor]]], Callable
 def test_loss_and_gradient_are_those_of_dense_float64(
     case: str, dtype: torch.dtype, tolerance: float, temperature: float
 ) -> None:
-    objective, dense = CASES[case]
+    name, knobs, dense = CASES[case]
     logits_TV, labels_T = logits_and_labels()
     exact_TV = logits_TV.double().requires_grad_()
     p_TV = (exact_TV / temperature).softmax(-1)
-    p_a = p_TV.gather(1, labels_T[:, None])[:, 0]
-    rest_a = p_TV.scatter(1, labels_T[:, None], 0).sum(-1)
-    exact_T = dense(p_TV, p_a, rest_a)
+    batch = judged(labels_T, p_TV)
+    exact_T = dense(p_TV, batch)
     weight_T = torch.linspace(0.5, 1.5, T, dtype=torch.float64)
     (exact_grad,) = torch.autograd.grad((exact_T * weight_T).sum(), exact_TV)
 
     leaf_TV = logits_TV.to(dtype).requires_grad_()
-    stats = token_stats(leaf_TV, torch.eye(V, dtype=dtype), labels_T, temperature=temperature, fields=FIELDS)
-    loss_T, _ = objective(stats, a_batch())
+    loss_T, _ = computed(bind(name, knobs), leaf_TV, batch, temperature)
     (grad,) = torch.autograd.grad((loss_T * weight_T.to(dtype)).sum(), leaf_TV)
 
     assert 1 - p_TV.max().item() < 1e-11
@@ -92,33 +207,136 @@ def test_loss_and_gradient_are_those_of_dense_float64(
     assert ((loss_T.double() - exact_T).abs() / scale).max() < 10 * tolerance
 
 
-@pytest.mark.parametrize("detach_target", [False, True])
-def test_spo_is_zero_without_gradient_on_the_mode(detach_target: bool) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_closed_form_is_what_autograd_finds(case: str) -> None:
+    name, knobs, _ = CASES[case]
+    bound = bind(name, knobs)
+    logits_TV, labels_T = logits_and_labels()
+    leaf_TV = logits_TV.double().requires_grad_()
+    p_TV = leaf_TV.detach().softmax(-1)
+    assert bound.gradient is not None
+    for batch in (judged(labels_T, p_TV), a_batch(labels_T, advantage_T=torch.linspace(-1, 1, T).double())):
+        (grad,) = torch.autograd.grad(computed(bound, leaf_TV, batch)[0].sum(), leaf_TV)
+        torch.testing.assert_close(bound.gradient(p_TV, batch, **bound.knobs), grad, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_is_finite_from_certain_to_impossible(case: str) -> None:
+    """Rows of equal logits, and modes ahead by up to 10,000; the label is the mode, the second or the last."""
+    name, knobs, _ = CASES[case]
+    gaps = torch.tensor([0.0, 1e-6, 20.0, 90.0, 300.0, 1e4]).repeat_interleave(T // 6)
+    leaf_TV = torch.zeros(T, V)
+    leaf_TV[:, 5] = gaps
+    leaf_TV[:, 6] = -gaps
+    leaf_TV.requires_grad_()
+    labels_T = torch.tensor([5, 0, 6]).repeat(T // 3)
+    advantage_T = torch.tensor([1.0, -1.0]).repeat(T // 2)
+    loss_T, metrics = computed(bind(name, knobs), leaf_TV, a_batch(labels_T, advantage_T=advantage_T))
+    (grad,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
+    assert loss_T.isfinite().all()
+    assert grad.isfinite().all()
+    assert all(x.isfinite().all() and x.shape == loss_T.shape for x in metrics.values())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_token_no_loss(name: str) -> None:
+    logits_TV, labels_T = logits_and_labels()
+    batch = a_batch(labels_T, advantage_T=torch.ones(T)).positions(torch.zeros(T, dtype=torch.bool))
+    leaf_TV = logits_TV[:0].requires_grad_()
+    loss_T, _ = computed(bind(name, {}), leaf_TV, batch)
+    (grad,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
+    assert loss_T.shape == (0,)
+    assert grad.shape == (0, V)
+
+
+@pytest.mark.parametrize("name", ["spo", "binary_jsd", "rank_kl", "rank_jsd"])
+def test_the_mode_itself_is_left_alone(name: str) -> None:
     logits_TV, _ = logits_and_labels()
     leaf_TV = logits_TV.requires_grad_()
-    stats = token_stats(leaf_TV, torch.eye(V), logits_TV.argmax(-1), fields=FIELDS)
-    loss_T, metrics = spo(stats, a_batch(), detach_target=detach_target)
+    loss_T, metrics = computed(bind(name, {}), leaf_TV, a_batch(logits_TV.argmax(-1)))
     (grad,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
     assert not loss_T.any()
     assert not grad.any()
-    assert not metrics["off_mode"].any()
+    assert not metrics.get("off_mode", torch.zeros(1)).any()
 
 
-def test_spo_gradient_of_the_docstring() -> None:
-    """(p_a - p_m) / (p_a (1 - p_a)) dp_a + log(p_m (1 - p_a) / (p_a (1 - p_m))) dp_m."""
-    g = torch.Generator().manual_seed(1)
-    leaf_TV = torch.randn(T, V, generator=g, dtype=torch.float64).requires_grad_()
-    labels_T = torch.randint(0, V, (T,), generator=g)
-    stats = token_stats(leaf_TV, torch.eye(V, dtype=torch.float64), labels_T, fields=FIELDS)
-    (grad,) = torch.autograd.grad(spo(stats, a_batch(), detach_target=False)[0].sum(), leaf_TV)
-    p_TV = leaf_TV.detach().softmax(-1)
-    p_m, mode_T = p_TV.max(-1)
-    p_a = p_TV.gather(1, labels_T[:, None])[:, 0]
-    dp_a = p_a[:, None] * (torch.eye(V)[labels_T] - p_TV)
-    dp_m = p_m[:, None] * (torch.eye(V)[mode_T] - p_TV)
-    by_hand = ((p_a - p_m) / (p_a * (1 - p_a)))[:, None] * dp_a
-    by_hand = by_hand + (p_m * (1 - p_a) / (p_a * (1 - p_m))).log()[:, None] * dp_m
+@pytest.mark.parametrize("name", ["rank_kl", "rank_jsd"])
+def test_ranks_beyond_the_cap_are_left_alone_and_counted(name: str) -> None:
+    logits_TV, labels_T = logits_and_labels()
+    rank_T = (logits_TV > pick(logits_TV, labels_T)[:, None]).sum(-1) + 1
+    leaf_TV = logits_TV.requires_grad_()
+    loss_T, metrics = computed(bind(name, {"rank_cap": 4}), leaf_TV, a_batch(labels_T))
+    (grad,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
+    assert (rank_T > 4).any()
+    assert not loss_T[rank_T > 4].any()
+    assert not grad[rank_T > 4].any()
+    assert metrics["covered"].bool().tolist() == (rank_T <= 4).tolist()
+    trained_T = (rank_T > 1) & (rank_T <= 4)
+    assert loss_T[trained_T].all()
+    if name == "rank_kl":  # p - q: nothing for the tokens that the sampled one does not overtake
+        behind_TV = logits_TV < pick(logits_TV, labels_T)[:, None]
+        assert grad[behind_TV].abs().max() < 1e-7
+
+
+def test_half_is_the_fixed_point_of_spo_0p5() -> None:
+    leaf_TV = torch.zeros(T, V, dtype=torch.float64)
+    leaf_TV[:, 2] = torch.tensor(V - 1.0, dtype=torch.float64).log()
+    loss_T, _ = computed(bind("spo_0p5", {"region": "all"}), leaf_TV.requires_grad_(), a_batch(torch.full((T,), 2)))
+    (grad,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
+    assert loss_T.abs().max() < 1e-14
+    assert grad.abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("name", ["sft", "reinforce", "ppo", "gspo", "cispo", "sapo"])
+def test_a_certain_token_has_no_gradient(name: str) -> None:
+    leaf_TV = torch.zeros(T, V)
+    leaf_TV[:, 2] = 200.0
+    batch = a_batch(torch.full((T,), 2), advantage_T=torch.linspace(-1, 1, T))
+    loss_T, _ = computed(bind(name, {}), leaf_TV.requires_grad_(), batch)
+    (grad,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
+    assert not grad.any()
+    if name == "sft":
+        assert not loss_T.any()
+
+
+@pytest.mark.parametrize("name", ["reinforce", "ppo", "gspo", "cispo", "sapo"])
+def test_no_advantage_no_loss(name: str) -> None:
+    logits_TV, labels_T = logits_and_labels()
+    batch = judged(labels_T, logits_TV.double().softmax(-1)).with_(advantage_T=torch.zeros(T))
+    leaf_TV = logits_TV.requires_grad_()
+    loss_T, _ = computed(bind(name, {}), leaf_TV, batch)
+    (grad,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
+    assert not loss_T.any()
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("name", ["reinforce", "ppo", "gspo", "cispo", "sapo"])
+def test_on_fresh_rollouts_all_policy_gradients_are_reinforce(name: str) -> None:
+    """With one advantage a sequence, which is what gspo takes the ratio for."""
+    logits_TV, labels_T = logits_and_labels()
+    leaf_TV = logits_TV.double().requires_grad_()
+    advantage_T = torch.tensor([-1.0, 0.5, 2.0]).repeat_interleave(torch.tensor(LENGTHS)).double()
+    loss_T, metrics = computed(bind(name, {}), leaf_TV, a_batch(labels_T, advantage_T=advantage_T))
+    (grad,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
+    by_hand = -advantage_T[:, None] * (torch.eye(V)[labels_T] - leaf_TV.detach().softmax(-1))
     torch.testing.assert_close(grad, by_hand, rtol=1e-9, atol=1e-12)
+    assert not metrics.get("clipped", torch.zeros(1)).any()
+
+
+def test_gspo_clips_whole_sequences() -> None:
+    logits_TV, labels_T = logits_and_labels()
+    leaf_TV = logits_TV.double().requires_grad_()
+    logp_T = pick(leaf_TV.detach().log_softmax(-1), labels_T)
+    sequence_T = torch.arange(3).repeat_interleave(torch.tensor(LENGTHS))
+    # the ratios of one sequence differ but have the mean that decides
+    drift_T = torch.tensor([0.1, 0.0, -0.1]).double()[sequence_T] + torch.linspace(-1, 1, T).double()
+    drift_T = drift_T - torch.stack([x.mean() for x in torch.linspace(-1, 1, T).double().split(LENGTHS)])[sequence_T]
+    batch = a_batch(labels_T, advantage_T=torch.ones(T).double(), old_logp_T=logp_T - drift_T)
+    loss_T, metrics = computed(bind("gspo", {"clip": 0.01}), leaf_TV, batch)
+    (grad,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
+    assert metrics["clipped"].bool().tolist() == (sequence_T == 0).tolist()
+    assert not grad[sequence_T == 0].any()
+    assert grad[sequence_T > 0].any(-1).all()
 
 
 def test_ppo_clips_as_the_paper_says() -> None:
@@ -128,7 +346,7 @@ def test_ppo_clips_as_the_paper_says() -> None:
     advantage_T = torch.randn(T, generator=g, dtype=torch.float64)
     logp_T = stats.logp.detach().requires_grad_()
     old_logp_T = stats.logp.detach() + 0.3 * torch.randn(T, generator=g, dtype=torch.float64)
-    batch = a_batch(advantage_T, old_logp_T)
+    batch = a_batch(labels_T, advantage_T=advantage_T, old_logp_T=old_logp_T)
     loss_T, metrics = ppo(type(stats)(logp=logp_T), batch, clip=0.2)
     for t in range(T):
         ratio = (logp_T[t] - old_logp_T[t]).exp().item()
@@ -139,16 +357,6 @@ def test_ppo_clips_as_the_paper_says() -> None:
     assert outside.any()
     assert not grad[outside].any()
     assert metrics["clipped"][outside].all()
-
-
-def test_ppo_on_fresh_rollouts_is_reinforce() -> None:
-    logits_TV, labels_T = logits_and_labels()
-    leaf_TV = logits_TV.double().requires_grad_()
-    stats = token_stats(leaf_TV, torch.eye(V, dtype=torch.float64), labels_T, fields=("logp",))
-    advantage_T = torch.linspace(-1, 1, T, dtype=torch.float64)
-    (grad,) = torch.autograd.grad(ppo(stats, a_batch(advantage_T), clip=0.2)[0].sum(), leaf_TV)
-    by_hand = -advantage_T[:, None] * (torch.eye(V)[labels_T] - leaf_TV.detach().softmax(-1))
-    torch.testing.assert_close(grad, by_hand, rtol=1e-9, atol=1e-12)
 
 
 def test_kl_estimates() -> None:

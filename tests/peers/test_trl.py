@@ -1,0 +1,197 @@
+"""The policy-gradient family against TRL: loss and gradient of all parameters, on the same weights and tokens.
+
+TRL pads: prompts on the left, completions on the right. Here sequences are packed, and what they share is computed
+once. Where TRL's definitions differ from ours, the case says how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from RL2.models.policy import Policy, load_model
+from RL2.objectives.table import bind
+from RL2.packing import loss_weights, pack
+from RL2.types import Sequence, StatsRequest, TokenBatch, TokenStats, Trajectory
+
+TEMPERATURE, MAX_COMPLETION = 0.8, 16
+PROMPTS = ([5, 6, 7], [8, 9, 10, 11, 12])
+LENGTHS = (16, 3, 9, 1, 12, 7)
+ADVANTAGES = (1.0, -0.7, 0.4, -1.5, 0.9, -0.3)
+"""Three completions of each prompt."""
+
+
+@dataclass(frozen=True)
+class Case:
+    objective: str
+    knobs: dict[str, Any]
+    average: Literal["token", "sequence", "constant"]
+    trl: dict[str, Any]
+
+
+CASES = {
+    # TRL's token mean over one microbatch; over a whole step it is called dapo
+    "ppo": Case("ppo", {"clip": 0.2}, "token", {"loss_type": "bnpo", "epsilon": 0.2}),
+    "GRPO's average": Case("ppo", {"clip": 0.2}, "sequence", {"loss_type": "grpo", "epsilon": 0.2}),
+    "Dr. GRPO's average": Case("ppo", {"clip": 0.2}, "constant", {"loss_type": "dr_grpo", "epsilon": 0.2}),
+    "DAPO's average and clip-higher": Case(
+        "ppo", {"clip": 0.2, "clip_high": 0.28}, "token", {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28}
+    ),
+    # TRL's delta bounds the ratio from above before the minimum is taken, which only A < 0 feels
+    "dual clip": Case(
+        "ppo", {"clip": 0.1, "dual_clip": 1.3}, "sequence", {"loss_type": "grpo", "epsilon": 0.1, "delta": 1.3}
+    ),
+    "gspo": Case(
+        "gspo",
+        {},
+        "sequence",
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+    ),
+    "gspo, wide": Case(
+        "gspo",
+        {"clip": 0.05, "clip_high": None},
+        "sequence",
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05},
+    ),
+    # TRL's epsilon_high is here the bound itself, and there is no lower one
+    "cispo": Case("cispo", {"ratio_max": 1.2}, "token", {"loss_type": "cispo", "epsilon_high": 1.2}),
+    "sapo": Case("sapo", {}, "sequence", {"loss_type": "sapo"}),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("peers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(vocab_size=320, intermediate_size=48, head_dim=8, initializer_range=0.2, **shape)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def completions() -> list[tuple[list[int], list[bool]]]:
+    """Token ids, and which of them were sampled: the longest has an observation in the middle."""
+    g = torch.Generator().manual_seed(1)
+    found = [(torch.randint(3, 320, (n,), generator=g).tolist(), [True] * n) for n in LENGTHS]
+    found[0][1][6:9] = [False] * 3
+    return found
+
+
+def our_batch(old: bool, policy: Policy) -> TokenBatch:
+    trajectories = []
+    for n, (ids, sampled) in enumerate(completions()):
+        prompt = PROMPTS[n // 3]
+        whole, mask = prompt + ids, [False] * len(prompt) + sampled
+        zeros = [0.0] * len(whole)
+        trajectories.append(Trajectory(n // 3, n // 3, n % 3, [Sequence(whole, mask, zeros, zeros)]))
+    batch = pack(trajectories)
+    batch = batch.with_(advantage_T=torch.tensor(ADVANTAGES)[batch.sequence_T] * batch.action_T)
+    if not old:
+        return batch
+    # what an earlier policy may have said, so that ratios lie on both sides of every bound
+    with torch.no_grad():
+        logp = policy(batch, batch.shared(), StatsRequest(("logp",), temperature=TEMPERATURE))["logp"]
+    noise = 0.4 * torch.randn(len(logp), generator=torch.Generator().manual_seed(2))
+    return batch.with_(old_logp_T=torch.zeros_like(batch.reward_T).masked_scatter(batch.action_T, logp + noise))
+
+
+def our_weights(batch: TokenBatch, average: Literal["token", "sequence", "constant"]) -> Tensor:
+    if average == "constant":  # Dr. GRPO: every token weighs 1 / (a fixed length * number of sequences)
+        return batch.action_T / (MAX_COMPLETION * batch.num_sequences)
+    return loss_weights(batch, train_on="all", level=average, average_over="all")
+
+
+def ours(case: Case, policy: Policy, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    bound = bind(case.objective, case.knobs)
+    request = StatsRequest(bound.fields, bound.top_k, TEMPERATURE)
+    batch = batch.with_(weight_T=our_weights(batch, case.average))
+    actions = batch.positions(batch.action_T)
+    stats = TokenStats(**policy(batch, batch.shared(), request))
+    loss_T, metrics = bound.loss(stats, actions)
+    return (loss_T * actions.weight_T).sum(), metrics
+
+
+def padded(rows: list[list[int]], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """Ids, and 1 where they are no padding."""
+    ids = [torch.tensor(row) for row in rows]
+    shape = {"batch_first": True, "padding_side": side}
+    return pad_sequence(ids, **shape), pad_sequence([torch.ones_like(row) for row in ids], **shape)
+
+
+def trl_inputs(batch: TokenBatch) -> dict[str, Tensor]:
+    parts = completions()
+    prompt_ids, prompt_mask = padded([PROMPTS[n // 3] for n in range(len(parts))], "left")
+    completion_ids, completion_mask = padded([ids for ids, _ in parts], "right")
+    tool_mask, _ = padded([[int(x) for x in sampled] for _, sampled in parts], "right")
+    inputs = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "tool_mask": tool_mask,
+        "advantages": torch.tensor(ADVANTAGES),
+        "num_items_in_batch": tool_mask.sum(),
+    }
+    if batch.old_logp_T is not None:
+        sampled = (completion_mask * tool_mask).bool()
+        old = torch.zeros(completion_ids.shape).masked_scatter(sampled, batch.old_logp_T[batch.action_T])
+        inputs["old_per_token_logps"] = old
+    return inputs
+
+
+def trl(case: Case, model: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> GRPOTrainer:
+    config = GRPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        per_device_train_batch_size=len(LENGTHS),
+        num_generations=3,
+        max_completion_length=MAX_COMPLETION,
+        temperature=TEMPERATURE,
+        beta=0.0,
+        **case.trl,
+    )
+    trainer = GRPOTrainer(
+        model=Qwen3ForCausalLM.from_pretrained(model),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * len(LENGTHS)}),
+        processing_class=tokenizer,
+    )
+    trainer.current_gradient_accumulation_steps = 1  # which its training loop would set
+    trainer.model.train()
+    return trainer
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["later update", "first update"])
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradient_are_those_of_trl(
+    name: str, old: bool, model: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    policy = Policy(load_model(model, torch.float32)).train()
+    batch = our_batch(old, policy)
+    our_loss, metrics = ours(CASES[name], policy, batch)
+    our_loss.backward()
+    if "clipped" in metrics:  # the bounds are put to the test
+        assert 0 < metrics["clipped"].mean() < 1 if old else not metrics["clipped"].any()
+
+    trainer = trl(CASES[name], model, tokenizer, tmp_path)
+    their_loss = trainer._compute_loss(trainer.model, trl_inputs(batch))
+    their_loss.backward()
+
+    assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
+    theirs = {name: p.grad for name, p in trainer.model.named_parameters()}
+    mine = {name: p.grad for name, p in policy.lm.named_parameters()}
+    assert mine.keys() == theirs.keys()
+    difference = torch.stack([(mine[name] - theirs[name]).norm() for name in mine]).norm()
+    assert difference < 1e-4 * torch.stack([x.norm() for x in theirs.values()]).norm()

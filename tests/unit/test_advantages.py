@@ -1,0 +1,110 @@
+"""Advantages against the formulas of their papers, written out trajectory by trajectory in float64."""
+
+from __future__ import annotations
+
+from statistics import mean, stdev
+
+import pytest
+import torch
+
+from RL2.advantages import gae, reinforce, rloo
+from RL2.packing import pack
+from RL2.types import Sequence, TokenBatch, Trajectory
+
+
+def rollout(groups: list[int], rewards: list[float]) -> TokenBatch:
+    """Trajectories of two prompt and three response tokens; the reward stands on the last."""
+    return pack(
+        [
+            Trajectory(0, group, 0, [Sequence([0] * 5, [False] * 2 + [True] * 3, [0.0] * 5, [0.0] * 4 + [reward])])
+            for group, reward in zip(groups, rewards, strict=True)
+        ]
+    )
+
+
+def by_trajectory(batch: TokenBatch, advantage_T: torch.Tensor) -> list[float]:
+    """The one advantage that all actions of a trajectory have; other positions have 0."""
+    assert not advantage_T[~batch.action_T].any()
+    found = [
+        advantage_T[batch.action_T & (batch.sequence_T == b)].unique().tolist() for b in range(batch.num_sequences)
+    ]
+    assert all(len(values) == 1 for values in found)
+    return [values[0] for values in found]
+
+
+def test_rloo_compares_with_the_mean_of_the_others() -> None:
+    groups, rewards = [7, 7, 7, 2, 2, 5], [1.0, 0.0, 0.5, 1.0, -2.0, 3.0]
+    batch = rollout(groups, rewards)
+    expected = []
+    for i, (group, reward) in enumerate(zip(groups, rewards, strict=True)):
+        others = [r for j, (g, r) in enumerate(zip(groups, rewards, strict=True)) if g == group and j != i]
+        expected.append(reward - mean(others) if others else 0.0)  # a group of one among larger ones has no signal
+    assert by_trajectory(batch, rloo(batch)) == pytest.approx(expected)
+
+
+def test_rloo_with_groups_of_one_compares_with_the_rest_of_the_rollout() -> None:
+    rewards = [1.0, 0.0, 0.5, 4.0]
+    batch = rollout([3, 1, 4, 2], rewards)
+    expected = [r - (sum(rewards) - r) / 3 for r in rewards]
+    assert by_trajectory(batch, rloo(batch)) == pytest.approx(expected)
+    alone = rollout([0], [1.0])
+    assert by_trajectory(alone, rloo(alone)) == [0.0]
+
+
+def test_reinforce_plus_plus_normalises_over_the_rollout() -> None:
+    rewards = [1.0, 0.0, 0.5, 4.0, -1.0, 2.5]
+    expected = [(r - mean(rewards)) / stdev(rewards) for r in rewards]
+    for groups in ([0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5]):
+        batch = rollout(groups, rewards)
+        advantage_T = reinforce(batch, global_norm=True, norm_var=True)
+        assert by_trajectory(batch, advantage_T) == pytest.approx(expected, rel=1e-5)
+    # one response a prompt: the whole rollout is the group, asked for or not
+    assert by_trajectory(batch, reinforce(batch, global_norm=False, norm_var=True)) == pytest.approx(expected, rel=1e-5)
+
+
+def random_episodes() -> TokenBatch:
+    """Trajectories of one to three sequences, whose turns stand between tokens of the environment; float64."""
+    g = torch.Generator().manual_seed(0)
+    trajectories = []
+    for n in range(7):
+        sequences = []
+        for _ in range(n % 3 + 1):
+            length = int(torch.randint(2, 30, (), generator=g))
+            mask = [False, *(torch.rand(length - 1, generator=g) < 0.6).tolist()]
+            rewards = [float(torch.randn((), generator=g)) if a else 0.0 for a in mask]
+            sequences.append(Sequence([0] * length, mask, [0.0] * length, rewards))
+        trajectories.append(Trajectory(0, n, 0, sequences))
+    batch = pack(trajectories)
+    value_T = torch.randn(len(batch.labels_T), generator=g, dtype=torch.float64)
+    return batch.with_(reward_T=batch.reward_T.double(), value_T=value_T)
+
+
+@pytest.mark.parametrize(("gamma", "lamda"), [(1.0, 1.0), (0.9, 0.8), (0.99, 0.0), (0.0, 0.5)])
+def test_gae_is_the_recursion_of_the_paper(gamma: float, lamda: float) -> None:
+    batch = random_episodes()
+    # the sequences of a trajectory need not lie side by side
+    batch = batch.sequences(sorted(range(batch.num_sequences), key=lambda b: b % 2))
+    assert batch.value_T is not None
+    trajectory_T = batch.trajectory_B[batch.sequence_T]
+    expected_T = torch.zeros_like(batch.value_T)
+    for n in range(7):
+        steps = (batch.action_T & (trajectory_T == n)).nonzero()[:, 0].tolist()
+        for i, t in enumerate(steps):
+            advantage = 0.0
+            for k, u in enumerate(steps[i:], start=i):
+                after = batch.value_T[steps[k + 1]].item() if k + 1 < len(steps) else 0.0
+                delta = batch.reward_T[u].item() + gamma * after - batch.value_T[u].item()
+                advantage += (gamma * lamda) ** (k - i) * delta
+            expected_T[t] = advantage
+    torch.testing.assert_close(gae(batch, gamma=gamma, lamda=lamda), expected_T, rtol=1e-12, atol=1e-12)
+
+
+def test_gae_without_discount_is_what_lies_ahead_minus_the_value() -> None:
+    batch = rollout([0, 0], [1.0, -2.0]).with_(value_T=torch.arange(8.0))
+    # positions: one of the prompt, three of the response, twice
+    assert gae(batch, gamma=1.0, lamda=1.0).tolist() == [0, 1 - 1, 1 - 2, 1 - 3, 0, -2 - 5, -2 - 6, -2 - 7]
+
+
+def test_gae_of_no_action_is_nothing() -> None:
+    batch = pack([Trajectory(0, 0, 0, [Sequence([0] * 3, [False] * 3, [0.0] * 3, [0.0] * 3)])])
+    assert gae(batch.with_(value_T=torch.ones(2)), gamma=1.0, lamda=1.0).tolist() == [0, 0]
