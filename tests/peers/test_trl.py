@@ -52,7 +52,7 @@ CASES = {
     ),
     "gspo": Case(
         "gspo",
-        {},
+        {"clip_high": 4e-4},
         "sequence",
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
     ),

@@ -158,7 +158,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Dense]] = {
     "clip higher": ("ppo", {"clip_high": 0.28}, lambda p, b: dense_ppo(p, b, 0.2, 0.28, None)),
     "dual clip": ("ppo", {"dual_clip": 1.4}, lambda p, b: dense_ppo(p, b, 0.2, 0.2, 1.4)),
     "dual clip below": ("ppo", {"clip": 0.3, "dual_clip": 1.1}, lambda p, b: dense_ppo(p, b, 0.3, 0.3, 1.1)),
-    "gspo": ("gspo", {}, lambda p, b: dense_gspo(p, b, 3e-4, 4e-4)),
+    "gspo": ("gspo", {"clip_high": 4e-4}, lambda p, b: dense_gspo(p, b, 3e-4, 4e-4)),
     "gspo wide": ("gspo", {"clip": 0.05, "clip_high": None}, lambda p, b: dense_gspo(p, b, 0.05, 0.05)),
     "cispo": ("cispo", {}, lambda p, b: dense_cispo(p, b, 0.0, 5.0)),
     "cispo narrow": ("cispo", {"ratio_min": 0.9, "ratio_max": 1.2}, lambda p, b: dense_cispo(p, b, 0.9, 1.2)),
