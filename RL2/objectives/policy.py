@@ -105,8 +105,9 @@ def gspo(
     """-min(s A, clamp(s, 1 - clip, 1 + clip_high) A), s = exp(mean of log r over the actions of the sequence).
 
     GSPO (arXiv 2507.18071, equations 5 and 7), run there with 3e-4 and 4e-4; `clip_high` is `clip` unless it is given.
-    Its average is `actor.avg_level=sequence`. Gradient of the sum over a sequence of n tokens: -s (sum of A) / n (e_a - p)
-    at each of them; the tokens where s has left the trust region in the direction of A are not in the sum.
+    Its average is `actor.avg_level=sequence`. Gradient of the sum over a sequence of n tokens:
+    -s (sum of A) / n (e_a - p) at each of them; the tokens where s has left the trust region in the direction of A are
+    not in the sum.
     """
     ratio_T, advantage_T = _sequence_mean(_log_ratio(stats.logp, batch), batch).exp(), _advantage(batch)
     free_T, clipped_T = ratio_T * advantage_T, _clamp(ratio_T, clip, clip_high) * advantage_T

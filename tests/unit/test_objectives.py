@@ -9,7 +9,7 @@ from torch import Tensor
 
 from RL2.objectives.policy import ppo
 from RL2.objectives.table import OBJECTIVES, Bound, bind
-from RL2.objectives.terms import importance_weight, kl_estimate
+from RL2.objectives.terms import kl_estimate
 from RL2.ops.token_stats import token_stats
 from RL2.packing import pack
 from RL2.types import Sequence, TokenBatch, Trajectory
@@ -373,13 +373,6 @@ def test_k1_and_k3_are_unbiased() -> None:
     exact = (logits.exp() * (logits - ref)).sum()
     for estimator in ("k1", "k3"):
         torch.testing.assert_close((logits.exp() * kl_estimate(logits, ref, estimator)).sum(), exact)  # type: ignore[arg-type]
-
-
-def test_importance_weight_is_capped_and_constant() -> None:
-    logp_T = torch.tensor([-1.0, -1.0], requires_grad=True)
-    weight_T = importance_weight(logp_T, torch.tensor([-1.5, -4.0]), cap=2.0)
-    torch.testing.assert_close(weight_T, torch.tensor([2.718281828**0.5, 2.0]))
-    assert not weight_T.requires_grad
 
 
 def test_the_table_fills_knobs_and_names_what_is_missing() -> None:
