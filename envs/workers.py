@@ -3,10 +3,10 @@
     grade = Workers(__file__, "make_grader", limit_s=5)
     right = await grade(gold, answer)
 
-has `make_grader()` of that script make a function elsewhere, once in each process and without a limit, for libraries
-take their time to load; then it is called there. What it takes and returns is JSON. A call that takes too long is ended
-by the kernel, which asks neither Python nor C code, and raises here. Processes are kept for later calls; one that is
-idle ends when its parent does, however that ended, and a busy one within its limit.
+has `make_grader()` of that script make a function elsewhere, once in each process and without that limit, for libraries
+take their time to load. Then it is called there, in the main thread, as libraries with limits of their own want it;
+what it takes and returns is JSON. A process that takes too long is killed, whatever it does, and the call raises here.
+Processes are kept for later calls. An idle one ends when its parent does, however that ended; a busy one soon after.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -24,10 +25,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 MEMORY = 4 << 30
 """Bytes of address space that a worker may have."""
+START_S = 120
+"""Seconds for libraries to load."""
 
 
 class WorkerError(RuntimeError):
@@ -62,38 +65,47 @@ class Workers:
 
     def _call(self, request: str) -> Any:
         process = self._idle.pop() if self._idle else self._start()
-        assert process.stdin is not None and process.stdout is not None
-        try:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # how it died is found out below
             process.stdin.write(request)
             process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line.endswith("\n"):
-            process.stdout.close()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            raise WorkerError(self._cause(process.wait()))
+        reply = self._read(process, self.limit_s)
         self._idle.append(process)
-        reply = json.loads(line)
         if "error" in reply:
             raise WorkerError(reply["error"])
         return reply["value"]
 
     def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="ascii",
             start_new_session=True,  # Ctrl-C is the parent's to handle
+            env=os.environ | {"PYTHONHASHSEED": "0"},  # no worker iterates over a set in another order
         )
+        self._read(process, START_S)
+        return process
 
-    def _cause(self, code: int) -> str:
-        if code == -signal.SIGALRM:
-            return f"took longer than {self.limit_s:g} s and was killed"
-        return f"its process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+    def _read(self, process: subprocess.Popen[str], limit_s: float) -> dict[str, Any]:
+        """The next line from `process`; without one, the process is done with. Raises `WorkerError`."""
+        assert process.stdin is not None and process.stdout is not None
+        waiting = select.poll()
+        waiting.register(process.stdout, select.POLLIN)
+        is_late = not waiting.poll(limit_s * 1000)
+        if is_late:
+            process.kill()
+        line = process.stdout.readline()
+        if line.endswith("\n") and not is_late:
+            return json.loads(line)
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        code = process.wait()
+        if is_late:
+            raise WorkerError(f"took longer than {limit_s:g} s and was killed")
+        raise WorkerError(f"its process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})")
 
 
 def serve(script: str, make: str, limit_s: float) -> None:
@@ -102,17 +114,22 @@ def serve(script: str, make: str, limit_s: float) -> None:
     os.dup2(2, 1)  # what libraries print is no reply
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     call = _made(Path(script), make)
+    _write(replies, {})  # ready
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        # the parent kills by the clock; this clock counts work, and kills where the parent is gone
+        signal.setitimer(signal.ITIMER_PROF, limit_s + 1)
         try:
             reply = {"value": call(*json.loads(line))}
         except BaseException as error:
             reply = {"error": f"{type(error).__name__}: {error}"[:500]}
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _write(replies, reply)
+
+
+def _write(replies: TextIO, reply: dict[str, Any]) -> None:
+    replies.write(json.dumps(reply) + "\n")
+    replies.flush()
 
 
 def _made(script: Path, make: str) -> Callable[..., Any]:

@@ -121,6 +121,8 @@ def make():
         if what == "exit": raise SystemExit(3)
         if what == "die": os._exit(3)
         if what == "sleep": time.sleep(60)
+        if what == "spin":
+            while True: pass
         if what == "hog": "a" * (8 << 30)
         if what == "print": print("noise", flush=True); os.system("echo more noise")
         return os.getpid() if what == "pid" else value
@@ -187,10 +189,10 @@ def test_workers_end_with_their_parent_even_if_it_is_killed(script: str) -> None
     source = f"""
         import asyncio, os, signal, sys
         from envs.workers import Workers
-        idle, busy = (Workers({script!r}, "make", limit_s=1, number=1) for _ in range(2))
+        idle, busy = (Workers({script!r}, "make", limit_s=0.5, number=1) for _ in range(2))
         async def main():
             print(await idle("pid"), await busy("pid"), flush=True)
-            await busy("sleep")
+            await busy("spin")
         asyncio.run(main())
     """
     command = [sys.executable, "-c", textwrap.dedent(source)]
