@@ -1,8 +1,8 @@
 """Tasks of Reasoning Gym, made up as they are needed: REASONING_GYM=chain_sum names the data set.
 
 No prompt file is needed: `reset` makes the task out of the seed that all samples of a prompt share. Settings of the
-data set are in REASONING_GYM_CONFIG, a JSON object. Only an answer with the full score is rewarded; partial credit, which
-some data sets give to anything, shows in the score alone.
+data set are in REASONING_GYM_CONFIG, a JSON object. Only an answer with the full score is rewarded; partial credit,
+which some data sets give to anything, shows in the score alone.
 
 The library (pip install 'rl2-spo[reasoning-gym]') works in processes that are killed when they hang, and some of its
 data sets would run an answer as Python code: those see only answers that can do no harm.
