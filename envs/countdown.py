@@ -19,23 +19,31 @@ then give the expression between <answer> and </answer>, for example <answer>(1 
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
-    target, nums = Fraction(extra_info["target"]), sorted(Fraction(number) for number in extra_info["nums"])
+    target, nums = task(extra_info)
     try:
         value, used = evaluate(answer(action))
-        reward = float(value == target and sorted(used) == nums)
+        reward = float(value == Fraction(target) and sorted(used) == sorted(map(Fraction, nums)))
     except ValueError:  # no expression
         reward = 0.0
     return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"target", "nums"} as a chat; rows in the library's own formats stay as they are."""
-    if "messages" in row or "prompt" in row:
+    """A raw row {"target", "nums"}, with or without a prompt of its own; with `extra_info` it stays as it is."""
+    if row.get("extra_info") is not None:
         return row
-    target, nums = row["target"], row["nums"]
-    nums = json.loads(nums) if isinstance(nums, str) else nums  # CSV
+    target, nums = task(row)
+    extra_info = {"target": target, "nums": nums}
+    if "messages" in row or "prompt" in row:
+        return row | {"extra_info": extra_info}
     prompt = PROMPT.format(target=target, nums=", ".join(map(str, nums)))
-    return {"messages": [{"role": "user", "content": prompt}], "extra_info": {"target": target, "nums": nums}}
+    return {"messages": [{"role": "user", "content": prompt}], "extra_info": extra_info}
+
+
+def task(row: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The target and the numbers, which some data sets call `numbers`."""
+    nums = row["numbers"] if "numbers" in row else row["nums"]
+    return row["target"], json.loads(nums) if isinstance(nums, str) else nums  # CSV
 
 
 def answer(text: str) -> str:

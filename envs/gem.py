@@ -35,7 +35,8 @@ def load_gem() -> Any:
         import gem
         import gem.envs  # names the games
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"it needs gem-llm: pip install 'rl2-spo[gem]' ({error})") from error
+        how = "pip install 'rl2-spo[gem]' && pip install --no-deps gem-llm"
+        raise ModuleNotFoundError(f"it needs gem-llm: {how} ({error})") from error
     root.handlers[:] = handlers
     root.setLevel(level)
     return gem

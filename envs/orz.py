@@ -31,12 +31,15 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"question" or "problem", "answer"} as a chat; rows in the library's own formats stay as they are.
+    """A raw row {"question" or "problem", "answer"} as a chat, or one with a prompt of its own and "answer".
 
     Rows of the original data set, [{"value": question}, {"ground_truth": {"value": answer}}], come under "0" and "1".
+    With `extra_info` a row stays as it is.
     """
-    if "messages" in row or "prompt" in row:
+    if row.get("extra_info") is not None:
         return row
+    if "messages" in row or "prompt" in row:
+        return row | {"extra_info": {"answer": str(row["answer"])}}
     if "0" in row:
         question, gold = row["0"]["value"], row["1"]["ground_truth"]["value"]
     else:

@@ -59,11 +59,16 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"question", "golden_answers" or "answer"} as a chat; other rows stay as they are."""
-    if "question" not in row:
+    """A raw row {"question", "golden_answers" or "answer"} as a chat, or one with a prompt of its own and "answer".
+
+    With `extra_info` a row stays as it is.
+    """
+    if row.get("extra_info") is not None:
         return row
-    gold = row["golden_answers"] if "golden_answers" in row else row["answer"]
-    return {"messages": [{"role": "user", "content": INSTRUCTION + row["question"]}], "extra_info": {"answer": gold}}
+    extra_info = {"answer": row["golden_answers"] if "golden_answers" in row else row["answer"]}
+    if "question" not in row:
+        return row | {"extra_info": extra_info}
+    return {"messages": [{"role": "user", "content": INSTRUCTION + row["question"]}], "extra_info": extra_info}
 
 
 async def search(call: tuple[str, str, str]) -> str:

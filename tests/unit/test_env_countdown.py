@@ -129,7 +129,7 @@ def test_no_solution(action: str) -> None:
 
 
 def test_a_row_that_says_no_task_is_an_error() -> None:
-    with pytest.raises(KeyError, match="target"):
+    with pytest.raises(KeyError, match="nums"):
         asyncio.run(countdown.step("q", "<answer>1</answer>", {}))
 
 
@@ -147,3 +147,8 @@ def test_example_makes_a_chat_of_a_raw_row() -> None:
     assert "98" in message["content"] and "44, 19, 35" in message["content"] and "<answer>" in message["content"]
     assert countdown.example({"target": "98", "nums": "[44, 19, 35]"})["extra_info"]["nums"] == [44, 19, 35]
     assert countdown.example(row) is row
+    own = countdown.example({"prompt": "q", "target": 98, "numbers": [44, 19, 35]})
+    assert (own["prompt"], own["extra_info"]) == ("q", row["extra_info"])
+    assert asyncio.run(countdown.step("q", "<answer>44+19+35</answer>", {"target": 98, "numbers": [44, 19, 35]}))[
+        "reward"
+    ]

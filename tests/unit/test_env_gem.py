@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("gem", reason="pip install 'rl2-spo[gem]'")
+pytest.importorskip("gem", reason="pip install 'rl2-spo[gem]' && pip install --no-deps gem-llm")
 
 from envs import gem as adapter
 

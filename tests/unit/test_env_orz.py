@@ -110,6 +110,7 @@ def test_example_makes_a_chat_of_a_raw_row() -> None:
         assert made["extra_info"] == {"answer": "12"}
         assert made["messages"][0]["content"].startswith("How many?\n")
         assert orz.example(made) is made
+    assert orz.example({"prompt": "q", "answer": 12})["extra_info"] == {"answer": "12"}
 
 
 SCRIPT = """

@@ -231,3 +231,4 @@ def test_example_makes_a_chat_of_a_raw_row() -> None:
     assert made["messages"][0]["content"].endswith("Question: Where?")
     assert searchr1.example({"question": "Where?", "answer": "Paris"})["extra_info"] == {"answer": "Paris"}
     assert searchr1.example(made) is made
+    assert searchr1.example({"prompt": "q", "answer": "Paris"})["extra_info"] == {"answer": "Paris"}
