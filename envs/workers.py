@@ -25,7 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
 MEMORY = 4 << 30
 """Bytes of address space that a worker may have."""
@@ -38,13 +38,17 @@ class WorkerError(RuntimeError):
 
 
 class Workers:
-    """What `make()` of the file `script` returns, called in up to `number` processes, at most `limit_s` s a call."""
+    """What `make()` of the file `script` returns, called in up to `number` processes, at most `limit_s` s a call.
+
+    By default there are as many as this process's share of the cores, up to 8.
+    """
 
     def __init__(self, script: str, make: str, limit_s: float, number: int | None = None) -> None:
         # -P: neither this folder nor the working directory may shadow a library
         self.command = [sys.executable, "-P", __file__, script, make, str(limit_s)]
         self.limit_s = limit_s
-        self.number = number or min(8, os.cpu_count() or 1)
+        trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's word for processes on this machine
+        self.number = number or max(1, min(8, (os.cpu_count() or 1) // trainers))
         self._threads: ThreadPoolExecutor | None = None
         self._idle: list[subprocess.Popen[str]] = []
 
@@ -115,21 +119,18 @@ def serve(script: str, make: str, limit_s: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     call = _made(Path(script), make)
-    _write(replies, {})  # ready
+    replies.write("{}\n")  # ready
+    replies.flush()
     for line in sys.stdin:
         # the parent kills by the clock; this clock counts work, and kills where the parent is gone
         signal.setitimer(signal.ITIMER_PROF, limit_s + 1)
         try:
-            reply = {"value": call(*json.loads(line))}
+            reply = json.dumps({"value": call(*json.loads(line))})
         except BaseException as error:
-            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+            reply = json.dumps({"error": f"{type(error).__name__}: {error}"[:500]})
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _write(replies, reply)
-
-
-def _write(replies: TextIO, reply: dict[str, Any]) -> None:
-    replies.write(json.dumps(reply) + "\n")
-    replies.flush()
+        replies.write(reply + "\n")
+        replies.flush()
 
 
 def _made(script: Path, make: str) -> Callable[..., Any]:

@@ -125,6 +125,7 @@ def make():
         if what == "spin":
             while True: pass
         if what == "hog": "a" * (8 << 30)
+        if what == "odd": return {1}
         if what == "print": print("noise", flush=True); os.system("echo more noise")
         return os.getpid() if what == "pid" else value
     return run
@@ -152,6 +153,7 @@ def test_workers_are_kept_and_replaced_when_they_die(script: str) -> None:
             "fail": "ValueError: no x",
             "exit": "SystemExit: 3",
             "hog": "MemoryError",
+            "odd": "TypeError: Object of type set is not JSON serializable",
         }.items():
             with pytest.raises(WorkerError, match=cause):
                 await run(what, "x")
