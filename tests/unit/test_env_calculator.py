@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from envs import calculator
+from RL2.engines.scripted import ScriptedEngine
+from RL2.rollout.environment import load_environment
+from RL2.rollout.episode import run_episode
+from RL2.types import Prompt, Sampling
 
 
 def step(action: str, gold: str = "84", state: str = "q") -> dict[str, Any]:
@@ -61,3 +67,35 @@ def test_example_is_that_of_gsm8k_with_another_instruction() -> None:
     assert row["extra_info"] == {"answer": "12"}
     assert row["messages"][0]["content"].startswith("How many?\nTo compute something")
     assert calculator.example(row) is row
+
+
+def test_a_whole_episode(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What the calculator writes is read by the model and trains nothing."""
+    replies = [tokenizer.encode(text) for text in ("Let me see: <calc>12*7</calc>", "So\n#### 84")]
+    engine = ScriptedEngine(
+        lambda token_ids, sampling: replies[len(engine.requests) - 1], lambda ids: [-1.0] * len(ids)
+    )
+    environment = load_environment(Path(calculator.__file__), 5)
+    trajectory = asyncio.run(
+        run_episode(
+            Prompt(0, "12*7?", tokenizer.encode("12*7?"), {"answer": "84"}),
+            engine=engine,
+            environment=environment,
+            tokenizer=tokenizer,
+            sampling=Sampling(max_new_tokens=64, stop=("</calc>",)),
+            max_turns=3,
+            max_length=None,
+            group=0,
+            sample=0,
+            seed=0,
+        )
+    )
+    environment.close()
+    (sequence,) = trajectory.sequences
+    given = [i for i, action in zip(sequence.token_ids, sequence.action_mask, strict=True) if not action]
+    assert tokenizer.decode(given) == "12*7?<result>84</result>"
+    assert [i for i, action in zip(sequence.token_ids, sequence.action_mask, strict=True) if action] == [
+        *replies[0],
+        *replies[1],
+    ]
+    assert (trajectory.reward, trajectory.score, trajectory.unscored) == (1.0, 1.0, None)

@@ -18,6 +18,7 @@ import pytest
 
 from envs import orz
 from envs.workers import WorkerError, Workers
+from RL2.rollout.environment import Unscored, load_environment
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,6 +92,21 @@ def test_an_answer_that_explodes_is_unscored_and_the_next_one_is_graded(monkeypa
         assert reward(r"\boxed{12}") == 1.0
     finally:
         orz.grade.close()
+
+
+def test_a_killed_grader_is_the_cause_of_an_unscored_trajectory(tmp_path: Path) -> None:
+    """The whole way: script, workers, and what the episode is told."""
+    source = Path(orz.__file__).read_text().replace("limit_s=5", "limit_s=1")
+    for name, text in {
+        "quick.py": source,
+        "workers.py": Path(orz.__file__).with_name("workers.py").read_text(),
+    }.items():
+        (tmp_path / name).write_text(text)
+    environment = load_environment(tmp_path / "quick.py", 60)
+    assert asyncio.run(environment.step("q", r"\boxed{12}", {"answer": "12"})).reward == 1.0
+    with pytest.raises(Unscored, match=r"^WorkerError: took longer than 1 s and was killed \(.*quick\.py:\d+\)$"):
+        asyncio.run(environment.step("q", r"\boxed{9^{9^{9^9}}}", {"answer": "12"}))
+    environment.close()
 
 
 @pytest.mark.parametrize("unit", ["\\boxed{", "{", "}", "<answer>", "</think>", "1"])
