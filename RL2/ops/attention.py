@@ -9,6 +9,7 @@ Shapes: T tokens of B sequences, H query heads, K key/value heads, D head size, 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -16,11 +17,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from RL2.types import Shared
 
 IMPLEMENTATION = "rl2_packed"
+
+_KERNEL_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""torch 2.11 wants as many key heads as query heads."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """(layer number, query_THD, key_TKD, value_TKD, scaling) -> [T, H * D]"""
@@ -101,11 +106,15 @@ class PackedAttention:
         return torch.cat(parts).index_select(0, self.packed_order)
 
     def _variable_length(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
         if self.shared is not None:
             query_THD, key_TKD, value_TKD = (x[self.shared.place_T] for x in (query_THD, key_TKD, value_TKD))
         longest = max(self.lengths)
+        grouped = query_THD.shape[1] != key_TKD.shape[1]
+        if grouped and not _KERNEL_TAKES_GROUPS:
+            key_TKD, value_TKD = (
+                x.repeat_interleave(query_THD.shape[1] // x.shape[1], dim=1) for x in (key_TKD, value_TKD)
+            )
+        groups: dict[str, Any] = {"enable_gqa": grouped} if _KERNEL_TAKES_GROUPS else {}
         out_THD = varlen_attn(
             query_THD.contiguous(),
             key_TKD.contiguous(),
@@ -116,7 +125,7 @@ class PackedAttention:
             longest,
             scale=scaling,
             window_size=(-1, 0),
-            enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
+            **groups,
         )
         assert isinstance(out_THD, Tensor)
         return (out_THD if self.shared is None else out_THD[self.shared.distinct_U]).flatten(1)

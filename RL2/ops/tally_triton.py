@@ -41,10 +41,9 @@ def tally(z_CW: Tensor, start: int, scratch_CW: Tensor, *, with_z: bool, with_sq
 
 
 def gradient(z_CW: Tensor, start: int, scratch_CW: Tensor, slope: Slopes, dtype: torch.dtype) -> Tensor:
-    """As the plain one; in half precision it is written to `scratch_CW`, otherwise in place."""
+    """As the plain one; in place if `dtype` is that of the tile, otherwise written to `scratch_CW`, which has it."""
     num_rows, width = z_CW.shape
-    narrow = scratch_CW.view(-1).view(dtype)[: num_rows * width].view(num_rows, width)
-    g_CW = z_CW if dtype == z_CW.dtype else narrow
+    g_CW = z_CW if dtype == z_CW.dtype else scratch_CW
     if num_rows:
         block = _block(width)
         _gradient_kernel[(num_rows, triton.cdiv(width, block))](

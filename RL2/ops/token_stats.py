@@ -157,7 +157,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, job: _Job) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # a statistic that no loss reads costs nothing in the backward pass
-        tiles = _Tiles(hidden_TD, head_VD, job)
+        tiles = _Tiles(hidden_TD, head_VD, job, backward=False)
         whole = _forward(tiles, labels_T, job)
         out = tuple(whole[name] for name in job.names)
         ctx.mark_non_differentiable(*(whole[name] for name in ("rank", "top_id") if name in job.names))
@@ -177,7 +177,7 @@ class _Chunked(torch.autograd.Function):
         # accumulated over tiles in float32 whatever the dtype of the model; the first tile sets, the others add
         grad_hidden_TD = torch.empty_like(hidden_TD, dtype=_dtype(hidden_TD)) if needs_hidden else None
         grad_head_VD = torch.empty_like(head_VD, dtype=_dtype(hidden_TD)) if needs_head else None
-        tiles = _Tiles(hidden_TD, head_VD, job)
+        tiles = _Tiles(hidden_TD, head_VD, job, backward=True)
         for at in tiles.tokens:
             slope = plain.slopes(
                 Rows(*(saved[name][at] for name in Rows._fields)),
@@ -202,17 +202,18 @@ class _Chunked(torch.autograd.Function):
 class _Tiles:
     """hidden @ head.T / temperature in tiles, in two buffers that all tiles share."""
 
-    def __init__(self, hidden_TD: Tensor, head_VD: Tensor, job: _Job) -> None:
+    def __init__(self, hidden_TD: Tensor, head_VD: Tensor, job: _Job, *, backward: bool) -> None:
         self.hidden_TD, self.head_VD, self.temperature = hidden_TD, head_VD, job.temperature
         self.first = 0 if job.tp is None else job.tp.start
         self.num_tokens, self.width = job.tile_shape(len(hidden_TD), len(head_VD), hidden_TD.device)
         size = self.num_tokens * min(self.width, len(head_VD))
-        self.buffer, self.scratch = (hidden_TD.new_empty(size, dtype=_dtype(hidden_TD)) for _ in range(2))
-
-    @property
-    def grad_dtype(self) -> torch.dtype:
+        self.buffer = hidden_TD.new_empty(size, dtype=_dtype(hidden_TD))
+        self.grad_dtype = hidden_TD.dtype if hidden_TD.is_cuda else self.buffer.dtype
         """Of the gradient that goes into matrix products: on a GPU that of the model, for speed."""
-        return self.hidden_TD.dtype if self.hidden_TD.is_cuda else self.buffer.dtype
+        # the kernels need no scratch but for a gradient in another dtype
+        in_place = job.triton and not (backward and self.grad_dtype != self.buffer.dtype)
+        scratch_dtype = self.grad_dtype if job.triton else self.buffer.dtype
+        self.scratch = self.buffer if in_place else self.buffer.new_empty(size, dtype=scratch_dtype)
 
     @property
     def tokens(self) -> list[slice]:

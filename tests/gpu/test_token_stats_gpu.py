@@ -44,7 +44,8 @@ def test_is_the_dense_definition(
         if name in ("rank", "top_id"):  # float32 logits may swap two that are alike
             assert (value == exact_value).double().mean() > 0.99
             continue
-        torch.testing.assert_close(value, exact_value, rtol=tolerances[0], atol=tolerances[0], msg=name)
+        # logits of 200 lie 2e-5 apart in float32
+        torch.testing.assert_close(value, exact_value, rtol=tolerances[0], atol=tolerances[0] * scale, msg=name)
         weight = torch.linspace(-1, 1.5, value.numel(), device="cuda").view(value.shape)
         grads = torch.autograd.grad((getattr(stats, name) * weight).sum(), ours, retain_graph=True)
         rights = torch.autograd.grad((getattr(right, name) * weight.double()).sum(), exact, retain_graph=True)

@@ -61,7 +61,7 @@ def test_gradients_are_alike(dtype: torch.dtype, asked: str) -> None:
     if asked == "all":
         grads["top_logp"] = torch.randn(C, K, generator=g).to(DEVICE)
     slope = plain.slopes(row, labels_C, top_id_CK, grads, 1 / 0.7)
-    ours = kernels.gradient(z_CW.clone(), 100, torch.empty_like(z_CW), slope, dtype)
+    ours = kernels.gradient(z_CW.clone(), 100, torch.empty_like(z_CW, dtype=dtype), slope, dtype)
     exact = plain.gradient(z_CW.clone(), 100, torch.empty_like(z_CW), slope, torch.float32)
     assert ours.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
