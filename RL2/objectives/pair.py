@@ -18,6 +18,7 @@ from RL2.objectives.declare import Objective
 from RL2.objectives.trial import Setting, Subject, trial
 
 TIMEOUT_S = 30.0
+DIED = "one of the two processes died"
 
 
 class PairError(Exception):
@@ -36,6 +37,7 @@ class Pair:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, Path(self.folder.name) / "store", there), daemon=True)
             process.start()
+            there.close()  # so that its death is noticed here
             self.pipes.append(here)
             self.processes.append(process)
         return self
@@ -65,6 +67,8 @@ class Pair:
                 pipe.send(job)
         except (PicklingError, AttributeError, TypeError) as error:
             raise PairError("another process cannot import it; define it at the top of a module") from error
+        except OSError as error:
+            raise PairError(DIED) from error
         waiting: list[Any] = list(self.pipes)
         answer = None
         while waiting:
@@ -80,8 +84,8 @@ class Pair:
 def _receive(pipe: Any) -> Any:
     try:
         answer = pipe.recv()
-    except EOFError:
-        raise PairError("one of the two processes died") from None
+    except (EOFError, OSError) as error:
+        raise PairError(DIED) from error
     if isinstance(answer, str):
         raise PairError(answer)
     return answer

@@ -190,7 +190,7 @@ class Subject:
     @cached_property
     def vocabulary(self) -> int:
         knob = self.function.top_k  # type: ignore[attr-defined]
-        largest = 0 if knob is None else max(self.base[knob], *self.alternatives[knob])
+        largest = 0 if knob is None else max([self.base[knob], *self.alternatives[knob]])
         return max(16, largest + 8)
 
     def dense(self, setting: Setting, logits_TV: Tensor, batch: TokenBatch) -> Loss:

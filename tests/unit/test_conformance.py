@@ -183,3 +183,11 @@ def test_an_objective_that_other_processes_cannot_import_is_told_so(pair: Pair) 
     with pytest.raises(AssertionError, match=r"invariance: in two processes: .* define it at the top of a module"):
         assert_sound(local, pair=pair)
     assert_sound("reinforce", pair=pair)  # the pair serves on
+
+
+def test_a_process_that_dies_is_reported_and_replaced(pair: Pair) -> None:
+    pair.processes[1].kill()
+    pair.processes[1].join()
+    with pytest.raises(AssertionError, match=r"invariance: in two processes: one of the two processes died"):
+        assert_sound("sft", pair=pair)
+    assert_sound("sft", pair=pair)
