@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo demo-quick test check bench bench-setup format clean
+.PHONY: setup demo demo-quick test check bench format clean
 
 setup: $(READY)
 
@@ -28,11 +28,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: bench-setup
+bench: setup ## side by side with the dense way and with TRL
+	$(BIN)/python benchmarks/token_stats.py
 	$(BIN)/python benchmarks/rl_step.py
-
-bench-setup: setup ## the peers that benchmarks compare with
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/bench.txt
 
 format: setup
 	$(BIN)/ruff format .

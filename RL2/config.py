@@ -116,6 +116,16 @@ class PathKnobs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Select:
+    """Which tokens train, chosen over the whole minibatch of an optimizer step as the policy was before it."""
+
+    entropy_quantile: Annotated[float, Range(0, 0.999)]
+    """Only tokens whose entropy is at or above this quantile: 0.8 trains the top fifth; 0: all."""
+    not_mode: bool
+    """Only tokens that were not the most likely one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trainable:
     """A model with an optimizer."""
 
@@ -135,8 +145,6 @@ class Trainable:
     """Sequence parallelism: not available yet."""
     max_length_per_device: Count
     """Tokens of one microbatch; also the longest sequence that can be trained on."""
-    avg_level: Literal["token", "sequence"]
-    """token: every token weighs the same. sequence: mean over each sequence's tokens, then over sequences."""
     lr: NonNegative
     """Peak learning rate."""
     betas: tuple[Share, Share]
@@ -163,11 +171,24 @@ class Trainable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SFTActor(Trainable):
+    """What is fine-tuned."""
+
+    avg_level: Literal["token", "sequence"]
+    """token: every token weighs the same. sequence: mean over each sequence's tokens, then over sequences."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Actor(Trainable):
     """The policy."""
 
     max_inference_length_per_device: Count
     """Tokens of one microbatch without gradients."""
+    avg_level: Literal["token", "sequence", "constant"]
+    """token: every token weighs the same. sequence: mean over each sequence's tokens, then over sequences. constant:
+    sum over each sequence's tokens / avg_length, then the mean over sequences (Dr. GRPO)."""
+    avg_length: Count | None
+    """constant: tokens that each sequence's sum is divided by; by default the most that a response can have."""
     temperature: PositiveFloat
     """Divides the logits in training; the sampling temperature, so that both see one distribution."""
     objective: str
@@ -185,8 +206,23 @@ class Actor(Trainable):
     """Optimizer steps on one rollout."""
     tis_coef: NonNegative
     """Cap of the importance weight exp(trainer logp - engine logp) on each token's loss; 0: no weights."""
+    tis_level: Literal["token", "sequence"]
+    """token: each token's own ratio. sequence: the product over the tokens of its sequence."""
+    tis_mode: Literal["truncate", "mask"]
+    """What becomes of a weight above tis_coef: that number, or 0."""
+    select: Select
     kl: KL
     entropy: Entropy
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        selects = self.select.not_mode or self.select.entropy_quantile > 0
+        if self.average_over == "kept" and self.train_on == "all" and not selects:
+            raise ConfigError(
+                "actor.average_over=kept has no effect: actor.train_on=all and actor.select keep everything"
+            )
+        if self.tis_coef == 0 and (self.tis_level, self.tis_mode) != ("token", "truncate"):
+            raise ConfigError("actor.tis_level and actor.tis_mode have no effect with actor.tis_coef=0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +245,11 @@ class SamplingParams:
     """Tokens of one response (of one turn, if there are several)."""
     stop: tuple[str, ...] | None
     """A response ends with the token that completes one of these strings."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Some tokens cannot be sampled, and the others are more likely than under the model."""
+        return self.top_p < 1 or self.top_k > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +287,10 @@ class Advantage:
     """reinforce: mean (and deviation) over the whole rollout instead of each group."""
     norm_var: bool
     """reinforce: divide by the standard deviation (GRPO)."""
+    overlong_buffer: Index
+    """Over its last so many tokens before max_new_tokens a response pays for its length, linearly (DAPO); 0: never."""
+    overlong_penalty: PositiveFloat
+    """What a response of max_new_tokens pays, off its reward as the advantage sees it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +327,14 @@ class Trainer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RLTrainer(Trainer):
+    max_logprob_gap: PositiveFloat
+    """Limit of the mean abs(trainer's logp - engine's logp) over the trained tokens of an optimizer step, in nats;
+    beyond it the run stops: the engine has other weights, or sees other tokens. Not watched where top_p or top_k cut
+    the engine's distribution. float32 shows below 1e-5, bfloat16 about 0.01."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RLConfig:
     train_data: TrainData
     test_data: TestData
@@ -289,7 +342,12 @@ class RLConfig:
     ref_actor: RefActor
     rollout: Rollout
     adv: Advantage
-    trainer: Trainer
+    trainer: RLTrainer
+
+    @property
+    def logprob_gap_limit(self) -> float:
+        """`trainer.max_logprob_gap` where the engine and the trainer have the same distribution."""
+        return math.inf if self.rollout.train_sampling_params.is_cut else self.trainer.max_logprob_gap
 
     def __post_init__(self) -> None:
         actor, rollout = self.actor, self.rollout
@@ -304,8 +362,7 @@ class RLConfig:
                 f"actor.temperature={actor.temperature} is not rollout.train_sampling_params.temperature="
                 f"{rollout.train_sampling_params.temperature}: it would train on a distribution it did not draw from"
             )
-        cut = rollout.train_sampling_params.top_p < 1 or rollout.train_sampling_params.top_k > 0
-        if cut and actor.tis_coef > 0:
+        if rollout.train_sampling_params.is_cut and actor.tis_coef > 0:
             raise ConfigError(
                 f"actor.tis_coef={actor.tis_coef} compares with the engine's distribution, which top_p and top_k of "
                 "rollout.train_sampling_params cut; set actor.tis_coef=0 or sample from all tokens"
@@ -328,12 +385,19 @@ class RLConfig:
             raise ConfigError(
                 f"adv.norm_var and adv.global_norm have no effect with adv.estimator={self.adv.estimator}"
             )
-        if actor.average_over == "kept" and actor.train_on == "all":
-            raise ConfigError("actor.average_over=kept has no effect with actor.train_on=all; set one of the two")
-        if actor.kl.coef > 0 and actor.kl.type != "loss" and actor.objective != "ppo":
+        if self.adv.overlong_buffer > rollout.train_sampling_params.max_new_tokens:
             raise ConfigError(
-                f"actor.kl.type={actor.kl.type} has no effect: actor.objective={actor.objective} reads no advantages; "
-                "set actor.kl.type=loss"
+                f"adv.overlong_buffer={self.adv.overlong_buffer} is more than "
+                f"rollout.train_sampling_params.max_new_tokens={rollout.train_sampling_params.max_new_tokens}"
+            )
+        if self.adv.overlong_penalty != 1 and not self.adv.overlong_buffer:
+            raise ConfigError("adv.overlong_penalty has no effect with adv.overlong_buffer=0")
+        if actor.avg_level != "constant" and actor.avg_length != rollout.train_sampling_params.max_new_tokens:
+            raise ConfigError(f"actor.avg_length has no effect with actor.avg_level={actor.avg_level}")
+        if self.adv.overlong_buffer and rollout.max_turns > 1:
+            raise ConfigError(
+                f"adv.overlong_buffer={self.adv.overlong_buffer} is defined for one response; "
+                f"set it to 0 or rollout.max_turns={rollout.max_turns} to 1"
             )
         if rollout.dynamic_filtering and self.train_data.responses_per_prompt == 1:
             raise ConfigError(
@@ -347,7 +411,7 @@ class RLConfig:
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     data: SFTData
-    actor: Trainable
+    actor: SFTActor
     trainer: Trainer
 
     def __post_init__(self) -> None:

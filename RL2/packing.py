@@ -42,26 +42,56 @@ def loss_weights(
     batch: TokenBatch,
     *,
     train_on: Literal["all", "correct"],
-    level: Literal["token", "sequence"],
+    level: Literal["token", "sequence", "constant"],
     average_over: Literal["all", "kept"],
+    length: int | None = None,
+    entropy_quantile: float = 0.0,
+    not_mode: bool = False,
 ) -> Tensor:
     """weight_T of every token in the loss, float32 [T]; `(loss_T * weight_T).sum()` is then the mean that is asked for.
 
-    `batch` is the global minibatch of one optimizer step. `train_on=correct` keeps the sequences of trajectories
-    whose total reward is above 0. `level=token`: each token weighs 1 / (number of tokens); `sequence`: 1 / (tokens of
-    its sequence) / (number of sequences). The numbers count everything (`average_over=all`, thesis 3.1) or only what
-    is kept (`kept`, 3.2). With nothing kept all weights are 0.
+    `batch` is the global minibatch of one optimizer step. What trains: the tokens that `kept` keeps. With
+    `level=token` each of them weighs 1 / (number of tokens); `sequence`: 1 / (tokens of its sequence) / (number of
+    sequences); `constant`: 1 / `length` / (number of sequences), as in Dr. GRPO (arXiv 2503.20783). The numbers
+    count every action (`average_over=all`, thesis 3.1) or only what trains (`kept`, 3.2). With nothing kept all weights
+    are 0.
     """
-    sequence_T, action_T = batch.sequence_T, batch.action_T
-    kept_B = reward_of_sequences(batch) > 0 if train_on == "correct" else batch.trajectory_B >= 0
-    tokens_B = torch.zeros_like(batch.lengths_B).index_add_(0, sequence_T, action_T.long())
-    counted_B = (kept_B if average_over == "kept" else torch.ones_like(kept_B)) & (tokens_B > 0)
+    sequence_T = batch.sequence_T
+    kept_T = kept(batch, train_on=train_on, entropy_quantile=entropy_quantile, not_mode=not_mode)
+    counted_T = kept_T if average_over == "kept" else batch.action_T
+    tokens_B = torch.zeros_like(batch.lengths_B).index_add_(0, sequence_T, counted_T.long())
+    num_sequences = max(1, int((tokens_B > 0).sum()))
     if level == "token":
-        total = max(1, int(tokens_B[counted_B].sum()))
-        weight_B = kept_B.double() / total
+        weight_B = torch.full(tokens_B.shape, 1 / max(1, int(tokens_B.sum())), dtype=torch.float64)
+    elif level == "sequence":
+        weight_B = 1 / tokens_B.clamp(min=1).double() / num_sequences
     else:
-        weight_B = kept_B.double() / tokens_B.clamp(min=1) / max(1, int(counted_B.sum()))
-    return (weight_B[sequence_T] * action_T).float()
+        assert length is not None
+        weight_B = torch.full(tokens_B.shape, 1 / (length * num_sequences), dtype=torch.float64)
+    return (weight_B[sequence_T] * kept_T).float()
+
+
+def kept(
+    batch: TokenBatch, *, train_on: Literal["all", "correct"], entropy_quantile: float = 0.0, not_mode: bool = False
+) -> Tensor:
+    """bool [T]: the actions that train, chosen over the whole of `batch`.
+
+    `train_on=correct`: of sequences of trajectories whose total reward is above 0. Of these, `not_mode`: those that
+    were not the most likely token; `entropy_quantile`: those whose entropy is at or above this quantile (arXiv
+    2506.01939 trains on the top fifth, 0.8). Both as the policy was when the rollout arrived.
+    """
+    kept_T = batch.action_T
+    if train_on == "correct":
+        kept_T = kept_T & (reward_of_sequences(batch) > 0)[batch.sequence_T]
+    if entropy_quantile > 0 and kept_T.any():
+        assert batch.old_entropy_T is not None
+        ordered = batch.old_entropy_T[kept_T].sort().values
+        threshold = ordered[min(len(ordered) - 1, math.floor(entropy_quantile * len(ordered)))]
+        kept_T = kept_T & (batch.old_entropy_T >= threshold)
+    if not_mode:
+        assert batch.off_mode_T is not None
+        kept_T = kept_T & batch.off_mode_T
+    return kept_T
 
 
 def minibatches(batch: TokenBatch, number: int) -> list[list[int]]:

@@ -17,11 +17,18 @@ class ScriptError(UserError, ValueError):
 
 
 def load_script(path: str | Path) -> ModuleType:
-    """The module of the file `path`. Raises `ScriptError`, with the line in the script where it failed."""
+    """The module of the file `path`, in a package made of its folder: it finds its siblings (`from .other import f`),
+    and other imports are as ever. Raises `ScriptError`, with the line in the script where it failed.
+    """
     path = Path(path)
     if not path.is_file():
         raise ScriptError(f"{path}: there is no such file")
-    name = f"rl2_script_{path.stem}_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()}"
+    folder = str(path.resolve().parent)
+    package = f"rl2_scripts_{hashlib.blake2b(folder.encode(), digest_size=4).hexdigest()}"
+    if package not in sys.modules:
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [folder]
+    name = f"{package}.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ScriptError(f"{path} is not a Python file")

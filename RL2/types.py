@@ -132,6 +132,11 @@ class TokenBatch:
     """int64: number of the prompt group."""
     engine_logp_T: Tensor | None = None
     old_logp_T: Tensor | None = None
+    """The policy's own log-probability when the rollout arrived."""
+    old_entropy_T: Tensor | None = None
+    """Its entropy then."""
+    off_mode_T: Tensor | None = None
+    """bool: the label was not its most likely token then."""
     ref_logp_T: Tensor | None = None
     value_T: Tensor | None = None
     """The critic's estimate, before an action, of the rewards to come; elsewhere it means nothing."""

@@ -1,6 +1,6 @@
 """One step of reinforcement learning (rollout, rewards, update) in RL2 and in TRL's GRPOTrainer.
 
-    make bench-setup
+    make setup
     python benchmarks/rl_step.py [--steps 5] [--json FILE]
 
 Both sides train the same random Qwen3 of 3.3 million parameters in float32 by Dr. GRPO: 32 prompts of 20 to 60 tokens,
@@ -340,7 +340,7 @@ def main() -> None:
         SIDES[options.side](Path(options.folder), options, Turns())
         return
     if importlib.util.find_spec("trl") is None:
-        sys.exit("TRL is not installed; run: make bench-setup")
+        sys.exit("TRL is not installed; run: make setup")
     numbers: dict[str, float] = {}
     for case in CASES:
         if options.case in (None, case.name):

@@ -5,7 +5,8 @@
 Two tables, T tokens of hidden size D and a head of V rows:
 
     spo     the five statistics of `spo` (logp, log1mp, max_logp, max_log1mp, entropy): `token_stats` against the way
-            of the SPO fork: dense float32 logits, logsumexp, two masked clones, softmax entropy, autograd
+            of the SPO fork: dense float32 logits over the temperature, logsumexp, two masked clones, softmax entropy,
+            autograd
     logp    the log-probability alone: `token_stats` against TRL's chunked log-probability, in TRL's own tile sizes
 
 Each side is a process of its own; they take turns. Times are medians; memory is what a step adds at its peak to
@@ -29,19 +30,20 @@ import torch
 from torch import Tensor
 from turns import Side, Steps, Turns, alternate
 
+TEMPERATURE = 1.0
 SPO = ("logp", "log1mp", "max_logp", "max_log1mp", "entropy")
 
 
 def ours(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, fields: tuple[str, ...]) -> list[Tensor]:
     from RL2.ops.token_stats import token_stats
 
-    stats = token_stats(hidden_TD, head_VD, labels_T, fields=fields)
+    stats = token_stats(hidden_TD, head_VD, labels_T, temperature=TEMPERATURE, fields=fields)
     return [getattr(stats, name) for name in fields]
 
 
 def fork(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> list[Tensor]:
     """The statistics from the logits, each by the shortest way."""
-    logits_TV = (hidden_TD @ head_VD.T).float()
+    logits_TV = (hidden_TD @ head_VD.T).float() / TEMPERATURE
     total_T = logits_TV.logsumexp(-1)
     top_T, mode_T = logits_TV.max(-1)
 
@@ -58,12 +60,12 @@ def fork(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> list[Tensor]:
 def trl(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> list[Tensor]:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    # the width that its GRPO trainer takes
-    logp_T = ChunkedLogProbFunction.apply(hidden_TD, head_VD, None, labels_T, 1.0, TRL_CHUNK, None, 1.0, ())[0]
+    logp_T = ChunkedLogProbFunction.apply(hidden_TD, head_VD, None, labels_T, TEMPERATURE, TRL_CHUNK, None, 1.0, ())[0]
     return [logp_T]
 
 
-TRL_CHUNK = 8192
+TRL_CHUNK = 32_768
+"""Columns of a tile in TRL's trainers."""
 
 SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], list[Tensor]]] = {
     "spo": lambda hidden, head, labels: ours(hidden, head, labels, SPO),

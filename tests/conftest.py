@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# without a GPU kernels are interpreted; Triton reads this when it is first imported, which other libraries do too
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # models this small gain nothing from threads, and lose much where cores are busy
 torch.set_num_threads(1)

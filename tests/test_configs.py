@@ -102,8 +102,16 @@ MISTAKES = [
     ("actor.tp_size=2", "actor.tp_size=2; choose 1"),
     ("rollout.tp_size=2", "rollout.tp_size=2; choose 1"),
     ("rollout.model_name=other", "rollout.model_name='other' is not actor.model_name='model'"),
+    ("actor.avg_length=5", "actor.avg_length has no effect with actor.avg_level=token"),
+    ("actor.select.entropy_quantile=1", "actor.select.entropy_quantile=1; must be at least 0 and at most 0.999"),
+    ("adv.overlong_buffer=17", "adv.overlong_buffer=17 is more than rollout.train_sampling_params.max_new_tokens=16"),
+    ("adv.overlong_penalty=2", "adv.overlong_penalty has no effect with adv.overlong_buffer=0"),
+    ("trainer.max_logprob_gap=0", "trainer.max_logprob_gap=0; must be above 0"),
     ("trainer.test_freq=5", "trainer.test_freq=5 needs test_data.path"),
-    ("actor.average_over=kept", "actor.average_over=kept has no effect with actor.train_on=all; set one of the two"),
+    (
+        "actor.average_over=kept",
+        "actor.average_over=kept has no effect: actor.train_on=all and actor.select keep everything",
+    ),
 ]
 
 

@@ -89,7 +89,7 @@ def ppo(
     return -gain_T, {"clipped": (gain_T != free_T).float()}
 
 
-def gspo_gradient(p_TV: Tensor, batch: TokenBatch, *, clip: float = 3e-4, clip_high: float | None = 4e-4) -> Tensor:
+def gspo_gradient(p_TV: Tensor, batch: TokenBatch, *, clip: float = 3e-4, clip_high: float | None = None) -> Tensor:
     log_ratio_T = _log_ratio(prob(p_TV, batch.labels_T).log(), batch)
     ratio_T, advantage_T = _sequence_mean(log_ratio_T, batch).exp(), _advantage(batch)
     free_T = ratio_T * advantage_T <= _clamp(ratio_T, clip, clip_high) * advantage_T
@@ -100,13 +100,14 @@ def gspo_gradient(p_TV: Tensor, batch: TokenBatch, *, clip: float = 3e-4, clip_h
 
 @needs("logp", gradient=gspo_gradient)
 def gspo(
-    stats: TokenStats, batch: TokenBatch, *, clip: PositiveFloat = 3e-4, clip_high: PositiveFloat | None = 4e-4
+    stats: TokenStats, batch: TokenBatch, *, clip: PositiveFloat = 3e-4, clip_high: PositiveFloat | None = None
 ) -> Loss:
     """-min(s A, clamp(s, 1 - clip, 1 + clip_high) A), s = exp(mean of log r over the actions of the sequence).
 
-    GSPO (arXiv 2507.18071, equations 5 and 7), whose bounds are the defaults; a `clip_high` of null is `clip`. Its
-    average is `actor.avg_level=sequence`. Gradient of the sum over a sequence of n tokens: -s (sum of A) / n (e_a - p)
-    at each of them; the tokens where s has left the trust region in the direction of A are not in the sum.
+    GSPO (arXiv 2507.18071, equations 5 and 7), run there with 3e-4 and 4e-4; `clip_high` is `clip` unless it is given.
+    Its average is `actor.avg_level=sequence`. Gradient of the sum over a sequence of n tokens:
+    -s (sum of A) / n (e_a - p) at each of them; the tokens where s has left the trust region in the direction of A are
+    not in the sum.
     """
     ratio_T, advantage_T = _sequence_mean(_log_ratio(stats.logp, batch), batch).exp(), _advantage(batch)
     free_T, clipped_T = ratio_T * advantage_T, _clamp(ratio_T, clip, clip_high) * advantage_T

@@ -1,4 +1,4 @@
-"""What stands around every objective without a line in it: divergence from a reference, and the engine-trainer gap."""
+"""What stands around every objective without a line in it: reference, engine-trainer gap, entropy, length."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from RL2.config import Actor
+from RL2.objectives.declare import Loss
+from RL2.objectives.table import Bound
+from RL2.packing import loss_weights
+from RL2.types import TokenBatch, TokenStats
 
 
 def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
@@ -22,9 +28,73 @@ def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: Literal["k1", "k2
     return torch.expm1(d_T) - d_T
 
 
-def importance_weight(logp_T: Tensor, engine_logp_T: Tensor, cap: float) -> Tensor:
-    """min(p / p_engine, cap), without gradient: corrects for tokens drawn from the engine's slightly other numbers.
+def importance_weight(
+    logp_T: Tensor,
+    batch: TokenBatch,
+    *,
+    cap: float,
+    level: Literal["token", "sequence"],
+    mode: Literal["truncate", "mask"],
+) -> Tensor:
+    """p / p_engine, without gradient: corrects for tokens drawn from the engine's slightly other numbers.
 
-    Truncated importance sampling (Ionides 2008); `logp_T` is the trainer's log-probability when the rollout arrived.
+    `logp_T` is the trainer's log-probability when the rollout arrived. `level=sequence` takes the ratio of the whole
+    sequence, the product over its actions, at each of them. A ratio above `cap` becomes `cap` (`truncate`, truncated
+    importance sampling, Ionides 2008) or 0 (`mask`).
     """
-    return (logp_T.detach() - engine_logp_T).exp().clamp(max=cap)
+    assert batch.engine_logp_T is not None
+    log_ratio_T = logp_T.detach() - batch.engine_logp_T
+    if level == "sequence":
+        log_ratio_T = log_ratio_T.new_zeros(batch.num_sequences).index_add_(0, batch.sequence_T, log_ratio_T)[
+            batch.sequence_T
+        ]
+    ratio_T = log_ratio_T.exp()
+    return ratio_T.clamp(max=cap) if mode == "truncate" else ratio_T * (ratio_T <= cap)
+
+
+def overlong_penalty(batch: TokenBatch, *, max_new_tokens: int, buffer: int, penalty: float) -> Tensor:
+    """What a response pays for its length, at the last action of its sequence, [T].
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): nothing up to `max_new_tokens - buffer` tokens,
+    then linearly more, up to `penalty` at `max_new_tokens`.
+    """
+    sequence_T, action_T = batch.sequence_T, batch.action_T
+    tokens_B = torch.zeros_like(batch.lengths_B).index_add_(0, sequence_T, action_T.long())
+    cost_B = penalty * ((tokens_B - (max_new_tokens - buffer)) / buffer).clamp(0, 1)
+    number_T = action_T.long().cumsum(0)
+    last_B = torch.zeros_like(tokens_B).scatter_reduce_(0, sequence_T, number_T, "amax")
+    return cost_B[sequence_T] * (action_T & (number_T == last_B[sequence_T]))
+
+
+def configured_weights(batch: TokenBatch, config: Actor) -> Tensor:
+    """weight_T of the global minibatch of one optimizer step."""
+    return loss_weights(
+        batch,
+        train_on=config.train_on,
+        level=config.avg_level,
+        average_over=config.average_over,
+        length=config.avg_length,
+        entropy_quantile=config.select.entropy_quantile,
+        not_mode=config.select.not_mode,
+    )
+
+
+def total_loss(stats: TokenStats, batch: TokenBatch, config: Actor, objective: Bound) -> Loss:
+    """The objective and what stands around it: importance weight, KL to the reference, entropy."""
+    logp_T, entropy_T = stats.logp, stats.entropy
+    loss_T, metrics = objective.loss(stats, batch)
+    # the policy's own log-probability when the rollout arrived
+    arrived_T = logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T
+    if config.tis_coef > 0:
+        weight_T = importance_weight(
+            arrived_T, batch, cap=config.tis_coef, level=config.tis_level, mode=config.tis_mode
+        )
+        loss_T, metrics = loss_T * weight_T, metrics | {"importance_weight": weight_T}
+    if batch.ref_logp_T is not None:
+        kl_T = kl_estimate(logp_T, batch.ref_logp_T, config.kl.estimator)
+        metrics = metrics | {"kl": kl_T}
+        if config.kl.type == "loss":
+            loss_T = loss_T + config.kl.coef * kl_T
+    if config.entropy.coef != 0:
+        loss_T = loss_T - config.entropy.coef * entropy_T
+    return loss_T, metrics | {"entropy": entropy_T}

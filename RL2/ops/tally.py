@@ -51,18 +51,15 @@ def tally(z_CW: Tensor, start: int, scratch_CW: Tensor, *, with_z: bool, with_sq
     second_C = z_CW.amax(-1)
     # a tile of one column has no second; its own top stands in, and the sums come out as 0
     z_CW.sub_(torch.where(second_C == -torch.inf, top_C, second_C)[:, None])
-    none_C = torch.zeros_like(top_C)
     e_CW = torch.exp(z_CW, out=scratch_CW if with_z else z_CW)
+    sum_C = e_CW.sum(-1)
+    sum_z_C = sum_sq_C = torch.zeros_like(sum_C)
     if with_z:
         z_CW.scatter_(1, mode_C[:, None], 0.0)  # in place of -inf, which times 0 is NaN
-    return Tally(
-        top=top_C,
-        mode=(mode_C + start).to(top_C.dtype),
-        second=second_C,
-        sum=e_CW.sum(-1),
-        sum_z=torch.linalg.vecdot(e_CW, z_CW) if with_z else none_C,
-        sum_sq=torch.linalg.vecdot(e_CW, e_CW) if with_sq else none_C,
-    )
+        sum_z_C = z_CW.mul_(e_CW).sum(-1)
+    if with_sq:
+        sum_sq_C = e_CW.square_().sum(-1)
+    return Tally(top_C, (mode_C + start).to(top_C.dtype), second_C, sum_C, sum_z_C, sum_sq_C)
 
 
 def merge(a: Tally, b: Tally) -> Tally:

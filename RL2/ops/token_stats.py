@@ -29,7 +29,7 @@ BUDGET_MIB = {"cpu": 64.0, "cuda": 512.0}
 TILE_TOKENS = {"cpu": 1024, "cuda": 4096}
 """Rows of a tile: enough for a matrix product to run at full speed."""
 
-CPU_TILE_MIB = 4.0
+CPU_TILE_MIB = 8.0
 """A tile on a CPU is smaller than the budget, so that a dozen passes over it stay in the cache."""
 
 
@@ -174,9 +174,9 @@ class _Chunked(torch.autograd.Function):
         hidden_TD, head_VD, labels_T, *kept = ctx.saved_tensors
         saved = dict(zip(ctx.kept, kept, strict=True))
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        # accumulated over tiles in float32 whatever the dtype of the model
-        grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=_dtype(hidden_TD)) if needs_hidden else None
-        grad_head_VD = torch.zeros_like(head_VD, dtype=_dtype(hidden_TD)) if needs_head else None
+        # accumulated over tiles in float32 whatever the dtype of the model; the first tile sets, the others add
+        grad_hidden_TD = torch.empty_like(hidden_TD, dtype=_dtype(hidden_TD)) if needs_hidden else None
+        grad_head_VD = torch.empty_like(head_VD, dtype=_dtype(hidden_TD)) if needs_head else None
         tiles = _Tiles(hidden_TD, head_VD, job)
         for at in tiles.tokens:
             slope = plain.slopes(
@@ -189,9 +189,9 @@ class _Chunked(torch.autograd.Function):
             for columns, z_CW, scratch_CW, start in tiles.logits(at):
                 grad_CW = job.ops.gradient(z_CW, start, scratch_CW, slope, tiles.grad_dtype)
                 if grad_hidden_TD is not None:
-                    _add_product(grad_hidden_TD[at], grad_CW, head_VD[columns])
+                    _add_product(grad_hidden_TD[at], grad_CW, head_VD[columns], beta=float(columns.start > 0))
                 if grad_head_VD is not None:
-                    _add_product(grad_head_VD[columns], grad_CW.T, hidden_TD[at])
+                    _add_product(grad_head_VD[columns], grad_CW.T, hidden_TD[at], beta=float(at.start > 0))
         if grad_hidden_TD is not None:
             if job.tp is not None:
                 dist.all_reduce(grad_hidden_TD, group=job.tp.group)

@@ -1,7 +1,8 @@
 """The user's script: loaded from its file, run beside the engine, its answers checked.
 
 A script has `async def step(state, action, extra_info) -> dict` and, if it likes, `async def reset(extra_info) -> str`
-and `def example(row) -> dict`. It imports nothing of this library.
+and `def example(row) -> dict`. It imports nothing of this library, but may import what lies in the same folder with
+`from .name import x`. A `step` or `reset` with a parameter `sampling` is told how responses are sampled.
 
 Its code runs in one thread with an event loop of its own, so that it may share sessions between calls and may block
 without stopping the engine. Python code that never returns is interrupted; C code that never lets go of the interpreter
@@ -20,13 +21,15 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from RL2.scripts import ScriptError, described, load_script
+from RL2.types import Sampling
 
 ATTEMPTS = 4
 """How often a call is handed in before it is given up because others blocked the loop each time."""
@@ -34,6 +37,8 @@ PATIENCE = 1.25
 """Limits without progress after which a loop is taken for blocked. Above 1: a live loop stops a slow call itself."""
 
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
+State = str | list[dict[str, Any]]
+"""What a script shows to the model: text as it stands, or messages that go through the chat template."""
 
 
 class Unscored(Exception):
@@ -48,12 +53,14 @@ class Unscored(Exception):
 class StepResult:
     """What `step` gave back, checked."""
 
-    next_state: str | None
-    """None only if done."""
+    next_state: State | None
+    """A text is the whole next state; messages are added to the conversation so far. None only if done."""
     reward: float
     score: float
     done: bool
     extra_info: dict[str, Any]
+    train: bool = True
+    """False: nothing is learned about the tokens of this response itself."""
 
 
 def load_environment(path: str | Path, timeout_s: float) -> Environment:
@@ -92,17 +99,19 @@ class Environment:
     def has_reset(self) -> bool:
         return self._reset is not None
 
-    async def reset(self, extra_info: dict[str, Any]) -> str:
+    async def reset(self, extra_info: dict[str, Any], sampling: Sampling | None = None) -> State:
         """The first state of an episode without a prompt. Raises `Unscored`."""
         assert self._reset is not None, "ask has_reset first"
-        state = await self._call("reset", self._reset, extra_info)
-        if not isinstance(state, str):
-            raise Unscored(f"reset returned {_name(state)}; expected a str")
+        state = await self._call("reset", _told(self._reset, sampling), extra_info)
+        if not _is_state(state):
+            raise Unscored(f"reset returned {_name(state)}; expected a str or a list of messages")
         return state
 
-    async def step(self, state: str, action: str, extra_info: dict[str, Any]) -> StepResult:
+    async def step(
+        self, state: str, action: str, extra_info: dict[str, Any], sampling: Sampling | None = None
+    ) -> StepResult:
         """Raises `Unscored` where there is no reward to be had; never takes that for a reward of 0."""
-        return _checked(await self._call("step", self._step, state, action, extra_info))
+        return _checked(await self._call("step", _told(self._step, sampling), state, action, extra_info))
 
     def close(self) -> None:
         """Stop the script's thread. One that does not stop within a second is left to the end of the process."""
@@ -242,7 +251,8 @@ def _function(module: ModuleType, path: str | Path, name: str, parameters: tuple
     if not callable(function) or inspect.iscoroutinefunction(function) != is_async:
         raise ScriptError(f"{path}: {name} must be `{wanted}`")
     try:
-        inspect.signature(function).bind(*parameters)
+        told = {"sampling": None} if is_async and _wants_sampling(function) else {}
+        inspect.signature(function).bind(*parameters, **told)
     except (TypeError, ValueError) as error:
         raise ScriptError(f"{path}: {name} must be `{wanted}`: {error}") from error
     return function
@@ -251,18 +261,35 @@ def _function(module: ModuleType, path: str | Path, name: str, parameters: tuple
 def _checked(result: Any) -> StepResult:
     if not isinstance(result, dict):
         raise Unscored(f"step returned {_name(result)}; expected a dict")
-    if missing := [f.name for f in fields(StepResult) if f.name not in result]:
+    if missing := [f.name for f in fields(StepResult) if f.default is MISSING and f.name not in result]:
         raise Unscored(f"step returned no {', '.join(missing)}")
     next_state, done, extra_info = result["next_state"], result["done"], result["extra_info"]
-    if not isinstance(done, bool):
-        raise Unscored(f"step returned done={_name(done)}; expected a bool")
+    train = result.get("train", True)
+    for name, value in (("done", done), ("train", train)):
+        if not isinstance(value, bool):
+            raise Unscored(f"step returned {name}={_name(value)}; expected a bool")
     if not isinstance(extra_info, dict):
         raise Unscored(f"step returned extra_info={_name(extra_info)}; expected a dict")
-    if not isinstance(next_state, str | None):
-        raise Unscored(f"step returned next_state={_name(next_state)}; expected a str or None")
+    if next_state is not None and not _is_state(next_state):
+        raise Unscored(f"step returned next_state={_name(next_state)}; expected a str, a list of messages or None")
     if next_state is None and not done:
         raise Unscored("step returned next_state=None with done=False")
-    return StepResult(next_state, _number(result, "reward"), _number(result, "score"), done, extra_info)
+    return StepResult(next_state, _number(result, "reward"), _number(result, "score"), done, extra_info, train)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(message, dict) for message in value))
+
+
+def _wants_sampling(function: Callable[..., Any]) -> bool:
+    return "sampling" in inspect.signature(function).parameters
+
+
+def _told(function: AsyncFunction, sampling: Sampling | None) -> AsyncFunction:
+    """`function` with the sampling arguments, as a dict, if it wants to know them."""
+    return (
+        function if sampling is None or not _wants_sampling(function) else partial(function, sampling=asdict(sampling))
+    )
 
 
 def _number(result: dict[str, Any], name: str) -> float:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from RL2.data.chat import messages_of, render
+from RL2.data.source import DataError
 from RL2.engines.base import Engine
-from RL2.rollout.environment import Environment, Unscored
+from RL2.rollout.environment import Environment, State, Unscored
 from RL2.types import Prompt, Sampling, Sequence, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+RESPONSE = "[[response]]"
+"""Stands for a response where the chat template is asked what it writes behind one."""
 
 
 def request_seed(seed: int, group: int, sample: int, turn: int) -> int:
@@ -43,7 +48,9 @@ async def run_episode(
         extra_info = copy.deepcopy(prompt.extra_info)  # samples of a prompt share it, and must not share changes to it
         state, added = prompt.text, prompt.token_ids
         if not state and environment.has_reset:
-            state = await environment.reset(extra_info)
+            # all samples of a prompt get the same task, and each rollout new ones
+            extra_info.setdefault("seed", request_seed(seed, group, 0, 0) % 2**32)
+            state = _first(tokenizer, await environment.reset(extra_info, sampling))
             added = _encode(tokenizer, state)
         sequence = Sequence([], [], [], [])
         for turn in range(max_turns):
@@ -69,20 +76,23 @@ async def run_episode(
                 sampled, end = sampled[:-1], decode(tokenizer, sampled[-1:])
             action = decode(tokenizer, sampled)
             trajectory.texts += [state, action]
-            result = await environment.step(state, action, extra_info)
+            result = await environment.step(state, action, extra_info, request)
             sequence.rewards[-1] = result.reward
             trajectory.score += result.score
+            if not result.train:
+                _take_as_given(sequence, len(completion.token_ids))
             if result.done or turn + 1 == max_turns:
                 break
 
             assert result.next_state is not None, "checked by the environment"
-            if result.next_state.startswith(state + action):
+            next_state = _next(tokenizer, state + action, result.next_state)
+            if next_state.startswith(state + action):
                 # the end token was sampled; the environment may write its text out, as chat templates do
-                observation = result.next_state[len(state + action) :].removeprefix(end)
+                observation = next_state[len(state + action) :].removeprefix(end)
                 added = _encode(tokenizer, observation)
             else:  # the history was rewritten: what was sampled stays in its own sequence
-                sequence, added = Sequence([], [], [], []), _encode(tokenizer, result.next_state)
-            state, extra_info = result.next_state, result.extra_info
+                sequence, added = Sequence([], [], [], []), _encode(tokenizer, next_state)
+            state, extra_info = next_state, result.extra_info
     except Unscored as error:
         trajectory.unscored = error.cause
         trajectory.score = 0.0
@@ -98,6 +108,34 @@ def _append(sequence: Sequence, token_ids: list[int], logps: list[float] | None 
     sequence.logps += [0.0] * len(token_ids) if logps is None else logps
     sequence.rewards += [0.0] * len(token_ids)
     assert len(sequence.logps) == len(sequence.token_ids), "an engine gives each token its log-probability"
+
+
+def _take_as_given(sequence: Sequence, number: int) -> None:
+    """The last `number` tokens train no more than a prompt's do."""
+    sequence.action_mask[-number:] = [False] * number
+    sequence.logps[-number:] = [0.0] * number
+
+
+def _first(tokenizer: PreTrainedTokenizerBase, state: State) -> str:
+    return state if isinstance(state, str) else _render(tokenizer, [], state)
+
+
+def _next(tokenizer: PreTrainedTokenizerBase, so_far: str, state: State) -> str:
+    """`state` as text; messages are written behind `so_far` as the chat template writes them behind a response."""
+    if isinstance(state, str):
+        return state
+    before = [{"role": "user", "content": "."}, {"role": "assistant", "content": RESPONSE}]
+    _, mark, observation = _render(tokenizer, before, state).partition(RESPONSE)
+    if not mark:
+        raise Unscored("the chat template drops responses; let step return the whole next state as text")
+    return so_far + observation
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, before: list[dict[str, Any]], messages: list[dict[str, Any]]) -> str:
+    try:
+        return render(tokenizer, before + messages_of({"messages": messages}), add_generation_prompt=True)
+    except DataError as error:
+        raise Unscored(f"the environment's messages: {error}") from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The door of every program: configuration, dry run, errors in plain words. Heavy imports wait for all that."""
+"""The door of every program: configuration, probe of the loss, dry run, errors in plain words; heavy imports wait."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ def main(program: str) -> None:
     try:
         config = load(program, sys.argv[1:])
         check_here(config)
+        # threads that spin while they wait make a CPU run up to 30 times slower as soon as anything else wants a core;
+        # read by OpenMP when torch is first imported, which is below
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if isinstance(config, RLConfig):
+            from RL2.objectives.probe import probe
+
+            probe(config)
         if config.trainer.dry_run:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(show(config) + "\n" + summary(program, config))
             return
-        # threads that spin while they wait make a CPU run up to 30 times slower as soon as anything else wants a core;
-        # read by OpenMP when torch is first imported, which is below
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from RL2.trainer.run import start
 
         with start(config) as run:

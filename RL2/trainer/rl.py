@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+import torch
+
 from RL2.advantages import ADVANTAGES
 from RL2.config import RLConfig
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_length
-from RL2.objectives.terms import kl_estimate
+from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
 from RL2.report import Metrics, Report
 from RL2.rollout.collect import (
@@ -45,7 +47,8 @@ def train(config: RLConfig, run: Run) -> None:
     cursor = Cursor(len(prompts), config.train_data.prompts_per_rollout, trainer.seed)
     num_steps = run.number_of_steps(cursor)
 
-    actor = Actor(config.actor, run.processes, num_steps * config.actor.update_per_rollout, save_dir)
+    updates = num_steps * config.actor.update_per_rollout
+    actor = Actor(config.actor, run.processes, updates, save_dir, config.logprob_gap_limit)
     ref_actor = RefActor(config.ref_actor, config.actor, run.processes) if config.actor.kl.coef > 0 else None
     engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids))
     rollouts = Rollouts(
@@ -139,22 +142,31 @@ def trainable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajector
 
 def judge(batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: RefActor | None) -> TokenBatch:
     """The rollout with what the update reads beside it: old and reference log-probabilities, and advantages."""
-    kl, adv = config.actor.kl, config.adv
-    if config.actor.update_per_rollout > 1 or (ref_actor is not None and kl.type != "loss"):
-        batch = batch.with_(old_logp_T=actor.logp(batch))
-    rewarded, cost_T = batch, None
+    kl, adv, select = config.actor.kl, config.adv, config.actor.select
+    kl_in_advantage = ref_actor is not None and kl.type != "loss"
+    selects = select.not_mode or select.entropy_quantile > 0
+    if config.actor.update_per_rollout > 1 or kl_in_advantage or selects:
+        batch = actor.stats_at_arrival(batch)
     if ref_actor is not None:
         batch = batch.with_(ref_logp_T=ref_actor.logp(batch))
-        if kl.type != "loss":
-            assert batch.old_logp_T is not None and batch.ref_logp_T is not None
-            cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.estimator) * batch.action_T
-            if kl.type == "reward":  # only for the advantages: which sequences are correct is the environment's word
-                rewarded = batch.with_(reward_T=batch.reward_T - cost_T)
+
+    # costs count for the advantages only: which sequences are correct is the environment's word
+    reward_T, cost_T = batch.reward_T, torch.zeros_like(batch.reward_T)
+    if kl_in_advantage:
+        assert batch.old_logp_T is not None and batch.ref_logp_T is not None
+        cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.estimator) * batch.action_T
+    if kl.type == "reward":
+        reward_T, cost_T = reward_T - cost_T, torch.zeros_like(cost_T)
+    if adv.overlong_buffer:
+        reward_T = reward_T - overlong_penalty(
+            batch,
+            max_new_tokens=config.rollout.train_sampling_params.max_new_tokens,
+            buffer=adv.overlong_buffer,
+            penalty=adv.overlong_penalty,
+        )
     knobs = {"global_norm": adv.global_norm, "norm_var": adv.norm_var} if adv.estimator == "reinforce" else {}
-    advantage_T = ADVANTAGES[adv.estimator](rewarded, **knobs)
-    if cost_T is not None and kl.type == "advantage":
-        advantage_T = advantage_T - cost_T
-    return batch.with_(advantage_T=advantage_T)
+    advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
+    return batch.with_(advantage_T=advantage_T - cost_T)
 
 
 class Clock:

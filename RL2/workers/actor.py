@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from RL2.config import Actor as ActorConfig
 from RL2.config import RefActor as RefActorConfig
 from RL2.objectives.declare import Loss
 from RL2.objectives.table import configured
-from RL2.objectives.terms import importance_weight, kl_estimate
-from RL2.packing import loss_weights, minibatches
+from RL2.objectives.terms import configured_weights, total_loss
+from RL2.packing import minibatches
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import Learner, Progress, Worker
@@ -23,16 +24,31 @@ class Actor(Learner):
 
     config: ActorConfig
 
-    def __init__(self, config: ActorConfig, processes: Processes, total_steps: int, save_dir: Path) -> None:
+    def __init__(
+        self,
+        config: ActorConfig,
+        processes: Processes,
+        total_steps: int,
+        save_dir: Path,
+        max_logprob_gap: float = math.inf,
+    ) -> None:
         super().__init__(config, processes, total_steps, save_dir)
+        self.max_logprob_gap = max_logprob_gap
         self.objective = configured(config)
         # entropy is always reported, and logp watched against the engine's
         fields = tuple(dict.fromkeys((*self.objective.fields, "logp", "entropy")))
         self.request = StatsRequest(fields, self.objective.top_k, config.temperature)
 
-    def logp(self, batch: TokenBatch) -> Tensor:
-        """Log-probability of every sampled token under the present weights, [T]."""
-        return _logp(self, batch, self.config.temperature, self.config.max_inference_length_per_device)
+    def stats_at_arrival(self, batch: TokenBatch) -> TokenBatch:
+        """`batch` with the policy's log-probabilities, and what token selection looks at."""
+        select = self.config.select
+        fields = ["logp"] + ["entropy"] * (select.entropy_quantile > 0) + ["max_logp"] * select.not_mode
+        request = StatsRequest(tuple(fields), temperature=self.config.temperature)
+        stats = self.stats(batch, request, self.config.max_inference_length_per_device)
+        batch = batch.with_(old_logp_T=stats.logp)
+        if select.entropy_quantile > 0:
+            batch = batch.with_(old_entropy_T=stats.entropy)
+        return batch.with_(off_mode_T=stats.logp < stats.max_logp) if select.not_mode else batch
 
     def update(self, batch: TokenBatch, progress: Progress = lambda done: None) -> dict[str, float]:
         """`update_per_rollout` optimizer steps on one rollout; returns their mean metrics."""
@@ -40,10 +56,7 @@ class Actor(Learner):
         history: dict[str, list[float]] = defaultdict(list)
         for ids in minibatches(batch, config.update_per_rollout):
             minibatch = batch.sequences(ids)
-            weight_T = loss_weights(
-                minibatch, train_on=config.train_on, level=config.avg_level, average_over=config.average_over
-            )
-            minibatch = minibatch.with_(weight_T=weight_T)
+            minibatch = minibatch.with_(weight_T=configured_weights(minibatch, config))
             metrics = self.step(minibatch, self.loss, self.request, progress)
             metrics["trained_share"] = metrics["tokens"] / int(minibatch.action_T.sum())
             for name, value in metrics.items():
@@ -51,23 +64,11 @@ class Actor(Learner):
         return {f"actor/{name}": sum(values) / len(values) for name, values in history.items()}
 
     def loss(self, stats: TokenStats, batch: TokenBatch) -> Loss:
-        """The objective and what stands around it: importance weight, KL to the reference, entropy."""
-        config = self.config
-        logp_T, entropy_T, engine_logp_T = stats.logp, stats.entropy, batch.engine_logp_T
-        assert engine_logp_T is not None
-        loss_T, metrics = self.objective.loss(stats, batch)
-        # the policy's own log-probability when the rollout arrived
-        arrived_T = logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T
-        if config.tis_coef > 0:
-            loss_T = loss_T * importance_weight(arrived_T, engine_logp_T, config.tis_coef)
-        if batch.ref_logp_T is not None:
-            kl_T = kl_estimate(logp_T, batch.ref_logp_T, config.kl.estimator)
-            metrics = metrics | {"kl": kl_T}
-            if config.kl.type == "loss":
-                loss_T = loss_T + config.kl.coef * kl_T
-        if config.entropy.coef != 0:
-            loss_T = loss_T - config.entropy.coef * entropy_T
-        return loss_T, metrics | {"entropy": entropy_T, "logp_gap": (arrived_T - engine_logp_T).abs()}
+        """The objective with what stands around it."""
+        assert batch.engine_logp_T is not None
+        loss_T, metrics = total_loss(stats, batch, self.config, self.objective)
+        arrived_T = stats.logp.detach() if batch.old_logp_T is None else batch.old_logp_T
+        return loss_T, metrics | {"logp_gap": (arrived_T - batch.engine_logp_T).abs()}
 
 
 class RefActor(Worker):
@@ -79,9 +80,6 @@ class RefActor(Worker):
         self.temperature, self.limit = actor.temperature, config.max_inference_length_per_device
 
     def logp(self, batch: TokenBatch) -> Tensor:
-        """As `Actor.logp`, under the reference."""
-        return _logp(self, batch, self.temperature, self.limit)
-
-
-def _logp(worker: Worker, batch: TokenBatch, temperature: float, max_tokens: int) -> Tensor:
-    return worker.stats(batch, StatsRequest(("logp",), temperature=temperature), max_tokens).logp
+        """Log-probability of every sampled token under the reference, [T]."""
+        request = StatsRequest(("logp",), temperature=self.temperature)
+        return self.stats(batch, request, self.limit).logp

@@ -6,7 +6,9 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -18,17 +20,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from RL2.config import ConfigError, Trainable, UserError
 from RL2.models.policy import Policy, export, layers, load_model, named_weights
 from RL2.objectives.declare import Loss
+from RL2.ops.laws import first_breach
 from RL2.packing import microbatches
 from RL2.parallel.fsdp import shard
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch, TokenStats
+from RL2.workers.ledger import Ledger
 
 Progress = Callable[[int], object]
 """Told how many sequences more are done."""
 
 
-class NonFinite(UserError, RuntimeError):
-    """A loss or gradient that is not a number; the optimizer step was not taken."""
+class BrokenLaw(UserError, RuntimeError):
+    """Statistics that cannot be, or a loss or gradient that is not a number; the optimizer step was not taken."""
 
 
 class Worker:
@@ -94,8 +98,11 @@ class Learner(Worker):
         if config.gradient_checkpointing:
             _recompute_activations(self.lm)
         self.optimizer = _adamw(self.policy, config)
+        self.ledger = Ledger(self.optimizer, self.dtype)
         self.steps = 0
         """Optimizer steps taken."""
+        self.max_logprob_gap = math.inf
+        """Limit of the mean of the metric `logp_gap`."""
 
     def step(
         self,
@@ -106,8 +113,9 @@ class Learner(Worker):
     ) -> dict[str, float]:
         """One optimizer step on (loss_T * weight_T).sum() over `batch`, the global minibatch.
 
-        Returns the loss, means over the tokens that train, gradient norm and learning rate. Raises `NonFinite` on every
-        process, before the optimizer step, if loss or gradient is not finite.
+        Returns the loss, means over the tokens that train, gradient norm, learning rate and the ledger of the update.
+        Raises `BrokenLaw` on every process, before the optimizer step, if a law of ops/laws.py is broken, if trainer
+        and engine are further apart than `max_logprob_gap`, or if loss or gradient is not finite.
         """
         means = self.backward(batch, loss, request, progress)
         return means | self._apply(means["loss"], batch)
@@ -140,29 +148,57 @@ class Learner(Worker):
             loss_T, metrics = loss(stats, actions)
             total = (loss_T * actions.weight_T).sum()
             total.backward()
-            totals.add(total, actions.weight_T != 0, metrics)
+            where = _Where(ids or [shortest], actions)
+            totals.add(total, actions.weight_T != 0, metrics, where)
+            if breach := first_breach(stats, self.lm.config.vocab_size):
+                law, t, value = breach
+                totals.broken.append(f"{law} does not hold: {value:g} at {where(t)}")
             progress(len(ids) * world_size)
-        return totals.means()
+        means, broken = totals.means(), totals.all_broken()
+        gap = means.get("logp_gap", 0.0)
+        if not broken and gap > self.max_logprob_gap:
+            broken = [
+                f"trainer and engine are {gap:g} nats apart in the mean, more than trainer.max_logprob_gap="
+                f"{self.max_logprob_gap:g}: {max(self.processes.gather([totals.worst]))[1]}"
+            ]
+        if broken:
+            self._stop("broken_law", broken[0], batch)
+        return means
+
+    def _stop(self, what: str, why: str, batch: TokenBatch) -> NoReturn:
+        """Save the batch and raise `BrokenLaw`, on every process."""
+        file = self.save_dir / f"{what}_step_{self.steps}.safetensors"
+        if self.processes.is_first:
+            save_file({name: x.contiguous() for name, x in batch.tensors().items()}, file)
+        self.processes.wait()  # torchrun ends all processes as soon as one has failed
+        raise BrokenLaw(f"optimizer step {self.steps}: {why}; the step was not taken, and its batch is in {file}")
 
     def _apply(self, loss: float, batch: TokenBatch) -> dict[str, float]:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            file = self.save_dir / f"nonfinite_step_{self.steps}.safetensors"
-            if self.processes.is_first:
-                save_file({name: x.contiguous() for name, x in batch.tensors().items()}, file)
-            self.processes.wait()  # torchrun ends all processes as soon as one has failed
-            raise NonFinite(
-                f"optimizer step {self.steps}: loss {loss}, gradient norm {grad_norm}; the step was not taken, "
-                f"and its batch is in {file}"
-            )
+            self._stop("nonfinite", f"loss {loss}, gradient norm {grad_norm}", batch)
         rate = self.config.lr * schedule(self.config, self.steps, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.ledger.open()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
-        return {"loss": loss, "grad_norm": grad_norm, "lr": rate}
+        return {"loss": loss, "grad_norm": grad_norm, "lr": rate} | self.ledger.close(self.processes)
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Finds a token of a microbatch in the minibatch, to say which it is."""
+
+    ids: list[int]
+    actions: TokenBatch
+
+    def __call__(self, t: int) -> str:
+        b = int(self.actions.sequence_T[t])
+        place = t - int(self.actions.cu_seqlens[b])
+        return f"action {place} (token {int(self.actions.labels_T[t])}) of sequence {self.ids[b]}"
 
 
 class _Totals:
@@ -172,8 +208,12 @@ class _Totals:
         self.processes = processes
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         self.peaks: dict[str, Tensor] = {}
+        self.worst = (-math.inf, "")
+        """The largest of all gaps on this process, and where it is."""
+        self.broken: list[str] = []
+        """Laws that are broken on this process."""
 
-    def add(self, loss: Tensor, trains_T: Tensor, metrics: dict[str, Tensor]) -> None:
+    def add(self, loss: Tensor, trains_T: Tensor, metrics: dict[str, Tensor], where: _Where) -> None:
         self.sums["loss"] += loss.detach().double().cpu()
         self.sums["tokens"] += trains_T.sum().double().cpu()
         for name, value_T in metrics.items():
@@ -182,6 +222,8 @@ class _Totals:
             if name.endswith("_gap"):
                 peak = value_T.max().double().cpu() if len(value_T) else torch.zeros((), dtype=torch.float64)
                 self.peaks[name] = torch.maximum(self.peaks.get(name, peak), peak)
+                if float(peak) > self.worst[0] and len(value_T):
+                    self.worst = float(peak), f"the largest is {float(peak):g} at {where(int(value_T.argmax()))}"
 
     def means(self) -> dict[str, float]:
         """The loss as it is (its weights make it a mean already), the rest over the tokens that train, if any does."""
@@ -192,6 +234,11 @@ class _Totals:
         if means["tokens"]:
             means |= {name: x / means["tokens"] for name, x in sums.items()} | peaks
         return means
+
+    def all_broken(self) -> list[str]:
+        """The broken laws of all processes."""
+        anywhere = self.processes.sum(torch.tensor(float(len(self.broken))))
+        return self.processes.gather(self.broken) if anywhere else []
 
 
 def schedule(config: Trainable, step: int, total: int) -> float:

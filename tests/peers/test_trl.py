@@ -52,7 +52,7 @@ CASES = {
     ),
     "gspo": Case(
         "gspo",
-        {},
+        {"clip_high": 4e-4},
         "sequence",
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
     ),
@@ -105,9 +105,7 @@ def our_batch(old: bool, policy: Policy) -> TokenBatch:
 
 
 def our_weights(batch: TokenBatch, average: Literal["token", "sequence", "constant"]) -> Tensor:
-    if average == "constant":  # Dr. GRPO: every token weighs 1 / (a fixed length * number of sequences)
-        return batch.action_T / (MAX_COMPLETION * batch.num_sequences)
-    return loss_weights(batch, train_on="all", level=average, average_over="all")
+    return loss_weights(batch, train_on="all", level=average, average_over="all", length=MAX_COMPLETION)
 
 
 def ours(case: Case, policy: Policy, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:

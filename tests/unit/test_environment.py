@@ -13,6 +13,7 @@ import pytest
 
 from RL2.rollout.environment import ATTEMPTS, Environment, StepResult, Unscored, load_environment
 from RL2.scripts import ScriptError
+from RL2.types import Sampling
 
 LIMIT = 0.2
 RESULT = '{"next_state": None, "reward": 1.0, "score": 2, "done": True, "extra_info": extra_info}'
@@ -114,7 +115,7 @@ def test_optional_functions(load: Load) -> None:
     assert extra_info == {"seen": 1}
     assert full.example is not None
     assert full.example({"a": 1}) == {"a": 1}
-    with pytest.raises(Unscored, match="reset returned None; expected a str"):
+    with pytest.raises(Unscored, match="reset returned None; expected a str or a list of messages"):
         asyncio.run(load(body("...") + "async def reset(extra_info): ...\n").reset({}))
 
 
@@ -129,12 +130,34 @@ def test_optional_functions(load: Load) -> None:
         ("{'reward': 10**400}", "step returned reward=inf; expected a finite number"),
         ("{'done': 1}", "step returned done=a int; expected a bool"),
         ("{'done': False}", "step returned next_state=None with done=False"),
-        ("{'next_state': 3}", "step returned next_state=a int; expected a str or None"),
+        ("{'next_state': 3}", "step returned next_state=a int; expected a str, a list of messages or None"),
+        ("{'next_state': ['a']}", "step returned next_state=a list; expected a str, a list of messages or None"),
+        ("{'train': 1}", "step returned train=a int; expected a bool"),
         ("{'extra_info': None}", "step returned extra_info=None; expected a dict"),
     ],
 )
 def test_a_wrong_result_is_unscored(load: Load, changes: str, expected: str) -> None:
     assert cause(load(body(f"return {RESULT} | {changes}"))) == expected
+
+
+def test_a_script_that_asks_is_told_the_sampling_arguments(load: Load) -> None:
+    source = body("extra_info['temperature'] = sampling['temperature']", f"return {RESULT}")
+    reset = "async def reset(extra_info, sampling):\n    return str(sampling['max_new_tokens'])\n"
+    environment = load(source.replace("extra_info)", "extra_info, sampling)", 1) + reset)
+    sampling = Sampling(max_new_tokens=7, temperature=0.5)
+    assert asyncio.run(environment.step("s", "a", {}, sampling)).extra_info == {"temperature": 0.5}
+    assert asyncio.run(environment.reset({}, sampling)) == "7"
+    assert asyncio.run(load(body(f"return {RESULT}")).step("s", "a", {}, sampling)).reward == 1.0
+
+
+def test_a_script_may_import_its_siblings(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "sibling.py").write_text("from .other import x\n")
+    (tmp_path / "other.py").write_text("x = 0.25\n")
+    (tmp_path / "json.py").write_text("raise AssertionError('shadows a library')\n")
+    source = "import json\nfrom .sibling import x\n" + body(f"return {RESULT} | {{'reward': x}}")
+    assert step(load(source)).reward == 0.25
+    with pytest.raises(ScriptError, match="cannot be imported: ModuleNotFoundError: No module named"):
+        load("from .missing import x\n" + body("..."))
 
 
 def test_no_result_is_unscored(load: Load) -> None:

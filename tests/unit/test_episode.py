@@ -26,6 +26,14 @@ async def step(state, action, extra_info):
     return {"next_state": "again: " + action, "reward": 1, "score": 1, "done": False, "extra_info": extra_info}
 """
 
+CHAT = """
+async def reset(extra_info):
+    return [{"role": "system", "content": "Play."}, {"role": "user", "content": f"task {extra_info['seed']}"}]
+async def step(state, action, extra_info):
+    messages = [{"role": "user", "content": action + "?"}]
+    return {"next_state": messages, "reward": 0, "score": 0, "done": False, "extra_info": extra_info}
+"""
+
 Play = Callable[..., Trajectory]
 
 
@@ -187,6 +195,42 @@ def test_reset_gives_the_first_state_where_there_is_no_prompt(play: Play, tokeni
     assert trajectory.texts[0] == "a board"
     engine = says([70], [71])
     assert play(source, engine).texts[0] == "hello", "a prompt comes first"
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_messages_go_through_the_chat_template(play: Play, tokenizer: PreTrainedTokenizerBase, ended: bool) -> None:
+    reply = [*tokenizer.encode("one"), *([tokenizer.eos_token_id] if ended else [])]
+    trajectory = play(CHAT, says(reply, tokenizer.encode("two")), text="", max_turns=2, extra_info={"seed": 5})
+    first = "<|im_start|>system\nPlay.<|im_end|>\n<|im_start|>user\ntask 5<|im_end|>\n<|im_start|>assistant\n"
+    rest = "\n<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
+    (sequence,) = trajectory.sequences
+    assert tokenizer.decode(sequence.token_ids) == f"{first}one<|im_end|>{rest}two"
+    assert sampled(sequence) == [*reply, *tokenizer.encode("two")]
+
+
+def test_messages_that_the_template_refuses_are_unscored(play: Play) -> None:
+    source = CHAT.replace("action + '?'", "''").replace('action + "?"', '""')
+    trajectory = play(source, says([70]), text="")
+    assert trajectory.unscored == "the environment's messages: messages[0] is empty"
+
+
+def test_samples_of_a_prompt_get_the_same_task(play: Play) -> None:
+    def task(**changes: int) -> str:
+        return play(CHAT, says([70]), text="", max_turns=1, **changes).texts[0]
+
+    assert task(sample=0) == task(sample=1)
+    assert len({task(group=g, seed=s) for g in range(3) for s in range(3)}) == 9
+    assert int(task().partition("task ")[2].partition("<")[0]) < 2**32, "numpy takes no more"
+
+
+def test_a_response_may_be_taken_as_given(play: Play) -> None:
+    """It keeps its reward, and its tokens train no more than the prompt's."""
+    source = PREFIX.replace('"score"', '"train": turn != 1, "score"')
+    trajectory = play(source, says([70, 71], [72]))
+    (sequence,) = trajectory.sequences
+    assert sampled(sequence) == [72]
+    at = sequence.rewards.index(0.1)
+    assert (sequence.token_ids[at], sequence.logps[at]) == (71, 0.0)
 
 
 def test_changes_to_extra_info_stay_in_the_episode(play: Play) -> None:

@@ -71,6 +71,9 @@ class Fixed:
     def logp(self, batch: TokenBatch) -> Tensor:
         return torch.full(batch.labels_T.shape, self.value) * batch.action_T
 
+    def stats_at_arrival(self, batch: TokenBatch) -> TokenBatch:
+        return batch.with_(old_logp_T=self.logp(batch))
+
 
 def advantages(*overrides: str) -> tuple[Any, Tensor]:
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
@@ -90,6 +93,17 @@ def test_kl_in_the_rewards_moves_the_groups_mean() -> None:
 def test_kl_in_the_advantages_is_paid_by_each_token() -> None:
     _, advantage_A = advantages("actor.kl.type=advantage")
     assert advantage_A.tolist() == [-0.5, -0.5, -1.5, -1.5]
+
+
+def test_overlong_responses_pay_off_their_advantage() -> None:
+    """Two tokens of at most two, over a buffer of one: the whole penalty, at the last token of each."""
+    batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
+    knobs = ("rollout.train_sampling_params.max_new_tokens=2", "adv.overlong_buffer=1", "adv.overlong_penalty=0.5")
+    spo = load("ppo", [*OVERRIDES, *knobs, "adv.estimator=spo"])
+    judged = judge(batch, spo, Fixed(-1.0), None)  # type: ignore[arg-type]
+    assert judged.advantage_T is not None
+    assert judged.advantage_T[judged.action_T].tolist() == [0.5, 0.5, -0.5, -0.5]
+    assert torch.equal(judged.reward_T, batch.reward_T)
 
 
 def test_kl_in_the_loss_leaves_advantages_alone() -> None:

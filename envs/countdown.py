@@ -1,0 +1,53 @@
+"""Countdown: make a target out of given numbers, each used exactly once, with + - * / and parentheses.
+
+The expression stands in <answer> </answer>. It is computed in exact fractions by a parser of its own: no text of the
+model is ever run. There is no partial reward, so that only true solutions count as correct.
+"""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from typing import Any
+
+from .arithmetic import evaluate
+
+PROMPT = """\
+Write an expression that equals {target}, with the numbers {nums}, each used exactly once. \
+Allowed are + - * / and parentheses. Reason step by step, \
+then give the expression between <answer> and </answer>, for example <answer>(1 + 2) / 3</answer>."""
+
+
+async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+    target, nums = task(extra_info)
+    try:
+        value, used = evaluate(answer(action))
+        reward = float(value == Fraction(target) and sorted(used) == sorted(map(Fraction, nums)))
+    except ValueError:  # no expression
+        reward = 0.0
+    return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
+
+
+def example(row: dict[str, Any]) -> dict[str, Any]:
+    """A raw row {"target", "nums"}, with or without a prompt of its own; with `extra_info` it stays as it is."""
+    if row.get("extra_info") is not None:
+        return row
+    target, nums = task(row)
+    extra_info = {"target": target, "nums": nums}
+    if "messages" in row or "prompt" in row:
+        return row | {"extra_info": extra_info}
+    prompt = PROMPT.format(target=target, nums=", ".join(map(str, nums)))
+    return {"messages": [{"role": "user", "content": prompt}], "extra_info": extra_info}
+
+
+def task(row: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The target and the numbers, which some data sets call `numbers`."""
+    nums = row["numbers"] if "numbers" in row else row["nums"]
+    return row["target"], json.loads(nums) if isinstance(nums, str) else nums  # CSV
+
+
+def answer(text: str) -> str:
+    """What stands in the last pair of answer tags behind the reasoning; empty if there is none."""
+    _, mark, inside = text.rpartition("</think>")[2].rpartition("<answer>")
+    inside, end, _ = inside.partition("</answer>")
+    return inside.strip() if mark and end else ""

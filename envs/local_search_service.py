@@ -1,0 +1,162 @@
+"""A retrieval service for searchr1.py on this machine: BM25 over a JSONL corpus, in memory.
+
+    python envs/local_search_service.py --corpus corpus.jsonl --port 8000
+
+Each line of the corpus is {"id", "contents"}, the first line of the contents being the title. Requests and replies are
+those of Search-R1's service: POST /retrieve {"queries": [...], "topk": 3, "return_scores": true} gives
+{"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}; without scores a result is the document alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+
+WORD = re.compile(r"\w+")
+MAX_REQUEST = 1 << 20
+"""Bytes of one request."""
+MAX_WORDS = 200
+"""Words of one query that count."""
+MAX_TOPK = 100
+
+
+class BM25:
+    """Which documents fit a query, by the BM25 formula as Lucene writes it; all weights are computed beforehand."""
+
+    def __init__(self, texts: Iterable[str], k1: float = 0.9, b: float = 0.4) -> None:
+        self.vocabulary: dict[str, int] = {}
+        words, documents, counts, lengths = array("i"), array("i"), array("i"), array("i")
+        for number, text in enumerate(texts):
+            found = Counter(WORD.findall(text.lower()))
+            lengths.append(found.total())
+            words.extend(self.vocabulary.setdefault(word, len(self.vocabulary)) for word in found)
+            documents.extend([number] * len(found))
+            counts.extend(found.values())
+        self.num_documents = len(lengths)
+        # postings lie word by word, and within a word in the order of documents
+        by_word = np.argsort(np.asarray(words), kind="stable")
+        self.documents = np.asarray(documents)[by_word]
+        frequency = np.bincount(np.asarray(words), minlength=len(self.vocabulary))
+        self.starts = np.concatenate([[0], frequency.cumsum()])
+        idf = np.log1p((self.num_documents - frequency + 0.5) / (frequency + 0.5))
+        length = np.asarray(lengths) / max(1.0, float(np.mean(lengths)))
+        count = np.asarray(counts)[by_word]
+        saturation = count / (count + k1 * (1 - b + b * length[self.documents]))
+        self.weights = (np.repeat(idf, frequency) * saturation).astype(np.float32)
+
+    def search(self, query: str, topk: int) -> list[tuple[int, float]]:
+        """(document, score) of the best matches, best first; documents without any word of the query are no match."""
+        score = np.zeros(self.num_documents, dtype=np.float32)
+        for word in WORD.findall(query.lower())[:MAX_WORDS]:
+            if (number := self.vocabulary.get(word)) is not None:
+                postings = slice(self.starts[number], self.starts[number + 1])
+                score[self.documents[postings]] += self.weights[postings]
+        matches = score.nonzero()[0]
+        best = matches[np.argsort(-score[matches], kind="stable")[:topk]]
+        return [(int(document), float(score[document])) for document in best]
+
+
+def load_corpus(path: str) -> list[dict[str, str]]:
+    """The documents of a JSONL file. Raises ValueError that names the line."""
+    documents = []
+    with open(path, encoding="utf-8") as file:
+        for line, text in enumerate(file, 1):
+            try:
+                row = json.loads(text)
+                documents.append({"id": str(row["id"]), "contents": str(row["contents"])})
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {line}: expected an object with 'id' and 'contents'") from error
+    if not documents:
+        raise ValueError(f"{path} holds no document")
+    return documents
+
+
+class Service(ThreadingHTTPServer):
+    """Answers each request in a thread of its own."""
+
+    daemon_threads = True
+    request_queue_size = 1024  # a whole rollout may ask at once
+
+    def __init__(self, address: tuple[str, int], documents: list[dict[str, str]]) -> None:
+        super().__init__(address, Handler)
+        self.documents = documents
+        self.index = BM25(document["contents"] for document in documents)
+
+    def retrieve(self, request: Any) -> dict[str, Any]:
+        """The reply to a request. Raises ValueError that says what is wrong with it."""
+        if not isinstance(request, dict):
+            raise ValueError("expected an object")
+        queries, topk, with_scores = request.get("queries"), request.get("topk") or 3, request.get("return_scores")
+        if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
+            raise ValueError("'queries' must be a list of strings")
+        if not isinstance(topk, int) or not 0 < topk <= MAX_TOPK:
+            raise ValueError(f"'topk' must be a number from 1 to {MAX_TOPK}")
+        found = [self.index.search(query, topk) for query in queries]
+        if not with_scores:
+            return {"result": [[self.documents[number] for number, _ in matches] for matches in found]}
+        return {
+            "result": [
+                [{"document": self.documents[number], "score": score} for number, score in matches] for matches in found
+            ]
+        }
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Service
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+    """Seconds that a silent connection is kept."""
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MAX_REQUEST:
+            self.close_connection = True  # what follows is not read
+            return self.reply(413, {"error": f"a request needs a Content-Length of at most {MAX_REQUEST} bytes"})
+        body = self.rfile.read(int(length))
+        if self.path != "/retrieve":
+            return self.reply(404, {"error": "the service is at /retrieve"})
+        try:
+            self.reply(200, self.server.retrieve(json.loads(body)))
+        except (ValueError, RecursionError) as error:
+            self.reply(400, {"error": str(error)})
+
+    def reply(self, status: int, value: dict[str, Any]) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """A rollout makes thousands of requests; they are not worth a line each."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A retrieval service: BM25 over a JSONL corpus.")
+    parser.add_argument("--corpus", required=True, help='JSONL file of {"id", "contents"}')
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    options = parser.parse_args()
+    try:
+        documents = load_corpus(options.corpus)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    with Service((options.host, options.port), documents) as service:
+        url = f"http://{options.host}:{service.server_port}/retrieve"
+        print(f"{len(documents)} documents at {url}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            service.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+r"""Mathematics with any kind of answer, as in Open-Reasoner-Zero: in \boxed{ } or <answer> </answer>.
+
+Answers are compared as mathematics by the library math-verify (pip install 'rl2-spo[math]'), which may take for ever
+over what a model writes; so it works in processes that are killed when it does. The trajectory is then unscored.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from .workers import Workers
+
+if importlib.util.find_spec("math_verify") is None:
+    raise ModuleNotFoundError("it needs math-verify: pip install 'rl2-spo[math]'")
+
+INSTRUCTION = "\nReason step by step. Give the final answer within \\boxed{}."
+LONGEST = 500
+"""Characters of an answer; what is longer is no answer."""
+
+grade = Workers(__file__, "make_grader", limit_s=5)
+
+
+async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+    given = answer(action)
+    reward = 0.0
+    if given and len(given) <= LONGEST:
+        reward = float(await grade(str(extra_info["answer"]), given))
+    return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
+
+
+def example(row: dict[str, Any]) -> dict[str, Any]:
+    """A raw row {"question" or "problem", "answer"} as a chat, or one with a prompt of its own and "answer".
+
+    Rows of the original data set, [{"value": question}, {"ground_truth": {"value": answer}}], come under "0" and "1".
+    With `extra_info` a row stays as it is.
+    """
+    if row.get("extra_info") is not None:
+        return row
+    if "messages" in row or "prompt" in row:
+        return row | {"extra_info": {"answer": str(row["answer"])}}
+    if "0" in row:
+        question, gold = row["0"]["value"], row["1"]["ground_truth"]["value"]
+    else:
+        question, gold = row["question"] if "question" in row else row["problem"], row["answer"]
+    return {"messages": [{"role": "user", "content": question + INSTRUCTION}], "extra_info": {"answer": str(gold)}}
+
+
+def answer(text: str) -> str:
+    """The last answer behind the reasoning: what stands in the tags, of that what is boxed; empty if there is none."""
+    text = text.rpartition("</think>")[2]
+    _, mark, inside = text.rpartition("<answer>")
+    if mark:
+        text, end, _ = inside.partition("</answer>")
+        return (boxed(text) or text.strip()) if end else ""
+    return boxed(text)
+
+
+def boxed(text: str) -> str:
+    r"""What the last \boxed{ } holds."""
+    inside = text.rpartition("\\boxed{")[2]
+    depth = 1
+    for i, character in enumerate(inside):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return inside[:i].strip()
+    return ""
+
+
+def make_grader() -> Callable[[str, str], bool]:
+    """For the workers. An answer that makes no sense as mathematics is wrong; one of the data set is an error."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    def parsed(text: str) -> list[Any]:
+        # the whole answer or nothing: no search for some number in it. The worker keeps the time.
+        return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
+
+    def is_correct(gold: str, given: str) -> bool:
+        reference = parsed(gold)
+        if not reference:
+            raise ValueError(f"the answer {gold!r} of the data set cannot be read")
+        return verify(reference, parsed(given), timeout_seconds=None)
+
+    is_correct("1", "1")  # parsers are made at their first use
+    return is_correct

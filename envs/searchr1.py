@@ -1,0 +1,110 @@
+"""Questions that may be searched for, as in Search-R1: <search>query</search>, then <information>, at last <answer>.
+
+Let responses stop at '</search>' and '</answer>' (rollout.train_sampling_params.stop) and allow several turns
+(rollout.max_turns). A retrieval service must run at SEARCH_URL, such as local_search_service.py beside this file; where
+it fails there is no reward at all, for that is not the model's fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import string
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from typing import Any
+
+from .countdown import answer
+
+SEARCH_URL = os.environ.get("SEARCH_URL", "http://127.0.0.1:8000/retrieve")
+TOPK = int(os.environ.get("SEARCH_TOPK", "3"))
+TIMEOUT_S = float(os.environ.get("SEARCH_TIMEOUT_S", "20"))
+MAX_QUERY = 500
+"""Characters of a query."""
+MAX_REPLY = 1 << 22
+"""Bytes of the service's reply."""
+
+INSTRUCTION = """\
+Answer the question below. Think before each step. Where you lack knowledge, write <search>what to look for</search>: \
+the best matches follow between <information> and </information>. You may search several times. \
+Give the answer in a few words and without explanation, as in <answer>Beijing</answer>.
+Question: """
+INVALID = """
+That was neither a search nor an answer. I write <search>what to look for</search> or <answer>the answer</answer>.
+"""
+
+ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+# a proxy that the machine uses for the internet is not asked
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+THREADS = ThreadPoolExecutor(64, thread_name_prefix="search")
+
+
+async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+    given = answer(action)
+    if action.rstrip().endswith("</search>"):
+        observation = await search(action.rstrip().removesuffix("</search>").rpartition("<search>"))
+    elif not given:
+        observation = INVALID
+    else:
+        golds = extra_info["answer"] if isinstance(extra_info["answer"], list) else [extra_info["answer"]]
+        reward = float(any(is_match(given, str(gold)) for gold in golds))
+        return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
+    next_state = state + action + observation
+    return {"next_state": next_state, "reward": 0.0, "score": 0.0, "done": False, "extra_info": extra_info}
+
+
+def example(row: dict[str, Any]) -> dict[str, Any]:
+    """A raw row {"question", "golden_answers" or "answer"} as a chat, or one with a prompt of its own and "answer".
+
+    With `extra_info` a row stays as it is.
+    """
+    if row.get("extra_info") is not None:
+        return row
+    extra_info = {"answer": row["golden_answers"] if "golden_answers" in row else row["answer"]}
+    if "question" not in row:
+        return row | {"extra_info": extra_info}
+    return {"messages": [{"role": "user", "content": INSTRUCTION + row["question"]}], "extra_info": extra_info}
+
+
+async def search(call: tuple[str, str, str]) -> str:
+    """What the model reads after a call, cut at its last <search>."""
+    _, mark, query = call
+    query = query.strip()
+    if not mark or not query:
+        return INVALID
+    if len(query) > MAX_QUERY:
+        return f"\n\n<information>A query has at most {MAX_QUERY} characters.</information>\n\n"
+    documents = await asyncio.get_running_loop().run_in_executor(THREADS, retrieve, query)
+    passages = []
+    for number, document in enumerate(documents, 1):
+        title, _, text = document.partition("\n")
+        passages.append(f"Doc {number}(Title: {title}) {text}")
+    return "\n\n<information>" + ("\n".join(passages) or "Nothing was found.") + "</information>\n\n"
+
+
+def retrieve(query: str) -> list[str]:
+    """The contents of the best matches. Raises RuntimeError where the service gives none."""
+    body = json.dumps({"queries": [query], "topk": TOPK, "return_scores": True}).encode()
+    request = urllib.request.Request(SEARCH_URL, body, {"Content-Type": "application/json"})
+    try:
+        with OPENER.open(request, timeout=TIMEOUT_S) as reply:
+            (matches,) = json.loads(reply.read(MAX_REPLY))["result"]
+            return [match["document"]["contents"] for match in matches]
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"the search service at {SEARCH_URL} (SEARCH_URL) failed: {cause}") from error
+
+
+def is_match(given: str, gold: str) -> bool:
+    """Equal but for case, punctuation and articles, unless nothing else is there (vitamin A)."""
+    given, gold = given.strip().lower(), gold.strip().lower()
+    return given == gold or bool(normalise(gold) and normalise(given) == normalise(gold))
+
+
+def normalise(text: str) -> str:
+    return " ".join(ARTICLE.sub(" ", text.lower().translate(PUNCTUATION)).split())
