@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from RL2.cli import app
@@ -17,7 +18,7 @@ from RL2.config import ConfigError
 from RL2.objectives.conformance import assert_sound, check
 from RL2.objectives.declare import Loss, needs
 from RL2.objectives.pair import Pair
-from RL2.objectives.table import OBJECTIVES
+from RL2.objectives.table import OBJECTIVES, knobs
 from RL2.types import TokenBatch, TokenStats
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +79,15 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_a_newcomer_writes_is_sound(newcomer: Path, pair: Pair) -> None:
     assert_sound(f"{newcomer}:focal", pair=pair)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_a_card_with_its_defaults(name: str) -> None:
+    page = (ROOT / "docs" / "objectives.md").read_text()
+    (card,) = [card for card in page.split("\n### ")[1:] if f"`{name}`" in card.splitlines()[0]]
+    (line,) = re.findall(r"- Knobs: (.*)", card)
+    stated = OmegaConf.from_dotlist(re.findall(r"`(\w+=[^`]+)`", line))
+    assert stated == {knob: p.default for knob, p in knobs(OBJECTIVES[name]).items()}
 
 
 def rl2(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
