@@ -1,0 +1,58 @@
+"""The `rl2` command. Each subcommand imports what it needs by itself, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def rl2() -> None:
+    """Tools around RL2. Training has commands of its own: torchrun -m RL2.trainer.{sft,ppo,spo,spo_0p5}."""
+
+
+@app.command()
+def check_objective(
+    objective: Annotated[str, typer.Argument(metavar="PATH:FUNCTION", help="Or a name of the table, such as spo.")],
+    knobs: Annotated[
+        list[str] | None, typer.Argument(metavar="KNOB=VALUE", help="Knobs that are not at their defaults.")
+    ] = None,
+) -> None:
+    """Tell whether an objective is sound, in seconds; the exit code is 1 if it is not.
+
+    Example: rl2 check-objective mine.py:focal gamma=1.5
+    """
+    from omegaconf import OmegaConf
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from RL2.config import UserError
+    from RL2.objectives.conformance import check
+
+    if unclear := [knob for knob in knobs or [] if "=" not in knob]:
+        sys.exit(f"rl2 check-objective: {unclear[0]!r} is not a knob; write KNOB=VALUE")
+    given = {str(knob): value for knob, value in OmegaConf.from_dotlist(knobs or []).items()}
+    console = Console()
+    try:
+        with console.status(f"trying {escape(objective)}"):
+            findings = check(objective, given)
+    except UserError as error:
+        sys.exit(f"rl2 check-objective: {error}")
+    table = Table(title=escape(" ".join([objective, *(knobs or [])])), title_justify="left")
+    for heading in ("check", "", "what was seen"):
+        table.add_column(heading)
+    for finding in findings:
+        mark = "[green]pass[/]" if finding.passed else "[bold red]FAIL[/]"
+        table.add_row(finding.name, mark, escape(finding.reason))
+    console.print(table)
+    if not all(finding.passed for finding in findings):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,7 @@
+from RL2.objectives.declare import Loss, needs
+from RL2.types import TokenBatch, TokenStats
+
+
+@needs("logp")
+def objective(stats: TokenStats, batch: TokenBatch) -> Loss:
+    return -stats.logp * (1 if batch.weight_T is None else batch.weight_T), {}
