@@ -30,27 +30,37 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
 
+    @staticmethod
+    def load(model_name: str, key: str) -> Policy:
+        """In float32. `key` named the model, for errors."""
+        return Policy(load_model(model_name, torch.float32, key))
+
     def forward(self, batch: TokenBatch, shared: Shared | None, request: StatsRequest) -> dict[str, Tensor]:
         """The token statistics by name, each [number of action tokens]. `shared` is `batch.shared()`."""
-        ids, positions = batch.token_ids_T, batch.position_ids_T
-        actions = batch.action_T.nonzero()[:, 0]
-        if shared is not None:  # what sequences have in common runs through the backbone once
-            ids, positions = ids[shared.distinct_U], positions[shared.distinct_U]
-        hidden_UD = backbone(self.lm)(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            attend=PackedAttention(batch.cu_seqlens, shared),
-        ).last_hidden_state[0]
         stats = token_stats(
-            hidden_UD.index_select(0, actions if shared is None else shared.place_T[actions]),
+            hidden_of_actions(self.lm, batch, shared),
             head(self.lm).weight,
-            batch.labels_T[actions],
+            batch.labels_T[batch.action_T],
             temperature=request.temperature,
             fields=request.fields,
             top_k=request.top_k,
         )
         return {name: getattr(stats, name) for name in request.fields}
+
+
+def hidden_of_actions(lm: PreTrainedModel, batch: TokenBatch, shared: Shared | None) -> Tensor:
+    """The backbone's last hidden state at the positions of the actions, [number of action tokens, D]."""
+    ids, positions = batch.token_ids_T, batch.position_ids_T
+    actions = batch.action_T.nonzero()[:, 0]
+    if shared is not None:  # what sequences have in common runs through the backbone once
+        ids, positions = ids[shared.distinct_U], positions[shared.distinct_U]
+    hidden_UD = backbone(lm)(
+        input_ids=ids[None],
+        position_ids=positions[None],
+        use_cache=False,
+        attend=PackedAttention(batch.cu_seqlens, shared),
+    ).last_hidden_state[0]
+    return hidden_UD.index_select(0, actions if shared is None else shared.place_T[actions])
 
 
 def backbone(lm: PreTrainedModel) -> nn.Module:
@@ -133,11 +143,16 @@ def _refuse_what_we_would_miss(lm: PreTrainedModel) -> None:
     for knob in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(lm.config, knob, None) not in (None, 1.0):
             raise ConfigError(f"{type(lm).__name__} changes its logits after the head ({knob}), which is not supported")
+    refuse_other_backbones(lm)
+    if head(lm).bias is not None:
+        raise ConfigError(f"{type(lm).__name__} has a bias in its head, which is not supported")
+
+
+def refuse_other_backbones(lm: PreTrainedModel) -> None:
+    """Raise `ConfigError` for what packed attention would compute wrongly, or not at all."""
     if not isinstance(getattr(backbone(lm), "layers", None), nn.ModuleList) or not hasattr(
         lm.config, "num_key_value_heads"
     ):
         raise ConfigError(f"{type(lm).__name__} is not built like Llama or Qwen, which is what is supported")
     if getattr(lm.config, "sliding_window", None):
         raise ConfigError(f"{type(lm).__name__} uses a sliding window, which packed attention does not have")
-    if head(lm).bias is not None:
-        raise ConfigError(f"{type(lm).__name__} has a bias in its head, which is not supported")

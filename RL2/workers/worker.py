@@ -1,4 +1,4 @@
-"""A causal language model on any number of processes, with or without an optimizer."""
+"""A model on any number of processes, with or without an optimizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from RL2.config import ConfigError, Trainable, UserError
-from RL2.models.policy import Policy, export, layers, load_model, named_weights
+from RL2.models.policy import Policy, export, layers, named_weights
+from RL2.models.value import ValueModel
 from RL2.objectives.declare import Loss
 from RL2.ops.laws import first_breach
 from RL2.packing import microbatches
@@ -39,11 +40,18 @@ class Worker:
     """A model spread over the processes: statistics of a batch, and its weights."""
 
     def __init__(
-        self, model_name: str, dtype: str, ddp_size: int, processes: Processes, key: str = "actor.model_name"
+        self,
+        model_name: str,
+        dtype: str,
+        ddp_size: int,
+        processes: Processes,
+        key: str = "actor.model_name",
+        model: type[Policy] | type[ValueModel] = Policy,
     ) -> None:
+        """`key` named the model, for errors; `model` is what is made of it."""
         self.processes = processes
-        self.lm = load_model(model_name, torch.float32, key)
-        self.policy = Policy(self.lm).to(processes.device)
+        self.policy = model.load(model_name, key).to(processes.device)
+        self.lm = self.policy.lm
         self.dtype = compute_dtype(dtype, processes.device)
         mesh = processes.mesh(ddp_size)
         # one process in float32 needs no sharding, and its weights can then be the engine's own
@@ -89,9 +97,17 @@ class Worker:
 class Learner(Worker):
     """A model with an optimizer; `step` makes one optimizer step on a global minibatch that every process holds."""
 
-    def __init__(self, config: Trainable, processes: Processes, total_steps: int, save_dir: Path) -> None:
+    def __init__(
+        self,
+        config: Trainable,
+        processes: Processes,
+        total_steps: int,
+        save_dir: Path,
+        key: str = "actor.model_name",
+        model: type[Policy] | type[ValueModel] = Policy,
+    ) -> None:
         """`total_steps`: optimizer steps of the whole run, for the schedule. `save_dir`: where a broken batch goes."""
-        super().__init__(config.model_name, config.dtype, config.ddp_size, processes)
+        super().__init__(config.model_name, config.dtype, config.ddp_size, processes, key, model)
         self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
         if config.use_liger_kernel:
             _apply_liger(self.lm)
@@ -260,7 +276,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def _adamw(policy: Policy, config: Trainable) -> torch.optim.AdamW:
+def _adamw(policy: Policy | ValueModel, config: Trainable) -> torch.optim.AdamW:
     parameters = [p for p in policy.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         [
