@@ -75,15 +75,32 @@ class TestData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTData:
+class SupervisedData:
     path: str
-    """As `train_data.path`. Rows: {"prompt", "response"}, {"messages"} or {"messages", "response"}."""
+    """As `train_data.path`. Rows of sft: {"prompt", "response"}, {"messages"} or {"messages", "response"}; of rm and
+    dpo: {"prompt", "chosen", "rejected"} or {"chosen", "rejected"} as two lists of messages."""
+    test_path: str | None
+    """As `data.path`: what `trainer.test_freq` tests on."""
+    test_share: Annotated[float, Range(0, 0.999)]
+    """Or this share of the rows of `data.path`, drawn once, which is then not trained on; 0: none."""
     env_path: str | None
     """A script whose `example(row)` turns a raw row into one of these formats."""
     max_length: Count
-    """Tokens; a longer example is cut at the end, and how many were is printed."""
+    """Tokens. sft cuts a longer example at the end; rm and dpo leave out a pair of which one is longer. How many is
+    printed."""
     batch_size: Count
-    """Examples of one optimizer step."""
+    """Rows of one optimizer step."""
+
+    def __post_init__(self) -> None:
+        if self.test_path is not None and self.test_share > 0:
+            raise ConfigError(f"data.test_path={self.test_path} and data.test_share={self.test_share}: choose one")
+
+    def check(self, test_freq: int | None) -> None:
+        """Raise `ConfigError` unless there is a test set where there are tests."""
+        if test_freq is not None and self.test_path is None and self.test_share == 0:
+            raise ConfigError(f"trainer.test_freq={test_freq} needs data.test_path or data.test_share")
+        if test_freq is None and self.test_share > 0:
+            raise ConfigError(f"data.test_share={self.test_share} has no effect without trainer.test_freq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +240,25 @@ class Actor(Trainable):
             )
         if self.tis_coef == 0 and (self.tis_level, self.tis_mode) != ("token", "truncate"):
             raise ConfigError("actor.tis_level and actor.tis_mode have no effect with actor.tis_coef=0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOActor(Trainable):
+    """The policy that learns from preferences (objectives/preference.py)."""
+
+    loss: Literal["sigmoid", "ipo"]
+    """sigmoid: DPO. ipo: the squared distance of the margin from 1 / (2 beta), which bounds it."""
+    beta: PositiveFloat
+    """Scale of the implicit reward: the smaller, the further the policy may go from the reference."""
+    label_smoothing: Annotated[float, Range(0, 0.499)]
+    """sigmoid: probability that a label is wrong (conservative DPO)."""
+    reference_free: bool
+    """Log-probabilities count as they are, not relative to `ref_actor`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss != "sigmoid" and self.label_smoothing > 0:
+            raise ConfigError(f"actor.label_smoothing={self.label_smoothing} has no effect with actor.loss={self.loss}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,13 +446,12 @@ class RLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
-    data: SFTData
+    data: SupervisedData
     actor: SFTActor
     trainer: Trainer
 
     def __post_init__(self) -> None:
-        if self.trainer.test_freq:
-            raise ConfigError("trainer.test_freq: sft has no test set yet; set it to null")
+        self.data.check(self.trainer.test_freq)
         # one position less than tokens: the last token is only a label
         if self.data.max_length - 1 > self.actor.max_length_per_device:
             raise ConfigError(
@@ -425,10 +460,60 @@ class SFTConfig:
             )
 
 
-Config = RLConfig | SFTConfig
+@dataclass(frozen=True, kw_only=True)
+class RMConfig:
+    data: SupervisedData
+    critic: Trainable
+    trainer: Trainer
 
-PROGRAMS: dict[str, type] = {"sft": SFTConfig, "ppo": RLConfig, "spo": RLConfig, "spo_0p5": RLConfig}
+    def __post_init__(self) -> None:
+        self.data.check(self.trainer.test_freq)
+        _check_pairs_fit(self.data.max_length, "critic", self.critic.max_length_per_device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    data: SupervisedData
+    actor: DPOActor
+    ref_actor: RefActor
+    trainer: Trainer
+
+    def __post_init__(self) -> None:
+        self.data.check(self.trainer.test_freq)
+        _check_pairs_fit(self.data.max_length, "actor", self.actor.max_length_per_device)
+        if self.ref_actor.max_inference_length_per_device < self.data.max_length:
+            raise ConfigError(
+                f"data.max_length={self.data.max_length} does not fit into "
+                f"ref_actor.max_inference_length_per_device={self.ref_actor.max_inference_length_per_device}"
+            )
+        if self.actor.reference_free and self.ref_actor.model_name != self.actor.model_name:
+            raise ConfigError("ref_actor.model_name has no effect with actor.reference_free=true")
+
+
+def _check_pairs_fit(max_length: int, group: str, limit: int) -> None:
+    if 2 * max_length > limit:
+        raise ConfigError(
+            f"a pair stays together, and two sequences of data.max_length={max_length} do not fit into "
+            f"{group}.max_length_per_device={limit}; raise it to {2 * max_length} or lower data.max_length"
+        )
+
+
+Config = RLConfig | SFTConfig | RMConfig | DPOConfig
+
+PROGRAMS: dict[str, type] = {
+    "sft": SFTConfig,
+    "rm": RMConfig,
+    "dpo": DPOConfig,
+    "ppo": RLConfig,
+    "spo": RLConfig,
+    "spo_0p5": RLConfig,
+}
 """Program -> its configuration; `trainer/config/PROGRAM.yaml` holds the defaults."""
+
+
+def trained(config: Config) -> tuple[str, Trainable]:
+    """The model that a program trains, after the name of its group of keys."""
+    return ("critic", config.critic) if isinstance(config, RMConfig) else ("actor", config.actor)
 
 
 def load(program: str, overrides: Sequence[str]) -> Any:
@@ -536,12 +621,13 @@ def build(annotation: Any, value: Any, key: str) -> Any:
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def check_here(config: RLConfig | SFTConfig) -> None:
+def check_here(config: Config) -> None:
     """Raise `ConfigError` for files that are named but not there, and packages that are asked for but not installed."""
+    group, model = trained(config)
     packages = {
         "trainer.use_wandb": ("wandb", "wandb", config.trainer.use_wandb),
         "trainer.use_tensorboard": ("tensorboard", "tensorboard", config.trainer.use_tensorboard),
-        "actor.use_liger_kernel": ("liger_kernel", "liger", config.actor.use_liger_kernel),
+        f"{group}.use_liger_kernel": ("liger_kernel", "liger", model.use_liger_kernel),
     }
     for key, (package, extra, wanted) in packages.items():
         if wanted and not config.trainer.dry_run and importlib.util.find_spec(package) is None:
@@ -551,7 +637,8 @@ def check_here(config: RLConfig | SFTConfig) -> None:
         named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}
         named |= {"test_data.path": config.test_data.path}
     else:
-        named |= {"data.path": config.data.path, "data.env_path": config.data.env_path}
+        named |= {"data.path": config.data.path, "data.test_path": config.data.test_path}
+        named |= {"data.env_path": config.data.env_path}
     for key, path in named.items():
         # a name without suffix may be a hub data set or a folder; a script is always a file
         if path is None:

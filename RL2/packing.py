@@ -71,6 +71,17 @@ def loss_weights(
     return (weight_B[sequence_T] * kept_T).float()
 
 
+def sequence_weights(batch: TokenBatch) -> Tensor:
+    """weight_T of losses of whole sequences, float32 [T]: 1 / B at the last action of each of the B sequences, else 0.
+
+    Every sequence has an action. The trained tokens are then the sequences.
+    """
+    place = batch.action_T.nonzero()[:, 0]
+    sequence = batch.sequence_T[place]
+    last = place[sequence != torch.cat([sequence[1:], sequence.new_tensor([-1])])]
+    return torch.zeros_like(batch.reward_T).index_fill_(0, last, 1 / batch.num_sequences)
+
+
 def kept(
     batch: TokenBatch, *, train_on: Literal["all", "correct"], entropy_quantile: float = 0.0, not_mode: bool = False
 ) -> Tensor:

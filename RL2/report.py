@@ -18,7 +18,12 @@ Metrics = dict[str, float]
 CONSOLE = {
     "test/score": ("test", "{:.3f}"),
     "train/score": ("score", "{:.3f}"),
+    "test/loss": ("test loss", "{:.4f}"),
+    "test/accuracy": ("test accuracy", "{:.3f}"),
     "actor/loss": ("loss", "{:+.4f}"),
+    "critic/loss": ("critic loss", "{:+.4f}"),
+    "actor/accuracy": ("accuracy", "{:.3f}"),
+    "critic/accuracy": ("accuracy", "{:.3f}"),
     "actor/entropy": ("entropy", "{:.3f}"),
     "train/length": ("length", "{:.1f}"),
     "actor/grad_norm": ("grad", "{:.2f}"),

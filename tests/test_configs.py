@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from RL2 import config
-from RL2.config import PROGRAMS, ConfigError, Range, RLConfig, check_here, load, show
+from RL2.config import PROGRAMS, ConfigError, Range, check_here, load, show, trained
 
 ROOT = Path(__file__).resolve().parents[1]
 YAMLS = ROOT / "RL2" / "trainer" / "config"
@@ -31,21 +31,32 @@ RL = (
 )
 
 
+PAIRS = ("data.path=rows.jsonl", "data.max_length=256", "data.batch_size=8")
+RM = (*PAIRS, *(override.replace("actor.", "critic.") for override in MODEL))
+DPO = (*PAIRS, *MODEL)
+
+
 def minimal(program: str) -> tuple[str, ...]:
-    return RL if PROGRAMS[program] is RLConfig else SFT
+    return {"sft": SFT, "rm": RM, "dpo": DPO}.get(program, RL)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_needs_few_overrides_and_shows_what_it_resolved(program: str) -> None:
     loaded = load(program, minimal(program))
-    assert loaded.actor.model_name == "model"
+    group, model = trained(loaded)
+    assert model.model_name == "model"
     assert loaded.trainer.save_dir == "ckpts/test"
     shown = OmegaConf.create(show(loaded))
-    assert shown.actor.max_length_per_device == 512
+    assert shown[group].max_length_per_device == 512
 
 
 @pytest.mark.parametrize(
-    ("program", "missing"), [*[("ppo", i) for i in range(len(RL))], *[("sft", i) for i in range(len(SFT))]]
+    ("program", "missing"),
+    [
+        (program, i)
+        for program, given in {"ppo": RL, "sft": SFT, "rm": RM, "dpo": DPO}.items()
+        for i in range(len(given))
+    ],
 )
 def test_what_the_minimum_lacks_is_asked_for(program: str, missing: int) -> None:
     given = minimal(program)
@@ -119,6 +130,44 @@ MISTAKES = [
 def test_a_mistake_is_answered_with_the_override_to_change(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load("ppo", (*RL, override))
+    assert str(caught.value) == message
+
+
+SUPERVISED_MISTAKES = [
+    ("sft", ("trainer.test_freq=5",), "trainer.test_freq=5 needs data.test_path or data.test_share"),
+    ("rm", ("data.test_share=0.1",), "data.test_share=0.1 has no effect without trainer.test_freq"),
+    ("dpo", ("data.test_share=0.1", "data.test_path=a"), "data.test_path=a and data.test_share=0.1: choose one"),
+    ("sft", ("data.max_length=600",), "data.max_length=600 does not fit into actor.max_length_per_device=512"),
+    (
+        "rm",
+        ("data.max_length=300",),
+        "a pair stays together, and two sequences of data.max_length=300 do not fit into "
+        "critic.max_length_per_device=512; raise it to 600 or lower data.max_length",
+    ),
+    (
+        "dpo",
+        ("actor.loss=ipo", "actor.label_smoothing=0.1"),
+        "actor.label_smoothing=0.1 has no effect with actor.loss=ipo",
+    ),
+    ("dpo", ("actor.label_smoothing=0.5",), "actor.label_smoothing=0.5; must be at least 0 and at most 0.499"),
+    (
+        "dpo",
+        ("actor.reference_free=true", "ref_actor.model_name=other"),
+        "ref_actor.model_name has no effect with actor.reference_free=true",
+    ),
+    (
+        "dpo",
+        ("ref_actor.max_inference_length_per_device=100",),
+        "data.max_length=256 does not fit into ref_actor.max_inference_length_per_device=100",
+    ),
+    ("rm", ("critic.beta=1",), "rm has no key 'critic.beta'; did you mean critic.betas?"),
+]
+
+
+@pytest.mark.parametrize(("program", "overrides", "message"), SUPERVISED_MISTAKES)
+def test_a_mistake_in_supervised_programs(program: str, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(program, (*minimal(program), *overrides))
     assert str(caught.value) == message
 
 

@@ -31,8 +31,22 @@ def load_examples(
 
     Rows are {"prompt", "response"}, {"messages"} or {"messages", "response"}, or what `example` makes into these.
     """
+    examples = encode_rows(path, tokenizer, load_converted(path, example))
+    trajectories, num_cut = list[Trajectory](), 0
+    for number, (token_ids, mask) in enumerate(examples):
+        num_cut += len(token_ids) > max_length
+        with in_row(path, number):
+            if not any(mask[:max_length]):
+                hint = f" within data.max_length={max_length}; raise it" if any(mask) else ""
+                raise DataError("no token to train on" + hint)
+        trajectories.append(_trajectory(number, token_ids[:max_length], mask[:max_length]))
+    return trajectories, num_cut
+
+
+def encode_rows(path: str, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[Example]:
+    """Token ids of rows in one of the formats above, and where the assistant speaks; `path` is for errors."""
     raw, chats = dict[int, tuple[str, str]](), dict[int, list[Message]]()
-    for number, row in enumerate(load_converted(path, example)):
+    for number, row in enumerate(rows):
         with in_row(path, number):
             if is_chat(row):
                 chats[number] = _conversation(row)
@@ -46,16 +60,7 @@ def load_examples(
         examples |= _encode_marked(tokenizer, path, chats)
     else:
         examples |= _encode_by_prefix(tokenizer, path, chats)
-
-    trajectories, num_cut = list[Trajectory](), 0
-    for number, (token_ids, mask) in sorted(examples.items()):
-        num_cut += len(token_ids) > max_length
-        with in_row(path, number):
-            if not any(mask[:max_length]):
-                hint = f" within data.max_length={max_length}; raise it" if any(mask) else ""
-                raise DataError("no token to train on" + hint)
-        trajectories.append(_trajectory(number, token_ids[:max_length], mask[:max_length]))
-    return trajectories, num_cut
+    return [examples[number] for number in range(len(rows))]
 
 
 def _trajectory(row: int, token_ids: list[int], mask: list[bool]) -> Trajectory:

@@ -93,11 +93,11 @@ def empty_model(like: PreTrainedModel, dtype: torch.dtype, device: torch.device)
     return lm.to(device).eval().requires_grad_(False)
 
 
-def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_name: str, key: str = "actor.model_name") -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model_name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"actor.model_name={model_name} has no tokenizer: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{key}={model_name} has no tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def max_length(model_name: str) -> int:

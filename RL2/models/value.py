@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from RL2.config import ConfigError
 from RL2.models.policy import hidden_of_actions, refuse_other_backbones
@@ -54,3 +54,13 @@ def load_value_model(model_name: str, dtype: torch.dtype, key: str) -> PreTraine
     if not isinstance(getattr(lm, "score", None), nn.Linear):
         raise ConfigError(f"{key}={model_name}: {type(lm).__name__} has no linear head called score")
     return lm
+
+
+def mark_padding(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let transformers find the last token of padded rows: it is the last one that is no padding.
+
+    Where a tokenizer pads with the end token, transformers would take the token before it; without a padding token it
+    takes rows one at a time.
+    """
+    pad = tokenizer.pad_token_id
+    lm.config.pad_token_id = None if pad == tokenizer.eos_token_id else pad

@@ -6,10 +6,17 @@ import os
 import sys
 from importlib import import_module
 
-from RL2.config import RLConfig, SFTConfig, UserError, check_here, load, show
+from RL2.config import Config, DPOConfig, RLConfig, SFTConfig, UserError, check_here, load, show, trained
 from RL2.data.source import describe
 
-LOOPS = {"sft": "RL2.trainer.sft_loop", "ppo": "RL2.trainer.rl", "spo": "RL2.trainer.rl", "spo_0p5": "RL2.trainer.rl"}
+LOOPS = {
+    "sft": "RL2.trainer.sft_loop",
+    "rm": "RL2.trainer.rm_loop",
+    "dpo": "RL2.trainer.dpo_loop",
+    "ppo": "RL2.trainer.rl",
+    "spo": "RL2.trainer.rl",
+    "spo_0p5": "RL2.trainer.rl",
+}
 """Program -> the module whose `train(config, run)` is its loop."""
 
 
@@ -38,12 +45,18 @@ def main(program: str) -> None:
         sys.exit(f"{program}{f' (rank {rank})' if rank else ''}: {error}")
 
 
-def summary(program: str, config: RLConfig | SFTConfig) -> str:
+def summary(program: str, config: Config) -> str:
     """What a run would use, in words; nothing is loaded."""
-    lines = [f"program      {program}", f"model        {config.actor.model_name}"]
-    if isinstance(config, SFTConfig):
-        lines += [f"data         {describe(config.data.path)}", f"rows through {config.data.env_path or 'as they are'}"]
-        per_step = f"{config.data.batch_size} examples"
+    lines = [f"program      {program}", f"model        {trained(config)[1].model_name}"]
+    if not isinstance(config, RLConfig):
+        data = config.data
+        tested = describe(data.test_path) if data.test_path else f"a share of {data.test_share:g} of it"
+        lines += [f"data         {describe(data.path)}", f"rows through {data.env_path or 'as they are'}"]
+        lines += [f"test data    {tested if config.trainer.test_freq else 'none'}"]
+        if isinstance(config, DPOConfig):
+            reference = "none" if config.actor.reference_free else config.ref_actor.model_name
+            lines += [f"reference    {reference}"]
+        per_step = f"{data.batch_size} {'examples' if isinstance(config, SFTConfig) else 'pairs'}"
     else:
         train, rollout = config.train_data, config.rollout
         lines += [f"train data   {describe(train.path)}"]

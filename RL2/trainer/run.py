@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from RL2 import checkpoint
-from RL2.config import ConfigError, RLConfig, SFTConfig, show
+from RL2.config import Config, ConfigError, show
 from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
 from RL2.parallel.processes import Processes
@@ -69,7 +69,7 @@ class Run:
         self.export(learner, tokenizer)
 
     def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The model in `save_dir/latest`, as `AutoModelForCausalLM.from_pretrained` loads it."""
+        """The model in `save_dir/latest`, as `from_pretrained` of its class in transformers loads it."""
         target, partial = self.save_dir / "latest", self.save_dir / "latest.partial"
         learner.export(tokenizer, partial)
         if self.processes.is_first:
@@ -82,7 +82,7 @@ class Run:
 
 
 @contextmanager
-def start(config: RLConfig | SFTConfig) -> Iterator[Run]:
+def start(config: Config) -> Iterator[Run]:
     """Join the other processes, seed, and make the run's folder; leave in order."""
     trainer = config.trainer
     save_dir = Path(trainer.save_dir)

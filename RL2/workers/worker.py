@@ -181,6 +181,19 @@ class Learner(Worker):
             self._stop("broken_law", broken[0], batch)
         return means
 
+    def measure(
+        self, batch: TokenBatch, loss: Callable[[TokenStats, TokenBatch], Loss], request: StatsRequest
+    ) -> dict[str, float]:
+        """The loss of `batch` under the present weights, and its metrics, as `step` counts them; nothing is learnt."""
+        stats = self.stats(batch, request, self.config.max_length_per_device)
+        actions = batch.positions(batch.action_T)
+        assert actions.weight_T is not None
+        at_actions = {name: x[batch.action_T] for name, x in vars(stats).items()}
+        loss_T, metrics = loss(TokenStats(**at_actions), actions)
+        trains_T = actions.weight_T != 0
+        means = {name: float(value_T[trains_T].double().mean()) for name, value_T in metrics.items()}
+        return {"loss": float((loss_T * actions.weight_T).sum())} | means
+
     def _stop(self, what: str, why: str, batch: TokenBatch) -> NoReturn:
         """Save the batch and raise `BrokenLaw`, on every process."""
         file = self.save_dir / f"{what}_step_{self.steps}.safetensors"

@@ -22,6 +22,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     build_model(root / "model", [text for pair in pairs for text in pair], seed=0)
     _write(root / "sft.jsonl", [{"prompt": question, "response": solution} for question, solution in pairs])
     _write(root / "rl.jsonl", [{"prompt": question, "extra_info": {"row": i}} for i, (question, _) in enumerate(pairs)])
+    # separable: what was rejected is written backwards
+    _write(
+        root / "pairs.jsonl",
+        [{"prompt": p, "chosen": text, "rejected": " ".join(text.split()[::-1])} for p, text in pairs],
+    )
     return World(root, count())
 
 

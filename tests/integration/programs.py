@@ -96,7 +96,7 @@ class World:
         name = f"{next(self.numbers):02d}_{program}"
         save_dir, log = save_dir or self.root / name, self.root / f"{name}.log"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
-        settings = [*(self.sft if program == "sft" else self.rl), f"trainer.save_dir={save_dir}", *overrides]
+        settings = [*self.settings(program), f"trainer.save_dir={save_dir}", *overrides]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         with log.open("wb") as out, log.with_suffix(".err").open("wb") as err:
             process = subprocess.Popen(
@@ -110,6 +110,16 @@ class World:
 
     def run(self, program: str, *overrides: str, nproc: int = 1, save_dir: Path | None = None) -> Run:
         return self.start(program, *overrides, nproc=nproc, save_dir=save_dir).wait()
+
+    def settings(self, program: str) -> list[str]:
+        """What a short run of `program` needs."""
+        if program == "rm":
+            return [override.replace("actor.", "critic.") for override in self.pairs]
+        return {"sft": self.sft, "dpo": self.pairs}.get(program, self.rl)
+
+    @property
+    def pairs(self) -> list[str]:
+        return [f"data.path={self.root}/pairs.jsonl", "data.max_length=128", "data.batch_size=8", *self._common]
 
     @property
     def sft(self) -> list[str]:

@@ -1,0 +1,51 @@
+"""Direct preference optimisation."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from RL2.config import DPOConfig
+from RL2.data.cursor import Cursor
+from RL2.data.preference import as_responses, load_pairs
+from RL2.models.policy import load_tokenizer
+from RL2.objectives.preference import dpo, ipo
+from RL2.packing import pack, sequence_weights
+from RL2.parallel.processes import Processes
+from RL2.trainer.run import Run
+from RL2.trainer.supervised import Rows, Task, converter, fit, train_and_test
+from RL2.types import StatsRequest, TokenBatch
+from RL2.workers.worker import Learner, Worker
+
+
+def train(config: DPOConfig, run: Run) -> None:
+    """DPO or IPO on the responses of chosen and rejected, `batch_size` pairs a step."""
+    data, actor = config.data, config.actor
+    tokenizer, example = load_tokenizer(actor.model_name), converter(data)
+    notes: list[str] = []
+
+    def read(path: str) -> Rows:
+        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length)
+        notes.append(f"{path}: {len(pairs)} pairs, {num_left_out} left out (data.max_length={data.max_length} tokens)")
+        return Rows(with_reference(pack(as_responses(pairs)), config, run.processes), per_row=2)
+
+    rows, tests = train_and_test(data, read)
+    cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
+    num_steps = run.number_of_steps(cursor)
+    learner = Learner(actor, run.processes, num_steps, run.save_dir)
+    loss = partial(ipo, beta=actor.beta)
+    if actor.loss == "sigmoid":
+        loss = partial(dpo, beta=actor.beta, label_smoothing=actor.label_smoothing)
+    task = Task("actor", learner, rows, tests, sequence_weights, loss, StatsRequest(("logp",)), notes)
+    fit(task, cursor, num_steps, tokenizer, run)
+
+
+def with_reference(pairs: TokenBatch, config: DPOConfig, processes: Processes) -> TokenBatch:
+    """With the reference's log-probabilities of all data, computed once; its model is then let go."""
+    if config.actor.reference_free:
+        return pairs.with_(ref_logp_T=torch.zeros_like(pairs.reward_T))
+    reference, actor = config.ref_actor, config.actor
+    worker = Worker(reference.model_name, actor.dtype, actor.ddp_size, processes, "ref_actor.model_name")
+    stats = worker.stats(pairs, StatsRequest(("logp",)), reference.max_inference_length_per_device)
+    return pairs.with_(ref_logp_T=stats.logp)

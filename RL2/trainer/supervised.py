@@ -1,0 +1,114 @@
+"""The loop of `sft`, `rm` and `dpo`: they differ in what a row is, what is minimised and how it is weighed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from RL2.config import ConfigError, SupervisedData
+from RL2.data.cursor import Cursor
+from RL2.data.source import Row
+from RL2.objectives.declare import Loss
+from RL2.report import Metrics
+from RL2.rollout.environment import load_environment
+from RL2.trainer.run import Run
+from RL2.types import StatsRequest, TokenBatch, TokenStats
+from RL2.workers.worker import Learner
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set, packed: each row is one sequence, or the two of a pair."""
+
+    batch: TokenBatch
+    per_row: int
+
+    def __len__(self) -> int:
+        return self.batch.num_sequences // self.per_row
+
+    def draw(self, rows: list[int]) -> TokenBatch:
+        """The sequences of `rows`; a row that comes twice is two groups."""
+        ids = [self.per_row * row + i for row in rows for i in range(self.per_row)]
+        return self.batch.sequences(ids).with_(group_B=torch.arange(len(rows)).repeat_interleave(self.per_row))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt, and from what."""
+
+    name: str
+    """Of the model, before its metrics."""
+    learner: Learner
+    train: Rows
+    test: Rows | None
+    weights: Callable[[TokenBatch], torch.Tensor]
+    """weight_T of a global minibatch."""
+    loss: Callable[[TokenStats, TokenBatch], Loss]
+    request: StatsRequest
+    notes: list[str]
+    """What is said before the first step."""
+
+    def minibatch(self, rows: Rows, drawn: list[int]) -> TokenBatch:
+        batch = rows.draw(drawn)
+        return batch.with_(weight_T=self.weights(batch))
+
+
+def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+    """One optimizer step on every batch of the cursor."""
+    trainer, learner = run.config, task.learner
+    report = run.report(num_steps)
+    for note in task.notes:
+        report.say(note)
+    first_step = run.resume(learner, cursor, report)
+
+    for step in range(first_step, num_steps):
+        start = time.perf_counter()
+        metrics = test(task) if run.due(trainer.test_freq, step) else {}
+        batch = task.minibatch(task.train, cursor.next())
+        with report.bar(batch.num_sequences, "update") as bar:
+            updated = learner.step(batch, task.loss, task.request, bar.update)
+        if task.train.per_row == 2:
+            updated["pairs"] = updated.pop("tokens") / 2
+        metrics |= {f"{task.name}/{name}": value for name, value in updated.items()}
+        seconds = time.perf_counter() - start
+        times = {"time/step_s": seconds, "time/tokens_per_s": len(batch.token_ids_T) / seconds}
+        report.step(step, metrics | times)
+        if run.due(trainer.save_freq, step + 1):
+            run.save(step + 1, learner, cursor, tokenizer)
+
+    if trainer.test_freq is not None:
+        report.step(num_steps, test(task))
+    run.export(learner, tokenizer)
+    report.close()
+
+
+def test(task: Task) -> Metrics:
+    """Loss and metrics of the present weights on the whole test set."""
+    assert task.test is not None
+    batch = task.minibatch(task.test, list(range(len(task.test))))
+    return {f"test/{name}": value for name, value in task.learner.measure(batch, task.loss, task.request).items()}
+
+
+def converter(data: SupervisedData) -> Callable[[Row], Row] | None:
+    """`example` of the script that the data goes through, if there is one."""
+    return load_environment(data.env_path, 1.0).example if data.env_path else None
+
+
+def train_and_test(data: SupervisedData, read: Callable[[str], Rows]) -> tuple[Rows, Rows | None]:
+    """The rows of `data.path` and of the test set, which is a file of its own, a share of these rows, or none."""
+    rows = read(data.path)
+    if data.test_path is not None:
+        return rows, read(data.test_path)
+    number = round(data.test_share * len(rows))
+    if data.test_share == 0:
+        return rows, None
+    if not 0 < number < len(rows):
+        raise ConfigError(f"data.test_share={data.test_share} of {len(rows)} rows leaves none to test or to train on")
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    train, test = (Rows(rows.draw(sorted(part)), rows.per_row) for part in (order[number:], order[:number]))
+    return train, test

@@ -1,0 +1,188 @@
+"""Pairs do not depend on how the work is cut either: rm and dpo on one process and on two, in one pool."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+
+from RL2.config import load, trained
+from RL2.data.preference import Pair, as_responses, as_scored
+from RL2.models.policy import Policy
+from RL2.models.value import VALUE, ValueModel
+from RL2.objectives.preference import bradley_terry, dpo, ipo
+from RL2.packing import microbatches, pack, sequence_weights
+from RL2.parallel.processes import Processes
+from RL2.types import StatsRequest, TokenBatch
+from RL2.workers.worker import Learner
+
+TOLERANCE = 1e-6
+LOSSES: dict[str, Any] = {
+    "rm": bradley_terry,
+    "dpo": partial(dpo, beta=0.3, label_smoothing=0.1),
+    "ipo": partial(ipo, beta=0.3),
+}
+Result = dict[str, Any]
+
+
+def make_batch(loss: str, number: int) -> TokenBatch:
+    """Ragged pairs that begin alike, with made-up log-probabilities of a reference."""
+    draw = random.Random(0)
+    pairs: list[Pair] = []
+    for _ in range(number):
+        prompt = [draw.randrange(50) for _ in range(draw.randint(1, 20))]
+        responses = [[draw.randrange(50) for _ in range(draw.randint(1, 40))] for _ in range(2)]
+        chosen, rejected = ((prompt + r, [False] * len(prompt) + [True] * len(r)) for r in responses)
+        pairs.append((chosen, rejected))
+    batch = pack(as_scored(pairs) if loss == "rm" else as_responses(pairs))
+    g = torch.Generator().manual_seed(0)
+    ref_T = -5 * torch.rand(len(batch.labels_T), generator=g) * batch.action_T
+    return batch.with_(weight_T=sequence_weights(batch), ref_logp_T=ref_T)
+
+
+def make_learner(loss: str, folder: Path, processes: Processes) -> Learner:
+    program = "rm" if loss == "rm" else "dpo"
+    overrides = f"""data.path=x.jsonl data.max_length=99 data.batch_size=1 actor.max_length_per_device=4096 actor.lr=1e-3
+        actor.model_name={folder}/{"value" if loss == "rm" else "causal"} trainer.experiment_name=x"""
+    key, config = trained(load(program, overrides.replace("actor", "critic" if loss == "rm" else "actor").split()))
+    return Learner(config, processes, 10, folder, f"{key}.model_name", ValueModel if loss == "rm" else Policy)
+
+
+def request(loss: str) -> StatsRequest:
+    return VALUE if loss == "rm" else StatsRequest(("logp",))
+
+
+def gradients(learner: Learner, loss: str, batch: TokenBatch, max_tokens: int = 4096) -> Result:
+    """Loss, metrics and whole gradients of one minibatch cut into microbatches of `max_tokens`."""
+    learner.config = replace(learner.config, max_length_per_device=max_tokens)
+    metrics = learner.backward(batch, LOSSES[loss], request(loss))
+    grads = {
+        name: whole(p.grad) if p.grad is not None else torch.zeros(p.shape) for name, p in learner.lm.named_parameters()
+    }
+    learner.optimizer.zero_grad()
+    return {"metrics": metrics, "grads": grads}
+
+
+def whole(x: Tensor) -> Tensor:
+    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
+
+
+def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
+    """Every case on these processes."""
+    results: dict[str, Result] = {}
+    for loss in LOSSES:
+        learner, batch = make_learner(loss, folder, processes), make_batch(loss, 9)
+        results[loss] = gradients(learner, loss, batch)
+        results[f"{loss} cut"] = gradients(learner, loss, batch, max_tokens=130)
+        # with two processes one has no pair at all
+        results[f"{loss} alone"] = gradients(learner, loss, make_batch(loss, 1))
+        results[f"{loss} measured"] = {"metrics": learner.measure(batch, LOSSES[loss], request(loss)), "grads": {}}
+        for _ in range(3):
+            learner.step(batch, LOSSES[loss], request(loss))
+        results[f"{loss} after 3 steps"] = {"grads": {n: whole(w) for n, w in learner.weights()}, "metrics": {}}
+    return results
+
+
+def _in_pool(rank: int, folder: Path, size: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    processes = Processes.start(timeout_s=60)
+    results = run_cases(folder, processes)
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    processes.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(
+        vocab_size=50, intermediate_size=48, head_dim=8, initializer_range=0.2, pad_token_id=0, num_labels=1, **shape
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder / "causal")
+    Qwen3ForSequenceClassification(config).save_pretrained(folder / "value")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    processes = Processes.start(timeout_s=60)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, processes: Processes) -> dict[str, Result]:
+    return run_cases(folder, processes)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> dict[str, Result]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_in_pool, args=(folder, 2, port), nprocs=2)
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+def assert_same(ours: Result, theirs: Result, tolerance: float = TOLERANCE) -> None:
+    """Each tensor to `tolerance` of its norm, each metric relatively; what is nearly zero, to 1e-8."""
+    assert ours["grads"].keys() == theirs["grads"].keys()
+    for name, x in ours["grads"].items():
+        y = theirs["grads"][name]
+        assert (x - y).norm() <= tolerance * y.norm() + 1e-8, name
+    for name, value in ours["metrics"].items():
+        assert theirs["metrics"][name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_are_one(loss: str, one: dict[str, Result], two: dict[str, Result]) -> None:
+    assert one[loss]["metrics"]["loss"] > 0
+    assert one[loss]["metrics"]["tokens"] == 18
+    for case in ("", " cut", " alone", " measured"):
+        assert_same(one[f"{loss}{case}"], two[f"{loss}{case}"])
+    assert_same(one[loss], two[f"{loss} cut"])
+    # Adam divides by the root of the second moment: where gradients are tiny, rounding is amplified
+    assert_same(one[f"{loss} after 3 steps"], two[f"{loss} after 3 steps"], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_measure_is_the_loss_of_a_step(loss: str, one: dict[str, Result]) -> None:
+    assert_same(one[f"{loss} measured"], {**one[loss], "grads": {}})
+    assert "accuracy" in one[f"{loss} measured"]["metrics"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_microbatches_hold_whole_pairs_and_are_one_batch(
+    loss: str, one: dict[str, Result], folder: Path, processes: Processes
+) -> None:
+    batch = make_batch(loss, 9)
+    cuts = microbatches(batch, range(18), 130, 1)[0]
+    assert len(cuts) > 3
+    for ids in cuts:
+        assert [b % 2 for b in ids] == [0, 1] * (len(ids) // 2)
+    assert_same(one[loss], one[f"{loss} cut"])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_order_of_sequences_does_not_matter(
+    loss: str, one: dict[str, Result], folder: Path, processes: Processes
+) -> None:
+    order = list(range(18))
+    random.Random(1).shuffle(order)
+    learner = make_learner(loss, folder, processes)
+    assert_same(one[loss], gradients(learner, loss, make_batch(loss, 9).sequences(order)))

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from RL2.data.preference import Pair, as_responses, as_scored, load_pairs
+from RL2.data.source import DataError
+from RL2.packing import pack
+
+USER, ASSISTANT = "<|im_start|>user\n", "<|im_start|>assistant\n"
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+def load(folder: Path, tokenizer: PreTrainedTokenizerBase, *rows: Any, max_length: int = 200) -> tuple[list[Pair], int]:
+    path = folder / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return load_pairs(str(path), tokenizer, None, max_length)
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> list[str]:
+    """Of both, the text with a bar before the response."""
+    texts = []
+    for ids, mask in pair:
+        start = mask.index(True)
+        assert mask == [False] * start + [True] * (len(ids) - start)
+        texts.append(f"{tokenizer.decode(ids[:start])}|{tokenizer.decode(ids[start:])}")
+    return texts
+
+
+def test_the_rows_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    chat = [f"{USER}1+1<|im_end|>\n{ASSISTANT}|2<|im_end|>", f"{USER}1+1<|im_end|>\n{ASSISTANT}|3<|im_end|>"]
+    pairs, left_out = load(
+        tmp_path,
+        tokenizer,
+        {"prompt": "1+1=", "chosen": "2", "rejected": "3"},
+        {"chosen": turns("1+1", "2"), "rejected": turns("1+1", "3")},
+        {"prompt": "1+1", "chosen": turns("1+1", "2"), "rejected": turns("1+1", "3")},
+        {"prompt": turns("1+1"), "chosen": turns("", "2")[1:], "rejected": turns("", "3")[1:]},
+        {"messages": turns("1+1"), "chosen": "2", "rejected": "3"},
+        {"chosen": json.dumps(turns("1+1", "2")), "rejected": json.dumps(turns("1+1", "3"))},
+    )
+    assert left_out == 0
+    assert shown(tokenizer, pairs[0]) == ["1+1=|2<|im_end|>", "1+1=|3<|im_end|>"]
+    assert [shown(tokenizer, pair) for pair in pairs[1:]] == [chat] * 5
+
+
+def test_text_stays_text_if_it_reads_as_json(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (pair,), _ = load(tmp_path, tokenizer, {"prompt": "[1, 2]", "chosen": "[3]", "rejected": '{"a": 4}'})
+    assert shown(tokenizer, pair) == ["[1, 2]|[3]<|im_end|>", '[1, 2]|{"a": 4}<|im_end|>']
+
+
+def test_turns_that_both_have_are_no_response(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (pair,), _ = load(
+        tmp_path,
+        tokenizer,
+        {"chosen": turns("1+1", "2", "2+2", "4"), "rejected": turns("1+1", "2", "2+2", "5")},
+    )
+    before = f"{USER}1+1<|im_end|>\n{ASSISTANT}2<|im_end|>\n{USER}2+2<|im_end|>\n{ASSISTANT}"
+    assert shown(tokenizer, pair) == [f"{before}|4<|im_end|>", f"{before}|5<|im_end|>"]
+    # from where they part on, every turn is
+    (pair,), _ = load(
+        tmp_path,
+        tokenizer,
+        {"chosen": turns("1+1", "2", "so", "4"), "rejected": turns("1+1", "3", "so", "4")},
+    )
+    for ids, mask in pair:
+        assert [tokenizer.decode(i) for i, trained in zip(ids, mask, strict=True) if trained].count("<|im_end|>") == 2
+
+
+def test_a_long_pair_is_left_out_whole(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    fits = {"prompt": "q", "chosen": "5" * 8, "rejected": "a"}
+    row = {"prompt": "q", "chosen": "a", "rejected": "5" * 9}
+    pairs, left_out = load(tmp_path, tokenizer, fits, row, fits, max_length=10)
+    assert left_out == 1
+    assert [len(pair[0][0]) for pair in pairs] == [10, 10]
+    with pytest.raises(DataError, match=r"no pair within data.max_length=10; raise it"):
+        load(tmp_path, tokenizer, row, max_length=10)
+
+
+def test_as_sequences(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = ({"prompt": "1+1=", "chosen": "2", "rejected": "13"}, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    pairs, _ = load(tmp_path, tokenizer, *rows)
+    lengths = [len(ids) for pair in pairs for ids, _ in pair]
+
+    responses = pack(as_responses(pairs))
+    assert responses.lengths_B.tolist() == [length - 1 for length in lengths]
+    assert responses.labels_T[responses.action_T].tolist() == [
+        i for pair in pairs for ids, mask in pair for i, trained in zip(ids, mask, strict=True) if trained
+    ]
+
+    scored = pack(as_scored(pairs))
+    assert scored.lengths_B.tolist() == lengths  # a reward model reads the last token too
+    assert scored.action_T.nonzero()[:, 0].tolist() == (scored.cu_seqlens[1:] - 1).tolist()
+    assert scored.token_ids_T.tolist() == [i for pair in pairs for ids, _ in pair for i in ids]
+    for batch in (responses, scored):
+        assert batch.group_B.tolist() == [0, 0, 1, 1]
+        actions = batch.positions(batch.action_T)
+        assert actions.reward_T[actions.cu_seqlens[1:] - 1].tolist() == [1, 0, 1, 0]
+        assert actions.reward_T.sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "chosen": "a"}, "no 'rejected'; its keys are prompt, chosen"),
+        ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be text or a list of messages, not 3"),
+        ({"chosen": "a", "rejected": "b"}, "'chosen' is text and answers nothing: the row needs a 'prompt'"),
+        ({"chosen": turns("q"), "rejected": turns("q", "b")}, "'messages' must end with the assistant"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Any, message: str) -> None:
+    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match=f"a.jsonl, row 2: .*{message}"):
+        load(tmp_path, tokenizer, good, row)
