@@ -28,7 +28,7 @@ from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch
 from RL2.workers.worker import Learner
 
-TOLERANCE = 1e-6
+TOLERANCE = 5e-6  # a margin is a difference of sums of log-probabilities, which costs a digit
 LOSSES: dict[str, Any] = {
     "rm": bradley_terry,
     "dpo": partial(dpo, beta=0.3, label_smoothing=0.1),
@@ -54,8 +54,8 @@ def make_batch(loss: str, number: int) -> TokenBatch:
 
 def make_learner(loss: str, folder: Path, processes: Processes) -> Learner:
     program = "rm" if loss == "rm" else "dpo"
-    overrides = f"""data.path=x.jsonl data.max_length=99 data.batch_size=1 actor.max_length_per_device=4096 actor.lr=1e-3
-        actor.model_name={folder}/{"value" if loss == "rm" else "causal"} trainer.experiment_name=x"""
+    overrides = f"""actor.model_name={folder}/{"value" if loss == "rm" else "causal"} actor.max_length_per_device=4096
+        actor.lr=1e-3 data.path=x.jsonl data.max_length=99 data.batch_size=1 trainer.experiment_name=x"""
     key, config = trained(load(program, overrides.replace("actor", "critic" if loss == "rm" else "actor").split()))
     return Learner(config, processes, 10, folder, f"{key}.model_name", ValueModel if loss == "rm" else Policy)
 
