@@ -145,6 +145,8 @@ class Trainable:
     """Sequence parallelism: not available yet."""
     max_length_per_device: Count
     """Tokens of one microbatch; also the longest sequence that can be trained on."""
+    logits_budget_mib: PositiveFloat | None
+    """Logits that are in memory at a time, in MiB; null: 64 on CPUs, 512 on GPUs."""
     lr: NonNegative
     """Peak learning rate."""
     betas: tuple[Share, Share]

@@ -56,6 +56,9 @@ METHODS = (
     Method("spo_0p5_all", "spo_0p5, all", "spo_0p5", 1, (*SUCCESSFUL, "actor.path.region=all")),
     Method("ppo", "ppo (Dr. GRPO)", "ppo", 4, ()),
     Method("sapo", "sapo", "ppo", 4, ("actor.objective=sapo",)),
+    # with one update a rollout the ratio is 1, and sapo is ppo
+    Method("ppo_4", "ppo, 4 updates", "ppo", 4, ("actor.update_per_rollout=4",)),
+    Method("sapo_4", "sapo, 4 updates", "ppo", 4, ("actor.update_per_rollout=4", "actor.objective=sapo")),
 )
 
 

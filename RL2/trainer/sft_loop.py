@@ -26,6 +26,7 @@ def train(config: SFTConfig, run: Run) -> None:
     num_steps = run.number_of_steps(cursor)
 
     learner = Learner(config.actor, run.processes, num_steps, run.save_dir)
+    request = StatsRequest(("logp",), budget_mib=config.actor.logits_budget_mib)
     report = run.report(num_steps)
     report.say(f"{len(examples)} examples, {num_cut} cut to data.max_length={data.max_length} tokens")
     first_step = run.resume(learner, cursor, report)
@@ -35,7 +36,7 @@ def train(config: SFTConfig, run: Run) -> None:
         batch = pack([examples[row] for row in cursor.next()])
         weight_T = loss_weights(batch, train_on="all", level=config.actor.avg_level, average_over="all")
         with report.bar(batch.num_sequences, "update") as bar:
-            metrics = learner.step(batch.with_(weight_T=weight_T), cross_entropy, StatsRequest(("logp",)), bar.update)
+            metrics = learner.step(batch.with_(weight_T=weight_T), cross_entropy, request, bar.update)
         seconds = time.perf_counter() - start
         times = {"time/step_s": seconds, "time/tokens_per_s": len(batch.token_ids_T) / seconds}
         report.step(step, {f"actor/{name}": value for name, value in metrics.items()} | times)
