@@ -28,13 +28,10 @@ from RL2.workers.actor import Actor
 
 PEAK = 989e12
 POSITIONS, MICROBATCHES = 8192, 4
-SHAPES = {
-    "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
-    "1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
-}
+HIDDEN_SIZES = {"0.6B": 1024, "1.7B": 2048}
 
 
-def measure(name: str, length: int, checkpointing: bool, steps: int, processes: Processes) -> dict[str, float]:
+def measure(hidden_size: int, length: int, checkpointing: bool, steps: int, processes: Processes) -> dict[str, float]:
     config = Qwen3Config(
         vocab_size=151_936,
         num_attention_heads=16,
@@ -42,7 +39,9 @@ def measure(name: str, length: int, checkpointing: bool, steps: int, processes: 
         head_dim=128,
         tie_word_embeddings=True,
         max_position_embeddings=4096,
-        **SHAPES[name],
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=28,
     )
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("cuda"):
@@ -88,9 +87,9 @@ def main() -> None:
     results = {}
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {POSITIONS * MICROBATCHES} tokens a step")
     print("model  length  recompute   step, s   tokens/s  of the peak  memory, GiB")
-    for name in SHAPES:
+    for name, hidden_size in HIDDEN_SIZES.items():
         for length, checkpointing in ((2048, False), (512, False), (2048, True)):
-            numbers = measure(name, length, checkpointing, options.steps, processes)
+            numbers = measure(hidden_size, length, checkpointing, options.steps, processes)
             results[f"{name} {length} {'recomputed' if checkpointing else 'kept'}"] = numbers
             print(
                 f"{name:6}{length:7}  {'yes' if checkpointing else 'no':9}{numbers['step_s']:10.3f}"
