@@ -188,7 +188,15 @@ class Trainable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTActor(Trainable):
+class TrainablePolicy(Trainable):
+    """A language model with an optimizer."""
+
+    logits_budget_mib: PositiveFloat | None
+    """Logits that are in memory at a time, in MiB; null: 64 on CPUs, 512 on GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTActor(TrainablePolicy):
     """What is fine-tuned."""
 
     avg_level: Literal["token", "sequence"]
@@ -196,7 +204,7 @@ class SFTActor(Trainable):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Actor(Trainable):
+class Actor(TrainablePolicy):
     """The policy."""
 
     max_inference_length_per_device: Count
@@ -243,7 +251,7 @@ class Actor(Trainable):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOActor(Trainable):
+class DPOActor(TrainablePolicy):
     """The policy that learns from preferences (objectives/preference.py)."""
 
     loss: Literal["sigmoid", "ipo"]

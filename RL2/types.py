@@ -252,6 +252,8 @@ class StatsRequest:
     """K of `top_logp` and `top_id`."""
     temperature: float = 1.0
     """Divides the logits."""
+    budget_mib: float | None = None
+    """Logits in memory at a time; None: a good size for the device."""
 
 
 MENU: tuple[str, ...] = tuple(TokenStats.__annotations__)

@@ -34,11 +34,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
-from turns import Side, Steps, Turns, alternate
+from turns import Side, Steps, Turns, alternate, ratios, table
 
 NUM_PROMPTS, RESPONSES = 32, 4
 LEARNING_RATE = 1e-6
@@ -274,7 +274,16 @@ SIDES: dict[str, Callable[[Path, argparse.Namespace, Turns], None]] = {"ours": o
 # The parent: lets the sides take turns and compares.
 
 
-TIMES = {"step_s": "speedup", "rollout_s": "rollout_speedup", "update_s": "update_speedup", "cpu_s": "cpu_speedup"}
+ROWS = (
+    ("step, s", "step_s", "speedup", "{:.2f}"),
+    ("  rollout, s", "rollout_s", "rollout_speedup", "{:.2f}"),
+    ("  update, s", "update_s", "update_speedup", "{:.2f}"),
+    ("processor, s", "cpu_s", "cpu_speedup", "{:.2f}"),
+    ("memory of the steps, MB", "memory_mb", "memory_ratio", "{:.0f}"),
+    ("peak of the process, MB", "peak_mb", "peak_ratio", "{:.0f}"),
+    ("tokens sampled a step", "tokens", "tokens_ratio", "{:.0f}"),
+    ("mean reward", "reward", "reward_ratio", "{:.2f}"),
+)
 
 
 def measure(case: Case, options: argparse.Namespace) -> Steps:
@@ -286,42 +295,6 @@ def measure(case: Case, options: argparse.Namespace) -> Steps:
         arguments += ["--max-new-tokens", str(case.max_new_tokens), "--peer-batch", str(options.peer_batch)]
         sides = [Side(__file__, side, arguments, options.threads, folder / f"{side}.log") for side in SIDES]
         return alternate(sides, options.steps)
-
-
-def compare(case: Case, steps: Steps) -> dict[str, float]:
-    """Seconds and megabytes of both sides, and how many times theirs are ours."""
-    suffix = "" if case.name == "ragged" else f"_{case.name}"
-    numbers: dict[str, float] = {}
-    for key, ratio in TIMES.items():
-        mine, peer = (median(step[key] for step in steps[side]) for side in SIDES)
-        numbers |= {f"{ratio}{suffix}": peer / mine, f"{key}{suffix}": mine, f"peer_{key}{suffix}": peer}
-    for key, ratio in (("memory_mb", "memory_ratio"), ("peak_mb", "peak_ratio")):
-        mine, peer = (max(step[key] for step in steps[side]) for side in SIDES)
-        numbers |= {f"{ratio}{suffix}": peer / mine, f"{key}{suffix}": mine, f"peer_{key}{suffix}": peer}
-    for key in ("tokens", "reward"):
-        mine, peer = (fmean(step[key] for step in steps[side]) for side in SIDES)
-        numbers |= {f"{key}{suffix}": mine, f"peer_{key}{suffix}": peer}
-    return numbers
-
-
-def table(case: Case, numbers: dict[str, float]) -> str:
-    suffix = "" if case.name == "ragged" else f"_{case.name}"
-    rows = [
-        ("step, s", "step_s", "speedup", "{:.2f}"),
-        ("  rollout, s", "rollout_s", "rollout_speedup", "{:.2f}"),
-        ("  update, s", "update_s", "update_speedup", "{:.2f}"),
-        ("processor, s", "cpu_s", "cpu_speedup", "{:.2f}"),
-        ("memory of the steps, MB", "memory_mb", "memory_ratio", "{:.0f}"),
-        ("peak of the process, MB", "peak_mb", "peak_ratio", "{:.0f}"),
-        ("tokens sampled a step", "tokens", None, "{:.0f}"),
-        ("mean reward", "reward", None, "{:.2f}"),
-    ]
-    lines = [f"{case.name:<26}{'RL2':>10}{'TRL':>10}{'TRL / RL2':>12}"]
-    for title, key, ratio, form in rows:
-        mine, peer = (form.format(numbers[f"{who}{key}{suffix}"]) for who in ("", "peer_"))
-        times = f"{numbers[ratio + suffix]:.2f}" if ratio else ""
-        lines.append(f"{title:<26}{mine:>10}{peer:>10}{times:>12}")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -344,8 +317,9 @@ def main() -> None:
     numbers: dict[str, float] = {}
     for case in CASES:
         if options.case in (None, case.name):
-            results = compare(case, measure(case, options))
-            print(table(case, results) + "\n", flush=True)
+            suffix = "" if case.name == "ragged" else f"_{case.name}"
+            results = ratios(measure(case, options), "ours", "theirs", ROWS, suffix)
+            print(table(case.name, "TRL", ROWS, results, suffix) + "\n", flush=True)
             numbers |= results
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=2) + "\n")

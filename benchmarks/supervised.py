@@ -123,6 +123,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     processes = Processes.start(60)
     tokenizer = load_tokenizer(str(folder))
     loss: Callable[..., Any]
+    weights: Callable[[TokenBatch], torch.Tensor]
     if options.case == "sft":
         rows = Rows(pack(load_examples(config.data.path, tokenizer, None, 512)[0]), per_row=1)
         loss, weights = cross_entropy, partial(loss_weights, train_on="all", level="token", average_over="all")

@@ -24,11 +24,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
-from turns import Side, Steps, Turns, alternate
+from turns import Side, Steps, Turns, alternate, ratios, table
 
 TEMPERATURE = 1.0
 SPO = ("logp", "log1mp", "max_logp", "max_log1mp", "entropy")
@@ -112,29 +111,17 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def compare(steps: Steps, mine: str, peer: str, suffix: str) -> dict[str, float]:
-    numbers: dict[str, float] = {}
-    for key, ratio in (("step_s", "speedup"), ("forward_s", "forward_speedup"), ("memory_mb", "memory_ratio")):
-        pick = max if key == "memory_mb" else median
-        own, other = (pick(step[key] for step in steps[side]) for side in (mine, peer))
-        numbers |= {f"{ratio}{suffix}": other / own, f"{key}{suffix}": own, f"peer_{key}{suffix}": other}
+ROWS = (
+    ("forward and backward, s", "step_s", "speedup", "{:.3f}"),
+    ("forward, s", "forward_s", "forward_speedup", "{:.3f}"),
+    ("memory above the inputs, MiB", "memory_mb", "memory_ratio", "{:.0f}"),
+)
+
+
+def check_alike(steps: Steps, mine: str, peer: str) -> None:
     norm, other_norm = steps[mine][0]["norm"], steps[peer][0]["norm"]
     if not math.isclose(norm, other_norm, rel_tol=1e-2):
         sys.exit(f"{mine} and {peer} do not compute the same gradient: its norm is {norm} and {other_norm}")
-    return numbers
-
-
-def table(title: str, peer: str, numbers: dict[str, float], suffix: str) -> str:
-    rows = (
-        ("forward and backward, s", "step_s", "speedup", "{:.3f}"),
-        ("forward, s", "forward_s", "forward_speedup", "{:.3f}"),
-        ("memory above the inputs, MiB", "memory_mb", "memory_ratio", "{:.0f}"),
-    )
-    lines = [f"{title:<32}{'RL2':>10}{peer:>10}{f'{peer} / RL2':>12}"]
-    for name, key, ratio, form in rows:
-        own, other = (form.format(numbers[f"{who}{key}{suffix}"]) for who in ("", "peer_"))
-        lines.append(f"  {name:<30}{own:>10}{other:>10}{numbers[ratio + suffix]:>12.2f}")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -164,8 +151,10 @@ def main() -> None:
             sides = [
                 Side(__file__, side, arguments, options.threads, Path(folder) / f"{side}.log") for side in (mine, peer)
             ]
-            numbers = compare(alternate(sides, options.steps), mine, peer, suffix)
-            print(table(title, peer, numbers, suffix) + "\n", flush=True)
+            steps = alternate(sides, options.steps)
+            check_alike(steps, mine, peer)
+            numbers = ratios(steps, mine, peer, ROWS, suffix)
+            print(table(title, peer, ROWS, numbers, suffix) + "\n", flush=True)
             results |= numbers
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

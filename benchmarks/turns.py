@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import IO
 
 Steps = dict[str, list[dict[str, float]]]
@@ -97,3 +98,25 @@ def alternate(sides: Sequence[Side], steps: int) -> Steps:
     for side in sides:
         side.close()
     return answers
+
+
+Rows = Sequence[tuple[str, str, str, str]]
+"""Lines of a table: title, key of a step's answer, name of the ratio, format. Keys in _mb are memory."""
+
+
+def ratios(steps: Steps, mine: str, peer: str, rows: Rows, suffix: str = "") -> dict[str, float]:
+    """Of both sides the median, of memory the most, and how many times theirs are ours."""
+    numbers: dict[str, float] = {}
+    for _, key, ratio, _ in rows:
+        pick = max if key.endswith("_mb") else median
+        own, other = (pick(step[key] for step in steps[side]) for side in (mine, peer))
+        numbers |= {f"{ratio}{suffix}": other / own, f"{key}{suffix}": own, f"peer_{key}{suffix}": other}
+    return numbers
+
+
+def table(title: str, peer: str, rows: Rows, numbers: dict[str, float], suffix: str = "") -> str:
+    lines = [f"{title:<32}{'RL2':>10}{peer:>10}{f'{peer} / RL2':>12}"]
+    for name, key, ratio, form in rows:
+        own, other = (form.format(numbers[f"{who}{key}{suffix}"]) for who in ("", "peer_"))
+        lines.append(f"  {name:<30}{own:>10}{other:>10}{numbers[ratio + suffix]:>12.2f}")
+    return "\n".join(lines)

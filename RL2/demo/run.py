@@ -306,10 +306,8 @@ def clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def demo(out: Path, seed: int, quick: bool, board: Board) -> None:
-    started = time.monotonic()
-    plan, env_path = QUICK if quick else FULL, find_environment()
-    clear(out)
+def warm_start(plan: Plan, out: Path, seed: int, board: Board) -> Job:
+    """Data, tokenizer and model, and the warm-up that all methods start from."""
     texts = write_data(
         out / "data",
         seed,
@@ -317,9 +315,16 @@ def demo(out: Path, seed: int, quick: bool, board: Board) -> None:
         train_rows=plan.steps * SEQUENCES_PER_STEP,
     )
     build_model(out / "model", texts, seed)
-
     warmup = warmup_job(plan, out, seed)
     run_jobs([warmup], 1, board)
+    return warmup
+
+
+def demo(out: Path, seed: int, quick: bool, board: Board) -> None:
+    started = time.monotonic()
+    plan, env_path = QUICK if quick else FULL, find_environment()
+    clear(out)
+    warmup = warm_start(plan, out, seed, board)
     jobs = [method_job(method, plan, out, seed, env_path) for method in plan.methods]
     seconds = run_jobs(jobs, num_cores(), board)
     before, *after = evaluate([job.folder / "latest" for job in (warmup, *jobs)], out, env_path, seed, board)

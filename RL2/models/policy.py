@@ -44,6 +44,7 @@ class Policy(nn.Module):
             temperature=request.temperature,
             fields=request.fields,
             top_k=request.top_k,
+            budget_mib=request.budget_mib,
         )
         return {name: getattr(stats, name) for name in request.fields}
 

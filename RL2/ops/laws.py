@@ -34,4 +34,4 @@ def first_breach(stats: TokenStats, vocabulary: int) -> tuple[str, int, float] |
     law = next(law for law, broken_T in found.items() if broken_T.any())
     t = int(found[law].nonzero()[0, 0])
     name = next(word for word in law.split() if word in vars(stats))
-    return law, t, float(getattr(stats, name)[t])
+    return law, t, float(getattr(stats, name)[t].detach())

@@ -37,8 +37,12 @@ def train(config: DPOConfig, run: Run) -> None:
     loss = partial(ipo, beta=actor.beta)
     if actor.loss == "sigmoid":
         loss = partial(dpo, beta=actor.beta, label_smoothing=actor.label_smoothing)
-    task = Task("actor", learner, rows, tests, sequence_weights, loss, StatsRequest(("logp",)), notes)
+    task = Task("actor", learner, rows, tests, sequence_weights, loss, logps(config), notes)
     fit(task, cursor, num_steps, tokenizer, run)
+
+
+def logps(config: DPOConfig) -> StatsRequest:
+    return StatsRequest(("logp",), budget_mib=config.actor.logits_budget_mib)
 
 
 def with_reference(pairs: TokenBatch, config: DPOConfig, processes: Processes) -> TokenBatch:
@@ -47,5 +51,5 @@ def with_reference(pairs: TokenBatch, config: DPOConfig, processes: Processes) -
         return pairs.with_(ref_logp_T=torch.zeros_like(pairs.reward_T))
     reference, actor = config.ref_actor, config.actor
     worker = Worker(reference.model_name, actor.dtype, actor.ddp_size, processes, "ref_actor.model_name")
-    stats = worker.stats(pairs, StatsRequest(("logp",)), reference.max_inference_length_per_device)
+    stats = worker.stats(pairs, logps(config), reference.max_inference_length_per_device)
     return pairs.with_(ref_logp_T=stats.logp)

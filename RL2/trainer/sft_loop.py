@@ -34,5 +34,6 @@ def train(config: SFTConfig, run: Run) -> None:
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = run.number_of_steps(cursor)
     learner = Learner(actor, run.processes, num_steps, run.save_dir)
-    task = Task("actor", learner, rows, tests, weights, cross_entropy, StatsRequest(("logp",)), notes)
+    request = StatsRequest(("logp",), budget_mib=actor.logits_budget_mib)
+    task = Task("actor", learner, rows, tests, weights, cross_entropy, request, notes)
     fit(task, cursor, num_steps, tokenizer, run)

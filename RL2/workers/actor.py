@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from RL2.config import Actor as ActorConfig
+from RL2.config import ConfigError
 from RL2.config import RefActor as RefActorConfig
 from RL2.objectives.declare import Loss
 from RL2.objectives.table import configured
@@ -37,13 +39,18 @@ class Actor(Learner):
         self.objective = configured(config)
         # entropy is always reported, and logp watched against the engine's
         fields = tuple(dict.fromkeys((*self.objective.fields, "logp", "entropy")))
-        self.request = StatsRequest(fields, self.objective.top_k, config.temperature)
+        self.request = StatsRequest(fields, self.objective.top_k, config.temperature, config.logits_budget_mib)
+        if self.objective.top_k > (vocabulary := self.lm.config.vocab_size):
+            raise ConfigError(
+                f"actor.objective={config.objective} looks at {self.objective.top_k} tokens, and "
+                f"actor.model_name={config.model_name} has {vocabulary}"
+            )
 
     def stats_at_arrival(self, batch: TokenBatch) -> TokenBatch:
         """`batch` with the policy's log-probabilities, and what token selection looks at."""
         select = self.config.select
         fields = ["logp"] + ["entropy"] * (select.entropy_quantile > 0) + ["max_logp"] * select.not_mode
-        request = StatsRequest(tuple(fields), temperature=self.config.temperature)
+        request = replace(self.request, fields=tuple(fields), top_k=0)
         stats = self.stats(batch, request, self.config.max_inference_length_per_device)
         batch = batch.with_(old_logp_T=stats.logp)
         if select.entropy_quantile > 0:
@@ -77,9 +84,9 @@ class RefActor(Worker):
     def __init__(self, config: RefActorConfig, actor: ActorConfig, processes: Processes) -> None:
         super().__init__(config.model_name, actor.dtype, actor.ddp_size, processes, "ref_actor.model_name")
         self.policy.requires_grad_(False)
-        self.temperature, self.limit = actor.temperature, config.max_inference_length_per_device
+        self.request = StatsRequest(("logp",), temperature=actor.temperature, budget_mib=actor.logits_budget_mib)
+        self.limit = config.max_inference_length_per_device
 
     def logp(self, batch: TokenBatch) -> Tensor:
         """Log-probability of every sampled token under the reference, [T]."""
-        request = StatsRequest(("logp",), temperature=self.temperature)
-        return self.stats(batch, request, self.limit).logp
+        return self.stats(batch, self.request, self.limit).logp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,49 +21,47 @@ class Ledger:
     def __init__(self, optimizer: torch.optim.AdamW, served_dtype: torch.dtype) -> None:
         """`served_dtype`: what the forward pass, and an engine, round the stored weights to."""
         self.optimizer, self.served_dtype = optimizer, served_dtype
-        self.before: list[Tensor] = []
+        self.accounts: list[tuple[dict[str, Any], list[Tensor], Tensor]] = []
+        """Of each group: its settings, those of its parameters that have a gradient, and samples of them before."""
 
     def open(self) -> None:
         """Before the step."""
-        self.before = [_sample(p).clone() for group in self.optimizer.param_groups for p in group["params"]]
+        moving = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.optimizer.param_groups]
+        self.accounts = [(group, parameters, _samples(parameters)) for group, parameters in moving if parameters]
 
     def close(self, processes: Processes) -> dict[str, float]:
         """After the step (collective): changed_share of the stored weights, and update_ratio, the norm of what they
         changed by over the norm of the requested update, which is left out if that is 0. Where weights are served in
         another dtype, served_changed_share says how many of them changed there.
         """
-        sums = torch.zeros(5, dtype=torch.float64, device=self.before[0].device)
-        before = iter(self.before)
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                old, new = next(before), _sample(parameter)
-                asked = _requested(self.optimizer.state[parameter], group, old)
-                moved = new.double() - old.double()
-                served = new.to(self.served_dtype) != old.to(self.served_dtype)
-                counts = (new != old).sum(), torch.tensor(len(new), device=sums.device), served.sum()
-                sums += torch.stack([*counts, moved.square().sum(), asked.square().sum()]).double()
-        self.before = []
+        sums = torch.zeros(5, dtype=torch.float64, device=self.accounts[0][2].device)
+        for group, parameters, old in self.accounts:
+            new = _samples(parameters)
+            served = new.to(self.served_dtype) != old.to(self.served_dtype)
+            moved, asked = new.double() - old.double(), self._requested(group, parameters, old)
+            counts = (new != old).sum(), torch.ones_like(served).sum(), served.sum()
+            sums += torch.stack([*counts, moved.square().sum(), asked.square().sum()])
+        stored_dtype, self.accounts = old.dtype, []
         changed, number, served_changed, moved_sq, asked_sq = processes.sum(sums).tolist()
         metrics = {"changed_share": changed / number}
         if asked_sq > 0:
             metrics["update_ratio"] = (moved_sq / asked_sq) ** 0.5
-        if self.served_dtype != new.dtype:
+        if self.served_dtype != stored_dtype:
             metrics["served_changed_share"] = served_changed / number
         return metrics
 
+    def _requested(self, group: dict[str, Any], parameters: list[Tensor], old: Tensor) -> Tensor:
+        """The step of AdamW in float64, from its state after it (Loshchilov and Hutter 2019, algorithm 2)."""
+        states = [self.optimizer.state[parameter] for parameter in parameters]
+        steps = float(states[0]["step"])  # all have taken the same number
+        mean, square = (_samples([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
+        beta1, beta2 = group["betas"]
+        denominator = (square.double() / (1 - beta2**steps)).sqrt() + group["eps"]
+        decay = group["weight_decay"] * old.double()
+        return -group["lr"] * (mean.double() / (1 - beta1**steps) / denominator + decay)
 
-def _sample(x: Tensor) -> Tensor:
-    flat = (x.to_local() if isinstance(x, DTensor) else x).detach().reshape(-1)
-    return flat[:: max(1, len(flat) // SAMPLE)]
 
-
-def _requested(state: dict[str, Tensor], group: dict[str, Any], old: Tensor) -> Tensor:
-    """The step of AdamW in float64, from the optimizer's state after it (Loshchilov and Hutter 2019, algorithm 2)."""
-    if not state:  # it had no gradient
-        return torch.zeros_like(old, dtype=torch.float64)
-    mean, square = (_sample(state[name]).double() for name in ("exp_avg", "exp_avg_sq"))
-    beta1, beta2 = group["betas"]
-    steps = float(state["step"])
-    denominator = (square / (1 - beta2**steps)).sqrt() + group["eps"]
-    decay = group["weight_decay"] * old.double()
-    return -group["lr"] * (mean / (1 - beta1**steps) / denominator + decay)
+def _samples(tensors: Sequence[Tensor]) -> Tensor:
+    """Of each tensor of this process some elements, all laid end to end: few operations, whatever their number."""
+    flat = [(x.to_local() if isinstance(x, DTensor) else x).detach().reshape(-1) for x in tensors]
+    return torch.cat([x[:: max(1, len(x) // SAMPLE)] for x in flat])

@@ -5,8 +5,10 @@ The cases run once in this process and once in a pool of two; each test reads wh
 
 from __future__ import annotations
 
+import math
 import os
 import random
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -27,6 +30,7 @@ from RL2.packing import loss_weights, microbatches, pack
 from RL2.parallel.processes import Processes
 from RL2.types import Sequence, StatsRequest, TokenBatch, Trajectory
 from RL2.workers.actor import Actor
+from RL2.workers.worker import BrokenLaw
 
 TOLERANCE = 1e-6
 PROGRAMS = ("sft", "spo", "spo_0p5", "ppo")
@@ -82,6 +86,25 @@ def gradients(actor: Actor, batch: TokenBatch, max_tokens: int) -> Result:
     return {"metrics": metrics, "grads": grads}
 
 
+def stopped(actor: Actor, batch: TokenBatch, processes: Processes) -> Result:
+    """What is said on every process when a law is broken, and how many weights moved nevertheless."""
+    before, said = {name: whole(w) for name, w in actor.weights()}, {}
+    for what in ("engine", "statistics"):
+        if what == "engine":  # the engine's numbers are made up, so it is far from the trainer
+            actor.max_logprob_gap = 0.1
+        else:
+            actor.max_logprob_gap = math.inf
+            torch.nn.init.constant_(actor.lm.model.norm.weight, math.nan)
+            before["model.norm.weight"].fill_(math.nan)
+        try:
+            actor.update(batch)
+        except BrokenLaw as error:
+            said[what] = str(error)
+        actor.optimizer.zero_grad()
+    moved = sum(int((whole(w).nan_to_num() != before[n].nan_to_num()).sum()) for n, w in actor.weights())
+    return {"messages": processes.gather([said]), "moved": moved, "step": actor.steps}
+
+
 def whole(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
 
@@ -109,6 +132,7 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
             for _ in range(3):
                 actor.update(batch)
             results["after 3 steps"] = {"grads": {n: whole(w) for n, w in actor.weights()}, "metrics": {}}
+            results["stopped"] = stopped(actor, batch, processes)
     return results
 
 
@@ -240,6 +264,32 @@ def test_weights_are_whole_after_statistics(one: dict[str, Result], two: dict[st
 def test_weights_after_three_steps(one: dict[str, Result], two: dict[str, Result]) -> None:
     # Adam divides by the root of the second moment: where gradients are tiny, rounding is amplified
     assert_same(one["after 3 steps"], two["after 3 steps"], tolerance=1e-4)
+
+
+def test_a_broken_law_stops_every_process_before_the_step(
+    one: dict[str, Result], two: dict[str, Result], folder: Path
+) -> None:
+    for results, size in ((one, 1), (two, 2)):
+        result = results["stopped"]
+        step = result["step"]
+        assert result["moved"] == 0
+        assert len(result["messages"]) == size
+        assert all(said == result["messages"][0] for said in result["messages"])
+        saved = f"the step was not taken, and its batch is in {folder}/broken_law_step_{step}.safetensors"
+        engine, statistics = result["messages"][0]["engine"], result["messages"][0]["statistics"]
+        assert re.match(
+            rf"optimizer step {step}: trainer and engine are [0-9.]+ nats apart in the mean, more than "
+            r"trainer.max_logprob_gap=0.1: the largest is [0-9.]+ at action \d+ \(token \d+\) of sequence \d+; ",
+            engine,
+        )
+        law = r"-inf < logp <= 0 does not hold: nan at action 0 \(token (\d+)\) of sequence (\d+); "
+        where = re.search(law, statistics)
+        assert where is not None
+        token, own = int(where[1]), mixed().sequences([int(where[2])])
+        assert token == int(own.labels_T[own.action_T][0])
+        assert engine.endswith(saved) and statistics.endswith(saved)
+    batch = load_file(folder / f"broken_law_step_{one['stopped']['step']}.safetensors")
+    assert batch["token_ids_T"].shape == mixed().token_ids_T.shape
 
 
 def test_the_loss_is_the_sum_over_tokens(one: dict[str, Result], folder: Path) -> None:
