@@ -56,8 +56,9 @@ PositiveFloat = Annotated[float, Range(0, open_low=True)]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
-    path: str
-    """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`."""
+    path: str | None
+    """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`. null: no rows, the
+    environment's `reset` makes up tasks, new ones at each step; `trainer.max_steps` says when it is enough."""
     prompts_per_rollout: Count
     """Prompts of one training step."""
     responses_per_prompt: Count
@@ -67,9 +68,10 @@ class TrainData:
 @dataclass(frozen=True, kw_only=True)
 class TestData:
     path: str | None
-    """As `train_data.path`; null: no test."""
+    """As `train_data.path`; null: tasks that `reset` makes up, the same at each test."""
     prompts_per_rollout: Count | None
-    """Prompts in flight at once; the whole file is tested in any case. null: all at once."""
+    """Prompts in flight at once; the whole file is tested in any case. null: all at once. Without a file, how many
+    tasks are made up."""
     responses_per_prompt: Count
     """Samples of each prompt; the score is the mean over all."""
 
@@ -320,6 +322,11 @@ class Rollout:
     """Limit of one call of the environment; past it the trajectory is unscored."""
     dynamic_filtering: bool
     """Drop groups whose rewards are all equal (they carry no signal for a group baseline)."""
+    dynamic_filtering_rounds: Count
+    """Rounds of sampling in a step at most: each after the first rolls out as many further prompts as groups are
+    missing (DAPO's dynamic sampling, arXiv 2503.14476). 1: what is dropped is not replaced."""
+    overlong_filtering: bool
+    """Leave trajectories that ran into a length limit out of training, and so out of their group's mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,6 +400,11 @@ class RLConfig:
         """`trainer.max_logprob_gap` where the engine and the trainer have the same distribution."""
         return math.inf if self.rollout.train_sampling_params.is_cut else self.trainer.max_logprob_gap
 
+    @property
+    def tests(self) -> bool:
+        """There is something to test on."""
+        return self.test_data.path is not None or self.test_data.prompts_per_rollout is not None
+
     def __post_init__(self) -> None:
         actor, rollout = self.actor, self.rollout
         if rollout.model_name != actor.model_name:
@@ -448,8 +460,21 @@ class RLConfig:
                 "rollout.dynamic_filtering=true drops every group of one (train_data.responses_per_prompt=1); "
                 "set rollout.dynamic_filtering=false"
             )
-        if self.trainer.test_freq and self.test_data.path is None:
-            raise ConfigError(f"trainer.test_freq={self.trainer.test_freq} needs test_data.path")
+        if rollout.dynamic_filtering_rounds > 1 and not rollout.dynamic_filtering:
+            raise ConfigError(
+                f"rollout.dynamic_filtering_rounds={rollout.dynamic_filtering_rounds} has no effect with "
+                "rollout.dynamic_filtering=false"
+            )
+        if self.trainer.test_freq and not self.tests:
+            raise ConfigError(
+                f"trainer.test_freq={self.trainer.test_freq} needs test_data.path, or test_data.prompts_per_rollout "
+                "tasks that the environment makes up"
+            )
+        if self.train_data.path is None and self.trainer.max_steps is None:
+            raise ConfigError(
+                "train_data.path is not set; pass train_data.path=..., or trainer.max_steps=... for tasks that the "
+                "environment makes up"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

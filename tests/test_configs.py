@@ -63,7 +63,8 @@ def test_what_the_minimum_lacks_is_asked_for(program: str, missing: int) -> None
     key = given[missing].partition("=")[0]
     with pytest.raises(ConfigError) as caught:
         load(program, given[:missing] + given[missing + 1 :])
-    assert str(caught.value) == f"{key} is not set; pass {key}=..."
+    without_rows = ", or trainer.max_steps=... for tasks that the environment makes up"
+    assert str(caught.value) == f"{key} is not set; pass {key}=..." + without_rows * (key == "train_data.path")
 
 
 def test_every_program_has_a_yaml_and_a_module() -> None:
@@ -118,7 +119,15 @@ MISTAKES = [
     ("adv.overlong_buffer=17", "adv.overlong_buffer=17 is more than rollout.train_sampling_params.max_new_tokens=16"),
     ("adv.overlong_penalty=2", "adv.overlong_penalty has no effect with adv.overlong_buffer=0"),
     ("trainer.max_logprob_gap=0", "trainer.max_logprob_gap=0; must be above 0"),
-    ("trainer.test_freq=5", "trainer.test_freq=5 needs test_data.path"),
+    (
+        "trainer.test_freq=5",
+        "trainer.test_freq=5 needs test_data.path, or test_data.prompts_per_rollout tasks that the environment "
+        "makes up",
+    ),
+    (
+        "rollout.dynamic_filtering_rounds=2",
+        "rollout.dynamic_filtering_rounds=2 has no effect with rollout.dynamic_filtering=false",
+    ),
     (
         "actor.average_over=kept",
         "actor.average_over=kept has no effect: actor.train_on=all and actor.select keep everything",

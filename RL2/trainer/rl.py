@@ -7,9 +7,10 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from RL2.advantages import ADVANTAGES
-from RL2.config import RLConfig
+from RL2.config import ConfigError, RLConfig
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
@@ -17,15 +18,10 @@ from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_lengt
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
 from RL2.report import Metrics, Report
-from RL2.rollout.collect import (
-    drop_equal_groups,
-    raise_if_all_unscored,
-    rollout_metrics,
-    scored,
-    unscored_causes,
-)
-from RL2.rollout.environment import load_environment
+from RL2.rollout.collect import groups, made_up, raise_if_all_unscored, rollout_metrics, unscored_causes
+from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
+from RL2.rollout.filters import filter_metrics, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.trainer.run import Run
 from RL2.types import Prompt, TokenBatch, Trajectory
@@ -40,10 +36,7 @@ def train(config: RLConfig, run: Run) -> None:
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length_per_device + 1, max_length(config.actor.model_name))
-    prompts = load_prompts(config.train_data.path, tokenizer, environment.example, longest - 1)
-    tests = []
-    if trainer.test_freq is not None and config.test_data.path is not None:
-        tests = load_prompts(config.test_data.path, tokenizer, environment.example, longest - 1)
+    prompts, tests = tasks(config, tokenizer, environment, longest - 1)
     cursor = Cursor(len(prompts), config.train_data.prompts_per_rollout, trainer.seed)
     num_steps = run.number_of_steps(cursor)
 
@@ -71,11 +64,11 @@ def train(config: RLConfig, run: Run) -> None:
             metrics = test(tests, rollouts, config, step, report)
             clock.lap("test")
 
-        trajectories = sample([prompts[row] for row in cursor.next()], rollouts, config, step, report)
-        metrics |= rollout_metrics(trajectories, "train")
+        trajectories = sample(prompts, cursor, rollouts, config, step, report)
+        metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config.rollout)
         clock.lap("rollout")
 
-        batch = judge(pack(trainable(trajectories, config)), config, actor, ref_actor)
+        batch = judge(pack(trainable(trajectories, config.rollout)), config, actor, ref_actor)
         with report.bar(batch.num_sequences, "update") as bar:
             metrics |= actor.update(batch, bar.update)
         clock.lap("update")
@@ -106,12 +99,49 @@ def make_engine(config: RLConfig, actor: Actor, decode: Callable[[list[int]], st
     )
 
 
-def sample(prompts: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report) -> list[Trajectory]:
-    """The rollout of one step; some of it goes to samples.jsonl."""
-    number = config.train_data.responses_per_prompt
+def tasks(
+    config: RLConfig, tokenizer: PreTrainedTokenizerBase, environment: Environment, max_length: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """What is trained on, and what is tested on: rows of data, or tasks that the environment makes up."""
+
+    def read(path: str | None, number: int, seed: int | None, group: str) -> list[Prompt]:
+        if path is not None:
+            return load_prompts(path, tokenizer, environment.example, max_length)
+        if not environment.has_reset:
+            raise ConfigError(
+                f"{group}.path is not set, and {environment.path} has no `reset` that makes up tasks; "
+                f"pass {group}.path=..."
+            )
+        return made_up(number, seed)
+
+    train, test = config.train_data, config.test_data
+    prompts = read(train.path, train.prompts_per_rollout, None, "train_data")
+    if config.trainer.test_freq is None:
+        return prompts, []
+    return prompts, read(test.path, test.prompts_per_rollout or 0, config.trainer.seed, "test_data")
+
+
+def sample(
+    prompts: list[Prompt], cursor: Cursor, rollouts: Rollouts, config: RLConfig, step: int, report: Report
+) -> list[Trajectory]:
+    """The rollout of one step, with replacements of filtered groups; some of it goes to samples.jsonl."""
+    number, wanted = config.train_data.responses_per_prompt, config.train_data.prompts_per_rollout
     seed = config.trainer.seed * 1_000_000 + step  # a seed of its own for each step
-    with report.bar(len(prompts) * number, "rollout") as bar:
-        trajectories = rollouts.collect(prompts, config.rollout.train_sampling_params, number, seed, bar.update)
+    trajectories: list[Trajectory] = []
+    for _ in range(config.rollout.dynamic_filtering_rounds):
+        # equal on all processes, as all have all trajectories
+        drawn = cursor.next(wanted - len(groups(with_signal(trajectories, config.rollout))))
+        with report.bar(len(drawn) * number, "rollout") as bar:
+            trajectories += rollouts.collect(
+                [prompts[row] for row in drawn],
+                config.rollout.train_sampling_params,
+                number,
+                seed,
+                bar.update,
+                first_group=len(groups(trajectories)),
+            )
+        if len(groups(with_signal(trajectories, config.rollout))) == wanted:
+            break
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")
@@ -132,12 +162,6 @@ def test(tests: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, r
     raise_if_all_unscored(trajectories)
     report.samples(step, "test", trajectories[: config.trainer.samples_per_step])
     return rollout_metrics(trajectories, "test")
-
-
-def trainable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
-    """What may train: scored, and with dynamic filtering of a group whose rewards differ (if any group's do)."""
-    usable = scored(trajectories)
-    return (drop_equal_groups(usable) or usable) if config.rollout.dynamic_filtering else usable
 
 
 def judge(batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: RefActor | None) -> TokenBatch:
