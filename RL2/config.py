@@ -231,6 +231,8 @@ class Actor(TrainablePolicy):
     """What the sum is divided by: everything in the optimizer step (thesis 3.1) or only what trains (3.2)."""
     update_per_rollout: Count
     """Optimizer steps on one rollout."""
+    freeze_steps: Index
+    """Steps at the beginning in which only the critic learns (`adv.estimator=gae`)."""
     tis_coef: NonNegative
     """Cap of the importance weight exp(trainer logp - engine logp) on each token's loss; 0: no weights."""
     tis_level: Literal["token", "sequence"]
@@ -269,6 +271,20 @@ class DPOActor(TrainablePolicy):
         super().__post_init__()
         if self.loss != "sigmoid" and self.label_smoothing > 0:
             raise ConfigError(f"actor.label_smoothing={self.label_smoothing} has no effect with actor.loss={self.loss}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critic(Trainable):
+    """The value model of `adv.estimator=gae`; with another estimator none is loaded."""
+
+    max_inference_length_per_device: Count
+    """Tokens of one microbatch without gradients."""
+    avg_level: Literal["token", "sequence"]
+    """token: every token weighs the same. sequence: mean over each sequence's tokens, then over sequences."""
+    clip: PositiveFloat
+    """A value is not drawn further than this from what it was when the rollout arrived."""
+    update_per_rollout: Count
+    """Optimizer steps on one rollout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,13 +347,18 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage:
-    estimator: Literal["reinforce", "rloo", "spo"]
+    estimator: Literal["reinforce", "rloo", "spo", "gae"]
     """reinforce: reward minus the group's mean (Dr. GRPO). rloo: minus the mean of the group's others. spo: the reward
-    itself."""
+    itself. gae: what lies ahead minus what the critic expected (PPO)."""
+    gamma: Share
+    """gae: what a reward is worth one token earlier."""
+    lamda: Share
+    """gae: 1 looks at all rewards to come, 0 only at the next one and the critic's value of what follows it."""
     global_norm: bool
-    """reinforce: mean (and deviation) over the whole rollout instead of each group."""
+    """reinforce: mean (and deviation) over the whole rollout instead of each group. gae: minus the mean over all action
+    tokens of the rollout."""
     norm_var: bool
-    """reinforce: divide by the standard deviation (GRPO)."""
+    """reinforce: divide by the standard deviation (GRPO). gae: by that over all action tokens of the rollout."""
     overlong_buffer: Index
     """Over its last so many tokens before max_new_tokens a response pays for its length, linearly (DAPO); 0: never."""
     overlong_penalty: PositiveFloat
@@ -391,6 +412,7 @@ class RLConfig:
     test_data: TestData
     actor: Actor
     ref_actor: RefActor
+    critic: Critic
     rollout: Rollout
     adv: Advantage
     trainer: RLTrainer
@@ -430,17 +452,31 @@ class RLConfig:
                     f"rollout.{name}_sampling_params.max_new_tokens={new} does not fit into "
                     f"actor.max_length_per_device={actor.max_length_per_device}"
                 )
-        for name, limit in (("actor", actor), ("ref_actor", self.ref_actor)):
-            tokens = limit.max_inference_length_per_device
+        limits = {
+            "actor.max_inference_length_per_device": actor.max_inference_length_per_device,
+            "ref_actor.max_inference_length_per_device": self.ref_actor.max_inference_length_per_device,
+        }
+        if self.adv.estimator == "gae":
+            limits["critic.max_length_per_device"] = self.critic.max_length_per_device
+            limits["critic.max_inference_length_per_device"] = self.critic.max_inference_length_per_device
+        for key, tokens in limits.items():
             if tokens < actor.max_length_per_device:
                 raise ConfigError(
-                    f"{name}.max_inference_length_per_device={tokens} is less than "
+                    f"{key}={tokens} is less than "
                     f"actor.max_length_per_device={actor.max_length_per_device}, so a sequence may not fit"
                 )
-        if self.adv.estimator != "reinforce" and (self.adv.norm_var or self.adv.global_norm):
+        if self.adv.estimator not in ("reinforce", "gae") and (self.adv.norm_var or self.adv.global_norm):
             raise ConfigError(
                 f"adv.norm_var and adv.global_norm have no effect with adv.estimator={self.adv.estimator}"
             )
+        if self.adv.estimator != "gae":
+            for key, value, idle in (
+                ("adv.gamma", self.adv.gamma, 1),
+                ("adv.lamda", self.adv.lamda, 1),
+                ("actor.freeze_steps", actor.freeze_steps, 0),
+            ):
+                if value != idle:
+                    raise ConfigError(f"{key}={value} has no effect with adv.estimator={self.adv.estimator}")
         if self.adv.overlong_buffer > rollout.train_sampling_params.max_new_tokens:
             raise ConfigError(
                 f"adv.overlong_buffer={self.adv.overlong_buffer} is more than "
@@ -662,6 +698,8 @@ def check_here(config: Config) -> None:
         "trainer.use_tensorboard": ("tensorboard", "tensorboard", config.trainer.use_tensorboard),
         f"{group}.use_liger_kernel": ("liger_kernel", "liger", model.use_liger_kernel),
     }
+    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
+        packages["critic.use_liger_kernel"] = ("liger_kernel", "liger", config.critic.use_liger_kernel)
     for key, (package, extra, wanted) in packages.items():
         if wanted and not config.trainer.dry_run and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key}=true needs a package that is not installed: pip install 'rl2-spo[{extra}]'")

@@ -124,6 +124,9 @@ MISTAKES = [
         "trainer.test_freq=5 needs test_data.path, or test_data.prompts_per_rollout tasks that the environment "
         "makes up",
     ),
+    ("adv.gamma=0.9", "adv.gamma=0.9 has no effect with adv.estimator=reinforce"),
+    ("adv.lamda=0.9", "adv.lamda=0.9 has no effect with adv.estimator=reinforce"),
+    ("actor.freeze_steps=3", "actor.freeze_steps=3 has no effect with adv.estimator=reinforce"),
     (
         "rollout.dynamic_filtering_rounds=2",
         "rollout.dynamic_filtering_rounds=2 has no effect with rollout.dynamic_filtering=false",
@@ -186,6 +189,15 @@ def test_knobs_of_reinforce_are_refused_elsewhere(estimator: str, knob: str) -> 
     assert load("ppo", (*RL, f"adv.estimator={estimator}")).adv.estimator == estimator
     with pytest.raises(ConfigError, match=f"have no effect with adv.estimator={estimator}"):
         load("ppo", (*RL, f"adv.estimator={estimator}", f"adv.{knob}=true"))
+
+
+def test_the_critic_takes_after_the_actor_and_must_hold_its_sequences() -> None:
+    loaded = load("ppo", (*RL, "adv.estimator=gae", "critic.lr=1e-5", "actor.freeze_steps=3", "adv.lamda=0.95"))
+    assert (loaded.critic.model_name, loaded.critic.lr, loaded.critic.max_length_per_device) == ("model", 1e-5, 512)
+    for key in ("max_length_per_device", "max_inference_length_per_device"):
+        message = f"critic.{key}=100 is less than actor.max_length_per_device=512, so a sequence may not fit"
+        with pytest.raises(ConfigError, match=message):
+            load("ppo", (*RL, "adv.estimator=gae", f"critic.{key}=100", "critic.max_inference_length_per_device=100"))
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

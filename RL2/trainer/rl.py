@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from RL2.advantages import ADVANTAGES
+from RL2.advantages import ADVANTAGES, gae, whitened
 from RL2.config import ConfigError, RLConfig
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
@@ -26,12 +26,13 @@ from RL2.rollout.spread import Rollouts
 from RL2.trainer.run import Run
 from RL2.types import Prompt, TokenBatch, Trajectory
 from RL2.workers.actor import Actor, RefActor
+from RL2.workers.critic import Critic
 from RL2.workers.worker import compute_dtype
 
 
 def train(config: RLConfig, run: Run) -> None:
     """Roll out, judge, update, until the data has been seen `n_epochs` times."""
-    trainer, save_dir = config.trainer, run.save_dir
+    trainer = config.trainer
     tokenizer = load_tokenizer(config.actor.model_name)
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     # the last token of a sequence is only a label and takes no position
@@ -40,9 +41,7 @@ def train(config: RLConfig, run: Run) -> None:
     cursor = Cursor(len(prompts), config.train_data.prompts_per_rollout, trainer.seed)
     num_steps = run.number_of_steps(cursor)
 
-    updates = num_steps * config.actor.update_per_rollout
-    actor = Actor(config.actor, run.processes, updates, save_dir, config.logprob_gap_limit)
-    ref_actor = RefActor(config.ref_actor, config.actor, run.processes) if config.actor.kl.coef > 0 else None
+    actor, ref_actor, critic = make_workers(config, run, num_steps)
     engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids))
     rollouts = Rollouts(
         config.rollout,
@@ -54,7 +53,7 @@ def train(config: RLConfig, run: Run) -> None:
         processes=run.processes,
     )
     report = run.report(num_steps)
-    first_step = run.resume(actor, cursor, report)
+    first_step = run.resume(actor, cursor, report, critic)
 
     for step in range(first_step, num_steps):
         clock = Clock()
@@ -68,22 +67,40 @@ def train(config: RLConfig, run: Run) -> None:
         metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config.rollout)
         clock.lap("rollout")
 
-        batch = judge(pack(trainable(trajectories, config.rollout)), config, actor, ref_actor)
-        with report.bar(batch.num_sequences, "update") as bar:
-            metrics |= actor.update(batch, bar.update)
+        batch = judge(pack(trainable(trajectories, config.rollout)), config, actor, ref_actor, critic)
+        if critic is not None:
+            with report.bar(batch.num_sequences, "critic") as bar:
+                metrics |= critic.update(batch, bar.update)
+        if step >= config.actor.freeze_steps:
+            with report.bar(batch.num_sequences, "update") as bar:
+                metrics |= actor.update(batch, bar.update)
         clock.lap("update")
 
         report.step(step, metrics | clock.metrics(trajectories))
         if run.due(trainer.save_freq, step + 1):
-            run.save(step + 1, actor, cursor, tokenizer)
+            run.save(step + 1, actor, cursor, tokenizer, critic)
 
     engine.load_weights(actor.weights(), version=num_steps)
     if trainer.test_freq is not None:
         report.step(num_steps, test(tests, rollouts, config, num_steps, report))
-    run.export(actor, tokenizer)
+    run.export(actor, tokenizer, critic)
     engine.close()
     environment.close()
     report.close()
+
+
+def make_workers(config: RLConfig, run: Run, num_steps: int) -> tuple[Actor, RefActor | None, Critic | None]:
+    """The policy, and what its configuration asks for beside it."""
+    frozen, critic, ref_actor = config.actor.freeze_steps, None, None
+    if frozen >= num_steps > 0:
+        raise ConfigError(f"actor.freeze_steps={frozen} leaves none of the {num_steps} steps to the actor")
+    updates = (num_steps - frozen) * config.actor.update_per_rollout
+    actor = Actor(config.actor, run.processes, updates, run.save_dir, config.logprob_gap_limit)
+    if config.actor.kl.coef > 0:
+        ref_actor = RefActor(config.ref_actor, config.actor, run.processes)
+    if config.adv.estimator == "gae":
+        critic = Critic(config.critic, run.processes, num_steps * config.critic.update_per_rollout, run.save_dir)
+    return actor, ref_actor, critic
 
 
 def make_engine(config: RLConfig, actor: Actor, decode: Callable[[list[int]], str]) -> EmbeddedEngine:
@@ -164,8 +181,10 @@ def test(tests: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, r
     return rollout_metrics(trajectories, "test")
 
 
-def judge(batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: RefActor | None) -> TokenBatch:
-    """The rollout with what the update reads beside it: old and reference log-probabilities, and advantages."""
+def judge(
+    batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: RefActor | None, critic: Critic | None = None
+) -> TokenBatch:
+    """The rollout with what the update reads beside it: old and reference log-probabilities, values, advantages."""
     kl, adv, select = config.actor.kl, config.adv, config.actor.select
     kl_in_advantage = ref_actor is not None and kl.type != "loss"
     selects = select.not_mode or select.entropy_quantile > 0
@@ -188,8 +207,14 @@ def judge(batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: RefActor
             buffer=adv.overlong_buffer,
             penalty=adv.overlong_penalty,
         )
-    knobs = {"global_norm": adv.global_norm, "norm_var": adv.norm_var} if adv.estimator == "reinforce" else {}
-    advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
+    knobs = {"global_norm": adv.global_norm, "norm_var": adv.norm_var} if adv.estimator in ("reinforce", "gae") else {}
+    if critic is None:
+        advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
+    else:
+        value_T = critic.values(batch)
+        ahead_T = gae(batch.with_(reward_T=reward_T, value_T=value_T), gamma=adv.gamma, lamda=adv.lamda)
+        batch = batch.with_(value_T=value_T, return_T=ahead_T + value_T)
+        advantage_T = whitened(batch, ahead_T, **knobs)
     return batch.with_(advantage_T=advantage_T - cost_T)
 
 

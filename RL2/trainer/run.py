@@ -41,12 +41,12 @@ class Run:
             dashboards.append(TensorBoard(self.save_dir))
         return Report(self.save_dir, self.processes.is_first, num_steps, dashboards)
 
-    def resume(self, learner: Learner, cursor: Cursor, report: Report) -> int:
+    def resume(self, learner: Learner, cursor: Cursor, report: Report, critic: Learner | None = None) -> int:
         """Restore the checkpoint that the configuration names, if any; returns the step to begin with."""
         source = checkpoint.find(self.config.load_ckpt_from, self.save_dir)
         step = 0
         if source is not None:
-            step = checkpoint.load(source, learner, cursor, self.processes)
+            step = checkpoint.load(source, learner, cursor, self.processes, critic)
             report.say(f"resumed from {source}: step {step}")
         report.keep_before(step)
         if self.processes.is_first:
@@ -63,14 +63,27 @@ class Run:
         except ValueError as error:
             raise ConfigError(f"{error}; lower the batch or raise trainer.n_epochs") from error
 
-    def save(self, step: int, learner: Learner, cursor: Cursor, tokenizer: PreTrainedTokenizerBase) -> None:
+    def save(
+        self,
+        step: int,
+        learner: Learner,
+        cursor: Cursor,
+        tokenizer: PreTrainedTokenizerBase,
+        critic: Learner | None = None,
+    ) -> None:
         """A checkpoint to go on from at `step`, and the model as it is."""
-        checkpoint.save(self.save_dir, step, learner, cursor, self.processes)
-        self.export(learner, tokenizer)
+        checkpoint.save(self.save_dir, step, learner, cursor, self.processes, critic)
+        self.export(learner, tokenizer, critic)
 
-    def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The model in `save_dir/latest`, as `from_pretrained` of its class in transformers loads it."""
-        target, partial = self.save_dir / "latest", self.save_dir / "latest.partial"
+    def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase, critic: Learner | None = None) -> None:
+        """The model in `save_dir/latest`, and a critic in `save_dir/critic`."""
+        self.export_to("latest", learner, tokenizer)
+        if critic is not None:
+            self.export_to("critic", critic, tokenizer)
+
+    def export_to(self, name: str, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
+        """A model in `save_dir/NAME`, as `from_pretrained` of its class in transformers loads it."""
+        target, partial = self.save_dir / name, self.save_dir / f"{name}.partial"
         learner.export(tokenizer, partial)
         if self.processes.is_first:
             shutil.rmtree(target, ignore_errors=True)

@@ -94,6 +94,36 @@ class Fixed:
         return batch.with_(old_logp_T=self.logp(batch))
 
 
+@dataclass
+class FixedCritic:
+    """A critic that expects the same before each action."""
+
+    value: float
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        return torch.full(batch.labels_T.shape, self.value) * batch.action_T
+
+
+def test_gae_with_kl_in_the_rewards_and_the_returns_of_the_critic() -> None:
+    """Each token pays 0.5 * 2 and is expected to earn 0.25."""
+    batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
+    gae = config("adv.estimator=gae", "actor.kl.coef=0.5", "actor.kl.estimator=k1", "actor.kl.type=reward")
+    judged = judge(batch, gae, Fixed(-1.0), Fixed(-3.0), FixedCritic(0.25))  # type: ignore[arg-type]
+    assert judged.return_T is not None
+    assert judged.return_T[judged.action_T].tolist() == [-1, 0, -2, -1]
+    assert judged.advantage_T is not None
+    assert judged.advantage_T[judged.action_T].tolist() == [-1.25, -0.25, -2.25, -1.25]
+    assert torch.equal(judged.reward_T, batch.reward_T)
+
+    white = config("adv.estimator=gae", "adv.global_norm=true", "adv.norm_var=true")
+    judged = judge(batch, white, Fixed(-1.0), None, FixedCritic(0.25))  # type: ignore[arg-type]
+    assert judged.return_T is not None
+    assert judged.return_T[judged.action_T].tolist() == [1, 1, 0, 0]
+    assert judged.advantage_T is not None
+    half = 3**0.5 / 2  # deviations of a half, n - 1 = 3
+    assert judged.advantage_T[judged.action_T].tolist() == pytest.approx([half, half, -half, -half])
+
+
 def advantages(*overrides: str) -> tuple[Any, Tensor]:
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
     with_kl = config("actor.kl.coef=0.5", "actor.kl.estimator=k1", *overrides)
