@@ -132,6 +132,12 @@ def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
     return source
 
 
+def prune(save_dir: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints."""
+    for path in sorted(path for path in save_dir.glob("step_[0-9]*") if not path.suffix)[:-keep]:
+        shutil.rmtree(path)
+
+
 def set_aside_after(save_dir: Path, step: int) -> None:
     """Rename checkpoints of later steps: a run that goes on from `step` has another future, and `latest` is in it."""
     for path in save_dir.glob("step_[0-9]*"):

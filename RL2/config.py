@@ -386,6 +386,8 @@ class Trainer:
     """Everything the run writes: metrics, samples, checkpoints, and the model in `latest`."""
     save_freq: Count | None
     """Checkpoint every so many steps; null: only the final model."""
+    keep: Count | None
+    """How many of the newest checkpoints stay; null: all."""
     samples_per_step: Index
     """Trajectories written to samples.jsonl at each step."""
     use_wandb: bool
@@ -397,9 +399,19 @@ class Trainer:
     dry_run: bool
     """Resolve, check and print the configuration; load nothing."""
 
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.save_freq is None:
+            raise ConfigError(f"trainer.keep={self.keep} has no effect without trainer.save_freq")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RLTrainer(Trainer):
+    eval_only: bool
+    """Test the model, or the checkpoint of load_ckpt_from, and stop; save_dir is a new folder."""
+    keep_best: bool
+    """The model with the best test score so far is in save_dir/best."""
+    early_stop: bool
+    """Stop when the test score fell twice in a row."""
     max_logprob_gap: PositiveFloat
     """Limit of the mean abs(trainer's logp - engine's logp) over the trained tokens of an optimizer step, in nats;
     beyond it the run stops: the engine has other weights, or sees other tokens. Not watched where top_p or top_k cut
@@ -506,7 +518,17 @@ class RLConfig:
                 f"trainer.test_freq={self.trainer.test_freq} needs test_data.path, or test_data.prompts_per_rollout "
                 "tasks that the environment makes up"
             )
-        if self.train_data.path is None and self.trainer.max_steps is None:
+        if self.trainer.eval_only and self.trainer.load_ckpt_from == "latest":
+            raise ConfigError(
+                "trainer.load_ckpt_from=latest is of trainer.save_dir, and trainer.eval_only=true writes into a new "
+                "folder; name the checkpoint"
+            )
+        if self.trainer.eval_only and not self.tests:
+            raise ConfigError("trainer.eval_only=true needs test_data.path or test_data.prompts_per_rollout")
+        for name in ("keep_best", "early_stop"):
+            if getattr(self.trainer, name) and self.trainer.test_freq is None:
+                raise ConfigError(f"trainer.{name}=true has no effect without trainer.test_freq")
+        if self.train_data.path is None and self.trainer.max_steps is None and not self.trainer.eval_only:
             raise ConfigError(
                 "train_data.path is not set; pass train_data.path=..., or trainer.max_steps=... for tasks that the "
                 "environment makes up"

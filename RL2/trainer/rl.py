@@ -24,6 +24,7 @@ from RL2.rollout.episode import decode
 from RL2.rollout.filters import filter_metrics, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.trainer.run import Run
+from RL2.trainer.scores import Scores
 from RL2.types import Prompt, TokenBatch, Trajectory
 from RL2.workers.actor import Actor, RefActor
 from RL2.workers.critic import Critic
@@ -39,7 +40,7 @@ def train(config: RLConfig, run: Run) -> None:
     longest = min(config.actor.max_length_per_device + 1, max_length(config.actor.model_name))
     prompts, tests = tasks(config, tokenizer, environment, longest - 1)
     cursor = Cursor(len(prompts), config.train_data.prompts_per_rollout, trainer.seed)
-    num_steps = run.number_of_steps(cursor)
+    num_steps = 0 if trainer.eval_only else run.number_of_steps(cursor)
 
     actor, ref_actor, critic = make_workers(config, run, num_steps)
     engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids))
@@ -55,13 +56,21 @@ def train(config: RLConfig, run: Run) -> None:
     report = run.report(num_steps)
     first_step = run.resume(actor, cursor, report, critic)
 
-    for step in range(first_step, num_steps):
+    scores = Scores(run.processes.gather(report.values("test/score")))
+    last_step = first_step if trainer.eval_only else max(first_step, num_steps)
+
+    for step in range(first_step, last_step + 1):
         clock = Clock()
         engine.load_weights(actor.weights(), version=step)
         metrics: Metrics = {}
-        if run.due(trainer.test_freq, step):
+        if tests and (step == last_step or run.due(trainer.test_freq, step)):
             metrics = test(tests, rollouts, config, step, report)
+            scores.add(metrics["test/score"])
+            if trainer.keep_best and scores.newest_is_best:
+                run.export_to("best", actor, tokenizer)
             clock.lap("test")
+        if step == last_step or (trainer.early_stop and scores.fell_twice):
+            break
 
         trajectories = sample(prompts, cursor, rollouts, config, step, report)
         metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config.rollout)
@@ -80,10 +89,12 @@ def train(config: RLConfig, run: Run) -> None:
         if run.due(trainer.save_freq, step + 1):
             run.save(step + 1, actor, cursor, tokenizer, critic)
 
-    engine.load_weights(actor.weights(), version=num_steps)
-    if trainer.test_freq is not None:
-        report.step(num_steps, test(tests, rollouts, config, num_steps, report))
-    run.export(actor, tokenizer, critic)
+    if metrics:
+        report.step(step, metrics)
+    if step < last_step:
+        report.say(f"step {step}: the test score fell twice in a row, which is where trainer.early_stop ends the run")
+    if not trainer.eval_only:
+        run.export(actor, tokenizer, critic)
     engine.close()
     environment.close()
     report.close()
@@ -131,11 +142,14 @@ def tasks(
             )
         return made_up(number, seed)
 
-    train, test = config.train_data, config.test_data
-    prompts = read(train.path, train.prompts_per_rollout, None, "train_data")
-    if config.trainer.test_freq is None:
+    train, test, trainer = config.train_data, config.test_data, config.trainer
+    if train.path is None and trainer.eval_only:
+        prompts = made_up(train.prompts_per_rollout)  # of which none is played
+    else:
+        prompts = read(train.path, train.prompts_per_rollout, None, "train_data")
+    if trainer.test_freq is None and not trainer.eval_only:
         return prompts, []
-    return prompts, read(test.path, test.prompts_per_rollout or 0, config.trainer.seed, "test_data")
+    return prompts, read(test.path, test.prompts_per_rollout or 0, trainer.seed, "test_data")
 
 
 def sample(

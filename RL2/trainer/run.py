@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from RL2 import checkpoint
-from RL2.config import Config, ConfigError, show
+from RL2.config import Config, ConfigError, RLTrainer, show
 from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
 from RL2.parallel.processes import Processes
@@ -73,6 +73,8 @@ class Run:
     ) -> None:
         """A checkpoint to go on from at `step`, and the model as it is."""
         checkpoint.save(self.save_dir, step, learner, cursor, self.processes, critic)
+        if self.config.keep is not None and self.processes.is_first:
+            checkpoint.prune(self.save_dir, self.config.keep)
         self.export(learner, tokenizer, critic)
 
     def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase, critic: Learner | None = None) -> None:
@@ -107,7 +109,8 @@ def start(config: Config) -> Iterator[Run]:
     try:
         random.seed(trainer.seed)
         torch.manual_seed(trainer.seed)
-        if trainer.load_ckpt_from is None and (save_dir / "metrics.jsonl").exists():
+        goes_on = trainer.load_ckpt_from is not None and not (isinstance(trainer, RLTrainer) and trainer.eval_only)
+        if not goes_on and (save_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"trainer.save_dir={save_dir} already holds a run; go on with it (trainer.load_ckpt_from=latest) "
                 "or choose another trainer.save_dir"
