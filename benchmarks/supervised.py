@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps of each side after the warm-up")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side")
-    parser.add_argument("--max-length", type=int, default=4096, help="RL2: tokens of a microbatch")
+    parser.add_argument("--max-length", type=int, default=2048, help="RL2: tokens of a microbatch")
     parser.add_argument("--peer-batch", type=int, default=8, help="TRL: rows of a microbatch")
     parser.add_argument("--case", choices=CASES, help="only this case")
     for hidden in ("--side", "--folder"):

@@ -31,7 +31,7 @@ RL = (
 )
 
 
-PAIRS = ("data.path=rows.jsonl", "data.max_length=256", "data.batch_size=8")
+PAIRS = ("data.path=rows.jsonl", "data.max_length=256")
 RM = (*PAIRS, *(override.replace("actor.", "critic.") for override in MODEL))
 DPO = (*PAIRS, *MODEL)
 
@@ -134,9 +134,9 @@ def test_a_mistake_is_answered_with_the_override_to_change(override: str, messag
 
 
 SUPERVISED_MISTAKES = [
-    ("sft", ("trainer.test_freq=5",), "trainer.test_freq=5 needs data.test_path or data.test_share"),
-    ("rm", ("data.test_share=0.1",), "data.test_share=0.1 has no effect without trainer.test_freq"),
-    ("dpo", ("data.test_share=0.1", "data.test_path=a"), "data.test_path=a and data.test_share=0.1: choose one"),
+    ("sft", ("trainer.test_freq=5",), "trainer.test_freq=5 needs data.test_path or data.test_ratio"),
+    ("rm", ("data.test_ratio=0.1",), "data.test_ratio=0.1 has no effect without trainer.test_freq"),
+    ("dpo", ("data.test_ratio=0.1", "data.test_path=a"), "data.test_path=a and data.test_ratio=0.1: choose one"),
     ("sft", ("data.max_length=600",), "data.max_length=600 does not fit into actor.max_length_per_device=512"),
     (
         "rm",
