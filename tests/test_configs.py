@@ -182,7 +182,7 @@ def test_knobs_of_reinforce_are_refused_elsewhere(estimator: str, knob: str) -> 
 def test_a_file_that_is_not_there_is_named() -> None:
     named = {
         "ppo": ("rollout.env_path=envs/nothing.py", "train_data.path=nothing.parquet", "test_data.path=nothing.json"),
-        "sft": ("data.path=nothing.jsonl", "data.env_path=envs/nothing.py"),
+        "sft": ("data.path=nothing.jsonl", "data.test_path=nothing.csv", "data.env_path=envs/nothing.py"),
     }
     for program, overrides in named.items():
         for override in overrides:
