@@ -31,6 +31,7 @@ check: setup
 bench: setup ## side by side with the dense way and with TRL
 	$(BIN)/python benchmarks/token_stats.py
 	$(BIN)/python benchmarks/rl_step.py
+	$(BIN)/python benchmarks/supervised.py
 
 format: setup
 	$(BIN)/ruff format .

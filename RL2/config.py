@@ -83,7 +83,7 @@ class SupervisedData:
     dpo: {"prompt", "chosen", "rejected"} or {"chosen", "rejected"} as two lists of messages."""
     test_path: str | None
     """As `data.path`: what `trainer.test_freq` tests on."""
-    test_share: Annotated[float, Range(0, 0.999)]
+    test_ratio: Annotated[float, Range(0, 0.999)]
     """Or this share of the rows of `data.path`, drawn once, which is then not trained on; 0: none."""
     env_path: str | None
     """A script whose `example(row)` turns a raw row into one of these formats."""
@@ -94,15 +94,15 @@ class SupervisedData:
     """Rows of one optimizer step."""
 
     def __post_init__(self) -> None:
-        if self.test_path is not None and self.test_share > 0:
-            raise ConfigError(f"data.test_path={self.test_path} and data.test_share={self.test_share}: choose one")
+        if self.test_path is not None and self.test_ratio > 0:
+            raise ConfigError(f"data.test_path={self.test_path} and data.test_ratio={self.test_ratio}: choose one")
 
     def check(self, test_freq: int | None) -> None:
         """Raise `ConfigError` unless there is a test set where there are tests."""
-        if test_freq is not None and self.test_path is None and self.test_share == 0:
-            raise ConfigError(f"trainer.test_freq={test_freq} needs data.test_path or data.test_share")
-        if test_freq is None and self.test_share > 0:
-            raise ConfigError(f"data.test_share={self.test_share} has no effect without trainer.test_freq")
+        if test_freq is not None and self.test_path is None and self.test_ratio == 0:
+            raise ConfigError(f"trainer.test_freq={test_freq} needs data.test_path or data.test_ratio")
+        if test_freq is None and self.test_ratio > 0:
+            raise ConfigError(f"data.test_ratio={self.test_ratio} has no effect without trainer.test_freq")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,14 +27,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from rl_step import write_model
-from turns import Side, Steps, Turns, alternate
+from turns import Rows, Side, Steps, Turns, alternate, ratios, table
 
-ROWS, SHORTEST, LONGEST = 32, 20, 400
+NUM_ROWS, SHORTEST, LONGEST = 32, 20, 400
 LEARNING_RATE = 1e-5
 CASES = ("sft", "dpo")
 
@@ -58,8 +57,8 @@ def write_task(folder: Path, case: str) -> None:
         return found
 
     rows = []
-    for number in range(ROWS):
-        length = SHORTEST + (LONGEST - SHORTEST) * number // (ROWS - 1)
+    for number in range(NUM_ROWS):
+        length = SHORTEST + (LONGEST - SHORTEST) * number // (NUM_ROWS - 1)
         prompt = length // 2 if case == "dpo" else length // 4
         row = {"prompt": text(prompt)}
         longer, shorter = (text(n) for n in (length - prompt, rng.randint(5, max(6, length - prompt))))
@@ -99,10 +98,10 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     from RL2.objectives.path import cross_entropy
     from RL2.objectives.preference import dpo
     from RL2.ops.attention import PackedAttention
-    from RL2.packing import loss_weights, pack, sequence_weights
+    from RL2.packing import loss_weights, microbatches, pack, sequence_weights
     from RL2.parallel.processes import Processes
+    from RL2.trainer import supervised
     from RL2.trainer.dpo_loop import with_reference
-    from RL2.trainer.supervised import Rows
     from RL2.types import StatsRequest, TokenBatch
     from RL2.workers.worker import Learner
 
@@ -111,7 +110,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
         [
             f"data.path={folder}/rows.jsonl",
             "data.max_length=512",
-            f"data.batch_size={ROWS}",
+            f"data.batch_size={NUM_ROWS}",
             f"actor.model_name={folder}",
             f"actor.max_length_per_device={options.max_length}",
             "actor.gradient_checkpointing=false",
@@ -125,11 +124,11 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     loss: Callable[..., Any]
     weights: Callable[[TokenBatch], torch.Tensor]
     if options.case == "sft":
-        rows = Rows(pack(load_examples(config.data.path, tokenizer, None, 512)[0]), per_row=1)
+        rows = supervised.Rows(pack(load_examples(config.data.path, tokenizer, None, 512)[0]), per_row=1)
         loss, weights = cross_entropy, partial(loss_weights, train_on="all", level="token", average_over="all")
     else:
         pairs, _ = load_pairs(config.data.path, tokenizer, None, 512)
-        rows = Rows(with_reference(pack(as_responses(pairs)), config, processes), per_row=2)
+        rows = supervised.Rows(with_reference(pack(as_responses(pairs)), config, processes), per_row=2)
         loss, weights = partial(dpo, beta=0.1), sequence_weights
     learner = Learner(config.actor, processes, 1000, folder)
     computed = Positions(learner.lm)
@@ -138,9 +137,10 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
         return len(batch.token_ids_T) + batch.num_sequences  # the last token of a sequence takes no position
 
     while turns.wait():
-        batch = rows.draw(list(range(ROWS)))
+        batch = rows.draw(list(range(NUM_ROWS)))
         metrics = learner.step(batch.with_(weight_T=weights(batch)), loss, StatsRequest(("logp",)))
-        blocks = PackedAttention(batch.cu_seqlens).blocks
+        cuts = microbatches(batch, range(batch.num_sequences), options.max_length, 1)[0]
+        blocks = [block for ids in cuts for block in PackedAttention(batch.sequences(ids).cu_seqlens).blocks]
         padded = sum(number * length for number, length, _ in blocks)
         turns.answer(
             tokens=real(batch),
@@ -188,7 +188,7 @@ def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
         "use_cpu": True,
         "bf16": False,
         "per_device_train_batch_size": options.peer_batch,
-        "gradient_accumulation_steps": ROWS // options.peer_batch,
+        "gradient_accumulation_steps": NUM_ROWS // options.peer_batch,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "gradient_checkpointing": False,
@@ -234,39 +234,29 @@ def measure(case: str, options: argparse.Namespace) -> Steps:
         return alternate(sides, options.steps)
 
 
+ROWS: Rows = (
+    ("step, s", "step_s", "speedup", "{:.2f}"),
+    ("processor, s", "cpu_s", "cpu_speedup", "{:.2f}"),
+    ("memory of the steps, MB", "memory_mb", "memory_ratio", "{:.0f}"),
+)
+
+
 def compare(case: str, steps: Steps) -> dict[str, float]:
-    """Tokens a second of both sides, and how many times ours are theirs."""
-    mine, peer = steps["ours"], steps["theirs"]
-    rates = {name: median(step["tokens"] / step["step_s"] for step in steps[name]) for name in SIDES}
-    numbers = {
-        f"{case}_speedup": rates["ours"] / rates["theirs"],
-        f"{case}_tokens_per_s": rates["ours"],
-        f"peer_{case}_tokens_per_s": rates["theirs"],
-        f"{case}_cpu_speedup": median(s["cpu_s"] for s in peer) / median(s["cpu_s"] for s in mine),
-        f"{case}_tokens": mine[0]["tokens"],
-        f"peer_{case}_tokens": peer[0]["tokens"],
-        f"{case}_memory_mb": max(s["memory_mb"] for s in mine),
-        f"peer_{case}_memory_mb": max(s["memory_mb"] for s in peer),
-    }
+    """What `ratios` says, tokens a second and, of SFT, the utilisation."""
+    numbers = ratios(steps, "ours", "theirs", ROWS)
+    mine, peer = steps["ours"][0], steps["theirs"][0]
+    assert mine["tokens"] == peer["tokens"]
+    numbers |= {f"{who}tokens_per_s": mine["tokens"] / numbers[f"{who}step_s"] for who in ("", "peer_")}
+    print(table(case, "TRL", ROWS, numbers))
+    print("  {:<30}{:>10.0f}{:>10.0f}".format("tokens / s", numbers["tokens_per_s"], numbers["peer_tokens_per_s"]))
+    found = {f"{case}_{name}": value for name, value in numbers.items()}
     if case == "sft":
-        numbers |= {
-            "token_utilisation": mine[0]["utilisation"],
-            "attention_utilisation": mine[0]["attention_utilisation"],
-            "peer_token_utilisation": peer[0]["utilisation"],
-        }
-    return numbers
-
-
-def table(case: str, numbers: dict[str, float]) -> str:
-    rows = [("tokens a second", "tokens_per_s"), ("tokens a step", "tokens"), ("memory of the steps, MB", "memory_mb")]
-    lines = [f"{case:<28}{'RL2':>10}{'TRL':>10}"]
-    lines += [f"{title:<28}{numbers[f'{case}_{k}']:>10.0f}{numbers[f'peer_{case}_{k}']:>10.0f}" for title, k in rows]
-    if case == "sft":
-        mine, peer = numbers["token_utilisation"], numbers["peer_token_utilisation"]
-        lines.append(f"{'token utilisation':<28}{mine:>10.3f}{peer:>10.3f}")
-        lines.append(f"{'  in attention':<28}{numbers['attention_utilisation']:>10.3f}")
-    speedup, cpu = numbers[f"{case}_speedup"], numbers[f"{case}_cpu_speedup"]
-    return "\n".join([*lines, f"RL2 is {speedup:.2f} times as fast ({cpu:.2f} in processor time)"])
+        found |= {"token_utilisation": mine["utilisation"], "peer_token_utilisation": peer["utilisation"]}
+        found["attention_utilisation"] = mine["attention_utilisation"]
+        print("  {:<30}{:>10.3f}{:>10.3f}".format("token utilisation", mine["utilisation"], peer["utilisation"]))
+        print("  {:<30}{:>10.3f}".format("of attention's blocks", mine["attention_utilisation"]))
+    print(flush=True)
+    return found
 
 
 def main() -> None:
@@ -274,7 +264,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps of each side after the warm-up")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side")
-    parser.add_argument("--max-length", type=int, default=4096, help="RL2: tokens of a microbatch")
+    parser.add_argument("--max-length", type=int, default=2048, help="RL2: tokens of a microbatch")
     parser.add_argument("--peer-batch", type=int, default=8, help="TRL: rows of a microbatch")
     parser.add_argument("--case", choices=CASES, help="only this case")
     for hidden in ("--side", "--folder"):
@@ -289,9 +279,7 @@ def main() -> None:
     numbers: dict[str, float] = {}
     for case in CASES:
         if options.case in (None, case):
-            results = compare(case, measure(case, options))
-            print(table(case, results) + "\n", flush=True)
-            numbers |= results
+            numbers |= compare(case, measure(case, options))
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=2) + "\n")
 

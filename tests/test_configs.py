@@ -31,7 +31,7 @@ RL = (
 )
 
 
-PAIRS = ("data.path=rows.jsonl", "data.max_length=256", "data.batch_size=8")
+PAIRS = ("data.path=rows.jsonl", "data.max_length=256")
 RM = (*PAIRS, *(override.replace("actor.", "critic.") for override in MODEL))
 DPO = (*PAIRS, *MODEL)
 
@@ -150,9 +150,9 @@ def test_a_mistake_is_answered_with_the_override_to_change(override: str, messag
 
 
 SUPERVISED_MISTAKES = [
-    ("sft", ("trainer.test_freq=5",), "trainer.test_freq=5 needs data.test_path or data.test_share"),
-    ("rm", ("data.test_share=0.1",), "data.test_share=0.1 has no effect without trainer.test_freq"),
-    ("dpo", ("data.test_share=0.1", "data.test_path=a"), "data.test_path=a and data.test_share=0.1: choose one"),
+    ("sft", ("trainer.test_freq=5",), "trainer.test_freq=5 needs data.test_path or data.test_ratio"),
+    ("rm", ("data.test_ratio=0.1",), "data.test_ratio=0.1 has no effect without trainer.test_freq"),
+    ("dpo", ("data.test_ratio=0.1", "data.test_path=a"), "data.test_path=a and data.test_ratio=0.1: choose one"),
     ("sft", ("data.max_length=600",), "data.max_length=600 does not fit into actor.max_length_per_device=512"),
     (
         "rm",
@@ -207,7 +207,7 @@ def test_the_critic_takes_after_the_actor_and_must_hold_its_sequences() -> None:
 def test_a_file_that_is_not_there_is_named() -> None:
     named = {
         "ppo": ("rollout.env_path=envs/nothing.py", "train_data.path=nothing.parquet", "test_data.path=nothing.json"),
-        "sft": ("data.path=nothing.jsonl", "data.env_path=envs/nothing.py"),
+        "sft": ("data.path=nothing.jsonl", "data.test_path=nothing.csv", "data.env_path=envs/nothing.py"),
     }
     for program, overrides in named.items():
         for override in overrides:

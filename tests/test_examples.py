@@ -18,7 +18,9 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.sh"))
 DRY = ("trainer.dry_run=true", "trainer.experiment_name=renamed")
 
 SAYS = {
-    "sft": ("data", "rows through"),
+    "sft": ("data", "rows through", "test data"),
+    "rm": ("data", "rows through", "test data"),
+    "dpo": ("data", "rows through", "test data", "reference"),
     "ppo": ("train data", "test data", "environment", "engine", "objective"),
 }
 """Program -> the lines of a dry run; `ppo` stands for all of reinforcement learning."""

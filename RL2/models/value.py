@@ -35,7 +35,10 @@ class ValueModel(nn.Module):
         """`value`, float32 [number of action tokens]. `shared` is `batch.shared()`; the request can only be VALUE."""
         assert request == VALUE
         hidden_AD = hidden_of_actions(self.lm, batch, shared)
-        return {"value": self.lm.get_submodule("score")(hidden_AD)[:, 0].float()}
+        head = self.lm.get_submodule("score")
+        assert isinstance(head, nn.Linear)
+        # in half precision too the numbers themselves are float32: pairs differ by less than its steps
+        return {"value": hidden_AD.float() @ head.weight[0].float()}
 
 
 def load_value_model(model_name: str, dtype: torch.dtype, key: str) -> PreTrainedModel:
@@ -51,8 +54,9 @@ def load_value_model(model_name: str, dtype: torch.dtype, key: str) -> PreTraine
     except (OSError, RuntimeError) as error:  # nothing there; a classifier of several classes
         raise ConfigError(f"{key}={model_name}: {str(error).splitlines()[0]}") from error
     refuse_other_backbones(lm)
-    if not isinstance(getattr(lm, "score", None), nn.Linear):
-        raise ConfigError(f"{key}={model_name}: {type(lm).__name__} has no linear head called score")
+    head = getattr(lm, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ConfigError(f"{key}={model_name}: {type(lm).__name__} has no linear head called score, without a bias")
     return lm
 
 

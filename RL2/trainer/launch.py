@@ -50,7 +50,7 @@ def summary(program: str, config: Config) -> str:
     lines = [f"program      {program}", f"model        {trained(config)[1].model_name}"]
     if not isinstance(config, RLConfig):
         data = config.data
-        tested = describe(data.test_path) if data.test_path else f"a share of {data.test_share:g} of it"
+        tested = describe(data.test_path) if data.test_path else f"a share of {data.test_ratio:g} of it"
         lines += [f"data         {describe(data.path)}", f"rows through {data.env_path or 'as they are'}"]
         lines += [f"test data    {tested if config.trainer.test_freq else 'none'}"]
         if isinstance(config, DPOConfig):

@@ -104,11 +104,11 @@ def train_and_test(data: SupervisedData, read: Callable[[str], Rows]) -> tuple[R
     rows = read(data.path)
     if data.test_path is not None:
         return rows, read(data.test_path)
-    number = round(data.test_share * len(rows))
-    if data.test_share == 0:
+    number = round(data.test_ratio * len(rows))
+    if data.test_ratio == 0:
         return rows, None
     if not 0 < number < len(rows):
-        raise ConfigError(f"data.test_share={data.test_share} of {len(rows)} rows leaves none to test or to train on")
+        raise ConfigError(f"data.test_ratio={data.test_ratio} of {len(rows)} rows leaves none to test or to train on")
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
     train, test = (Rows(rows.draw(sorted(part)), rows.per_row) for part in (order[number:], order[:number]))
     return train, test

@@ -21,8 +21,8 @@ Runs = dict[str, Future[Run]]
 TESTS = ("trainer.test_freq=10", "trainer.save_freq=20")
 LEARNING = {
     "sft": ("trainer.max_steps=60", "actor.lr=5e-3", "data.batch_size=24", *TESTS),
-    "rm": ("trainer.max_steps=30", "critic.lr=2e-3", "data.test_share=0.25", *TESTS),
-    "dpo": ("trainer.max_steps=30", "actor.lr=1e-3", "data.test_share=0.25", *TESTS),
+    "rm": ("trainer.max_steps=30", "critic.lr=2e-3", "data.test_ratio=0.25", *TESTS),
+    "dpo": ("trainer.max_steps=30", "actor.lr=1e-3", "data.test_ratio=0.25", *TESTS),
 }
 
 
@@ -164,7 +164,7 @@ def test_a_policy_loads_in_transformers_with_equal_outputs(runs: Runs, world: Wo
 
 
 def held_out(number: int) -> list[int]:
-    """The rows of data.test_share=0.25: drawn once, for every run alike."""
+    """The rows of data.test_ratio=0.25: drawn once, for every run alike."""
     import numpy as np
 
     return sorted(np.random.default_rng(0).permutation(number).tolist()[: number // 4])

@@ -1,0 +1,63 @@
+"""How supervised programs come by their rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from RL2.config import ConfigError, SupervisedData
+from RL2.packing import pack
+from RL2.trainer.supervised import Rows, train_and_test
+from RL2.types import Sequence, Trajectory
+
+
+def pairs(number: int, first: int = 0) -> Rows:
+    """Token ids tell which row and side it is."""
+    trajectories = [
+        Trajectory(n, n, side, [Sequence([100 * (first + n) + side] * 3, [False, True, True], [0.0] * 3, [0.0] * 3)])
+        for n in range(number)
+        for side in (0, 1)
+    ]
+    return Rows(pack(trajectories), per_row=2)
+
+
+def rows_of(rows: Rows) -> set[int]:
+    return {token // 100 for token in rows.batch.token_ids_T.tolist()}
+
+
+def data(test_path: str | None = None, test_ratio: float = 0.0) -> SupervisedData:
+    return SupervisedData(
+        path="train", test_path=test_path, test_ratio=test_ratio, env_path=None, max_length=8, batch_size=2
+    )
+
+
+def test_a_row_that_is_drawn_twice_is_two_pairs() -> None:
+    rows = pairs(3)
+    assert len(rows) == 3
+    batch = rows.draw([2, 0, 2])
+    assert batch.token_ids_T[::2].tolist() == [200, 201, 0, 1, 200, 201]
+    assert batch.group_B.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_tests_are_another_file_or_rows_that_are_not_trained_on() -> None:
+    files = {"train": pairs(10), "test": pairs(2, first=50)}
+    train, test = train_and_test(data(), files.__getitem__)
+    assert (len(train), test) == (10, None)
+
+    train, test = train_and_test(data(test_path="test"), files.__getitem__)
+    assert test is not None
+    assert (rows_of(train), rows_of(test)) == (set(range(10)), {50, 51})
+
+    train, test = train_and_test(data(test_ratio=0.3), files.__getitem__)
+    assert test is not None
+    assert (len(train), len(test)) == (7, 3)
+    assert rows_of(train) | rows_of(test) == set(range(10))
+    again = train_and_test(data(test_ratio=0.3), files.__getitem__)[1]
+    assert again is not None
+    assert rows_of(again) == rows_of(test)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.99])
+def test_a_share_that_leaves_nothing_is_refused(ratio: float) -> None:
+    message = f"data.test_ratio={ratio} of 10 rows leaves none to test or to train on"
+    with pytest.raises(ConfigError, match=message):
+        train_and_test(data(test_ratio=ratio), lambda path: pairs(10))
