@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Open-Reasoner-Zero's mathematics with PPO as its authors ran it: a critic, no discount, no KL; needs rl2-spo[math].
+# Open-Reasoner-Zero's mathematics with PPO: a critic, no discount, no KL. Needs: pip install 'rl2-spo[math]'.
 # Hardware: written for one node of 8 GPUs with 80 GB each; NPROC=n takes n of them. Time and score: not measured.
 set -eu
 cd "$(dirname "$0")/.."
