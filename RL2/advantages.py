@@ -47,24 +47,44 @@ def gae(batch: TokenBatch, *, gamma: float, lamda: float) -> Tensor:
 
     A_t = d_t + gamma lamda A_(t+1), d_t = r_t + gamma V_(t+1) - V_t, where t + 1 is the next action token of the
     trajectory: what the environment says in between takes no step, and sequences of one trajectory follow each other.
-    After its last action there is nothing. The target of the critic is A_t + V_t.
+    After its last action there is nothing. A reward that stands at a token that is no action belongs to the last action
+    before it. The target of the critic is A_t + V_t.
     """
     assert batch.value_T is not None
     number_B = batch.trajectory_B.unique(return_inverse=True)[1]
-    action_A = batch.action_T.nonzero()[:, 0]
-    number_A, by_trajectory = number_B[batch.sequence_T[action_A]].sort(stable=True)
-    action_A = action_A[by_trajectory]
-    length_N = torch.bincount(number_A)
-    place_A = torch.arange(len(action_A), device=action_A.device) - (length_N.cumsum(0) - length_N)[number_A]
+    number_T, position_T = number_B[batch.sequence_T].sort(stable=True)
+    is_action_T = batch.action_T[position_T]
+    length_N = torch.zeros(len(number_B), dtype=torch.long, device=number_B.device)
+    length_N.index_add_(0, number_T, is_action_T.long())
+    # the number of the last action up to a token within its trajectory; -1 before the first
+    place_T = is_action_T.cumsum(0) - 1 - (length_N.cumsum(0) - length_N)[number_T]
+    action_A, place_A, number_A = (x[is_action_T] for x in (position_T, place_T, number_T))
     # [step, trajectory], with 0 after the end: there deltas, and so advantages, are 0
-    shape = (int(length_N.max()) + 1, len(length_N)) if len(action_A) else (1, 0)
+    shape = (int(length_N.max()) + 1, len(length_N))
     value_SN, reward_SN = (x.new_zeros(shape) for x in (batch.value_T, batch.reward_T))
-    value_SN[place_A, number_A], reward_SN[place_A, number_A] = batch.value_T[action_A], batch.reward_T[action_A]
+    value_SN[place_A, number_A] = batch.value_T[action_A]
+    begun_T = place_T >= 0
+    earned = batch.reward_T[position_T][begun_T]
+    reward_SN.index_put_((place_T[begun_T], number_T[begun_T]), earned, accumulate=True)
     advantage_SN = reward_SN - value_SN
     advantage_SN[:-1] += gamma * value_SN[1:]
     for step in range(shape[0] - 2, -1, -1):
         advantage_SN[step] += gamma * lamda * advantage_SN[step + 1]
     return torch.zeros_like(batch.value_T).index_copy_(0, action_A, advantage_SN[place_A, number_A])
+
+
+def whitened(batch: TokenBatch, advantage_T: Tensor, *, global_norm: bool, norm_var: bool) -> Tensor:
+    """Advantages over the action tokens of the whole rollout: minus their mean (`global_norm`), divided by their
+    standard deviation, n - 1 in its denominator (`norm_var`)."""
+    if not batch.action_T.any():
+        return advantage_T
+    mean = advantage_T[batch.action_T].mean()
+    variance = (advantage_T[batch.action_T] - mean).square().sum() / max(1, int(batch.action_T.sum()) - 1)
+    if global_norm:
+        advantage_T = advantage_T - mean
+    if norm_var:
+        advantage_T = advantage_T / (variance + 1e-8).sqrt()
+    return advantage_T * batch.action_T
 
 
 def spo(batch: TokenBatch) -> Tensor:

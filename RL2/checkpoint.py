@@ -38,7 +38,14 @@ class Learner(Protocol):
     def optimizer(self) -> torch.optim.Optimizer: ...
 
 
-def save(folder: Path, step: int, learner: Learner, cursor: Resumable, processes: Processes) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    learner: Learner,
+    cursor: Resumable,
+    processes: Processes,
+    critic: Learner | None = None,
+) -> Path:
     """Write `folder/step_NNNNNN` (collective): first beside it, then renamed, so a crash leaves the last one whole."""
     target = folder / f"step_{step:06d}"
     partial = target.with_suffix(".partial")
@@ -46,12 +53,15 @@ def save(folder: Path, step: int, learner: Learner, cursor: Resumable, processes
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     processes.wait()
-    model_state, optimizer_state = get_state_dict(learner.policy, learner.optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial / "state")
+    for name, each in _learners(learner, critic).items():
+        model_state, optimizer_state = get_state_dict(each.policy, each.optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial / name)
     save_file(_random_states(processes.device), partial / f"random_{processes.rank}.safetensors")
     processes.wait()
     if processes.is_first:
         notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict()}
+        if critic is not None:
+            notes["critic_steps"] = critic.steps
         (partial / "notes.json").write_text(json.dumps(notes, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
@@ -59,27 +69,16 @@ def save(folder: Path, step: int, learner: Learner, cursor: Resumable, processes
     return target
 
 
-def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes) -> int:
+def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes, critic: Learner | None = None) -> int:
     """Restore everything from the checkpoint folder `source` (collective); returns the step to go on with."""
     notes = json.loads((source / "notes.json").read_text())
-    model_state, optimizer_state = get_state_dict(learner.policy, learner.optimizer)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        dcp.load(state, checkpoint_id=source / "state")
-    except dcp.CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]  # of the first process that failed
-        raise ConfigError(f"trainer.load_ckpt_from={source} cannot be loaded: {str(cause) or repr(cause)}") from error
-    # dcp reads what the model asks for, and would leave the rest of a larger one unread
-    saved = dcp.FileSystemReader(source / "state").read_metadata().state_dict_metadata
-    if extra := {key for key in saved if key.startswith("model.")} - {f"model.{name}" for name in model_state}:
-        raise ConfigError(f"trainer.load_ckpt_from={source} is of a larger model: it has {min(extra)}")
-    knobs = [{k: v for k, v in group.items() if k != "params"} for group in learner.optimizer.param_groups]
-    set_state_dict(
-        learner.policy, learner.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    for group, own in zip(learner.optimizer.param_groups, knobs, strict=True):
-        group.update(own)  # the configuration's word counts, not the checkpoint's
+    if critic is not None and "critic_steps" not in notes:
+        raise ConfigError(f"trainer.load_ckpt_from={source} has no critic, which adv.estimator=gae needs")
+    for name, each in _learners(learner, critic).items():
+        _load_state(source, name, each)
     learner.steps = notes["optimizer_steps"]
+    if critic is not None:
+        critic.steps = notes["critic_steps"]
     try:
         cursor.load_state_dict(notes["cursor"])
     except ValueError as error:
@@ -88,6 +87,32 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
     if states.exists():  # more processes than the checkpoint had: theirs start from the seed
         _restore_random_states(load_file(states), processes.device)
     return notes["step"]
+
+
+def _learners(learner: Learner, critic: Learner | None) -> dict[str, Learner]:
+    """Folder of a checkpoint -> what is kept in it."""
+    return {"state": learner} if critic is None else {"state": learner, "critic": critic}
+
+
+def _load_state(source: Path, name: str, learner: Learner) -> None:
+    """Model and optimizer; the optimizer's settings stay those of the configuration."""
+    model_state, optimizer_state = get_state_dict(learner.policy, learner.optimizer)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        dcp.load(state, checkpoint_id=source / name)
+    except dcp.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]  # of the first process that failed
+        raise ConfigError(f"trainer.load_ckpt_from={source} cannot be loaded: {str(cause) or repr(cause)}") from error
+    # dcp reads what the model asks for, and would leave the rest of a larger one unread
+    saved = dcp.FileSystemReader(source / name).read_metadata().state_dict_metadata
+    if extra := {key for key in saved if key.startswith("model.")} - {f"model.{name}" for name in model_state}:
+        raise ConfigError(f"trainer.load_ckpt_from={source} is of a larger model: it has {min(extra)}")
+    knobs = [{k: v for k, v in group.items() if k != "params"} for group in learner.optimizer.param_groups]
+    set_state_dict(
+        learner.policy, learner.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    for group, own in zip(learner.optimizer.param_groups, knobs, strict=True):
+        group.update(own)  # the configuration's word counts, not the checkpoint's
 
 
 def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
@@ -105,6 +130,12 @@ def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
     if not (source / "notes.json").is_file():
         raise ConfigError(f"trainer.load_ckpt_from={source} is not a checkpoint (it has no notes.json)")
     return source
+
+
+def prune(save_dir: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints."""
+    for path in sorted(path for path in save_dir.glob("step_[0-9]*") if not path.suffix)[:-keep]:
+        shutil.rmtree(path)
 
 
 def set_aside_after(save_dir: Path, step: int) -> None:

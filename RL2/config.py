@@ -56,8 +56,9 @@ PositiveFloat = Annotated[float, Range(0, open_low=True)]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
-    path: str
-    """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`."""
+    path: str | None
+    """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`. null: no rows, the
+    environment's `reset` makes up tasks, new ones at each step; `trainer.max_steps` says when it is enough."""
     prompts_per_rollout: Count
     """Prompts of one training step."""
     responses_per_prompt: Count
@@ -67,9 +68,10 @@ class TrainData:
 @dataclass(frozen=True, kw_only=True)
 class TestData:
     path: str | None
-    """As `train_data.path`; null: no test."""
+    """As `train_data.path`; null: tasks that `reset` makes up, the same at each test."""
     prompts_per_rollout: Count | None
-    """Prompts in flight at once; the whole file is tested in any case. null: all at once."""
+    """Prompts in flight at once; the whole file is tested in any case. null: all at once. Without a file, how many
+    tasks are made up."""
     responses_per_prompt: Count
     """Samples of each prompt; the score is the mean over all."""
 
@@ -229,6 +231,8 @@ class Actor(TrainablePolicy):
     """What the sum is divided by: everything in the optimizer step (thesis 3.1) or only what trains (3.2)."""
     update_per_rollout: Count
     """Optimizer steps on one rollout."""
+    freeze_steps: Index
+    """Steps at the beginning in which only the critic learns (`adv.estimator=gae`)."""
     tis_coef: NonNegative
     """Cap of the importance weight exp(trainer logp - engine logp) on each token's loss; 0: no weights."""
     tis_level: Literal["token", "sequence"]
@@ -267,6 +271,20 @@ class DPOActor(TrainablePolicy):
         super().__post_init__()
         if self.loss != "sigmoid" and self.label_smoothing > 0:
             raise ConfigError(f"actor.label_smoothing={self.label_smoothing} has no effect with actor.loss={self.loss}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critic(Trainable):
+    """The value model of `adv.estimator=gae`; with another estimator none is loaded."""
+
+    max_inference_length_per_device: Count
+    """Tokens of one microbatch without gradients."""
+    avg_level: Literal["token", "sequence"]
+    """token: every token weighs the same. sequence: mean over each sequence's tokens, then over sequences."""
+    clip: PositiveFloat
+    """A value is not drawn further than this from what it was when the rollout arrived."""
+    update_per_rollout: Count
+    """Optimizer steps on one rollout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,17 +338,27 @@ class Rollout:
     """Limit of one call of the environment; past it the trajectory is unscored."""
     dynamic_filtering: bool
     """Drop groups whose rewards are all equal (they carry no signal for a group baseline)."""
+    dynamic_filtering_rounds: Count
+    """Rounds of sampling in a step at most: each after the first rolls out as many further prompts as groups are
+    missing (DAPO's dynamic sampling, arXiv 2503.14476). 1: what is dropped is not replaced."""
+    overlong_filtering: bool
+    """Leave trajectories that ran into a length limit out of training, and so out of their group's mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage:
-    estimator: Literal["reinforce", "rloo", "spo"]
+    estimator: Literal["reinforce", "rloo", "spo", "gae"]
     """reinforce: reward minus the group's mean (Dr. GRPO). rloo: minus the mean of the group's others. spo: the reward
-    itself."""
+    itself. gae: what lies ahead minus what the critic expected (PPO)."""
+    gamma: Share
+    """gae: what a reward is worth one token earlier."""
+    lamda: Share
+    """gae: 1 looks at all rewards to come, 0 only at the next one and the critic's value of what follows it."""
     global_norm: bool
-    """reinforce: mean (and deviation) over the whole rollout instead of each group."""
+    """reinforce: mean (and deviation) over the whole rollout instead of each group. gae: minus the mean over all action
+    tokens of the rollout."""
     norm_var: bool
-    """reinforce: divide by the standard deviation (GRPO)."""
+    """reinforce: divide by the standard deviation (GRPO). gae: by that over all action tokens of the rollout."""
     overlong_buffer: Index
     """Over its last so many tokens before max_new_tokens a response pays for its length, linearly (DAPO); 0: never."""
     overlong_penalty: PositiveFloat
@@ -358,6 +386,8 @@ class Trainer:
     """Everything the run writes: metrics, samples, checkpoints, and the model in `latest`."""
     save_freq: Count | None
     """Checkpoint every so many steps; null: only the final model."""
+    keep: Count | None
+    """How many of the newest checkpoints stay; null: all."""
     samples_per_step: Index
     """Trajectories written to samples.jsonl at each step."""
     use_wandb: bool
@@ -369,9 +399,19 @@ class Trainer:
     dry_run: bool
     """Resolve, check and print the configuration; load nothing."""
 
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.save_freq is None:
+            raise ConfigError(f"trainer.keep={self.keep} has no effect without trainer.save_freq")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RLTrainer(Trainer):
+    eval_only: bool
+    """Test the model, or the checkpoint of load_ckpt_from, and stop; save_dir is a new folder."""
+    keep_best: bool
+    """The model with the best test score so far is in save_dir/best."""
+    early_stop: bool
+    """Stop when the test score fell twice in a row."""
     max_logprob_gap: PositiveFloat
     """Limit of the mean abs(trainer's logp - engine's logp) over the trained tokens of an optimizer step, in nats;
     beyond it the run stops: the engine has other weights, or sees other tokens. Not watched where top_p or top_k cut
@@ -384,6 +424,7 @@ class RLConfig:
     test_data: TestData
     actor: Actor
     ref_actor: RefActor
+    critic: Critic
     rollout: Rollout
     adv: Advantage
     trainer: RLTrainer
@@ -392,6 +433,11 @@ class RLConfig:
     def logprob_gap_limit(self) -> float:
         """`trainer.max_logprob_gap` where the engine and the trainer have the same distribution."""
         return math.inf if self.rollout.train_sampling_params.is_cut else self.trainer.max_logprob_gap
+
+    @property
+    def tests(self) -> bool:
+        """There is something to test on."""
+        return self.test_data.path is not None or self.test_data.prompts_per_rollout is not None
 
     def __post_init__(self) -> None:
         actor, rollout = self.actor, self.rollout
@@ -418,17 +464,31 @@ class RLConfig:
                     f"rollout.{name}_sampling_params.max_new_tokens={new} does not fit into "
                     f"actor.max_length_per_device={actor.max_length_per_device}"
                 )
-        for name, limit in (("actor", actor), ("ref_actor", self.ref_actor)):
-            tokens = limit.max_inference_length_per_device
+        limits = {
+            "actor.max_inference_length_per_device": actor.max_inference_length_per_device,
+            "ref_actor.max_inference_length_per_device": self.ref_actor.max_inference_length_per_device,
+        }
+        if self.adv.estimator == "gae":
+            limits["critic.max_length_per_device"] = self.critic.max_length_per_device
+            limits["critic.max_inference_length_per_device"] = self.critic.max_inference_length_per_device
+        for key, tokens in limits.items():
             if tokens < actor.max_length_per_device:
                 raise ConfigError(
-                    f"{name}.max_inference_length_per_device={tokens} is less than "
+                    f"{key}={tokens} is less than "
                     f"actor.max_length_per_device={actor.max_length_per_device}, so a sequence may not fit"
                 )
-        if self.adv.estimator != "reinforce" and (self.adv.norm_var or self.adv.global_norm):
+        if self.adv.estimator not in ("reinforce", "gae") and (self.adv.norm_var or self.adv.global_norm):
             raise ConfigError(
                 f"adv.norm_var and adv.global_norm have no effect with adv.estimator={self.adv.estimator}"
             )
+        if self.adv.estimator != "gae":
+            for key, value, idle in (
+                ("adv.gamma", self.adv.gamma, 1),
+                ("adv.lamda", self.adv.lamda, 1),
+                ("actor.freeze_steps", actor.freeze_steps, 0),
+            ):
+                if value != idle:
+                    raise ConfigError(f"{key}={value} has no effect with adv.estimator={self.adv.estimator}")
         if self.adv.overlong_buffer > rollout.train_sampling_params.max_new_tokens:
             raise ConfigError(
                 f"adv.overlong_buffer={self.adv.overlong_buffer} is more than "
@@ -448,8 +508,31 @@ class RLConfig:
                 "rollout.dynamic_filtering=true drops every group of one (train_data.responses_per_prompt=1); "
                 "set rollout.dynamic_filtering=false"
             )
-        if self.trainer.test_freq and self.test_data.path is None:
-            raise ConfigError(f"trainer.test_freq={self.trainer.test_freq} needs test_data.path")
+        if rollout.dynamic_filtering_rounds > 1 and not rollout.dynamic_filtering:
+            raise ConfigError(
+                f"rollout.dynamic_filtering_rounds={rollout.dynamic_filtering_rounds} has no effect with "
+                "rollout.dynamic_filtering=false"
+            )
+        if self.trainer.test_freq and not self.tests:
+            raise ConfigError(
+                f"trainer.test_freq={self.trainer.test_freq} needs test_data.path, or test_data.prompts_per_rollout "
+                "tasks that the environment makes up"
+            )
+        if self.trainer.eval_only and self.trainer.load_ckpt_from == "latest":
+            raise ConfigError(
+                "trainer.load_ckpt_from=latest is of trainer.save_dir, and trainer.eval_only=true writes into a new "
+                "folder; name the checkpoint"
+            )
+        if self.trainer.eval_only and not self.tests:
+            raise ConfigError("trainer.eval_only=true needs test_data.path or test_data.prompts_per_rollout")
+        for name in ("keep_best", "early_stop"):
+            if getattr(self.trainer, name) and self.trainer.test_freq is None:
+                raise ConfigError(f"trainer.{name}=true has no effect without trainer.test_freq")
+        if self.train_data.path is None and self.trainer.max_steps is None and not self.trainer.eval_only:
+            raise ConfigError(
+                "train_data.path is not set; pass train_data.path=..., or trainer.max_steps=... for tasks that the "
+                "environment makes up"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -637,6 +720,8 @@ def check_here(config: Config) -> None:
         "trainer.use_tensorboard": ("tensorboard", "tensorboard", config.trainer.use_tensorboard),
         f"{group}.use_liger_kernel": ("liger_kernel", "liger", model.use_liger_kernel),
     }
+    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
+        packages["critic.use_liger_kernel"] = ("liger_kernel", "liger", config.critic.use_liger_kernel)
     for key, (package, extra, wanted) in packages.items():
         if wanted and not config.trainer.dry_run and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key}=true needs a package that is not installed: pip install 'rl2-spo[{extra}]'")

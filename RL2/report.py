@@ -58,6 +58,14 @@ class Report:
                 kept.write_bytes(b"".join(line for line in lines if json.loads(line)["step"] < step))
                 kept.replace(file)  # so that another interruption, here, loses nothing
 
+    def values(self, name: str) -> list[float]:
+        """What metrics.jsonl has of one metric, oldest first; on the first process."""
+        file = self.folder / "metrics.jsonl"
+        if not self.is_first or not file.exists():
+            return []
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [row[name] for row in rows if name in row]
+
     def step(self, step: int, metrics: Metrics) -> None:
         """One step's metrics: a console line, a line of metrics.jsonl, and the dashboards."""
         if not self.is_first:

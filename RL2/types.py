@@ -140,6 +140,8 @@ class TokenBatch:
     ref_logp_T: Tensor | None = None
     value_T: Tensor | None = None
     """The critic's estimate, before an action, of the rewards to come; elsewhere it means nothing."""
+    return_T: Tensor | None = None
+    """What the critic shall predict at an action: its advantage plus `value_T`."""
     advantage_T: Tensor | None = None
     weight_T: Tensor | None = None
 

@@ -171,7 +171,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     processes = Processes.start(config.trainer.timeout_s)
     tokenizer = load_tokenizer(config.actor.model_name)
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
-    prompts = load_prompts(config.train_data.path, tokenizer, environment.example, options.max_length)
+    prompts = load_prompts(str(config.train_data.path), tokenizer, environment.example, options.max_length)
     actor = Actor(config.actor, processes, 1000, folder)
     engine = make_engine(config, actor, lambda ids: str(tokenizer.decode(ids)))
     rollouts = Rollouts(
@@ -191,7 +191,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
         )
         metrics = rollout_metrics(trajectories, "train")
         rollout_s = time.perf_counter() - turns.begun
-        batch = judge(pack(trainable(trajectories, config)), config, actor, None)
+        batch = judge(pack(trainable(trajectories, config.rollout)), config, actor, None)
         metrics |= actor.update(batch)
         answer(turns, rollout_s, tokens=metrics["actor/tokens"], reward=metrics["train/reward"])
         step += 1

@@ -63,7 +63,8 @@ def test_what_the_minimum_lacks_is_asked_for(program: str, missing: int) -> None
     key = given[missing].partition("=")[0]
     with pytest.raises(ConfigError) as caught:
         load(program, given[:missing] + given[missing + 1 :])
-    assert str(caught.value) == f"{key} is not set; pass {key}=..."
+    without_rows = ", or trainer.max_steps=... for tasks that the environment makes up"
+    assert str(caught.value) == f"{key} is not set; pass {key}=..." + without_rows * (key == "train_data.path")
 
 
 def test_every_program_has_a_yaml_and_a_module() -> None:
@@ -118,7 +119,22 @@ MISTAKES = [
     ("adv.overlong_buffer=17", "adv.overlong_buffer=17 is more than rollout.train_sampling_params.max_new_tokens=16"),
     ("adv.overlong_penalty=2", "adv.overlong_penalty has no effect with adv.overlong_buffer=0"),
     ("trainer.max_logprob_gap=0", "trainer.max_logprob_gap=0; must be above 0"),
-    ("trainer.test_freq=5", "trainer.test_freq=5 needs test_data.path"),
+    (
+        "trainer.test_freq=5",
+        "trainer.test_freq=5 needs test_data.path, or test_data.prompts_per_rollout tasks that the environment "
+        "makes up",
+    ),
+    ("trainer.keep=2", "trainer.keep=2 has no effect without trainer.save_freq"),
+    ("trainer.keep_best=true", "trainer.keep_best=true has no effect without trainer.test_freq"),
+    ("trainer.early_stop=true", "trainer.early_stop=true has no effect without trainer.test_freq"),
+    ("trainer.eval_only=true", "trainer.eval_only=true needs test_data.path or test_data.prompts_per_rollout"),
+    ("adv.gamma=0.9", "adv.gamma=0.9 has no effect with adv.estimator=reinforce"),
+    ("adv.lamda=0.9", "adv.lamda=0.9 has no effect with adv.estimator=reinforce"),
+    ("actor.freeze_steps=3", "actor.freeze_steps=3 has no effect with adv.estimator=reinforce"),
+    (
+        "rollout.dynamic_filtering_rounds=2",
+        "rollout.dynamic_filtering_rounds=2 has no effect with rollout.dynamic_filtering=false",
+    ),
     (
         "actor.average_over=kept",
         "actor.average_over=kept has no effect: actor.train_on=all and actor.select keep everything",
@@ -177,6 +193,15 @@ def test_knobs_of_reinforce_are_refused_elsewhere(estimator: str, knob: str) -> 
     assert load("ppo", (*RL, f"adv.estimator={estimator}")).adv.estimator == estimator
     with pytest.raises(ConfigError, match=f"have no effect with adv.estimator={estimator}"):
         load("ppo", (*RL, f"adv.estimator={estimator}", f"adv.{knob}=true"))
+
+
+def test_the_critic_takes_after_the_actor_and_must_hold_its_sequences() -> None:
+    loaded = load("ppo", (*RL, "adv.estimator=gae", "critic.lr=1e-5", "actor.freeze_steps=3", "adv.lamda=0.95"))
+    assert (loaded.critic.model_name, loaded.critic.lr, loaded.critic.max_length_per_device) == ("model", 1e-5, 512)
+    for key in ("max_length_per_device", "max_inference_length_per_device"):
+        message = f"critic.{key}=100 is less than actor.max_length_per_device=512, so a sequence may not fit"
+        with pytest.raises(ConfigError, match=message):
+            load("ppo", (*RL, "adv.estimator=gae", f"critic.{key}=100", "critic.max_inference_length_per_device=100"))
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

@@ -19,9 +19,11 @@ class Cursor:
         self.drawn = 0
         self._epoch, self._order = -1, list[int]()
 
-    def next(self) -> list[int]:
-        batch = [self._row(n) for n in range(self.drawn, self.drawn + self.batch_size)]
-        self.drawn += self.batch_size
+    def next(self, number: int | None = None) -> list[int]:
+        """The next batch; or `number` rows, where some are to be replaced."""
+        number = self.batch_size if number is None else number
+        batch = [self._row(n) for n in range(self.drawn, self.drawn + number)]
+        self.drawn += number
         return batch
 
     def batches(self, n_epochs: int) -> int:

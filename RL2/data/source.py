@@ -67,8 +67,10 @@ def keys(row: Row) -> str:
     return ", ".join(map(str, row)) or "none"
 
 
-def describe(path: str) -> str:
-    """What `load_rows(path)` would read, without reading it."""
+def describe(path: str | None) -> str:
+    """What `load_rows(path)` would read, without reading it; null are tasks without rows."""
+    if path is None:
+        return "none, tasks are made up by the environment"
     if _is_file(path):
         return f"{path}: {Path(path).suffix[1:]} file, {_size(Path(path).stat().st_size)}"
     if "@" not in path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from RL2.config import UserError
 from RL2.engines.base import Engine
 from RL2.rollout.environment import Environment
-from RL2.rollout.episode import run_episode
+from RL2.rollout.episode import request_seed, run_episode
 from RL2.types import Prompt, Sampling, Trajectory
 
 if TYPE_CHECKING:
@@ -68,6 +68,17 @@ async def collect(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+def made_up(number: int, seed: int | None = None) -> list[Prompt]:
+    """Prompts without a text, for tasks that `reset` makes up: new ones in each rollout, or always those of `seed`."""
+    # rollouts have no seeds below 0, so what is tested on is not what was trained on
+    seeds = [{} if seed is None else {"seed": request_seed(-1 - seed, n, 0, 0) % 2**32} for n in range(number)]
+    return [Prompt(n, "", [], extra_info) for n, extra_info in enumerate(seeds)]
+
+
+def groups(trajectories: Seq[Trajectory]) -> set[int]:
+    return {trajectory.group for trajectory in trajectories}
 
 
 def scored(trajectories: Seq[Trajectory]) -> list[Trajectory]:

@@ -42,6 +42,7 @@ class Rollouts:
         responses_per_prompt: int,
         seed: int,
         progress: Callable[[int], None],
+        first_group: int = 0,
     ) -> list[Trajectory]:
         """`responses_per_prompt` trajectories of each prompt, in order, the same list on every process (collective)."""
         rank, size = self.processes.rank, self.processes.world_size
@@ -57,7 +58,7 @@ class Rollouts:
                 max_turns=self.config.max_turns,
                 max_length=self.max_length,
                 seed=seed,
-                first_group=first,
+                first_group=first_group + first,
                 progress=lambda done: progress(done * size),
             )
         )

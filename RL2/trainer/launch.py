@@ -60,7 +60,7 @@ def summary(program: str, config: Config) -> str:
     else:
         train, rollout = config.train_data, config.rollout
         lines += [f"train data   {describe(train.path)}"]
-        lines += [f"test data    {describe(config.test_data.path) if config.test_data.path else 'none'}"]
+        lines += [f"test data    {describe(config.test_data.path) if config.tests else 'none'}"]
         lines += [f"environment  {rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode"]
         lines += [f"engine       {rollout.engine}"]
         lines += [f"objective    {config.actor.objective}, advantages {config.adv.estimator}"]

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from RL2.advantages import ADVANTAGES
-from RL2.config import RLConfig
+from RL2.advantages import ADVANTAGES, gae, whitened
+from RL2.config import ConfigError, RLConfig
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
@@ -17,39 +18,31 @@ from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_lengt
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
 from RL2.report import Metrics, Report
-from RL2.rollout.collect import (
-    drop_equal_groups,
-    raise_if_all_unscored,
-    rollout_metrics,
-    scored,
-    unscored_causes,
-)
-from RL2.rollout.environment import load_environment
+from RL2.rollout.collect import groups, made_up, raise_if_all_unscored, rollout_metrics, unscored_causes
+from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
+from RL2.rollout.filters import filter_metrics, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.trainer.run import Run
+from RL2.trainer.scores import Scores
 from RL2.types import Prompt, TokenBatch, Trajectory
 from RL2.workers.actor import Actor, RefActor
+from RL2.workers.critic import Critic
 from RL2.workers.worker import compute_dtype
 
 
 def train(config: RLConfig, run: Run) -> None:
     """Roll out, judge, update, until the data has been seen `n_epochs` times."""
-    trainer, save_dir = config.trainer, run.save_dir
+    trainer = config.trainer
     tokenizer = load_tokenizer(config.actor.model_name)
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length_per_device + 1, max_length(config.actor.model_name))
-    prompts = load_prompts(config.train_data.path, tokenizer, environment.example, longest - 1)
-    tests = []
-    if trainer.test_freq is not None and config.test_data.path is not None:
-        tests = load_prompts(config.test_data.path, tokenizer, environment.example, longest - 1)
+    prompts, tests = tasks(config, tokenizer, environment, longest - 1)
     cursor = Cursor(len(prompts), config.train_data.prompts_per_rollout, trainer.seed)
-    num_steps = run.number_of_steps(cursor)
+    num_steps = 0 if trainer.eval_only else run.number_of_steps(cursor)
 
-    updates = num_steps * config.actor.update_per_rollout
-    actor = Actor(config.actor, run.processes, updates, save_dir, config.logprob_gap_limit)
-    ref_actor = RefActor(config.ref_actor, config.actor, run.processes) if config.actor.kl.coef > 0 else None
+    actor, ref_actor, critic = make_workers(config, run, num_steps)
     engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids))
     rollouts = Rollouts(
         config.rollout,
@@ -61,36 +54,64 @@ def train(config: RLConfig, run: Run) -> None:
         processes=run.processes,
     )
     report = run.report(num_steps)
-    first_step = run.resume(actor, cursor, report)
+    first_step = run.resume(actor, cursor, report, critic)
 
-    for step in range(first_step, num_steps):
+    scores = Scores(run.processes.gather(report.values("test/score")))
+    last_step = first_step if trainer.eval_only else max(first_step, num_steps)
+
+    for step in range(first_step, last_step + 1):
         clock = Clock()
         engine.load_weights(actor.weights(), version=step)
         metrics: Metrics = {}
-        if run.due(trainer.test_freq, step):
+        if tests and (step == last_step or run.due(trainer.test_freq, step)):
             metrics = test(tests, rollouts, config, step, report)
+            scores.add(metrics["test/score"])
+            if trainer.keep_best and scores.newest_is_best:
+                run.export_to("best", actor, tokenizer)
             clock.lap("test")
+        if step == last_step or (trainer.early_stop and scores.fell_twice):
+            break
 
-        trajectories = sample([prompts[row] for row in cursor.next()], rollouts, config, step, report)
-        metrics |= rollout_metrics(trajectories, "train")
+        trajectories = sample(prompts, cursor, rollouts, config, step, report)
+        metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config.rollout)
         clock.lap("rollout")
 
-        batch = judge(pack(trainable(trajectories, config)), config, actor, ref_actor)
-        with report.bar(batch.num_sequences, "update") as bar:
-            metrics |= actor.update(batch, bar.update)
+        batch = judge(pack(trainable(trajectories, config.rollout)), config, actor, ref_actor, critic)
+        if critic is not None:
+            with report.bar(batch.num_sequences, "critic") as bar:
+                metrics |= critic.update(batch, bar.update)
+        if step >= config.actor.freeze_steps:
+            with report.bar(batch.num_sequences, "update") as bar:
+                metrics |= actor.update(batch, bar.update)
         clock.lap("update")
 
         report.step(step, metrics | clock.metrics(trajectories))
         if run.due(trainer.save_freq, step + 1):
-            run.save(step + 1, actor, cursor, tokenizer)
+            run.save(step + 1, actor, cursor, tokenizer, critic)
 
-    engine.load_weights(actor.weights(), version=num_steps)
-    if trainer.test_freq is not None:
-        report.step(num_steps, test(tests, rollouts, config, num_steps, report))
-    run.export(actor, tokenizer)
+    if metrics:
+        report.step(step, metrics)
+    if step < last_step:
+        report.say(f"step {step}: the test score fell twice in a row, which is where trainer.early_stop ends the run")
+    if not trainer.eval_only:
+        run.export(actor, tokenizer, critic)
     engine.close()
     environment.close()
     report.close()
+
+
+def make_workers(config: RLConfig, run: Run, num_steps: int) -> tuple[Actor, RefActor | None, Critic | None]:
+    """The policy, and what its configuration asks for beside it."""
+    frozen, critic, ref_actor = config.actor.freeze_steps, None, None
+    if frozen >= num_steps > 0:
+        raise ConfigError(f"actor.freeze_steps={frozen} leaves none of the {num_steps} steps to the actor")
+    updates = (num_steps - frozen) * config.actor.update_per_rollout
+    actor = Actor(config.actor, run.processes, updates, run.save_dir, config.logprob_gap_limit)
+    if config.actor.kl.coef > 0:
+        ref_actor = RefActor(config.ref_actor, config.actor, run.processes)
+    if config.adv.estimator == "gae":
+        critic = Critic(config.critic, run.processes, num_steps * config.critic.update_per_rollout, run.save_dir)
+    return actor, ref_actor, critic
 
 
 def make_engine(config: RLConfig, actor: Actor, decode: Callable[[list[int]], str]) -> EmbeddedEngine:
@@ -106,12 +127,52 @@ def make_engine(config: RLConfig, actor: Actor, decode: Callable[[list[int]], st
     )
 
 
-def sample(prompts: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report) -> list[Trajectory]:
-    """The rollout of one step; some of it goes to samples.jsonl."""
-    number = config.train_data.responses_per_prompt
+def tasks(
+    config: RLConfig, tokenizer: PreTrainedTokenizerBase, environment: Environment, max_length: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """What is trained on, and what is tested on: rows of data, or tasks that the environment makes up."""
+
+    def read(path: str | None, number: int, seed: int | None, group: str) -> list[Prompt]:
+        if path is not None:
+            return load_prompts(path, tokenizer, environment.example, max_length)
+        if not environment.has_reset:
+            raise ConfigError(
+                f"{group}.path is not set, and {environment.path} has no `reset` that makes up tasks; "
+                f"pass {group}.path=..."
+            )
+        return made_up(number, seed)
+
+    train, test, trainer = config.train_data, config.test_data, config.trainer
+    if train.path is None and trainer.eval_only:
+        prompts = made_up(train.prompts_per_rollout)  # of which none is played
+    else:
+        prompts = read(train.path, train.prompts_per_rollout, None, "train_data")
+    if trainer.test_freq is None and not trainer.eval_only:
+        return prompts, []
+    return prompts, read(test.path, test.prompts_per_rollout or 0, trainer.seed, "test_data")
+
+
+def sample(
+    prompts: list[Prompt], cursor: Cursor, rollouts: Rollouts, config: RLConfig, step: int, report: Report
+) -> list[Trajectory]:
+    """The rollout of one step, with replacements of filtered groups; some of it goes to samples.jsonl."""
+    number, wanted = config.train_data.responses_per_prompt, config.train_data.prompts_per_rollout
     seed = config.trainer.seed * 1_000_000 + step  # a seed of its own for each step
-    with report.bar(len(prompts) * number, "rollout") as bar:
-        trajectories = rollouts.collect(prompts, config.rollout.train_sampling_params, number, seed, bar.update)
+    trajectories: list[Trajectory] = []
+    for _ in range(config.rollout.dynamic_filtering_rounds):
+        # equal on all processes, as all have all trajectories
+        drawn = cursor.next(wanted - len(groups(with_signal(trajectories, config.rollout))))
+        with report.bar(len(drawn) * number, "rollout") as bar:
+            trajectories += rollouts.collect(
+                [prompts[row] for row in drawn],
+                config.rollout.train_sampling_params,
+                number,
+                seed,
+                bar.update,
+                first_group=len(groups(trajectories)),
+            )
+        if len(groups(with_signal(trajectories, config.rollout))) == wanted:
+            break
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")
@@ -134,14 +195,10 @@ def test(tests: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, r
     return rollout_metrics(trajectories, "test")
 
 
-def trainable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
-    """What may train: scored, and with dynamic filtering of a group whose rewards differ (if any group's do)."""
-    usable = scored(trajectories)
-    return (drop_equal_groups(usable) or usable) if config.rollout.dynamic_filtering else usable
-
-
-def judge(batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: RefActor | None) -> TokenBatch:
-    """The rollout with what the update reads beside it: old and reference log-probabilities, and advantages."""
+def judge(
+    batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: RefActor | None, critic: Critic | None = None
+) -> TokenBatch:
+    """The rollout with what the update reads beside it: old and reference log-probabilities, values, advantages."""
     kl, adv, select = config.actor.kl, config.adv, config.actor.select
     kl_in_advantage = ref_actor is not None and kl.type != "loss"
     selects = select.not_mode or select.entropy_quantile > 0
@@ -164,8 +221,14 @@ def judge(batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: RefActor
             buffer=adv.overlong_buffer,
             penalty=adv.overlong_penalty,
         )
-    knobs = {"global_norm": adv.global_norm, "norm_var": adv.norm_var} if adv.estimator == "reinforce" else {}
-    advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
+    knobs = {"global_norm": adv.global_norm, "norm_var": adv.norm_var} if adv.estimator in ("reinforce", "gae") else {}
+    if critic is None:
+        advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
+    else:
+        value_T = critic.values(batch)
+        ahead_T = gae(batch.with_(reward_T=reward_T, value_T=value_T), gamma=adv.gamma, lamda=adv.lamda)
+        batch = batch.with_(value_T=value_T, return_T=ahead_T + value_T)
+        advantage_T = whitened(batch, ahead_T, **knobs)
     return batch.with_(advantage_T=advantage_T - cost_T)
 
 

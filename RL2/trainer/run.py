@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from RL2 import checkpoint
-from RL2.config import Config, ConfigError, show
+from RL2.config import Config, ConfigError, RLTrainer, show
 from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
 from RL2.parallel.processes import Processes
@@ -41,12 +41,12 @@ class Run:
             dashboards.append(TensorBoard(self.save_dir))
         return Report(self.save_dir, self.processes.is_first, num_steps, dashboards)
 
-    def resume(self, learner: Learner, cursor: Cursor, report: Report) -> int:
+    def resume(self, learner: Learner, cursor: Cursor, report: Report, critic: Learner | None = None) -> int:
         """Restore the checkpoint that the configuration names, if any; returns the step to begin with."""
         source = checkpoint.find(self.config.load_ckpt_from, self.save_dir)
         step = 0
         if source is not None:
-            step = checkpoint.load(source, learner, cursor, self.processes)
+            step = checkpoint.load(source, learner, cursor, self.processes, critic)
             report.say(f"resumed from {source}: step {step}")
         report.keep_before(step)
         if self.processes.is_first:
@@ -63,14 +63,29 @@ class Run:
         except ValueError as error:
             raise ConfigError(f"{error}; lower the batch or raise trainer.n_epochs") from error
 
-    def save(self, step: int, learner: Learner, cursor: Cursor, tokenizer: PreTrainedTokenizerBase) -> None:
+    def save(
+        self,
+        step: int,
+        learner: Learner,
+        cursor: Cursor,
+        tokenizer: PreTrainedTokenizerBase,
+        critic: Learner | None = None,
+    ) -> None:
         """A checkpoint to go on from at `step`, and the model as it is."""
-        checkpoint.save(self.save_dir, step, learner, cursor, self.processes)
-        self.export(learner, tokenizer)
+        checkpoint.save(self.save_dir, step, learner, cursor, self.processes, critic)
+        if self.config.keep is not None and self.processes.is_first:
+            checkpoint.prune(self.save_dir, self.config.keep)
+        self.export(learner, tokenizer, critic)
 
-    def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The model in `save_dir/latest`, as `from_pretrained` of its class in transformers loads it."""
-        target, partial = self.save_dir / "latest", self.save_dir / "latest.partial"
+    def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase, critic: Learner | None = None) -> None:
+        """The model in `save_dir/latest`, and a critic in `save_dir/critic`."""
+        self.export_to("latest", learner, tokenizer)
+        if critic is not None:
+            self.export_to("critic", critic, tokenizer)
+
+    def export_to(self, name: str, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
+        """A model in `save_dir/NAME`, as `from_pretrained` of its class in transformers loads it."""
+        target, partial = self.save_dir / name, self.save_dir / f"{name}.partial"
         learner.export(tokenizer, partial)
         if self.processes.is_first:
             shutil.rmtree(target, ignore_errors=True)
@@ -94,7 +109,8 @@ def start(config: Config) -> Iterator[Run]:
     try:
         random.seed(trainer.seed)
         torch.manual_seed(trainer.seed)
-        if trainer.load_ckpt_from is None and (save_dir / "metrics.jsonl").exists():
+        goes_on = trainer.load_ckpt_from is not None and not (isinstance(trainer, RLTrainer) and trainer.eval_only)
+        if not goes_on and (save_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"trainer.save_dir={save_dir} already holds a run; go on with it (trainer.load_ckpt_from=latest) "
                 "or choose another trainer.save_dir"

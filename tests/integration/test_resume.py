@@ -33,12 +33,26 @@ CASES = {
         "trainer.test_freq=3",
     ),
     "spo": ("actor.warmup_ratio=0.5", "actor.scheduler=cosine", "trainer.save_freq=2", "trainer.test_freq=4"),
+    # with a critic, and with groups that are replaced
+    "ppo with gae": (
+        "adv.estimator=gae",
+        "adv.lamda=0.9",
+        "actor.freeze_steps=2",
+        "critic.lr=1e-3",
+        "critic.warmup_ratio=0.5",
+        "rollout.dynamic_filtering=true",
+        "rollout.dynamic_filtering_rounds=3",
+        "train_data.responses_per_prompt=2",
+        "trainer.save_freq=1",
+        "trainer.test_freq=4",
+    ),
 }
 
 
-@pytest.mark.parametrize("program", CASES)
-def test_a_killed_run_ends_as_an_uninterrupted_one(program: str, world: World) -> None:
-    settings = (*CASES[program], "trainer.max_steps=8", f"test_data.path={world.root}/rl.jsonl")
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_ends_as_an_uninterrupted_one(case: str, world: World) -> None:
+    program = case.split()[0]
+    settings = (*CASES[case], "trainer.max_steps=8", f"test_data.path={world.root}/rl.jsonl")
     whole, killed = world.start(program, *settings), world.start(program, *settings)
 
     first = json.loads(wait_for_line(killed.save_dir / "metrics.jsonl", killed))
@@ -51,6 +65,8 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(program: str, world: World) -
 
     again = world.run(program, *settings, "trainer.load_ckpt_from=latest", save_dir=killed.save_dir).succeeded()
     assert again.weights.read_bytes() == whole.weights.read_bytes()
+    for critic in whole.save_dir.glob("critic/*.safetensors"):
+        assert (again.save_dir / "critic" / critic.name).read_bytes() == critic.read_bytes()
     assert without_times(again.metrics) == without_times(whole.metrics)
     assert again.samples == whole.samples
     assert [row["step"] for row in again.metrics] == list(range(9))
@@ -98,6 +114,23 @@ def test_model_optimizer_cursor_and_random_numbers_come_back(saved: tuple[Path, 
         trained.step()
     for weight, expected in zip(other.policy.parameters(), learner.policy.parameters(), strict=True):
         assert torch.equal(weight, expected)
+
+
+def test_a_critic_comes_back_too_and_is_missed(tmp_path: Path, processes: Processes) -> None:
+    actor, critic, cursor = Small(2, 3, 1), Small(2, 1), Cursor(10, 4, seed=0)
+    critic.step()
+    with_critic = checkpoint.save(tmp_path, 1, actor, cursor, processes, critic)
+    other = Small(2, 1)
+    checkpoint.load(with_critic, Small(2, 3, 1), cursor, processes, other)
+    assert other.steps == 1
+    for trained in (critic, other):
+        trained.step()
+    for weight, expected in zip(other.policy.parameters(), critic.policy.parameters(), strict=True):
+        assert torch.equal(weight, expected)
+
+    alone = checkpoint.save(tmp_path, 2, actor, cursor, processes)
+    with pytest.raises(ConfigError, match=r"step_000002 has no critic, which adv.estimator=gae needs"):
+        checkpoint.load(alone, actor, cursor, processes, critic)
 
 
 def test_latest_is_the_newest_whole_checkpoint(tmp_path: Path) -> None:

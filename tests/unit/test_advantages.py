@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import pytest
 import torch
 
-from RL2.advantages import gae, reinforce, rloo
+from RL2.advantages import gae, reinforce, rloo, whitened
 from RL2.packing import pack
 from RL2.types import Sequence, TokenBatch, Trajectory
 
@@ -108,3 +108,28 @@ def test_gae_without_discount_is_what_lies_ahead_minus_the_value() -> None:
 def test_gae_of_no_action_is_nothing() -> None:
     batch = pack([Trajectory(0, 0, 0, [Sequence([0] * 3, [False] * 3, [0.0] * 3, [0.0] * 3)])])
     assert gae(batch.with_(value_T=torch.ones(2)), gamma=1.0, lamda=1.0).tolist() == [0, 0]
+
+
+def test_gae_credits_a_reward_of_given_tokens_to_the_action_before() -> None:
+    """The second turn trains nothing, but its reward counts; one before the first action is nobody's."""
+    mask = [False, True, True, False, False, True, False]
+    rewards = [0.0, 0.0, 1.0, 0.0, 5.0, 0.0, 2.0]
+    batch = pack([Trajectory(0, 0, 0, [Sequence([0] * 7, mask, [0.0] * 7, rewards)])])
+    batch = batch.with_(value_T=torch.zeros(6))
+    assert gae(batch, gamma=1.0, lamda=1.0).tolist() == [8, 8, 0, 0, 2, 0]
+    assert gae(batch, gamma=0.5, lamda=1.0).tolist() == [0 + 6 / 2 + 2 / 4, 6 + 2 / 2, 0, 0, 2, 0]
+    given = pack(
+        [Trajectory(0, 0, 0, [Sequence([0] * 4, [False, False, True, True], [0.0] * 4, [0.0, 3.0, 0.0, 1.0])])]
+    )
+    assert gae(given.with_(value_T=torch.zeros(3)), gamma=1.0, lamda=1.0).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(("global_norm", "norm_var"), [(False, False), (True, False), (False, True), (True, True)])
+def test_whitening_is_over_all_action_tokens(global_norm: bool, norm_var: bool) -> None:
+    batch = random_episodes()
+    raw_T = torch.where(batch.action_T, batch.value_T * 3 + 1, 0)  # type: ignore[operator]
+    values = raw_T[batch.action_T].tolist()
+    found_T = whitened(batch, raw_T, global_norm=global_norm, norm_var=norm_var)
+    shift, scale = mean(values) if global_norm else 0.0, stdev(values) if norm_var else 1.0
+    assert found_T[batch.action_T].tolist() == pytest.approx([(x - shift) / scale for x in values], rel=1e-7)
+    assert not found_T[~batch.action_T].any()

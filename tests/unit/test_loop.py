@@ -9,7 +9,9 @@ from torch import Tensor
 
 from RL2.config import RLConfig, load
 from RL2.packing import pack
-from RL2.trainer.rl import judge, trainable
+from RL2.rollout.collect import NothingScored
+from RL2.rollout.filters import filter_metrics, trainable
+from RL2.trainer.rl import judge
 from RL2.types import Sequence, TokenBatch, Trajectory
 from RL2.workers.worker import schedule
 
@@ -56,10 +58,27 @@ def test_what_may_train() -> None:
     equal, mixed = [trajectory(0, 1.0), trajectory(0, 1.0)], [trajectory(1, 0.0), trajectory(1, 1.0)]
     failed = trajectory(1, 0.0, unscored="time-out")
     everything = [*equal, *mixed, failed]
-    assert trainable(everything, config()) == [*equal, *mixed]
-    filtering = config("rollout.dynamic_filtering=true")
+    assert trainable(everything, config().rollout) == [*equal, *mixed]
+    filtering = config("rollout.dynamic_filtering=true").rollout
     assert trainable(everything, filtering) == mixed
     assert trainable(equal, filtering) == equal  # rather a step without signal than none
+    assert filter_metrics(everything, filtering) == {"train/filtered": 0.5}
+    assert filter_metrics(everything, config().rollout) == {}
+
+
+def test_truncated_trajectories_are_left_out_on_request() -> None:
+    whole, cut = trajectory(0, 1.0), replace(trajectory(0, 0.0), truncated=True)
+    assert trainable([whole, cut], config().rollout) == [whole, cut]
+    filtering = config("rollout.overlong_filtering=true").rollout
+    assert trainable([whole, cut], filtering) == [whole]
+    with pytest.raises(NothingScored, match="overlong_filtering=true leaves none to train on"):
+        trainable([cut], filtering)
+    # a group whose rewards differ only in what was cut says nothing
+    both = config("rollout.overlong_filtering=true", "rollout.dynamic_filtering=true").rollout
+    assert trainable([whole, whole, cut, (other := trajectory(1, 0.0)), (best := trajectory(1, 1.0))], both) == [
+        other,
+        best,
+    ]
 
 
 @dataclass
@@ -73,6 +92,36 @@ class Fixed:
 
     def stats_at_arrival(self, batch: TokenBatch) -> TokenBatch:
         return batch.with_(old_logp_T=self.logp(batch))
+
+
+@dataclass
+class FixedCritic:
+    """A critic that expects the same before each action."""
+
+    value: float
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        return torch.full(batch.labels_T.shape, self.value) * batch.action_T
+
+
+def test_gae_with_kl_in_the_rewards_and_the_returns_of_the_critic() -> None:
+    """Each token pays 0.5 * 2 and is expected to earn 0.25."""
+    batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
+    gae = config("adv.estimator=gae", "actor.kl.coef=0.5", "actor.kl.estimator=k1", "actor.kl.type=reward")
+    judged = judge(batch, gae, Fixed(-1.0), Fixed(-3.0), FixedCritic(0.25))  # type: ignore[arg-type]
+    assert judged.return_T is not None
+    assert judged.return_T[judged.action_T].tolist() == [-1, 0, -2, -1]
+    assert judged.advantage_T is not None
+    assert judged.advantage_T[judged.action_T].tolist() == [-1.25, -0.25, -2.25, -1.25]
+    assert torch.equal(judged.reward_T, batch.reward_T)
+
+    white = config("adv.estimator=gae", "adv.global_norm=true", "adv.norm_var=true")
+    judged = judge(batch, white, Fixed(-1.0), None, FixedCritic(0.25))  # type: ignore[arg-type]
+    assert judged.return_T is not None
+    assert judged.return_T[judged.action_T].tolist() == [1, 1, 0, 0]
+    assert judged.advantage_T is not None
+    half = 3**0.5 / 2  # deviations of a half, n - 1 = 3
+    assert judged.advantage_T[judged.action_T].tolist() == pytest.approx([half, half, -half, -half])
 
 
 def advantages(*overrides: str) -> tuple[Any, Tensor]:

@@ -1,0 +1,38 @@
+"""Which trajectories of a rollout train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from RL2.config import Rollout
+from RL2.rollout.collect import NothingScored, drop_equal_groups, groups, scored
+from RL2.types import Trajectory
+
+
+def usable(trajectories: Seq[Trajectory], config: Rollout) -> list[Trajectory]:
+    """Those whose reward says something: scored and, with overlong filtering, whole."""
+    return [t for t in scored(trajectories) if not (t.truncated and config.overlong_filtering)]
+
+
+def with_signal(trajectories: Seq[Trajectory], config: Rollout) -> list[Trajectory]:
+    """Of these, with dynamic filtering, the groups whose rewards differ."""
+    kept = usable(trajectories, config)
+    return drop_equal_groups(kept) if config.dynamic_filtering else kept
+
+
+def trainable(trajectories: Seq[Trajectory], config: Rollout) -> list[Trajectory]:
+    """What trains: the groups with a signal; if there are none, rather a step without signal than none."""
+    if not (kept := usable(trajectories, config)):
+        raise NothingScored(
+            f"each of the {len(trajectories)} trajectories is unscored or ran into a length limit, and "
+            "rollout.overlong_filtering=true leaves none to train on; set it to false or raise "
+            "rollout.train_sampling_params.max_new_tokens"
+        )
+    return with_signal(kept, config) or kept
+
+
+def filter_metrics(trajectories: Seq[Trajectory], config: Rollout) -> dict[str, float]:
+    """With dynamic filtering, the share of the sampled groups that it dropped."""
+    if not config.dynamic_filtering:
+        return {}
+    return {"train/filtered": 1 - len(groups(with_signal(trajectories, config))) / len(groups(trajectories))}

@@ -1,0 +1,57 @@
+"""The critic of PPO: values of a rollout, and updates towards its returns."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from RL2.config import Critic as CriticConfig
+from RL2.models.value import VALUE, ValueModel, mark_padding
+from RL2.objectives.value import clipped_value
+from RL2.packing import loss_weights, minibatches
+from RL2.parallel.processes import Processes
+from RL2.types import TokenBatch
+from RL2.workers.worker import Learner, Progress
+
+
+class Critic(Learner):
+    """A value model with an optimizer of its own."""
+
+    config: CriticConfig
+
+    def __init__(self, config: CriticConfig, processes: Processes, total_steps: int, save_dir: Path) -> None:
+        super().__init__(config, processes, total_steps, save_dir, "critic.model_name", ValueModel)
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        """The estimate of the rewards to come before every action, [T]."""
+        return self.stats(batch, VALUE, self.config.max_inference_length_per_device).value
+
+    def update(self, batch: TokenBatch, progress: Progress = lambda done: None) -> dict[str, float]:
+        """`update_per_rollout` optimizer steps on one rollout; returns their mean metrics."""
+        loss = partial(clipped_value, clip=self.config.clip)
+        history: dict[str, list[float]] = defaultdict(list)
+        for ids in minibatches(batch, self.config.update_per_rollout):
+            minibatch = batch.sequences(ids)
+            weight_T = loss_weights(minibatch, train_on="all", level=self.config.avg_level, average_over="all")
+            metrics = self.step(minibatch.with_(weight_T=weight_T), loss, VALUE, progress)
+            for name, value in metrics.items():
+                history[name].append(value)
+        means = {name: sum(values) / len(values) for name, values in history.items()}
+        return {f"critic/{name}": x for name, x in (means | foresight(batch)).items()}
+
+    def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        mark_padding(self.lm, tokenizer)
+        super().export(tokenizer, folder)
+
+
+def foresight(batch: TokenBatch) -> dict[str, float]:
+    """Share of the variance of the returns that the values at arrival explain: 1 is all, 0 what a constant does."""
+    assert batch.value_T is not None
+    assert batch.return_T is not None
+    return_A, value_A = batch.return_T[batch.action_T].double(), batch.value_T[batch.action_T].double()
+    variance = float(return_A.var(correction=0)) if len(return_A) else 0.0
+    return {"explained_variance": 1 - float((return_A - value_A).var(correction=0)) / variance} if variance else {}

@@ -1,0 +1,123 @@
+"""Groups without a signal are replaced within a rollout, from the same stream of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from RL2.config import ConfigError, RLConfig, load
+from RL2.data.cursor import Cursor
+from RL2.engines.scripted import ScriptedEngine
+from RL2.parallel.processes import Processes
+from RL2.report import Report
+from RL2.rollout.environment import Environment, load_environment
+from RL2.rollout.filters import with_signal
+from RL2.rollout.spread import Rollouts
+from RL2.trainer.rl import sample, tasks
+from RL2.types import Prompt, Sampling
+
+EASY = 4
+"""Rows from this one on are always solved."""
+
+SCRIPT = """
+async def step(state, action, extra_info):
+    reward = float(extra_info["easy"] or len(action) % 2)
+    return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
+"""
+WITH_RESET = SCRIPT + "async def reset(extra_info): return str(extra_info['seed'])\n"
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    processes = Processes.start(timeout_s=30)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "env.py").write_text(SCRIPT)
+    (tmp_path / "reset.py").write_text(WITH_RESET)
+    return tmp_path
+
+
+def config(*overrides: str) -> RLConfig:
+    return load(
+        "ppo",
+        [
+            "actor.model_name=m",
+            "actor.max_length_per_device=100",
+            "train_data.path=x.jsonl",
+            "train_data.prompts_per_rollout=4",
+            "train_data.responses_per_prompt=2",
+            "rollout.env_path=x.py",
+            "rollout.train_sampling_params.max_new_tokens=4",
+            "rollout.dynamic_filtering=true",
+            "trainer.experiment_name=x",
+            *overrides,
+        ],
+    )
+
+
+def one_long_one_short(token_ids: list[int], sampling: Sampling) -> list[int]:
+    """Of two samples of a prompt one has an odd length: requests come in order."""
+    return [ord("a")] * (1 + next(TURN) % 2)
+
+
+TURN = iter(range(10**6))
+
+
+def rollouts(
+    settings: RLConfig, environment: Environment, tokenizer: PreTrainedTokenizerBase, processes: Processes
+) -> Rollouts:
+    return Rollouts(
+        settings.rollout,
+        engine=ScriptedEngine(one_long_one_short),
+        environment=environment,
+        tokenizer=tokenizer,
+        end_tokens=(),
+        max_length=100,
+        processes=processes,
+    )
+
+
+@pytest.mark.parametrize(("rounds", "kept", "limit"), [(1, 2, 4), (2, 3, 6), (10, 4, 20)])
+def test_dropped_groups_are_replaced_by_further_rows(
+    rounds: int, kept: int, limit: int, folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes
+) -> None:
+    settings = config(f"rollout.dynamic_filtering_rounds={rounds}")
+    environment = load_environment(folder / "env.py", 5)
+    prompts = [Prompt(n, "p", [100], {"easy": n >= EASY}) for n in range(2 * EASY)]
+    cursor, expected = Cursor(len(prompts), 4, seed=1), Cursor(len(prompts), 4, seed=1)
+    report = Report(folder, is_first=True, num_steps=1)
+    trajectories = sample(prompts, cursor, rollouts(settings, environment, tokenizer, processes), settings, 0, report)
+    environment.close()
+
+    # the rows of the stream, each in a group of its own, and none drawn that was not rolled out
+    rows = [t.row for t in trajectories if t.sample == 0]
+    assert rows == expected.next(cursor.drawn)
+    assert [t.group for t in trajectories] == [n // 2 for n in range(2 * len(rows))]
+    assert len(rows) <= limit
+    signal = with_signal(trajectories, settings.rollout)
+    assert [t.row for t in signal if t.sample == 0] == [row for row in rows if row < EASY]
+    assert len(signal) == 2 * kept
+
+
+def test_tasks_that_reset_makes_up(folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> None:
+    settings = config(
+        "train_data.path=null", "trainer.max_steps=2", "trainer.test_freq=1", "test_data.prompts_per_rollout=3"
+    )
+    environment = load_environment(folder / "reset.py", 5)
+    prompts, tests = tasks(settings, tokenizer, environment, 99)
+    assert [p.row for p in prompts] == [0, 1, 2, 3]
+    assert [p.row for p in tests] == [0, 1, 2]
+    assert len({p.extra_info["seed"] for p in tests}) == 3
+    environment.close()
+
+    environment = load_environment(folder / "env.py", 5)
+    with pytest.raises(ConfigError, match=r"train_data.path is not set, and .*env.py has no `reset`"):
+        tasks(settings, tokenizer, environment, 99)
+    environment.close()
