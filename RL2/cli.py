@@ -12,7 +12,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 @app.callback()
 def rl2() -> None:
-    """Tools around RL2. Training has commands of its own: torchrun -m RL2.trainer.{sft,ppo,spo,spo_0p5}."""
+    """Tools around RL2. Training has commands of its own: torchrun -m RL2.trainer.{sft,rm,dpo,ppo,spo,spo_0p5}."""
 
 
 @app.command()
