@@ -80,8 +80,9 @@ def test_tasks_are_new_at_each_step_and_the_same_at_each_test(world: World, fold
     settings = (*TESTS, environment(folder, DIGITS), "trainer.eval_only=true")
     alone = world.run("ppo", *settings, f"trainer.load_ckpt_from={run.save_dir}/step_000002").succeeded()
     (row,) = without_times(alone.metrics)
-    assert row == {key: value for key, value in run.metrics[2].items() if key in row}
-    assert row["test/entropy"] != run.metrics[0]["test/entropy"]
+    # when `reset` answers decides which requests are decoded together, and so the last bits of log-probabilities
+    assert row == pytest.approx({key: value for key, value in run.metrics[2].items() if key in row}, rel=1e-6)
+    assert row["test/entropy"] != pytest.approx(run.metrics[0]["test/entropy"], rel=1e-4)
     assert not (alone.save_dir / "latest").exists()
 
     again = world.run("ppo", *settings, f"trainer.load_ckpt_from={run.save_dir}/step_000002", save_dir=run.save_dir)
