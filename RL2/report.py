@@ -73,7 +73,7 @@ class Report:
         shown = [f"{name} {form.format(metrics[key])}" for key, (name, form) in CONSOLE.items() if key in metrics]
         if metrics.get("train/unscored"):
             shown.append(f"UNSCORED {metrics['train/unscored']:.0f}")
-        self.say(f"step {step}/{self.num_steps}  " + "  ".join(shown))
+        self.say(f"step {step}/{max(step, self.num_steps)}  " + "  ".join(shown))
         self._append("metrics.jsonl", [{"step": step} | metrics])
         for dashboard in self.dashboards:
             dashboard.log(metrics, step)

@@ -161,7 +161,10 @@ def sample(
     trajectories: list[Trajectory] = []
     for _ in range(config.rollout.dynamic_filtering_rounds):
         # equal on all processes, as all have all trajectories
-        drawn = cursor.next(wanted - len(groups(with_signal(trajectories, config.rollout))))
+        missing = wanted - len(groups(with_signal(trajectories, config.rollout)))
+        if not missing:
+            break
+        drawn = cursor.next(missing)
         with report.bar(len(drawn) * number, "rollout") as bar:
             trajectories += rollouts.collect(
                 [prompts[row] for row in drawn],
@@ -171,8 +174,6 @@ def sample(
                 bar.update,
                 first_group=len(groups(trajectories)),
             )
-        if len(groups(with_signal(trajectories, config.rollout))) == wanted:
-            break
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")

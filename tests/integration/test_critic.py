@@ -48,3 +48,29 @@ def test_ppo_with_a_critic_solves_a_bandit(world: World, tmp_path: Path) -> None
     tokenizer = AutoTokenizer.from_pretrained(run.save_dir / "critic")
     batch = tokenizer(["Ben has 12 apples.", "12"], return_tensors="pt", padding=True)
     assert critic(**batch).logits.shape == (2, 1)
+
+
+def test_critic_replacements_and_the_best_model_on_two_processes(world: World) -> None:
+    """Everything that all processes must decide alike, in one run that goes on after its end."""
+    settings = (
+        "adv.estimator=gae",
+        "critic.lr=1e-3",
+        "actor.kl.coef=0.01",
+        "actor.kl.type=reward",
+        "rollout.max_turns=2",
+        "rollout.dynamic_filtering=true",
+        "rollout.dynamic_filtering_rounds=3",
+        f"test_data.path={world.root}/rl.jsonl",
+        "trainer.test_freq=1",
+        "trainer.save_freq=1",
+        "trainer.keep=1",
+        "trainer.keep_best=true",
+    )
+    run = world.run("ppo", *settings, nproc=2).succeeded()
+    assert all(0 <= row["train/filtered"] < 1 for row in run.metrics[:3])
+    assert [path.name for path in run.save_dir.glob("step_*")] == ["step_000003"]
+    more = ("trainer.load_ckpt_from=latest", "trainer.max_steps=5")
+    again = world.run("ppo", *settings, *more, nproc=2, save_dir=run.save_dir).succeeded()
+    assert [row["step"] for row in again.metrics] == [0, 1, 2, 3, 4, 5]
+    assert all(row["actor/logp_gap_max"] <= 1e-4 for row in again.metrics[:5])
+    assert {path.parent.name for path in run.save_dir.glob("*/config.json")} == {"best", "critic", "latest"}

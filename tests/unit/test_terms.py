@@ -258,6 +258,7 @@ BAD = [
     (("spo", "actor.clip=0.2"), "actor.clip has no effect: actor.objective=spo"),
     (("spo", "adv.estimator=reinforce", "adv.norm_var=true"), "adv.norm_var=true has no effect: actor.objective=spo"),
     (("spo", "adv.overlong_buffer=4"), "adv.overlong_buffer=4 has no effect: actor.objective=spo reads no advantages"),
+    (("spo", "adv.estimator=gae"), "adv.estimator=gae has no effect: actor.objective=spo reads no advantages"),
     (
         ("spo", "actor.kl.coef=1", "actor.kl.type=reward", "actor.kl.estimator=k1"),
         "actor.kl.type=reward has no effect: actor.objective=spo reads no advantages",
