@@ -28,6 +28,7 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 tokenizer = AutoTokenizer.from_pretrained(NAME)
 model = AutoModelForSequenceClassification.from_pretrained(NAME, num_labels=1, dtype=DTYPE).to(DEVICE).eval()
 model.config.pad_token_id = None  # one row needs no padding, and the value is then that of its last token
+LONGEST = model.config.max_position_embeddings
 thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
 
 
@@ -39,4 +40,6 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 @torch.inference_mode()
 def value(text: str) -> float:
     token_ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    if len(token_ids) > LONGEST:
+        raise ValueError(f"{len(token_ids)} tokens, and the reward model reads {LONGEST}")
     return float(model(torch.tensor([token_ids], device=DEVICE)).logits[0, 0])

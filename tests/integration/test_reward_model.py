@@ -10,7 +10,7 @@ import torch
 from programs import Run, World
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from RL2.rollout.environment import load_environment
+from RL2.rollout.environment import Unscored, load_environment
 from RL2.scripts import ScriptError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "envs" / "reward_model.py"
@@ -54,6 +54,14 @@ def test_many_at_once_and_solutions_above_their_words_backwards(trained: Run, mo
     assert set(rewards[::2]) == {rewards[0]}
     assert set(rewards[1::2]) == {rewards[1]}
     assert rewards[0] > rewards[1]
+
+
+def test_a_text_that_it_cannot_read_has_no_reward(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_MODEL", str(trained.save_dir / "latest"))
+    environment = load_environment(SCRIPT, 30)
+    with pytest.raises(Unscored, match="1000001 tokens, and the reward model reads 4096"):
+        asyncio.run(environment.step("", "7" * 10**6, {}))
+    environment.close()
 
 
 def test_it_says_which_variable_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
