@@ -38,7 +38,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from turns import Side, Steps, Turns, alternate, ratios, table
+from turns import Side, Steps, Turns, alternate, parser, ratios, table
 
 NUM_PROMPTS, RESPONSES = 32, 4
 LEARNING_RATE = 1e-6
@@ -298,16 +298,13 @@ def measure(case: Case, options: argparse.Namespace) -> Steps:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=5, help="steps of each side after the warm-up")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each side")
-    parser.add_argument("--max-length", type=int, default=4096, help="RL2: tokens of a microbatch")
-    parser.add_argument("--peer-batch", type=int, default=128, help="TRL: sequences of a microbatch")
-    parser.add_argument("--case", choices=[case.name for case in CASES], help="only this case")
-    for hidden in ("--side", "--folder", "--max-new-tokens"):
-        parser.add_argument(hidden, type=int if hidden == "--max-new-tokens" else str, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--max-length", type=int, default=4096, help="RL2: tokens of a microbatch")
+    arguments.add_argument("--peer-batch", type=int, default=128, help="TRL: sequences of a microbatch")
+    arguments.add_argument("--case", choices=[case.name for case in CASES], help="only this case")
+    arguments.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments.add_argument("--max-new-tokens", type=int, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
     if options.side:
         torch.set_num_threads(options.threads)
         SIDES[options.side](Path(options.folder), options, Turns())

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from rl_step import write_model
-from turns import Rows, Side, Steps, Turns, alternate, ratios, table
+from turns import Rows, Side, Steps, Turns, alternate, parser, ratios, table
 
 NUM_ROWS, SHORTEST, LONGEST = 32, 20, 400
 LEARNING_RATE = 1e-5
@@ -260,16 +260,12 @@ def compare(case: str, steps: Steps) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=5, help="steps of each side after the warm-up")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each side")
-    parser.add_argument("--max-length", type=int, default=2048, help="RL2: tokens of a microbatch")
-    parser.add_argument("--peer-batch", type=int, default=8, help="TRL: rows of a microbatch")
-    parser.add_argument("--case", choices=CASES, help="only this case")
-    for hidden in ("--side", "--folder"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--max-length", type=int, default=2048, help="RL2: tokens of a microbatch")
+    arguments.add_argument("--peer-batch", type=int, default=8, help="TRL: rows of a microbatch")
+    arguments.add_argument("--case", choices=CASES, help="only this case")
+    arguments.add_argument("--folder", help=argparse.SUPPRESS)
+    options = arguments.parse_args()
     if options.side:
         torch.set_num_threads(options.threads)
         SIDES[options.side](Path(options.folder), options, Turns())

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from turns import Side, Steps, Turns, alternate, ratios, table
+from turns import Side, Steps, Turns, alternate, parser, ratios, table
 
 TEMPERATURE = 1.0
 SPO = ("logp", "log1mp", "max_logp", "max_log1mp", "entropy")
@@ -125,21 +125,17 @@ def check_alike(steps: Steps, mine: str, peer: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=5, help="steps of each side after the warm-up")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each side")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    arguments = parser(__doc__)
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     for name, size in (("T", 1024), ("V", 151_936), ("D", 512)):
-        parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+        arguments.add_argument(f"--{name}", type=int, default=size)
+    options = arguments.parse_args()
     if options.side:
         run_side(options)
         return
     names = ("threads", "device", "dtype", "T", "V", "D")
-    arguments = [word for name in names for word in (f"--{name}", str(getattr(options, name)))]
+    passed_on = [word for name in names for word in (f"--{name}", str(getattr(options, name)))]
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
     print(f"T = {options.T}, V = {options.V}, D = {options.D}, {options.dtype}, {where}\n")
     results: dict[str, float] = {}
@@ -149,7 +145,7 @@ def main() -> None:
                 print("logp alone: TRL is not installed (make setup)")
                 continue
             sides = [
-                Side(__file__, side, arguments, options.threads, Path(folder) / f"{side}.log") for side in (mine, peer)
+                Side(__file__, side, passed_on, options.threads, Path(folder) / f"{side}.log") for side in (mine, peer)
             ]
             steps = alternate(sides, options.steps)
             check_alike(steps, mine, peer)

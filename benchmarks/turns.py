@@ -6,6 +6,7 @@ The parent starts `Side`s and lets them step in turn; a side is the same script 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -120,3 +121,13 @@ def table(title: str, peer: str, rows: Rows, numbers: dict[str, float], suffix: 
         own, other = (form.format(numbers[f"{who}{key}{suffix}"]) for who in ("", "peer_"))
         lines.append(f"  {name:<30}{own:>10}{other:>10}{numbers[ratio + suffix]:>12.2f}")
     return "\n".join(lines)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all of these benchmarks have."""
+    options = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
+    options.add_argument("--steps", type=int, default=5, help="steps of each side after the warm-up")
+    options.add_argument("--json", type=Path, help="file for the numbers")
+    options.add_argument("--threads", type=int, default=2, help="threads of each side")
+    options.add_argument("--side", help=argparse.SUPPRESS)
+    return options

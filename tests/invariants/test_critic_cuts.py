@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from pools import in_pool, whole
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
 from RL2.advantages import gae
@@ -60,18 +55,8 @@ def run(folder: Path, processes: Processes, max_tokens: int) -> Results:
     return {"values": batch.value_T, "metrics": metrics, "weights": weights}
 
 
-def whole(x: Tensor) -> Tensor:
-    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
-
-
-def _in_pool(rank: int, folder: Path, size: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    processes = Processes.start(timeout_s=60)
-    results = {"whole": run(folder, processes, WHOLE), "cut": run(folder, processes, CUT)}
-    if rank == 0:
-        torch.save(results, folder / "results.pt")
-    processes.stop()
+def run_both(folder: Path, processes: Processes) -> dict[str, Results]:
+    return {"whole": run(folder, processes, WHOLE), "cut": run(folder, processes, CUT)}
 
 
 @pytest.fixture(scope="module")
@@ -87,24 +72,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=60)
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
 def one(folder: Path, processes: Processes) -> Results:
     return run(folder, processes, WHOLE)
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, Results]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_in_pool, args=(folder, 2, port), nprocs=2)
-    return torch.load(folder / "results.pt", weights_only=True)
+    return in_pool(run_both, folder, 2)[0]
 
 
 def assert_same(ours: Results, theirs: Results) -> None:

@@ -6,21 +6,16 @@ The cases run once in this process and once in a pool of two; each test reads wh
 from __future__ import annotations
 
 import math
-import os
 import random
 import re
-import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from pools import Result, assert_same, in_pool, whole
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from RL2.advantages import reinforce
@@ -34,7 +29,6 @@ from RL2.workers.worker import BrokenLaw
 
 TOLERANCE = 1e-6
 PROGRAMS = ("sft", "spo", "spo_0p5", "ppo")
-Result = dict[str, Any]
 
 
 def actor_config(program: str, model: str, **changes: Any) -> ActorConfig:
@@ -105,10 +99,6 @@ def stopped(actor: Actor, batch: TokenBatch, processes: Processes) -> Result:
     return {"messages": processes.gather([said]), "moved": moved, "step": actor.steps}
 
 
-def whole(x: Tensor) -> Tensor:
-    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
-
-
 def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
     """Every case on these processes."""
     model, batch = str(folder / "model"), mixed()
@@ -136,16 +126,6 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
     return results
 
 
-def _in_pool(rank: int, folder: Path, size: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    processes = Processes.start(timeout_s=60)
-    results = run_cases(folder, processes)
-    if rank == 0:
-        torch.save(results, folder / f"results_{size}.pt")
-    processes.stop()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("invariants")
@@ -159,41 +139,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=60)
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
 def one(folder: Path, processes: Processes) -> dict[str, Result]:
     return run_cases(folder, processes)
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, Result]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_in_pool, args=(folder, 2, port), nprocs=2)
-    return torch.load(folder / "results_2.pt", weights_only=True)
-
-
-def assert_same(ours: Result, theirs: Result, tolerance: float = TOLERANCE) -> None:
-    """Each tensor to `tolerance` of its norm, each metric relatively; what is nearly zero, to 1e-8."""
-    assert ours["grads"].keys() == theirs["grads"].keys()
-    for name, x in ours["grads"].items():
-        y = theirs["grads"][name]
-        assert (x - y).norm() <= tolerance * y.norm() + 1e-8, name
-    for name, value in ours["metrics"].items():
-        assert theirs["metrics"][name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
+    return in_pool(run_cases, folder, 2)[0]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_two_processes_are_one(program: str, one: dict[str, Result], two: dict[str, Result]) -> None:
     assert one[program]["metrics"]["loss"] != 0
-    assert_same(one[program], two[program])
-    assert_same(one[program], two[f"{program} cut"])
+    assert_same(one[program], two[program], TOLERANCE)
+    assert_same(one[program], two[f"{program} cut"], TOLERANCE)
 
 
 @pytest.mark.parametrize("number", [2, 5])
@@ -216,7 +175,7 @@ def test_microbatches_are_one_batch(
     limit = next(m for m in range(4096, 0, -1) if len(microbatches(batch, trained, m, 1)[0]) == number)
     result = gradients(actor, batch, limit)
     assert len(counted) == number
-    assert_same(one[program], result)
+    assert_same(one[program], result, TOLERANCE)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -227,16 +186,16 @@ def test_packing_order_does_not_matter(
     order = list(range(batch.num_sequences))
     random.Random(1).shuffle(order)
     actor = Actor(actor_config(program, str(folder / "model")), processes, 10, folder)
-    assert_same(one[program], gradients(actor, batch.sequences(order), 4096))
+    assert_same(one[program], gradients(actor, batch.sequences(order), 4096), TOLERANCE)
 
 
 def test_replicas_are_shards(one: dict[str, Result], two: dict[str, Result]) -> None:
-    assert_same(one["spo"], two["replicas"])
+    assert_same(one["spo"], two["replicas"], TOLERANCE)
 
 
 def test_a_rank_without_a_correct_sequence(one: dict[str, Result], two: dict[str, Result]) -> None:
-    assert_same(one["one correct"], two["one correct"])
-    assert_same(one["few sequences"], two["few sequences"])
+    assert_same(one["one correct"], two["one correct"], TOLERANCE)
+    assert_same(one["few sequences"], two["few sequences"], TOLERANCE)
 
 
 def test_no_correct_sequence_is_a_step_of_zero(one: dict[str, Result], two: dict[str, Result]) -> None:
@@ -246,7 +205,7 @@ def test_no_correct_sequence_is_a_step_of_zero(one: dict[str, Result], two: dict
 
 
 def test_statistics_come_back_in_place(one: dict[str, Result], two: dict[str, Result]) -> None:
-    assert_same(one["stats"], two["stats"])
+    assert_same(one["stats"], two["stats"], TOLERANCE)
     batch = mixed()
     logp_T = one["stats"]["grads"]["logp"]
     assert not logp_T[~batch.action_T].any()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from pools import Result, assert_same, in_pool, whole
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from RL2.config import load, trained
@@ -34,7 +29,6 @@ LOSSES: dict[str, Any] = {
     "dpo": partial(dpo, beta=0.3, label_smoothing=0.1),
     "ipo": partial(ipo, beta=0.3),
 }
-Result = dict[str, Any]
 
 
 def make_batch(loss: str, number: int) -> TokenBatch:
@@ -76,10 +70,6 @@ def gradients(learner: Learner, loss: str, batch: TokenBatch, max_tokens: int = 
     return {"metrics": metrics, "grads": grads}
 
 
-def whole(x: Tensor) -> Tensor:
-    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
-
-
 def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
     """Every case on these processes."""
     results: dict[str, Result] = {}
@@ -96,16 +86,6 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
     return results
 
 
-def _in_pool(rank: int, folder: Path, size: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    processes = Processes.start(timeout_s=60)
-    results = run_cases(folder, processes)
-    if rank == 0:
-        torch.save(results, folder / "results.pt")
-    processes.stop()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
@@ -120,34 +100,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=60)
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
 def one(folder: Path, processes: Processes) -> dict[str, Result]:
     return run_cases(folder, processes)
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, Result]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_in_pool, args=(folder, 2, port), nprocs=2)
-    return torch.load(folder / "results.pt", weights_only=True)
-
-
-def assert_same(ours: Result, theirs: Result, tolerance: float = TOLERANCE) -> None:
-    """Each tensor to `tolerance` of its norm, each metric relatively; what is nearly zero, to 1e-8."""
-    assert ours["grads"].keys() == theirs["grads"].keys()
-    for name, x in ours["grads"].items():
-        y = theirs["grads"][name]
-        assert (x - y).norm() <= tolerance * y.norm() + 1e-8, name
-    for name, value in ours["metrics"].items():
-        assert theirs["metrics"][name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
+    return in_pool(run_cases, folder, 2)[0]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -155,15 +114,15 @@ def test_two_processes_are_one(loss: str, one: dict[str, Result], two: dict[str,
     assert one[loss]["metrics"]["loss"] > 0
     assert one[loss]["metrics"]["tokens"] == 18
     for case in ("", " cut", " alone", " measured"):
-        assert_same(one[f"{loss}{case}"], two[f"{loss}{case}"])
-    assert_same(one[loss], two[f"{loss} cut"])
+        assert_same(one[f"{loss}{case}"], two[f"{loss}{case}"], TOLERANCE)
+    assert_same(one[loss], two[f"{loss} cut"], TOLERANCE)
     # Adam divides by the root of the second moment: where gradients are tiny, rounding is amplified
     assert_same(one[f"{loss} after 3 steps"], two[f"{loss} after 3 steps"], tolerance=1e-4)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_measure_is_the_loss_of_a_step(loss: str, one: dict[str, Result]) -> None:
-    assert_same(one[f"{loss} measured"], {**one[loss], "grads": {}})
+    assert_same(one[f"{loss} measured"], {**one[loss], "grads": {}}, TOLERANCE)
     assert "accuracy" in one[f"{loss} measured"]["metrics"]
 
 
@@ -176,7 +135,7 @@ def test_microbatches_hold_whole_pairs_and_are_one_batch(
     assert len(cuts) > 3
     for ids in cuts:
         assert [b % 2 for b in ids] == [0, 1] * (len(ids) // 2)
-    assert_same(one[loss], one[f"{loss} cut"])
+    assert_same(one[loss], one[f"{loss} cut"], TOLERANCE)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -186,7 +145,7 @@ def test_the_order_of_sequences_does_not_matter(
     order = list(range(18))
     random.Random(1).shuffle(order)
     learner = make_learner(loss, folder, processes)
-    assert_same(one[loss], gradients(learner, loss, make_batch(loss, 9).sequences(order)))
+    assert_same(one[loss], gradients(learner, loss, make_batch(loss, 9).sequences(order)), TOLERANCE)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

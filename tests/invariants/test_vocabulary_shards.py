@@ -5,18 +5,17 @@ Each process of a pool holds some rows of the head; what it finds is compared wi
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from pools import in_pool
 from torch import Tensor
 
 from RL2.ops.token_stats import Implementation, VocabularyShard, token_stats
+from RL2.parallel.processes import Processes
 from RL2.types import MENU
 
 T, V, D, K = 48, 37, 16, 14
@@ -57,10 +56,9 @@ def results(
     return {name: x.detach() for name, x in found.items()} | {"grad hidden": grads[0], "grad head": grads[1]}
 
 
-def _in_pool(rank: int, size: int, folder: Path, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def run_cases(folder: Path, processes: Processes) -> dict[Any, dict[str, Tensor]]:
+    """Every case, with this process's rows of the head."""
+    rank, size = processes.rank, processes.world_size
     start = sum(SIZES[size][:rank])
     tp = VocabularyShard(dist.group.WORLD, start, V)
     found = {}
@@ -78,22 +76,14 @@ def _in_pool(rank: int, size: int, folder: Path, port: int) -> None:
                     implementation=implementation,
                     budget_mib=budget_mib,
                 )
-    torch.save(found, folder / f"{size}_{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
     """What each process of each pool found."""
     folder = tmp_path_factory.mktemp("shards")
-    for size in SIZES:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mp.spawn(_in_pool, args=(size, folder, port), nprocs=size)
-    return {
-        size: [torch.load(folder / f"{size}_{rank}.pt", weights_only=True) for rank in range(size)] for size in SIZES
-    }
+    return {size: in_pool(run_cases, folder, size) for size in SIZES}
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0, 40.0])
