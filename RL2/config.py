@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -157,13 +158,17 @@ class Trainable:
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, more time."""
     ddp_size: Count
-    """Replicas; each is sharded over world_size / ddp_size processes (HSDP)."""
-    tp_size: Literal[1]
-    """Tensor parallelism: not available yet."""
-    sp_size: Literal[1]
-    """Sequence parallelism: not available yet."""
+    """Replicas of the model; each is sharded (FSDP) over the world_size / ddp_size processes of its own (HSDP)."""
+    tp_size: Count
+    """Tensor parallelism: processes over which every layer is split. Neighbours, best within one machine."""
+    sp_size: Count
+    """Sequence parallelism: processes over which the tokens of a microbatch are split, for long sequences."""
+    offload_model: bool
+    """Between its phases of a step the model is in host memory, and leaves that of the GPU to others."""
+    offload_optimizer: bool
+    """Between optimizer steps the optimizer's state is in host memory."""
     max_length_per_device: Count
-    """Tokens of one microbatch; also the longest sequence that can be trained on."""
+    """Tokens of one microbatch on each of the sp_size processes that share it; also limits a sequence."""
     lr: NonNegative
     """Peak learning rate."""
     betas: tuple[Share, Share]
@@ -180,6 +185,11 @@ class Trainable:
     """Share of all optimizer steps over which the rate rises linearly from 0."""
     decay_ratio: Share
     """wsd: share of all optimizer steps over which the rate falls to 0."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a microbatch, and so of the longest sequence that can be trained on."""
+        return self.max_length_per_device * self.sp_size
 
     def __post_init__(self) -> None:
         if self.scheduler == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
@@ -459,23 +469,31 @@ class RLConfig:
             )
         for name in ("train", "test"):
             new = getattr(rollout, f"{name}_sampling_params").max_new_tokens
-            if new > actor.max_length_per_device:
+            if new > actor.max_length:
                 raise ConfigError(
                     f"rollout.{name}_sampling_params.max_new_tokens={new} does not fit into "
-                    f"actor.max_length_per_device={actor.max_length_per_device}"
+                    f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}"
                 )
-        limits = {
-            "actor.max_inference_length_per_device": actor.max_inference_length_per_device,
-            "ref_actor.max_inference_length_per_device": self.ref_actor.max_inference_length_per_device,
-        }
+        limits = [
+            ("actor.max_inference_length_per_device", actor.max_inference_length_per_device, actor.sp_size),
+            (
+                "ref_actor.max_inference_length_per_device",
+                self.ref_actor.max_inference_length_per_device,
+                actor.sp_size,
+            ),
+        ]
         if self.adv.estimator == "gae":
-            limits["critic.max_length_per_device"] = self.critic.max_length_per_device
-            limits["critic.max_inference_length_per_device"] = self.critic.max_inference_length_per_device
-        for key, tokens in limits.items():
-            if tokens < actor.max_length_per_device:
+            critic = self.critic
+            limits += [
+                ("critic.max_length_per_device", critic.max_length_per_device, critic.sp_size),
+                ("critic.max_inference_length_per_device", critic.max_inference_length_per_device, critic.sp_size),
+            ]
+        for key, tokens, sp_size in limits:
+            if tokens * sp_size < actor.max_length:
+                group = "critic" if key.startswith("critic") else "actor"
                 raise ConfigError(
-                    f"{key}={tokens} is less than "
-                    f"actor.max_length_per_device={actor.max_length_per_device}, so a sequence may not fit"
+                    f"{key}={_times_sp(tokens, group, sp_size)} is less than actor.max_length_per_device="
+                    f"{_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}, so a sequence may not fit"
                 )
         if self.adv.estimator not in ("reinforce", "gae") and (self.adv.norm_var or self.adv.global_norm):
             raise ConfigError(
@@ -544,10 +562,11 @@ class SFTConfig:
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
         # one position less than tokens: the last token is only a label
-        if self.data.max_length - 1 > self.actor.max_length_per_device:
+        actor = self.actor
+        if self.data.max_length - 1 > actor.max_length:
             raise ConfigError(
                 f"data.max_length={self.data.max_length} does not fit into "
-                f"actor.max_length_per_device={self.actor.max_length_per_device}"
+                f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}"
             )
 
 
@@ -559,7 +578,7 @@ class RMConfig:
 
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
-        _check_pairs_fit(self.data.max_length, "critic", self.critic.max_length_per_device)
+        _check_pairs_fit(self.data.max_length, "critic", self.critic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -571,8 +590,8 @@ class DPOConfig:
 
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
-        _check_pairs_fit(self.data.max_length, "actor", self.actor.max_length_per_device)
-        if self.ref_actor.max_inference_length_per_device < self.data.max_length:
+        _check_pairs_fit(self.data.max_length, "actor", self.actor)
+        if self.ref_actor.max_inference_length_per_device * self.actor.sp_size < self.data.max_length:
             raise ConfigError(
                 f"data.max_length={self.data.max_length} does not fit into "
                 f"ref_actor.max_inference_length_per_device={self.ref_actor.max_inference_length_per_device}"
@@ -581,12 +600,18 @@ class DPOConfig:
             raise ConfigError("ref_actor.model_name has no effect with actor.reference_free=true")
 
 
-def _check_pairs_fit(max_length: int, group: str, limit: int) -> None:
-    if 2 * max_length > limit:
+def _check_pairs_fit(max_length: int, group: str, model: Trainable) -> None:
+    if 2 * max_length > model.max_length:
         raise ConfigError(
             f"a pair stays together, and two sequences of data.max_length={max_length} do not fit into "
-            f"{group}.max_length_per_device={limit}; raise it to {2 * max_length} or lower data.max_length"
+            f"{group}.max_length_per_device={_times_sp(model.max_length_per_device, group, model.sp_size)}; "
+            f"raise it to {math.ceil(2 * max_length / model.sp_size)} or lower data.max_length"
         )
+
+
+def _times_sp(tokens: int, group: str, sp_size: int) -> str:
+    """A limit of one process, and how many share a microbatch."""
+    return f"{tokens}" + (f" x {group}.sp_size={sp_size}" if sp_size > 1 else "")
 
 
 Config = RLConfig | SFTConfig | RMConfig | DPOConfig
@@ -709,11 +734,26 @@ def build(annotation: Any, value: Any, key: str) -> Any:
     return value
 
 
+def num_shards(model: Trainable, world_size: int, group: str) -> int:
+    """FSDP shards of each replica: what ddp_size, sp_size and tp_size leave of the processes.
+
+    `group` is that of the keys. Raises ConfigError if the sizes do not divide the processes.
+    """
+    product = model.ddp_size * model.sp_size * model.tp_size
+    if world_size % product:
+        raise ConfigError(
+            f"{group}.ddp_size={model.ddp_size} x {group}.sp_size={model.sp_size} x {group}.tp_size={model.tp_size} "
+            f"= {product} does not divide the {world_size} processes "
+            f"({world_size} = ddp_size x FSDP shards x sp_size x tp_size)"
+        )
+    return world_size // product
+
+
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def check_here(config: Config) -> None:
-    """Raise `ConfigError` for files that are named but not there, and packages that are asked for but not installed."""
+    """Raise `ConfigError` for what this machine lacks: files that are named, packages, processes to split a model on."""
     group, model = trained(config)
     packages = {
         "trainer.use_wandb": ("wandb", "wandb", config.trainer.use_wandb),
@@ -722,6 +762,12 @@ def check_here(config: Config) -> None:
     }
     if isinstance(config, RLConfig) and config.adv.estimator == "gae":
         packages["critic.use_liger_kernel"] = ("liger_kernel", "liger", config.critic.use_liger_kernel)
+    models = {group: model}
+    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
+        models["critic"] = config.critic
+    if "WORLD_SIZE" in os.environ or not config.trainer.dry_run:  # a dry run may be for other machines
+        for each, sizes in models.items():
+            num_shards(sizes, int(os.environ.get("WORLD_SIZE", 1)), each)
     for key, (package, extra, wanted) in packages.items():
         if wanted and not config.trainer.dry_run and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key}=true needs a package that is not installed: pip install 'rl2-spo[{extra}]'")

@@ -37,7 +37,7 @@ def train(config: RLConfig, run: Run) -> None:
     tokenizer = load_tokenizer(config.actor.model_name)
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     # the last token of a sequence is only a label and takes no position
-    longest = min(config.actor.max_length_per_device + 1, max_length(config.actor.model_name))
+    longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     prompts, tests = tasks(config, tokenizer, environment, longest - 1)
     cursor = Cursor(len(prompts), config.train_data.prompts_per_rollout, trainer.seed)
     num_steps = 0 if trainer.eval_only else run.number_of_steps(cursor)
@@ -108,7 +108,7 @@ def make_workers(config: RLConfig, run: Run, num_steps: int) -> tuple[Actor, Ref
     updates = (num_steps - frozen) * config.actor.update_per_rollout
     actor = Actor(config.actor, run.processes, updates, run.save_dir, config.logprob_gap_limit)
     if config.actor.kl.coef > 0:
-        ref_actor = RefActor(config.ref_actor, config.actor, run.processes)
+        ref_actor = RefActor(config.ref_actor, config.actor, actor.mesh, run.processes)
     if config.adv.estimator == "gae":
         critic = Critic(config.critic, run.processes, num_steps * config.critic.update_per_rollout, run.save_dir)
     return actor, ref_actor, critic

@@ -16,6 +16,7 @@ from RL2.objectives.declare import Loss
 from RL2.objectives.table import configured
 from RL2.objectives.terms import configured_weights, total_loss
 from RL2.packing import minibatches
+from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import Learner, Progress, Worker
@@ -81,8 +82,9 @@ class Actor(Learner):
 class RefActor(Worker):
     """The frozen policy that the KL divergence is measured from."""
 
-    def __init__(self, config: RefActorConfig, actor: ActorConfig, processes: Processes) -> None:
-        super().__init__(config.model_name, actor.dtype, actor.ddp_size, processes, "ref_actor.model_name")
+    def __init__(self, config: RefActorConfig, actor: ActorConfig, mesh: Mesh, processes: Processes) -> None:
+        """`mesh` is the actor's."""
+        super().__init__(config.model_name, actor.dtype, mesh, processes, "ref_actor.model_name")
         self.policy.requires_grad_(False)
         self.request = StatsRequest(("logp",), temperature=actor.temperature, budget_mib=actor.logits_budget_mib)
         self.limit = config.max_inference_length_per_device

@@ -46,12 +46,14 @@ def make_batch(loss: str, number: int) -> TokenBatch:
     return batch.with_(weight_T=sequence_weights(batch), ref_logp_T=ref_T)
 
 
-def make_learner(loss: str, folder: Path, processes: Processes, dtype: str = "float32") -> Learner:
+def make_learner(
+    loss: str, folder: Path, processes: Processes, dtype: str = "float32", sizes: dict[str, int] | None = None
+) -> Learner:
     program = "rm" if loss == "rm" else "dpo"
     overrides = f"""actor.model_name={folder}/{"value" if loss == "rm" else "causal"} actor.max_length_per_device=4096
         actor.lr=1e-3 data.path=x.jsonl data.max_length=99 data.batch_size=1 trainer.experiment_name=x"""
     key, config = trained(load(program, overrides.replace("actor", "critic" if loss == "rm" else "actor").split()))
-    config = replace(config, dtype=dtype)
+    config = replace(config, dtype=dtype, **(sizes or {}))
     return Learner(config, processes, 10, folder, f"{key}.model_name", ValueModel if loss == "rm" else Policy)
 
 
