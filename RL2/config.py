@@ -753,7 +753,7 @@ _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def check_here(config: Config) -> None:
-    """Raise `ConfigError` for what this machine lacks: files that are named, packages, processes to split a model on."""
+    """Raise `ConfigError` for what is not here: files that are named, packages, processes to split a model over."""
     group, model = trained(config)
     packages = {
         "trainer.use_wandb": ("wandb", "wandb", config.trainer.use_wandb),
