@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -100,21 +104,44 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def named_weights(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by its transformers name, whole (collective under sharding), tied ones once."""
+def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by its transformers name, whole, one at a time, tied ones once; in `dtype`, or as it is.
+
+    Collective under sharding: rounded before they are gathered, so that half precision is half the traffic.
+    """
     for name, parameter in lm.named_parameters():
-        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        weight = parameter.detach() if dtype is None else parameter.detach().to(dtype)
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def export(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, write: bool) -> None:
-    """A folder that `AutoModelForCausalLM.from_pretrained` loads. Collective; the process with `write` writes."""
-    weights = {}
+def export(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, write: bool, file_bytes: int = 4 * 2**30
+) -> None:
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads. Collective; the process with `write` writes.
+
+    In files of at most `file_bytes`, written as soon as they are full: host memory never holds the whole model.
+    """
+    shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in lm.named_parameters()}
+    files = split_torch_state_dict_into_shards(
+        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=file_bytes
+    )
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        lm.config.architectures = [type(lm).__name__]
+        lm.config.save_pretrained(folder)
+        if lm.generation_config is not None:
+            lm.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if files.is_sharded:
+            index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    begun: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, weight in named_weights(lm):
         if write:
-            weights[name] = weight.cpu()
-    if write:
-        lm.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+            file = files.tensor_to_filename[name]
+            begun[file][name] = weight.cpu().contiguous()
+            if len(begun[file]) == len(files.filename_to_tensors[file]):
+                save_file(begun.pop(file), folder / file, metadata={"format": "pt"})
 
 
 def _refuse_what_we_would_miss(lm: PreTrainedModel) -> None:

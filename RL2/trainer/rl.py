@@ -118,7 +118,7 @@ def make_engine(config: RLConfig, actor: Actor, decode: Callable[[list[int]], st
     """The engine of this process: on the actor's own tensors where they are whole and of the right dtype."""
     device = actor.processes.device
     dtype = actor.dtype if config.rollout.dtype == "auto" else compute_dtype(config.rollout.dtype, device)
-    shared = not actor.is_sharded and dtype == actor.lm.dtype
+    shared = not actor.is_sharded and not actor.offload_model and dtype == actor.lm.dtype
     return EmbeddedEngine(
         actor.lm if shared else empty_model(actor.lm, dtype, device),
         decode=decode,

@@ -12,6 +12,7 @@ from torch import Tensor
 from RL2.config import Actor as ActorConfig
 from RL2.config import ConfigError
 from RL2.config import RefActor as RefActorConfig
+from RL2.models.policy import Policy
 from RL2.objectives.declare import Loss
 from RL2.objectives.table import configured
 from RL2.objectives.terms import configured_weights, total_loss
@@ -84,7 +85,9 @@ class RefActor(Worker):
 
     def __init__(self, config: RefActorConfig, actor: ActorConfig, mesh: Mesh, processes: Processes) -> None:
         """`mesh` is the actor's."""
-        super().__init__(config.model_name, actor.dtype, mesh, processes, "ref_actor.model_name")
+        super().__init__(
+            config.model_name, actor.dtype, mesh, processes, "ref_actor.model_name", Policy, actor.offload_model
+        )
         self.policy.requires_grad_(False)
         self.request = StatsRequest(("logp",), temperature=actor.temperature, budget_mib=actor.logits_budget_mib)
         self.limit = config.max_inference_length_per_device

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -48,6 +49,7 @@ class Worker:
         processes: Processes,
         key: str = "actor.model_name",
         model: type[PackedModel] = Policy,
+        offload_model: bool = False,
     ) -> None:
         """`key` named the model, for errors; `model` is what is made of it."""
         self.processes, self.mesh = processes, mesh
@@ -61,7 +63,8 @@ class Worker:
         # one process in float32 needs no sharding, and its weights can then be the engine's own
         if processes.world_size > 1 or self.dtype != torch.float32:
             shard(self.policy, layers(lm), mesh.shards, self.dtype)
-        self.policy.fill(model_name, key, processes.device)
+        self.offload_model, self.users = offload_model, 0
+        self.policy.fill(model_name, key, torch.device("cpu") if offload_model else processes.device)
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -77,17 +80,18 @@ class Worker:
         out: dict[str, Tensor] = {}
         starts = batch.cu_seqlens.tolist()
         everything = range(batch.num_sequences)
-        for ids in self._share(batch, everything, max_tokens):
-            microbatch = batch.sequences(ids or [0])
-            with torch.no_grad():
-                stats = self._forward(microbatch, request)
-            for name, value in stats.items():
-                out.setdefault(name, value.new_zeros(len(batch.labels_T), *value.shape[1:], device="cpu"))
-                if ids:
-                    places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
-                    out[name][places] = value.cpu()
-        if isinstance(self.policy, FSDPModule):
-            self.policy.reshard()  # or the root would stay whole, in the compute dtype, until the next backward
+        with self.on_device():
+            for ids in self._share(batch, everything, max_tokens):
+                microbatch = batch.sequences(ids or [0])
+                with torch.no_grad():
+                    stats = self._forward(microbatch, request)
+                for name, value in stats.items():
+                    out.setdefault(name, value.new_zeros(len(batch.labels_T), *value.shape[1:], device="cpu"))
+                    if ids:
+                        places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
+                        out[name][places] = value.cpu()
+            if isinstance(self.policy, FSDPModule):
+                self.policy.reshard()  # or the root would stay whole, in the compute dtype, until the next backward
         return TokenStats(**{name: self.processes.sum(value, self.mesh.data) for name, value in out.items()})
 
     def _share(self, batch: TokenBatch, ids: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -100,12 +104,27 @@ class Worker:
         return self.policy(microbatch.to(device), shared and shared.to(device), request)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole (collective)."""
-        return named_weights(self.lm)
+        """Every weight as the forward pass sees it, in the compute dtype; whole, one at a time (collective)."""
+        with self.on_device():
+            yield from named_weights(self.lm, self.dtype)
 
     def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-        """The model in Hugging Face format (collective)."""
-        export(self.lm, tokenizer, folder, self.processes.is_first)
+        """The model in Hugging Face format, in float32 (collective)."""
+        with self.on_device():
+            export(self.lm, tokenizer, folder, self.processes.is_first)
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """While it is needed the model is on the device; with `offload_model` otherwise in host memory."""
+        self.users += 1
+        if self.offload_model and self.users == 1:
+            self.policy.to(self.processes.device)
+        try:
+            yield
+        finally:
+            self.users -= 1
+            if self.offload_model and self.users == 0:
+                self.policy.to("cpu")
 
 
 class Learner(Worker):
@@ -122,7 +141,7 @@ class Learner(Worker):
     ) -> None:
         """`total_steps`: optimizer steps of the whole run, for the schedule. `save_dir`: where a broken batch goes."""
         mesh = Mesh.make(processes, config, key.partition(".")[0])
-        super().__init__(config.model_name, config.dtype, mesh, processes, key, model)
+        super().__init__(config.model_name, config.dtype, mesh, processes, key, model, config.offload_model)
         self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
         if config.use_liger_kernel:
             _apply_liger(self.lm)
@@ -148,8 +167,9 @@ class Learner(Worker):
         Raises `BrokenLaw` on every process, before the optimizer step, if a law of ops/laws.py is broken, if trainer
         and engine are further apart than `max_logprob_gap`, or if loss or gradient is not finite.
         """
-        means = self.backward(batch, loss, request, progress)
-        return means | self._apply(means["loss"], batch)
+        with self.on_device():
+            means = self.backward(batch, loss, request, progress)
+            return means | self._apply(means["loss"], batch)
 
     def backward(
         self,
@@ -233,10 +253,20 @@ class Learner(Worker):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.ledger.open()
+        if self.config.offload_optimizer:
+            self._move_optimizer(self.processes.device)
         self.optimizer.step()
+        changes = self.ledger.close(self.processes)
+        if self.config.offload_optimizer:
+            self._move_optimizer(torch.device("cpu"))
         self.optimizer.zero_grad()
         self.steps += 1
-        return {"loss": loss, "grad_norm": grad_norm, "lr": rate} | self.ledger.close(self.processes)
+        return {"loss": loss, "grad_norm": grad_norm, "lr": rate} | changes
+
+    def _move_optimizer(self, device: torch.device) -> None:
+        for state in self.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(device)
 
 
 @dataclass(frozen=True)
