@@ -64,6 +64,9 @@ class TrainData:
     """Prompts of one training step."""
     responses_per_prompt: Count
     """Samples of each prompt; they form a group."""
+    curriculum: Literal["none", "failures", "frontier"]
+    """Which rows are drawn once each has been seen. none: all in turn. By their past success rate s, failures:
+    proportional to 1 - s; frontier: to s (1 - s), most of what is solved half of the time (data/curriculum.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,11 +203,36 @@ class Trainable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters, which then are all that trains (LoRA, through peft: pip install rl2-spo[lora])."""
+
+    rank: Index
+    """Columns of each adapter; 0: none, and all weights train."""
+    alpha: Count
+    """An adapter is scaled by alpha / rank."""
+    target_modules: tuple[str, ...]
+    """Names of the linear layers that get one."""
+    save: Literal["merged", "adapter"]
+    """What the run exports: a model of the usual kind, or the adapter alone, for peft."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainablePolicy(Trainable):
     """A language model with an optimizer."""
 
+    lora: Lora
+
     logits_budget_mib: PositiveFloat | None
     """Logits that are in memory at a time, in MiB; null: 64 on CPUs, 512 on GPUs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora.rank and self.tp_size > 1:
+            raise ConfigError(f"actor.lora.rank={self.lora.rank} does not go with actor.tp_size={self.tp_size}")
+        if self.lora.rank and not self.lora.target_modules:
+            raise ConfigError("actor.lora.target_modules is empty: nothing would train")
+        if not self.lora.rank and self.lora.save == "adapter":
+            raise ConfigError("actor.lora.save=adapter has no effect with actor.lora.rank=0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -546,6 +574,11 @@ class RLConfig:
         for name in ("keep_best", "early_stop"):
             if getattr(self.trainer, name) and self.trainer.test_freq is None:
                 raise ConfigError(f"trainer.{name}=true has no effect without trainer.test_freq")
+        if self.train_data.path is None and self.train_data.curriculum != "none":
+            raise ConfigError(
+                f"train_data.curriculum={self.train_data.curriculum} needs train_data.path: tasks that the environment "
+                "makes up never come back"
+            )
         if self.train_data.path is None and self.trainer.max_steps is None and not self.trainer.eval_only:
             raise ConfigError(
                 "train_data.path is not set; pass train_data.path=..., or trainer.max_steps=... for tasks that the "
@@ -768,9 +801,11 @@ def check_here(config: Config) -> None:
     if "WORLD_SIZE" in os.environ or not config.trainer.dry_run:  # a dry run may be for other machines
         for each, sizes in models.items():
             num_shards(sizes, int(os.environ.get("WORLD_SIZE", 1)), each)
+    if isinstance(model, TrainablePolicy):
+        packages[f"{group}.lora.rank"] = ("peft", "lora", model.lora.rank > 0)
     for key, (package, extra, wanted) in packages.items():
         if wanted and not config.trainer.dry_run and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{key}=true needs a package that is not installed: pip install 'rl2-spo[{extra}]'")
+            raise ConfigError(f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'")
     named: dict[str, str | None] = {}
     if isinstance(config, RLConfig):
         named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}

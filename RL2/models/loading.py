@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from RL2.config import ConfigError
+from RL2.models.lora import merged_name
 from RL2.ops.attention import IMPLEMENTATION
 
 Initial = Callable[[str, torch.Size], Tensor | None]
@@ -101,7 +102,8 @@ def _parameters(lm: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """A backbone that was saved alone has no `model.` before its names."""
+    """A backbone that was saved alone has no `model.` before its names, and no checkpoint has peft's wrapping."""
+    name = merged_name(name)
     return (name, name.removeprefix("model."))
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from RL2.config import ConfigError
 from RL2.models.loading import materialise, read_weights
+from RL2.models.lora import first_value
 from RL2.ops.attention import Attend, PackedAttention
 from RL2.parallel.ulysses import Ulysses, spread
 from RL2.types import Shared, StatsRequest, TokenBatch
@@ -37,7 +38,7 @@ class PackedModel(nn.Module, ABC):
 
     def initial(self, name: str, shape: torch.Size) -> Tensor | None:
         """The first value of a parameter that a checkpoint lacks; None if it may not be missing."""
-        return None
+        return first_value(name, shape)
 
     @classmethod
     def load(cls, model_name: str, key: str, device: torch.device | str = "cpu") -> Self:

@@ -23,6 +23,7 @@ from transformers import (
 
 from RL2.config import ConfigError
 from RL2.models.loading import build, empty, materialise
+from RL2.models.lora import is_adapter, merge, merged_name, whole
 from RL2.models.packed import PackedModel, refuse_other_backbones
 from RL2.ops.token_stats import VocabularyShard, token_stats
 from RL2.parallel.tp import first_row
@@ -107,11 +108,15 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
 def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every weight by its transformers name, whole, one at a time, tied ones once; in `dtype`, or as it is.
 
+    Adapters are merged into the weights that they belong to.
     Collective under sharding: rounded before they are gathered, so that half precision is half the traffic.
     """
     for name, parameter in lm.named_parameters():
-        weight = parameter.detach() if dtype is None else parameter.detach().to(dtype)
-        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if not is_adapter(name):
+            is_alone = merged_name(name) == name
+            weight = parameter.detach() if dtype is None or not is_alone else parameter.detach().to(dtype)
+            weight = merge(lm, name, whole(weight))
+            yield merged_name(name), weight if dtype is None else weight.to(dtype)
 
 
 def export(
@@ -121,7 +126,11 @@ def export(
 
     In files of at most `file_bytes`, written as soon as they are full: host memory never holds the whole model.
     """
-    shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in lm.named_parameters()}
+    shapes = {
+        merged_name(name): torch.empty(p.shape, dtype=torch.float32, device="meta")
+        for name, p in lm.named_parameters()
+        if not is_adapter(name)
+    }
     files = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=file_bytes
     )
@@ -136,7 +145,7 @@ def export(
             index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     begun: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, weight in named_weights(lm):
+    for name, weight in named_weights(lm, torch.float32):
         if write:
             file = files.tensor_to_filename[name]
             begun[file][name] = weight.cpu().contiguous()

@@ -6,12 +6,14 @@ import math
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from RL2.config import Actor as ActorConfig
 from RL2.config import ConfigError
 from RL2.config import RefActor as RefActorConfig
+from RL2.models.lora import adapters_off
 from RL2.models.policy import Policy
 from RL2.objectives.declare import Loss
 from RL2.objectives.table import configured
@@ -80,8 +82,29 @@ class Actor(Learner):
         return loss_T, metrics | {"logp_gap": (arrived_T - batch.engine_logp_T).abs()}
 
 
-class RefActor(Worker):
+class Reference(Protocol):
     """The frozen policy that the KL divergence is measured from."""
+
+    def logp(self, batch: TokenBatch) -> Tensor:
+        """Log-probability of every sampled token under it, [T]."""
+        ...
+
+
+class Base:
+    """An actor with adapters, without them: a reference that needs no memory."""
+
+    def __init__(self, config: RefActorConfig, actor: Actor) -> None:
+        self.actor = actor
+        self.request = replace(actor.request, fields=("logp",), top_k=0)
+        self.limit = config.max_inference_length_per_device
+
+    def logp(self, batch: TokenBatch) -> Tensor:
+        with adapters_off(self.actor.lm):
+            return self.actor.stats(batch, self.request, self.limit).logp
+
+
+class RefActor(Worker):
+    """A model of its own as the reference."""
 
     def __init__(self, config: RefActorConfig, actor: ActorConfig, mesh: Mesh, processes: Processes) -> None:
         """`mesh` is the actor's."""
@@ -93,5 +116,4 @@ class RefActor(Worker):
         self.limit = config.max_inference_length_per_device
 
     def logp(self, batch: TokenBatch) -> Tensor:
-        """Log-probability of every sampled token under the reference, [T]."""
         return self.stats(batch, self.request, self.limit).logp

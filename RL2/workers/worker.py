@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, Trainable, UserError
+from RL2.config import ConfigError, Lora, Trainable, TrainablePolicy, UserError
+from RL2.models.lora import add_adapters, export_adapter
 from RL2.models.packed import PackedModel, layers
 from RL2.models.policy import Policy, export, named_weights
 from RL2.objectives.declare import Loss
@@ -50,12 +51,16 @@ class Worker:
         key: str = "actor.model_name",
         model: type[PackedModel] = Policy,
         offload_model: bool = False,
+        lora: Lora | None = None,
     ) -> None:
-        """`key` named the model, for errors; `model` is what is made of it."""
+        """`key` named the model, for errors; `model` is what is made of it; `lora` has a rank, if it is given."""
         self.processes, self.mesh = processes, mesh
         self.dtype = compute_dtype(dtype, processes.device)
         lm = model.build(model_name, key)
         check_sizes(lm, mesh.tp_size, mesh.sp_size, key.partition(".")[0])
+        self.has_adapters = lora is not None
+        if lora is not None:
+            add_adapters(lm, lora, self.dtype, model_name, key.partition(".")[0])
         # split, then shard, then read: no process ever holds the whole
         self.partial = split(lm, mesh.tp) if mesh.tp is not None else []
         """Modules whose gradients are summands of each tensor-parallel process."""
@@ -71,8 +76,9 @@ class Worker:
         return self.policy.lm
 
     @property
-    def is_sharded(self) -> bool:
-        return isinstance(self.policy, FSDPModule)
+    def holds_what_it_serves(self) -> bool:
+        """An engine of this process may read the very tensors: whole, on the device, and nothing to merge."""
+        return not (isinstance(self.policy, FSDPModule) or self.offload_model or self.has_adapters)
 
     def stats(self, batch: TokenBatch, request: StatsRequest, max_tokens: int) -> TokenStats:
         """Statistics at all T positions of `batch`, the same on every process; 0 where there is no action."""
@@ -141,7 +147,8 @@ class Learner(Worker):
     ) -> None:
         """`total_steps`: optimizer steps of the whole run, for the schedule. `save_dir`: where a broken batch goes."""
         mesh = Mesh.make(processes, config, key.partition(".")[0])
-        super().__init__(config.model_name, config.dtype, mesh, processes, key, model, config.offload_model)
+        lora = config.lora if isinstance(config, TrainablePolicy) and config.lora.rank else None
+        super().__init__(config.model_name, config.dtype, mesh, processes, key, model, config.offload_model, lora)
         self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
         if config.use_liger_kernel:
             _apply_liger(self.lm)
@@ -170,6 +177,15 @@ class Learner(Worker):
         with self.on_device():
             means = self.backward(batch, loss, request, progress)
             return means | self._apply(means["loss"], batch)
+
+    def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """As `Worker.export`, or with `lora.save=adapter` the adapter alone."""
+        if not (isinstance(self.config, TrainablePolicy) and self.config.lora.save == "adapter"):
+            return super().export(tokenizer, folder)
+        with self.on_device():
+            export_adapter(self.lm, folder, self.processes.is_first)
+        if self.processes.is_first:
+            tokenizer.save_pretrained(folder)
 
     def backward(
         self,
