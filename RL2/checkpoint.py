@@ -99,7 +99,7 @@ class Checkpoints:
             written.result(self.processes.timeout_s)
         except TimeoutError as error:
             raise self.processes.lost(f"the checkpoint of step {self.step} to be written") from error
-        except Exception as error:
+        except (Exception, dcp.CheckpointException) as error:  # which is none
             cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
             raise CheckpointFailed(
                 f"the checkpoint of step {self.step} could not be written into {self.folder} "

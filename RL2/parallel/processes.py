@@ -42,10 +42,12 @@ class Processes:
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         processes = Processes(rank, world_size, device, timeout_s)
         with processes.expecting("all processes to join"):
+            store: dist.Store = dist.HashStore()
             if "RANK" in os.environ:
-                dist.init_process_group(backend, timeout=timeout)
-            else:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+                store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+                # torchrun keeps its store when it starts processes again, and in it the addresses of those that died
+                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return processes
 
     @property

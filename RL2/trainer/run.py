@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from RL2 import checkpoint
-from RL2.checkpoint import Checkpoints
+from RL2.checkpoint import CheckpointFailed, Checkpoints
 from RL2.config import Config, ConfigError, LostProcess, RLTrainer, show
 from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
@@ -53,7 +54,7 @@ class Run:
         source = source or checkpoint.find(self.config.load_ckpt_from, self.save_dir)
         step = 0
         if source is not None:
-            with self.processes.expecting("its part in loading a checkpoint"):
+            with self.processes.expecting("the others in loading a checkpoint"):
                 step = checkpoint.load(source, learner, cursor, self.processes, critic)
             report.say(f"resumed from {source}: step {step}")
         report.keep_before(step)
@@ -92,7 +93,10 @@ class Run:
     def export_to(self, name: str, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
         """A model in `save_dir/NAME`, as `from_pretrained` of its class in transformers loads it."""
         target, partial = self.save_dir / name, self.save_dir / f"{name}.partial"
-        learner.export(tokenizer, partial)
+        try:
+            learner.export(tokenizer, partial)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointFailed(f"the model could not be written into {partial}: {error}") from error
         if self.processes.is_first:
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)

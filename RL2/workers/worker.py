@@ -129,7 +129,7 @@ class Worker:
         if self.offload_model and self.users == 1:
             self.policy.to(self.processes.device)
         try:
-            with self.processes.expecting(f"its part in {what}"):
+            with self.processes.expecting(f"the others in {what}"):
                 yield
         finally:
             self.users -= 1

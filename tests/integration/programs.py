@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -91,11 +92,20 @@ class World:
     def weights(self) -> Path:
         return self.model / "model.safetensors"
 
-    def start(self, program: str, *overrides: str, nproc: int = 1, save_dir: Path | None = None) -> Run:
-        """`save_dir`: a new folder if None."""
+    def start(
+        self,
+        program: str,
+        *overrides: str,
+        nproc: int = 1,
+        save_dir: Path | None = None,
+        max_restarts: int = 0,
+        preexec: Callable[[], None] | None = None,
+    ) -> Run:
+        """`save_dir`: a new folder if None. `preexec` is called in the new process before the program."""
         name = f"{next(self.numbers):02d}_{program}"
         save_dir, log = save_dir or self.root / name, self.root / f"{name}.log"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+        launcher += [f"--max-restarts={max_restarts}"] if max_restarts else []
         settings = [*self.settings(program), f"trainer.save_dir={save_dir}", *overrides]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         with log.open("wb") as out, log.with_suffix(".err").open("wb") as err:
@@ -105,11 +115,12 @@ class World:
                 stdout=out,
                 stderr=err,
                 env=environment,
+                preexec_fn=preexec,
             )
         return Run(process, settings, save_dir, log)
 
-    def run(self, program: str, *overrides: str, nproc: int = 1, save_dir: Path | None = None) -> Run:
-        return self.start(program, *overrides, nproc=nproc, save_dir=save_dir).wait()
+    def run(self, program: str, *overrides: str, **how: Any) -> Run:
+        return self.start(program, *overrides, **how).wait()
 
     def settings(self, program: str) -> list[str]:
         """What a short run of `program` needs."""

@@ -1,0 +1,159 @@
+"""Processes that die or stop, and disks that are full: no run hangs, no checkpoint is damaged, nothing is lost.
+
+RL2_KILLS sets how often the restarted run is killed (here 3 times; 20 takes some minutes).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from programs import LIMIT_S, Run, World, wait_for_line, without_times
+
+KILLS = int(os.environ.get("RL2_KILLS", 3))
+TIMEOUT_S = 6
+SETTINGS = (
+    f"trainer.timeout_s={TIMEOUT_S}",
+    "trainer.save_freq=1",
+    "trainer.test_freq=2",
+    f"trainer.max_steps={max(6, 2 * KILLS)}",
+    "actor.update_per_rollout=2",
+)
+
+
+@pytest.fixture(scope="module")
+def settings(world: World) -> tuple[str, ...]:
+    return (*SETTINGS, f"test_data.path={world.root}/rl.jsonl")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: World, settings: tuple[str, ...]) -> Run:
+    return world.run("spo", *settings, nproc=2).succeeded()
+
+
+def workers(launcher: int) -> list[psutil.Process]:
+    """The ranks that torchrun has started."""
+    try:
+        children = psutil.Process(launcher).children(recursive=True)
+        return [child for child in children if "RL2.trainer.spo" in child.cmdline()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_ranks_killed_at_random_moments_are_restarted_and_nothing_changes(
+    world: World, settings: tuple[str, ...], uninterrupted: Run
+) -> None:
+    """torchrun starts all again; the run ends with the uninterrupted one's weights and metrics, bit for bit."""
+    draw, killed_at = random.Random(), []
+    run = world.start("spo", *settings, nproc=2, max_restarts=KILLS)
+    for _ in range(KILLS):
+        began, old = time.monotonic(), {worker.pid for worker in workers(run.process.pid)}
+        wait_for_line(run.save_dir / "metrics.jsonl", run)
+        while run.process.poll() is None and not is_at_work(run, began):
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0, 4))  # anywhere in a rollout, an update, a save or a test
+        if not (ranks := workers(run.process.pid)):
+            break  # it has ended
+        victim = draw.choice(ranks)
+        victim.kill()
+        killed_at.append(f"{len(run.metrics)} steps")
+        limit = time.monotonic() + TIMEOUT_S + 60  # torchrun gives the others 30 s before it kills them
+        while run.process.poll() is None and not {w.pid for w in workers(run.process.pid)}.isdisjoint(
+            old | {rank.pid for rank in ranks}
+        ):
+            assert time.monotonic() < limit, "the other rank has not stopped"
+            time.sleep(0.05)
+    run.wait().succeeded()
+    print(f"killed after {', '.join(killed_at)}")
+    assert killed_at
+    assert run.weights.read_bytes() == uninterrupted.weights.read_bytes()
+    assert without_times(run.metrics) == without_times(uninterrupted.metrics)
+    assert run.samples == uninterrupted.samples
+
+
+def is_at_work(run: Run, since: float) -> bool:
+    """Its present processes have written something, or are old enough to be loading."""
+    ages = [time.time() - worker.create_time() for worker in workers(run.process.pid)]
+    return bool(ages) and min(ages) > 6
+
+
+@pytest.fixture
+def pair(world: World, settings: tuple[str, ...], tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two ranks that nobody watches over: no launcher ends one when the other has gone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "RL2.trainer.spo", *world.rl, *settings, f"trainer.save_dir={tmp_path}/run"]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [*command, "trainer.max_steps=1000"],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    yield ranks
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "stuck"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_rank_that_is_left_says_what_it_waited_for(
+    how: signal.Signals, victim: int, pair: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    metrics, limit = tmp_path / "run" / "metrics.jsonl", time.monotonic() + LIMIT_S
+    while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        assert time.monotonic() < limit and all(rank.poll() is None for rank in pair)
+        time.sleep(0.05)
+    pair[victim].send_signal(how)
+    began = time.monotonic()
+    left = pair[1 - victim]
+    _, errors = left.communicate(timeout=TIMEOUT_S + 20)
+    print(f"{time.monotonic() - began:.1f} s: {errors.splitlines()[-1]}")
+    assert left.returncode == 1
+    assert re.fullmatch(
+        rf"spo \(rank {1 - victim}\): waited for .+, and another of the 2 processes has died or was not there within "
+        rf"trainer.timeout_s={TIMEOUT_S}",
+        errors.splitlines()[-1],
+    )
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(world: World, settings: tuple[str, ...]) -> None:
+    whole = world.run("spo", *settings, "trainer.max_steps=2").succeeded()
+    parts = whole.save_dir.glob("step_000001/**/*")
+    largest = max(part.stat().st_size for part in parts)
+    again = ("trainer.load_ckpt_from=latest", "trainer.max_steps=4")
+
+    def no_file_larger() -> None:  # what is written beyond fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+
+    run = world.run("spo", *settings, *again, save_dir=whole.save_dir, preexec=no_file_larger)
+    assert run.process.returncode == 1
+    assert re.fullmatch(
+        rf"spo: the checkpoint of step 3 could not be written into {whole.save_dir} \(.+\); "
+        "go on from the one before it with trainer.load_ckpt_from=latest",
+        run.errors.splitlines()[-1],
+    )
+    assert sorted(path.name for path in whole.save_dir.glob("step_*") if not path.suffix) == [
+        "step_000001",
+        "step_000002",
+    ]
+    straight = world.run("spo", *settings, "trainer.max_steps=4").succeeded()
+    rescued = world.run("spo", *settings, *again, save_dir=whole.save_dir).succeeded()
+    assert rescued.weights.read_bytes() == straight.weights.read_bytes()
