@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from RL2.parallel.processes import Processes
 
-SAMPLE = 2**16
+SAMPLE = 2**14
 """Weights looked at in each tensor of each process, evenly spaced; all of a smaller one."""
 
 
