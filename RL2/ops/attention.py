@@ -99,7 +99,7 @@ class PackedAttention:
 
     @cached_property
     def layout(self) -> tuple[Tensor, Tensor]:
-        """int64 [P], [T or U]: the token at each of the P places of all blocks end to end, and the place of each result.
+        """Of the P places of all blocks end to end: the token at each, [P], and where each result is, [T] (or [U]).
 
         A shorter row repeats its last token. Nothing of its own row looks at these, their results are not taken, and so
         their gradients are 0.
