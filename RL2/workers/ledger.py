@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from RL2.parallel.processes import Processes
 
-SAMPLE = 2**14
+SAMPLE = 2**16
 """Weights looked at in each tensor of each process, evenly spaced; all of a smaller one."""
 
 
@@ -38,9 +38,9 @@ class Ledger:
         for group, parameters, old in self.accounts:
             new = _samples(parameters)
             served = new.to(self.served_dtype) != old.to(self.served_dtype)
-            moved, asked = new.double() - old.double(), self._requested(group, parameters, old)
+            moved, asked = _precise(new) - _precise(old), self._requested(group, parameters, old)
             counts = (new != old).sum(), torch.ones_like(served).sum(), served.sum()
-            sums += torch.stack([*counts, moved.square().sum(), asked.square().sum()])
+            sums += torch.stack([*counts, *(x.square().sum(dtype=torch.float64) for x in (moved, asked))])
         stored_dtype, self.accounts = old.dtype, []
         changed, number, served_changed, moved_sq, asked_sq = processes.sum(sums).tolist()
         metrics = {"changed_share": changed / number}
@@ -51,17 +51,22 @@ class Ledger:
         return metrics
 
     def _requested(self, group: dict[str, Any], parameters: list[Tensor], old: Tensor) -> Tensor:
-        """The step of AdamW in float64, from its state after it (Loshchilov and Hutter 2019, algorithm 2)."""
+        """The step of AdamW, from its state after it (Loshchilov and Hutter 2019, algorithm 2)."""
         states = [self.optimizer.state[parameter] for parameter in parameters]
         steps = float(states[0]["step"])  # all have taken the same number
-        mean, square = (_samples([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
+        mean, square = (_precise(_samples([state[name] for state in states])) for name in ("exp_avg", "exp_avg_sq"))
         beta1, beta2 = group["betas"]
-        denominator = (square.double() / (1 - beta2**steps)).sqrt() + group["eps"]
-        decay = group["weight_decay"] * old.double()
-        return -group["lr"] * (mean.double() / (1 - beta1**steps) / denominator + decay)
+        denominator = (square / (1 - beta2**steps)).sqrt() + group["eps"]
+        decay = group["weight_decay"] * _precise(old)
+        return -group["lr"] * (mean / (1 - beta1**steps) / denominator + decay)
 
 
 def _samples(tensors: Sequence[Tensor]) -> Tensor:
     """Of each tensor of this process some elements, all laid end to end: few operations, whatever their number."""
     flat = [(x.to_local() if isinstance(x, DTensor) else x).detach().reshape(-1) for x in tensors]
     return torch.cat([x[:: max(1, len(x) // SAMPLE)] for x in flat])
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
