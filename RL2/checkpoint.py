@@ -12,18 +12,21 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from RL2.config import ConfigError
 from RL2.parallel.processes import Processes
 
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""A base under adapters is in the model's own folder already."""
+
 
 class Resumable(Protocol):
-    """What has a state of plain numbers: the data cursor."""
+    """What has a state for JSON: the data cursor."""
 
-    def state_dict(self) -> dict[str, int]: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Learner(Protocol):
@@ -54,7 +57,7 @@ def save(
         partial.mkdir(parents=True)
     processes.wait()
     for name, each in _learners(learner, critic).items():
-        model_state, optimizer_state = get_state_dict(each.policy, each.optimizer)
+        model_state, optimizer_state = get_state_dict(each.policy, each.optimizer, options=TRAINED)
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial / name)
     save_file(_random_states(processes.device), partial / f"random_{processes.rank}.safetensors")
     processes.wait()
@@ -96,7 +99,7 @@ def _learners(learner: Learner, critic: Learner | None) -> dict[str, Learner]:
 
 def _load_state(source: Path, name: str, learner: Learner) -> None:
     """Model and optimizer; the optimizer's settings stay those of the configuration."""
-    model_state, optimizer_state = get_state_dict(learner.policy, learner.optimizer)
+    model_state, optimizer_state = get_state_dict(learner.policy, learner.optimizer, options=TRAINED)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     try:
         dcp.load(state, checkpoint_id=source / name)
@@ -109,7 +112,11 @@ def _load_state(source: Path, name: str, learner: Learner) -> None:
         raise ConfigError(f"trainer.load_ckpt_from={source} is of a larger model: it has {min(extra)}")
     knobs = [{k: v for k, v in group.items() if k != "params"} for group in learner.optimizer.param_groups]
     set_state_dict(
-        learner.policy, learner.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        learner.policy,
+        learner.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=TRAINED,
     )
     for group, own in zip(learner.optimizer.param_groups, knobs, strict=True):
         group.update(own)  # the configuration's word counts, not the checkpoint's

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -63,6 +64,9 @@ class TrainData:
     """Prompts of one training step."""
     responses_per_prompt: Count
     """Samples of each prompt; they form a group."""
+    curriculum: Literal["none", "failures", "frontier"]
+    """Which rows are drawn once each has been seen. none: all in turn. By their past success rate s, failures:
+    proportional to 1 - s; frontier: to s (1 - s), most of what is solved half of the time (data/curriculum.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +161,17 @@ class Trainable:
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, more time."""
     ddp_size: Count
-    """Replicas; each is sharded over world_size / ddp_size processes (HSDP)."""
-    tp_size: Literal[1]
-    """Tensor parallelism: not available yet."""
-    sp_size: Literal[1]
-    """Sequence parallelism: not available yet."""
+    """Replicas of the model; each is sharded (FSDP) over the world_size / ddp_size processes of its own (HSDP)."""
+    tp_size: Count
+    """Tensor parallelism: processes over which every layer is split. Neighbours, best within one machine."""
+    sp_size: Count
+    """Sequence parallelism: processes over which the tokens of a microbatch are split, for long sequences."""
+    offload_model: bool
+    """Between its phases of a step the model is in host memory, and leaves that of the GPU to others."""
+    offload_optimizer: bool
+    """Between optimizer steps the optimizer's state is in host memory."""
     max_length_per_device: Count
-    """Tokens of one microbatch; also the longest sequence that can be trained on."""
+    """Tokens of one microbatch on each of the sp_size processes that share it; also limits a sequence."""
     lr: NonNegative
     """Peak learning rate."""
     betas: tuple[Share, Share]
@@ -181,6 +189,11 @@ class Trainable:
     decay_ratio: Share
     """wsd: share of all optimizer steps over which the rate falls to 0."""
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of a microbatch, and so of the longest sequence that can be trained on."""
+        return self.max_length_per_device * self.sp_size
+
     def __post_init__(self) -> None:
         if self.scheduler == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise ConfigError(
@@ -190,11 +203,36 @@ class Trainable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters, which then are all that trains (LoRA, through peft: pip install rl2-spo[lora])."""
+
+    rank: Index
+    """Columns of each adapter; 0: none, and all weights train."""
+    alpha: Count
+    """An adapter is scaled by alpha / rank."""
+    target_modules: tuple[str, ...]
+    """Names of the linear layers that get one."""
+    save: Literal["merged", "adapter"]
+    """What the run exports: a model of the usual kind, or the adapter alone, for peft."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainablePolicy(Trainable):
     """A language model with an optimizer."""
 
+    lora: Lora
+
     logits_budget_mib: PositiveFloat | None
     """Logits that are in memory at a time, in MiB; null: 64 on CPUs, 512 on GPUs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora.rank and self.tp_size > 1:
+            raise ConfigError(f"actor.lora.rank={self.lora.rank} does not go with actor.tp_size={self.tp_size}")
+        if self.lora.rank and not self.lora.target_modules:
+            raise ConfigError("actor.lora.target_modules is empty: nothing would train")
+        if not self.lora.rank and self.lora.save == "adapter":
+            raise ConfigError("actor.lora.save=adapter has no effect with actor.lora.rank=0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -459,23 +497,31 @@ class RLConfig:
             )
         for name in ("train", "test"):
             new = getattr(rollout, f"{name}_sampling_params").max_new_tokens
-            if new > actor.max_length_per_device:
+            if new > actor.max_length:
                 raise ConfigError(
                     f"rollout.{name}_sampling_params.max_new_tokens={new} does not fit into "
-                    f"actor.max_length_per_device={actor.max_length_per_device}"
+                    f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}"
                 )
-        limits = {
-            "actor.max_inference_length_per_device": actor.max_inference_length_per_device,
-            "ref_actor.max_inference_length_per_device": self.ref_actor.max_inference_length_per_device,
-        }
+        limits = [
+            ("actor.max_inference_length_per_device", actor.max_inference_length_per_device, actor.sp_size),
+            (
+                "ref_actor.max_inference_length_per_device",
+                self.ref_actor.max_inference_length_per_device,
+                actor.sp_size,
+            ),
+        ]
         if self.adv.estimator == "gae":
-            limits["critic.max_length_per_device"] = self.critic.max_length_per_device
-            limits["critic.max_inference_length_per_device"] = self.critic.max_inference_length_per_device
-        for key, tokens in limits.items():
-            if tokens < actor.max_length_per_device:
+            critic = self.critic
+            limits += [
+                ("critic.max_length_per_device", critic.max_length_per_device, critic.sp_size),
+                ("critic.max_inference_length_per_device", critic.max_inference_length_per_device, critic.sp_size),
+            ]
+        for key, tokens, sp_size in limits:
+            if tokens * sp_size < actor.max_length:
+                group = "critic" if key.startswith("critic") else "actor"
                 raise ConfigError(
-                    f"{key}={tokens} is less than "
-                    f"actor.max_length_per_device={actor.max_length_per_device}, so a sequence may not fit"
+                    f"{key}={_times_sp(tokens, group, sp_size)} is less than actor.max_length_per_device="
+                    f"{_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}, so a sequence may not fit"
                 )
         if self.adv.estimator not in ("reinforce", "gae") and (self.adv.norm_var or self.adv.global_norm):
             raise ConfigError(
@@ -528,6 +574,11 @@ class RLConfig:
         for name in ("keep_best", "early_stop"):
             if getattr(self.trainer, name) and self.trainer.test_freq is None:
                 raise ConfigError(f"trainer.{name}=true has no effect without trainer.test_freq")
+        if self.train_data.path is None and self.train_data.curriculum != "none":
+            raise ConfigError(
+                f"train_data.curriculum={self.train_data.curriculum} needs train_data.path: tasks that the environment "
+                "makes up never come back"
+            )
         if self.train_data.path is None and self.trainer.max_steps is None and not self.trainer.eval_only:
             raise ConfigError(
                 "train_data.path is not set; pass train_data.path=..., or trainer.max_steps=... for tasks that the "
@@ -544,10 +595,11 @@ class SFTConfig:
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
         # one position less than tokens: the last token is only a label
-        if self.data.max_length - 1 > self.actor.max_length_per_device:
+        actor = self.actor
+        if self.data.max_length - 1 > actor.max_length:
             raise ConfigError(
                 f"data.max_length={self.data.max_length} does not fit into "
-                f"actor.max_length_per_device={self.actor.max_length_per_device}"
+                f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}"
             )
 
 
@@ -559,7 +611,7 @@ class RMConfig:
 
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
-        _check_pairs_fit(self.data.max_length, "critic", self.critic.max_length_per_device)
+        _check_pairs_fit(self.data.max_length, "critic", self.critic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -571,8 +623,8 @@ class DPOConfig:
 
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
-        _check_pairs_fit(self.data.max_length, "actor", self.actor.max_length_per_device)
-        if self.ref_actor.max_inference_length_per_device < self.data.max_length:
+        _check_pairs_fit(self.data.max_length, "actor", self.actor)
+        if self.ref_actor.max_inference_length_per_device * self.actor.sp_size < self.data.max_length:
             raise ConfigError(
                 f"data.max_length={self.data.max_length} does not fit into "
                 f"ref_actor.max_inference_length_per_device={self.ref_actor.max_inference_length_per_device}"
@@ -581,12 +633,18 @@ class DPOConfig:
             raise ConfigError("ref_actor.model_name has no effect with actor.reference_free=true")
 
 
-def _check_pairs_fit(max_length: int, group: str, limit: int) -> None:
-    if 2 * max_length > limit:
+def _check_pairs_fit(max_length: int, group: str, model: Trainable) -> None:
+    if 2 * max_length > model.max_length:
         raise ConfigError(
             f"a pair stays together, and two sequences of data.max_length={max_length} do not fit into "
-            f"{group}.max_length_per_device={limit}; raise it to {2 * max_length} or lower data.max_length"
+            f"{group}.max_length_per_device={_times_sp(model.max_length_per_device, group, model.sp_size)}; "
+            f"raise it to {math.ceil(2 * max_length / model.sp_size)} or lower data.max_length"
         )
+
+
+def _times_sp(tokens: int, group: str, sp_size: int) -> str:
+    """A limit of one process, and how many share a microbatch."""
+    return f"{tokens}" + (f" x {group}.sp_size={sp_size}" if sp_size > 1 else "")
 
 
 Config = RLConfig | SFTConfig | RMConfig | DPOConfig
@@ -709,11 +767,26 @@ def build(annotation: Any, value: Any, key: str) -> Any:
     return value
 
 
+def num_shards(model: Trainable, world_size: int, group: str) -> int:
+    """FSDP shards of each replica: what ddp_size, sp_size and tp_size leave of the processes.
+
+    `group` is that of the keys. Raises ConfigError if the sizes do not divide the processes.
+    """
+    product = model.ddp_size * model.sp_size * model.tp_size
+    if world_size % product:
+        raise ConfigError(
+            f"{group}.ddp_size={model.ddp_size} x {group}.sp_size={model.sp_size} x {group}.tp_size={model.tp_size} "
+            f"= {product} does not divide the {world_size} processes "
+            f"({world_size} = ddp_size x FSDP shards x sp_size x tp_size)"
+        )
+    return world_size // product
+
+
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def check_here(config: Config) -> None:
-    """Raise `ConfigError` for files that are named but not there, and packages that are asked for but not installed."""
+    """Raise `ConfigError` for what is not here: files that are named, packages, processes to split a model over."""
     group, model = trained(config)
     packages = {
         "trainer.use_wandb": ("wandb", "wandb", config.trainer.use_wandb),
@@ -722,9 +795,17 @@ def check_here(config: Config) -> None:
     }
     if isinstance(config, RLConfig) and config.adv.estimator == "gae":
         packages["critic.use_liger_kernel"] = ("liger_kernel", "liger", config.critic.use_liger_kernel)
+    models = {group: model}
+    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
+        models["critic"] = config.critic
+    if "WORLD_SIZE" in os.environ or not config.trainer.dry_run:  # a dry run may be for other machines
+        for each, sizes in models.items():
+            num_shards(sizes, int(os.environ.get("WORLD_SIZE", 1)), each)
+    if isinstance(model, TrainablePolicy):
+        packages[f"{group}.lora.rank"] = ("peft", "lora", model.lora.rank > 0)
     for key, (package, extra, wanted) in packages.items():
         if wanted and not config.trainer.dry_run and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{key}=true needs a package that is not installed: pip install 'rl2-spo[{extra}]'")
+            raise ConfigError(f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'")
     named: dict[str, str | None] = {}
     if isinstance(config, RLConfig):
         named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}

@@ -111,7 +111,6 @@ MISTAKES = [
     ("actor.betas=0.9", "actor.betas=0.9; expected a list: 'actor.betas=[...]'"),
     ("actor.betas=[0.9,2]", "actor.betas[1]=2; must be at least 0 and at most 1"),
     ("actor.kl=0.1", "actor.kl=0.1; actor.kl is a group: set actor.kl.NAME=value"),
-    ("actor.tp_size=2", "actor.tp_size=2; choose 1"),
     ("rollout.tp_size=2", "rollout.tp_size=2; choose 1"),
     ("rollout.model_name=other", "rollout.model_name='other' is not actor.model_name='model'"),
     ("actor.avg_length=5", "actor.avg_length has no effect with actor.avg_level=token"),
@@ -233,3 +232,31 @@ def cpu_seconds_of_children() -> float:
     """Not the time on the clock, which says more about what else the machine does."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("sizes", "product"),
+    [
+        (("actor.tp_size=3",), "actor.ddp_size=1 x actor.sp_size=1 x actor.tp_size=3 = 3"),
+        (("actor.ddp_size=2", "actor.sp_size=4"), "actor.ddp_size=2 x actor.sp_size=4 x actor.tp_size=1 = 8"),
+        (("adv.estimator=gae", "critic.sp_size=8"), "critic.ddp_size=1 x critic.sp_size=8 x critic.tp_size=1 = 8"),
+    ],
+)
+def test_a_layout_that_the_processes_do_not_allow(
+    sizes: tuple[str, ...], product: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    (tmp_path / "x.jsonl").write_text("{}")
+    paths = f"train_data.path={tmp_path}/x.jsonl", f"rollout.env_path={tmp_path}/x.jsonl"
+    with pytest.raises(ConfigError) as caught:
+        check_here(load("ppo", (*RL, *paths, *sizes)))
+    assert str(caught.value) == (
+        f"{product} does not divide the 4 processes (4 = ddp_size x FSDP shards x sp_size x tp_size)"
+    )
+
+
+def test_a_longer_sequence_fits_on_more_processes() -> None:
+    long = "rollout.train_sampling_params.max_new_tokens=20000", "actor.max_length_per_device=8192"
+    load("ppo", (*RL, *long, "actor.sp_size=4"))
+    with pytest.raises(ConfigError, match=r"actor.max_length_per_device=8192 x actor.sp_size=2$"):
+        load("ppo", (*RL, *long, "actor.sp_size=2"))

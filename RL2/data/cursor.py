@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 
@@ -36,10 +39,16 @@ class Cursor:
             )
         return num_batches
 
-    def state_dict(self) -> dict[str, int]:
+    def learn(self, success: Mapping[int, float]) -> None:
+        """How rows went that were drawn; this order does not depend on it."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
         return {"drawn": self.drawn, "num_rows": self.num_rows, "seed": self.seed}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a position in other data or in another order."""
         for name, here in (("num_rows", self.num_rows), ("seed", self.seed)):
             if state[name] != here:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -18,80 +22,58 @@ from transformers import (
 )
 
 from RL2.config import ConfigError
-from RL2.ops.attention import IMPLEMENTATION, PackedAttention
-from RL2.ops.token_stats import token_stats
+from RL2.models.loading import build, empty, materialise
+from RL2.models.lora import is_adapter, merge, merged_name, whole
+from RL2.models.packed import PackedModel, refuse_other_backbones
+from RL2.ops.token_stats import VocabularyShard, token_stats
+from RL2.parallel.tp import first_row
 from RL2.types import Shared, StatsRequest, TokenBatch
 
 
-class Policy(nn.Module):
-    """Packed token ids in, statistics of the action tokens out. Logits never leave `token_stats`."""
-
-    def __init__(self, lm: PreTrainedModel) -> None:
-        super().__init__()
-        self.lm = lm
+class Policy(PackedModel):
+    """Statistics of the action tokens. Logits never leave `token_stats`."""
 
     @staticmethod
-    def load(model_name: str, key: str) -> Policy:
-        """In float32. `key` named the model, for errors."""
-        return Policy(load_model(model_name, torch.float32, key))
+    def build(model_name: str, key: str) -> PreTrainedModel:
+        lm = build(AutoModelForCausalLM, model_name, key)
+        _refuse_what_we_would_miss(lm)
+        return lm
 
     def forward(self, batch: TokenBatch, shared: Shared | None, request: StatsRequest) -> dict[str, Tensor]:
-        """The token statistics by name, each [number of action tokens]. `shared` is `batch.shared()`."""
+        """The token statistics by name."""
+        hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared)
+        weight = head(self.lm).weight
+        total = self.lm.config.vocab_size
         stats = token_stats(
-            hidden_of_actions(self.lm, batch, shared),
-            head(self.lm).weight,
-            batch.labels_T[batch.action_T],
+            hidden_ND,
+            weight.to_local() if isinstance(weight, DTensor) else weight,
+            batch.labels_T[batch.action_T][is_mine_A],
             temperature=request.temperature,
             fields=request.fields,
             top_k=request.top_k,
+            tp=None if self.tp is None else VocabularyShard(self.tp, first_row(total, self.tp), total),
             budget_mib=request.budget_mib,
         )
-        return {name: getattr(stats, name) for name in request.fields}
-
-
-def hidden_of_actions(lm: PreTrainedModel, batch: TokenBatch, shared: Shared | None) -> Tensor:
-    """The backbone's last hidden state at the positions of the actions, [number of action tokens, D]."""
-    ids, positions = batch.token_ids_T, batch.position_ids_T
-    actions = batch.action_T.nonzero()[:, 0]
-    if shared is not None:  # what sequences have in common runs through the backbone once
-        ids, positions = ids[shared.distinct_U], positions[shared.distinct_U]
-    hidden_UD = backbone(lm)(
-        input_ids=ids[None],
-        position_ids=positions[None],
-        use_cache=False,
-        attend=PackedAttention(batch.cu_seqlens, shared),
-    ).last_hidden_state[0]
-    return hidden_UD.index_select(0, actions if shared is None else shared.place_T[actions])
-
-
-def backbone(lm: PreTrainedModel) -> nn.Module:
-    return lm.base_model
+        return self.on_all({name: getattr(stats, name) for name in request.fields}, is_mine_A)
 
 
 def head(lm: PreTrainedModel) -> nn.Linear:
     return lm.get_output_embeddings()
 
 
-def layers(lm: PreTrainedModel) -> nn.ModuleList:
-    found = backbone(lm).layers
-    assert isinstance(found, nn.ModuleList)
-    return found
-
-
 def load_model(model_name: str, dtype: torch.dtype, key: str = "actor.model_name") -> PreTrainedModel:
-    """The causal LM of a hub name or folder, in `dtype`, calling packed attention. `key` named it, for errors."""
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, attn_implementation=IMPLEMENTATION)
-    except OSError as error:
-        raise ConfigError(f"{key}={model_name}: {str(error).splitlines()[0]}") from error
-    _refuse_what_we_would_miss(lm)
+    """The whole causal LM of a hub name or folder, in `dtype`, calling packed attention. `key` named it, for errors."""
+    lm = Policy.load(model_name, key).lm
+    for parameter in lm.parameters():  # the rotary frequencies stay float32
+        parameter.data = parameter.data.to(dtype)
     return lm
 
 
 def empty_model(like: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A model of the same shape whose weights are yet to be loaded."""
-    lm = AutoModelForCausalLM.from_config(like.config, dtype=dtype, attn_implementation=IMPLEMENTATION)
-    return lm.to(device).eval().requires_grad_(False)
+    lm = empty(AutoModelForCausalLM, like.config, dtype)
+    materialise(lm, lm, device)
+    return lm.eval().requires_grad_(False)
 
 
 def load_tokenizer(model_name: str, key: str = "actor.model_name") -> PreTrainedTokenizerBase:
@@ -123,21 +105,52 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def named_weights(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by its transformers name, whole (collective under sharding), tied ones once."""
+def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by its transformers name, whole, one at a time, tied ones once; in `dtype`, or as it is.
+
+    Adapters are merged into the weights that they belong to.
+    Collective under sharding: rounded before they are gathered, so that half precision is half the traffic.
+    """
     for name, parameter in lm.named_parameters():
-        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        if not is_adapter(name):
+            is_alone = merged_name(name) == name
+            weight = parameter.detach() if dtype is None or not is_alone else parameter.detach().to(dtype)
+            weight = merge(lm, name, whole(weight))
+            yield merged_name(name), weight if dtype is None else weight.to(dtype)
 
 
-def export(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, write: bool) -> None:
-    """A folder that `AutoModelForCausalLM.from_pretrained` loads. Collective; the process with `write` writes."""
-    weights = {}
-    for name, weight in named_weights(lm):
-        if write:
-            weights[name] = weight.cpu()
+def export(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, write: bool, file_bytes: int = 4 * 2**30
+) -> None:
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads. Collective; the process with `write` writes.
+
+    In files of at most `file_bytes`, written as soon as they are full: host memory never holds the whole model.
+    """
+    shapes = {
+        merged_name(name): torch.empty(p.shape, dtype=torch.float32, device="meta")
+        for name, p in lm.named_parameters()
+        if not is_adapter(name)
+    }
+    files = split_torch_state_dict_into_shards(
+        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=file_bytes
+    )
     if write:
-        lm.save_pretrained(folder, state_dict=weights)
+        folder.mkdir(parents=True, exist_ok=True)
+        lm.config.architectures = [type(lm).__name__]
+        lm.config.save_pretrained(folder)
+        if lm.generation_config is not None:
+            lm.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if files.is_sharded:
+            index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    begun: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, weight in named_weights(lm, torch.float32):
+        if write:
+            file = files.tensor_to_filename[name]
+            begun[file][name] = weight.cpu().contiguous()
+            if len(begun[file]) == len(files.filename_to_tensors[file]):
+                save_file(begun.pop(file), folder / file, metadata={"format": "pt"})
 
 
 def _refuse_what_we_would_miss(lm: PreTrainedModel) -> None:
@@ -147,13 +160,3 @@ def _refuse_what_we_would_miss(lm: PreTrainedModel) -> None:
     refuse_other_backbones(lm)
     if head(lm).bias is not None:
         raise ConfigError(f"{type(lm).__name__} has a bias in its head, which is not supported")
-
-
-def refuse_other_backbones(lm: PreTrainedModel) -> None:
-    """Raise `ConfigError` for what packed attention would compute wrongly, or not at all."""
-    if not isinstance(getattr(backbone(lm), "layers", None), nn.ModuleList) or not hasattr(
-        lm.config, "num_key_value_heads"
-    ):
-        raise ConfigError(f"{type(lm).__name__} is not built like Llama or Qwen, which is what is supported")
-    if getattr(lm.config, "sliding_window", None):
-        raise ConfigError(f"{type(lm).__name__} uses a sliding window, which packed attention does not have")

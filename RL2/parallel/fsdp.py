@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 
 def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
@@ -19,3 +23,30 @@ def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dt
             # the weights in the loss already divide by the global count
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # otherwise a factor is an operation that gloo does not have
+
+
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in groups that lie on the same processes: one operation cannot mix them."""
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+    return list(groups.values())
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale the gradients so that together their norm is at most `max_norm`; returns what it was (collective)."""
+    moved = [[p for p in group if p.grad is not None] for group in by_mesh(parameters)]
+    norms: list[Tensor] = []
+    for group in moved:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for group in moved:
+        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        torch._foreach_mul_([local(p.grad) for p in group if p.grad is not None], scale)
+    return float(total)
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process has of `x`."""
+    return x.to_local() if isinstance(x, DTensor) else x

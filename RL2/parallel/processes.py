@@ -10,9 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-from RL2.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -43,25 +40,13 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def mesh(self, ddp_size: int) -> DeviceMesh:
-        """`ddp_size` replicas of shards over the rest."""
-        if self.world_size % ddp_size:
-            raise ConfigError(
-                f"actor.ddp_size={ddp_size} does not divide the {self.world_size} processes "
-                f"({self.world_size} = ddp_size x shards)"
-            )
-        shape, names = (self.world_size,), ("fsdp",)
-        if ddp_size > 1:
-            shape, names = (ddp_size, self.world_size // ddp_size), ("ddp", "fsdp")  # type: ignore[assignment]
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over all processes, the same on each."""
-        dist.all_reduce(x, dist.ReduceOp.SUM)
+    def sum(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """Sum over all processes, or those of `group`; the same on each."""
+        dist.all_reduce(x, dist.ReduceOp.SUM, group=group)
         return x
 
-    def max(self, x: Tensor) -> Tensor:
-        dist.all_reduce(x, dist.ReduceOp.MAX)
+    def max(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
         return x
 
     def gather(self, items: list[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence as Seq
 
 from RL2.config import Rollout
@@ -18,6 +19,14 @@ def with_signal(trajectories: Seq[Trajectory], config: Rollout) -> list[Trajecto
     """Of these, with dynamic filtering, the groups whose rewards differ."""
     kept = usable(trajectories, config)
     return drop_equal_groups(kept) if config.dynamic_filtering else kept
+
+
+def success_rates(trajectories: Seq[Trajectory]) -> dict[int, float]:
+    """Row -> the share of its scored trajectories whose reward is above 0."""
+    rewards: dict[int, list[float]] = defaultdict(list)
+    for trajectory in scored(trajectories):
+        rewards[trajectory.row].append(trajectory.reward)
+    return {row: sum(reward > 0 for reward in of_row) / len(of_row) for row, of_row in rewards.items()}
 
 
 def trainable(trajectories: Seq[Trajectory], config: Rollout) -> list[Trajectory]:

@@ -12,6 +12,7 @@ from RL2.data.preference import as_responses, load_pairs
 from RL2.models.policy import load_tokenizer
 from RL2.objectives.preference import dpo, ipo
 from RL2.packing import pack, sequence_weights
+from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.trainer.run import Run
 from RL2.trainer.supervised import Rows, Task, converter, fit, train_and_test
@@ -50,6 +51,7 @@ def with_reference(pairs: TokenBatch, config: DPOConfig, processes: Processes) -
     if config.actor.reference_free:
         return pairs.with_(ref_logp_T=torch.zeros_like(pairs.reward_T))
     reference, actor = config.ref_actor, config.actor
-    worker = Worker(reference.model_name, actor.dtype, actor.ddp_size, processes, "ref_actor.model_name")
+    mesh = Mesh.make(processes, actor)
+    worker = Worker(reference.model_name, actor.dtype, mesh, processes, "ref_actor.model_name")
     stats = worker.stats(pairs, logps(config), reference.max_inference_length_per_device)
     return pairs.with_(ref_logp_T=stats.logp)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.advantages import ADVANTAGES, gae, whitened
 from RL2.config import ConfigError, RLConfig
+from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
@@ -21,12 +22,12 @@ from RL2.report import Metrics, Report
 from RL2.rollout.collect import groups, made_up, raise_if_all_unscored, rollout_metrics, unscored_causes
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
-from RL2.rollout.filters import filter_metrics, trainable, with_signal
+from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.trainer.run import Run
 from RL2.trainer.scores import Scores
 from RL2.types import Prompt, TokenBatch, Trajectory
-from RL2.workers.actor import Actor, RefActor
+from RL2.workers.actor import Actor, Base, RefActor, Reference
 from RL2.workers.critic import Critic
 from RL2.workers.worker import compute_dtype
 
@@ -37,9 +38,9 @@ def train(config: RLConfig, run: Run) -> None:
     tokenizer = load_tokenizer(config.actor.model_name)
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     # the last token of a sequence is only a label and takes no position
-    longest = min(config.actor.max_length_per_device + 1, max_length(config.actor.model_name))
+    longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     prompts, tests = tasks(config, tokenizer, environment, longest - 1)
-    cursor = Cursor(len(prompts), config.train_data.prompts_per_rollout, trainer.seed)
+    cursor = make_cursor(len(prompts), config)
     num_steps = 0 if trainer.eval_only else run.number_of_steps(cursor)
 
     actor, ref_actor, critic = make_workers(config, run, num_steps)
@@ -74,6 +75,7 @@ def train(config: RLConfig, run: Run) -> None:
 
         trajectories = sample(prompts, cursor, rollouts, config, step, report)
         metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config.rollout)
+        metrics |= cursor.metrics()
         clock.lap("rollout")
 
         batch = judge(pack(trainable(trajectories, config.rollout)), config, actor, ref_actor, critic)
@@ -100,7 +102,14 @@ def train(config: RLConfig, run: Run) -> None:
     report.close()
 
 
-def make_workers(config: RLConfig, run: Run, num_steps: int) -> tuple[Actor, RefActor | None, Critic | None]:
+def make_cursor(num_prompts: int, config: RLConfig) -> Cursor:
+    data, seed = config.train_data, config.trainer.seed
+    if data.curriculum == "none":
+        return Cursor(num_prompts, data.prompts_per_rollout, seed)
+    return Curriculum(num_prompts, data.prompts_per_rollout, seed, data.curriculum)
+
+
+def make_workers(config: RLConfig, run: Run, num_steps: int) -> tuple[Actor, Reference | None, Critic | None]:
     """The policy, and what its configuration asks for beside it."""
     frozen, critic, ref_actor = config.actor.freeze_steps, None, None
     if frozen >= num_steps > 0:
@@ -108,17 +117,24 @@ def make_workers(config: RLConfig, run: Run, num_steps: int) -> tuple[Actor, Ref
     updates = (num_steps - frozen) * config.actor.update_per_rollout
     actor = Actor(config.actor, run.processes, updates, run.save_dir, config.logprob_gap_limit)
     if config.actor.kl.coef > 0:
-        ref_actor = RefActor(config.ref_actor, config.actor, run.processes)
+        ref_actor = make_reference(config, actor)
     if config.adv.estimator == "gae":
         critic = Critic(config.critic, run.processes, num_steps * config.critic.update_per_rollout, run.save_dir)
     return actor, ref_actor, critic
+
+
+def make_reference(config: RLConfig, actor: Actor) -> Reference:
+    """What the KL divergence is measured from; under LoRA the actor itself, without its adapters."""
+    if actor.has_adapters and config.ref_actor.model_name == config.actor.model_name:
+        return Base(config.ref_actor, actor)
+    return RefActor(config.ref_actor, config.actor, actor.mesh, actor.processes)
 
 
 def make_engine(config: RLConfig, actor: Actor, decode: Callable[[list[int]], str]) -> EmbeddedEngine:
     """The engine of this process: on the actor's own tensors where they are whole and of the right dtype."""
     device = actor.processes.device
     dtype = actor.dtype if config.rollout.dtype == "auto" else compute_dtype(config.rollout.dtype, device)
-    shared = not actor.is_sharded and dtype == actor.lm.dtype
+    shared = actor.holds_what_it_serves and dtype == actor.lm.dtype
     return EmbeddedEngine(
         actor.lm if shared else empty_model(actor.lm, dtype, device),
         decode=decode,
@@ -174,6 +190,7 @@ def sample(
                 bar.update,
                 first_group=len(groups(trajectories)),
             )
+    cursor.learn(success_rates(trajectories))
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")
@@ -197,7 +214,7 @@ def test(tests: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, r
 
 
 def judge(
-    batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: RefActor | None, critic: Critic | None = None
+    batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: Reference | None, critic: Critic | None = None
 ) -> TokenBatch:
     """The rollout with what the update reads beside it: old and reference log-probabilities, values, advantages."""
     kl, adv, select = config.actor.kl, config.adv, config.actor.select

@@ -6,16 +6,20 @@ import math
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from RL2.config import Actor as ActorConfig
 from RL2.config import ConfigError
 from RL2.config import RefActor as RefActorConfig
+from RL2.models.lora import adapters_off
+from RL2.models.policy import Policy
 from RL2.objectives.declare import Loss
 from RL2.objectives.table import configured
 from RL2.objectives.terms import configured_weights, total_loss
 from RL2.packing import minibatches
+from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import Learner, Progress, Worker
@@ -78,15 +82,38 @@ class Actor(Learner):
         return loss_T, metrics | {"logp_gap": (arrived_T - batch.engine_logp_T).abs()}
 
 
-class RefActor(Worker):
+class Reference(Protocol):
     """The frozen policy that the KL divergence is measured from."""
 
-    def __init__(self, config: RefActorConfig, actor: ActorConfig, processes: Processes) -> None:
-        super().__init__(config.model_name, actor.dtype, actor.ddp_size, processes, "ref_actor.model_name")
+    def logp(self, batch: TokenBatch) -> Tensor:
+        """Log-probability of every sampled token under it, [T]."""
+        ...
+
+
+class Base:
+    """An actor with adapters, without them: a reference that needs no memory."""
+
+    def __init__(self, config: RefActorConfig, actor: Actor) -> None:
+        self.actor = actor
+        self.request = replace(actor.request, fields=("logp",), top_k=0)
+        self.limit = config.max_inference_length_per_device
+
+    def logp(self, batch: TokenBatch) -> Tensor:
+        with adapters_off(self.actor.lm):
+            return self.actor.stats(batch, self.request, self.limit).logp
+
+
+class RefActor(Worker):
+    """A model of its own as the reference."""
+
+    def __init__(self, config: RefActorConfig, actor: ActorConfig, mesh: Mesh, processes: Processes) -> None:
+        """`mesh` is the actor's."""
+        super().__init__(
+            config.model_name, actor.dtype, mesh, processes, "ref_actor.model_name", Policy, actor.offload_model
+        )
         self.policy.requires_grad_(False)
         self.request = StatsRequest(("logp",), temperature=actor.temperature, budget_mib=actor.logits_budget_mib)
         self.limit = config.max_inference_length_per_device
 
     def logp(self, batch: TokenBatch) -> Tensor:
-        """Log-probability of every sampled token under the reference, [T]."""
         return self.stats(batch, self.request, self.limit).logp

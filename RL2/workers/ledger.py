@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from RL2.parallel.fsdp import local
 from RL2.parallel.processes import Processes
 
 SAMPLE = 2**16
@@ -40,7 +41,8 @@ class Ledger:
             served = new.to(self.served_dtype) != old.to(self.served_dtype)
             moved, asked = _precise(new) - _precise(old), self._requested(group, parameters, old)
             counts = (new != old).sum(), torch.ones_like(served).sum(), served.sum()
-            sums += torch.stack([*counts, *(x.square().sum(dtype=torch.float64) for x in (moved, asked))])
+            squares = (x.square().sum(dtype=torch.float64) for x in (moved, asked))
+            sums += torch.stack([*counts, *squares]) / _copies(parameters, processes)
         stored_dtype, self.accounts = old.dtype, []
         changed, number, served_changed, moved_sq, asked_sq = processes.sum(sums).tolist()
         metrics = {"changed_share": changed / number}
@@ -61,9 +63,15 @@ class Ledger:
         return -group["lr"] * (mean / (1 - beta1**steps) / denominator + decay)
 
 
+def _copies(parameters: list[Tensor], processes: Processes) -> int:
+    """On how many tensor-parallel processes the same weights are: norms are whole on each."""
+    sharded = parameters[0]
+    return processes.world_size // sharded.device_mesh.size() if isinstance(sharded, DTensor) else 1
+
+
 def _samples(tensors: Sequence[Tensor]) -> Tensor:
     """Of each tensor of this process some elements, all laid end to end: few operations, whatever their number."""
-    flat = [(x.to_local() if isinstance(x, DTensor) else x).detach().reshape(-1) for x in tensors]
+    flat = [local(x).detach().reshape(-1) for x in tensors]
     return torch.cat([x[:: max(1, len(x) // SAMPLE)] for x in flat])
 
 

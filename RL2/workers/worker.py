@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -14,17 +15,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, Trainable, UserError
-from RL2.models.policy import Policy, export, layers, named_weights
-from RL2.models.value import ValueModel
+from RL2.config import ConfigError, Lora, Trainable, TrainablePolicy, UserError
+from RL2.models.lora import add_adapters, export_adapter
+from RL2.models.packed import PackedModel, layers
+from RL2.models.policy import Policy, export, named_weights
 from RL2.objectives.declare import Loss
 from RL2.ops.laws import first_breach
 from RL2.packing import microbatches
-from RL2.parallel.fsdp import shard
+from RL2.parallel.fsdp import by_mesh, clip_grad_norm, local, shard
+from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
+from RL2.parallel.tp import check_sizes, split
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.ledger import Ledger
 
@@ -43,24 +46,39 @@ class Worker:
         self,
         model_name: str,
         dtype: str,
-        ddp_size: int,
+        mesh: Mesh,
         processes: Processes,
         key: str = "actor.model_name",
-        model: type[Policy] | type[ValueModel] = Policy,
+        model: type[PackedModel] = Policy,
+        offload_model: bool = False,
+        lora: Lora | None = None,
     ) -> None:
-        """`key` named the model, for errors; `model` is what is made of it."""
-        self.processes = processes
-        self.policy = model.load(model_name, key).to(processes.device)
-        self.lm = self.policy.lm
+        """`key` named the model, for errors; `model` is what is made of it; `lora` has a rank, if it is given."""
+        self.processes, self.mesh = processes, mesh
         self.dtype = compute_dtype(dtype, processes.device)
-        mesh = processes.mesh(ddp_size)
+        lm = model.build(model_name, key)
+        check_sizes(lm, mesh.tp_size, mesh.sp_size, key.partition(".")[0])
+        self.has_adapters = lora is not None
+        if lora is not None:
+            add_adapters(lm, lora, self.dtype, model_name, key.partition(".")[0])
+        # split, then shard, then read: no process ever holds the whole
+        self.partial = split(lm, mesh.tp) if mesh.tp is not None else []
+        """Modules whose gradients are summands of each tensor-parallel process."""
+        self.policy = model(lm, mesh.sp, None if mesh.tp is None else mesh.tp.get_group())
         # one process in float32 needs no sharding, and its weights can then be the engine's own
         if processes.world_size > 1 or self.dtype != torch.float32:
-            shard(self.policy, layers(self.lm), mesh, self.dtype)
+            shard(self.policy, layers(lm), mesh.shards, self.dtype)
+        self.offload_model, self.users = offload_model, 0
+        self.policy.fill(model_name, key, torch.device("cpu") if offload_model else processes.device)
 
     @property
-    def is_sharded(self) -> bool:
-        return isinstance(self.policy, FSDPModule)
+    def lm(self) -> PreTrainedModel:
+        return self.policy.lm
+
+    @property
+    def holds_what_it_serves(self) -> bool:
+        """An engine of this process may read the very tensors: whole, on the device, and nothing to merge."""
+        return not (isinstance(self.policy, FSDPModule) or self.offload_model or self.has_adapters)
 
     def stats(self, batch: TokenBatch, request: StatsRequest, max_tokens: int) -> TokenStats:
         """Statistics at all T positions of `batch`, the same on every process; 0 where there is no action."""
@@ -68,30 +86,51 @@ class Worker:
         out: dict[str, Tensor] = {}
         starts = batch.cu_seqlens.tolist()
         everything = range(batch.num_sequences)
-        for ids in microbatches(batch, everything, max_tokens, self.processes.world_size)[self.processes.rank]:
-            microbatch = batch.sequences(ids or [0])
-            with torch.no_grad():
-                stats = self._forward(microbatch, request)
-            for name, value in stats.items():
-                out.setdefault(name, value.new_zeros(len(batch.labels_T), *value.shape[1:], device="cpu"))
-                if ids:
-                    places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
-                    out[name][places] = value.cpu()
-        if isinstance(self.policy, FSDPModule):
-            self.policy.reshard()  # or the root would stay whole, in the compute dtype, until the next backward
-        return TokenStats(**{name: self.processes.sum(value) for name, value in out.items()})
+        with self.on_device():
+            for ids in self._share(batch, everything, max_tokens):
+                microbatch = batch.sequences(ids or [0])
+                with torch.no_grad():
+                    stats = self._forward(microbatch, request)
+                for name, value in stats.items():
+                    out.setdefault(name, value.new_zeros(len(batch.labels_T), *value.shape[1:], device="cpu"))
+                    if ids:
+                        places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
+                        out[name][places] = value.cpu()
+            if isinstance(self.policy, FSDPModule):
+                self.policy.reshard()  # or the root would stay whole, in the compute dtype, until the next backward
+        return TokenStats(**{name: self.processes.sum(value, self.mesh.data) for name, value in out.items()})
+
+    def _share(self, batch: TokenBatch, ids: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """This process's microbatches of the sequences `ids`: at most `max_tokens` for each process that shares one."""
+        mesh = self.mesh
+        return microbatches(batch, ids, max_tokens * mesh.sp_size, mesh.data_size)[mesh.data_rank]
 
     def _forward(self, microbatch: TokenBatch, request: StatsRequest) -> dict[str, Tensor]:
         device, shared = self.processes.device, microbatch.shared()
         return self.policy(microbatch.to(device), shared and shared.to(device), request)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole (collective)."""
-        return named_weights(self.lm)
+        """Every weight as the forward pass sees it, in the compute dtype; whole, one at a time (collective)."""
+        with self.on_device():
+            yield from named_weights(self.lm, self.dtype)
 
     def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-        """The model in Hugging Face format (collective)."""
-        export(self.lm, tokenizer, folder, self.processes.is_first)
+        """The model in Hugging Face format, in float32 (collective)."""
+        with self.on_device():
+            export(self.lm, tokenizer, folder, self.processes.is_first)
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """While it is needed the model is on the device; with `offload_model` otherwise in host memory."""
+        self.users += 1
+        if self.offload_model and self.users == 1:
+            self.policy.to(self.processes.device)
+        try:
+            yield
+        finally:
+            self.users -= 1
+            if self.offload_model and self.users == 0:
+                self.policy.to("cpu")
 
 
 class Learner(Worker):
@@ -104,10 +143,12 @@ class Learner(Worker):
         total_steps: int,
         save_dir: Path,
         key: str = "actor.model_name",
-        model: type[Policy] | type[ValueModel] = Policy,
+        model: type[PackedModel] = Policy,
     ) -> None:
         """`total_steps`: optimizer steps of the whole run, for the schedule. `save_dir`: where a broken batch goes."""
-        super().__init__(config.model_name, config.dtype, config.ddp_size, processes, key, model)
+        mesh = Mesh.make(processes, config, key.partition(".")[0])
+        lora = config.lora if isinstance(config, TrainablePolicy) and config.lora.rank else None
+        super().__init__(config.model_name, config.dtype, mesh, processes, key, model, config.offload_model, lora)
         self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
         if config.use_liger_kernel:
             _apply_liger(self.lm)
@@ -133,8 +174,18 @@ class Learner(Worker):
         Raises `BrokenLaw` on every process, before the optimizer step, if a law of ops/laws.py is broken, if trainer
         and engine are further apart than `max_logprob_gap`, or if loss or gradient is not finite.
         """
-        means = self.backward(batch, loss, request, progress)
-        return means | self._apply(means["loss"], batch)
+        with self.on_device():
+            means = self.backward(batch, loss, request, progress)
+            return means | self._apply(means["loss"], batch)
+
+    def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """As `Worker.export`, or with `lora.save=adapter` the adapter alone."""
+        if not (isinstance(self.config, TrainablePolicy) and self.config.lora.save == "adapter"):
+            return super().export(tokenizer, folder)
+        with self.on_device():
+            export_adapter(self.lm, folder, self.processes.is_first)
+        if self.processes.is_first:
+            tokenizer.save_pretrained(folder)
 
     def backward(
         self,
@@ -150,11 +201,10 @@ class Learner(Worker):
         """
         self.policy.train()
         assert batch.weight_T is not None
-        totals = _Totals(self.processes)
+        totals = _Totals(self.processes, self.mesh)
         trained = batch.sequence_T[batch.weight_T != 0].unique().tolist()
         shortest = int(batch.lengths_B.argmin())
-        limit, world_size = self.config.max_length_per_device, self.processes.world_size
-        for ids in microbatches(batch, trained, limit, world_size)[self.processes.rank]:
+        for ids in self._share(batch, trained, self.config.max_length_per_device):
             microbatch = batch.sequences(ids or [shortest])
             if not ids:
                 microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))
@@ -169,7 +219,8 @@ class Learner(Worker):
             if breach := first_breach(stats, self.lm.config.vocab_size):
                 law, t, value = breach
                 totals.broken.append(f"{law} does not hold: {value:g} at {where(t)}")
-            progress(len(ids) * world_size)
+            progress(len(ids) * self.mesh.data_size)
+        self._sum_partial_gradients()
         means, broken = totals.means(), totals.all_broken()
         gap = means.get("logp_gap", 0.0)
         if not broken and gap > self.max_logprob_gap:
@@ -180,6 +231,14 @@ class Learner(Worker):
         if broken:
             self._stop("broken_law", broken[0], batch)
         return means
+
+    def _sum_partial_gradients(self) -> None:
+        """Of what each tensor-parallel process has seen with its own heads only: few and small, so once a step."""
+        parameters = [parameter for module in self.partial for parameter in module.parameters()]
+        grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if grads:
+            whole = self.processes.sum(torch.cat(grads), self.policy.tp)
+            torch._foreach_copy_(grads, whole.split([len(grad) for grad in grads]))
 
     def measure(
         self, batch: TokenBatch, loss: Callable[[TokenStats, TokenBatch], Loss], request: StatsRequest
@@ -203,18 +262,27 @@ class Learner(Worker):
         raise BrokenLaw(f"optimizer step {self.steps}: {why}; the step was not taken, and its batch is in {file}")
 
     def _apply(self, loss: float, batch: TokenBatch) -> dict[str, float]:
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        grad_norm = clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop("nonfinite", f"loss {loss}, gradient norm {grad_norm}", batch)
         rate = self.config.lr * schedule(self.config, self.steps, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.ledger.open()
+        if self.config.offload_optimizer:
+            self._move_optimizer(self.processes.device)
         self.optimizer.step()
+        changes = self.ledger.close(self.processes)
+        if self.config.offload_optimizer:
+            self._move_optimizer(torch.device("cpu"))
         self.optimizer.zero_grad()
         self.steps += 1
-        return {"loss": loss, "grad_norm": grad_norm, "lr": rate} | self.ledger.close(self.processes)
+        return {"loss": loss, "grad_norm": grad_norm, "lr": rate} | changes
+
+    def _move_optimizer(self, device: torch.device) -> None:
+        for state in self.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(device)
 
 
 @dataclass(frozen=True)
@@ -233,8 +301,8 @@ class _Where:
 class _Totals:
     """Sums over microbatches and processes. The names come from the objective, so they are alike everywhere."""
 
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
+    def __init__(self, processes: Processes, mesh: Mesh) -> None:
+        self.processes, self.mesh = processes, mesh
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         self.peaks: dict[str, Tensor] = {}
         self.worst = (-math.inf, "")
@@ -256,9 +324,9 @@ class _Totals:
 
     def means(self) -> dict[str, float]:
         """The loss as it is (its weights make it a mean already), the rest over the tokens that train, if any does."""
-        summed = self.processes.sum(torch.stack(list(self.sums.values()))).tolist()
+        summed = self.processes.sum(torch.stack(list(self.sums.values())), self.mesh.data).tolist()
         sums = dict(zip(self.sums, summed, strict=True))
-        peaks = {f"{name}_max": float(self.processes.max(peak)) for name, peak in self.peaks.items()}
+        peaks = {f"{name}_max": float(self.processes.max(peak, self.mesh.data)) for name, peak in self.peaks.items()}
         means = {"loss": sums.pop("loss"), "tokens": sums.pop("tokens")}
         if means["tokens"]:
             means |= {name: x / means["tokens"] for name, x in sums.items()} | peaks
@@ -289,12 +357,13 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def _adamw(policy: Policy | ValueModel, config: Trainable) -> torch.optim.AdamW:
+def _adamw(policy: PackedModel, config: Trainable) -> torch.optim.AdamW:
     parameters = [p for p in policy.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
     return torch.optim.AdamW(
         [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            *({"params": group, "weight_decay": config.weight_decay} for group in by_mesh(matrices)),
+            *({"params": group, "weight_decay": 0.0} for group in by_mesh(vectors)),
         ],
         lr=config.lr,
         betas=config.betas,

@@ -33,6 +33,15 @@ CASES = {
         "trainer.test_freq=3",
     ),
     "spo": ("actor.warmup_ratio=0.5", "actor.scheduler=cosine", "trainer.save_freq=2", "trainer.test_freq=4"),
+    # adapters with their base as the reference, and rows drawn by their past success
+    "spo with adapters": (
+        "actor.lora.rank=4",
+        "actor.kl.coef=0.01",
+        "train_data.curriculum=frontier",
+        "train_data.prompts_per_rollout=8",
+        "trainer.save_freq=2",
+        "trainer.test_freq=4",
+    ),
     # with a critic, and with groups that are replaced
     "ppo with gae": (
         "adv.estimator=gae",

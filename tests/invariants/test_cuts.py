@@ -21,6 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from RL2.advantages import reinforce
 from RL2.config import Actor as ActorConfig
 from RL2.config import load
+from RL2.models.policy import named_weights
 from RL2.packing import loss_weights, microbatches, pack
 from RL2.parallel.processes import Processes
 from RL2.types import Sequence, StatsRequest, TokenBatch, Trajectory
@@ -116,7 +117,7 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
             results["stats"] = {"grads": {"logp": stats.logp, "entropy": stats.entropy}, "metrics": {}}
             half = Actor(actor_config(program, model, dtype="bfloat16"), processes, 10, folder)
             half.stats(batch, StatsRequest(("logp",)), 4096)
-            results["after statistics"] = {"grads": {n: whole(w) for n, w in half.weights()}, "metrics": {}}
+            results["after statistics"] = {"grads": {n: whole(w) for n, w in named_weights(half.lm)}, "metrics": {}}
             replicas = Actor(actor_config(program, model, ddp_size=processes.world_size), processes, 10, folder)
             results["replicas"] = gradients(replicas, batch, 4096)
             for _ in range(3):
@@ -280,11 +281,11 @@ def test_bfloat16_trains_float32_weights(folder: Path, processes: Processes) -> 
         Actor(config, processes, 10, folder),
         Actor(replace(config, dtype="float32"), processes, 10, folder),
     )
-    before = {name: whole(w) for name, w in half.weights()}
+    before = {name: whole(w) for name, w in named_weights(half.lm)}
     metrics, exact = half.update(batch), whole_precision.update(batch)
     assert metrics["actor/entropy"] == pytest.approx(exact["actor/entropy"], rel=0.02)
     assert metrics["actor/entropy"] != exact["actor/entropy"]
-    after = {name: whole(w) for name, w in half.weights()}
+    after = {name: whole(w) for name, w in named_weights(half.lm)}
     assert {w.dtype for w in after.values()} == {torch.float32}
     changed = sum(int((after[n] != before[n]).sum()) for n in before) / sum(w.numel() for w in before.values())
     assert changed > 0.95

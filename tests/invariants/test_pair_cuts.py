@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassifi
 
 from RL2.config import load, trained
 from RL2.data.preference import Pair, as_responses, as_scored
-from RL2.models.policy import Policy
+from RL2.models.policy import Policy, named_weights
 from RL2.models.value import VALUE, ValueModel
 from RL2.objectives.preference import bradley_terry, dpo, ipo
 from RL2.packing import microbatches, pack, sequence_weights
@@ -46,12 +46,14 @@ def make_batch(loss: str, number: int) -> TokenBatch:
     return batch.with_(weight_T=sequence_weights(batch), ref_logp_T=ref_T)
 
 
-def make_learner(loss: str, folder: Path, processes: Processes, dtype: str = "float32") -> Learner:
+def make_learner(
+    loss: str, folder: Path, processes: Processes, dtype: str = "float32", sizes: dict[str, int] | None = None
+) -> Learner:
     program = "rm" if loss == "rm" else "dpo"
     overrides = f"""actor.model_name={folder}/{"value" if loss == "rm" else "causal"} actor.max_length_per_device=4096
         actor.lr=1e-3 data.path=x.jsonl data.max_length=99 data.batch_size=1 trainer.experiment_name=x"""
     key, config = trained(load(program, overrides.replace("actor", "critic" if loss == "rm" else "actor").split()))
-    config = replace(config, dtype=dtype)
+    config = replace(config, dtype=dtype, **(sizes or {}))
     return Learner(config, processes, 10, folder, f"{key}.model_name", ValueModel if loss == "rm" else Policy)
 
 
@@ -155,7 +157,7 @@ def test_bfloat16_trains_float32_weights(loss: str, one: dict[str, Result], fold
     metrics = half.step(batch, LOSSES[loss], request(loss))
     assert metrics["loss"] == pytest.approx(one[loss]["metrics"]["loss"], rel=0.1)
     assert metrics["loss"] != one[loss]["metrics"]["loss"]
-    assert {w.dtype for _, w in half.weights()} == {torch.float32}
+    assert {w.dtype for _, w in named_weights(half.lm)} == {torch.float32}
     if loss == "rm":  # values are not rounded to the steps of bfloat16
         values = half.stats(batch, VALUE, 4096).value[batch.action_T]
         assert (values != values.bfloat16().float()).float().mean() > 0.8

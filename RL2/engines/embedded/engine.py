@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from RL2.config import UserError
 from RL2.engines.embedded.cache import Decode, KVCache, Prefill
 from RL2.engines.embedded.sampling import sample, uniforms
-from RL2.models.policy import backbone, head, positions
+from RL2.models.packed import backbone
+from RL2.models.policy import head, positions
 from RL2.ops.attention import Attend
 from RL2.types import Completion, Sampling
 

@@ -1,0 +1,72 @@
+"""Rows drawn by their past success: less of what is always solved, or of what never is too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from RL2.data.cursor import Cursor
+
+Rule = Literal["failures", "frontier"]
+
+NEWEST = 0.5
+"""Weight of the newest group in a row's success rate: the policy changes, and older groups are of another one."""
+FLOOR = 0.05
+"""Added to every row's weight, so that none is given up for good."""
+
+
+class Curriculum(Cursor):
+    """Every row once, in the order of `Cursor`; from then on by how its groups went.
+
+    A row's weight is 1 - s (`failures`: prioritised sampling of Kimi k1.5, arXiv 2501.12599, section 2.3.4) or
+    4 s (1 - s) (`frontier`: what is sometimes solved, arXiv 2502.12272), plus a floor; s is the moving mean of the
+    share of its samples that earned a reward. A row without a scored sample counts as half solved. A batch is drawn
+    without replacement, as far as there are rows.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int, rule: Rule) -> None:
+        super().__init__(num_rows, batch_size, seed)
+        self.rule = rule
+        self.rates: dict[int, float] = {}
+        """Success rate of every row that has one."""
+
+    def learn(self, success: Mapping[int, float]) -> None:
+        """The share of successes among the newest samples of some rows."""
+        for row, share in success.items():
+            self.rates[row] = share + (1 - NEWEST) * (self.rates.get(row, share) - share)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the rows that are known: how many of all they are, their mean success, and how many are always solved."""
+        if not self.rates:
+            return {}
+        rates = np.array(list(self.rates.values()))
+        return {
+            "curriculum/known": len(rates) / self.num_rows,
+            "curriculum/success": float(rates.mean()),
+            "curriculum/solved": float((rates == 1).mean()),
+        }
+
+    def next(self, number: int | None = None) -> list[int]:
+        number = self.batch_size if number is None else number
+        first = max(0, min(number, self.num_rows - self.drawn))  # of the pass over all rows
+        batch = [self._row(n) for n in range(self.drawn, self.drawn + first)]
+        rng = np.random.default_rng([self.seed, self.drawn])
+        while len(batch) < number:
+            size = min(number - len(batch), self.num_rows)
+            batch += rng.choice(self.num_rows, size, replace=False, p=self._weights()).tolist()
+        self.drawn += number
+        return batch
+
+    def _weights(self) -> np.ndarray:
+        rates = np.array([self.rates.get(row, 0.5) for row in range(self.num_rows)])
+        weights = FLOOR + (1 - rates if self.rule == "failures" else 4 * rates * (1 - rates))
+        return weights / weights.sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"rates": {str(row): rate for row, rate in self.rates.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rates = {int(row): rate for row, rate in state.get("rates", {}).items()}

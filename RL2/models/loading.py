@@ -1,0 +1,128 @@
+"""Models out of safetensors: built without memory, then each process reads the pieces of weights that it keeps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from RL2.config import ConfigError
+from RL2.models.lora import merged_name
+from RL2.ops.attention import IMPLEMENTATION
+
+Initial = Callable[[str, torch.Size], Tensor | None]
+"""(name, shape) of a parameter that a checkpoint lacks -> its first value, or None if it may not be missing."""
+
+
+def build(auto: type, model_name: str, key: str, **settings: object) -> PreTrainedModel:
+    """The model of a hub name or folder by `auto`, a transformers auto class: float32, on the meta device.
+
+    `key` named the model, for errors. Raises ConfigError if there is none, or one that `auto` cannot build.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_name, **settings)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}={model_name}: {_first_line(error)}") from error
+    lm = empty(auto, config, torch.float32)
+    with suppress(OSError):  # most models bring one; without it the tokenizer alone says what ends a response
+        lm.generation_config = GenerationConfig.from_pretrained(model_name)
+    return lm
+
+
+def empty(auto: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model on the meta device that calls packed attention."""
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)  # type: ignore[attr-defined]
+
+
+def materialise(module: nn.Module, lm: PreTrainedModel, device: torch.device) -> None:
+    """Give the parameters of `module`, around `lm`, memory on `device`; their values are arbitrary."""
+    module.to_empty(device=device)
+    lm.tie_weights()
+    for part in lm.modules():
+        if any(True for _ in part.buffers(recurse=False)):
+            lm._init_weights(part)  # rotary frequencies: computed from the configuration, in no checkpoint
+
+
+def read_weights(lm: PreTrainedModel, model_name: str, key: str, initial: Initial = lambda name, shape: None) -> None:
+    """Fill the parameters of `lm`, whole or sharded, from the safetensors of a hub name or folder.
+
+    A process reads only its own pieces, straight from the files. Raises ConfigError if a file is missing or broken, or
+    if the model has a parameter that they lack and `initial` has no value for.
+    """
+    folder = _folder(model_name, key)
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise ConfigError(f"{key}={model_name} has a broken safetensors file: {_first_line(error)}") from error
+    if not stored:
+        raise ConfigError(f"{key}={model_name} has no weights in safetensors format (no *.safetensors in {folder})")
+    state: dict[str, Tensor] = {}
+    lacking: list[str] = []
+    for names, tensor in _parameters(lm):
+        found = next((name for name in chain.from_iterable(map(_spellings, names)) if name in stored), None)
+        if found is not None:
+            state[found] = tensor
+        elif (value := initial(names[0], tensor.shape)) is not None:
+            _set(tensor, value)
+        else:
+            lacking.append(names[0])
+    if lacking:
+        raise ConfigError(
+            f"{key}={model_name} lacks weights of {len(lacking)} of {type(lm).__name__}'s parameters, "
+            f"among them {lacking[0]}"
+        )
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that it reads without the other processes, which is the idea
+            dcp.load(state, storage_reader=reader, no_dist=True)
+    except (dcp.CheckpointException, ValueError, SafetensorError) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        raise ConfigError(f"{key}={model_name}: its weights cannot be read: {_first_line(cause)}") from error
+
+
+def _parameters(lm: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
+    """Each parameter with all its names: a tied one has several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in lm.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [(of, parameter.detach()) for parameter, of in names.items()]
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """A backbone that was saved alone has no `model.` before its names, and no checkpoint has peft's wrapping."""
+    name = merged_name(name)
+    return (name, name.removeprefix("model."))
+
+
+def _set(tensor: Tensor, value: Tensor) -> None:
+    """`tensor` = `value`, which every process has whole."""
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(value)
+
+
+def _folder(model_name: str, key: str) -> Path:
+    """Where the files are; those of the hub are fetched."""
+    if Path(model_name).is_dir():
+        return Path(model_name)
+    try:
+        return Path(snapshot_download(model_name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ConfigError(f"{key}={model_name}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).strip().splitlines()[0]

@@ -1,0 +1,118 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: the base is frozen, W + scale * B @ A is what runs.
+
+peft wraps a linear layer NAME: its weight is then NAME.base_layer.weight, the adapter's NAME.lora_A and NAME.lora_B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from RL2.config import ConfigError, Lora
+
+ADAPTER = "default"
+"""peft's name of an adapter; here there is one."""
+BASE = ".base_layer"
+
+
+def add_adapters(lm: PreTrainedModel, lora: Lora, base_dtype: torch.dtype, model_name: str, key: str) -> None:
+    """Wrap the layers that `lora` names, in place, on the meta device; only adapters require gradients afterwards.
+
+    The base takes `base_dtype`, the adapters stay as the model was. `key` is the group of the knobs, for errors. Raises
+    ConfigError if peft is not there or a name of `target_modules` is none of the model's linear layers.
+    """
+    try:
+        from peft import LoraConfig, TaskType, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError(f"{key}.lora.rank={lora.rank} needs peft: pip install 'rl2-spo[lora]'") from error
+    linear = {
+        name.rpartition(".")[2] for name, module in lm.base_model.named_modules() if isinstance(module, nn.Linear)
+    }
+    if unknown := set(lora.target_modules) - linear:
+        raise ConfigError(
+            f"{key}.lora.target_modules has {', '.join(sorted(unknown))}, but the linear layers of {type(lm).__name__} "
+            f"are {', '.join(sorted(linear))}"
+        )
+    lm.requires_grad_(False)
+    for parameter in lm.parameters():
+        parameter.data = parameter.data.to(base_dtype)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.target_modules),
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=model_name,
+    )
+    inject_adapter_in_model(config, lm, ADAPTER, low_cpu_mem_usage=True)
+    for name, parameter in lm.named_parameters():
+        if is_adapter(name):
+            parameter.data = parameter.data.float()
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def first_value(name: str, shape: torch.Size) -> Tensor | None:
+    """Of an adapter's weight, as in the paper: A is random, B is 0, so training starts from the base; else None."""
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    if ".lora_A." in name:
+        return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+    return None
+
+
+@contextmanager
+def adapters_off(lm: PreTrainedModel) -> Iterator[None]:
+    """In the meantime `lm` is its base."""
+    layers: list[Any] = [module for module in lm.modules() if hasattr(module, "lora_A")]
+    scales = [layer.scaling[ADAPTER] for layer in layers]
+    for layer in layers:
+        layer.scaling[ADAPTER] = 0.0  # peft's own switch would also change which parameters require gradients
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[ADAPTER] = scale
+
+
+def merged_name(name: str) -> str:
+    """The base model's name of a parameter that may be wrapped."""
+    return name.replace(f"{BASE}.", ".")
+
+
+def merge(lm: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
+    """`weight`, the whole parameter `name`, with its adapter added in float32, if it has one (collective)."""
+    layer_name, wrapped, kind = name.rpartition(f"{BASE}.")
+    if not wrapped or kind != "weight":
+        return weight
+    layer: Any = lm.get_submodule(layer_name)
+    down, up = (whole(x[ADAPTER].weight.detach()) for x in (layer.lora_A, layer.lora_B))
+    return weight.float().addmm(up, down, alpha=layer.scaling[ADAPTER])
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def export_adapter(lm: PreTrainedModel, folder: Path, write: bool) -> None:
+    """A folder that `peft.PeftModel.from_pretrained` loads. Collective; the process with `write` writes."""
+    weights = {}
+    for name, parameter in lm.named_parameters():
+        if is_adapter(name):
+            weight = whole(parameter.detach())
+            weights[f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"] = weight.cpu().contiguous()
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        config: Any = lm.peft_config
+        config[ADAPTER].save_pretrained(folder)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,101 @@
+"""Tensor parallelism by the model's own plan (transformers' `tp_plan`), on torch's parallel styles.
+
+A layer costs two all-reduces of its output forward and two of its input's gradient backward. Norms run on every process
+alike; the head stays sharded by vocabulary for `token_stats`, and so does the embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from transformers import PreTrainedModel
+
+from RL2.config import ConfigError
+
+STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+"""Of a plan's words those that split a layer."""
+
+PARTIAL = "replicated_with_grad_allreduce"
+"""Whole everywhere, but each process sees only its heads: its gradient is a summand."""
+
+
+def check_sizes(lm: PreTrainedModel, tp_size: int, sp_size: int, group: str) -> None:
+    """Raise ConfigError if the model cannot be split so. `group` is that of the keys."""
+    config, model = lm.config, type(lm).__name__
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    for what, number in (
+        ("key/value heads", keys),
+        ("attention heads", queries),
+        ("hidden units of an MLP", config.intermediate_size),
+    ):
+        if number % tp_size:
+            raise ConfigError(f"{group}.tp_size={tp_size} does not divide the {number} {what} of {model}")
+    if tp_size > 1 and not plan_of(lm):
+        raise ConfigError(f"{group}.tp_size={tp_size}: {model} has no tensor-parallel plan in transformers")
+    of = f"{model}" if tp_size == 1 else f"{model} that {group}.tp_size={tp_size} leaves a process"
+    queries, keys = queries // tp_size, keys // tp_size
+    if queries % sp_size:
+        raise ConfigError(f"{group}.sp_size={sp_size} does not divide the {queries} attention heads of {of}")
+    if keys % sp_size and sp_size % keys:
+        raise ConfigError(f"{group}.sp_size={sp_size} and the {keys} key/value heads of {of} do not divide one another")
+
+
+def plan_of(lm: PreTrainedModel) -> dict[str, str]:
+    """The plan of the backbone, by patterns such as `layers.*.self_attn.q_proj`."""
+    return getattr(lm.config, "base_model_tp_plan", None) or {}
+
+
+def split(lm: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
+    """Split `lm` in place over `mesh`; returns the modules whose gradients are summands of each process.
+
+    Raises ConfigError for a word of the plan that is not known here.
+    """
+    plan = {re.compile(re.escape(pattern).replace(r"\*", r"\d+")): style for pattern, style in plan_of(lm).items()}
+    styles: dict[str, ParallelStyle] = {}
+    partial: list[nn.Module] = []
+    for name, module in lm.base_model.named_modules():
+        style = next((style for pattern, style in plan.items() if pattern.fullmatch(name)), None)
+        if style == PARTIAL:
+            partial.append(module)
+        elif style in STYLES:
+            styles[name] = STYLES[style]()
+        elif style is not None:
+            raise ConfigError(f"tensor parallelism: {type(lm).__name__} splits {name} by {style!r}, not supported")
+    embedding = lm.get_input_embeddings()
+    names = {module: name for name, module in lm.base_model.named_modules()}
+    styles[names[embedding]] = RowwiseParallel(input_layouts=Replicate())
+    parallelize_module(lm.base_model, mesh, styles)
+    for parent in {name.rpartition(".")[0] for name, style in styles.items() if isinstance(style, ColwiseParallel)}:
+        lm.base_model.get_submodule(parent).register_forward_pre_hook(_Replicated(mesh), with_kwargs=True)
+    head = lm.get_output_embeddings()
+    if head is not None and lm.config.tie_word_embeddings:
+        head.weight = embedding.weight
+    elif head is not None:
+        head.weight = nn.Parameter(distribute_tensor(head.weight, mesh, [Shard(0)], src_data_rank=None))
+    return partial
+
+
+class _Replicated:
+    """Hook before a block: marks its input once for all the layers that read it, so its gradient is summed once."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (self._mark(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._mark(kwargs["hidden_states"])}
+
+    def _mark(self, x: Tensor) -> DTensor:
+        return DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
+
+
+def first_row(total: int, group: dist.ProcessGroup) -> int:
+    """Where the rows begin that this process has of `total` rows split over `group`."""
+    return min(total, -(-total // dist.get_world_size(group)) * dist.get_rank(group))

@@ -1,0 +1,139 @@
+"""Every layout of the processes gives the numbers of one process alone. Real processes, gloo.
+
+The models have an untied head, a vocabulary that two does not divide, and fewer key/value heads than some layouts have
+sequence-parallel processes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pools import Result, assert_same, in_pool, whole
+from test_cuts import actor_config, make_batch
+from test_cuts import gradients as of_policy
+from test_pair_cuts import LOSSES, make_learner, request
+from test_pair_cuts import gradients as of_pairs
+from test_pair_cuts import make_batch as make_pairs
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+
+from RL2.parallel.processes import Processes
+from RL2.workers.actor import Actor
+from RL2.workers.worker import Learner
+
+TOLERANCE = 1e-5
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "fsdp 2": (2, {}),
+    "replicas 2": (2, {"ddp_size": 2}),
+    "tp 2": (2, {"tp_size": 2}),
+    "sp 2": (2, {"sp_size": 2}),
+    "fsdp 4": (4, {}),
+    "hsdp 2x2": (4, {"ddp_size": 2}),
+    "fsdp 2 x tp 2": (4, {"tp_size": 2}),
+    "fsdp 2 x sp 2": (4, {"sp_size": 2}),
+    "tp 2 x sp 2": (4, {"tp_size": 2, "sp_size": 2}),
+    "replicas 2 x tp 2": (4, {"ddp_size": 2, "tp_size": 2}),
+    "sp 4": (4, {"sp_size": 4}),
+}
+"""Name -> number of processes, and the sizes that are set."""
+
+OBJECTIVES = ("sft", "spo", "ppo", "rank_jsd", "gspo")
+PAIRS = ("rm", "dpo")
+STEPS = 3
+
+
+def run_layout(folder: Path, processes: Processes, sizes: dict[str, int]) -> dict[str, Result]:
+    """Every case in one layout."""
+    results: dict[str, Result] = {}
+    mixed = make_batch([float(n % 3 == 0) for n in range(12)])
+    for objective in OBJECTIVES:
+        tied = objective in ("spo", "gspo")
+        config = actor_config("ppo", str(folder / ("tied" if tied else "causal")), **sizes)
+        train_on = "correct" if objective in ("spo", "rank_jsd") else "all"
+        config = replace(config, objective=objective, train_on=train_on)
+        actor = Actor(config, processes, 10, folder)
+        results[objective] = of_policy(actor, mixed, 4096)
+        # so small that one sequence is longer than what is here of a microbatch, where there is sequence parallelism
+        longest = int(mixed.lengths_B.max())
+        results[f"{objective}, long"] = of_policy(actor, mixed, -(-longest // config.sp_size))
+        results[f"{objective}, one sequence"] = of_policy(actor, make_batch([1.0]), 4096)
+        results[f"{objective}, one correct"] = of_policy(actor, make_batch([0.0] * 5 + [1.0] + [0.0] * 2), 4096)
+        stats = actor.stats(mixed, actor.request, 4096)
+        results[f"{objective}, statistics"] = {"grads": {n: x.double() for n, x in vars(stats).items()}, "metrics": {}}
+        metrics = [actor.update(mixed) for _ in range(STEPS)]
+        results[f"{objective}, trained"] = {"grads": weights(actor), "metrics": metrics[-1]}
+    for loss in PAIRS:
+        learner = make_learner(loss, folder, processes, sizes=sizes)
+        pairs = make_pairs(loss, 5)
+        results[loss] = of_pairs(learner, loss, pairs)
+        results[f"{loss}, one pair"] = of_pairs(learner, loss, make_pairs(loss, 1))
+        steps = [learner.step(pairs, LOSSES[loss], request(loss)) for _ in range(STEPS)]
+        results[f"{loss}, trained"] = {"grads": weights(learner), "metrics": steps[-1]}
+    return results
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: whole(w) for name, w in learner.weights()}
+
+
+def run_layouts(folder: Path, processes: Processes) -> dict[str, dict[str, Result]]:
+    """All layouts of so many processes."""
+    return {
+        name: run_layout(folder, processes, sizes)
+        for name, (size, sizes) in LAYOUTS.items()
+        if size == processes.world_size
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    make = partial(Qwen3Config, vocab_size=51, intermediate_size=48, head_dim=8, initializer_range=0.2, **shape)
+    Qwen3ForCausalLM(make(tie_word_embeddings=False)).save_pretrained(folder / "causal")
+    Qwen3ForCausalLM(make(tie_word_embeddings=True)).save_pretrained(folder / "tied")
+    value = make(num_labels=1, pad_token_id=0)
+    Qwen3ForSequenceClassification(value).save_pretrained(folder / "value")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, processes: Processes) -> dict[str, Result]:
+    return run_layout(folder, processes, {})
+
+
+@pytest.fixture(scope="module")
+def layouts(folder: Path) -> Callable[[str], dict[str, Result]]:
+    """The results of a layout; pools of processes start when the first of their layouts is asked for."""
+    run = functools.cache(lambda size: in_pool(run_layouts, folder, size)[0])
+    return lambda name: run(LAYOUTS[name][0])[name]
+
+
+@pytest.mark.parametrize("case", [*OBJECTIVES, *PAIRS])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_is_one_process(
+    layout: str, case: str, alone: dict[str, Result], layouts: Callable[[str], dict[str, Result]]
+) -> None:
+    ours = layouts(layout)
+    for name in (name for name in alone if name.split(",")[0] == case):
+        # Adam divides by the root of the second moment: where gradients are tiny, rounding is amplified
+        assert_same(alone[name], ours[name], 1e-4 if name.endswith("trained") else TOLERANCE)
+    assert alone[case]["metrics"]["loss"] != 0
+    assert any(grad.any() for grad in alone[case]["grads"].values())
+
+
+def test_a_part_that_is_missing_would_be_seen(alone: dict[str, Any]) -> None:
+    """The comparison is not blind: a gradient without one process's part of a norm's is further off than allowed."""
+    broken = {**alone["ppo"], "grads": dict(alone["ppo"]["grads"])}
+    broken["grads"]["model.layers.0.self_attn.q_norm.weight"] = (
+        0.5 * broken["grads"]["model.layers.0.self_attn.q_norm.weight"]
+    )
+    with pytest.raises(AssertionError, match="q_norm"):
+        assert_same(alone["ppo"], broken, TOLERANCE)

@@ -1,0 +1,116 @@
+"""Models are built without memory and read from safetensors: what transformers loads, or a clear error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from RL2.config import ConfigError
+from RL2.models.policy import Policy, export, load_model
+
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODELS = {
+    "tied": lambda: Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, **SHAPE)),
+    "untied": lambda: Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=False, **SHAPE)),
+    "rope": lambda: LlamaForCausalLM(
+        LlamaConfig(rope_parameters={**ROPE, "original_max_position_embeddings": 512}, **SHAPE)
+    ),
+}
+
+
+def make(folder: Path, name: str, **how: object) -> AutoModelForCausalLM:
+    torch.manual_seed(0)
+    lm = MODELS[name]()
+    lm.save_pretrained(folder, **how)
+    return lm
+
+
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "in parts"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_loaded_is_what_transformers_loads(name: str, how: str, tmp_path: Path) -> None:
+    lm = make(tmp_path, name)
+    if how == "bfloat16":
+        lm.bfloat16().save_pretrained(tmp_path)
+    elif how == "in parts":
+        shutil.rmtree(tmp_path)
+        lm.save_pretrained(tmp_path, max_shard_size="10KB")
+        assert (tmp_path / "model.safetensors.index.json").exists()
+    ours = load_model(str(tmp_path), torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert {n: (p.shape, p.dtype) for n, p in ours.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in theirs.named_parameters()
+    }
+    assert all(torch.equal(p, theirs.get_parameter(n)) for n, p in ours.named_parameters())
+    assert all(torch.equal(b, theirs.get_buffer(n)) for n, b in ours.named_buffers())  # rotary frequencies
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == (name == "tied")
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("file_bytes", [2**30, 10_000])
+@pytest.mark.parametrize("name", MODELS)
+def test_export_is_what_transformers_saves(name: str, file_bytes: int, tmp_path: Path, tokenizer: object) -> None:
+    lm = make(tmp_path / "model", name)
+    export(load_model(str(tmp_path / "model"), torch.float32), tokenizer, tmp_path / "out", True, file_bytes)  # type: ignore[arg-type]
+    assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 1) == (file_bytes < 2**30)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(p, again.get_parameter(n)) for n, p in lm.named_parameters())
+    for config in ("config.json", "generation_config.json"):
+        assert (tmp_path / "out" / config).read_text() == (tmp_path / "model" / config).read_text()
+
+
+def test_a_backbone_that_was_saved_alone(tmp_path: Path) -> None:
+    lm = make(tmp_path, "tied")
+    alone = {name.removeprefix("model."): weight for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    save_file(alone, tmp_path / "model.safetensors")
+    assert torch.equal(
+        load_model(str(tmp_path), torch.float32).model.embed_tokens.weight, lm.get_input_embeddings().weight
+    )
+
+
+def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path: Path) -> None:
+    def message(change: str) -> str:
+        folder = tmp_path / change
+        make(folder, "untied")
+        file = folder / "model.safetensors"
+        if change == "no folder":
+            shutil.rmtree(folder)
+        elif change == "no weights":
+            file.unlink()
+        elif change == "cut off":
+            file.write_bytes(file.read_bytes()[:-1000])
+        elif change == "no safetensors":
+            file.write_bytes(b"\x80\x02not a tensor")
+        elif change == "a layer more":
+            config = json.loads((folder / "config.json").read_text())
+            del config["layer_types"]
+            (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+        else:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+        with pytest.raises(ConfigError) as caught:
+            Policy.load(str(folder), "actor.model_name")
+        said = str(caught.value)
+        assert said.startswith(f"actor.model_name={folder}") and "\n" not in said
+        return said.removeprefix(f"actor.model_name={folder}")
+
+    assert "no folder" in message("no folder")
+    assert message("no weights").startswith(" has no weights in safetensors format (no *.safetensors in ")
+    assert message("cut off").startswith(" has a broken safetensors file: ")
+    assert message("no safetensors").startswith(" has a broken safetensors file: ")
+    assert message("a layer more").startswith(" lacks weights of 11 of Qwen3ForCausalLM's parameters, among them ")
+    assert message("wider").startswith(": its weights cannot be read: Size mismatch between saved torch.Size(")
