@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+from concurrent.futures import Future
+from datetime import timedelta
+from functools import partial as partial_function
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from RL2.config import ConfigError
+from RL2.config import ConfigError, UserError
 from RL2.parallel.processes import Processes
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 """A base under adapters is in the model's own folder already."""
+
+STATE, RANDOM, NOTES = "state", "random.safetensors", "notes.json"
+"""Parts of a checkpoint's folder: weights and optimizers; random states of all processes; everything else."""
 
 
 class Resumable(Protocol):
@@ -41,85 +49,136 @@ class Learner(Protocol):
     def optimizer(self) -> torch.optim.Optimizer: ...
 
 
-def save(
-    folder: Path,
-    step: int,
-    learner: Learner,
-    cursor: Resumable,
-    processes: Processes,
-    critic: Learner | None = None,
-) -> Path:
-    """Write `folder/step_NNNNNN` (collective): first beside it, then renamed, so a crash leaves the last one whole."""
-    target = folder / f"step_{step:06d}"
-    partial = target.with_suffix(".partial")
-    if processes.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    processes.wait()
-    for name, each in _learners(learner, critic).items():
-        model_state, optimizer_state = get_state_dict(each.policy, each.optimizer, options=TRAINED)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial / name)
-    save_file(_random_states(processes.device), partial / f"random_{processes.rank}.safetensors")
-    processes.wait()
-    if processes.is_first:
+class CheckpointFailed(UserError, RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run beside its training: a folder `step_NNNNNN` is complete, or not there at all.
+
+    `save` copies what is to be written and comes back; a thread then writes `step_NNNNNN.partial` and renames it. One
+    is written at a time: the next `save`, or `finish`, waits for the one before and raises what went wrong with it.
+    """
+
+    def __init__(self, folder: Path, processes: Processes, keep: int | None = None) -> None:
+        """`keep`: how many of the newest stay; None: all."""
+        self.folder, self.processes, self.keep = folder, processes, keep
+        # of their own: their collectives run beside those of training
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=processes.timeout_s))
+        self.step = 0
+        """Of the checkpoint that is being written, or was last."""
+        self.written: Future[None] | None = None
+
+    def save(self, step: int, learner: Learner, cursor: Resumable, critic: Learner | None = None) -> None:
+        """Begin to write `folder/step_NNNNNN` (collective)."""
+        self.finish()
+        self.step, self.written = step, Future()
+        target = self.folder / f"step_{step:06d}"
+        partial = target.with_suffix(".partial")
         notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict()}
         if critic is not None:
             notes["critic_steps"] = critic.steps
-        (partial / "notes.json").write_text(json.dumps(notes, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    processes.wait()
-    return target
+        states = self.processes.gather([_random_states(self.processes.device)], "the random states of all processes")
+        if self.processes.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            named = {f"{rank}.{name}": x for rank, state in enumerate(states) for name, x in state.items()}
+            save_file(named, partial / RANDOM)
+            (partial / NOTES).write_text(json.dumps(notes, indent=1))
+        self.processes.wait("the folder of a checkpoint")
+        upload = dcp.async_save(_state(learner, critic), checkpoint_id=partial / STATE, process_group=self.group)
+        assert isinstance(upload, Future)
+        upload.add_done_callback(partial_function(self._publish, partial, target, self.written))
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one. Raises `CheckpointFailed`."""
+        if self.written is None:
+            return
+        written, self.written = self.written, None
+        try:
+            written.result(self.processes.timeout_s)
+        except TimeoutError as error:
+            raise self.processes.lost(f"the checkpoint of step {self.step} to be written") from error
+        except Exception as error:
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+            raise CheckpointFailed(
+                f"the checkpoint of step {self.step} could not be written into {self.folder} "
+                f"({_first_line(cause)}); go on from the one before it with trainer.load_ckpt_from=latest"
+            ) from error
+
+    def _publish(self, partial: Path, target: Path, written: Future[None], upload: Future[Any]) -> None:
+        """All processes have written their parts: the name of the folder now says so."""
+        try:
+            upload.result()
+            if self.processes.is_first:
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+                _sync(self.folder)
+                if self.keep is not None:
+                    prune(self.folder, self.keep)
+        except BaseException as error:
+            written.set_exception(error)
+        else:
+            written.set_result(None)
+
+
+def _state(learner: Learner, critic: Learner | None) -> dict[str, Any]:
+    """What is kept of models and optimizers. The optimizers' settings are the configuration's, so they are not."""
+    learners = {"": learner} if critic is None else {"": learner, "critic_": critic}
+    state: dict[str, Any] = {}
+    for prefix, each in learners.items():
+        model, optimizer = get_state_dict(each.policy, each.optimizer, options=TRAINED)
+        state |= {f"{prefix}model": model, f"{prefix}optimizer": optimizer["state"]}
+    return state
 
 
 def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes, critic: Learner | None = None) -> int:
-    """Restore everything from the checkpoint folder `source` (collective); returns the step to go on with."""
-    notes = json.loads((source / "notes.json").read_text())
+    """Restore everything from the checkpoint folder `source` (collective); returns the step to go on with.
+
+    The processes may be others than those that saved it, in number and layout. Raises ConfigError for a checkpoint of
+    something else, or a damaged one.
+    """
+    notes = json.loads((source / NOTES).read_text())
     if critic is not None and "critic_steps" not in notes:
         raise ConfigError(f"trainer.load_ckpt_from={source} has no critic, which adv.estimator=gae needs")
-    for name, each in _learners(learner, critic).items():
-        _load_state(source, name, each)
+    state = _state(learner, critic)
+    try:
+        dcp.load(state, checkpoint_id=source / STATE)
+    except dcp.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]  # of the first process that failed
+        raise ConfigError(f"trainer.load_ckpt_from={source} cannot be loaded: {_first_line(cause)}") from error
+    # dcp reads what the model asks for, and would leave the rest of a larger one unread
+    saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata
+    if extra := {key for key in saved if key.startswith("model.")} - {f"model.{name}" for name in state["model"]}:
+        raise ConfigError(f"trainer.load_ckpt_from={source} is of a larger model: it has {min(extra)}")
+    _restore(learner, state["model"], state["optimizer"])
     learner.steps = notes["optimizer_steps"]
     if critic is not None:
+        _restore(critic, state["critic_model"], state["critic_optimizer"])
         critic.steps = notes["critic_steps"]
     try:
         cursor.load_state_dict(notes["cursor"])
     except ValueError as error:
         raise ConfigError(f"trainer.load_ckpt_from={source}: {error}") from error
-    states = source / f"random_{processes.rank}.safetensors"
-    if states.exists():  # more processes than the checkpoint had: theirs start from the seed
-        _restore_random_states(load_file(states), processes.device)
+    own = {
+        name.partition(".")[2]: x
+        for name, x in load_file(source / RANDOM).items()
+        if name.startswith(f"{processes.rank}.")
+    }
+    if own:  # more processes than the checkpoint had: theirs start from the seed
+        _restore_random_states(own, processes.device)
     return notes["step"]
 
 
-def _learners(learner: Learner, critic: Learner | None) -> dict[str, Learner]:
-    """Folder of a checkpoint -> what is kept in it."""
-    return {"state": learner} if critic is None else {"state": learner, "critic": critic}
-
-
-def _load_state(source: Path, name: str, learner: Learner) -> None:
-    """Model and optimizer; the optimizer's settings stay those of the configuration."""
-    model_state, optimizer_state = get_state_dict(learner.policy, learner.optimizer, options=TRAINED)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        dcp.load(state, checkpoint_id=source / name)
-    except dcp.CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]  # of the first process that failed
-        raise ConfigError(f"trainer.load_ckpt_from={source} cannot be loaded: {str(cause) or repr(cause)}") from error
-    # dcp reads what the model asks for, and would leave the rest of a larger one unread
-    saved = dcp.FileSystemReader(source / name).read_metadata().state_dict_metadata
-    if extra := {key for key in saved if key.startswith("model.")} - {f"model.{name}" for name in model_state}:
-        raise ConfigError(f"trainer.load_ckpt_from={source} is of a larger model: it has {min(extra)}")
-    knobs = [{k: v for k, v in group.items() if k != "params"} for group in learner.optimizer.param_groups]
+def _restore(learner: Learner, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    own = get_state_dict(learner.policy, learner.optimizer, options=TRAINED)[1]
     set_state_dict(
         learner.policy,
         learner.optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
+        model_state_dict=model,
+        optim_state_dict={"state": optimizer, "param_groups": own["param_groups"]},
         options=TRAINED,
     )
-    for group, own in zip(learner.optimizer.param_groups, knobs, strict=True):
-        group.update(own)  # the configuration's word counts, not the checkpoint's
 
 
 def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
@@ -131,10 +190,10 @@ def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
         return None
     if load_ckpt_from == "latest":
         # one that was being written has a suffix, and may have its notes already
-        found = [path for path in save_dir.glob("step_*") if not path.suffix and (path / "notes.json").is_file()]
+        found = [path for path in save_dir.glob("step_*") if not path.suffix and (path / NOTES).is_file()]
         return max(found, default=None)
     source = Path(load_ckpt_from)
-    if not (source / "notes.json").is_file():
+    if not (source / NOTES).is_file():
         raise ConfigError(f"trainer.load_ckpt_from={source} is not a checkpoint (it has no notes.json)")
     return source
 
@@ -146,12 +205,30 @@ def prune(save_dir: Path, keep: int) -> None:
 
 
 def set_aside_after(save_dir: Path, step: int) -> None:
-    """Rename checkpoints of later steps: a run that goes on from `step` has another future, and `latest` is in it."""
+    """Rename checkpoints of later steps: a run that goes on from `step` has another future, and `latest` is in it.
+
+    What a process that died left half written is removed.
+    """
+    for path in save_dir.glob("step_*.partial"):
+        shutil.rmtree(path)
     for path in save_dir.glob("step_[0-9]*"):
         if not path.suffix and int(path.name.removeprefix("step_")) > step:
             aside = path.with_suffix(".superseded")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on the disk only when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).strip().splitlines()[0]
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

@@ -31,6 +31,10 @@ class ConfigError(UserError, ValueError):
     """A setting that cannot work; the message names the override to change."""
 
 
+class LostProcess(UserError):
+    """Another process has died, or did not come to a meeting point in time."""
+
+
 @dataclass(frozen=True)
 class Range:
     """Bounds of a number; an open bound is excluded."""

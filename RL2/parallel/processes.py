@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,14 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from RL2.config import LostProcess, UserError
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all, and the collectives that training needs. Every wait ends after a time limit."""
+    """This process among all, and the collectives that training needs. Every wait ends after a time limit.
+
+    Whoever waits says for what; if the others do not come, that is what `LostProcess` names.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    timeout_s: float
+    """Limit of every wait."""
 
     @staticmethod
     def start(timeout_s: float) -> Processes:
@@ -30,36 +39,65 @@ class Processes:
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return Processes(dist.get_rank(), dist.get_world_size(), device)
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        processes = Processes(rank, world_size, device, timeout_s)
+        with processes.expecting("all processes to join"):
+            if "RANK" in os.environ:
+                dist.init_process_group(backend, timeout=timeout)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return processes
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def sum(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    @contextmanager
+    def expecting(self, what: str) -> Iterator[None]:
+        """Within it, an error of communication becomes a `LostProcess` that says what was waited for."""
+        try:
+            yield
+        except (dist.DistError, RuntimeError) as error:
+            if isinstance(error, UserError) or not (isinstance(error, dist.DistError) or _of_gloo(error)):
+                raise
+            raise self.lost(what) from error
+
+    def lost(self, what: str) -> LostProcess:
+        return LostProcess(
+            f"waited for {what}, and another of the {self.world_size} processes has died or was not there within "
+            f"trainer.timeout_s={self.timeout_s:g}"
+        )
+
+    def sum(self, x: Tensor, group: dist.ProcessGroup | None = None, what: str = "a sum over all processes") -> Tensor:
         """Sum over all processes, or those of `group`; the same on each."""
-        dist.all_reduce(x, dist.ReduceOp.SUM, group=group)
+        with self.expecting(what):
+            dist.all_reduce(x, dist.ReduceOp.SUM, group=group)
         return x
 
-    def max(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-        dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+    def max(self, x: Tensor, group: dist.ProcessGroup | None = None, what: str = "a maximum of all") -> Tensor:
+        with self.expecting(what):
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
         return x
 
-    def gather(self, items: list[Any]) -> list[Any]:
+    def gather(self, items: list[Any], what: str = "what all processes have") -> list[Any]:
         """The lists of all processes, joined in rank order, on each. Objects of our own processes only."""
         if self.world_size == 1:
             return items
         parts: list[list[Any]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(parts, items)
+        with self.expecting(what):
+            dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
-    def wait(self) -> None:
+    def wait(self, what: str = "all processes to come to the same point") -> None:
         """Until all processes have come here."""
-        dist.barrier()
+        with self.expecting(what):
+            dist.barrier()
 
     def stop(self) -> None:
         dist.destroy_process_group()
+
+
+def _of_gloo(error: RuntimeError) -> bool:
+    """gloo raises plain RuntimeErrors; their text names its own source files."""
+    text = str(error)
+    return "gloo" in text or "Connection closed by peer" in text or "Timed out waiting" in text

@@ -62,7 +62,7 @@ class Rollouts:
                 progress=lambda done: progress(done * size),
             )
         )
-        return self.processes.gather(mine)
+        return self.processes.gather(mine, "the rollouts of all processes")
 
     def _sampling(self, params: SamplingParams) -> Sampling:
         return Sampling(

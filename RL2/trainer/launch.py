@@ -6,7 +6,18 @@ import os
 import sys
 from importlib import import_module
 
-from RL2.config import Config, DPOConfig, RLConfig, SFTConfig, UserError, check_here, load, show, trained
+from RL2.config import (
+    Config,
+    DPOConfig,
+    LostProcess,
+    RLConfig,
+    SFTConfig,
+    UserError,
+    check_here,
+    load,
+    show,
+    trained,
+)
 from RL2.data.source import describe
 
 LOOPS = {
@@ -42,7 +53,11 @@ def main(program: str) -> None:
             import_module(LOOPS[program]).train(config, run)
     except UserError as error:
         rank = os.environ.get("RANK")
-        sys.exit(f"{program}{f' (rank {rank})' if rank else ''}: {error}")
+        message = f"{program}{f' (rank {rank})' if rank else ''}: {error}"
+        if isinstance(error, LostProcess):  # threads may wait for it too, and would hold the interpreter back
+            print(message, file=sys.stderr, flush=True)
+            os._exit(1)
+        sys.exit(message)
 
 
 def summary(program: str, config: Config) -> str:

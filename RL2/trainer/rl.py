@@ -57,7 +57,7 @@ def train(config: RLConfig, run: Run) -> None:
     report = run.report(num_steps)
     first_step = run.resume(actor, cursor, report, critic)
 
-    scores = Scores(run.processes.gather(report.values("test/score")))
+    scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))
     last_step = first_step if trainer.eval_only else max(first_step, num_steps)
 
     for step in range(first_step, last_step + 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from RL2 import checkpoint
-from RL2.config import Config, ConfigError, RLTrainer, show
+from RL2.checkpoint import Checkpoints
+from RL2.config import Config, ConfigError, LostProcess, RLTrainer, show
 from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
 from RL2.parallel.processes import Processes
@@ -30,6 +32,7 @@ class Run:
     config: TrainerConfig
     save_dir: Path
     processes: Processes
+    checkpoints: Checkpoints
     settings: dict[str, Any]
     """The whole configuration, for the dashboards."""
 
@@ -42,16 +45,21 @@ class Run:
         return Report(self.save_dir, self.processes.is_first, num_steps, dashboards)
 
     def resume(self, learner: Learner, cursor: Cursor, report: Report, critic: Learner | None = None) -> int:
-        """Restore the checkpoint that the configuration names, if any; returns the step to begin with."""
-        source = checkpoint.find(self.config.load_ckpt_from, self.save_dir)
+        """Restore the checkpoint that the configuration names, if any; returns the step to begin with.
+
+        Processes that torchrun has started again take the newest that the first ones wrote.
+        """
+        source = checkpoint.find("latest", self.save_dir) if restarted() else None
+        source = source or checkpoint.find(self.config.load_ckpt_from, self.save_dir)
         step = 0
         if source is not None:
-            step = checkpoint.load(source, learner, cursor, self.processes, critic)
+            with self.processes.expecting("its part in loading a checkpoint"):
+                step = checkpoint.load(source, learner, cursor, self.processes, critic)
             report.say(f"resumed from {source}: step {step}")
         report.keep_before(step)
         if self.processes.is_first:
             checkpoint.set_aside_after(self.save_dir, step)
-        self.processes.wait()
+        self.processes.wait("the report to be cut back")
         return step
 
     def number_of_steps(self, cursor: Cursor) -> int:
@@ -71,10 +79,8 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         critic: Learner | None = None,
     ) -> None:
-        """A checkpoint to go on from at `step`, and the model as it is."""
-        checkpoint.save(self.save_dir, step, learner, cursor, self.processes, critic)
-        if self.config.keep is not None and self.processes.is_first:
-            checkpoint.prune(self.save_dir, self.config.keep)
+        """A checkpoint to go on from at `step`, written while the run goes on, and the model as it is."""
+        self.checkpoints.save(step, learner, cursor, critic)
         self.export(learner, tokenizer, critic)
 
     def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase, critic: Learner | None = None) -> None:
@@ -90,7 +96,7 @@ class Run:
         if self.processes.is_first:
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-        self.processes.wait()
+        self.processes.wait("the model to be written")
 
     def due(self, frequency: int | None, step: int) -> bool:
         return frequency is not None and step % frequency == 0
@@ -109,17 +115,29 @@ def start(config: Config) -> Iterator[Run]:
     try:
         random.seed(trainer.seed)
         torch.manual_seed(trainer.seed)
-        goes_on = trainer.load_ckpt_from is not None and not (isinstance(trainer, RLTrainer) and trainer.eval_only)
+        is_test = isinstance(trainer, RLTrainer) and trainer.eval_only
+        goes_on = not is_test and (trainer.load_ckpt_from is not None or restarted())
         if not goes_on and (save_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"trainer.save_dir={save_dir} already holds a run; go on with it (trainer.load_ckpt_from=latest) "
                 "or choose another trainer.save_dir"
             )
-        processes.wait()
+        processes.wait("all processes to look into trainer.save_dir")
         if processes.is_first:
             save_dir.mkdir(parents=True, exist_ok=True)
             (save_dir / "config.yaml").write_text(show(config))
-        processes.wait()
-        yield Run(trainer, save_dir, processes, asdict(config))
-    finally:
+        processes.wait("trainer.save_dir to be made")
+        checkpoints = Checkpoints(save_dir, processes, trainer.keep)
+        yield Run(trainer, save_dir, processes, checkpoints, asdict(config))
+        checkpoints.finish()
+    except LostProcess:
+        raise  # and leave: whoever still waits for this process will see that it has gone
+    except BaseException:
         processes.stop()
+        raise
+    processes.stop()
+
+
+def restarted() -> bool:
+    """torchrun has started these processes in place of others that failed (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

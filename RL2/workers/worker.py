@@ -86,7 +86,7 @@ class Worker:
         out: dict[str, Tensor] = {}
         starts = batch.cu_seqlens.tolist()
         everything = range(batch.num_sequences)
-        with self.on_device():
+        with self.at_work("the statistics of a batch"):
             for ids in self._share(batch, everything, max_tokens):
                 microbatch = batch.sequences(ids or [0])
                 with torch.no_grad():
@@ -111,22 +111,26 @@ class Worker:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight as the forward pass sees it, in the compute dtype; whole, one at a time (collective)."""
-        with self.on_device():
+        with self.at_work("gathering the weights"):
             yield from named_weights(self.lm, self.dtype)
 
     def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """The model in Hugging Face format, in float32 (collective)."""
-        with self.on_device():
+        with self.at_work("gathering the model to save"):
             export(self.lm, tokenizer, folder, self.processes.is_first)
 
     @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """While it is needed the model is on the device; with `offload_model` otherwise in host memory."""
+    def at_work(self, what: str) -> Iterator[None]:
+        """While it is needed the model is on the device; with `offload_model` otherwise in host memory.
+
+        `what` is done, for the error if another process does not take part.
+        """
         self.users += 1
         if self.offload_model and self.users == 1:
             self.policy.to(self.processes.device)
         try:
-            yield
+            with self.processes.expecting(f"its part in {what}"):
+                yield
         finally:
             self.users -= 1
             if self.offload_model and self.users == 0:
@@ -174,7 +178,7 @@ class Learner(Worker):
         Raises `BrokenLaw` on every process, before the optimizer step, if a law of ops/laws.py is broken, if trainer
         and engine are further apart than `max_logprob_gap`, or if loss or gradient is not finite.
         """
-        with self.on_device():
+        with self.at_work("an update"):
             means = self.backward(batch, loss, request, progress)
             return means | self._apply(means["loss"], batch)
 
@@ -182,7 +186,7 @@ class Learner(Worker):
         """As `Worker.export`, or with `lora.save=adapter` the adapter alone."""
         if not (isinstance(self.config, TrainablePolicy) and self.config.lora.save == "adapter"):
             return super().export(tokenizer, folder)
-        with self.on_device():
+        with self.at_work("gathering the adapters to save"):
             export_adapter(self.lm, folder, self.processes.is_first)
         if self.processes.is_first:
             tokenizer.save_pretrained(folder)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from programs import World, wait_for_line, without_times
 from torch import nn
 
 from RL2 import checkpoint
+from RL2.checkpoint import Checkpoints
 from RL2.config import ConfigError
 from RL2.data.cursor import Cursor
 from RL2.parallel.processes import Processes
@@ -103,12 +105,19 @@ def processes() -> Iterator[Processes]:
     processes.stop()
 
 
+def save(folder: Path, step: int, learner: Small, cursor: Cursor, processes: Processes, critic: Any = None) -> Path:
+    checkpoints = Checkpoints(folder, processes)
+    checkpoints.save(step, learner, cursor, critic)
+    checkpoints.finish()
+    return folder / f"step_{step:06d}"
+
+
 @pytest.fixture
 def saved(tmp_path: Path, processes: Processes) -> tuple[Path, Small]:
     learner, cursor = Small(2, 3, 1), Cursor(10, 4, seed=0)
     learner.step()
     cursor.next()
-    return checkpoint.save(tmp_path, 1, learner, cursor, processes), learner
+    return save(tmp_path, 1, learner, cursor, processes), learner
 
 
 def test_model_optimizer_cursor_and_random_numbers_come_back(saved: tuple[Path, Small], processes: Processes) -> None:
@@ -128,7 +137,7 @@ def test_model_optimizer_cursor_and_random_numbers_come_back(saved: tuple[Path, 
 def test_a_critic_comes_back_too_and_is_missed(tmp_path: Path, processes: Processes) -> None:
     actor, critic, cursor = Small(2, 3, 1), Small(2, 1), Cursor(10, 4, seed=0)
     critic.step()
-    with_critic = checkpoint.save(tmp_path, 1, actor, cursor, processes, critic)
+    with_critic = save(tmp_path, 1, actor, cursor, processes, critic)
     other = Small(2, 1)
     checkpoint.load(with_critic, Small(2, 3, 1), cursor, processes, other)
     assert other.steps == 1
@@ -137,7 +146,7 @@ def test_a_critic_comes_back_too_and_is_missed(tmp_path: Path, processes: Proces
     for weight, expected in zip(other.policy.parameters(), critic.policy.parameters(), strict=True):
         assert torch.equal(weight, expected)
 
-    alone = checkpoint.save(tmp_path, 2, actor, cursor, processes)
+    alone = save(tmp_path, 2, actor, cursor, processes)
     with pytest.raises(ConfigError, match=r"step_000002 has no critic, which adv.estimator=gae needs"):
         checkpoint.load(alone, actor, cursor, processes, critic)
 
