@@ -195,7 +195,7 @@ def test_ppo_is_that_of_trl(
     settings = config(folder)
     actor = Actor(settings.actor, processes, 100, tmp_path)
     critic = Critic(settings.critic, processes, 100, tmp_path)
-    ref_actor = RefActor(settings.ref_actor, settings.actor, processes)
+    ref_actor = RefActor(settings.ref_actor, settings.actor, actor.mesh, processes)
     batch, sampled_T = rollout(folder, end)
 
     value_T = critic.values(batch)
