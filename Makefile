@@ -8,10 +8,13 @@ READY := $(VENV)/.ready
 
 setup: $(READY)
 
-$(READY): requirements/test.txt pyproject.toml
+$(READY): requirements/test.txt requirements/no-deps.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+		-r requirements/no-deps.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/trl-1.12 trl==1.12.0
 	@touch $@
 
 demo: setup ## train four methods on a toy task and write runs/demo/report.html

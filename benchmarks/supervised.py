@@ -140,8 +140,8 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
         batch = rows.draw(list(range(NUM_ROWS)))
         metrics = learner.step(batch.with_(weight_T=weights(batch)), loss, StatsRequest(("logp",)))
         cuts = microbatches(batch, range(batch.num_sequences), options.max_length, 1)[0]
-        blocks = [block for ids in cuts for block in PackedAttention(batch.sequences(ids).cu_seqlens).blocks]
-        padded = sum(number * length for number, length, _ in blocks)
+        shapes = [shape for ids in cuts for shape in PackedAttention(batch.sequences(ids).cu_seqlens).shapes]
+        padded = sum(rows * length for rows, length in shapes)
         turns.answer(
             tokens=real(batch),
             utilisation=len(batch.token_ids_T) / computed.take(),

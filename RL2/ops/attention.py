@@ -59,51 +59,76 @@ def _attention(
 AttentionInterface.register(IMPLEMENTATION, _attention)
 
 
-Block = tuple[int, int, tuple[Tensor, Tensor]]
-"""rows, padded length, (positions among the T tokens, the same tokens' places in the flattened block)"""
+MAX_PADDING = 16
+"""Tokens of padding that cost less than a block more: a sequence joins a block of longer ones with so many at most."""
 
 
 class PackedAttention:
     """Causal attention within each of the B sequences of a packed batch.
 
-    On GPUs in half precision: torch's variable-length kernel. Elsewhere sequences are laid into padded blocks, sorted
-    by length so that little is padding, and go through scaled_dot_product_attention.
+    On GPUs in half precision: torch's variable-length kernel. Elsewhere sequences of about the same length are laid
+    into padded blocks, which go through scaled_dot_product_attention.
     """
 
-    def __init__(self, cu_seqlens: Tensor, shared: Shared | None = None, max_block_waste: float = 0.2) -> None:
+    def __init__(self, cu_seqlens: Tensor, shared: Shared | None = None, max_padding: int = MAX_PADDING) -> None:
         """With `shared`, queries, keys and values of its U distinct positions come in, and their results go out."""
         self.shared = shared
         self.cu_seqlens = cu_seqlens.to(torch.int32)
         self.lengths = cu_seqlens.diff().tolist()
-        self.max_block_waste = max_block_waste
+        self.max_padding = max_padding
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         has_kernel = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
         return (self._variable_length if has_kernel else self._padded)(query, key, value, scaling)
 
     @cached_property
-    def blocks(self) -> list[Block]:
-        return _blocks(self.lengths, self.cu_seqlens.long(), self.max_block_waste)
+    def blocks(self) -> list[list[int]]:
+        """Sequences by falling length, cut into blocks; the first of a block is its longest."""
+        blocks: list[list[int]] = []
+        for b in sorted(range(len(self.lengths)), key=lambda b: -self.lengths[b]):
+            if blocks and self.lengths[blocks[-1][0]] - self.lengths[b] <= self.max_padding:
+                blocks[-1].append(b)
+            else:
+                blocks.append([b])
+        return blocks
 
     @cached_property
-    def sources(self) -> list[Tensor]:
-        """Of each block, where its tokens' queries, keys and values come from."""
-        positions = [position for _, _, (position, _) in self.blocks]
-        return positions if self.shared is None else [self.shared.place_T[position] for position in positions]
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and padded length of each block."""
+        return [(len(block), self.lengths[block[0]]) for block in self.blocks]
 
     @cached_property
-    def packed_order(self) -> Tensor:
-        """Where each result stands when the blocks' tokens are laid end to end."""
-        order_T = torch.cat([position for _, _, (position, _) in self.blocks]).argsort()
-        return order_T if self.shared is None else order_T[self.shared.distinct_U]
+    def layout(self) -> tuple[Tensor, Tensor]:
+        """Of the P places of all blocks end to end: the token at each, [P], and where each result is, [T] (or [U]).
+
+        A shorter row repeats its last token. Nothing of its own row looks at these, their results are not taken, and so
+        their gradients are 0.
+        """
+        device = self.cu_seqlens.device
+        row_B = torch.tensor([b for block in self.blocks for b in block], device=device)
+        padded_B = torch.tensor([length for rows, length in self.shapes for _ in range(rows)], device=device)
+        length_B, start_B = self.cu_seqlens.diff()[row_B].long(), self.cu_seqlens[:-1][row_B].long()
+        begin_B = padded_B.cumsum(0) - padded_B
+        row_P = torch.repeat_interleave(torch.arange(len(row_B), device=device), padded_B)
+        within_P = torch.arange(len(row_P), device=device) - begin_B[row_P]
+        token_P = start_B[row_P] + torch.minimum(within_P, length_B[row_P] - 1)
+        place_T = torch.empty(sum(self.lengths), dtype=torch.long, device=device)
+        real_P = within_P < length_B[row_P]
+        place_T[token_P[real_P]] = real_P.nonzero()[:, 0]
+        if self.shared is None:
+            return token_P, place_T
+        return self.shared.place_T[token_P], place_T[self.shared.distinct_U]
 
     def _padded(self, query_UHD: Tensor, key_UKD: Tensor, value_UKD: Tensor, scaling: float) -> Tensor:
-        parts = []
-        for (rows, length, (_, place)), source in zip(self.blocks, self.sources, strict=True):
-            query, key, value = (_pad(x, rows, length, source, place) for x in (query_UHD, key_UKD, value_UKD))
+        token_P, place_U = self.layout
+        sizes = [rows * length for rows, length in self.shapes]
+        places = zip(*(x.index_select(0, token_P).split(sizes) for x in (query_UHD, key_UKD, value_UKD)), strict=True)
+        results = []
+        for shape, block in zip(self.shapes, places, strict=True):
+            query, key, value = (x.unflatten(0, shape).transpose(1, 2) for x in block)
             out_RHLD = causal_attention(query, key, value, scaling)
-            parts.append(out_RHLD.transpose(1, 2).reshape(rows * length, -1).index_select(0, place))
-        return torch.cat(parts).index_select(0, self.packed_order)
+            results.append(out_RHLD.transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(results).index_select(0, place_U)
 
     def _variable_length(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
         if self.shared is not None:
@@ -137,34 +162,3 @@ def causal_attention(query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, s
     return F.scaled_dot_product_attention(
         query_BHLD, key_BKLD, value_BKLD, is_causal=True, scale=scaling, enable_gqa=grouped
     )
-
-
-def _blocks(lengths: list[int], cu_seqlens: Tensor, max_waste: float) -> list[Block]:
-    """Sequences grouped so that at most `max_waste` of a block is padding (blocks of a few rows may waste more)."""
-    order = sorted(range(len(lengths)), key=lambda b: (lengths[b], b))
-    groups: list[list[int]] = []
-    for b in order:
-        group = groups[-1] if groups else []
-        padded = lengths[b] * (len(group) + 1)
-        used = sum(lengths[i] for i in group) + lengths[b]
-        if group and (used >= (1 - max_waste) * padded or len(group) < 4):
-            group.append(b)
-        else:
-            groups.append([b])
-    device = cu_seqlens.device
-    starts = cu_seqlens[:-1]
-    blocks: list[Block] = []
-    for group in groups:
-        length = lengths[group[-1]]
-        counts = torch.tensor([lengths[b] for b in group], device=device)
-        row_T = torch.repeat_interleave(torch.arange(len(group), device=device), counts)
-        within_T = torch.arange(len(row_T), device=device) - (counts.cumsum(0) - counts)[row_T]
-        position_T = starts[torch.tensor(group, device=device)][row_T] + within_T
-        blocks.append((len(group), length, (position_T, row_T * length + within_T)))
-    return blocks
-
-
-def _pad(x_TxD: Tensor, rows: int, length: int, position: Tensor, place: Tensor) -> Tensor:
-    """[T, x, D] -> [rows, x, length, D] with zeros where a row is shorter."""
-    flat = x_TxD.new_zeros(rows * length, *x_TxD.shape[1:]).index_copy(0, place, x_TxD.index_select(0, position))
-    return flat.view(rows, length, *x_TxD.shape[1:]).transpose(1, 2)

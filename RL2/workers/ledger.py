@@ -39,9 +39,10 @@ class Ledger:
         for group, parameters, old in self.accounts:
             new = _samples(parameters)
             served = new.to(self.served_dtype) != old.to(self.served_dtype)
-            moved, asked = new.double() - old.double(), self._requested(group, parameters, old)
+            moved, asked = _precise(new) - _precise(old), self._requested(group, parameters, old)
             counts = (new != old).sum(), torch.ones_like(served).sum(), served.sum()
-            sums += torch.stack([*counts, moved.square().sum(), asked.square().sum()]) / _copies(parameters, processes)
+            squares = (x.square().sum(dtype=torch.float64) for x in (moved, asked))
+            sums += torch.stack([*counts, *squares]) / _copies(parameters, processes)
         stored_dtype, self.accounts = old.dtype, []
         changed, number, served_changed, moved_sq, asked_sq = processes.sum(sums).tolist()
         metrics = {"changed_share": changed / number}
@@ -52,14 +53,14 @@ class Ledger:
         return metrics
 
     def _requested(self, group: dict[str, Any], parameters: list[Tensor], old: Tensor) -> Tensor:
-        """The step of AdamW in float64, from its state after it (Loshchilov and Hutter 2019, algorithm 2)."""
+        """The step of AdamW, from its state after it (Loshchilov and Hutter 2019, algorithm 2)."""
         states = [self.optimizer.state[parameter] for parameter in parameters]
         steps = float(states[0]["step"])  # all have taken the same number
-        mean, square = (_samples([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
+        mean, square = (_precise(_samples([state[name] for state in states])) for name in ("exp_avg", "exp_avg_sq"))
         beta1, beta2 = group["betas"]
-        denominator = (square.double() / (1 - beta2**steps)).sqrt() + group["eps"]
-        decay = group["weight_decay"] * old.double()
-        return -group["lr"] * (mean.double() / (1 - beta1**steps) / denominator + decay)
+        denominator = (square / (1 - beta2**steps)).sqrt() + group["eps"]
+        decay = group["weight_decay"] * _precise(old)
+        return -group["lr"] * (mean / (1 - beta1**steps) / denominator + decay)
 
 
 def _copies(parameters: list[Tensor], processes: Processes) -> int:
@@ -72,3 +73,8 @@ def _samples(tensors: Sequence[Tensor]) -> Tensor:
     """Of each tensor of this process some elements, all laid end to end: few operations, whatever their number."""
     flat = [local(x).detach().reshape(-1) for x in tensors]
     return torch.cat([x[:: max(1, len(x) // SAMPLE)] for x in flat])
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

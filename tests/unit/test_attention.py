@@ -38,14 +38,14 @@ def make(config: Any, model: Any, implementation: str) -> PreTrainedModel:
     return made
 
 
-@pytest.mark.parametrize("waste", [0.0, 0.2, 0.9])
+@pytest.mark.parametrize("padding", [0, 2, 16, 100])
 @pytest.mark.parametrize(("config", "model"), models(), ids=lambda x: x.__name__)
-def test_a_packed_batch_is_its_sequences(config: Any, model: Any, waste: float) -> None:
+def test_a_packed_batch_is_its_sequences(config: Any, model: Any, padding: int) -> None:
     packed, plain = make(config, model, IMPLEMENTATION), make(config, model, "eager")
     g = torch.Generator().manual_seed(1)
     sequences = [torch.randint(0, 50, (n,), generator=g) for n in LENGTHS]
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
-    attend = PackedAttention(torch.tensor([0, *LENGTHS]).cumsum(0), max_block_waste=waste)
+    attend = PackedAttention(torch.tensor([0, *LENGTHS]).cumsum(0), max_padding=padding)
 
     hidden = packed.base_model(
         input_ids=torch.cat(sequences)[None], position_ids=positions[None], use_cache=False, attend=attend
@@ -60,10 +60,14 @@ def test_a_packed_batch_is_its_sequences(config: Any, model: Any, waste: float) 
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_blocks_waste_little() -> None:
-    attend = PackedAttention(torch.tensor([0, *LENGTHS * 10]).cumsum(0), max_block_waste=0.2)
-    padded = sum(rows * length for rows, length, _ in attend.blocks)
-    assert padded <= 1.25 * sum(LENGTHS) * 10
+def test_blocks_are_few_and_waste_little() -> None:
+    lengths = [*range(1, 400, 7), *[50] * 100, 1000]
+    attend = PackedAttention(torch.tensor([0, *lengths]).cumsum(0), max_padding=16)
+    assert sorted(b for block in attend.blocks for b in block) == list(range(len(lengths)))
+    for block in attend.blocks:
+        assert all(lengths[block[0]] - 16 <= lengths[b] <= lengths[block[0]] for b in block)
+    assert len(attend.blocks) <= 400 // 16 + 1
+    assert sum(rows * length for rows, length in attend.shapes) <= 1.1 * sum(lengths)
 
 
 def test_sliding_windows_are_refused() -> None:

@@ -1,26 +1,24 @@
 """10,000 hostile responses to every environment: none hangs, crashes, runs code or earns a reward.
 
-Where GEM and Reasoning Gym are not installed their adapters are attacked before small stand-ins, which run an answer as
-code just as the libraries do. The adapter of verifiers only hands texts on, in its own tests.
+A reward model falls over none of them; what it rewards is its own affair.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
+import math
 import random
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForSequenceClassification
 
-from envs import calculator, countdown, gsm8k, mixed, orz, searchr1
+from envs import calculator, countdown, gem, gsm8k, mixed, orz, reasoning_gym, searchr1, verifiers_env
 from envs.local_search_service import Service
 from envs.workers import WorkerError, Workers
 
@@ -219,51 +217,8 @@ def test_search(mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcomes["ended"] > 300 and outcomes["went on"] > 300
 
 
-GYM = """
-class Dataset:
-    def __init__(self, seed): self.seed = seed
-    def __getitem__(self, index): return {"question": "What?", "answer": "1 2 3"}
-    def score_answer(self, answer, entry):
-        try:
-            return float(" ".join(str(item) for item in eval(answer)) == entry["answer"])
-        except Exception:
-            return 0.01
-def create_dataset(name, seed, size): return Dataset(seed)
-"""
-GEM = """
-import random, re
-class Game:
-    def reset(self, seed): return "Guess.", {"suffix": "Enter your guess."}
-    def step(self, move):
-        guesses = re.findall(r"\\\\boxed{(\\d+)}", move)
-        return "No.", -0.1, not guesses, False, {"suffix": "Enter your guess."}
-def make(name): return Game()
-"""
-
-
-@pytest.fixture
-def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Any]:
-    """Import an adapter, of the library if it is there, of a stand-in if not."""
-
-    def load(name: str, stand_in: str) -> Any:
-        if find_spec(name) is None:
-            package = tmp_path / "stand_ins" / name
-            package.mkdir(parents=True)
-            (package / "__init__.py").write_text(stand_in)
-            (package / "envs.py").write_text("")
-            monkeypatch.syspath_prepend(package.parent)
-            monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)  # of the workers
-            for module in (name, f"{name}.envs", f"envs.{name}"):  # gone again after the test
-                monkeypatch.setitem(sys.modules, module, None)
-                del sys.modules[module]
-        return import_module(f"envs.{name}")
-
-    return load
-
-
-def test_reasoning_gym(adapter: Callable[[str, str], Any], mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasoning_gym(mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This data set runs answers; the adapter keeps from it what is more than a literal or a formula."""
-    reasoning_gym = adapter("reasoning_gym", GYM)
     monkeypatch.setattr(reasoning_gym, "gym", Workers(reasoning_gym.__file__, "make_gym", limit_s=0.5, number=2))
     extra_info: dict[str, Any] = {"seed": 1, "dataset": "spiral_matrix"}
 
@@ -282,9 +237,7 @@ def test_reasoning_gym(adapter: Callable[[str, str], Any], mark: Path, monkeypat
     assert outcomes["unscored"] < 50
 
 
-def test_gem(adapter: Callable[[str, str], Any], mark: Path) -> None:
-    gem = adapter("gem", GEM)
-
+def test_gem(mark: Path) -> None:
     async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
         game = extra_info["game"]
         game.turn_count, game.game_number = 0, 7919  # out of reach of a lucky guess
@@ -300,3 +253,63 @@ def test_gem(adapter: Callable[[str, str], Any], mark: Path) -> None:
         return await attack(step, extra_info, mark)
 
     assert asyncio.run(main()) == {"ended": NUMBER, "went on": 0, "unscored": 0}
+
+
+TASKSET = """
+import verifiers.v1 as vf
+
+class Data(vf.TaskData):
+    answer: str
+
+class Task(vf.Task[Data]):
+    @vf.reward(weight=1.0)
+    async def exact(self, trace: vf.Trace) -> float:
+        return float(trace.last_reply == self.data.answer)
+
+    @vf.reward(weight=0.5)
+    async def math(self, trace: vf.Trace) -> float:
+        return vf.verify_boxed_math_answer(trace.last_reply, self.data.answer, timeout_seconds=1)
+
+class Config(vf.TasksetConfig):
+    pass
+
+class Taskset(vf.Taskset[Task, Config]):
+    def load(self):
+        yield Task(Data(prompt="What?", answer="7919"), self.config.task)
+
+__all__ = ["Taskset"]
+"""
+
+
+def test_verifiers(mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own graders judge, in workers; what they hang over is unscored."""
+    (tmp_path / "attacked.py").write_text(TASKSET)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("VERIFIERS_TASKSET", "attacked")
+    workers = Workers(verifiers_env.__file__, "make_taskset", limit_s=5, number=2)
+    monkeypatch.setattr(verifiers_env, "taskset", workers)
+    outcomes = asyncio.run(attack(verifiers_env.step, {"seed": 1}, mark))
+    workers.close()
+    assert outcomes["went on"] == 0
+    assert outcomes["unscored"] < 50
+
+
+def test_a_reward_model(
+    mark: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every text has a value that is a number. Those that are too long for it are in tests/integration."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"vocab_size": len(tokenizer), "intermediate_size": 16, "head_dim": 8, "max_position_embeddings": 4096}
+    torch.manual_seed(0)
+    Qwen3ForSequenceClassification(Qwen3Config(**shape, **sizes, num_labels=1)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setenv("REWARD_MODEL", str(tmp_path))
+    from envs import reward_model
+
+    async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+        text = action.encode(errors="replace").decode()  # no tokenizer's text holds half a character
+        result = await reward_model.step(state, text[:500], extra_info)
+        assert math.isfinite(result["reward"])
+        return result | {"reward": 0.0, "score": 0.0}
+
+    assert asyncio.run(attack(step, {}, mark)) == {"ended": NUMBER, "went on": 0, "unscored": 0}

@@ -1,14 +1,10 @@
-"""GEM's games, played through their adapter; needs the package gem-llm."""
+"""GEM's games, played through their adapter."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from typing import Any
-
-import pytest
-
-pytest.importorskip("gem", reason="pip install 'rl2-spo[gem]' && pip install --no-deps gem-llm")
 
 from envs import gem as adapter
 

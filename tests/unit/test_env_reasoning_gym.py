@@ -1,4 +1,4 @@
-"""Reasoning Gym through its adapter; needs the package reasoning-gym."""
+"""Reasoning Gym through its adapter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("reasoning_gym", reason="pip install 'rl2-spo[reasoning-gym]'")
 import reasoning_gym
 
 from envs import reasoning_gym as adapter

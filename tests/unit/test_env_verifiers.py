@@ -1,15 +1,14 @@
-"""A taskset of the package verifiers through its adapter; needs that package."""
+"""A taskset of the package verifiers through its adapter."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("verifiers", reason="pip install 'rl2-spo[verifiers]'")
 
 from envs import verifiers_env
 from envs.workers import WorkerError, Workers
@@ -93,10 +92,21 @@ def test_tasks_and_rewards_of_a_taskset(load: Callable[[str], None]) -> None:
         ),
         ("@vf.reward(weight=1.0)", "async def setup(self, trace, runtime): ...\n    @vf.reward", "preparations"),
         ('prompt=f"{i}+{i}?", ', "", "a user who begins"),
-        ("range(self.config.num_tasks)", "()", "holds no task"),
     ],
 )
-def test_what_needs_more_is_refused(load: Callable[[str], None], old: str, new: str, reason: str) -> None:
-    load(TASKSET.replace(old, new))
-    with pytest.raises(WorkerError, match=reason):
+def test_what_needs_more_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, reason: str
+) -> None:
+    """Seen in this process: the library takes seconds to load."""
+    (tmp_path / "sums.py").write_text(TASKSET.replace(old, new))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sums", raising=False)
+    monkeypatch.setattr(verifiers_env, "TASKSET", "sums")
+    with pytest.raises(ValueError, match=reason):
+        verifiers_env.make_taskset()
+
+
+def test_a_refusal_comes_out_of_the_worker(load: Callable[[str], None]) -> None:
+    load(TASKSET.replace("range(self.config.num_tasks)", "()"))
+    with pytest.raises(WorkerError, match="holds no task"):
         reset(1)
