@@ -65,7 +65,7 @@ def _group_size(arg: Any) -> int:
         except RuntimeError:
             return 0
     if isinstance(arg, str) and arg not in ("sum", "max"):
-        return torch.distributed.distributed_c10d._resolve_process_group(arg).size()
+        return torch.distributed.distributed_c10d._resolve_process_group(arg).size()  # type: ignore[arg-type]
     return 0
 
 
