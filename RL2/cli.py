@@ -54,5 +54,33 @@ def check_objective(
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="model and gpus at least; see below.")],
+) -> None:
+    """Say how to lay a model out over GPUs, what of their memory it takes, and how long a step is (docs/scaling.md).
+
+    model: a hub name or folder. gpus: their number. memory_gib (80): of each. gpus_per_node (8). length (8192): tokens
+    of the longest sequence. mean_length (half of it). sequences (512): of a step. rollout (true): sample them first,
+    with the embedded engine; false for sft, rm and dpo. peak_tflops (989): dense bfloat16 of a GPU. utilisation (0.27):
+    the share of it that is reached.
+
+    Example: rl2 plan model=Qwen/Qwen3-4B gpus=8 memory_gib=80
+    """
+    from rich.console import Console
+
+    from RL2.config import UserError
+    from RL2.planning import Question, table
+
+    try:
+        question = Question.of(settings)
+        result, fits = table(question)
+    except UserError as error:
+        sys.exit(f"rl2 plan: {error}")
+    Console().print(result)
+    if not fits:
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     app()

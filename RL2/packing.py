@@ -138,34 +138,110 @@ def units(batch: TokenBatch, ids: Seq[int], max_tokens: int) -> list[list[int]]:
 
 
 def microbatches(batch: TokenBatch, ids: Seq[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
-    """[rank][microbatch] -> which of the sequences `ids`: `plan` over their `units`."""
-    together = units(batch, ids, max_tokens)
-    lengths = [int(batch.lengths_B[unit].sum()) for unit in together]
-    return [
-        [[b for i in chosen for b in together[i]] for chosen in rank] for rank in plan(lengths, max_tokens, num_ranks)
-    ]
+    """[rank][microbatch] -> which of the sequences `ids`: `plan` over their `units`, none above a rank's even share."""
+    length_B = batch.lengths_B.tolist()
+    total = sum(length_B[b] for b in ids)
+    together = units(batch, ids, math.ceil(total / (num_ranks * _fewest(total, max_tokens, num_ranks))))
+    lengths = [sum(length_B[b] for b in unit) for unit in together]
+    costs = [sum(cost(length_B[b]) for b in unit) for unit in together]
+    planned = plan(lengths, max_tokens, num_ranks, costs)
+    return [[[b for i in chosen for b in together[i]] for chosen in rank] for rank in planned]
 
 
-def plan(lengths: Seq[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
-    """[rank][microbatch] -> ids of the sequences: at most `max_tokens` each, even, and few.
+ATTENTION_EQUALS_REST = 16_384
+"""Length of a sequence whose attention takes as long as all else. In operations it is parameters / (layers x heads x
+head size): 10,000 for Qwen3 0.6B, 27,000 for 4B, 62,000 for 32B, 107,000 for Llama 70B; attention runs at about half
+the speed of other products."""
 
-    Every rank gets the same number of microbatches (some may be empty), so every rank runs the same collectives.
-    Longest first, each into the emptiest microbatch. Raises ValueError if one sequence alone is too long.
+
+def cost(length: int) -> float:
+    """Work of a sequence of `length` tokens, in tokens of a very short one: a linear part, and attention's square."""
+    return length + length * length / ATTENTION_EQUALS_REST
+
+
+def plan(lengths: Seq[int], max_tokens: int, num_ranks: int, costs: Seq[float] | None = None) -> list[list[list[int]]]:
+    """[rank][microbatch] -> ids of the sequences: at most `max_tokens` each, few, and alike in `costs` on all ranks.
+
+    Every rank gets the same number of microbatches (some may be empty), so every rank runs the same collectives. As
+    ranks meet in each of them, a step takes what the dearest of each index cost together: of two ways to fill them the
+    one where that is less is taken (benchmarks/packing.py compares them). `costs` are those of `cost` unless given.
+    Raises ValueError if one sequence alone is too long.
     """
     if lengths and max(lengths) > max_tokens:
         raise ValueError(
             f"a sequence of {max(lengths) + 1} tokens does not fit into a microbatch of {max_tokens}; "
             "raise actor.max_length_per_device (and actor.max_inference_length_per_device)"
         )
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    per_rank = max(1, math.ceil(sum(lengths) / (max_tokens * num_ranks)))
+    costs = [cost(length) for length in lengths] if costs is None else costs
+    number = _fewest(sum(lengths), max_tokens, num_ranks)
     while True:
-        bins: list[list[int]] = [[] for _ in range(per_rank * num_ranks)]
-        heap = [(0, i) for i in range(len(bins))]
-        for sequence in order:
-            load, i = heapq.heappop(heap)
+        ways = [fill(lengths, costs, max_tokens, num_ranks, number) for fill in (fill_evenly, fill_in_turn)]
+        if found := [rounds for rounds in ways if rounds is not None]:
+            rounds = min(found, key=lambda rounds: time_of(rounds, costs))
+            return [[sorted(bins[rank]) for bins in rounds] for rank in range(num_ranks)]
+        number += 1
+
+
+Rounds = list[list[list[int]]]
+"""[microbatch][rank] -> ids"""
+
+
+def fill_evenly(lengths: Seq[int], costs: Seq[float], max_tokens: int, num_ranks: int, number: int) -> Rounds | None:
+    """All `number` microbatches of all ranks alike: the dearest first, each into the cheapest that has room.
+
+    Those that cost most then meet. None if they have no room for all.
+    """
+    bins, left = _spread(_dearest_first(costs), lengths, costs, max_tokens, num_ranks * number)
+    bins.sort(key=lambda ids: -sum(costs[i] for i in ids))
+    return None if left else [bins[i : i + num_ranks] for i in range(0, len(bins), num_ranks)]
+
+
+def fill_in_turn(lengths: Seq[int], costs: Seq[float], max_tokens: int, num_ranks: int, number: int) -> Rounds | None:
+    """One microbatch of all ranks after the other, each up to an even share or, if that is more, the dearest sequence.
+
+    What is much dearer than an even share then has its like beside it. None if the last have no room for the rest.
+    """
+    left, rounds = _dearest_first(costs), []
+    for remaining in range(number, 0, -1):
+        share = sum(costs[i] for i in left) / (num_ranks * remaining)
+        level = max([share, *(costs[i] for i in left[:1])]) if remaining > 1 else math.inf
+        bins, left = _spread(left, lengths, costs, max_tokens, num_ranks, level)
+        rounds.append(bins)
+    return None if left else rounds
+
+
+def time_of(rounds: Rounds, costs: Seq[float]) -> float:
+    """What the dearest rank of each microbatch costs, together."""
+    return sum(max(sum(costs[i] for i in ids) for ids in bins) for bins in rounds)
+
+
+def _spread(
+    ids: Seq[int], lengths: Seq[int], costs: Seq[float], max_tokens: int, number: int, level: float = math.inf
+) -> tuple[list[list[int]], list[int]]:
+    """`ids` in order, each into the cheapest of `number` bins with room, up to a cost of `level`; and what is left."""
+    bins: list[list[int]] = [[] for _ in range(number)]
+    tokens = [0] * number
+    heap, left = [(0.0, i) for i in range(number)], []
+    for sequence in ids:
+        full = []
+        while heap and tokens[heap[0][1]] + lengths[sequence] > max_tokens:
+            full.append(heapq.heappop(heap))
+        if heap and heap[0][0] + costs[sequence] <= level:
+            load, i = heap[0]
             bins[i].append(sequence)
-            heapq.heappush(heap, (load + lengths[sequence], i))
-        if max(heap)[0] <= max_tokens:
-            return [[sorted(ids) for ids in bins[rank::num_ranks]] for rank in range(num_ranks)]
-        per_rank += 1
+            tokens[i] += lengths[sequence]
+            heapq.heapreplace(heap, (load + costs[sequence], i))
+        else:
+            left.append(sequence)
+        for entry in full:
+            heapq.heappush(heap, entry)
+    return bins, left
+
+
+def _dearest_first(costs: Seq[float]) -> list[int]:
+    return sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+
+
+def _fewest(total: int, max_tokens: int, num_ranks: int) -> int:
+    """Microbatches that `total` tokens take at least."""
+    return max(1, math.ceil(total / (max_tokens * num_ranks)))

@@ -208,7 +208,10 @@ class Learner(Worker):
         totals = _Totals(self.processes, self.mesh)
         trained = batch.sequence_T[batch.weight_T != 0].unique().tolist()
         shortest = int(batch.lengths_B.argmin())
-        for ids in self._share(batch, trained, self.config.max_length_per_device):
+        share = self._share(batch, trained, self.config.max_length_per_device)
+        for number, ids in enumerate(share, start=1):
+            if isinstance(self.policy, FSDPModule):  # replicas add up their gradients once a step
+                self.policy.set_requires_all_reduce(number == len(share))
             microbatch = batch.sequences(ids or [shortest])
             if not ids:
                 microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from RL2.advantages import reinforce, spo
-from RL2.packing import loss_weights, microbatches, minibatches, pack, plan, units
+from RL2.packing import cost, loss_weights, microbatches, minibatches, pack, plan, units
 from RL2.types import Sequence, TokenBatch, Trajectory
 
 
@@ -135,6 +135,49 @@ def test_plan_with_fewer_sequences_than_ranks_has_empty_microbatches() -> None:
 def test_plan_names_the_override_for_a_sequence_that_is_too_long() -> None:
     with pytest.raises(ValueError, match=r"12 tokens does not fit into a microbatch of 10; raise actor.max_length"):
         plan([3, 11], 10, 1)
+
+
+def round_costs(lengths: list[int], planned: list[list[list[int]]]) -> list[list[float]]:
+    """[microbatch][rank] -> cost"""
+    return [[sum(cost(lengths[i]) for i in ids) for ids in of_ranks] for of_ranks in zip(*planned, strict=True)]
+
+
+def test_plan_balances_attention_and_not_tokens_alone() -> None:
+    """16,384 tokens in one sequence cost two of the linear part: as much as 30 sequences of 1,000, not as 16."""
+    assert cost(16_384) == 2 * 16_384
+    lengths = [16_384] + [1_000] * 46
+    first, second = plan(lengths, 40_000, 2)
+    assert len(first) == 1
+    costs = [sum(cost(lengths[i]) for i in rank[0]) for rank in (first, second)]
+    assert max(costs) / min(costs) < 1.04
+    tokens = [sum(lengths[i] for i in rank[0]) for rank in (first, second)]
+    assert max(tokens) / min(tokens) > 1.15
+
+
+def test_what_costs_much_meets_its_like() -> None:
+    """Ranks meet in every microbatch: two sequences that fill one alone are computed at the same time."""
+    lengths = [9_000, 9_000] + [500] * 20
+    planned = plan(lengths, 10_000, 2)
+    rounds = round_costs(lengths, planned)
+    assert {0, 1} == {i for rank in planned for i in rank[0] if lengths[i] == 9_000}
+    assert all(max(of_ranks) < 1.1 * min(of_ranks) for of_ranks in rounds)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 8, 64])
+def test_plan_is_even_where_it_can_be(num_ranks: int) -> None:
+    """Long tails: ranks wait less than 5% of a step, if the limit of tokens leaves the longest company."""
+    draw = random.Random(num_ranks)
+    lengths = [min(16_000, 50 + int(draw.lognormvariate(6.9, 1))) for _ in range(48 * num_ranks)]
+    planned = plan(lengths, 40_000, num_ranks)
+    assert max(sum(lengths[i] for i in ids) for rank in planned for ids in rank) <= 40_000
+    rounds = round_costs(lengths, planned)
+    assert sum(map(max, rounds)) <= 1.05 * sum(map(sum, rounds)) / num_ranks
+
+
+def test_a_group_is_split_rather_than_leave_ranks_idle() -> None:
+    batch = pack([trajectory(0, 1.0, ((3, 8),)) for _ in range(16)])
+    assert [len(rank[0]) for rank in microbatches(batch, range(16), 4096, 8)] == [2] * 8
+    assert [len(rank[0]) for rank in microbatches(batch, range(16), 4096, 1)] == [16]
 
 
 def test_minibatches_keep_trajectories_whole(batch: TokenBatch) -> None:
