@@ -29,6 +29,10 @@ class Engine(Protocol):
         """
         ...
 
+    def sleep(self) -> None:
+        """Leave the memory of weights and cache to training; the next `load_weights` takes it again."""
+        ...
+
     def close(self) -> None:
         """Give everything back; the engine is not used again."""
         ...

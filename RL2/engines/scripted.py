@@ -45,5 +45,8 @@ class ScriptedEngine:
         self.weights = dict(weights)
         self.version = version
 
+    def sleep(self) -> None:
+        self.weights = {}
+
     def close(self) -> None:
         self.closed = True

@@ -76,6 +76,7 @@ def train(config: RLConfig, run: Run) -> None:
         trajectories = sample(prompts, cursor, rollouts, config, step, report)
         metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config.rollout)
         metrics |= cursor.metrics()
+        engine.sleep()
         clock.lap("rollout")
 
         batch = judge(pack(trainable(trajectories, config.rollout)), config, actor, ref_actor, critic)
@@ -140,6 +141,7 @@ def make_engine(config: RLConfig, actor: Actor, decode: Callable[[list[int]], st
         decode=decode,
         max_running_requests=config.rollout.max_running_requests,
         memory_share=config.rollout.gpu_memory_utilization,
+        owns_weights=not shared,
     )
 
 

@@ -172,6 +172,21 @@ def test_weights_are_taken_over_or_copied() -> None:
         engine.load_weights(((n, p) for n, p in other.named_parameters() if "norm" in n), version=5)
 
 
+def test_sleep_leaves_the_memory_of_weights_that_are_its_own(prompts: list[list[int]]) -> None:
+    sampling, trained = Sampling(max_new_tokens=5), make_model()
+    weights = {name: weight.clone() for name, weight in trained.named_parameters()}
+    for owns in (True, False):
+        lm = make_model()
+        engine = EmbeddedEngine(lm, decode=str, max_running_requests=4, memory_share=0.5, owns_weights=owns)
+        before = [c.token_ids for c in generate(engine, prompts, sampling)]
+        engine.sleep()
+        engine.sleep()
+        held = sum(parameter.numel() for parameter in lm.parameters())
+        assert held == (0 if owns else sum(weight.numel() for weight in weights.values()))
+        engine.load_weights(iter(weights.items()), version=1)
+        assert [c.token_ids for c in generate(engine, prompts, sampling)] == before
+
+
 def test_broken_weights_stop_every_request() -> None:
     lm = make_model()
     with torch.no_grad():

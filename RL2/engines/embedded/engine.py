@@ -68,8 +68,11 @@ class EmbeddedEngine:
         decode: Callable[[list[int]], str],
         max_running_requests: int,
         memory_share: float,
+        owns_weights: bool = False,
     ) -> None:
-        self.lm, self.decode = lm, decode
+        """`owns_weights`: `lm` is this engine's alone, so `sleep` may let go of its weights."""
+        self.lm, self.decode, self.owns_weights = lm, decode, owns_weights
+        self.shapes = {name: parameter.shape for name, parameter in lm.named_parameters()}
         self.max_running_requests, self.memory_share = max_running_requests, memory_share
         self.device = next(lm.parameters()).device
         self.max_length = positions(lm.config)
@@ -96,12 +99,22 @@ class EmbeddedEngine:
         loaded = set()
         with torch.no_grad():
             for name, weight in weights:
+                if own[name].shape != self.shapes[name]:  # it has slept
+                    own[name].data = own[name].new_empty(self.shapes[name])
                 if own[name].data_ptr() != weight.data_ptr():
                     own[name].copy_(weight)
                 loaded.add(name)
         if missing := own.keys() - loaded:
             raise RuntimeError(f"weights of version {version} lack {', '.join(sorted(missing)[:3])}")
         self.version = version
+
+    def sleep(self) -> None:
+        """The cache goes as soon as no request is running; here the weights go too, unless they are the actor's own."""
+        if self.owns_weights:
+            for parameter in self.lm.parameters():
+                parameter.data = parameter.new_empty(0)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def close(self) -> None:
         if self.driver is not None:
