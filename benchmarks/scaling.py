@@ -134,7 +134,8 @@ def main() -> None:
     given = options.parse_args()
     results: dict[str, dict[str, Any]] = defaultdict(dict)
     print(
-        f"{'':16}{'sequences':>10}{'microbatches':>14}{'step, s':>10}{'CPU, s':>8}{'MB':>8}{'MB sent':>10}{'formula':>9}{'calls':>7}"
+        f"{'':16}{'sequences':>10}{'microbatches':>14}{'step, s':>10}{'CPU, s':>8}"
+        f"{'MB':>8}{'MB sent':>10}{'formula':>9}{'calls':>7}"
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -157,8 +158,8 @@ def main() -> None:
                 numbers = measure(layout, sequences, given.steps, folder)
                 results[work][title] = numbers
                 print(
-                    f"  {title:14}{sequences:10}{numbers['microbatches']:14.0f}{numbers['step_s']:10.2f}{numbers['cpu_s']:8.2f}"
-                    f"{numbers['memory_mb']:8.0f}{numbers['sent_mb']:10.1f}{numbers['off']:+9.1%}{numbers['calls']:7.0f}",
+                    f"  {title:14}{sequences:10}{numbers['microbatches']:14.0f}{numbers['step_s']:10.2f}"
+                    f"{numbers['cpu_s']:8.2f}{numbers['memory_mb']:8.0f}{numbers['sent_mb']:10.1f}{numbers['off']:+9.1%}{numbers['calls']:7.0f}",
                     flush=True,
                 )
     if given.json:
