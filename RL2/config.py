@@ -159,7 +159,8 @@ class Trainable:
     model_name: str
     """Hub name, or folder with config.json, safetensors and tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"]
-    """Compute dtype. auto: bfloat16 on GPUs, float32 on CPUs. Stored weights and optimizer are float32 in any case."""
+    """Compute dtype. auto: bfloat16 on GPUs, float32 on CPUs. Weights that train and the optimizer are stored in
+    float32 in any case; a base under LoRA adapters, which does not train, in the compute dtype."""
     use_liger_kernel: bool
     """Liger's Triton kernels for norm, rotary embedding and MLP (GPU; pip install rl2-spo[liger])."""
     gradient_checkpointing: bool
@@ -198,13 +199,6 @@ class Trainable:
         """Tokens of a microbatch, and so of the longest sequence that can be trained on."""
         return self.max_length_per_device * self.sp_size
 
-    def __post_init__(self) -> None:
-        if self.scheduler == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
-            raise ConfigError(
-                f"actor.warmup_ratio={self.warmup_ratio} and actor.decay_ratio={self.decay_ratio} overlap; "
-                "together they must be at most 1"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -230,7 +224,6 @@ class TrainablePolicy(Trainable):
     """Logits that are in memory at a time, in MiB; null: 64 on CPUs, 512 on GPUs."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.lora.rank and self.tp_size > 1:
             raise ConfigError(f"actor.lora.rank={self.lora.rank} does not go with actor.tp_size={self.tp_size}")
         if self.lora.rank and not self.lora.target_modules:
@@ -483,6 +476,8 @@ class RLConfig:
 
     def __post_init__(self) -> None:
         actor, rollout = self.actor, self.rollout
+        _check_schedule("actor", actor)
+        _check_schedule("critic", self.critic)
         if rollout.model_name != actor.model_name:
             raise ConfigError(f"rollout.model_name={rollout.model_name!r} is not actor.model_name={actor.model_name!r}")
         if rollout.train_sampling_params.temperature == 0:
@@ -598,6 +593,7 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
+        _check_schedule("actor", self.actor)
         # one position less than tokens: the last token is only a label
         actor = self.actor
         if self.data.max_length - 1 > actor.max_length:
@@ -615,6 +611,7 @@ class RMConfig:
 
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
+        _check_schedule("critic", self.critic)
         _check_pairs_fit(self.data.max_length, "critic", self.critic)
 
 
@@ -627,6 +624,7 @@ class DPOConfig:
 
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
+        _check_schedule("actor", self.actor)
         _check_pairs_fit(self.data.max_length, "actor", self.actor)
         if self.ref_actor.max_inference_length_per_device * self.actor.sp_size < self.data.max_length:
             raise ConfigError(
@@ -649,6 +647,15 @@ def _check_pairs_fit(max_length: int, group: str, model: Trainable) -> None:
 def _times_sp(tokens: int, group: str, sp_size: int) -> str:
     """A limit of one process, and how many share a microbatch."""
     return f"{tokens}" + (f" x {group}.sp_size={sp_size}" if sp_size > 1 else "")
+
+
+def _check_schedule(group: str, model: Trainable) -> None:
+    """Here and not in `Trainable`, which does not know the name of its group."""
+    if model.scheduler == "wsd" and model.warmup_ratio + model.decay_ratio > 1:
+        raise ConfigError(
+            f"{group}.warmup_ratio={model.warmup_ratio} and {group}.decay_ratio={model.decay_ratio} overlap; "
+            "together they must be at most 1"
+        )
 
 
 Config = RLConfig | SFTConfig | RMConfig | DPOConfig

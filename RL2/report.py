@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,11 +90,8 @@ class Report:
             tqdm.write(text)
             sys.stdout.flush()  # a file or pipe would hold back many lines
 
-    @contextmanager
-    def bar(self, total: int, what: str) -> Iterator[tqdm[Any]]:
-        """A progress bar on a terminal; nothing where the output is a file."""
-        with tqdm(total=total, desc=what, leave=False, disable=None if self.is_first else True) as bar:
-            yield bar
+    def bar(self, total: int, what: str) -> tqdm[Any]:
+        return progress_bar(total, what, self.is_first)
 
     def close(self) -> None:
         for dashboard in self.dashboards:
@@ -104,6 +100,11 @@ class Report:
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def progress_bar(total: int, what: str, is_first: bool) -> tqdm[Any]:
+    """A progress bar on a terminal; nothing where the output is a file, or on other processes."""
+    return tqdm(total=total, desc=what, leave=False, disable=None if is_first else True)
 
 
 class Wandb:

@@ -186,6 +186,19 @@ def test_a_mistake_in_supervised_programs(program: str, overrides: tuple[str, ..
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("program", "group"), [("sft", "actor"), ("dpo", "actor"), ("rm", "critic"), ("ppo", "actor"), ("ppo", "critic")]
+)
+def test_phases_of_a_schedule_that_overlap_are_named_by_their_model(program: str, group: str) -> None:
+    overlap = [f"{group}.{x}" for x in ("scheduler=wsd", "warmup_ratio=0.8", "decay_ratio=0.5")]
+    gae = ["adv.estimator=gae"] * (program == "ppo")
+    with pytest.raises(ConfigError) as caught:
+        load(program, (*minimal(program), *gae, *overlap))
+    assert str(caught.value) == (
+        f"{group}.warmup_ratio=0.8 and {group}.decay_ratio=0.5 overlap; together they must be at most 1"
+    )
+
+
 @pytest.mark.parametrize("estimator", ["rloo", "spo"])
 @pytest.mark.parametrize("knob", ["global_norm", "norm_var"])
 def test_knobs_of_reinforce_are_refused_elsewhere(estimator: str, knob: str) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 
 from RL2.trainer.launch import main
 
@@ -89,3 +90,59 @@ def test_an_example_is_written_with_care(example: Path) -> None:
     assert not re.search(r"\S\\$", text, re.MULTILINE)
     assert text.endswith('"$@"\n')
     assert "/home/" not in text
+
+
+def shims(folder: Path, **scripts: str) -> dict[str, str]:
+    """An environment in which these commands are played by shell scripts."""
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    return os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def check_launch(arguments: list[str], endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun was given meets at `endpoint`, restarts, and runs a program that resolves."""
+    settings = arguments[: arguments.index("-m")]
+    assert {"--nnodes=2", "--nproc_per_node=8", "--max-restarts=3", "--rdzv-backend=c10d"} <= set(settings)
+    assert f"--rdzv-endpoint={endpoint}" in settings
+    module, *overrides = arguments[len(settings) + 1 :]
+    assert "trainer.load_ckpt_from=latest" in overrides
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [module, *overrides, *DRY])
+    main(module.removeprefix("RL2.trainer."))
+
+
+def test_the_slurm_script_runs_torchrun_on_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = shims(
+        tmp_path,
+        scontrol='printf "%s\\n" node7 node8',
+        srun="shift; shift; printf '%s\\n' \"$@\"",
+    ) | {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "5",
+    }
+    sft = ["sft", "data.path=train@openai/gsm8k:main", "data.env_path=envs/gsm8k.py", "data.max_length=1024"]
+    sft += ["data.batch_size=64", "actor.model_name=Qwen/Qwen3-0.6B", "actor.max_length_per_device=16384"]
+    script = ["bash", str(ROOT / "examples" / "launch" / "slurm.sh")]
+    done = subprocess.run([*script, *sft], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    check_launch(done.stdout.splitlines(), "node7:29500", monkeypatch)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_sky_file_runs_torchrun_on_every_node(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = yaml.safe_load((ROOT / "examples" / "launch" / "sky.yaml").read_text())
+    assert task["num_nodes"] == 2
+    environment = shims(tmp_path, torchrun="printf '%s\\n' \"$@\"") | {
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+        "SKYPILOT_NODE_RANK": str(rank),
+    }
+    done = subprocess.run(
+        ["bash", "-eu", "-c", task["run"]], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    arguments = done.stdout.splitlines()
+    assert f"--rdzv-conf=is_host={1 - rank}" in arguments
+    check_launch(arguments, "10.0.0.1:29500", monkeypatch)

@@ -14,6 +14,7 @@ from RL2.objectives.preference import dpo, ipo
 from RL2.packing import pack, sequence_weights
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
+from RL2.report import progress_bar
 from RL2.trainer.run import Run
 from RL2.trainer.supervised import Rows, Task, converter, fit, train_and_test
 from RL2.types import StatsRequest, TokenBatch
@@ -53,5 +54,7 @@ def with_reference(pairs: TokenBatch, config: DPOConfig, processes: Processes) -
     reference, actor = config.ref_actor, config.actor
     mesh = Mesh.make(processes, actor)
     worker = Worker(reference.model_name, actor.dtype, mesh, processes, "ref_actor.model_name")
-    stats = worker.stats(pairs, logps(config), reference.max_inference_length_per_device)
+    limit = reference.max_inference_length_per_device
+    with progress_bar(pairs.num_sequences, "reference", processes.is_first) as bar:
+        stats = worker.stats(pairs, logps(config), limit, bar.update)
     return pairs.with_(ref_logp_T=stats.logp)

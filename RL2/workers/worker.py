@@ -80,7 +80,9 @@ class Worker:
         """An engine of this process may read the very tensors: whole, on the device, and nothing to merge."""
         return not (isinstance(self.policy, FSDPModule) or self.offload_model or self.has_adapters)
 
-    def stats(self, batch: TokenBatch, request: StatsRequest, max_tokens: int) -> TokenStats:
+    def stats(
+        self, batch: TokenBatch, request: StatsRequest, max_tokens: int, progress: Progress = lambda done: None
+    ) -> TokenStats:
         """Statistics at all T positions of `batch`, the same on every process; 0 where there is no action."""
         self.policy.eval()
         out: dict[str, Tensor] = {}
@@ -96,6 +98,7 @@ class Worker:
                     if ids:
                         places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
                         out[name][places] = value.cpu()
+                progress(len(ids) * self.mesh.data_size)
             if isinstance(self.policy, FSDPModule):
                 self.policy.reshard()  # or the root would stay whole, in the compute dtype, until the next backward
         return TokenStats(**{name: self.processes.sum(value, self.mesh.data) for name, value in out.items()})
@@ -155,7 +158,7 @@ class Learner(Worker):
         super().__init__(config.model_name, config.dtype, mesh, processes, key, model, config.offload_model, lora)
         self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
         if config.use_liger_kernel:
-            _apply_liger(self.lm)
+            _apply_liger(self.lm, key.partition(".")[0])
         if config.gradient_checkpointing:
             _recompute_activations(self.lm)
         self.optimizer = _adamw(self.policy, config)
@@ -384,9 +387,9 @@ def _recompute_activations(lm: PreTrainedModel) -> None:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _apply_liger(lm: PreTrainedModel) -> None:
+def _apply_liger(lm: PreTrainedModel, group: str) -> None:
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError as error:
-        raise ConfigError("actor.use_liger_kernel=true needs liger-kernel: pip install rl2-spo[liger]") from error
+        raise ConfigError(f"{group}.use_liger_kernel=true needs liger-kernel: pip install rl2-spo[liger]") from error
     _apply_liger_kernel_to_instance(model=lm)

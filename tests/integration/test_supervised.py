@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import termios
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -106,6 +110,27 @@ def test_ipo_without_a_reference_moves_towards_its_margin(runs: Runs) -> None:
     first, *_, last = runs["ipo"].result().succeeded().metrics
     assert first["test/reward_chosen"] < 0  # a log-probability as it is
     assert last["test/loss"] < 0.5 * first["test/loss"]
+
+
+def test_a_terminal_shows_how_far_the_reference_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")  # every update is drawn, however soon it comes
+    monkeypatch.setenv("TQDM_MINITERS", "1")
+    ours, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))  # a bar takes the width there is, and a new terminal has none
+
+    def show_errors_there() -> None:
+        os.dup2(terminal, 2)
+
+    run = world.start("dpo", "trainer.max_steps=1", preexec=show_errors_there)
+    os.close(terminal)
+    shown = b""
+    with suppress(OSError):  # raised at the end
+        while more := os.read(ours, 4096):
+            shown += more
+    os.close(ours)
+    assert run.wait().process.returncode == 0, shown.decode()
+    (last,) = re.findall(rf"reference: 100%\|.*?\| (\d+)/{2 * NUM_ROWS} ", shown.decode())
+    assert int(last) == 2 * NUM_ROWS
 
 
 @pytest.mark.parametrize("program", LEARNING)
