@@ -122,7 +122,8 @@ def minibatches(batch: TokenBatch, number: int) -> list[list[int]]:
 def units(batch: TokenBatch, ids: Seq[int], max_tokens: int) -> list[list[int]]:
     """`ids` in lists that stay together: sequences of one group, as far as `max_tokens` allow.
 
-    They begin alike, and in one microbatch what they share is computed once.
+    They begin alike, and in one microbatch what they share is computed once. The two of a pair need one another there:
+    the losses of pairs compare them.
     """
     lengths, groups = batch.lengths_B.tolist(), batch.group_B.tolist()
     found: list[list[int]] = []
@@ -138,10 +139,9 @@ def units(batch: TokenBatch, ids: Seq[int], max_tokens: int) -> list[list[int]]:
 
 
 def microbatches(batch: TokenBatch, ids: Seq[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
-    """[rank][microbatch] -> which of the sequences `ids`: `plan` over their `units`, none above a rank's even share."""
+    """[rank][microbatch] -> which of the sequences `ids`: `plan` over their `units`."""
+    together = units(batch, ids, max_tokens)
     length_B = batch.lengths_B.tolist()
-    total = sum(length_B[b] for b in ids)
-    together = units(batch, ids, math.ceil(total / (num_ranks * _fewest(total, max_tokens, num_ranks))))
     lengths = [sum(length_B[b] for b in unit) for unit in together]
     costs = [sum(cost(length_B[b]) for b in unit) for unit in together]
     planned = plan(lengths, max_tokens, num_ranks, costs)
@@ -173,7 +173,7 @@ def plan(lengths: Seq[int], max_tokens: int, num_ranks: int, costs: Seq[float] |
             "raise actor.max_length_per_device (and actor.max_inference_length_per_device)"
         )
     costs = [cost(length) for length in lengths] if costs is None else costs
-    number = _fewest(sum(lengths), max_tokens, num_ranks)
+    number = max(1, math.ceil(sum(lengths) / (max_tokens * num_ranks)))
     while True:
         ways = [fill(lengths, costs, max_tokens, num_ranks, number) for fill in (fill_evenly, fill_in_turn)]
         if found := [rounds for rounds in ways if rounds is not None]:
@@ -240,8 +240,3 @@ def _spread(
 
 def _dearest_first(costs: Seq[float]) -> list[int]:
     return sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-
-
-def _fewest(total: int, max_tokens: int, num_ranks: int) -> int:
-    """Microbatches that `total` tokens take at least."""
-    return max(1, math.ceil(total / (max_tokens * num_ranks)))

@@ -158,8 +158,8 @@ def main() -> None:
                 numbers = measure(layout, sequences, given.steps, folder)
                 results[work][title] = numbers
                 print(
-                    f"  {title:14}{sequences:10}{numbers['microbatches']:14.0f}"
-                    f"{numbers['step_s']:10.2f}{numbers['cpu_s']:8.2f}{numbers['memory_mb']:8.0f}{numbers['sent_mb']:10.1f}{numbers['off']:+9.1%}{numbers['calls']:7.0f}",
+                    f"  {title:14}{sequences:10}{numbers['microbatches']:14.0f}{numbers['step_s']:10.2f}"
+                    f"{numbers['cpu_s']:8.2f}{numbers['memory_mb']:8.0f}{numbers['sent_mb']:10.1f}{numbers['off']:+9.1%}{numbers['calls']:7.0f}",
                     flush=True,
                 )
     if given.json:

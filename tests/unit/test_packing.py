@@ -174,10 +174,12 @@ def test_plan_is_even_where_it_can_be(num_ranks: int) -> None:
     assert sum(map(max, rounds)) <= 1.05 * sum(map(sum, rounds)) / num_ranks
 
 
-def test_a_group_is_split_rather_than_leave_ranks_idle() -> None:
-    batch = pack([trajectory(0, 1.0, ((3, 8),)) for _ in range(16)])
-    assert [len(rank[0]) for rank in microbatches(batch, range(16), 4096, 8)] == [2] * 8
-    assert [len(rank[0]) for rank in microbatches(batch, range(16), 4096, 1)] == [16]
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_the_two_of_a_pair_stay_together(num_ranks: int) -> None:
+    """Also where ranks have nothing to do: the losses of pairs compare them."""
+    batch = pack([trajectory(n // 2, 1.0, ((3, 8 + n),)) for n in range(6)])
+    planned = microbatches(batch, range(6), 50, num_ranks)
+    assert all(b ^ 1 in ids for rank in planned for ids in rank for b in ids)
 
 
 def test_minibatches_keep_trajectories_whole(batch: TokenBatch) -> None:
