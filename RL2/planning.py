@@ -118,6 +118,7 @@ def _memory(question: Question, plan: Plan) -> Table:
         result.add_row(part, f"{size / GIB:.1f}")
     result.add_row("[bold]at the peak of the update", f"[bold]{plan.peak / GIB:.1f}")
     if question.rollout:
+        result.add_row("engine in the rollout; it sleeps in the update", f"{plan.engine / GIB:.1f}")
         result.add_row("left for keys and values in the rollout", f"{max(0.0, plan.kv_cache) / GIB:.1f}")
     return result
 

@@ -35,11 +35,15 @@ class Plan:
     offload: bool
     """offload_model and offload_optimizer."""
     memory: dict[str, float]
-    """Bytes by part; with `offload`, not all at once."""
+    """Bytes by part in the update; with `offload`, not all at once."""
     peak: float
-    """Bytes at the worst moment."""
+    """Bytes at the worst moment of the update, when the engine sleeps."""
+    engine: float
+    """Bytes of its weights while sampling."""
+    sync: float
+    """Bytes while it gets them: an offloaded model is back on the GPU then, and a tensor at a time is whole."""
     kv_cache: float
-    """Bytes left for it while sampling."""
+    """Bytes left for keys and values beside it."""
     seconds: dict[str, float]
 
     @property
@@ -66,8 +70,10 @@ def cost(
         microbatches=microbatches,
         recompute=recompute,
         offload=offload,
-        memory=memory | ({"engine": engine} if work.rollout else {}),
-        peak=update + engine,
+        memory=memory,
+        peak=update,
+        engine=engine,
+        sync=engine + 2.0 * shape.head + (memory["weights"] if offload else state) if work.rollout else 0.0,
         kv_cache=kv_cache,
         seconds=_seconds(shape, layout, work, machine, share, microbatches, recompute, kv_cache),
     )
@@ -107,24 +113,28 @@ def _seconds(
 def misfit(shape: Shape, work: Work, machine: Machine, plan: Plan) -> str:
     """Why `plan` does not fit; empty if it does."""
     gib = machine.memory / 2**30
-    engine, states = plan.memory.get("engine", 0.0), 16 * shape.parameters / (plan.layout.tp * plan.layout.shards)
-    if engine > machine.memory:
+    states = sum(plan.memory[name] for name in ("weights", "gradients", "optimizer"))
+    if plan.engine > machine.memory:
         return (
-            f"the engine has a whole copy of the weights on every GPU, {engine / 2**30:.0f} GiB, and {gib:.0f} can be "
-            "used; rollout=false plans training without one"
+            f"the engine has a whole copy of the weights on every GPU, {plan.engine / 2**30:.0f} GiB, and {gib:.0f} "
+            "can be used; rollout=false plans training without one"
         )
-    if states + engine > machine.memory:
-        needed = math.ceil(16 * shape.parameters / max(1.0, machine.memory - engine))
+    if states > machine.memory:
+        needed = math.ceil(states * plan.layout.tp * plan.layout.shards / machine.memory)
         return (
-            f"weights, gradients and optimizer take {states / 2**30:.0f} GiB a GPU"
-            + (f" beside {engine / 2**30:.0f} GiB of the engine" if engine else "")
-            + f", and {gib:.0f} can be used; they need at least {needed} GPUs"
+            f"weights, gradients and optimizer take {states / 2**30:.0f} GiB a GPU, and {gib:.0f} can be used; they "
+            f"need at least {needed} GPUs"
         )
     if plan.peak > machine.memory:
         part = max(("activations", "statistics", "gathered layers"), key=lambda name: plan.memory[name])
         return (
             f"the update takes {plan.peak / 2**30:.0f} GiB of {gib:.0f}, {plan.memory[part] / 2**30:.0f} of them for "
             f"{part}; take more GPUs or a smaller length"
+        )
+    if plan.sync > machine.memory:
+        return (
+            f"the engine's copy of the weights, {plan.engine / 2**30:.0f} GiB, and what stays beside it while it gets "
+            f"them take {plan.sync / 2**30:.0f} GiB of {gib:.0f}; take more GPUs"
         )
     if work.rollout and plan.kv_cache < kv_bytes(shape) * work.length:
         return (
@@ -170,6 +180,10 @@ def best(shape: Shape, gpus: int, work: Work, machine: Machine) -> tuple[Plan, s
     return least, misfit(shape, work, machine, least)
 
 
-def _preference(plan: Plan) -> tuple[float, int, int, float]:
-    """Seconds to two digits (the model is no better), then the simpler layout, then what leaves more memory."""
-    return float(f"{plan.step_s:.1e}"), plan.layout.tp, plan.layout.sp, plan.peak
+def _preference(plan: Plan) -> tuple[float, int, int, float, float]:
+    """Seconds to two digits (the model is no better), then the simpler layout, then what leaves more memory.
+
+    The update counts once more by itself: beside a long rollout it would vanish in the rounding.
+    """
+    step_s, update_s = (float(f"{seconds:.1e}") for seconds in (plan.step_s, plan.seconds["update"]))
+    return step_s, plan.layout.tp, plan.layout.sp, update_s, plan.peak

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from RL2.cli import app
 from RL2.config import UserError
 from RL2.parallel.choose import best, cost, layouts
-from RL2.parallel.cost import PRESETS, Layout, Machine, Shape, Work, operations, traffic, training_memory
+from RL2.parallel.cost import PRESETS, Layout, Machine, Shape, Work, kv_bytes, operations, traffic, training_memory
 from RL2.planning import Question
 
 GIB = 2**30
@@ -84,7 +84,31 @@ def test_what_is_recommended_fits(model: str, gpus: int) -> None:
         plan, why = best(PRESETS[model], gpus, work, machine)
         assert plan.layout.size == gpus
         assert plan.max_length_per_device * plan.layout.sp >= work.length
-        assert (plan.peak <= machine.memory and plan.kv_cache >= 0) == (not why)
+        sampled = plan.sync <= machine.memory and plan.kv_cache >= rollout * kv_bytes(PRESETS[model]) * work.length
+        assert (plan.peak <= machine.memory and sampled) == (not why)
+
+
+def test_the_engine_sleeps_in_the_update_and_weights_are_back_at_the_sync() -> None:
+    shape, machine = PRESETS["Qwen/Qwen3-32B"], Machine()
+    plans = [cost(shape, Layout(fsdp=8), WORK, machine, 8192, recompute=True, offload=flag) for flag in (False, True)]
+    alone = Work(sequences=512, length=8192, mean_length=4096, rollout=False)
+    for plan, offload in zip(plans, (False, True), strict=True):
+        assert plan.engine == 2 * shape.parameters
+        assert plan.peak == cost(shape, Layout(fsdp=8), alone, machine, 8192, recompute=True, offload=offload).peak
+        assert plan.sync >= plan.engine + plan.memory["weights"]
+    assert plans[1].kv_cache == machine.memory - plans[1].engine
+    assert plans[0].kv_cache == plans[1].kv_cache - plans[0].memory["weights"] - plans[0].memory["optimizer"]
+
+
+def test_a_long_rollout_does_not_hide_a_slow_update() -> None:
+    """Recomputation is for memory; beside minutes of rollout it is still not chosen where there is enough."""
+    for model, gpus in (("Qwen/Qwen3-0.6B", 1), ("Qwen/Qwen3-1.7B", 64), ("Qwen/Qwen3-4B", 64)):
+        with_rollout, _ = best(PRESETS[model], gpus, WORK, Machine())
+        without, _ = best(
+            PRESETS[model], gpus, Work(sequences=512, length=8192, mean_length=4096, rollout=False), Machine()
+        )
+        assert with_rollout.seconds["rollout"] > 20 * with_rollout.seconds["update"]
+        assert with_rollout.seconds["update"] <= 1.05 * without.seconds["update"]
 
 
 def test_more_gpus_are_not_slower() -> None:
@@ -125,6 +149,7 @@ def test_the_command_recommends_a_layout() -> None:
     [
         (("model=meta-llama/Llama-3.1-70B", "gpus=64"), "the engine has a whole copy of the weights"),
         (("model=Qwen/Qwen3-8B", "gpus=1", "rollout=false"), "they need at least 2 GPUs"),
+        (("model=Qwen/Qwen3-32B", "gpus=8"), "what stays beside it while it gets them"),
         (("model=Qwen/Qwen3-1.7B", "gpus=1", "length=65536", "memory_gib=40", "rollout=false"), "for activations"),
     ],
 )
