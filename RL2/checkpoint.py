@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from RL2.config import ConfigError, UserError
+from RL2.config import ConfigError, UserError, first_line
 from RL2.parallel.processes import Processes
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -86,7 +86,9 @@ class Checkpoints:
             save_file(named, partial / RANDOM)
             (partial / NOTES).write_text(json.dumps(notes, indent=1))
         self.processes.wait("the folder of a checkpoint")
-        upload = dcp.async_save(_state(learner, critic), checkpoint_id=partial / STATE, process_group=self.group)
+        upload = dcp.async_save(
+            _state(_learners(learner, critic)), checkpoint_id=partial / STATE, process_group=self.group
+        )
         assert isinstance(upload, Future)
         upload.add_done_callback(partial_function(self._publish, partial, target, self.written))
 
@@ -103,7 +105,7 @@ class Checkpoints:
             cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
             raise CheckpointFailed(
                 f"the checkpoint of step {self.step} could not be written into {self.folder} "
-                f"({_first_line(cause)}); go on from the one before it with trainer.load_ckpt_from=latest"
+                f"({first_line(cause)}); go on from the one before it with trainer.load_ckpt_from=latest"
             ) from error
 
     def _publish(self, partial: Path, target: Path, written: Future[None], upload: Future[Any]) -> None:
@@ -122,9 +124,13 @@ class Checkpoints:
             written.set_result(None)
 
 
-def _state(learner: Learner, critic: Learner | None) -> dict[str, Any]:
+def _learners(learner: Learner, critic: Learner | None) -> dict[str, Learner]:
+    """By the prefix of their names in a checkpoint."""
+    return {"": learner} if critic is None else {"": learner, "critic_": critic}
+
+
+def _state(learners: dict[str, Learner]) -> dict[str, Any]:
     """What is kept of models and optimizers. The optimizers' settings are the configuration's, so they are not."""
-    learners = {"": learner} if critic is None else {"": learner, "critic_": critic}
     state: dict[str, Any] = {}
     for prefix, each in learners.items():
         model, optimizer = get_state_dict(each.policy, each.optimizer, options=TRAINED)
@@ -141,21 +147,20 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
     notes = json.loads((source / NOTES).read_text())
     if critic is not None and "critic_steps" not in notes:
         raise ConfigError(f"trainer.load_ckpt_from={source} has no critic, which adv.estimator=gae needs")
-    state = _state(learner, critic)
+    learners = _learners(learner, critic)
+    state = _state(learners)
     try:
         dcp.load(state, checkpoint_id=source / STATE)
     except dcp.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]  # of the first process that failed
-        raise ConfigError(f"trainer.load_ckpt_from={source} cannot be loaded: {_first_line(cause)}") from error
+        raise ConfigError(f"trainer.load_ckpt_from={source} cannot be loaded: {first_line(cause)}") from error
     # dcp reads what the model asks for, and would leave the rest of a larger one unread
     saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata
     if extra := {key for key in saved if key.startswith("model.")} - {f"model.{name}" for name in state["model"]}:
         raise ConfigError(f"trainer.load_ckpt_from={source} is of a larger model: it has {min(extra)}")
-    _restore(learner, state["model"], state["optimizer"])
-    learner.steps = notes["optimizer_steps"]
-    if critic is not None:
-        _restore(critic, state["critic_model"], state["critic_optimizer"])
-        critic.steps = notes["critic_steps"]
+    for prefix, each in learners.items():
+        _restore(each, state[f"{prefix}model"], state[f"{prefix}optimizer"])
+        each.steps = notes[f"{prefix or 'optimizer_'}steps"]
     try:
         cursor.load_state_dict(notes["cursor"])
     except ValueError as error:
@@ -225,10 +230,6 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or repr(error)).strip().splitlines()[0]
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

@@ -31,6 +31,11 @@ class ConfigError(UserError, ValueError):
     """A setting that cannot work; the message names the override to change."""
 
 
+def first_line(error: BaseException) -> str:
+    """What `error` says, or is, in one line."""
+    return (str(error) or repr(error)).strip().splitlines()[0]
+
+
 class LostProcess(UserError):
     """Another process has died, or did not come to a meeting point in time."""
 
@@ -802,15 +807,13 @@ def check_here(config: Config) -> None:
     packages = {
         "trainer.use_wandb": ("wandb", "wandb", config.trainer.use_wandb),
         "trainer.use_tensorboard": ("tensorboard", "tensorboard", config.trainer.use_tensorboard),
-        f"{group}.use_liger_kernel": ("liger_kernel", "liger", model.use_liger_kernel),
     }
-    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
-        packages["critic.use_liger_kernel"] = ("liger_kernel", "liger", config.critic.use_liger_kernel)
     models = {group: model}
     if isinstance(config, RLConfig) and config.adv.estimator == "gae":
         models["critic"] = config.critic
-    if "WORLD_SIZE" in os.environ or not config.trainer.dry_run:  # a dry run may be for other machines
-        for each, sizes in models.items():
+    for each, sizes in models.items():
+        packages[f"{each}.use_liger_kernel"] = ("liger_kernel", "liger", sizes.use_liger_kernel)
+        if "WORLD_SIZE" in os.environ or not config.trainer.dry_run:  # a dry run may be for other machines
             num_shards(sizes, int(os.environ.get("WORLD_SIZE", 1)), each)
     if isinstance(model, TrainablePolicy):
         packages[f"{group}.lora.rank"] = ("peft", "lora", model.lora.rank > 0)

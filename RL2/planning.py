@@ -10,7 +10,7 @@ from rich.console import ConsoleRenderable, Group
 from rich.markup import escape
 from rich.table import Table
 
-from RL2.config import UserError
+from RL2.config import UserError, first_line
 from RL2.parallel.choose import Plan, best
 from RL2.parallel.cost import PRESETS, Machine, Shape, Work, sync_traffic, traffic
 
@@ -65,7 +65,7 @@ class Question:
             config = AutoConfig.from_pretrained(self.model)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"model={self.model}: {str(error).splitlines()[0]} (known without a look: {', '.join(PRESETS)})"
+                f"model={self.model}: {first_line(error)} (known without a look: {', '.join(PRESETS)})"
             ) from error
         return Shape.of(config)
 

@@ -91,7 +91,7 @@ def member(rank: int, layout: Layout, sequences: int, steps: int, folder: Path, 
     weight_T = loss_weights(batch, train_on="all", level="token", average_over="all")
     with Traffic() as seen:
         actor.backward(batch.with_(weight_T=weight_T), actor.loss, actor.request)
-    microbatches = actor._share(batch, range(sequences), actor.config.max_length_per_device)
+    microbatches = actor.share(batch, range(sequences), actor.config.max_length_per_device)
     chosen = [batch.sequences(ids or [int(batch.lengths_B.argmin())]) for ids in microbatches]
     said = traffic(
         Shape.of(actor.lm.config),

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from RL2.config import ConfigError
+from RL2.config import ConfigError, first_line
 from RL2.models.lora import merged_name
 from RL2.ops.attention import IMPLEMENTATION
 
@@ -34,7 +34,7 @@ def build(auto: type, model_name: str, key: str, **settings: object) -> PreTrain
     try:
         config = AutoConfig.from_pretrained(model_name, **settings)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={model_name}: {_first_line(error)}") from error
+        raise ConfigError(f"{key}={model_name}: {first_line(error)}") from error
     lm = empty(auto, config, torch.float32)
     with suppress(OSError):  # most models bring one; without it the tokenizer alone says what ends a response
         lm.generation_config = GenerationConfig.from_pretrained(model_name)
@@ -67,7 +67,7 @@ def read_weights(lm: PreTrainedModel, model_name: str, key: str, initial: Initia
     try:
         stored = reader.read_metadata().state_dict_metadata
     except SafetensorError as error:
-        raise ConfigError(f"{key}={model_name} has a broken safetensors file: {_first_line(error)}") from error
+        raise ConfigError(f"{key}={model_name} has a broken safetensors file: {first_line(error)}") from error
     if not stored:
         raise ConfigError(f"{key}={model_name} has no weights in safetensors format (no *.safetensors in {folder})")
     state: dict[str, Tensor] = {}
@@ -90,7 +90,7 @@ def read_weights(lm: PreTrainedModel, model_name: str, key: str, initial: Initia
             dcp.load(state, storage_reader=reader, no_dist=True)
     except (dcp.CheckpointException, ValueError, SafetensorError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
-        raise ConfigError(f"{key}={model_name}: its weights cannot be read: {_first_line(cause)}") from error
+        raise ConfigError(f"{key}={model_name}: its weights cannot be read: {first_line(cause)}") from error
 
 
 def _parameters(lm: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
@@ -121,8 +121,4 @@ def _folder(model_name: str, key: str) -> Path:
     try:
         return Path(snapshot_download(model_name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ConfigError(f"{key}={model_name}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or repr(error)).strip().splitlines()[0]
+        raise ConfigError(f"{key}={model_name}: {first_line(error)}") from error

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from RL2.config import ConfigError, Lora
+from RL2.parallel.fsdp import whole
 
 ADAPTER = "default"
 """peft's name of an adapter; here there is one."""
@@ -98,10 +98,6 @@ def merge(lm: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
     layer: Any = lm.get_submodule(layer_name)
     down, up = (whole(x[ADAPTER].weight.detach()) for x in (layer.lora_A, layer.lora_B))
     return weight.float().addmm(up, down, alpha=layer.scaling[ADAPTER])
-
-
-def whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def export_adapter(lm: PreTrainedModel, folder: Path, write: bool) -> None:

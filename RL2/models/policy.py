@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,11 +20,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from RL2.config import ConfigError
+from RL2.config import ConfigError, first_line
 from RL2.models.loading import build, empty, materialise
-from RL2.models.lora import is_adapter, merge, merged_name, whole
+from RL2.models.lora import is_adapter, merge, merged_name
 from RL2.models.packed import PackedModel, refuse_other_backbones
 from RL2.ops.token_stats import VocabularyShard, token_stats
+from RL2.parallel.fsdp import local, whole
 from RL2.parallel.tp import first_row
 from RL2.types import Shared, StatsRequest, TokenBatch
 
@@ -42,11 +42,10 @@ class Policy(PackedModel):
     def forward(self, batch: TokenBatch, shared: Shared | None, request: StatsRequest) -> dict[str, Tensor]:
         """The token statistics by name."""
         hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared)
-        weight = head(self.lm).weight
         total = self.lm.config.vocab_size
         stats = token_stats(
             hidden_ND,
-            weight.to_local() if isinstance(weight, DTensor) else weight,
+            local(head(self.lm).weight),
             batch.labels_T[batch.action_T][is_mine_A],
             temperature=request.temperature,
             fields=request.fields,
@@ -80,7 +79,7 @@ def load_tokenizer(model_name: str, key: str = "actor.model_name") -> PreTrained
     try:
         return AutoTokenizer.from_pretrained(model_name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={model_name} has no tokenizer: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{key}={model_name} has no tokenizer: {first_line(error)}") from error
 
 
 def max_length(model_name: str) -> int:
@@ -88,7 +87,7 @@ def max_length(model_name: str) -> int:
     try:
         config = AutoConfig.from_pretrained(model_name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"actor.model_name={model_name}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"actor.model_name={model_name}: {first_line(error)}") from error
     return positions(config)
 
 
@@ -112,11 +111,12 @@ def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iter
     Collective under sharding: rounded before they are gathered, so that half precision is half the traffic.
     """
     for name, parameter in lm.named_parameters():
-        if not is_adapter(name):
-            is_alone = merged_name(name) == name
-            weight = parameter.detach() if dtype is None or not is_alone else parameter.detach().to(dtype)
+        weight = parameter.detach()
+        if merged_name(name) != name:  # wrapped: merged before it is rounded
             weight = merge(lm, name, whole(weight))
-            yield merged_name(name), weight if dtype is None else weight.to(dtype)
+            yield merged_name(name), weight.to(dtype or weight.dtype)
+        elif not is_adapter(name):
+            yield name, whole(weight.to(dtype or weight.dtype))
 
 
 def export(

@@ -36,10 +36,7 @@ def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale the gradients so that together their norm is at most `max_norm`; returns what it was (collective)."""
     moved = [[p for p in group if p.grad is not None] for group in by_mesh(parameters)]
-    norms: list[Tensor] = []
-    for group in moved:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in moved]
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in moved:
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
@@ -50,3 +47,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 def local(x: Tensor) -> Tensor:
     """What this process has of `x`."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of `x`, put together if it is sharded (collective)."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

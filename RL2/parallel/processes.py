@@ -70,14 +70,14 @@ class Processes:
             f"trainer.timeout_s={self.timeout_s:g}"
         )
 
-    def sum(self, x: Tensor, group: dist.ProcessGroup | None = None, what: str = "a sum over all processes") -> Tensor:
+    def sum(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         """Sum over all processes, or those of `group`; the same on each."""
-        with self.expecting(what):
+        with self.expecting("a sum over all processes"):
             dist.all_reduce(x, dist.ReduceOp.SUM, group=group)
         return x
 
-    def max(self, x: Tensor, group: dist.ProcessGroup | None = None, what: str = "a maximum of all") -> Tensor:
-        with self.expecting(what):
+    def max(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        with self.expecting("a maximum of all"):
             dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
         return x
 

@@ -56,11 +56,12 @@ class Worker:
         """`key` named the model, for errors; `model` is what is made of it; `lora` has a rank, if it is given."""
         self.processes, self.mesh = processes, mesh
         self.dtype = compute_dtype(dtype, processes.device)
+        group = key.partition(".")[0]
         lm = model.build(model_name, key)
-        check_sizes(lm, mesh.tp_size, mesh.sp_size, key.partition(".")[0])
+        check_sizes(lm, mesh.tp_size, mesh.sp_size, group)
         self.has_adapters = lora is not None
         if lora is not None:
-            add_adapters(lm, lora, self.dtype, model_name, key.partition(".")[0])
+            add_adapters(lm, lora, self.dtype, model_name, group)
         # split, then shard, then read: no process ever holds the whole
         self.partial = split(lm, mesh.tp) if mesh.tp is not None else []
         """Modules whose gradients are summands of each tensor-parallel process."""
@@ -89,7 +90,7 @@ class Worker:
         starts = batch.cu_seqlens.tolist()
         everything = range(batch.num_sequences)
         with self.at_work("the statistics of a batch"):
-            for ids in self._share(batch, everything, max_tokens):
+            for ids in self.share(batch, everything, max_tokens):
                 microbatch = batch.sequences(ids or [0])
                 with torch.no_grad():
                     stats = self._forward(microbatch, request)
@@ -103,7 +104,7 @@ class Worker:
                 self.policy.reshard()  # or the root would stay whole, in the compute dtype, until the next backward
         return TokenStats(**{name: self.processes.sum(value, self.mesh.data) for name, value in out.items()})
 
-    def _share(self, batch: TokenBatch, ids: Sequence[int], max_tokens: int) -> list[list[int]]:
+    def share(self, batch: TokenBatch, ids: Sequence[int], max_tokens: int) -> list[list[int]]:
         """This process's microbatches of the sequences `ids`: at most `max_tokens` for each process that shares one."""
         mesh = self.mesh
         return microbatches(batch, ids, max_tokens * mesh.sp_size, mesh.data_size)[mesh.data_rank]
@@ -153,12 +154,13 @@ class Learner(Worker):
         model: type[PackedModel] = Policy,
     ) -> None:
         """`total_steps`: optimizer steps of the whole run, for the schedule. `save_dir`: where a broken batch goes."""
-        mesh = Mesh.make(processes, config, key.partition(".")[0])
+        group = key.partition(".")[0]
+        mesh = Mesh.make(processes, config, group)
         lora = config.lora if isinstance(config, TrainablePolicy) and config.lora.rank else None
         super().__init__(config.model_name, config.dtype, mesh, processes, key, model, config.offload_model, lora)
         self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
         if config.use_liger_kernel:
-            _apply_liger(self.lm, key.partition(".")[0])
+            _apply_liger(self.lm, group)
         if config.gradient_checkpointing:
             _recompute_activations(self.lm)
         self.optimizer = _adamw(self.policy, config)
@@ -211,10 +213,10 @@ class Learner(Worker):
         totals = _Totals(self.processes, self.mesh)
         trained = batch.sequence_T[batch.weight_T != 0].unique().tolist()
         shortest = int(batch.lengths_B.argmin())
-        share = self._share(batch, trained, self.config.max_length_per_device)
-        for number, ids in enumerate(share, start=1):
+        mine = self.share(batch, trained, self.config.max_length_per_device)
+        for number, ids in enumerate(mine, start=1):
             if isinstance(self.policy, FSDPModule):  # replicas add up their gradients once a step
-                self.policy.set_requires_all_reduce(number == len(share))
+                self.policy.set_requires_all_reduce(number == len(mine))
             microbatch = batch.sequences(ids or [shortest])
             if not ids:
                 microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from RL2.parallel import fsdp
 from RL2.parallel.processes import Processes
 
 Result = dict[str, Any]
@@ -38,7 +38,7 @@ def _member(rank: int, run: Callable[[Path, Processes], Any], folder: Path, size
 
 def whole(x: Tensor) -> Tensor:
     """A copy, put together if it is sharded (collective)."""
-    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
+    return fsdp.whole(x).clone()
 
 
 def assert_same(ours: Result, theirs: Result, tolerance: float) -> None:

@@ -64,7 +64,7 @@ def run_layout(folder: Path, processes: Processes, layout: Layout, changes: dict
     actor.config = config.__class__(**{**vars(config), "max_length_per_device": 2 * longest})
     shape, itemsize = Shape.of(actor.lm.config), torch.empty(0, dtype=actor.dtype).element_size()
 
-    microbatches = actor._share(batch, range(24), actor.config.max_length_per_device)
+    microbatches = actor.share(batch, range(24), actor.config.max_length_per_device)
     assert len(microbatches) > 1
     chosen = [batch.sequences(ids or [int(batch.lengths_B.argmin())]) for ids in microbatches]
     shared = [microbatch.shared() for microbatch in chosen]
