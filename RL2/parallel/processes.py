@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from RL2.config import LostProcess, UserError
+from RL2.config import ConfigError, LostProcess, UserError
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,21 @@ class Processes:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        nodes, restarts = (int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+        if is_shared and nodes > 1 and restarts:
+            raise ConfigError(
+                "torchrun --max-restarts on several nodes needs a store of its own for each start, or they may not "
+                "meet again: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each"
+            )
         processes = Processes(rank, world_size, device, timeout_s)
         with processes.expecting("all processes to join"):
             store: dist.Store = dist.HashStore()
             if "RANK" in os.environ:
                 store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-                # torchrun keeps its store when it starts processes again, and in it the addresses of those that died
-                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+                if is_shared:
+                    # torchrun keeps it when it starts processes again, and in it the addresses of those that died
+                    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return processes
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +27,9 @@ from RL2.parallel.processes import Processes
 from RL2.report import Dashboard, Report, TensorBoard, Wandb
 from RL2.workers.worker import Learner
 
+LAUNCHERS = "launchers.json"
+"""The torchruns that began the run in a folder."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -36,6 +41,8 @@ class Run:
     checkpoints: Checkpoints
     settings: dict[str, Any]
     """The whole configuration, for the dashboards."""
+    launchers: list[str]
+    """The torchruns of this run's processes, one for each machine; empty without torchrun."""
 
     def report(self, num_steps: int) -> Report:
         dashboards: list[Dashboard] = []
@@ -50,7 +57,7 @@ class Run:
 
         Processes that torchrun has started again take the newest that the first ones wrote.
         """
-        source = checkpoint.find("latest", self.save_dir) if restarted() else None
+        source = checkpoint.find("latest", self.save_dir) if begun_by(self.launchers, self.save_dir) else None
         source = source or checkpoint.find(self.config.load_ckpt_from, self.save_dir)
         step = 0
         if source is not None:
@@ -60,6 +67,7 @@ class Run:
         report.keep_before(step)
         if self.processes.is_first:
             checkpoint.set_aside_after(self.save_dir, step)
+            (self.save_dir / LAUNCHERS).write_text(json.dumps(self.launchers))  # from here on `latest` is of this run
         self.processes.wait("the report to be cut back")
         return step
 
@@ -119,8 +127,9 @@ def start(config: Config) -> Iterator[Run]:
     try:
         random.seed(trainer.seed)
         torch.manual_seed(trainer.seed)
+        launchers = sorted(set(processes.gather(launcher(), "all processes to say who started them")))
         is_test = isinstance(trainer, RLTrainer) and trainer.eval_only
-        goes_on = not is_test and (trainer.load_ckpt_from is not None or restarted())
+        goes_on = not is_test and (trainer.load_ckpt_from is not None or begun_by(launchers, save_dir))
         if not goes_on and (save_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"trainer.save_dir={save_dir} already holds a run; go on with it (trainer.load_ckpt_from=latest) "
@@ -130,9 +139,11 @@ def start(config: Config) -> Iterator[Run]:
         if processes.is_first:
             save_dir.mkdir(parents=True, exist_ok=True)
             (save_dir / "config.yaml").write_text(show(config))
+            if not goes_on:
+                (save_dir / LAUNCHERS).write_text(json.dumps(launchers))
         processes.wait("trainer.save_dir to be made")
         checkpoints = Checkpoints(save_dir, processes, trainer.keep)
-        yield Run(trainer, save_dir, processes, checkpoints, asdict(config))
+        yield Run(trainer, save_dir, processes, checkpoints, asdict(config), launchers)
         checkpoints.finish()
     except LostProcess:
         raise  # and leave: whoever still waits for this process will see that it has gone
@@ -142,6 +153,19 @@ def start(config: Config) -> Iterator[Run]:
     processes.stop()
 
 
-def restarted() -> bool:
-    """torchrun has started these processes in place of others that failed (`--max-restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def launcher() -> list[str]:
+    """What tells this machine's torchrun from any other: the folder that it made for its processes' errors.
+
+    Not its count of restarts: where several machines take part, only that of the machine that failed counts.
+    """
+    file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))  # FOLDER/attempt_0/0/error.json
+    return [f"{socket.gethostname()}:{folder}" for folder in file.parents[2:3]]
+
+
+def begun_by(launchers: list[str], save_dir: Path) -> bool:
+    """The run in `save_dir` is of these torchruns: they have started its processes again (`--max-restarts`).
+
+    One machine in common is enough, as another may have taken the place of one that failed.
+    """
+    file = save_dir / LAUNCHERS
+    return file.exists() and not set(json.loads(file.read_text())).isdisjoint(launchers)

@@ -82,6 +82,18 @@ def test_ranks_killed_at_random_moments_are_restarted_and_nothing_changes(
     assert run.samples == uninterrupted.samples
 
 
+def test_a_run_that_was_refused_is_not_gone_on_with(
+    world: World, settings: tuple[str, ...], uninterrupted: Run
+) -> None:
+    """torchrun starts it again, as if it had failed; what lies in its folder is of another."""
+    before = uninterrupted.weights.read_bytes()
+    more = f"trainer.max_steps={2 * len(uninterrupted.metrics)}"
+    run = world.run("spo", *settings, more, nproc=2, max_restarts=1, save_dir=uninterrupted.save_dir)
+    assert run.process.returncode == 1
+    assert run.errors.count("already holds a run") >= 2
+    assert uninterrupted.weights.read_bytes() == before
+
+
 def is_at_work(run: Run, since: float) -> bool:
     """Its present processes have written something, or are old enough to be loading."""
     ages = [time.time() - worker.create_time() for worker in workers(run.process.pid)]

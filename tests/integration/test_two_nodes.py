@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from programs import LIMIT_S, World, rows, without_times
+from programs import LIMIT_S, Run, World, rows, without_times
 from safetensors.torch import load_file
 
 TIMEOUT_S = 8
 NAMES = ("rl2-test-0", "rl2-test-1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 STEPS = 12
+SETTINGS = f"trainer.timeout_s={TIMEOUT_S}", "trainer.save_freq=1", f"trainer.max_steps={STEPS}"
 SAID = (
     r"spo \(rank {rank}\): waited for .+, and another of the 2 processes has died or was not there within "
     rf"trainer.timeout_s={TIMEOUT_S}"
@@ -53,19 +55,26 @@ def nodes() -> Iterator[tuple[str, ...]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def start(nodes: tuple[str, ...], world: World, save_dir: Path, *overrides: str) -> list[subprocess.Popen[bytes]]:
+def start(
+    nodes: tuple[str, ...], world: World, save_dir: Path, *overrides: str, max_restarts: int = 0
+) -> list[subprocess.Popen[bytes]]:
     """torchrun on both nodes."""
     launched = []
     for i, name in enumerate(nodes):
         command = [
             *("ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=test"),
-            *(f"--rdzv-endpoint={ADDRESSES[0]}:29511", f"--local-addr={ADDRESSES[i]}", "--max-restarts=0"),
+            *(
+                f"--rdzv-endpoint={ADDRESSES[0]}:29511",
+                f"--local-addr={ADDRESSES[i]}",
+                f"--max-restarts={max_restarts}",
+            ),
             # torchrun would tell the host by its name, which is the same here; and it waits too when the store has gone
             f"--rdzv-conf=is_host={int(i == 0)},read_timeout=5",
             *("-m", "RL2.trainer.spo", *world.rl, f"trainer.save_dir={save_dir}", *overrides),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"veth{i}", "HF_HUB_OFFLINE": "1"}
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         launched.append(
             subprocess.Popen(
                 command,
@@ -89,13 +98,45 @@ def wait_until(happened: Callable[[], object], limit_s: float) -> None:
         time.sleep(0.05)
 
 
-def test_a_node_that_is_cut_off_stops_the_other_and_the_run_resumes(
-    nodes: tuple[str, ...], world: World, tmp_path: Path
-) -> None:
-    settings = f"trainer.timeout_s={TIMEOUT_S}", "trainer.save_freq=1", f"trainer.max_steps={STEPS}"
-    uninterrupted = world.run("spo", *settings, nproc=2).succeeded()
+@pytest.fixture(scope="module")
+def uninterrupted(world: World) -> Run:
+    return world.run("spo", *SETTINGS, nproc=2).succeeded()
 
-    launched = start(nodes, world, tmp_path / "run", *settings)
+
+def rank_of(node: subprocess.Popen[bytes]) -> psutil.Process:
+    children = psutil.Process(node.pid).children(recursive=True)
+    (rank,) = (child for child in children if "torch.distributed.run" not in child.cmdline())
+    return rank
+
+
+def assert_same(save_dir: Path, uninterrupted: Run) -> None:
+    assert without_times(rows(save_dir / "metrics.jsonl")) == without_times(uninterrupted.metrics)
+    ours, theirs = load_file(save_dir / "latest" / "model.safetensors"), load_file(uninterrupted.weights)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_ranks_of_both_nodes_meet_again_when_one_was_killed(
+    victim: int, nodes: tuple[str, ...], world: World, uninterrupted: Run, tmp_path: Path
+) -> None:
+    launched = start(nodes, world, tmp_path / "run", *SETTINGS, max_restarts=2)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, LIMIT_S)
+    ranks = [rank_of(node) for node in launched]
+    # the other is too slow to fail by itself: its torchrun starts it again, and does not count that as a restart
+    ranks[1 - victim].suspend()
+    ranks[victim].kill()
+    time.sleep(3)
+    ranks[1 - victim].resume()
+    for i, node in enumerate(launched):
+        assert node.wait(LIMIT_S) == 0, said(tmp_path, i)
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def test_a_node_that_is_cut_off_stops_the_other_and_the_run_resumes(
+    nodes: tuple[str, ...], world: World, uninterrupted: Run, tmp_path: Path
+) -> None:
+    launched = start(nodes, world, tmp_path / "run", *SETTINGS)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, LIMIT_S)
     ip("-n", nodes[1], "link", "set", "veth1", "down")
@@ -111,9 +152,7 @@ def test_a_node_that_is_cut_off_stops_the_other_and_the_run_resumes(
     assert len(rows(metrics)) < STEPS
 
     ip("-n", nodes[1], "link", "set", "veth1", "up")
-    again = start(nodes, world, tmp_path / "run", *settings, "trainer.load_ckpt_from=latest")
+    again = start(nodes, world, tmp_path / "run", *SETTINGS, "trainer.load_ckpt_from=latest")
     for rank, node in enumerate(again):
         assert node.wait(LIMIT_S) == 0, said(tmp_path, rank)
-    assert without_times(rows(metrics)) == without_times(uninterrupted.metrics)
-    ours, theirs = load_file(tmp_path / "run" / "latest" / "model.safetensors"), load_file(uninterrupted.weights)
-    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    assert_same(tmp_path / "run", uninterrupted)

@@ -1,0 +1,15 @@
+"""What a process refuses before it looks for the others. Their collectives are tested by tests/invariants."""
+
+import pytest
+
+from RL2.config import ConfigError
+from RL2.parallel.processes import Processes
+
+
+def test_restarts_on_several_nodes_need_a_store_for_each_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun counts restarts on each node for itself, so no count could tell the starts in a shared store apart."""
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ConfigError, match="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        Processes.start(timeout_s=1)
