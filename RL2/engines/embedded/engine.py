@@ -90,6 +90,8 @@ class EmbeddedEngine:
         self.device = next(lm.parameters()).device
         self.max_length = positions(lm.config)
         self.version = 0
+        self.prefilled = 0
+        """Positions that prefills have computed."""
         self.budget_bytes = 0.0
         self.waiting: deque[_Request] = deque()
         self.running: list[_Request] = []
@@ -212,6 +214,7 @@ class EmbeddedEngine:
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         ids = torch.tensor([i for key in prompts for i in key], device=self.device)
         positions = torch.cat([torch.arange(len(key), device=self.device) for key in prompts])
+        self.prefilled += len(ids)
         hidden_TD = self._forward(ids, positions, Prefill(self.cache, cu_seqlens, owners))
         last_PD = hidden_TD[cu_seqlens[1:] - 1]
         prompt_R = torch.tensor([p for p, sharing in enumerate(owners) for _ in sharing], device=self.device)
