@@ -33,6 +33,10 @@ class Engine(Protocol):
         """Leave the memory of weights and cache to training; the next `load_weights` takes it again."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """What it has to say about itself since the last time, by name: for the report of a step."""
+        ...
+
     def close(self) -> None:
         """Give everything back; the engine is not used again."""
         ...

@@ -116,6 +116,9 @@ class EmbeddedEngine:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         if self.driver is not None:
             self.driver.cancel()
