@@ -754,7 +754,8 @@ def _may_be_new(override: str) -> str:
     return f"++{override}" if override.startswith(FREE_GROUPS) else override
 
 
-FREE_GROUPS = ("actor.objective_args.", "rollout.vllm.env.")
+ARGS = "actor.objective_args"
+FREE_GROUPS = (f"{ARGS}.", "rollout.vllm.env.")
 
 
 def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception) -> str:

@@ -296,8 +296,8 @@ class Keeper:
         if apart > self.max_probe_gap:
             raise EngineFailed(
                 f"weights of version {self.version}: the vLLM server at {self.clients[i].url} computes with others "
-                f"than the trainer. On a probe of {len(self.probe)} tokens their log-probabilities are {apart:g} nats apart "
-                f"in the mean, more than {self.max_probe_gap:g} (rollout.vllm.max_probe_gap)"
+                f"than the trainer. Over a probe of {len(self.probe)} tokens their log-probabilities are {apart:g} "
+                f"nats apart in the mean, more than {self.max_probe_gap:g} (rollout.vllm.max_probe_gap)"
             )
         return apart
 
