@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import torch
@@ -146,7 +147,7 @@ class VLLMEngine:
                     self.http, token_ids, sampling, self.settings.request_timeout_s
                 )
                 if answer.finish in ("stop", "length") and _oldest(answer) >= version:
-                    finish = "stop" if answer.finish == "stop" else "length"
+                    finish: Literal["stop", "length"] = "stop" if answer.finish == "stop" else "length"
                     return Completion(answer.token_ids, answer.logps, finish, _oldest(answer))
                 problem, pause_s = f"{answer.finish} of weights {', '.join(answer.versions)}", RETRY_S
             except ServerError as error:

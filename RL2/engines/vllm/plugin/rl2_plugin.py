@@ -107,7 +107,7 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
-def pack_again(model: torch.nn.Module) -> None:
+def pack_again(model: Any) -> None:
     """Bring the packed copies up to date that layers compute from on CPUs.
 
     The reload packs each layer again that got tensors. A tied head gets none, because the embedding has them, and would
