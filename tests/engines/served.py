@@ -23,6 +23,7 @@ from RL2.workers.actor import Actor
 ROOT = Path(__file__).resolve().parents[2]
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON", f"{ROOT}/.venv-vllm/bin/python")
 MAX_LENGTH = 512
+PROMPT = [5 + (7 * n) % 250 for n in range(40)]
 
 ENGINES = ["embedded", pytest.param("vllm", marks=pytest.mark.vllm)]
 

@@ -47,7 +47,8 @@ class Server:
 
     def start(self) -> None:
         """Start the process, in a session of its own, so that one signal reaches all that come of it."""
-        self.folder = Path(tempfile.mkdtemp(prefix="rl2-vllm-"))  # it leaves files in its TMPDIR
+        # it leaves files in its TMPDIR; and sockets, whose paths may have 107 characters
+        self.folder = Path(tempfile.mkdtemp(prefix="rl2-vllm-", dir="/tmp"))
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
         environment = {
             "VLLM_SERVER_DEV_MODE": "1",  # the routes that change weights
