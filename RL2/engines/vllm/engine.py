@@ -106,7 +106,7 @@ class VLLMEngine:
         """More wait here: a quarter beyond what is decoded together, so that no server runs dry."""
         self.loop: asyncio.AbstractEventLoop | None = None
         self.waits_s: list[float] = []
-        self.gathered: dict[str, float] = {}
+        self.sync_s, self.retried = 0.0, 0
 
     async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
         if not token_ids:
@@ -155,6 +155,7 @@ class VLLMEngine:
                 pause_s = ERROR_RETRY_S if error.counts else RETRY_S
             finally:
                 self.router.release(server, tokens)
+            self.retried += 1
             back_at[server] = time.monotonic() + pause_s
         raise EngineFailed(
             f"a request to the vLLM servers has failed {tries} times in {time.monotonic() - begun:.0f} s, at last: "
@@ -188,12 +189,13 @@ class VLLMEngine:
             raise EngineFailed(problems[0])
         self.version = version
         self.router.forget()
-        self.gathered["engine/sync_s"] = time.perf_counter() - begun
+        self.sync_s = time.perf_counter() - begun
 
     def metrics(self) -> dict[str, float]:
-        """queue_s: mean seconds that a request waited to be decoded, here and at the servers; see docs/metrics.md."""
-        metrics, waits_s = self.gathered, self.waits_s
-        self.gathered, self.waits_s = {}, []
+        """See docs/metrics.md. On the first process; the others send requests too, and wait for themselves."""
+        metrics = {"engine/sync_s": self.sync_s, "engine/imbalance": self.router.imbalance()}
+        metrics["engine/retried"] = float(self.retried)
+        waits_s, self.waits_s, self.retried = self.waits_s, [], 0
         if self.keeper is not None:
             metrics |= self.keeper.metrics()
             mean_s = sum(waits_s) / len(waits_s) if waits_s else 0.0

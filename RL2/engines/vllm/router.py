@@ -13,6 +13,8 @@ class Router:
     def __init__(self, num_servers: int) -> None:
         self.outstanding = [0] * num_servers
         """Tokens that each server has yet to read and may yet sample."""
+        self.sent = [0] * num_servers
+        """Tokens that each was sent in all since `imbalance` was last asked for."""
         self.homes: dict[int, dict[int, int]] = {}
         """Length of a prompt -> hash of its tokens -> server."""
 
@@ -23,6 +25,7 @@ class Router:
             server = min((i for i in range(len(self.outstanding)) if i not in avoid), key=self.outstanding.__getitem__)
             self.homes.setdefault(len(token_ids), {})[hash(tuple(token_ids))] = server
         self.outstanding[server] += tokens
+        self.sent[server] += tokens
         return server
 
     def _home(self, token_ids: list[int]) -> int | None:
@@ -34,6 +37,11 @@ class Router:
 
     def release(self, server: int, tokens: int) -> None:
         self.outstanding[server] -= tokens
+
+    def imbalance(self) -> float:
+        """Tokens of the busiest server over the mean of all, since this was last asked for; 1 is even."""
+        sent, self.sent = self.sent, [0] * len(self.sent)
+        return max(sent) * len(sent) / sum(sent) if any(sent) else 1.0
 
     def forget(self) -> None:
         """New weights: no server has anything in its cache."""

@@ -32,7 +32,7 @@ class Server:
     """A server with the command line `arguments`, on a loopback port of its own that it keeps when it starts again."""
 
     def __init__(
-        self, python: str, arguments: list[str], environment: Mapping[str, str], token: str, log: Path, name: str
+        self, python: str, arguments: list[str], environment: Mapping[str, object], token: str, log: Path, name: str
     ) -> None:
         """`python` is the interpreter of its environment; `token` what its clients need; `name` it has in errors."""
         with socket.socket() as probe:
@@ -41,7 +41,7 @@ class Server:
         self.name, self.log = name, log
         self.client = Client(f"http://127.0.0.1:{port}", token)
         self.command = [python, str(PLUGIN / "launch.py"), "--host", "127.0.0.1", "--port", str(port), *arguments]
-        self.environment = dict(environment) | {"VLLM_API_KEY": token}
+        self.environment = {key: str(value) for key, value in environment.items()} | {"VLLM_API_KEY": token}
         self.folder: Path | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
