@@ -38,7 +38,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-engine: setup engine ## against a real vLLM server
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m vllm tests/engines tests/integration
+	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(ENGINE_VENV))/bin/python $(BIN)/pytest -m vllm tests/engines tests/integration
 
 check: setup
 	$(BIN)/ruff format --check .

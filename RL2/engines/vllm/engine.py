@@ -155,7 +155,7 @@ class VLLMEngine:
                 pause_s = ERROR_RETRY_S if error.counts else RETRY_S
             finally:
                 self.router.release(server, tokens)
-            self.retried += 1
+            self.retried += not back_at  # its first failure
             back_at[server] = time.monotonic() + pause_s
         raise EngineFailed(
             f"a request to the vLLM servers has failed {tries} times in {time.monotonic() - begun:.0f} s, at last: "
