@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +15,10 @@ import httpx
 import psutil
 import pytest
 import torch
-from served import PROMPT, Served, logps_of, save_model, serve
+from served import MAX_LENGTH, PROMPT, ROOT, VLLM_PYTHON, Served, logps_of, save_model, serve
 from transformers import PreTrainedTokenizerBase
 
+from RL2.engines.vllm.client import Client
 from RL2.engines.vllm.engine import Keeper, VLLMEngine
 from RL2.engines.vllm.server import EngineFailed
 from RL2.parallel.processes import Processes
@@ -140,13 +143,63 @@ def test_a_file_from_elsewhere_is_not_read(served: Served) -> None:
     assert served.generate([PROMPT], Sampling(max_new_tokens=2))[0].version == served.version
 
 
+def test_a_server_that_was_started_by_hand_is_attached_to(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/engines.md says; weights go through files, and the server outlives the run."""
+    model = save_model(tmp_path / "model", tokenizer, tied=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    url, sync = f"http://127.0.0.1:{port}", tmp_path / "sync"
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/RL2/engines/vllm/plugin")
+    command = [
+        VLLM_PYTHON,
+        f"{ROOT}/RL2/engines/vllm/plugin/launch.py",
+        *BY_HAND,
+        "--model",
+        str(model),
+        "--port",
+        f"{port}",
+    ]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        client = Client(url, "secret")
+        wait_for(lambda: server.poll() is not None or client.is_healthy(5))
+        assert server.poll() is None, (tmp_path / "log").read_text()
+        served = serve(
+            "vllm", model, tmp_path, tokenizer, processes, f"rollout.vllm.urls=[{url}]", f"rollout.vllm.sync_dir={sync}"
+        )
+        served.sync()
+        assert len(list(sync.glob("*/*.safetensors"))) == 1
+        (completion,) = served.generate([PROMPT], Sampling(max_new_tokens=8))
+        assert completion.version == 1
+        served.engine.close()
+        assert not list(sync.iterdir()) and client.is_healthy(5)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+BY_HAND = [
+    *("--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"),
+    *("--max-model-len", str(MAX_LENGTH), "--kv-cache-memory-bytes", "100000000", "--enable-scale-out"),
+    *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
+    *("--weight-transfer-config", '{"backend": "rl2_files"}', "--worker-extension-cls", "rl2_plugin.WorkerExtension"),
+    *("--middleware", "rl2_plugin.TokenRequired"),
+]
+
+
 def test_nothing_is_left_after_close(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> None:
     """And a server that dies once too often ends the run with its last words."""
     model = save_model(tmp_path / "model", tokenizer, tied=True)
     served = serve("vllm", model, tmp_path, tokenizer, processes, "rollout.vllm.max_restarts=0")
     served.sync()
-    weights, temporary, ids = keeper(served).folder, keeper(served).servers[0].folder, process_ids(served, 0)
-    assert temporary is not None and temporary.exists() and list(weights.glob("*.safetensors"))
+    weights, temporary, ids = keeper(served).folder, keeper(served).temporary.path, process_ids(served, 0)
+    assert list(temporary.glob("0/*")) and list(weights.glob("*.safetensors"))
 
     async def generate() -> None:
         request = asyncio.create_task(served.engine.generate(PROMPT, LONG))

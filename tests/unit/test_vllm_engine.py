@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from RL2.config import VLLM, ConfigError, check_here, load
 from RL2.engines.vllm import engine as engine_module
 from RL2.engines.vllm import weight_files
 from RL2.engines.vllm.engine import VLLMEngine
+from RL2.engines.vllm.folders import OwnFolder
 from RL2.engines.vllm.router import Router
 from RL2.engines.vllm.server import EngineFailed, Server
 from RL2.parallel.processes import Processes
@@ -60,6 +60,9 @@ class StandIn(ThreadingHTTPServer):
         self.now = self.most = 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is what some tests are about."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -282,22 +285,28 @@ def test_buckets_are_bounded_and_hold_everything(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], weight) for name, weight in weights.items())
 
 
-def test_weights_of_a_process_that_died_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_files, "SHARED_MEMORY", tmp_path)
-    child = subprocess.Popen(["true"])
-    child.wait()
-    dead, alive, other = (
-        tmp_path / f"rl2-weights-{name}-x" for name in (f"{os.getuid()}-{child.pid}", f"{os.getuid()}-1", "99999-1")
+def test_the_folder_of_a_process_that_died_is_removed(tmp_path: Path) -> None:
+    script = (
+        "from RL2.engines.vllm.folders import *; import sys\n"
+        f"own = OwnFolder(Path({str(tmp_path)!r}), 'own-'); print(own.path)"
     )
-    for folder in (dead, alive, other):
-        folder.mkdir()
-    made = weight_files.make_folder(None)
-    assert not dead.exists() and alive.exists() and other.exists() and made.is_dir()
+    wait = "; sys.stdout.flush(); sys.stdin.read()"
+    alive = subprocess.Popen([sys.executable, "-c", script + wait], stdin=-1, stdout=-1, text=True)
+    assert alive.stdin is not None and alive.stdout is not None
+    living = Path(alive.stdout.readline().strip())
+    dead = Path(subprocess.run([sys.executable, "-c", script], stdout=-1, text=True, check=True).stdout.strip())
+    assert living.is_dir() and dead.is_dir()
+    mine = OwnFolder(tmp_path, "own-")
+    assert living.is_dir() and not dead.exists() and mine.path.is_dir()
+    alive.communicate()
+    mine.remove()
+    assert not mine.path.exists()
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     def server(python: str) -> Server:
-        return Server(python, ["--no-such-thing"], {}, "token", tmp_path / "log", "vLLM server 0")
+        how = {"log": tmp_path / "log", "folder": tmp_path / "temporary"}
+        return Server(python, ["--no-such-thing"], {}, "token", name="vLLM server 0", **how)
 
     with pytest.raises(EngineFailed, match=r"cannot be started.*rollout\.vllm\.python"):
         server("/no/such/python").start()
@@ -306,7 +315,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(EngineFailed, match=r"(?s)ended while it started; the end of .*No module named 'vllm'"):
         broken.wait_until_healthy(60)
     broken.stop()
-    assert broken.folder is not None and not broken.folder.exists()
+    assert not broken.folder.exists()
 
 
 RL = (

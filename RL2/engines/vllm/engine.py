@@ -14,6 +14,7 @@ import os
 import random
 import secrets
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,9 +31,10 @@ from transformers import PretrainedConfig
 
 from RL2.config import VLLM, Rollout
 from RL2.engines.vllm.client import Answer, Client, ServerError, gap
+from RL2.engines.vllm.folders import SHARED_MEMORY, SHORT, OwnFolder
 from RL2.engines.vllm.router import Router
 from RL2.engines.vllm.server import POLL_S, EngineFailed, Server
-from RL2.engines.vllm.weight_files import make_folder, write
+from RL2.engines.vllm.weight_files import write
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 
@@ -130,12 +132,14 @@ class VLLMEngine:
         tokens, version = len(token_ids) + sampling.max_new_tokens, self.version
         back_at: dict[int, float] = {}
         """When a server that has failed is asked again."""
-        begun, tries, problem = time.monotonic(), 0, ""
+        begun = answered = time.monotonic()
+        tries, problem = 0, ""
         while tries < TRIES:
             now = time.monotonic()
             avoid = frozenset(server for server, then in back_at.items() if now < then)
             if len(avoid) == len(self.clients):
-                if now - begun > self.settings.start_timeout_s + self.settings.request_timeout_s:
+                # a start, and that it was noticed to be needed, and that weights were loaded
+                if now - answered > 2 * self.settings.start_timeout_s:
                     break
                 if self.group.notice.exists():
                     raise EngineFailed(self.group.notice.read_text())
@@ -153,6 +157,8 @@ class VLLMEngine:
             except ServerError as error:
                 problem, tries = str(error), tries + error.counts
                 pause_s = ERROR_RETRY_S if error.counts else RETRY_S
+                if error.counts:
+                    answered = time.monotonic()
             finally:
                 self.router.release(server, tokens)
             self.retried += not back_at  # its first failure
@@ -219,11 +225,27 @@ class Keeper:
         self, settings: VLLM, arguments: list[str], probe: list[int], max_probe_gap: float, log_folder: Path
     ) -> None:
         self.settings, self.probe, self.max_probe_gap = settings, probe, max_probe_gap
-        self.folder = make_folder(settings.sync_dir)
+        self.temporary = OwnFolder(SHORT, f"rl2-vllm-{os.getuid()}-")
+        if settings.sync_dir is None:
+            parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else SHORT
+            self.shared: OwnFolder | None = OwnFolder(parent, f"rl2-weights-{os.getuid()}-")
+            self.folder = self.shared.path
+        else:
+            self.shared = None
+            Path(settings.sync_dir).mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix="rl2-weights-", dir=settings.sync_dir)).resolve()
         token = os.environ.get("VLLM_API_KEY", "") if settings.urls else secrets.token_urlsafe(32)
         name = "vllm" if os.environ.get("GROUP_RANK", "0") == "0" else f"vllm-node{os.environ['GROUP_RANK']}"
         self.servers = [
-            Server(settings.python, arguments, settings.env, token, log_folder / f"{name}-{i}.log", f"vLLM server {i}")
+            Server(
+                settings.python,
+                arguments,
+                settings.env,
+                token,
+                name=f"vLLM server {i}",
+                log=log_folder / f"{name}-{i}.log",
+                folder=self.temporary.path / str(i),
+            )
             for i in range(0 if settings.urls else settings.num_servers)
         ]
         self.clients = [Client(url, token) for url in settings.urls] or [server.client for server in self.servers]
@@ -367,6 +389,8 @@ class Keeper:
             self.watch.join(10)
             for server in self.servers:  # one may just have been started again
                 server.stop()
+        for folder in filter(None, (self.temporary, self.shared)):
+            folder.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,23 +31,32 @@ class Server:
     """A server with the command line `arguments`, on a loopback port of its own that it keeps when it starts again."""
 
     def __init__(
-        self, python: str, arguments: list[str], environment: Mapping[str, object], token: str, log: Path, name: str
+        self,
+        python: str,
+        arguments: list[str],
+        environment: Mapping[str, object],
+        token: str,
+        *,
+        name: str,
+        log: Path,
+        folder: Path,
     ) -> None:
-        """`python` is the interpreter of its environment; `token` what its clients need; `name` it has in errors."""
+        """`python` is the interpreter of its environment; `token` what its clients need; `name` it has in errors.
+
+        `folder`, which is made, is for its temporary files.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.name, self.log = name, log
+        self.name, self.log, self.folder = name, log, folder
         self.client = Client(f"http://127.0.0.1:{port}", token)
         self.command = [python, str(PLUGIN / "launch.py"), "--host", "127.0.0.1", "--port", str(port), *arguments]
         self.environment = {key: str(value) for key, value in environment.items()} | {"VLLM_API_KEY": token}
-        self.folder: Path | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the process, in a session of its own, so that one signal reaches all that come of it."""
-        # it leaves files in its TMPDIR; and sockets, whose paths may have 107 characters
-        self.folder = Path(tempfile.mkdtemp(prefix="rl2-vllm-", dir="/tmp"))
+        self.folder.mkdir(exist_ok=True)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
         environment = {
             "VLLM_SERVER_DEV_MODE": "1",  # the routes that change weights
@@ -101,8 +109,7 @@ class Server:
                     os.killpg(self.process.pid, end)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(wait_s)
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 _NOT_INHERITED = (

@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
-
-SHARED_MEMORY = Path("/dev/shm")
-
-
-def make_folder(parent: str | None) -> Path:
-    """A folder of this process in `parent`, by default in shared memory, where those of dead processes are removed."""
-    if parent is not None:
-        Path(parent).mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="rl2-weights-", dir=parent))
-    root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-    prefix = f"rl2-weights-{os.getuid()}-"
-    for old in root.glob(f"{prefix}*"):
-        if not _is_alive(int(old.name.split("-")[3])):
-            shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=root))
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def write(weights: Iterator[tuple[str, Tensor]], folder: Path, prefix: str, bucket_bytes: int) -> list[str]:

@@ -58,10 +58,12 @@ def start_fast_on_a_cpu() -> None:
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
 
-def main(parent: int) -> None:
-    die_with_parent()
-    if os.getppid() != parent:  # it was gone before we asked
-        sys.exit("the trainer has ended")
+def main(parent: int | None) -> None:
+    """`parent` started it and wants it to end with itself; None: a person did."""
+    if parent is not None:
+        die_with_parent()
+        if os.getppid() != parent:  # it was gone before we asked
+            sys.exit("the trainer has ended")
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -73,4 +75,4 @@ def main(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(os.environ["RL2_PARENT"]))
+    main(int(os.environ["RL2_PARENT"]) if "RL2_PARENT" in os.environ else None)
