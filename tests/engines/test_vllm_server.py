@@ -56,24 +56,25 @@ def process_ids(served: Served, i: int) -> list[int]:
 def test_weights_that_come_during_a_request_serve_the_rest_of_it(served: Served) -> None:
     before, old_version = served.reference(), served.version
 
-    async def generate() -> Completion:
-        request = asyncio.create_task(served.engine.generate(PROMPT, LONG))
-        await asyncio.sleep(0.4)
+    async def generate() -> list[Completion]:
+        # many, so that they take seconds, whatever else the machine does
+        requests = [asyncio.create_task(served.engine.generate(PROMPT, _seeded(i))) for i in range(16)]
+        await asyncio.sleep(0.3)
         served.change_weights(seed=1)
         await asyncio.to_thread(served.sync)
-        assert not request.done()
-        return await request
+        return await asyncio.gather(*requests)
 
-    completion = asyncio.run(generate())
+    completions = asyncio.run(generate())
     after = served.reference()
-    assert (len(completion.token_ids), completion.finish) == (400, "length")
-    assert completion.version == old_version  # the oldest that took part
-    is_old_N, is_new_N = (
-        (logps_of(lm, PROMPT, completion.token_ids, LONG) - torch.tensor(completion.logps)).abs() < 1e-4
-        for lm in (before, after)
-    )
-    cut = int(is_old_N.long().cumprod(0).sum())
-    assert 0 < cut < 400 and bool(is_new_N[cut:].all())
+    for completion in completions:
+        assert (len(completion.token_ids), completion.finish) == (400, "length")
+        assert completion.version == old_version  # the oldest that took part
+        is_old_N, is_new_N = (
+            (logps_of(lm, PROMPT, completion.token_ids, LONG) - torch.tensor(completion.logps)).abs() < 1e-4
+            for lm in (before, after)
+        )
+        cut = int(is_old_N.long().cumprod(0).sum())
+        assert 0 < cut < 400 and bool(is_new_N[cut:].all())
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["api_server", "engine_core"])
