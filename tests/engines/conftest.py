@@ -9,7 +9,7 @@ import pytest
 from RL2.parallel.processes import Processes
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # one process may have one group only, and other tests want theirs
 def processes() -> Iterator[Processes]:
     processes = Processes.start(timeout_s=60)
     yield processes

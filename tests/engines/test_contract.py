@@ -62,6 +62,15 @@ def test_a_seed_decides_and_nothing_else(served: Served) -> None:
         assert alone.logps == pytest.approx(together[i].logps, abs=1e-4)
 
 
+def test_long_prompts_that_come_together_change_nothing(served: Served) -> None:
+    """They are more than one forward pass takes, so a prompt is read in pieces."""
+    prompts = [[5 + (11 * i + 7 * n) % 250 for n in range(400)] for i in range(40)]
+    together = served.generate(prompts, Sampling(max_new_tokens=4))
+    for i in (0, 6, 13, 20, 39):
+        alone = asyncio.run(served.engine.generate(prompts[i], Sampling(max_new_tokens=4, seed=100 + i)))
+        assert alone.token_ids == together[i].token_ids
+
+
 def test_end_tokens_end_a_response_and_are_kept(served: Served) -> None:
     ends = tuple(range(0, 320, 20))  # the model's own end token is not among them
     assert served.tokenizer.eos_token_id not in ends

@@ -257,7 +257,8 @@ class Keeper:
         self.files: list[str] = []
         self.version, self.expected = -1, [0.0]
         self.writes = self.restarts = 0
-        self.probe_gap = 0.0
+        self.gaps: dict[int, float] = {}
+        """Of the last comparison with each server, in nats."""
         self.queued = [(0.0, 0)] * len(self.clients)
 
     def start(self) -> None:
@@ -290,41 +291,36 @@ class Keeper:
         """Give `files` to all servers, and compare what they make of the probe with `expected`."""
         with self.lock:
             old, self.files = self.files, files
-            self.version, self.expected = version, expected
+            self.version, self.expected, self.gaps = version, expected, {}
             with ThreadPoolExecutor(len(self.clients)) as pool:
-                failed = list(pool.map(self._load, range(len(self.clients))))
+                failed = list(pool.map(self._give, range(len(self.clients))))
             for i, problem in enumerate(failed):
                 if problem and self.servers:
                     # not in the pool: a server ends with the thread that started it
                     self._restart(i, problem)
                 elif problem:
                     raise EngineFailed(f"weights of version {version}: {self.clients[i].url}: {problem}")
-            gaps = [self._checked(i) for i in range(len(self.clients))]
-            self.probe_gap = max(gaps)
             for file in old:
                 (self.folder / file).unlink()
 
-    def _load(self, i: int) -> str:
-        """What went wrong, if something did."""
+    def _give(self, i: int) -> str:
+        """Give server i the newest weights, and compare; returns what went wrong, if something did.
+
+        Raises `EngineFailed` if it then has other weights than the trainer.
+        """
         try:
             self.clients[i].load_weights(self.files, str(self.version))
-        except (ServerError, ValueError) as error:
-            return str(error)
-        return ""
-
-    def _checked(self, i: int) -> float:
-        """The gap of server i, in nats. Raises `EngineFailed` if it has other weights than the trainer."""
-        try:
             apart = gap(self.clients[i].logps(self.probe), self.expected)
         except (ServerError, ValueError) as error:
-            raise EngineFailed(f"weights of version {self.version}: {self.clients[i].url}: {error}") from error
+            return str(error)
+        self.gaps[i] = apart
         if apart > self.max_probe_gap:
             raise EngineFailed(
                 f"weights of version {self.version}: the vLLM server at {self.clients[i].url} computes with others "
                 f"than the trainer. Over a probe of {len(self.probe)} tokens their log-probabilities are {apart:g} "
                 f"nats apart in the mean, more than {self.max_probe_gap:g} (rollout.vllm.max_probe_gap)"
             )
-        return apart
+        return ""
 
     def _watch(self) -> None:
         """Thread: start servers again that have ended or do not answer, with the newest weights."""
@@ -363,13 +359,11 @@ class Keeper:
             server.client.use_folder(str(self.folder))
         except (ServerError, ValueError) as error:
             raise EngineFailed(f"{server.name}: {error}") from error
-        if self.files:
-            if problem := self._load(i):
-                raise EngineFailed(f"{server.name}: {problem}; {server.last_words}")
-            self._checked(i)
+        if self.files and (problem := self._give(i)):
+            raise EngineFailed(f"{server.name}: {problem}; {server.last_words}")
 
     def metrics(self) -> dict[str, float]:
-        metrics = {"engine/probe_gap": self.probe_gap, "engine/restarts": float(self.restarts)}
+        metrics = {"engine/probe_gap": max(self.gaps.values(), default=0.0), "engine/restarts": float(self.restarts)}
         try:
             now = [client.queue_times() for client in self.clients]
         except ServerError:  # it is starting again: the next ones tell

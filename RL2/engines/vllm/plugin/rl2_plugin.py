@@ -22,6 +22,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.platforms import current_platform
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 BACKEND = "rl2_files"
 OPEN_PATHS = ("/health",)
@@ -54,6 +56,8 @@ class FileWeightTransfer(WeightTransferEngine[Folder, Files]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if current_platform.is_cpu():
+            draw_only_what_is_kept()
         self.folder: Path | None = None
         self.files: list[Path] = []
         self.updates = 0
@@ -117,6 +121,26 @@ def pack_again(model: Any) -> None:
         weight = getattr(module, "weight", None)
         if hasattr(module, "cpu_linear") and isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.numel():
             module.quant_method.process_weights_after_loading(module)
+
+
+def draw_only_what_is_kept() -> None:
+    """While a prompt is read in pieces, or read again after a pause, the token drawn after each piece is thrown away.
+
+    vLLM then takes back what that drew from the request's own random numbers, in a way that CUDA's generators know and
+    those of CPUs end the engine with. Here they are kept out of it before the draw.
+    """
+    sample_tokens = CPUModelRunner.sample_tokens
+
+    def without_those_thrown_away(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        thrown_away = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        kept_out = {i: batch.generators.pop(i) for i in thrown_away if i in batch.generators}
+        try:
+            return sample_tokens(self, *args, **kwargs)
+        finally:
+            batch.generators.update(kept_out)
+
+    CPUModelRunner.sample_tokens = without_those_thrown_away
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
