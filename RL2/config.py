@@ -370,8 +370,8 @@ class VLLM:
     env: dict[str, Any]
     """Further environment variables of a launched server."""
     kv_cache_mib: Count | None
-    """Memory of a launched server's KV cache. null: on CPUs what max_running_requests sequences of full length take, on
-    GPUs what gpu_memory_utilization leaves."""
+    """Memory of a launched server's KV cache. null: what max_running_requests sequences of full length take, up to
+    gpu_memory_utilization of what is free (CPUs), or what that share of the GPU leaves."""
     sync_dir: str | None
     """Folder for weights on their way to the servers, which have to see it under the same name; it holds one copy of
     them. null: shared memory, for servers on this machine."""

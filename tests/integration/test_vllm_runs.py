@@ -104,6 +104,15 @@ def test_a_sync_that_leaves_the_tied_head_as_it_was_ends_the_run_there(world: Wo
     assert [row["step"] for row in run.metrics] == [0, 1, 2]
 
 
+def test_a_run_that_is_killed_takes_its_servers_along(world: World) -> None:
+    run = world.start("spo", *SETTINGS, "trainer.max_steps=1000")
+    wait_until(run, (run.save_dir / "metrics.jsonl").exists)
+    servers = psutil.Process(run.process.pid).children(recursive=True)
+    assert len(servers) == 2  # the API server and its engine
+    run.kill()
+    assert psutil.wait_procs(servers, timeout=20)[1] == []
+
+
 def wait_until(run: Run, condition: Callable[[], bool]) -> None:
     while run.process.poll() is None:
         if condition():

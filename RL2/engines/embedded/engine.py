@@ -128,7 +128,7 @@ class EmbeddedEngine:
         """Steps until nothing is left to do, letting other tasks run in between."""
         try:
             self.lm.eval()
-            self.budget_bytes = self.memory_share * _free_bytes(self.device)
+            self.budget_bytes = self.memory_share * free_bytes(self.device)
             while self.waiting or self.running:
                 with torch.no_grad():
                     self.step()
@@ -279,7 +279,7 @@ class EmbeddedEngine:
         return max(len(self.running), min(self.max_running_requests, fitting))
 
 
-def _free_bytes(device: torch.device) -> float:
+def free_bytes(device: torch.device) -> float:
     """Memory that is free now: of the GPU, or this process' share of what the machine could give."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from RL2.config import VLLM, Rollout
+from RL2.engines.embedded.engine import free_bytes
 from RL2.engines.vllm.client import Answer, Client, ServerError, gap
 from RL2.engines.vllm.folders import SHARED_MEMORY, SHORT, OwnFolder
 from RL2.engines.vllm.router import Router
@@ -416,7 +417,9 @@ def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dty
     if settings.kv_cache_mib is not None:
         arguments["kv-cache-memory-bytes"] = settings.kv_cache_mib * 2**20
     elif not torch.cuda.is_available():
-        arguments["kv-cache-memory-bytes"] = _kv_cache_bytes(rollout.max_running_requests, model, dtype, max_length)
+        wanted = _kv_cache_bytes(rollout.max_running_requests, model, dtype, max_length)
+        room = rollout.gpu_memory_utilization * free_bytes(torch.device("cpu")) / settings.num_servers
+        arguments["kv-cache-memory-bytes"] = min(wanted, int(room))
     flags = ["--enable-scale-out", "--disable-uvicorn-access-log"]
     flags += [] if torch.cuda.is_available() else ["--enforce-eager"]
     return [*flags, *(str(x) for key, value in arguments.items() for x in (f"--{key}", value)), *settings.args]
