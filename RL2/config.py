@@ -156,6 +156,8 @@ class Select:
     """Only tokens whose entropy is at or above this quantile: 0.8 trains the top fifth; 0: all."""
     not_mode: bool
     """Only tokens that were not the most likely one."""
+    on_policy: bool
+    """Only tokens that the present weights sampled, none of older ones (rollout.max_staleness)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,8 +427,23 @@ class Rollout:
     missing (DAPO's dynamic sampling, arXiv 2503.14476). 1: what is dropped is not replaced."""
     overlong_filtering: bool
     """Leave trajectories that ran into a length limit out of training, and so out of their group's mean."""
+    max_staleness: Index
+    """By how many versions the weights that sampled a token may be older than those that it trains. 0: on-policy. Above
+    0, and without partial_rollout, rollouts run beside the training."""
+    partial_rollout: Share
+    """Groups under way beyond those that a step trains on, as a share of prompts_per_rollout: the step takes those that
+    end first, the others go on in the next one, with its weights. 0: none."""
+
+    @property
+    def runs_beside_training(self) -> bool:
+        return self.max_staleness > 0 and not self.partial_rollout
 
     def __post_init__(self) -> None:
+        if self.partial_rollout and not self.max_staleness:
+            raise ConfigError(
+                f"rollout.partial_rollout={self.partial_rollout} goes on with what older weights began, and "
+                "rollout.max_staleness=0 allows none of it; set that to 1 at least"
+            )
         if self.engine == "embedded" and (self.vllm.urls or self.vllm.args or self.vllm.env):
             raise ConfigError("rollout.vllm.urls, args and env have no effect with rollout.engine=embedded")
         for name in ("train_sampling_params", "test_sampling_params"):
@@ -602,6 +619,8 @@ class RLConfig:
                 f"adv.overlong_buffer={self.adv.overlong_buffer} is defined for one response; "
                 f"set it to 0 or rollout.max_turns={rollout.max_turns} to 1"
             )
+        if actor.select.on_policy and not rollout.max_staleness:
+            raise ConfigError("actor.select.on_policy has no effect with rollout.max_staleness=0: all tokens are")
         if rollout.dynamic_filtering and self.train_data.responses_per_prompt == 1:
             raise ConfigError(
                 "rollout.dynamic_filtering=true drops every group of one (train_data.responses_per_prompt=1); "

@@ -13,18 +13,27 @@ from torch import Tensor
 from RL2.advantages import reward_of_sequences
 from RL2.types import TokenBatch, Trajectory
 
+Field = Literal["token_ids", "action_mask", "logps", "rewards", "versions"]
 
-def pack(trajectories: Seq[Trajectory]) -> TokenBatch:
-    """All sequences of `trajectories` end to end; labels are shifted here and never again."""
+
+def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatch:
+    """All sequences of `trajectories` end to end; labels are shifted here and never again.
+
+    `version`: of the weights that are going to train, to which the ages of tokens refer.
+    """
     sequences = [(n, t.group, s) for n, t in enumerate(trajectories) for s in t.sequences]
     if not sequences:
         raise ValueError("nothing to pack: no trajectory has a sequence")
     lengths = [len(s.token_ids) - 1 for _, _, s in sequences]
 
-    def joined(name: Literal["token_ids", "action_mask", "logps", "rewards"], dtype: torch.dtype, shift: int) -> Tensor:
+    def joined(name: Field, dtype: torch.dtype, shift: int) -> Tensor:
         parts = (getattr(s, name)[shift : len(s.token_ids) - 1 + shift] for _, _, s in sequences)
         return torch.tensor([x for part in parts for x in part], dtype=dtype)
 
+    age_T = None
+    if version is not None and all(s.versions for _, _, s in sequences):
+        sampled_by_T = joined("versions", torch.long, 1)
+        age_T = torch.where(sampled_by_T < 0, 0, version - sampled_by_T)
     return TokenBatch(
         token_ids_T=joined("token_ids", torch.long, 0),
         labels_T=joined("token_ids", torch.long, 1),
@@ -35,6 +44,7 @@ def pack(trajectories: Seq[Trajectory]) -> TokenBatch:
         trajectory_B=torch.tensor([n for n, _, _ in sequences]),
         group_B=torch.tensor([group for _, group, _ in sequences]),
         engine_logp_T=joined("logps", torch.float32, 1),
+        age_T=age_T if age_T is not None and age_T.any() else None,
     )
 
 
@@ -47,6 +57,7 @@ def loss_weights(
     length: int | None = None,
     entropy_quantile: float = 0.0,
     not_mode: bool = False,
+    on_policy: bool = False,
 ) -> Tensor:
     """weight_T of every token in the loss, float32 [T]; `(loss_T * weight_T).sum()` is then the mean that is asked for.
 
@@ -57,7 +68,7 @@ def loss_weights(
     are 0.
     """
     sequence_T = batch.sequence_T
-    kept_T = kept(batch, train_on=train_on, entropy_quantile=entropy_quantile, not_mode=not_mode)
+    kept_T = kept(batch, train_on=train_on, entropy_quantile=entropy_quantile, not_mode=not_mode, on_policy=on_policy)
     counted_T = kept_T if average_over == "kept" else batch.action_T
     tokens_B = torch.zeros_like(batch.lengths_B).index_add_(0, sequence_T, counted_T.long())
     num_sequences = max(1, int((tokens_B > 0).sum()))
@@ -83,15 +94,23 @@ def sequence_weights(batch: TokenBatch) -> Tensor:
 
 
 def kept(
-    batch: TokenBatch, *, train_on: Literal["all", "correct"], entropy_quantile: float = 0.0, not_mode: bool = False
+    batch: TokenBatch,
+    *,
+    train_on: Literal["all", "correct"],
+    entropy_quantile: float = 0.0,
+    not_mode: bool = False,
+    on_policy: bool = False,
 ) -> Tensor:
     """bool [T]: the actions that train, chosen over the whole of `batch`.
 
     `train_on=correct`: of sequences of trajectories whose total reward is above 0. Of these, `not_mode`: those that
     were not the most likely token; `entropy_quantile`: those whose entropy is at or above this quantile (arXiv
-    2506.01939 trains on the top fifth, 0.8). Both as the policy was when the rollout arrived.
+    2506.01939 trains on the top fifth, 0.8). Both as the policy was when the rollout arrived. `on_policy`: those that
+    the weights sampled that are going to train.
     """
     kept_T = batch.action_T
+    if on_policy and batch.age_T is not None:
+        kept_T = kept_T & (batch.age_T == 0)
     if train_on == "correct":
         kept_T = kept_T & (reward_of_sequences(batch) > 0)[batch.sequence_T]
     if entropy_quantile > 0 and kept_T.any():

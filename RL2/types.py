@@ -50,8 +50,8 @@ class Completion:
     logps: list[float]
     """Log-probability of each token under the distribution it was drawn from; at temperature 0, under the model."""
     finish: Literal["stop", "length"]
-    version: int
-    """Version of the weights that sampled it."""
+    versions: list[int]
+    """Version of the weights that sampled each token; they may change under way."""
 
 
 @dataclass
@@ -65,6 +65,8 @@ class Sequence:
     """The engine's log-probability of each sampled token; 0 elsewhere."""
     rewards: list[float]
     """The reward of a turn stands at the turn's last sampled token; 0 elsewhere."""
+    versions: list[int] = field(default_factory=list)
+    """Version of the weights that sampled each token; -1 elsewhere. Empty: not known."""
 
 
 @dataclass
@@ -95,6 +97,11 @@ class Trajectory:
     def num_tokens(self) -> int:
         """Sampled tokens."""
         return sum(sum(sequence.action_mask) for sequence in self.sequences)
+
+    @property
+    def versions(self) -> list[int]:
+        """Of the weights that sampled its tokens, one for each."""
+        return [version for sequence in self.sequences for version in sequence.versions if version >= 0]
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,8 @@ class TokenBatch:
     group_B: Tensor
     """int64: number of the prompt group."""
     engine_logp_T: Tensor | None = None
+    age_T: Tensor | None = None
+    """int64: by how many versions the weights that sampled the label were older than the present ones. Not there: 0."""
     old_logp_T: Tensor | None = None
     """The policy's own log-probability when the rollout arrived."""
     old_entropy_T: Tensor | None = None

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -145,8 +145,9 @@ def misread(value: int, operation: str, x: int) -> str:
     return seen if 0 <= compute(value, seen, x) <= LARGEST else operation
 
 
-def draw_problem(rng: Random) -> Problem:
-    count = rng.choices((1, 2, 3), (0.3, 0.4, 0.3))[0]
+def draw_problem(rng: Random, counts: Sequence[int] = (1, 2, 3), weights: Sequence[float] = (0.3, 0.4, 0.3)) -> Problem:
+    """A problem of so many steps as `counts` says, each number as often as `weights` says."""
+    count = rng.choices(counts, weights)[0]
     start, steps = _draw_calculation(rng, count)
     name, pronoun = rng.choice(PEOPLE)
     words = {"name": name, "pronoun": pronoun, "objects": rng.choice(OBJECTS)}

@@ -22,7 +22,7 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Serve these weights from now on.
+        """Serve these weights from now on; requests that are under way go on with them.
 
         Collective: every rank calls it and draws the iterator to its end, because each tensor may be gathered from
         all ranks when it is drawn.
@@ -30,7 +30,10 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Leave the memory of weights and cache to training; the next `load_weights` takes it again."""
+        """Leave the memory of weights and cache to training; the next `load_weights` takes it again.
+
+        Requests that are under way stand still until then.
+        """
         ...
 
     def metrics(self) -> dict[str, float]:

@@ -39,7 +39,7 @@ class ScriptedEngine:
         end = stops[0] + 1 if stops else len(reply)
         cut = reply[: min(end, sampling.max_new_tokens)]
         by_itself = end < sampling.max_new_tokens or (bool(stops) and end == sampling.max_new_tokens)
-        return Completion(cut, self._logps(cut), "stop" if by_itself else "length", self.version)
+        return Completion(cut, self._logps(cut), "stop" if by_itself else "length", [self.version] * len(cut))
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         self.weights = dict(weights)

@@ -76,6 +76,7 @@ def configured_weights(batch: TokenBatch, config: Actor) -> Tensor:
         length=config.avg_length,
         entropy_quantile=config.select.entropy_quantile,
         not_mode=config.select.not_mode,
+        on_policy=config.select.on_policy,
     )
 
 

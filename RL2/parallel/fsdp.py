@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 
 def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
@@ -36,12 +36,20 @@ def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale the gradients so that together their norm is at most `max_norm`; returns what it was (collective)."""
     moved = [[p for p in group if p.grad is not None] for group in by_mesh(parameters)]
-    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in moved]
+    norms = [_total_norm([p.grad for p in group if p.grad is not None]) for group in moved]
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in moved:
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         torch._foreach_mul_([local(p.grad) for p in group if p.grad is not None], scale)
     return float(total)
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        for dim in range(norm.device_mesh.ndim):  # DTensor warns where it has to sum over several at once
+            norm = norm.redistribute(placements=[Replicate() if i <= dim else p for i, p in enumerate(norm.placements)])
+    return whole(norm)
 
 
 def local(x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,56 @@ from RL2.types import Prompt, Sampling, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(eq=False)
+class Group:
+    """The episodes of one prompt, under way or at their end."""
+
+    tasks: list[asyncio.Task[Trajectory]]
+    number: int
+    """Its place among all groups."""
+    version: int = 0
+    """Of the weights that it began with."""
+
+    @property
+    def is_done(self) -> bool:
+        return all(task.done() for task in self.tasks)
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What the episodes of a run have in common."""
+
+    engine: Engine
+    environment: Environment
+    tokenizer: PreTrainedTokenizerBase
+    max_turns: int
+    max_length: int | None
+
+    def begin(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        number: int,
+        group: int,
+        seed: int,
+    ) -> list[asyncio.Task[Trajectory]]:
+        """Start `number` episodes of `prompt` in the running event loop; first requests keep the order of the calls."""
+        play = partial(
+            run_episode,
+            prompt,
+            engine=self.engine,
+            environment=self.environment,
+            tokenizer=self.tokenizer,
+            sampling=sampling,
+            max_turns=self.max_turns,
+            max_length=self.max_length,
+            group=group,
+            seed=seed,
+        )
+        return [asyncio.create_task(play(sample=sample)) for sample in range(number)]
 
 
 async def collect(
@@ -33,41 +85,47 @@ async def collect(
     first_group: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Trajectory]:
-    """`responses_per_prompt` episodes of each prompt, all under way together; ordered by group, then by sample.
-
-    First requests reach the engine in that order too. `progress(1)` is called as each episode ends. If one raises, the
-    others are cancelled.
-    """
-
-    async def episode(prompt: Prompt, group: int, sample: int) -> Trajectory:
-        trajectory = await run_episode(
-            prompt,
-            engine=engine,
-            environment=environment,
-            tokenizer=tokenizer,
-            sampling=sampling,
-            max_turns=max_turns,
-            max_length=max_length,
-            group=group,
-            sample=sample,
-            seed=seed,
-        )
-        if progress is not None:
-            progress(1)
-        return trajectory
-
-    tasks = [
-        asyncio.create_task(episode(prompt, group, sample))
+    """`responses_per_prompt` episodes of each prompt, all under way together; ordered by group, then by sample."""
+    episodes = Episodes(engine, environment, tokenizer, max_turns, max_length)
+    groups = [
+        Group(episodes.begin(prompt, sampling, number=responses_per_prompt, group=group, seed=seed), group)
         for group, prompt in enumerate(prompts, first_group)
-        for sample in range(responses_per_prompt)
     ]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:  # not a TaskGroup: the caller wants the error itself, not a group of them
+    return await finish(groups, progress)
+
+
+async def finish(groups: Seq[Group], progress: Callable[[int], None] | None = None) -> list[Trajectory]:
+    """All trajectories of `groups`, in order and under their numbers. `progress(1)` is called for each episode.
+
+    If one raises, the others are cancelled.
+    """
+    tasks = [task for group in groups for task in group.tasks]
+    if progress is not None:
         for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            task.add_done_callback(lambda _: progress(1))
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:  # not a TaskGroup: the caller wants the error itself, not a group of them
+        await cancel(groups)
         raise
+    return [replace(task.result(), group=group.number) for group in groups for task in group.tasks]
+
+
+async def first_done(groups: Seq[Group], number: int, oldest: int) -> list[Group]:
+    """Wait for `number` of `groups`: those that began with weights `oldest` or older, then whichever end first."""
+    while True:
+        chosen = sorted(groups, key=lambda group: (group.version > oldest, not group.is_done))[:number]
+        if all(group.is_done for group in chosen):
+            return chosen
+        open_tasks = [task for group in groups for task in group.tasks if not task.done()]
+        await asyncio.wait(open_tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def cancel(groups: Seq[Group]) -> None:
+    tasks = [task for group in groups for task in group.tasks]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def made_up(number: int, seed: int | None = None) -> list[Prompt]:
@@ -137,3 +195,17 @@ def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, flo
     }
     metrics = {f"{prefix}/{name}": fmean(each) for name, each in values.items() if each}
     return metrics | {f"{prefix}/unscored": float(len(trajectories) - len(rated))}
+
+
+def staleness(trajectories: Seq[Trajectory], step: int, bound: int) -> dict[str, float]:
+    """How much older than those of `step` the weights were that sampled; nothing where `bound`, the limit, is 0.
+
+    staleness/0, /1, ...: share of the trajectories whose oldest token is of so many versions before. tokens: mean over
+    all.
+    """
+    if not bound:
+        return {}
+    ages = Counter(step - min(t.versions, default=step) for t in trajectories)
+    tokens = [step - version for t in trajectories for version in t.versions]
+    metrics = {f"staleness/{age}": ages[age] / len(trajectories) for age in range(bound + 1)}
+    return metrics | {"staleness/tokens": fmean(tokens)}

@@ -68,7 +68,7 @@ async def run_episode(
             request = replace(sampling, max_new_tokens=room, seed=request_seed(seed, group, sample, turn))
             completion = await engine.generate(list(sequence.token_ids), request)
             assert completion.token_ids, "an engine samples at least one token"
-            _append(sequence, completion.token_ids, completion.logps)
+            _append(sequence, completion.token_ids, completion.logps, completion.versions)
             trajectory.truncated = completion.finish == "length"
 
             sampled, end = completion.token_ids, ""
@@ -101,19 +101,24 @@ async def run_episode(
     return trajectory
 
 
-def _append(sequence: Sequence, token_ids: list[int], logps: list[float] | None = None) -> None:
-    """Tokens with log-probabilities were sampled; tokens without were given."""
+def _append(
+    sequence: Sequence, token_ids: list[int], logps: list[float] | None = None, versions: list[int] | None = None
+) -> None:
+    """Tokens with log-probabilities and versions were sampled; tokens without were given."""
     sequence.token_ids += token_ids
     sequence.action_mask += [logps is not None] * len(token_ids)
     sequence.logps += [0.0] * len(token_ids) if logps is None else logps
     sequence.rewards += [0.0] * len(token_ids)
+    sequence.versions += [-1] * len(token_ids) if versions is None else versions
     assert len(sequence.logps) == len(sequence.token_ids), "an engine gives each token its log-probability"
+    assert len(sequence.versions) == len(sequence.token_ids), "an engine gives each token its version"
 
 
 def _take_as_given(sequence: Sequence, number: int) -> None:
     """The last `number` tokens train no more than a prompt's do."""
     sequence.action_mask[-number:] = [False] * number
     sequence.logps[-number:] = [0.0] * number
+    sequence.versions[-number:] = [-1] * number
 
 
 def _first(tokenizer: PreTrainedTokenizerBase, state: State) -> str:

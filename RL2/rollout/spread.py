@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
 from collections.abc import Sequence as Seq
+from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config import Rollout as RolloutConfig
 from RL2.config import SamplingParams
 from RL2.engines.base import Engine
 from RL2.parallel.processes import Processes
-from RL2.rollout.collect import collect
+from RL2.rollout.collect import Episodes, Group, cancel, finish, first_done
 from RL2.rollout.environment import Environment
 from RL2.types import Prompt, Sampling, Trajectory
 
+T = TypeVar("T")
+Progress = Callable[[int], None]
+
 
 class Rollouts:
-    """Everything that an episode needs, put together once."""
+    """Begins episodes and hands out their trajectories.
+
+    Episodes live in an event loop. It runs while somebody waits for one of them; with `rollout.max_staleness` and whole
+    rollouts it runs all the time, in a thread, and so beside the training.
+    """
 
     def __init__(
         self,
@@ -32,37 +42,79 @@ class Rollouts:
         processes: Processes,
     ) -> None:
         """`end_tokens` end a response; `max_length` is the limit of a whole sequence in tokens."""
-        self.config, self.engine, self.environment, self.tokenizer = config, engine, environment, tokenizer
-        self.end_tokens, self.max_length, self.processes = end_tokens, max_length, processes
+        self.config, self.end_tokens, self.processes = config, end_tokens, processes
+        self.episodes = Episodes(engine, environment, tokenizer, config.max_turns, max_length)
+        self.runner = asyncio.Runner()
+        self.thread: threading.Thread | None = None
+        if config.runs_beside_training:
+            threads = torch.get_num_threads()  # shared, or they would take each other's cores
+            torch.set_num_threads(max(1, threads // 2))
+            self.thread = threading.Thread(
+                target=_serve,
+                args=(self.runner.get_loop(), max(1, threads - threads // 2)),
+                name="rollouts",
+                daemon=True,
+            )
+            self.thread.start()
 
     def collect(
+        self, prompts: Seq[Prompt], params: SamplingParams, responses_per_prompt: int, seed: int, progress: Progress
+    ) -> list[Trajectory]:
+        """`responses_per_prompt` trajectories of each prompt, in order, the same list on every process (collective)."""
+        return self.finish(self.begin(prompts, params, responses_per_prompt, seed), progress)
+
+    def begin(
         self,
         prompts: Seq[Prompt],
         params: SamplingParams,
         responses_per_prompt: int,
         seed: int,
-        progress: Callable[[int], None],
+        *,
         first_group: int = 0,
-    ) -> list[Trajectory]:
-        """`responses_per_prompt` trajectories of each prompt, in order, the same list on every process (collective)."""
+        before: int = 0,
+        version: int = 0,
+    ) -> list[Group]:
+        """Start the episodes of this process's share of `prompts`; returns that share's groups.
+
+        `seed` and the group, counted from `first_group`, make their random numbers; `before` groups have other seeds.
+        """
         rank, size = self.processes.rank, self.processes.world_size
-        first, last = (len(prompts) * i // size for i in (rank, rank + 1))
-        mine = asyncio.run(
-            collect(
-                prompts[first:last],
-                engine=self.engine,
-                environment=self.environment,
-                tokenizer=self.tokenizer,
-                sampling=self._sampling(params),
-                responses_per_prompt=responses_per_prompt,
-                max_turns=self.config.max_turns,
-                max_length=self.max_length,
-                seed=seed,
-                first_group=first_group + first,
-                progress=lambda done: progress(done * size),
-            )
-        )
-        return self.processes.gather(mine, "the rollouts of all processes")
+        sampling = self._sampling(params)
+
+        async def start() -> list[Group]:
+            groups = []
+            for group, prompt in enumerate(prompts, first_group):
+                if group % size == rank:
+                    tasks = self.episodes.begin(prompt, sampling, number=responses_per_prompt, group=group, seed=seed)
+                    groups.append(Group(tasks, before + group, version))
+            return groups
+
+        return self._run(start())
+
+    def finish(self, groups: Seq[Group], progress: Progress) -> list[Trajectory]:
+        """Wait for these groups, and those of the other processes: all their trajectories, in order (collective)."""
+        size = self.processes.world_size
+        mine = self._run(finish(groups, lambda done: progress(done * size)))
+        everywhere = self.processes.gather(mine, "the rollouts of all processes")
+        return sorted(everywhere, key=lambda trajectory: (trajectory.group, trajectory.sample))
+
+    def first_done(self, groups: Seq[Group], number: int, oldest: int) -> list[Group]:
+        """See `collect.first_done`; of this process only."""
+        return self._run(first_done(groups, number, oldest))
+
+    def close(self, groups: Seq[Group] = ()) -> None:
+        """Cancel what of `groups` is under way, and everything else."""
+        self._run(cancel(groups))
+        if self.thread is not None:
+            loop = self.runner.get_loop()
+            loop.call_soon_threadsafe(loop.stop)
+            self.thread.join()
+        self.runner.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self.thread is None:
+            return self.runner.run(work)
+        return asyncio.run_coroutine_threadsafe(work, self.runner.get_loop()).result()
 
     def _sampling(self, params: SamplingParams) -> Sampling:
         return Sampling(
@@ -73,3 +125,11 @@ class Rollouts:
             stop=params.stop or (),
             stop_token_ids=self.end_tokens,
         )
+
+
+def _serve(loop: asyncio.AbstractEventLoop, num_threads: int) -> None:
+    """Both settings are of a thread: the main thread's do not count here."""
+    torch.set_num_threads(num_threads)
+    torch.set_flush_denormal(True)
+    asyncio.set_event_loop(loop)
+    loop.run_forever()

@@ -22,11 +22,19 @@ from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_lengt
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
 from RL2.report import Metrics, Report
-from RL2.rollout.collect import groups, made_up, raise_if_all_unscored, rollout_metrics, unscored_causes
+from RL2.rollout.collect import (
+    groups,
+    made_up,
+    raise_if_all_unscored,
+    rollout_metrics,
+    staleness,
+    unscored_causes,
+)
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.spread import Rollouts
+from RL2.rollout.supply import Supply
 from RL2.trainer.run import Run
 from RL2.trainer.scores import Scores
 from RL2.types import Prompt, TokenBatch, Trajectory
@@ -58,7 +66,8 @@ def train(config: RLConfig, run: Run) -> None:
         processes=run.processes,
     )
     report = run.report(num_steps)
-    first_step = run.resume(actor, cursor, report, critic)
+    supply = Supply(prompts, cursor, rollouts, config, num_steps)
+    first_step = run.resume(actor, supply, report, critic)
 
     scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))
     last_step = first_step if trainer.eval_only else max(first_step, num_steps)
@@ -76,13 +85,14 @@ def train(config: RLConfig, run: Run) -> None:
         if step == last_step or (trainer.early_stop and scores.fell_twice):
             break
 
-        trajectories = sample(prompts, cursor, rollouts, config, step, report)
+        trajectories = sample(supply, config, step, report)
         metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config.rollout)
-        metrics |= cursor.metrics() | engine.metrics()
-        engine.sleep()
+        metrics |= cursor.metrics() | engine.metrics() | staleness(trajectories, step, config.rollout.max_staleness)
+        if not config.rollout.runs_beside_training:
+            engine.sleep()
         clock.lap("rollout")
 
-        batch = judge(pack(trainable(trajectories, config.rollout)), config, actor, ref_actor, critic)
+        batch = judge(pack(trainable(trajectories, config.rollout), step), config, actor, ref_actor, critic)
         if critic is not None:
             with report.bar(batch.num_sequences, "critic") as bar:
                 metrics |= critic.update(batch, bar.update)
@@ -93,7 +103,7 @@ def train(config: RLConfig, run: Run) -> None:
 
         report.step(step, metrics | clock.metrics(trajectories))
         if run.due(trainer.save_freq, step + 1):
-            run.save(step + 1, actor, cursor, tokenizer, critic)
+            run.save(step + 1, actor, supply, tokenizer, critic)
 
     if metrics:
         report.step(step, metrics)
@@ -101,6 +111,7 @@ def train(config: RLConfig, run: Run) -> None:
         report.say(f"step {step}: the test score fell twice in a row, which is where trainer.early_stop ends the run")
     if not trainer.eval_only:
         run.export(actor, tokenizer, critic)
+    supply.close()
     engine.close()
     environment.close()
     report.close()
@@ -156,7 +167,8 @@ def make_engine(
             max_probe_gap=config.rollout.vllm.max_probe_gap or (1e-4 if exact else 0.1),
             log_folder=log_folder,
         )
-    shared = actor.holds_what_it_serves and dtype == actor.lm.dtype
+    # what trains and samples at the same time needs a copy for each
+    shared = actor.holds_what_it_serves and dtype == actor.lm.dtype and not config.rollout.runs_beside_training
     return EmbeddedEngine(
         actor.lm if shared else empty_model(actor.lm, dtype, device),
         decode=decode,
@@ -191,29 +203,19 @@ def tasks(
     return prompts, read(test.path, test.prompts_per_rollout or 0, trainer.seed, "test_data")
 
 
-def sample(
-    prompts: list[Prompt], cursor: Cursor, rollouts: Rollouts, config: RLConfig, step: int, report: Report
-) -> list[Trajectory]:
+def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[Trajectory]:
     """The rollout of one step, with replacements of filtered groups; some of it goes to samples.jsonl."""
     number, wanted = config.train_data.responses_per_prompt, config.train_data.prompts_per_rollout
-    seed = config.trainer.seed * 1_000_000 + step  # a seed of its own for each step
-    trajectories: list[Trajectory] = []
-    for _ in range(config.rollout.dynamic_filtering_rounds):
+    with report.bar(wanted * number, "rollout") as bar:
+        trajectories = supply.rollout(step, bar.update)
+    for _ in range(1, config.rollout.dynamic_filtering_rounds):
         # equal on all processes, as all have all trajectories
         missing = wanted - len(groups(with_signal(trajectories, config.rollout)))
         if not missing:
             break
-        drawn = cursor.next(missing)
-        with report.bar(len(drawn) * number, "rollout") as bar:
-            trajectories += rollouts.collect(
-                [prompts[row] for row in drawn],
-                config.rollout.train_sampling_params,
-                number,
-                seed,
-                bar.update,
-                first_group=len(groups(trajectories)),
-            )
-    cursor.learn(success_rates(trajectories))
+        with report.bar(missing * number, "rollout") as bar:
+            trajectories += supply.more(missing, step, len(groups(trajectories)), bar.update)
+    supply.cursor.learn(success_rates(trajectories))
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from RL2 import checkpoint
-from RL2.checkpoint import CheckpointFailed, Checkpoints
+from RL2.checkpoint import CheckpointFailed, Checkpoints, Resumable
 from RL2.config import Config, ConfigError, LostProcess, RLTrainer, show
 from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
@@ -52,7 +52,7 @@ class Run:
             dashboards.append(TensorBoard(self.save_dir))
         return Report(self.save_dir, self.processes.is_first, num_steps, dashboards)
 
-    def resume(self, learner: Learner, cursor: Cursor, report: Report, critic: Learner | None = None) -> int:
+    def resume(self, learner: Learner, cursor: Resumable, report: Report, critic: Learner | None = None) -> int:
         """Restore the checkpoint that the configuration names, if any; returns the step to begin with.
 
         Processes that torchrun has started again take the newest that the first ones wrote.
@@ -84,7 +84,7 @@ class Run:
         self,
         step: int,
         learner: Learner,
-        cursor: Cursor,
+        cursor: Resumable,
         tokenizer: PreTrainedTokenizerBase,
         critic: Learner | None = None,
     ) -> None:

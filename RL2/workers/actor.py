@@ -22,7 +22,7 @@ from RL2.packing import minibatches, pack
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import Sequence, StatsRequest, TokenBatch, TokenStats, Trajectory
-from RL2.workers.worker import Learner, Progress, Worker
+from RL2.workers.worker import ON_POLICY, Learner, Progress, Worker
 
 
 class Actor(Learner):
@@ -87,7 +87,12 @@ class Actor(Learner):
         assert batch.engine_logp_T is not None
         loss_T, metrics = total_loss(stats, batch, self.config, self.objective)
         arrived_T = stats.logp.detach() if batch.old_logp_T is None else batch.old_logp_T
-        return loss_T, metrics | {"logp_gap": (arrived_T - batch.engine_logp_T).abs()}
+        gap_T = (arrived_T - batch.engine_logp_T).abs()
+        if batch.age_T is None:
+            return loss_T, metrics | {"logp_gap": gap_T}
+        # what older weights sampled is apart for another reason
+        present_T = (batch.age_T == 0).float()
+        return loss_T, metrics | {"logp_gap": gap_T * present_T, ON_POLICY: present_T, "drift": gap_T * (1 - present_T)}
 
 
 class Reference(Protocol):

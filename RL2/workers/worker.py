@@ -233,7 +233,7 @@ class Learner(Worker):
                 totals.broken.append(f"{law} does not hold: {value:g} at {where(t)}")
             progress(len(ids) * self.mesh.data_size)
         self._sum_partial_gradients()
-        means, broken = totals.means(), totals.all_broken()
+        means, broken = _of_the_present(totals.means()), totals.all_broken()
         gap = means.get("logp_gap", 0.0)
         if not broken and gap > self.max_logprob_gap:
             broken = [
@@ -348,6 +348,20 @@ class _Totals:
         """The broken laws of all processes."""
         anywhere = self.processes.sum(torch.tensor(float(len(self.broken))))
         return self.processes.gather(self.broken) if anywhere else []
+
+
+ON_POLICY = "on_policy"
+"""Metric: share of the trained tokens that the present weights sampled, where it is not all of them."""
+
+
+def _of_the_present(means: dict[str, float]) -> dict[str, float]:
+    """`logp_gap` is of tokens that the present weights sampled, `drift` of the others; of none it says nothing."""
+    if ON_POLICY not in means:
+        return means
+    for name, share in (("logp_gap", means[ON_POLICY]), ("drift", 1 - means[ON_POLICY])):
+        value = means.pop(name)
+        means |= {name: value / share} if share > 0 else {}
+    return means
 
 
 def schedule(config: Trainable, step: int, total: int) -> float:

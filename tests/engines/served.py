@@ -99,6 +99,7 @@ def serve(
             "rollout.train_sampling_params.max_new_tokens=16",
             "rollout.env_path=none",
             "rollout.max_running_requests=64",
+            "rollout.max_staleness=1",  # or the embedded engine would sample from the actor's own tensors
             f"rollout.engine={engine}",
             f"rollout.vllm.python={VLLM_PYTHON}",
             "trainer.experiment_name=test",

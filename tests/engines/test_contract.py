@@ -13,7 +13,7 @@ from served import ENGINES, MAX_LENGTH, Served, logits_of, logps_of, save_model,
 from transformers import PreTrainedTokenizerBase
 
 from RL2.parallel.processes import Processes
-from RL2.types import Sampling
+from RL2.types import Completion, Sampling
 
 PROMPTS = [[5 + (7 * i + n) % 250 for n in range(length)] for i, length in enumerate((3, 30, 1, 140, 7, 30, 300))]
 
@@ -45,7 +45,7 @@ def test_log_probabilities_are_those_of_the_distribution_drawn_from(served: Serv
         expected = logps_of(lm, prompt, completion.token_ids, sampling)
         torch.testing.assert_close(torch.tensor(completion.logps), expected, rtol=0, atol=1e-4)
         assert completion.finish == "length" and len(completion.token_ids) == 24
-        assert completion.version == served.version
+        assert completion.versions == [served.version] * len(completion.token_ids)
         if sampling.temperature == 0:
             assert completion.token_ids == logits_of(lm, prompt, completion.token_ids).argmax(-1).tolist()
 
@@ -146,7 +146,38 @@ def test_new_weights_are_served_from_then_on(served: Served) -> None:
         for prompt, completion in zip(PROMPTS, served.generate(PROMPTS, sampling), strict=True):
             expected = logps_of(lm, prompt, completion.token_ids, sampling)
             torch.testing.assert_close(torch.tensor(completion.logps), expected, rtol=0, atol=1e-4)
-            assert completion.version == served.version
+            assert completion.versions == [served.version] * len(completion.token_ids)
+
+
+def test_weights_that_come_during_requests_serve_the_rest_of_them(served: Served) -> None:
+    """Each token knows its version, and its log-probability is that of its version; a sleep before changes nothing."""
+    sampling = Sampling(max_new_tokens=200)
+    lms = {served.version: served.reference()}
+
+    async def generate() -> list[Completion]:
+        # many, so that they take long, whatever else the machine does
+        requests = [
+            asyncio.create_task(served.engine.generate(PROMPTS[i % 7], replace(sampling, seed=i))) for i in range(28)
+        ]
+        for seed, sleeps in ((1, False), (2, True)):
+            await asyncio.sleep(0.15)
+            if sleeps:
+                await asyncio.to_thread(served.engine.sleep)
+            served.change_weights(seed)
+            await asyncio.to_thread(served.sync)
+            lms[served.version] = served.reference()
+        return await asyncio.gather(*requests)
+
+    completions = asyncio.run(generate())
+    assert {version for completion in completions for version in completion.versions} == set(lms)
+    for i, completion in enumerate(completions):
+        assert (len(completion.token_ids), completion.finish) == (200, "length")
+        versions_N = torch.tensor(completion.versions)
+        for version, lm in lms.items():
+            is_its_N = versions_N == version
+            expected_N = logps_of(lm, PROMPTS[i % 7], completion.token_ids, sampling)
+            ours_N = torch.tensor(completion.logps)
+            torch.testing.assert_close(ours_N[is_its_N], expected_N[is_its_N], rtol=0, atol=1e-4)
 
 
 def test_after_sleep_the_next_weights_wake_it(served: Served) -> None:

@@ -28,6 +28,8 @@ from RL2.workers.actor import Actor
 from RL2.workers.worker import Learner
 
 TOLERANCE = 1e-5
+DIFFERENCES = {"rank_jsd": 3e-5}
+"""Its gradient is of differences between the log-probabilities of neighbouring ranks, which are nearly equal."""
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "fsdp 2": (2, {}),
     "replicas 2": (2, {"ddp_size": 2}),
@@ -124,7 +126,7 @@ def test_a_layout_is_one_process(
     ours = layouts(layout)
     for name in (name for name in alone if name.split(",")[0] == case):
         # Adam divides by the root of the second moment: where gradients are tiny, rounding is amplified
-        assert_same(alone[name], ours[name], 1e-4 if name.endswith("trained") else TOLERANCE)
+        assert_same(alone[name], ours[name], 1e-4 if name.endswith("trained") else DIFFERENCES.get(case, TOLERANCE))
     assert alone[case]["metrics"]["loss"] != 0
     assert any(grad.any() for grad in alone[case]["grads"].values())
 

@@ -1,6 +1,7 @@
 """The embedded engine: what it samples, and that its log-probabilities are the trainer's."""
 
 import asyncio
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -163,13 +164,71 @@ def test_weights_are_taken_over_or_copied() -> None:
     engine.load_weights(((n, p.detach()) for n, p in lm.named_parameters()), version=3)
     assert [p.data_ptr() for p in lm.parameters()] == pointers
     before = asyncio.run(engine.generate([5, 6], Sampling(max_new_tokens=4)))
-    assert before.version == 3
+    assert before.versions == [3] * 4
     engine.load_weights(((n, p.detach() * 0.5) for n, p in lm.named_parameters()), version=4)
     after = asyncio.run(engine.generate([5, 6], Sampling(max_new_tokens=4)))
-    assert after.version == 4
+    assert after.versions == [4] * 4
     assert after.logps != before.logps
     with pytest.raises(RuntimeError, match="weights of version 5 lack"):
         engine.load_weights(((n, p) for n, p in other.named_parameters() if "norm" in n), version=5)
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_requests_go_on_with_new_weights(sleeps: bool, prompts: list[list[int]]) -> None:
+    """Each token has the log-probability of the weights that it names, computed from scratch."""
+    lm, old, new = make_model(), make_model(), make_model()
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.mul_(1.1)
+    engine = EmbeddedEngine(lm, decode=str, max_running_requests=4, memory_share=0.5, owns_weights=True)
+    engine.load_weights(iter(old.named_parameters()), version=1)
+
+    async def everything() -> list[Completion]:
+        tasks = [
+            asyncio.create_task(engine.generate(p, Sampling(max_new_tokens=30, seed=i))) for i, p in enumerate(prompts)
+        ]
+        while sum(len(request.tokens) for request in engine.running) < 40:
+            await asyncio.sleep(0)
+        if sleeps:
+            engine.sleep()
+            await asyncio.sleep(0.02)
+            assert not any(parameter.numel() for parameter in lm.parameters())
+        engine.load_weights(iter(new.named_parameters()), version=2)
+        return await asyncio.gather(*tasks)
+
+    completions = asyncio.run(everything())
+    assert sum(len(set(c.versions)) == 2 for c in completions) == 4
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert len(completion.versions) == len(completion.token_ids)
+        assert completion.versions == sorted(completion.versions)
+        for version, weights in ((1, old), (2, new)):
+            logp = logits_of(weights, prompt, completion).log_softmax(-1)
+            theirs = logp.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            mine = torch.tensor(completion.versions) == version
+            torch.testing.assert_close(torch.tensor(completion.logps)[mine], theirs[mine], rtol=0, atol=1e-4)
+
+
+def test_weights_may_come_from_another_thread(prompts: list[list[int]]) -> None:
+    lm = make_model()
+    engine = make_engine(lm)
+    weights = [(name, parameter.detach().clone()) for name, parameter in lm.named_parameters()]
+    expected = [c.token_ids for c in generate(make_engine(make_model()), prompts * 4, Sampling(max_new_tokens=60))]
+    loads = 0
+
+    def load() -> None:
+        nonlocal loads
+        while not engine.driver or not engine.driver.done():
+            loads += 1
+            engine.load_weights(iter(weights), version=loads)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    completions = generate(engine, prompts * 4, Sampling(max_new_tokens=60))
+    thread.join(30)
+    assert not thread.is_alive()
+    assert loads > 5
+    assert len({version for c in completions for version in c.versions}) > 5
+    assert [c.token_ids for c in completions] == expected
 
 
 def test_sleep_leaves_the_memory_of_weights_that_are_its_own(prompts: list[list[int]]) -> None:

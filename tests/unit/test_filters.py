@@ -16,6 +16,7 @@ from RL2.report import Report
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.filters import with_signal
 from RL2.rollout.spread import Rollouts
+from RL2.rollout.supply import Supply
 from RL2.trainer.rl import sample, tasks
 from RL2.types import Prompt, Sampling
 
@@ -93,7 +94,9 @@ def test_dropped_groups_are_replaced_by_further_rows(
     prompts = [Prompt(n, "p", [100], {"easy": n >= EASY}) for n in range(2 * EASY)]
     cursor, expected = Cursor(len(prompts), 4, seed=1), Cursor(len(prompts), 4, seed=1)
     report = Report(folder, is_first=True, num_steps=1)
-    trajectories = sample(prompts, cursor, rollouts(settings, environment, tokenizer, processes), settings, 0, report)
+    supply = Supply(prompts, cursor, rollouts(settings, environment, tokenizer, processes), settings, num_steps=1)
+    trajectories = sample(supply, settings, 0, report)
+    supply.close()
     environment.close()
 
     # the rows of the stream, each in a group of its own, and none drawn that was not rolled out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +286,14 @@ def test_the_probe_has_something_of_everything() -> None:
     assert batch.off_mode_T is not None and 0 < int(batch.off_mode_T.sum()) < len(batch.off_mode_T)
     assert {float(r) for r in batch.reward_T.unique()} == {0.0, 1.0}
     assert int(batch.lengths_B.min()) == 1
+
+
+def test_only_tokens_of_the_present_weights() -> None:
+    sequence = Sequence([0] * 5, [False, True, True, True, True], [0.0] * 5, [0.0] * 5, [-1, 3, 3, 4, 5])
+    batch = pack([Trajectory(0, 0, 0, [sequence])], version=5)
+    assert batch.age_T is not None
+    assert batch.age_T.tolist() == [2, 2, 1, 0]
+    assert kept(batch, train_on="all", on_policy=True).tolist() == [False, False, False, True]
+    fresh = pack([Trajectory(0, 0, 0, [replace(sequence, versions=[-1, 5, 5, 5, 5])])], version=5)
+    assert fresh.age_T is None
+    assert kept(fresh, train_on="all", on_policy=True).all()

@@ -106,7 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
             "token_ids": sampled,
             "logprobs": {"content": [{"token_id": token, "logprob": -0.5} for token in sampled]},
             "finish_reason": "abort" if fault == "abort" else "length",
-            "weight_versions": [{"version": "default" if fault == "old" else self.server.version}],
+            "weight_versions": [
+                {"version": "default" if fault == "old" else self.server.version, "start": 0, "end": len(sampled)}
+            ],
         }
         if fault == "others":
             choice["token_ids"] = [token + 1 for token in sampled]
@@ -176,7 +178,7 @@ def generate(engine: VLLMEngine, number: int = 4) -> list[Completion]:
     return asyncio.run(everything())
 
 
-EXPECTED = [Completion([10 * i, 10 * i + 1], [-0.5, -0.5], "length", 3) for i in range(4)]
+EXPECTED = [Completion([10 * i, 10 * i + 1], [-0.5, -0.5], "length", [3, 3]) for i in range(4)]
 
 
 @pytest.mark.parametrize("fault", ["abort", "old", "broken", "500", "503", "others", "hang"])

@@ -1,7 +1,10 @@
 """The default engine: samples in this process from a transformers causal LM, with continuous batching.
 
 One step of the engine admits waiting requests (their prompts run packed, each distinct prompt once) and then decodes
-one token for every running request. Finished requests leave their row at once; the last row takes its place.
+one token for every running request. Finished requests leave their row at once; the last row takes its place. New
+weights send the running requests back to wait: their keys and values are computed again, from what they have by then.
+
+Requests are served by the event loop of `generate`; the other methods may be called from another thread.
 """
 
 from __future__ import annotations
@@ -9,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,6 +34,8 @@ from RL2.types import Completion, Sampling
 
 PREFILL_TOKENS = 8192
 """Prompt tokens of one forward pass, unless a single prompt is longer."""
+PAUSE_S = 0.001
+"""How often an engine that stands still looks whether it may go on."""
 LENGTH_STEP = 64
 """Positions are allocated in multiples of this."""
 
@@ -44,6 +51,12 @@ class _Request:
     future: asyncio.Future[Completion]
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens that there are of it."""
+        return self.prompt + self.tokens
 
     @property
     def length(self) -> int:
@@ -77,11 +90,18 @@ class EmbeddedEngine:
         self.device = next(lm.parameters()).device
         self.max_length = positions(lm.config)
         self.version = 0
+        self.prefilled = 0
+        """Positions that prefills have computed."""
         self.budget_bytes = 0.0
         self.waiting: deque[_Request] = deque()
         self.running: list[_Request] = []
         self.cache = KVCache()
         self.driver: asyncio.Task[None] | None = None
+        self.lock = threading.Lock()
+        """Held during a step, and while the weights change."""
+        self.is_asleep = False
+        self.is_wanted = False
+        """Somebody waits for the lock, which is not a fair one."""
 
     async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
         if not token_ids:
@@ -97,24 +117,37 @@ class EmbeddedEngine:
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         own = dict(self.lm.named_parameters())
         loaded = set()
-        with torch.no_grad():
+        with self._between_steps(), torch.no_grad():
             for name, weight in weights:
                 if own[name].shape != self.shapes[name]:  # it has slept
                     own[name].data = own[name].new_empty(self.shapes[name])
                 if own[name].data_ptr() != weight.data_ptr():
                     own[name].copy_(weight)
                 loaded.add(name)
-        if missing := own.keys() - loaded:
-            raise RuntimeError(f"weights of version {version} lack {', '.join(sorted(missing)[:3])}")
-        self.version = version
+            if missing := own.keys() - loaded:
+                raise RuntimeError(f"weights of version {version} lack {', '.join(sorted(missing)[:3])}")
+            self.version, self.is_asleep = version, False
 
     def sleep(self) -> None:
-        """The cache goes as soon as no request is running; here the weights go too, unless they are the actor's own."""
-        if self.owns_weights:
-            for parameter in self.lm.parameters():
-                parameter.data = parameter.new_empty(0)
+        """The cache goes, and the weights too, unless they are the actor's own."""
+        with self._between_steps():
+            self.is_asleep = True
+            if self.owns_weights:
+                for parameter in self.lm.parameters():
+                    parameter.data = parameter.new_empty(0)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """No step is at work, and running requests have gone back to wait, in their order."""
+        self.is_wanted = True
+        with self.lock:
+            self.is_wanted = False
+            self.waiting.extendleft(reversed(self.running))
+            self.running.clear()
+            self.cache = KVCache()
+            yield
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -130,9 +163,10 @@ class EmbeddedEngine:
             self.lm.eval()
             self.budget_bytes = self.memory_share * free_bytes(self.device)
             while self.waiting or self.running:
-                with torch.no_grad():
-                    self.step()
-                await asyncio.sleep(0)
+                if not (self.is_wanted or self.is_asleep):
+                    with self.lock, torch.no_grad():
+                        self.step()
+                await asyncio.sleep(PAUSE_S if self.is_wanted or self.is_asleep else 0)
             self.cache = KVCache()  # its memory is the training step's now
         except Exception as error:  # every caller is told; none is left waiting
             self._drop(error)
@@ -167,7 +201,7 @@ class EmbeddedEngine:
         prompts: dict[tuple[int, ...], list[_Request]] = {}
         tokens, first = 0, len(self.running)
         while self.waiting and room > 0:
-            key = tuple(self.waiting[0].prompt)
+            key = tuple(self.waiting[0].ids)
             new = 0 if key in prompts else len(key)
             if prompts and tokens + new > PREFILL_TOKENS:
                 break
@@ -183,6 +217,7 @@ class EmbeddedEngine:
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         ids = torch.tensor([i for key in prompts for i in key], device=self.device)
         positions = torch.cat([torch.arange(len(key), device=self.device) for key in prompts])
+        self.prefilled += len(ids)
         hidden_TD = self._forward(ids, positions, Prefill(self.cache, cu_seqlens, owners))
         last_PD = hidden_TD[cu_seqlens[1:] - 1]
         prompt_R = torch.tensor([p for p, sharing in enumerate(owners) for _ in sharing], device=self.device)
@@ -216,9 +251,11 @@ class EmbeddedEngine:
                 raise RuntimeError(f"the log-probability of token {token} is {logp}: the weights are broken")
             request.tokens.append(token)
             request.logps.append(logp)
+            request.versions.append(self.version)
             if (finish := self._finish(request)) is not None:
                 if not request.future.done():
-                    request.future.set_result(Completion(request.tokens, request.logps, finish, self.version))
+                    done = Completion(request.tokens, request.logps, finish, request.versions)
+                    request.future.set_result(done)
                 finished.append(i)
         self._leave(finished)
 

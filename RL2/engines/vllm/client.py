@@ -39,8 +39,8 @@ class Answer:
     logps: list[float]
     finish: str
     """stop, length or abort."""
-    versions: tuple[str, ...]
-    """Labels of the weights that sampled it, oldest first; empty for a server that has not been told of any."""
+    versions: list[int]
+    """Of the weights that sampled each token; below 0 for those that the server started with."""
 
 
 class Client:
@@ -91,7 +91,11 @@ class Client:
             sampled,
             [token["logprob"] for token in drawn],
             choice["finish_reason"],
-            tuple(span["version"] for span in choice["weight_versions"] or ()),
+            [
+                int(span["version"]) if span["version"].isdecimal() else -1
+                for span in choice["weight_versions"]
+                for _ in range(span["start"], span["end"])
+            ],
         )
 
     def logps(self, token_ids: list[int]) -> list[float]:
@@ -105,9 +109,13 @@ class Client:
         """Weights will come in files of this folder."""
         self.call("/init_weight_transfer_engine", {"init_info": {"folder": folder}})
 
-    def load_weights(self, files: list[str], version: str) -> None:
-        """Put the tensors of `files` in place. Requests under way wait, and go on with a recomputed cache."""
+    def pause(self) -> None:
+        """Requests stand still, and go on with a recomputed cache after the next `load_weights`."""
         self.call("/pause?mode=keep", {})
+
+    def load_weights(self, files: list[str], version: str) -> None:
+        """Put the tensors of `files` in place. Requests under way stand still meanwhile."""
+        self.pause()
         try:
             self.call("/start_weight_update", {})
             self.call("/update_weights", {"update_info": {"files": files}})

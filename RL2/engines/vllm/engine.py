@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import json
 import os
 import random
@@ -31,7 +32,7 @@ from transformers import PretrainedConfig
 
 from RL2.config import VLLM, Rollout
 from RL2.engines.embedded.engine import free_bytes
-from RL2.engines.vllm.client import Answer, Client, ServerError, gap
+from RL2.engines.vllm.client import Client, ServerError, gap
 from RL2.engines.vllm.folders import SHARED_MEMORY, SHORT, OwnFolder
 from RL2.engines.vllm.router import Router
 from RL2.engines.vllm.server import POLL_S, EngineFailed, Server
@@ -151,10 +152,11 @@ class VLLMEngine:
                 answer = await self.clients[server].generate(
                     self.http, token_ids, sampling, self.settings.request_timeout_s
                 )
-                if answer.finish in ("stop", "length") and _oldest(answer) >= version:
+                oldest = min(answer.versions, default=-1)
+                if answer.finish in ("stop", "length") and oldest >= version:
                     finish: Literal["stop", "length"] = "stop" if answer.finish == "stop" else "length"
-                    return Completion(answer.token_ids, answer.logps, finish, _oldest(answer))
-                problem, pause_s = f"{answer.finish} of weights {', '.join(answer.versions)}", RETRY_S
+                    return Completion(answer.token_ids, answer.logps, finish, answer.versions)
+                problem, pause_s = f"{answer.finish} of weights {oldest}, with {version} to come", RETRY_S
             except ServerError as error:
                 problem, tries = str(error), tries + error.counts
                 pause_s = ERROR_RETRY_S if error.counts else RETRY_S
@@ -210,7 +212,9 @@ class VLLMEngine:
         return metrics
 
     def sleep(self) -> None:
-        """Nothing: a vLLM server on a CPU cannot, and on GPUs servers have their own."""
+        """Requests under way stand still. A server keeps its memory: on a CPU it cannot do otherwise."""
+        if self.keeper is not None:
+            self.keeper.pause()
 
     def close(self) -> None:
         """End the servers that were launched; attached ones go on."""
@@ -287,6 +291,12 @@ class Keeper:
                 f"the weights for the vLLM servers could not be written: {error}; "
                 f"rollout.vllm.sync_dir chooses another place than {self.folder.parent}"
             ) from error
+
+    def pause(self) -> None:
+        with self.lock:
+            for client in self.clients:
+                with contextlib.suppress(ServerError):  # one that has died stands still too
+                    client.pause()
 
     def load(self, files: list[str], version: int, expected: list[float]) -> None:
         """Give `files` to all servers, and compare what they make of the probe with `expected`."""
@@ -387,11 +397,6 @@ class Keeper:
         for folder in filter(None, (self.temporary, self.shared)):
             folder.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _oldest(answer: Answer) -> int:
-    """Version of the oldest weights that took part; below 0 if they are not of this run."""
-    return min((int(label) if label.isdecimal() else -1 for label in answer.versions), default=-1)
 
 
 def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dtype, max_length: int) -> list[str]:

@@ -20,20 +20,14 @@ class Router:
 
     def choose(self, token_ids: list[int], tokens: int, avoid: frozenset[int] = frozenset()) -> int:
         """The server of a request of `tokens` tokens in all, none of `avoid`; until `release` they are outstanding."""
-        server = self._home(token_ids)
+        homes = self.homes  # `forget` may come from another thread
+        server = _home(homes, token_ids)
         if server is None or server in avoid:
             server = min((i for i in range(len(self.outstanding)) if i not in avoid), key=self.outstanding.__getitem__)
-            self.homes.setdefault(len(token_ids), {})[hash(tuple(token_ids))] = server
+            homes.setdefault(len(token_ids), {})[hash(tuple(token_ids))] = server
         self.outstanding[server] += tokens
         self.sent[server] += tokens
         return server
-
-    def _home(self, token_ids: list[int]) -> int | None:
-        """Of the longest prompt that these tokens begin with."""
-        for length in sorted((n for n in self.homes if n <= len(token_ids)), reverse=True):
-            if (server := self.homes[length].get(hash(tuple(token_ids[:length])))) is not None:
-                return server
-        return None
 
     def release(self, server: int, tokens: int) -> None:
         self.outstanding[server] -= tokens
@@ -45,4 +39,12 @@ class Router:
 
     def forget(self) -> None:
         """New weights: no server has anything in its cache."""
-        self.homes.clear()
+        self.homes = {}
+
+
+def _home(homes: dict[int, dict[int, int]], token_ids: list[int]) -> int | None:
+    """Server of the longest prompt that these tokens begin with."""
+    for length in sorted((n for n in homes if n <= len(token_ids)), reverse=True):
+        if (server := homes[length].get(hash(tuple(token_ids[:length])))) is not None:
+            return server
+    return None
