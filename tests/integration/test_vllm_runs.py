@@ -104,6 +104,19 @@ def test_a_sync_that_leaves_the_tied_head_as_it_was_ends_the_run_there(world: Wo
     assert [row["step"] for row in run.metrics] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("settings", "nproc"),
+    [(("rollout.max_staleness=1",), 1), (("rollout.max_staleness=2", "rollout.partial_rollout=0.5"), 2)],
+)
+def test_rollouts_ahead_and_in_parts(world: World, settings: tuple[str, ...], nproc: int) -> None:
+    run = world.run("spo", *SETTINGS, *settings, "trainer.max_steps=8", nproc=nproc).succeeded()
+    assert [row["step"] for row in run.metrics] == list(range(8))
+    assert any(row["staleness/0"] < 1 for row in run.metrics)
+    # tokens of the present weights, as far as there are any
+    gaps = [row["actor/logp_gap"] for row in run.metrics if "actor/logp_gap" in row]
+    assert gaps and max(gaps) < 1e-4
+
+
 def test_a_run_that_is_killed_takes_its_servers_along(world: World) -> None:
     run = world.start("spo", *SETTINGS, "trainer.max_steps=1000")
     wait_until(run, (run.save_dir / "metrics.jsonl").exists)
