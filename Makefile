@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# the server's own environment: its pins are not the trainer's
+ENGINE_VENV ?= .venv-vllm
+ENGINE_READY := $(ENGINE_VENV)/.ready
 
-.PHONY: setup demo demo-quick test check bench format clean
+.PHONY: setup engine demo demo-quick test test-engine check bench format clean
 
 setup: $(READY)
 
@@ -17,6 +20,14 @@ $(READY): requirements/test.txt requirements/no-deps.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/trl-1.12 trl==1.12.0
 	@touch $@
 
+engine: $(ENGINE_READY) ## a vLLM server for CPUs, for rollout.engine=vllm
+
+$(ENGINE_READY): requirements/vllm.txt
+	$(PYTHON) -m venv $(ENGINE_VENV)
+	$(ENGINE_VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements/vllm.txt
+	$(ENGINE_VENV)/bin/python -m compileall -q -j 0 -x torch/testing $(ENGINE_VENV)/lib # or each start would take twice as long
+	@touch $@
+
 demo: setup ## train four methods on a toy task and write runs/demo/report.html
 	$(BIN)/python -m RL2.demo.run
 
@@ -25,6 +36,9 @@ demo-quick: setup ## the same with one method
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+test-engine: setup engine ## against a real vLLM server
+	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(ENGINE_VENV))/bin/python $(BIN)/pytest -m vllm tests/engines tests/integration
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -41,4 +55,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(ENGINE_VENV) runs

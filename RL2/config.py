@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import math
 import os
+import shutil
 import types
 import typing
 from collections.abc import Sequence
@@ -357,9 +358,50 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VLLM:
+    """vLLM servers as the engine (docs/engines.md); read with `rollout.engine=vllm`."""
+
+    urls: tuple[str, ...]
+    """Running servers to attach to; empty: they are launched. Their token, if they want one, is $VLLM_API_KEY."""
+    num_servers: Count
+    """Servers that are launched on each machine."""
+    python: str
+    """Interpreter of the environment that vLLM is installed in: `make engine` builds one for CPUs."""
+    args: tuple[str, ...]
+    """Further arguments of the command line of a launched server, as of `vllm serve`; they win over ours."""
+    env: dict[str, Any]
+    """Further environment variables of a launched server."""
+    kv_cache_mib: Count | None
+    """Memory of a launched server's KV cache. null: what max_running_requests sequences of full length take, up to
+    gpu_memory_utilization of what is free (CPUs), or what that share of the GPU leaves."""
+    sync_dir: str | None
+    """Folder for weights on their way to the servers, which have to see it under the same name; it holds one copy of
+    them. null: shared memory, for servers on this machine."""
+    bucket_mib: Count
+    """Weights that are gathered in memory before they are written there."""
+    max_probe_gap: PositiveFloat | None
+    """Limit of the mean abs(trainer's logp - server's logp) over a fixed sequence of 64 tokens, in nats, after each
+    sync of the weights; beyond it the run stops. null: 1e-4 where both compute in float32, else 0.1."""
+    start_timeout_s: PositiveFloat
+    """Limit of a server's start."""
+    request_timeout_s: PositiveFloat
+    """Limit of one sample."""
+    max_restarts: Index
+    """Times that launched servers are started again after they have died or hung, in all; then the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.urls and (self.args or self.env or self.num_servers > 1):
+            raise ConfigError(
+                "rollout.vllm.args, env and num_servers are of servers that are launched; they have no effect with "
+                "rollout.vllm.urls"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
-    engine: Literal["embedded"]
-    """Where tokens are sampled: in this process."""
+    engine: Literal["embedded", "vllm"]
+    """Where tokens are sampled: in this process, or by vLLM servers."""
+    vllm: VLLM
     model_name: str
     """The model that the engine serves: actor.model_name."""
     dtype: Literal["auto", "float32", "bfloat16"]
@@ -402,6 +444,11 @@ class Rollout:
                 f"rollout.partial_rollout={self.partial_rollout} goes on with what older weights began, and "
                 "rollout.max_staleness=0 allows none of it; set that to 1 at least"
             )
+        if self.engine == "embedded" and (self.vllm.urls or self.vllm.args or self.vllm.env):
+            raise ConfigError("rollout.vllm.urls, args and env have no effect with rollout.engine=embedded")
+        for name in ("train_sampling_params", "test_sampling_params"):
+            if self.engine == "vllm" and 0 < getattr(self, name).temperature < 0.01:
+                raise ConfigError(f"rollout.{name}.temperature is below 0.01, which vLLM would silently make 0.01")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -724,11 +771,12 @@ def show(config: Any) -> str:
 
 
 def _may_be_new(override: str) -> str:
-    """Keys of `actor.objective_args` are the objective's: none stands in a YAML."""
-    return f"++{override}" if override.startswith(f"{ARGS}.") else override
+    """Keys of these groups are not ours: none stands in a YAML."""
+    return f"++{override}" if override.startswith(FREE_GROUPS) else override
 
 
 ARGS = "actor.objective_args"
+FREE_GROUPS = (f"{ARGS}.", "rollout.vllm.env.")
 
 
 def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception) -> str:
@@ -737,7 +785,7 @@ def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception
         if "=" not in override:
             return f"{override!r} is not an override; write key=value"
         key = override.split("=", 1)[0].lstrip("+~")
-        if key not in keys and not key.startswith(f"{ARGS}.") and not any(k.startswith(f"{key}.") for k in keys):
+        if key not in keys and not key.startswith(FREE_GROUPS) and not any(k.startswith(f"{key}.") for k in keys):
             near = difflib.get_close_matches(key, keys, n=1)
             return f"{program} has no key {key!r}" + (f"; did you mean {near[0]}?" if near else "")
     return f"{str(error).splitlines()[0]} (overrides: {' '.join(overrides)})"
@@ -845,6 +893,12 @@ def check_here(config: Config) -> None:
             raise ConfigError(f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'")
     named: dict[str, str | None] = {}
     if isinstance(config, RLConfig):
+        vllm = config.rollout.vllm
+        launches = config.rollout.engine == "vllm" and not vllm.urls and not config.trainer.dry_run
+        if launches and shutil.which(vllm.python) is None:
+            raise ConfigError(
+                f"rollout.vllm.python={vllm.python}: there is no such interpreter (`make engine` builds .venv-vllm)"
+            )
         named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}
         named |= {"test_data.path": config.test_data.path}
     else:

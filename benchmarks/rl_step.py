@@ -173,7 +173,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     prompts = load_prompts(str(config.train_data.path), tokenizer, environment.example, options.max_length)
     actor = Actor(config.actor, processes, 1000, folder)
-    engine = make_engine(config, actor, lambda ids: str(tokenizer.decode(ids)))
+    engine = make_engine(config, actor, lambda ids: str(tokenizer.decode(ids)), options.max_length + 1, folder)
     rollouts = Rollouts(
         config.rollout,
         engine=engine,

@@ -36,6 +36,10 @@ class Engine(Protocol):
         """
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """What it has to say about itself since the last time, by name: for the report of a step."""
+        ...
+
     def close(self) -> None:
         """Give everything back; the engine is not used again."""
         ...

@@ -48,5 +48,8 @@ class ScriptedEngine:
     def sleep(self) -> None:
         self.weights = {}
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         self.closed = True

@@ -62,6 +62,11 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_first_here(self) -> bool:
+        """The first of this machine."""
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
     @contextmanager
     def expecting(self, what: str) -> Iterator[None]:
         """Within it, an error of communication becomes a `LostProcess` that says what was waited for."""

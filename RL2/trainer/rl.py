@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,9 @@ from RL2.config import ConfigError, RLConfig
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
+from RL2.engines.base import Engine
 from RL2.engines.embedded.engine import EmbeddedEngine
+from RL2.engines.vllm.engine import VLLMEngine, server_arguments
 from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_length
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
@@ -52,7 +55,7 @@ def train(config: RLConfig, run: Run) -> None:
     num_steps = 0 if trainer.eval_only else run.number_of_steps(cursor)
 
     actor, ref_actor, critic = make_workers(config, run, num_steps)
-    engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids))
+    engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
     rollouts = Rollouts(
         config.rollout,
         engine=engine,
@@ -84,7 +87,7 @@ def train(config: RLConfig, run: Run) -> None:
 
         trajectories = sample(supply, config, step, report)
         metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config.rollout)
-        metrics |= cursor.metrics() | staleness(trajectories, step, config.rollout.max_staleness)
+        metrics |= cursor.metrics() | engine.metrics() | staleness(trajectories, step, config.rollout.max_staleness)
         if not config.rollout.runs_beside_training:
             engine.sleep()
         clock.lap("rollout")
@@ -144,10 +147,28 @@ def make_reference(config: RLConfig, actor: Actor) -> Reference:
     return RefActor(config.ref_actor, config.actor, actor.mesh, actor.processes)
 
 
-def make_engine(config: RLConfig, actor: Actor, decode: Callable[[list[int]], str]) -> EmbeddedEngine:
-    """The engine of this process: on the actor's own tensors where they are whole and of the right dtype."""
+def make_engine(
+    config: RLConfig, actor: Actor, decode: Callable[[list[int]], str], max_length: int, log_folder: Path
+) -> Engine:
+    """Servers, or the engine of this process: on the actor's own tensors where they are whole and of the right dtype.
+
+    `max_length` is the limit of a sequence in tokens; servers write their logs into `log_folder`.
+    """
     device = actor.processes.device
     dtype = actor.dtype if config.rollout.dtype == "auto" else compute_dtype(config.rollout.dtype, device)
+    if config.rollout.engine == "vllm":
+        exact = dtype == actor.dtype == torch.float32
+        return VLLMEngine(
+            config.rollout.vllm,
+            arguments=server_arguments(config.rollout, actor.lm.config, dtype, max_length),
+            processes=actor.processes,
+            trainer_logps=actor.logps,
+            vocab_size=actor.lm.config.vocab_size,
+            max_length=max_length,
+            max_running_requests=config.rollout.max_running_requests,
+            max_probe_gap=config.rollout.vllm.max_probe_gap or (1e-4 if exact else 0.1),
+            log_folder=log_folder,
+        )
     # what trains and samples at the same time needs a copy for each
     shared = actor.holds_what_it_serves and dtype == actor.lm.dtype and not config.rollout.runs_beside_training
     return EmbeddedEngine(

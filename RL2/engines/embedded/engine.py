@@ -149,6 +149,9 @@ class EmbeddedEngine:
             self.cache = KVCache()
             yield
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         if self.driver is not None:
             self.driver.cancel()
@@ -158,7 +161,7 @@ class EmbeddedEngine:
         """Steps until nothing is left to do, letting other tasks run in between."""
         try:
             self.lm.eval()
-            self.budget_bytes = self.memory_share * _free_bytes(self.device)
+            self.budget_bytes = self.memory_share * free_bytes(self.device)
             while self.waiting or self.running:
                 if not (self.is_wanted or self.is_asleep):
                     with self.lock, torch.no_grad():
@@ -313,7 +316,7 @@ class EmbeddedEngine:
         return max(len(self.running), min(self.max_running_requests, fitting))
 
 
-def _free_bytes(device: torch.device) -> float:
+def free_bytes(device: torch.device) -> float:
     """Memory that is free now: of the GPU, or this process' share of what the machine could give."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

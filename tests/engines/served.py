@@ -1,0 +1,129 @@
+"""Engines as the trainer makes them, over a small model. Those marked `vllm` need what `make engine` builds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from RL2.config import load
+from RL2.engines.base import Engine
+from RL2.parallel.processes import Processes
+from RL2.rollout.episode import decode
+from RL2.trainer.rl import make_engine
+from RL2.types import Completion, Sampling
+from RL2.workers.actor import Actor
+
+ROOT = Path(__file__).resolve().parents[2]
+VLLM_PYTHON = os.environ.get("VLLM_PYTHON", f"{ROOT}/.venv-vllm/bin/python")
+MAX_LENGTH = 512
+PROMPT = [5 + (7 * n) % 250 for n in range(40)]
+
+ENGINES = ["embedded", pytest.param("vllm", marks=pytest.mark.vllm)]
+
+
+@dataclass
+class Served:
+    """An engine with the actor that it gets its weights from."""
+
+    engine: Engine
+    actor: Actor
+    tokenizer: PreTrainedTokenizerBase
+    model: Path
+    version: int = 0
+
+    def sync(self) -> None:
+        self.version += 1
+        self.engine.load_weights(self.actor.weights(), self.version)
+
+    def change_weights(self, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.actor.lm.parameters():
+                parameter.add_(0.03 * torch.randn(parameter.shape, generator=g))
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+        """All at once; request i has seed 100 + i."""
+
+        async def everything() -> list[Completion]:
+            requests = (self.engine.generate(p, replace(sampling, seed=100 + i)) for i, p in enumerate(prompts))
+            return await asyncio.gather(*requests)
+
+        return asyncio.run(everything())
+
+    def reference(self) -> PreTrainedModel:
+        """transformers' own model with the present weights, in its own attention."""
+        lm = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, attn_implementation="eager").eval()
+        lm.load_state_dict(self.actor.lm.state_dict())
+        return lm
+
+
+def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, tied: bool) -> Path:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def serve(
+    engine: str, model: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes, *overrides: str
+) -> Served:
+    config = load(
+        "spo",
+        [
+            "train_data.path=none",
+            "train_data.prompts_per_rollout=1",
+            f"actor.model_name={model}",
+            f"actor.max_length_per_device={MAX_LENGTH}",
+            "rollout.train_sampling_params.max_new_tokens=16",
+            "rollout.env_path=none",
+            "rollout.max_running_requests=64",
+            "rollout.max_staleness=1",  # or the embedded engine would sample from the actor's own tensors
+            f"rollout.engine={engine}",
+            f"rollout.vllm.python={VLLM_PYTHON}",
+            "trainer.experiment_name=test",
+            *overrides,
+        ],
+    )
+    actor = Actor(config.actor, processes, 1, folder)
+    made = make_engine(config, actor, lambda ids: decode(tokenizer, ids), MAX_LENGTH, folder)
+    return Served(made, actor, tokenizer, model)
+
+
+@torch.no_grad()
+def logits_of(lm: PreTrainedModel, prompt: list[int], token_ids: list[int]) -> Tensor:
+    """[n, V]: before each of `token_ids`, which follow the prompt."""
+    return lm(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
+
+
+def logps_of(lm: PreTrainedModel, prompt: list[int], token_ids: list[int], sampling: Sampling) -> Tensor:
+    """What the log-probabilities of a completion have to be."""
+    logits_NV = logits_of(lm, prompt, token_ids) / (sampling.temperature or 1.0)
+    if sampling.top_k:
+        logits_NV = logits_NV.masked_fill(logits_NV < logits_NV.topk(sampling.top_k).values[:, -1:], -torch.inf)
+    if sampling.top_p < 1:
+        p_NV, order_NV = logits_NV.softmax(-1).sort(descending=True)
+        is_kept_NV = p_NV.cumsum(-1) - p_NV < sampling.top_p
+        logits_NV = logits_NV.masked_fill(~is_kept_NV.gather(1, order_NV.argsort()), -torch.inf)
+    return logits_NV.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]

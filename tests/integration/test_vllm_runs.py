@@ -1,0 +1,134 @@
+"""Whole runs whose rollouts come from real vLLM servers (`make test-engine`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from programs import Run, World
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = os.environ.get("VLLM_PYTHON", f"{ROOT}/.venv-vllm/bin/python")
+STEPS = 20
+SETTINGS = (
+    "rollout.engine=vllm",
+    f"rollout.vllm.python={PYTHON}",
+    "rollout.max_running_requests=16",
+    "rollout.train_sampling_params.max_new_tokens=60",
+    "trainer.samples_per_step=16",
+    f"trainer.max_steps={STEPS}",
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: World) -> Run:
+    """One process, one server, tied head."""
+    return world.run("spo", *SETTINGS).succeeded()
+
+
+def check_gaps(run: Run) -> None:
+    """At every step engine and trainer are one, although the weights move all the time."""
+    assert [row["step"] for row in run.metrics] == list(range(STEPS))
+    assert max(row["actor/logp_gap"] for row in run.metrics) < 1e-4
+    assert max(row["engine/probe_gap"] for row in run.metrics) < 1e-4
+    assert min(row["actor/changed_share"] for row in run.metrics if row["actor/tokens"]) > 0.9
+
+
+def test_engine_and_trainer_stay_together(undisturbed: Run) -> None:
+    check_gaps(undisturbed)
+    assert {row["engine/restarts"] for row in undisturbed.metrics} == {0}
+
+
+def test_with_a_head_of_its_own(world: World, tmp_path: Path) -> None:
+    lm = AutoModelForCausalLM.from_pretrained(world.model)
+    lm.config.tie_word_embeddings = False
+    untied = type(lm)(lm.config)
+    untied.load_state_dict(lm.state_dict())
+    untied.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(world.model).save_pretrained(tmp_path)
+    check_gaps(world.run("spo", *SETTINGS, f"actor.model_name={tmp_path}").succeeded())
+
+
+def test_two_servers_and_two_processes(world: World, undisturbed: Run) -> None:
+    run = world.run("spo", *SETTINGS, "rollout.vllm.num_servers=2", nproc=2).succeeded()
+    check_gaps(run)
+    assert {row["engine/imbalance"] for row in run.metrics if row["engine/imbalance"] < 2}  # both have work
+    # seeds, not servers, decide what is sampled
+    assert [row for row in run.samples if row["step"] == 0] == [row for row in undisturbed.samples if row["step"] == 0]
+
+
+TWO_TURNS = """
+import asyncio
+from pathlib import Path
+
+async def step(state, action, extra_info):
+    with Path({file!r}).open("a") as calls:
+        calls.write("x")
+    await asyncio.sleep(len(action) % 7 / 10)  # so that some second turns are under way while others are to come
+    next_state, done = state + action + "\\nOnce more:", "Once more:" in state
+    reward = float(any(character.isdigit() for character in action))
+    return dict(next_state=next_state, reward=reward, score=reward, done=done, extra_info=extra_info)
+"""
+
+
+def test_a_server_killed_in_mid_rollout_costs_time_and_nothing_else(world: World, tmp_path: Path) -> None:
+    calls, script = tmp_path / "calls", tmp_path / "two_turns.py"
+    script.write_text(TWO_TURNS.format(file=str(calls)))
+    settings = (*SETTINGS, f"rollout.env_path={script}", "rollout.max_turns=2", "trainer.max_steps=4")
+    undisturbed = world.run("spo", *settings).succeeded()
+    calls.unlink()
+    run = world.start("spo", *settings)
+    wait_until(run, lambda: calls.exists() and calls.stat().st_size >= 2 * 32 + 12)  # 32 a step, 16 of them first turns
+    (server,) = psutil.Process(run.process.pid).children()
+    os.killpg(server.pid, signal.SIGKILL)
+    run.wait().succeeded()
+    assert [row["engine/restarts"] for row in run.metrics] == [0, 0, 1, 1]
+    assert [row["engine/retried"] > 0 for row in run.metrics] == [False, False, True, False]
+    assert max(row["engine/probe_gap"] for row in run.metrics) < 1e-4
+    assert len(run.samples) == 64 and run.samples == undisturbed.samples
+    assert run.weights.read_bytes() == undisturbed.weights.read_bytes()
+
+
+def test_a_sync_that_leaves_the_tied_head_as_it_was_ends_the_run_there(world: World) -> None:
+    run = world.run("spo", *SETTINGS, "rollout.vllm.env.RL2_FAULT_STALE_HEAD_AFTER=3")
+    assert run.process.returncode == 1
+    assert "weights of version 3: the vLLM server at http://127.0.0.1" in run.errors
+    assert "computes with others than the trainer" in run.errors
+    assert [row["step"] for row in run.metrics] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "nproc"),
+    [(("rollout.max_staleness=1",), 1), (("rollout.max_staleness=2", "rollout.partial_rollout=0.5"), 2)],
+)
+def test_rollouts_ahead_and_in_parts(world: World, settings: tuple[str, ...], nproc: int) -> None:
+    run = world.run("spo", *SETTINGS, *settings, "trainer.max_steps=8", nproc=nproc).succeeded()
+    assert [row["step"] for row in run.metrics] == list(range(8))
+    assert any(row["staleness/0"] < 1 for row in run.metrics)
+    # tokens of the present weights, as far as there are any
+    gaps = [row["actor/logp_gap"] for row in run.metrics if "actor/logp_gap" in row]
+    assert gaps and max(gaps) < 1e-4
+
+
+def test_a_run_that_is_killed_takes_its_servers_along(world: World) -> None:
+    run = world.start("spo", *SETTINGS, "trainer.max_steps=1000")
+    wait_until(run, (run.save_dir / "metrics.jsonl").exists)
+    servers = psutil.Process(run.process.pid).children(recursive=True)
+    assert len(servers) == 2  # the API server and its engine
+    run.kill()
+    assert psutil.wait_procs(servers, timeout=20)[1] == []
+
+
+def wait_until(run: Run, condition: Callable[[], bool]) -> None:
+    while run.process.poll() is None:
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"it ended before:\n{run.errors}")
