@@ -114,5 +114,88 @@ def replay(
     processes.stop()
 
 
+@app.command("eval")
+def eval_(
+    settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="model, data and env at least.")],
+) -> None:
+    """Judge a saved model: accuracy, pass@k and maj@k with 95% intervals, every response kept (docs/evaluation.md).
+
+    model: a folder or hub name. data: as train_data.path. env: an environment script. samples (0): responses to each
+    problem at temperature (1.0), top_p (1.0), top_k (0), beside the greedy one (greedy=true). max_new_tokens (1024),
+    max_turns (1). limit: the first so many problems. seed (0). out (evals): where the folder of the evaluation comes;
+    what was interrupted goes on there, and what is done is read back.
+
+    Example: rl2 eval model=ckpts/spo/latest data=test@openai/gsm8k:main env=envs/gsm8k.py samples=8
+    """
+    from rich.console import Console
+
+    from RL2.config import UserError
+    from RL2.evaluation.evaluate import Question, evaluate, table
+    from RL2.report import progress_bar
+
+    try:
+        with progress_bar(0, "problems", is_first=True) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total, bar.n = total, done
+                bar.refresh()
+
+            folder, summary = evaluate(Question.of(settings), progress)
+    except UserError as error:
+        sys.exit(f"rl2 eval: {error}")
+    Console().print(table(summary))
+    print(f"responses and summary: {folder}")
+
+
+@app.command()
+def compare(
+    methods: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME=FOLDER[,FOLDER...]", help="Evaluations; several are seeds."),
+    ],
+    by: Annotated[str, typer.Option(help="greedy, or sampled: the mean of a problem's samples.")] = "greedy",
+) -> None:
+    """Is a method better than the first, worse, or can one not tell? Paired by problem (docs/evaluation.md).
+
+    Example: rl2 compare grpo=evals/1f3a,evals/77b0 spo=evals/90cc,evals/2be1
+    """
+    from rich.console import Console
+
+    from RL2.config import UserError
+    from RL2.evaluation.evaluate import compared
+
+    try:
+        lines = compared(methods, by)
+    except UserError as error:
+        sys.exit(f"rl2 compare: {error}")
+    for line in lines:
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def audit_env(
+    env: Annotated[Path, typer.Argument(help="An environment script.")],
+    data: Annotated[str, typer.Option(help="As train_data.path; rows carry the right answer in extra_info.")],
+    key: Annotated[str, typer.Option(help="Its name there.")] = "answer",
+    limit: Annotated[int, typer.Option(help="Rows that are tried.")] = 50,
+) -> None:
+    """Try an environment's reward: right answers must earn it, near misses and tricks must not; exit code 1 otherwise.
+
+    Example: rl2 audit-env envs/gsm8k.py --data test@openai/gsm8k:main
+    """
+    from rich.console import Console
+
+    from RL2.config import UserError
+    from RL2.evaluation.audit import audit, table
+
+    try:
+        found = audit(env, data, key, limit)
+    except UserError as error:
+        sys.exit(f"rl2 audit-env: {error}")
+    Console().print(table(found))
+    if found.findings:
+        sys.exit(f"rl2 audit-env: {env} is wrong about {len(found.findings)} responses")
+
+
 if __name__ == "__main__":
     app()

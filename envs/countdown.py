@@ -46,6 +46,11 @@ def task(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     return row["target"], json.loads(nums) if isinstance(nums, str) else nums  # CSV
 
 
+def vote(action: str) -> str:
+    """What a majority is counted over."""
+    return answer(action)
+
+
 def answer(text: str) -> str:
     """What stands in the last pair of answer tags behind the reasoning; empty if there is none."""
     _, mark, inside = text.rpartition("</think>")[2].rpartition("<answer>")

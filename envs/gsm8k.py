@@ -39,6 +39,12 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def vote(action: str) -> str:
+    """What a majority is counted over: answers that are the same number are the same."""
+    value = number(answer(action))
+    return "" if value is None else f"{value.normalize():f}"
+
+
 def answer(text: str) -> str:
     """The first line after the last `####` behind the reasoning; empty if there is none."""
     _, mark, after = text.rpartition("</think>")[2].rpartition("####")

@@ -47,6 +47,11 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question + INSTRUCTION}], "extra_info": {"answer": str(gold)}}
 
 
+def vote(action: str) -> str:
+    """What a majority is counted over."""
+    return answer(action)
+
+
 def answer(text: str) -> str:
     """The last answer behind the reasoning: what stands in the tags, of that what is boxed; empty if there is none."""
     text = text.rpartition("</think>")[2]

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from RL2.demo.model import build_model
 from RL2.demo.problems import write_data
-from RL2.evaluation.evaluate import evaluate_model
+from RL2.evaluation import evaluate as evaluation
 from RL2.viewer.report import Page, RunView, Scores, findings, headline, summary_json, write_report
 
 MAX_NEW_TOKENS = 36
@@ -265,21 +265,30 @@ def run_jobs(jobs: Sequence[Job], at_once: int, board: Board) -> dict[Path, floa
 def evaluate(models: Sequence[Path], out: Path, env_path: Path, seed: int, board: Board) -> list[Scores]:
     """Every model on every held-out problem, greedily and sampled."""
 
-    def scores(model: Path, temperature: float) -> list[float]:
-        return evaluate_model(
-            str(model),
-            f"{out}/data/test.jsonl",
-            str(env_path),
-            temperature=temperature,
+    def scores(model: Path) -> Scores:
+        question = evaluation.Question(
+            model=str(model),
+            data=f"{out}/data/test.jsonl",
+            env=str(env_path),
+            samples=1,
             max_new_tokens=MAX_NEW_TOKENS,
             seed=seed,
+            out=f"{out}/evals",
+        )
+        folder, summary = evaluation.evaluate(question)
+        if summary["unscored"]:
+            raise DemoError(f"{summary['unscored']} responses could not be scored; see {folder}")
+        records = evaluation.read(folder)
+        return Scores(
+            greedy=list(evaluation.scores(records, "greedy").values()),
+            sampled=list(evaluation.scores(records, "sampled").values()),
         )
 
     title, started = "final test", time.monotonic()
     task = board.start(title, len(models), "models")
     found = []
     for model in models:
-        found.append(Scores(greedy=scores(model, 0.0), sampled=scores(model, 1.0)))
+        found.append(scores(model))
         board.move(task, len(found))
     board.end(task, title, len(models), time.monotonic() - started)
     return found

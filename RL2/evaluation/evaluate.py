@@ -1,56 +1,288 @@
-"""A saved model on a data set: one score a problem."""
+"""A saved model on a data set: every response kept, what was interrupted goes on, what is done is read back."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
+from RL2.config import ConfigError, Count, Index, PositiveFloat, Share, build, first_line
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
+from RL2.evaluation.compare import compare
+from RL2.evaluation.intervals import Estimate, accuracy
+from RL2.evaluation.samples import Sample, majority_at, over_problems, pass_at
+from RL2.models.loading import weights_folder
 from RL2.models.policy import end_tokens, load_model, load_tokenizer, max_length
-from RL2.rollout.collect import collect, unscored_causes
-from RL2.rollout.environment import load_environment
+from RL2.rollout.collect import Episodes, Group, finish
+from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
-from RL2.types import Sampling
+from RL2.types import Prompt, Sampling, Trajectory
+
+RECORDS, SUMMARY = "records.jsonl", "summary.json"
+WAVE = 512
+"""Responses that are at work together; their records are written when all are done."""
+GREEDY = -1
+"""Number of the greedy response among the samples of a problem."""
 
 
-def evaluate_model(
-    model_dir: str | Path,
-    data_path: str | Path,
-    env_path: str | Path,
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    timeout_s: float = 60.0,
-) -> list[float]:
-    """The score of one response to each problem, in the order of the data file, in float32 on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The settings of `rl2 eval`, which says what they mean."""
 
-    Temperature 0 is greedy. Raises RuntimeError if the environment could not score a response.
+    model: str
+    data: str
+    env: str
+    samples: Index = 0
+    greedy: bool = True
+    temperature: PositiveFloat = 1.0
+    top_p: Share = 1.0
+    top_k: Index = 0
+    max_new_tokens: Count = 1024
+    max_turns: Count = 1
+    limit: Count | None = None
+    seed: Index = 0
+    out: str = "evals"
+    env_timeout_s: PositiveFloat = 60.0
+    max_running_requests: Count = 256
+
+    @staticmethod
+    def of(settings: Sequence[str]) -> Question:
+        """Of `key=value` words. Raises ConfigError for one that is not there or no sensible value."""
+        if unclear := [word for word in settings if "=" not in word]:
+            raise ConfigError(f"{unclear[0]!r} is not a setting; write key=value")
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)))
+        known = {f.name: f.default for f in fields(Question)}
+        if missing := [name for name, default in known.items() if default is MISSING and name not in given]:
+            raise ConfigError(f"{missing[0]}= is missing")
+        question: Question = build(Question, {k: v for k, v in known.items() if v is not MISSING} | given, "")
+        if not (question.samples or question.greedy):
+            raise ConfigError("samples=0 with greedy=false leaves nothing to do")
+        return question
+
+
+def evaluate(
+    question: Question, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of the evaluation, and its summary. `progress(done, total)` counts problems.
+
+    Raises a UserError before anything is generated for what cannot be read.
     """
-    tokenizer, lm = load_tokenizer(str(model_dir)), load_model(str(model_dir), torch.float32)
-    environment = load_environment(env_path, timeout_s)
-    longest = max_length(str(model_dir))
-    prompts = load_prompts(str(data_path), tokenizer, environment.example, longest - 1)
-    engine = EmbeddedEngine(lm, decode=lambda ids: decode(tokenizer, ids), max_running_requests=256, memory_share=0.5)
-    sampling = Sampling(max_new_tokens, temperature, stop_token_ids=end_tokens(lm, tokenizer))
-    trajectories = asyncio.run(
-        collect(
-            prompts,
-            engine=engine,
-            environment=environment,
-            tokenizer=tokenizer,
-            sampling=sampling,
-            responses_per_prompt=1,
-            max_turns=1,
-            max_length=longest,
-            seed=seed,
+    transformers_logging.disable_progress_bar()
+    tokenizer = load_tokenizer(question.model, "model")
+    environment = load_environment(question.env, question.env_timeout_s)
+    longest = max_length(question.model)
+    prompts = load_prompts(question.data, tokenizer, environment.example, longest - 1)[: question.limit]
+    folder = Path(question.out) / key(question, prompts)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "question.json").write_text(json.dumps(asdict(question), indent=1))
+    done = {row for row, of in _by_row(read(folder)).items() if len(of) == question.samples + question.greedy}
+    left = [prompt for prompt in prompts if prompt.row not in done]
+    progress(len(done), len(prompts))
+    if left:
+        on_gpu = torch.cuda.is_available()
+        lm = load_model(question.model, torch.bfloat16 if on_gpu else torch.float32, "model")
+        lm = lm.to("cuda" if on_gpu else "cpu")  # type: ignore[arg-type]
+        engine = EmbeddedEngine(
+            lm,
+            decode=lambda ids: decode(tokenizer, ids),
+            max_running_requests=question.max_running_requests,
+            memory_share=0.6,
         )
-    )
+        episodes = Episodes(engine, environment, tokenizer, question.max_turns, longest)
+        stop = end_tokens(lm, tokenizer)
+        with asyncio.Runner() as runner, (folder / RECORDS).open("a", encoding="utf-8") as file:
+            size = max(1, WAVE // (question.samples + question.greedy))
+            for start in range(0, len(left), size):
+                wave = left[start : start + size]
+                records = runner.run(_responses(wave, episodes, question, stop, environment))
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                file.flush()
+                progress(len(done) + start + len(wave), len(prompts))
+        engine.close()
     environment.close()
-    engine.close()
-    if causes := unscored_causes(trajectories):
-        raise RuntimeError(f"{causes.total()} responses could not be scored: {causes.most_common(3)}")
-    return [trajectory.score for trajectory in trajectories]
+    summary = summarise(question, read(folder))
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+    return folder, summary
+
+
+async def _responses(
+    prompts: Sequence[Prompt], episodes: Episodes, question: Question, stop: tuple[int, ...], environment: Environment
+) -> list[dict[str, Any]]:
+    """A record of each response to each prompt."""
+    sampled = Sampling(
+        question.max_new_tokens, question.temperature, question.top_p, question.top_k, stop_token_ids=stop
+    )
+    greedy = Sampling(question.max_new_tokens, 0.0, stop_token_ids=stop)
+    groups = []
+    for prompt in prompts:  # the seed hangs on the row alone, whatever was done before
+        tasks = []
+        if question.greedy:
+            tasks += episodes.begin(prompt, greedy, number=1, group=prompt.row, seed=question.seed)
+        tasks += episodes.begin(prompt, sampled, number=question.samples, group=prompt.row, seed=question.seed)
+        groups.append(Group(tasks, prompt.row))
+    trajectories = await finish(groups)
+    size = question.samples + question.greedy
+    numbers = range(GREEDY if question.greedy else 0, question.samples)
+    return [_record(trajectory, numbers[n % size], environment.vote) for n, trajectory in enumerate(trajectories)]
+
+
+def _record(trajectory: Trajectory, sample: int, vote: Callable[[str], str] | None) -> dict[str, Any]:
+    response = trajectory.texts[-1] if trajectory.texts else ""
+    given = vote(response) if vote is not None and trajectory.unscored is None else ""
+    return {
+        "row": trajectory.row,
+        "sample": sample,
+        "score": None if trajectory.unscored is not None else trajectory.score,
+        "answer": given or None,
+        "tokens": trajectory.num_tokens,
+        "truncated": trajectory.truncated,
+        "unscored": trajectory.unscored,
+        "token_ids": [sequence.token_ids for sequence in trajectory.sequences],
+        "texts": trajectory.texts,
+    }
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All records of an evaluation; a last line that was cut off is removed from the file, so that it is made again."""
+    file = folder / RECORDS
+    if not file.exists():
+        return []
+    whole = file.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if len(kept) < len(whole):
+        file.write_bytes(kept)
+    records = []
+    for number, line in enumerate(kept.decode().splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(f"{file}, line {number}: {first_line(error)}; remove the folder to begin anew") from error
+    return records
+
+
+def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Scores with their 95% intervals, lengths, and what could not be scored."""
+    problems = _by_row(records)
+    summary: dict[str, Any] = {"problems": len(problems), "unscored": sum(r["score"] is None for r in records)}
+
+    def put(name: str, value: Estimate) -> None:
+        summary[name] = value._asdict()
+
+    greedy = {row: s.score for row, of in problems.items() for s in _scored(of, lambda n: n == GREEDY)}
+    if greedy:
+        put("greedy", accuracy(list(greedy.values())))
+    sampled = [samples for of in problems.values() if (samples := _scored(of, lambda n: n >= 0))]
+    if sampled:
+        put("mean", over_problems([fmean(sample.score for sample in samples) for samples in sampled]))
+    has_answers = any(record["answer"] for record in records)
+    for k in (k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, question.samples) if 1 < k <= question.samples):
+        # problems that lack scored samples are left out, and how many were there is said
+        enough = [samples for samples in sampled if len(samples) >= k]
+        if enough:
+            put(f"pass@{k}", over_problems([pass_at(k, samples) for samples in enough]))
+            if has_answers:
+                put(f"maj@{k}", over_problems([majority_at(k, samples) for samples in enough]))
+        if len(enough) < len(problems):
+            summary[f"problems@{k}"] = len(enough)
+    for name in ("greedy", "sampled"):
+        chosen = [record for record in records if (record["sample"] == GREEDY) == (name == "greedy")]
+        if chosen:
+            summary[f"{name}_length"] = fmean(record["tokens"] for record in chosen)
+            summary[f"{name}_truncated"] = fmean(record["truncated"] for record in chosen)
+    return summary
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """A summary, to read."""
+    shown = Table(title=f"{summary['problems']} problems, {summary['unscored']} responses unscored")
+    for heading in ("", "value", "95% interval"):
+        shown.add_column(heading)
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            shown.add_row(name, f"{value['value']:.4f}", f"{value['low']:.4f} to {value['high']:.4f}")
+        elif name not in ("problems", "unscored"):
+            shown.add_row(name, f"{value:.4g}", "")
+    return shown
+
+
+def compared(methods: Sequence[str], by: str) -> list[str]:
+    """A line for each of `methods` (NAME=FOLDER[,FOLDER...]) after the first, which it is compared with."""
+    if by not in ("greedy", "sampled"):
+        raise ConfigError(f"--by {by}: choose greedy or sampled")
+    if len(methods) < 2:
+        raise ConfigError("there is nothing to compare with: give two methods at least, NAME=FOLDER[,FOLDER...]")
+    runs: dict[str, list[dict[str, float]]] = {}
+    for number, method in enumerate(methods):
+        name, equals, folders = method.partition("=")
+        if not equals:
+            name, folders = method, method
+        for folder in folders.split(","):
+            of = scores(read(Path(folder)), by)
+            if not of:
+                raise ConfigError(
+                    f"{folder} has no {by} scores: it is not the folder of an evaluation with such responses"
+                )
+            runs.setdefault(name, []).append(of)
+        if len(runs) != number + 1:
+            raise ConfigError(f"{name} is named twice")
+    (first, baseline), *others = runs.items()
+    means = ", ".join(f"{fmean(run.values()):.4f}" for run in baseline)
+    lines = [f"{first}: {by} score {means}"]
+    for name, others_of in others:
+        try:
+            comparison = compare(baseline, others_of)
+        except ValueError as error:
+            raise ConfigError(f"{first} and {name}: {error}") from error
+        means = ", ".join(f"{fmean(run.values()):.4f}" for run in others_of)
+        lines.append(f"{name}: {by} score {means}; against {first} {comparison.words}")
+    return lines
+
+
+def scores(records: Sequence[dict[str, Any]], which: str) -> dict[str, float]:
+    """Problem -> score: the greedy one, or the mean of the `sampled`; only problems with a scored response."""
+    wanted: Callable[[int], bool] = (lambda n: n == GREEDY) if which == "greedy" else (lambda n: n >= 0)
+    return {
+        f"{row}": fmean(sample.score for sample in samples)
+        for row, of in _by_row(records).items()
+        if (samples := _scored(of, wanted))
+    }
+
+
+def key(question: Question, prompts: Sequence[Prompt]) -> str:
+    """A name that changes with the weights, the tokenizer, the problems, the environment and the sampling."""
+    digest = hashlib.sha256()
+    folder = weights_folder(question.model, "model")
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
+            digest.update(file.name.encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    digest.update(Path(question.env).read_bytes())
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.row, prompt.token_ids, prompt.extra_info], default=str).encode())
+    sampling = {k: v for k, v in asdict(question).items() if k not in ("model", "data", "env", "out", "limit")}
+    digest.update(json.dumps(sampling, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _by_row(records: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        rows[record["row"]].append(record)
+    return rows
+
+
+def _scored(records: Sequence[dict[str, Any]], wanted: Callable[[int], bool]) -> list[Sample]:
+    return [Sample(r["score"], r["answer"]) for r in records if wanted(r["sample"]) and r["score"] is not None]

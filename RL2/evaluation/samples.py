@@ -6,7 +6,7 @@ Shapes: P problems.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
@@ -96,9 +96,3 @@ def over_problems(values_P: Sequence[float], confidence: float = 0.95) -> Estima
     below, above = np.quantile(t, ((1 - confidence) / 2, (1 + confidence) / 2))
     low, high = float(mean - above * error), float(mean - below * error)
     return Estimate(mean, min(mean, max(0.0, low)), max(mean, min(1.0, high)))
-
-
-def estimate(
-    of: Callable[[Sequence[Sample]], float], problems: Sequence[Sequence[Sample]], confidence: float = 0.95
-) -> Estimate:
-    return over_problems([of(samples) for samples in problems], confidence)

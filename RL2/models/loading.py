@@ -62,7 +62,7 @@ def read_weights(lm: PreTrainedModel, model_name: str, key: str, initial: Initia
     A process reads only its own pieces, straight from the files. Raises ConfigError if a file is missing or broken, or
     if the model has a parameter that they lack and `initial` has no value for.
     """
-    folder = _folder(model_name, key)
+    folder = weights_folder(model_name, key)
     reader = HuggingFaceStorageReader(str(folder))
     try:
         stored = reader.read_metadata().state_dict_metadata
@@ -114,7 +114,7 @@ def _set(tensor: Tensor, value: Tensor) -> None:
     tensor.copy_(value)
 
 
-def _folder(model_name: str, key: str) -> Path:
+def weights_folder(model_name: str, key: str) -> Path:
     """Where the files are; those of the hub are fetched."""
     if Path(model_name).is_dir():
         return Path(model_name)

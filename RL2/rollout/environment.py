@@ -1,8 +1,9 @@
 """The user's script: loaded from its file, run beside the engine, its answers checked.
 
-A script has `async def step(state, action, extra_info) -> dict` and, if it likes, `async def reset(extra_info) -> str`
-and `def example(row) -> dict`. It imports nothing of this library, but may import what lies in the same folder with
-`from .name import x`. A `step` or `reset` with a parameter `sampling` is told how responses are sampled.
+A script has `async def step(state, action, extra_info) -> dict` and, if it likes, `async def reset(extra_info) -> str`,
+`def example(row) -> dict` and `def vote(action) -> str`. It imports nothing of this library, but may import what lies
+in the same folder with `from .name import x`. A `step` or `reset` with a parameter `sampling` is told how responses are
+sampled.
 
 Its code runs in one thread with an event loop of its own, so that it may share sessions between calls and may block
 without stopping the engine. Python code that never returns is interrupted; C code that never lets go of the interpreter
@@ -71,7 +72,8 @@ def load_environment(path: str | Path, timeout_s: float) -> Environment:
         raise ScriptError(f"{path} has no `async def step(state, action, extra_info)`")
     reset = _function(module, path, "reset", ("extra_info",), is_async=True)
     example = _function(module, path, "example", ("row",), is_async=False)
-    return Environment(str(path), module.__file__, step, reset, example, timeout_s)
+    vote = _function(module, path, "vote", ("action",), is_async=False)
+    return Environment(str(path), module.__file__, step, reset, example, vote, timeout_s)
 
 
 class Environment:
@@ -84,11 +86,14 @@ class Environment:
         step: AsyncFunction,
         reset: AsyncFunction | None,
         example: Callable[[dict[str, Any]], dict[str, Any]] | None,
+        vote: Callable[[str], str] | None,
         timeout_s: float,
     ) -> None:
         self.path = path
         self.example = example
         """Turns a raw row of a data file into one of ours; None if the script has no such function."""
+        self.vote = vote
+        """What a response answers, for majority votes; '' for none. None if the script has no such function."""
         self.timeout_s = timeout_s
         self._file = file
         self._step = step

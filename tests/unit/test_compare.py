@@ -9,7 +9,8 @@ from RL2.evaluation.compare import compare, sign_test, student
 
 
 @pytest.mark.parametrize(
-    ("freedom", "expected"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (5, 2.57058), (10, 2.22814), (200, 1.97190), (1e9, 1.95996)]
+    ("freedom", "expected"),
+    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (5, 2.57058), (10, 2.22814), (200, 1.97190), (1e9, 1.95996)],
 )
 def test_students_quantiles_are_those_of_the_tables(freedom: float, expected: float) -> None:
     assert student(0.95, freedom) == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,135 @@
+"""`rl2 eval` and `rl2 compare` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import NUM_ROWS, World
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from RL2.config import ConfigError
+from RL2.evaluation.evaluate import Question, compared, evaluate
+
+SAMPLES = 4
+ENVIRONMENT = """
+async def step(state, action, extra_info):
+    if extra_info["row"] == 3:
+        raise RuntimeError("no grade")
+    reward = float(any(c.isdigit() for c in action))
+    return dict(next_state=None, reward=reward, score=reward, done=True, extra_info=extra_info)
+
+def vote(action):
+    return next((c for c in action if c.isdigit()), "")
+"""
+
+
+def rl2(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "RL2.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **how)
+
+
+@pytest.fixture(scope="module")
+def settings(world: World) -> list[str]:
+    script = world.root / "graded.py"
+    script.write_text(ENVIRONMENT)
+    common = [f"data={world.root}/rl.jsonl", f"env={script}", f"out={world.root}/evals", "max_new_tokens=12"]
+    return [f"model={world.model}", f"samples={SAMPLES}", *common]
+
+
+def evaluated(settings: list[str]) -> Path:
+    done = rl2("eval", *settings)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.rpartition("responses and summary: ")[2].strip())
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(settings: list[str]) -> Path:
+    return evaluated(settings)
+
+
+def test_every_response_is_kept_and_the_summary_is_theirs(folder: Path) -> None:
+    kept, summary = records(folder), json.loads((folder / "summary.json").read_text())
+    assert [(r["row"], r["sample"]) for r in kept] == [(row, n) for row in range(NUM_ROWS) for n in range(-1, SAMPLES)]
+    assert [r["unscored"] is not None for r in kept] == [r["row"] == 3 for r in kept]
+    assert summary["unscored"] == 1 + SAMPLES
+    greedy = [r["score"] for r in kept if r["sample"] == -1 and r["score"] is not None]
+    assert summary["greedy"]["value"] == pytest.approx(sum(greedy) / len(greedy))
+    solved = {r["row"] for r in kept if r["sample"] >= 0 and r["score"]}
+    assert summary[f"pass@{SAMPLES}"]["value"] == pytest.approx(len(solved) / (NUM_ROWS - 1))
+    assert summary[f"problems@{SAMPLES}"] == NUM_ROWS - 1
+    assert summary["maj@2"]["low"] <= summary["maj@2"]["value"] <= summary["maj@2"]["high"]
+
+
+def test_greedy_tokens_are_those_of_transformers(folder: Path, world: World) -> None:
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(world.model), AutoTokenizer.from_pretrained(world.model)
+    rows = [json.loads(line) for line in (world.root / "rl.jsonl").read_text().splitlines()]
+    for record in records(folder):
+        if record["sample"] == -1:
+            prompt = tokenizer.encode(rows[record["row"]]["prompt"], add_special_tokens=False)
+            out = lm.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
+            assert record["token_ids"] == [out[0].tolist()]
+
+
+def test_what_was_interrupted_goes_on_and_what_is_done_is_read_back(folder: Path, settings: list[str]) -> None:
+    whole = (folder / "records.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    cut = b"".join(lines[: 7 * (1 + SAMPLES)]) + lines[7 * (1 + SAMPLES)][:20]
+    (folder / "records.jsonl").write_bytes(cut)
+    assert evaluated(settings) == folder
+    again = (folder / "records.jsonl").read_bytes()
+    assert [json.loads(a) | {"score": 0} for a in again.splitlines()] == [json.loads(a) | {"score": 0} for a in lines]
+    began = time.monotonic()
+    assert evaluated(settings) == folder
+    assert (folder / "records.jsonl").read_bytes() == again
+    print(f"read back in {time.monotonic() - began:.1f} s")
+    assert evaluated([*settings, "temperature=0.7"]) != folder
+
+
+def test_compare_says_what_it_sees(folder: Path, settings: list[str]) -> None:
+    same = rl2("compare", f"a={folder}", f"b={folder}")
+    assert "b: greedy score" in same.stdout
+    assert "against a cannot tell: +0.000" in same.stdout
+    other = evaluated([*settings, "seed=1"])
+    sampled = rl2("compare", f"a={folder},{other}", f"b={other},{folder}", "--by", "sampled")
+    assert f"on {NUM_ROWS - 1} problems, over 2 and 2 runs" in sampled.stdout, sampled.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("model=x data=y", "env= is missing"),
+        ("model=x data=y env=z sample=3", "nothing reads sample"),
+        ("model=x data=y env=z samples=-1", "samples=-1; must be"),
+        ("model=x data=y env=z greedy=false", "leaves nothing to do"),
+        ("model=/nowhere data=y env=z", "model=/nowhere"),
+        ("model", "'model' is not a setting"),
+    ],
+)
+def test_mistakes_are_named(settings: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        evaluate(Question.of(settings.split()))
+
+
+@pytest.mark.parametrize(
+    ("methods", "by", "said"),
+    [
+        (["a=x"], "greedy", "nothing to compare with"),
+        (["a=x", "b=y"], "greedy", "x has no greedy scores"),
+        (["a=x", "b=y"], "best", "choose greedy or sampled"),
+    ],
+)
+def test_what_cannot_be_compared(methods: list[str], by: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compared(methods, by)
