@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -80,6 +81,37 @@ def plan(
     Console().print(result)
     if not fits:
         raise typer.Exit(1)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="Folder of a run (its trainer.save_dir).")],
+    step: Annotated[int, typer.Option(help="A step that trainer.replay_freq has kept.")],
+    objectives: Annotated[str, typer.Option(help="NAME [KEY=VALUE ...], ...")] = "spo,rank_jsd",
+) -> None:
+    """Put the rollouts and weights of one step through several objectives: gradients, cosines, and where they lead.
+
+    The numbers stand in the run's folder too, with the weight of every token. See docs/replay.md.
+
+    Example: rl2 replay ckpts/spo --step 20 --objectives "spo, spo actor.path.detach_target=true, rank_jsd, ppo"
+    """
+    from rich.console import Console
+
+    from RL2.config import UserError
+    from RL2.evaluation.replay import folder_of, save, table
+    from RL2.evaluation.replay import replay as put_through
+    from RL2.parallel.processes import Processes
+
+    titles = [title.strip() for title in objectives.split(",") if title.strip()]
+    try:
+        processes = Processes.start(timeout_s=600)
+        replayed = put_through(run, step, titles, processes)
+    except UserError as error:
+        sys.exit(f"rl2 replay: {error}")
+    Console().print(table(replayed))
+    save(replayed, file := folder_of(run, step) / "replay.json")
+    print(f"written to {file}")
+    processes.stop()
 
 
 if __name__ == "__main__":

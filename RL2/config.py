@@ -512,6 +512,8 @@ class Trainer:
 
 @dataclass(frozen=True, kw_only=True)
 class RLTrainer(Trainer):
+    replay_freq: Count | None
+    """Keep the rollouts of every so many steps, and the weights before the update, for `rl2 replay`; null: never."""
     eval_only: bool
     """Test the model, or the checkpoint of load_ckpt_from, and stop; save_dir is a new folder."""
     keep_best: bool

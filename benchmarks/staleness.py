@@ -1,6 +1,6 @@
 """What training on samples of older weights gains in time and costs in score, on the demo's task with long tails.
 
-    python benchmarks/staleness.py [--seeds 3] [--steps 40] [--json FILE]
+    python benchmarks/staleness.py [--seeds 3] [--steps 60] [--json FILE]
 
 Word problems of the demo with 1 to 20 steps of calculation, so that responses have 12 to 200 tokens; a model of
 245,000 parameters is warmed up on careless demonstrations, and SPO 3.2 goes on from there: on-policy, with rollouts
@@ -58,7 +58,7 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 def prepare(folder: Path, seed: int, warmup_steps: int) -> None:
     """Data and a warmed-up model of one seed."""
     folder.mkdir()
-    rng, demonstrator = Random(f"{seed} demonstrator"), Demonstrator(traps=0.5, slip=0.01)
+    rng, demonstrator = Random(f"{seed} demonstrator"), Demonstrator(traps=0.8, slip=0.01)
     pairs = [(p.question, demonstrator.solve(p, rng)) for p in draw(Random(f"{seed} warm-up"), 16_000, False)]
     build_model(folder / "model", [text for pair in pairs for text in pair], seed)
     write(folder / "warmup.jsonl", [{"prompt": question, "response": answer} for question, answer in pairs])
@@ -96,6 +96,8 @@ def train(folder: Path, mode: str, seed: int, steps: int) -> dict[str, float]:
         "actor.gradient_checkpointing=false",
         "actor.average_over=kept",
         "actor.lr=1e-4",
+        "actor.scheduler=linear",
+        "actor.betas=[0.9,0.99]",
         "actor.weight_decay=0",
         f"rollout.train_sampling_params.max_new_tokens={MAX_NEW_TOKENS}",
         f"rollout.env_path={ENVIRONMENT}",
@@ -132,7 +134,7 @@ def run(program: str, *overrides: str, threads: int = 2) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup-steps", type=int, default=1000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

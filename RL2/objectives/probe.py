@@ -27,7 +27,7 @@ def probe(config: RLConfig) -> None:
     actor, objective = config.actor, configured(config.actor)
     logits_TV, batch = made_up(vocabulary=64 + objective.top_k)
 
-    def gradient(actor: Actor, batch: TokenBatch = batch) -> Tensor:
+    def gradient(actor: Actor) -> Tensor:
         return loss_gradient(logits_TV, batch, actor, objective)
 
     bare = without_terms(actor)
@@ -39,11 +39,19 @@ def probe(config: RLConfig) -> None:
         if torch.equal(whole, gradient(off)):
             raise ConfigError(f"{setting} has no effect: the gradient is the same without it")
 
-    assert batch.advantage_T is not None
-    others = batch.with_(advantage_T=batch.advantage_T.flip(0))
-    if torch.equal(gradient(bare), gradient(bare, others)):
+    if not reads_advantages(actor):
         for setting in advantage_settings(config):
             raise ConfigError(f"{setting} has no effect: actor.objective={actor.objective} reads no advantages")
+
+
+def reads_advantages(actor: Actor) -> bool:
+    """The gradient of the objective depends on them."""
+    objective = configured(actor)
+    logits_TV, batch = made_up(vocabulary=64 + objective.top_k)
+    assert batch.advantage_T is not None
+    others = batch.with_(advantage_T=batch.advantage_T.flip(0))
+    bare = without_terms(actor)
+    return not torch.equal(*(loss_gradient(logits_TV, each, bare, objective) for each in (batch, others)))
 
 
 def without_terms(actor: Actor) -> Actor:

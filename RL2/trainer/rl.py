@@ -93,6 +93,8 @@ def train(config: RLConfig, run: Run) -> None:
         clock.lap("rollout")
 
         batch = judge(pack(trainable(trajectories, config.rollout), step), config, actor, ref_actor, critic)
+        if run.due(trainer.replay_freq, step):
+            run.keep_for_replay(step, batch, actor, tokenizer)
         if critic is not None:
             with report.bar(batch.num_sequences, "critic") as bar:
                 metrics |= critic.update(batch, bar.update)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +26,7 @@ from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
 from RL2.parallel.processes import Processes
 from RL2.report import Dashboard, Report, TensorBoard, Wandb
+from RL2.types import TokenBatch
 from RL2.workers.worker import Learner
 
 LAUNCHERS = "launchers.json"
@@ -109,6 +111,16 @@ class Run:
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         self.processes.wait("the model to be written")
+
+    def keep_for_replay(
+        self, step: int, batch: TokenBatch, learner: Learner, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """The model, and the batch that it is going to train on, in `save_dir/replay_NNNNNN` (evaluation/replay.py)."""
+        name = f"replay_{step:06d}"
+        self.export_to(name, learner, tokenizer)
+        if self.processes.is_first:
+            tensors = {key: x.contiguous() for key, x in batch.tensors().items()}
+            save_file(tensors, self.save_dir / name / "batch.safetensors")
 
     def due(self, frequency: int | None, step: int) -> bool:
         return frequency is not None and step % frequency == 0
