@@ -19,7 +19,8 @@ from served import MAX_LENGTH, PROMPT, ROOT, VLLM_PYTHON, Served, logps_of, save
 from transformers import PreTrainedTokenizerBase
 
 from RL2.engines.vllm.client import Client
-from RL2.engines.vllm.engine import Keeper, VLLMEngine
+from RL2.engines.vllm.engine import VLLMEngine
+from RL2.engines.vllm.keeper import Keeper
 from RL2.engines.vllm.server import EngineFailed
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling

@@ -9,34 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import json
 import os
 import random
-import secrets
-import shutil
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import httpx
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from RL2.config import VLLM, Rollout
 from RL2.engines.embedded.engine import free_bytes
-from RL2.engines.vllm.client import Client, ServerError, gap
-from RL2.engines.vllm.folders import SHARED_MEMORY, SHORT, OwnFolder
+from RL2.engines.vllm.client import Client, ServerError
+from RL2.engines.vllm.keeper import Addresses, Keeper
 from RL2.engines.vllm.router import Router
-from RL2.engines.vllm.server import POLL_S, EngineFailed, Server
-from RL2.engines.vllm.weight_files import write
+from RL2.engines.vllm.server import EngineFailed
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 
@@ -45,18 +36,7 @@ TRIES = 3
 RETRY_S = 0.5
 ERROR_RETRY_S = 5
 """After an error that the server itself told of: one whose engine has died takes 4 s to end."""
-HEALTH_EVERY_S, HEALTH_TIMEOUT_S = 10, 60
 PROBE_LENGTH = 64
-
-
-@dataclass(frozen=True)
-class Group:
-    """The servers that a process sends requests to."""
-
-    urls: list[str]
-    token: str
-    notice: Path
-    """A file that the keeper writes when it gives the servers up: why."""
 
 
 class VLLMEngine:
@@ -92,18 +72,18 @@ class VLLMEngine:
         self.probe = [draw.randrange(vocab_size) for _ in range(min(PROBE_LENGTH, max_length - 1))]
         self.version = -1
         self.keeper: Keeper | None = None
-        group = None
+        mine = None
         if processes.is_first if settings.urls else processes.is_first_here:
             self.keeper = Keeper(settings, arguments, self.probe, max_probe_gap, log_folder)
             atexit.register(self.keeper.close)  # a run that fails closes nothing
-            group = self.keeper.group
+            mine = self.keeper.addresses
         here = "" if settings.urls else os.environ.get("GROUP_RANK", "0")
-        groups = dict(processes.gather([] if group is None else [(here, group)], "the addresses of vLLM servers"))
-        self.group: Group = groups[here]
+        each = dict(processes.gather([] if mine is None else [(here, mine)], "the addresses of vLLM servers"))
+        self.addresses: Addresses = each[here]
         if self.keeper is not None:
             self.keeper.start()
         processes.wait("the vLLM servers to start")
-        self.clients = [Client(url, self.group.token) for url in self.group.urls]
+        self.clients = [Client(url, self.addresses.token) for url in self.addresses.urls]
         self.router = Router(len(self.clients))
         sharing = processes.world_size if settings.urls else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.max_in_flight = -(-max_running_requests * len(self.clients) * 5 // (4 * sharing))
@@ -143,8 +123,8 @@ class VLLMEngine:
                 # a start, and that it was noticed to be needed, and that weights were loaded
                 if now - answered > 2 * self.settings.start_timeout_s:
                     break
-                if self.group.notice.exists():
-                    raise EngineFailed(self.group.notice.read_text())
+                if self.addresses.notice.exists():
+                    raise EngineFailed(self.addresses.notice.read_text())
                 await asyncio.sleep(RETRY_S)
                 continue
             server = self.router.choose(token_ids, tokens, avoid)
@@ -168,7 +148,7 @@ class VLLMEngine:
             back_at[server] = time.monotonic() + pause_s
         raise EngineFailed(
             f"a request to the vLLM servers has failed {tries} times in {time.monotonic() - begun:.0f} s, at last: "
-            f"{problem}; the logs of launched servers are in {self.group.notice.parent}"
+            f"{problem}; the logs of launched servers are in {self.addresses.notice.parent}"
         )
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
@@ -221,182 +201,6 @@ class VLLMEngine:
         if self.keeper is not None:
             self.keeper.close()
             atexit.unregister(self.keeper.close)
-
-
-class Keeper:
-    """Starts the servers, gives them weights, starts dead ones again."""
-
-    def __init__(
-        self, settings: VLLM, arguments: list[str], probe: list[int], max_probe_gap: float, log_folder: Path
-    ) -> None:
-        self.settings, self.probe, self.max_probe_gap = settings, probe, max_probe_gap
-        self.temporary = OwnFolder(SHORT, f"rl2-vllm-{os.getuid()}-")
-        if settings.sync_dir is None:
-            parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else SHORT
-            self.shared: OwnFolder | None = OwnFolder(parent, f"rl2-weights-{os.getuid()}-")
-            self.folder = self.shared.path
-        else:
-            self.shared = None
-            Path(settings.sync_dir).mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix="rl2-weights-", dir=settings.sync_dir)).resolve()
-        token = os.environ.get("VLLM_API_KEY", "") if settings.urls else secrets.token_urlsafe(32)
-        name = "vllm" if os.environ.get("GROUP_RANK", "0") == "0" else f"vllm-node{os.environ['GROUP_RANK']}"
-        self.servers = [
-            Server(
-                settings.python,
-                arguments,
-                settings.env,
-                token,
-                name=f"vLLM server {i}",
-                log=log_folder / f"{name}-{i}.log",
-                folder=self.temporary.path / str(i),
-            )
-            for i in range(0 if settings.urls else settings.num_servers)
-        ]
-        self.clients = [Client(url, token) for url in settings.urls] or [server.client for server in self.servers]
-        self.group = Group([client.url for client in self.clients], token, log_folder / f"{name}-given-up.txt")
-        self.lock = threading.Lock()
-        """Held while servers start or take weights."""
-        self.closing = threading.Event()
-        self.watch = threading.Thread(target=self._watch, name="vllm-keeper", daemon=True)
-        self.files: list[str] = []
-        self.version, self.expected = -1, [0.0]
-        self.writes = self.restarts = 0
-        self.gaps: dict[int, float] = {}
-        """Of the last comparison with each server, in nats."""
-        self.queued = [(0.0, 0)] * len(self.clients)
-
-    def start(self) -> None:
-        """Raises `EngineFailed` if a server does not come up."""
-        self.group.notice.unlink(missing_ok=True)
-        for server in self.servers:
-            server.start()
-        for server in self.servers:
-            server.wait_until_healthy(self.settings.start_timeout_s)
-        for client in self.clients:
-            try:
-                client.use_folder(str(self.folder))
-            except (ServerError, ValueError) as error:
-                raise EngineFailed(f"the vLLM server at {client.url} takes no weights: {error}") from error
-        if self.servers:
-            self.watch.start()
-
-    def write(self, weights: Iterator[tuple[str, Tensor]]) -> list[str]:
-        """Files of the weights that stay until the next ones are in place: a server that starts again needs them."""
-        self.writes += 1
-        try:
-            return write(weights, self.folder, f"{self.writes}", self.settings.bucket_mib * 2**20)
-        except (OSError, SafetensorError) as error:
-            raise EngineFailed(
-                f"the weights for the vLLM servers could not be written: {error}; "
-                f"rollout.vllm.sync_dir chooses another place than {self.folder.parent}"
-            ) from error
-
-    def pause(self) -> None:
-        with self.lock:
-            for client in self.clients:
-                with contextlib.suppress(ServerError):  # one that has died stands still too
-                    client.pause()
-
-    def load(self, files: list[str], version: int, expected: list[float]) -> None:
-        """Give `files` to all servers, and compare what they make of the probe with `expected`."""
-        with self.lock:
-            old, self.files = self.files, files
-            self.version, self.expected, self.gaps = version, expected, {}
-            with ThreadPoolExecutor(len(self.clients)) as pool:
-                failed = list(pool.map(self._give, range(len(self.clients))))
-            for i, problem in enumerate(failed):
-                if problem and self.servers:
-                    # not in the pool: a server ends with the thread that started it
-                    self._restart(i, problem)
-                elif problem:
-                    raise EngineFailed(f"weights of version {version}: {self.clients[i].url}: {problem}")
-            for file in old:
-                (self.folder / file).unlink()
-
-    def _give(self, i: int) -> str:
-        """Give server i the newest weights, and compare; returns what went wrong, if something did.
-
-        Raises `EngineFailed` if it then has other weights than the trainer.
-        """
-        try:
-            self.clients[i].load_weights(self.files, str(self.version))
-            apart = gap(self.clients[i].logps(self.probe), self.expected)
-        except (ServerError, ValueError) as error:
-            return str(error)
-        self.gaps[i] = apart
-        if apart > self.max_probe_gap:
-            raise EngineFailed(
-                f"weights of version {self.version}: the vLLM server at {self.clients[i].url} computes with others "
-                f"than the trainer. Over a probe of {len(self.probe)} tokens their log-probabilities are {apart:g} "
-                f"nats apart in the mean, more than {self.max_probe_gap:g} (rollout.vllm.max_probe_gap)"
-            )
-        return ""
-
-    def _watch(self) -> None:
-        """Thread: start servers again that have ended or do not answer, with the newest weights."""
-        asked = time.monotonic()
-        while not self.closing.wait(POLL_S):
-            ask = time.monotonic() - asked > HEALTH_EVERY_S
-            for i, server in enumerate(self.servers):
-                with self.lock:
-                    try:
-                        if not server.is_running:
-                            self._restart(i, "it ended")
-                        elif ask and not server.client.is_healthy(HEALTH_TIMEOUT_S):
-                            self._restart(i, f"it did not answer within {HEALTH_TIMEOUT_S} s")
-                    except EngineFailed as error:
-                        if not self.closing.is_set():
-                            self.group.notice.write_text(str(error))
-                        return
-            if ask:
-                asked = time.monotonic()
-
-    def _restart(self, i: int, problem: str) -> None:
-        """Raises `EngineFailed` if that was once too often, or it does not work."""
-        server = self.servers[i]
-        last_words = server.last_words
-        server.stop()
-        if self.restarts == self.settings.max_restarts:
-            raise EngineFailed(
-                f"{server.name}: {problem}, after {self.restarts} restarts (rollout.vllm.max_restarts); {last_words}"
-            )
-        if self.closing.is_set():
-            raise EngineFailed("closed")
-        self.restarts += 1
-        server.start()
-        server.wait_until_healthy(self.settings.start_timeout_s)
-        try:
-            server.client.use_folder(str(self.folder))
-        except (ServerError, ValueError) as error:
-            raise EngineFailed(f"{server.name}: {error}") from error
-        if self.files and (problem := self._give(i)):
-            raise EngineFailed(f"{server.name}: {problem}; {server.last_words}")
-
-    def metrics(self) -> dict[str, float]:
-        metrics = {"engine/probe_gap": max(self.gaps.values(), default=0.0), "engine/restarts": float(self.restarts)}
-        try:
-            now = [client.queue_times() for client in self.clients]
-        except ServerError:  # it is starting again: the next ones tell
-            return metrics
-        # a server that has started again counts from 0
-        new = [(s - s0, n - n0) if n >= n0 else (s, n) for (s, n), (s0, n0) in zip(now, self.queued, strict=True)]
-        self.queued = now
-        number = sum(n for _, n in new)
-        return metrics | {"engine/queue_s": sum(s for s, _ in new) / max(1, number)}
-
-    def close(self) -> None:
-        """End the servers that were launched, and remove what they were given; may be called again."""
-        self.closing.set()
-        for server in self.servers:
-            server.stop()
-        if self.watch.is_alive():
-            self.watch.join(10)
-            for server in self.servers:  # one may just have been started again
-                server.stop()
-        for folder in filter(None, (self.temporary, self.shared)):
-            folder.remove()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dtype, max_length: int) -> list[str]:
