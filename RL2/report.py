@@ -57,13 +57,16 @@ class Report:
                 kept.write_bytes(b"".join(line for line in lines if json.loads(line)["step"] < step))
                 kept.replace(file)  # so that another interruption, here, loses nothing
 
-    def values(self, name: str) -> list[float]:
-        """What metrics.jsonl has of one metric, oldest first; on the first process."""
+    def rows(self) -> list[dict[str, float]]:
+        """What metrics.jsonl has, oldest first; on the first process."""
         file = self.folder / "metrics.jsonl"
         if not self.is_first or not file.exists():
             return []
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return [row[name] for row in rows if name in row]
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def values(self, name: str) -> list[float]:
+        """What it has of one metric."""
+        return [row[name] for row in self.rows() if name in row]
 
     def step(self, step: int, metrics: Metrics) -> None:
         """One step's metrics: a console line, a line of metrics.jsonl, and the dashboards."""
@@ -85,9 +88,9 @@ class Report:
         rows = [{"step": step, "split": split} | {k: getattr(t, k) for k in keys} for t in trajectories]
         self._append("samples.jsonl", rows)
 
-    def say(self, text: str) -> None:
-        if self.is_first:
-            tqdm.write(text)
+    def say(self, *lines: str) -> None:
+        if self.is_first and lines:
+            tqdm.write("\n".join(lines))
             sys.stdout.flush()  # a file or pipe would hold back many lines
 
     def bar(self, total: int, what: str) -> tqdm[Any]:

@@ -143,6 +143,55 @@ def continuous(folder: Path, turns: Turns) -> None:
     manager.stop(block=True)
 
 
+def vllm(folder: Path, turns: Turns, python: str) -> None:
+    """A server of ours, asked as in training; its processor time is its own."""
+    import secrets
+
+    import httpx
+    import psutil
+    from transformers import AutoConfig
+
+    from RL2.config import load
+    from RL2.engines.vllm.engine import server_arguments
+    from RL2.engines.vllm.server import Server
+    from RL2.types import Sampling
+
+    prompts, lengths = task()
+    engine = "rollout.engine=vllm rollout.vllm.args=[--load-format,auto]"
+    unused = "train_data.path=x train_data.prompts_per_rollout=1 rollout.env_path=x trainer.experiment_name=x"
+    settings = f"actor.model_name={folder} actor.max_length_per_device=640 {engine} {unused}"
+    rollout = load("ppo", [*settings.split(), "rollout.train_sampling_params.max_new_tokens=1"]).rollout
+    arguments = server_arguments(rollout, AutoConfig.from_pretrained(folder), torch.float32, 640)
+    server = Server(
+        python, arguments, {}, secrets.token_hex(8), name="vLLM", log=folder / "server.log", folder=folder / "server"
+    )
+    server.start()
+    server.wait_until_healthy(120)
+    assert server.process is not None
+    process = psutil.Process(server.process.pid)
+
+    async def everything() -> list[list[int]]:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx.AsyncClient(limits=limits, trust_env=False) as http:
+            requests = (
+                server.client.generate(http, prompt, Sampling(length, seed=i), 300)
+                for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+            )
+            return [answer.token_ids for answer in await asyncio.gather(*requests)]
+
+    def cpu_s() -> float:
+        times = (each.cpu_times() for each in (process, *process.children(recursive=True)))
+        return sum(each.user + each.system for each in times)
+
+    try:
+        while turns.wait():
+            begun = cpu_s()
+            check(asyncio.run(everything()), lengths)
+            turns.answer(cpu_s=cpu_s() - begun)
+    finally:
+        server.stop()
+
+
 def prefill_work(folder: Path) -> tuple[int, int]:
     """Positions that prefill computes for 16 prompts of 300 tokens with 8 samples each, and without sharing."""
     from RL2.engines.embedded.engine import EmbeddedEngine
@@ -173,6 +222,8 @@ def run_side(options: argparse.Namespace) -> None:
         transformers_batches(folder, turns, (NUM_PROMPTS,))
     elif name == "batches":
         transformers_batches(folder, turns, BATCH_SIZES)
+    elif name == "vllm":
+        vllm(folder, turns, options.vllm)
     else:
         continuous(folder, turns)
 
@@ -180,6 +231,7 @@ def run_side(options: argparse.Namespace) -> None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options.add_argument("--vllm", help="interpreter of an environment with vLLM (make engine: .venv-vllm/bin/python)")
     options.set_defaults(steps=3)
     arguments = options.parse_args()
     if arguments.side:
@@ -189,7 +241,9 @@ def main() -> None:
         folder = Path(name)
         write_model(folder, end_probability=0.0, end=0, pad=0)
         settings = ["--folder", name, "--threads", str(arguments.threads)]
-        sides = [Side(__file__, side, settings, arguments.threads, folder / f"{side}.log") for side in SIDES]
+        settings += ["--vllm", arguments.vllm] if arguments.vllm else []
+        names = (*SIDES, "vllm") if arguments.vllm else SIDES
+        sides = [Side(__file__, side, settings, arguments.threads, folder / f"{side}.log") for side in names]
         steps = alternate(sides, arguments.steps)
         shared, alone = prefill_work(folder)
     tokens = sum(task()[1])

@@ -37,6 +37,7 @@ from RL2.rollout.spread import Rollouts
 from RL2.rollout.supply import Supply
 from RL2.trainer.run import Run
 from RL2.trainer.scores import Scores
+from RL2.trainer.watch import Watch
 from RL2.types import Prompt, TokenBatch, Trajectory
 from RL2.workers.actor import Actor, Base, RefActor, Reference
 from RL2.workers.critic import Critic
@@ -70,6 +71,8 @@ def train(config: RLConfig, run: Run) -> None:
     first_step = run.resume(actor, supply, report, critic)
 
     scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))
+    num_tests = max(1, len(tests) * config.test_data.responses_per_prompt)
+    watch = Watch(num_tests, trainer.save_dir, report.rows())
     last_step = first_step if trainer.eval_only else max(first_step, num_steps)
 
     for step in range(first_step, last_step + 1):
@@ -104,11 +107,13 @@ def train(config: RLConfig, run: Run) -> None:
         clock.lap("update")
 
         report.step(step, metrics | clock.metrics(trajectories))
+        report.say(*watch.see(step, metrics))
         if run.due(trainer.save_freq, step + 1):
             run.save(step + 1, actor, supply, tokenizer, critic)
 
     if metrics:
         report.step(step, metrics)
+        report.say(*watch.see(step, metrics))
     if step < last_step:
         report.say(f"step {step}: the test score fell twice in a row, which is where trainer.early_stop ends the run")
     if not trainer.eval_only:
