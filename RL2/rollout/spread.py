@@ -15,11 +15,13 @@ from RL2.config import Rollout as RolloutConfig
 from RL2.config import SamplingParams
 from RL2.engines.base import Engine
 from RL2.parallel.processes import Processes
-from RL2.rollout.collect import Episodes, Group, cancel, finish, first_done
+from RL2.rollout.collect import Episodes, Group, finish, first_done
 from RL2.rollout.environment import Environment
 from RL2.types import Prompt, Sampling, Trajectory
 
 T = TypeVar("T")
+CLOSE_S = 30
+"""How long a decoding step that is at work may take when everything ends."""
 Progress = Callable[[int], None]
 
 
@@ -102,13 +104,14 @@ class Rollouts:
         """See `collect.first_done`; of this process only."""
         return self._run(first_done(groups, number, oldest))
 
-    def close(self, groups: Seq[Group] = ()) -> None:
-        """Cancel what of `groups` is under way, and everything else."""
-        self._run(cancel(groups))
-        if self.thread is not None:
+    def close(self) -> None:
+        """Cancel what is under way; may be called again."""
+        if self.thread is not None and self.thread.is_alive():
             loop = self.runner.get_loop()
             loop.call_soon_threadsafe(loop.stop)
-            self.thread.join()
+            self.thread.join(CLOSE_S)
+            if self.thread.is_alive():
+                return  # it is left to the end of the process
         self.runner.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:

@@ -67,8 +67,8 @@ class Supply:
         return self._finish(self._begin(number, step, first_group, step), progress)
 
     def close(self) -> None:
-        """Stop what is under way."""
-        self.rollouts.close(self.pending)
+        """Stop what is under way; may be called again."""
+        self.rollouts.close()
 
     def state_dict(self) -> dict[str, Any]:
         return self.cursor.state_dict() | {"outstanding": self.outstanding}

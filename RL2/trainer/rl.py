@@ -68,6 +68,7 @@ def train(config: RLConfig, run: Run) -> None:
     )
     report = run.report(num_steps)
     supply = Supply(prompts, cursor, rollouts, config, num_steps)
+    run.closing.callback(supply.close)  # a thread may be at work
     first_step = run.resume(actor, supply, report, critic)
 
     scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))

@@ -8,7 +8,7 @@ import random
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Run:
     checkpoints: Checkpoints
     settings: dict[str, Any]
     """The whole configuration, for the dashboards."""
+    closing: ExitStack
+    """What is to be closed when the run ends, however it ends."""
     launchers: list[str]
     """The torchruns of this run's processes, one for each machine; empty without torchrun."""
 
@@ -155,7 +157,8 @@ def start(config: Config) -> Iterator[Run]:
                 (save_dir / LAUNCHERS).write_text(json.dumps(launchers))
         processes.wait("trainer.save_dir to be made")
         checkpoints = Checkpoints(save_dir, processes, trainer.keep)
-        yield Run(trainer, save_dir, processes, checkpoints, asdict(config), launchers)
+        with ExitStack() as closing:
+            yield Run(trainer, save_dir, processes, checkpoints, asdict(config), closing, launchers)
         checkpoints.finish()
     except LostProcess:
         raise  # and leave: whoever still waits for this process will see that it has gone
