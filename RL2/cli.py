@@ -173,6 +173,30 @@ def compare(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML with methods, what they share, and how to judge them.")],
+    seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("sweeps/sweep"),
+    nproc: Annotated[int, typer.Option(help="Processes of a run.", min=1)] = 1,
+    slurm: Annotated[str, typer.Option(help="Print a command for each run instead, with this sbatch script.")] = "",
+) -> None:
+    """Run methods times seeds, judge every model, compare the methods; goes on where it was (docs/evaluation.md).
+
+    Example: rl2 sweep sweep.yaml --seeds 3 --out sweeps/thesis --nproc 8
+    """
+    from RL2.config import UserError
+    from RL2.evaluation import sweep as sweeping
+
+    try:
+        of = sweeping.read(file, seeds, out)
+        lines = list(sweeping.slurm(of, slurm)) if slurm else sweeping.run(of, nproc, typer.echo)
+    except UserError as error:
+        sys.exit(f"rl2 sweep: {error}")
+    for line in lines:
+        typer.echo(line)
+
+
+@app.command()
 def audit_env(
     env: Annotated[Path, typer.Argument(help="An environment script.")],
     data: Annotated[str, typer.Option(help="As train_data.path; rows carry the right answer in extra_info.")],

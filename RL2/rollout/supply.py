@@ -25,10 +25,8 @@ class Supply:
         self, prompts: Seq[Prompt], cursor: Cursor, rollouts: Rollouts, config: RLConfig, num_steps: int
     ) -> None:
         self.prompts, self.cursor, self.rollouts, self.config = prompts, cursor, rollouts, config
-        self.wanted, self.num_groups = (
-            config.train_data.prompts_per_rollout,
-            num_steps * config.train_data.prompts_per_rollout,
-        )
+        self.wanted = config.train_data.prompts_per_rollout
+        self.num_groups = num_steps * self.wanted
         self.ahead = round(config.rollout.partial_rollout * self.wanted) or config.rollout.max_staleness * self.wanted
         self.pending: list[Group] = []
         """Those of this process that have begun and were not taken, oldest first."""
@@ -75,7 +73,7 @@ class Supply:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.cursor.load_state_dict(state)
-        self.again = list(state["outstanding"])
+        self.again = list(state.get("outstanding", []))  # other programs have none
 
     def _begin(self, number: int, batch: int, first_group: int, step: int, before: int = 0) -> list[Group]:
         again, self.again = self.again[:number], self.again[number:]
