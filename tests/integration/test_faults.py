@@ -27,7 +27,7 @@ SETTINGS = (
     f"trainer.timeout_s={TIMEOUT_S}",
     "trainer.save_freq=1",
     "trainer.test_freq=2",
-    f"trainer.max_steps={max(6, 2 * KILLS)}",
+    f"trainer.max_steps={max(6, 9 * (KILLS - 3))}",
     "actor.update_per_rollout=2",
 )
 
