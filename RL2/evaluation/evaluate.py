@@ -87,7 +87,7 @@ def evaluate(
     folder = Path(question.out) / key(question, prompts)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "question.json").write_text(json.dumps(asdict(question), indent=1))
-    done = {row for row, of in _by_row(read(folder)).items() if len(of) == question.samples + question.greedy}
+    done = keep_whole_problems(folder, question.samples + question.greedy)
     left = [prompt for prompt in prompts if prompt.row not in done]
     progress(len(done), len(prompts))
     if left:
@@ -102,13 +102,12 @@ def evaluate(
         )
         episodes = Episodes(engine, environment, tokenizer, question.max_turns, longest)
         stop = end_tokens(lm, tokenizer)
-        with asyncio.Runner() as runner, (folder / RECORDS).open("a", encoding="utf-8") as file:
+        with asyncio.Runner() as runner:
             size = max(1, WAVE // (question.samples + question.greedy))
             for start in range(0, len(left), size):
                 wave = left[start : start + size]
                 records = runner.run(_responses(wave, episodes, question, stop, environment))
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-                file.flush()
+                _write(folder / RECORDS, records, "a")
                 progress(len(done) + start + len(wave), len(prompts))
         engine.close()
     environment.close()
@@ -170,6 +169,22 @@ def read(folder: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ConfigError(f"{file}, line {number}: {first_line(error)}; remove the folder to begin anew") from error
     return records
+
+
+def keep_whole_problems(folder: Path, size: int) -> set[int]:
+    """Rows that have all their `size` records; those of others, which an interruption left, are removed."""
+    records = read(folder)
+    whole = {row for row, of in _by_row(records).items() if len(of) == size}
+    if any(record["row"] not in whole for record in records):
+        partial = (folder / RECORDS).with_suffix(".partial")
+        _write(partial, [record for record in records if record["row"] in whole], "w")
+        partial.replace(folder / RECORDS)
+    return whole
+
+
+def _write(file: Path, records: Sequence[dict[str, Any]], mode: str) -> None:
+    with file.open(mode, encoding="utf-8") as lines:
+        lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
