@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@contextmanager
+def ending(command: str) -> Iterator[None]:
+    """What is wrong with the user's input, raised within, is the last line of `rl2 COMMAND`, and the exit code is 1."""
+    from RL2.config import UserError
+
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"rl2 {command}: {error}")
 
 
 @app.callback()
@@ -32,18 +45,14 @@ def check_objective(
     from rich.markup import escape
     from rich.table import Table
 
-    from RL2.config import UserError
     from RL2.objectives.conformance import check
 
     if unclear := [knob for knob in knobs or [] if "=" not in knob]:
         sys.exit(f"rl2 check-objective: {unclear[0]!r} is not a knob; write KNOB=VALUE")
     given = {str(knob): value for knob, value in OmegaConf.from_dotlist(knobs or []).items()}
     console = Console()
-    try:
-        with console.status(f"trying {escape(objective)}"):
-            findings = check(objective, given)
-    except UserError as error:
-        sys.exit(f"rl2 check-objective: {error}")
+    with ending("check-objective"), console.status(f"trying {escape(objective)}"):
+        findings = check(objective, given)
     table = Table(title=escape(" ".join([objective, *(knobs or [])])), title_justify="left")
     for heading in ("check", "", "what was seen"):
         table.add_column(heading)
@@ -70,14 +79,11 @@ def plan(
     """
     from rich.console import Console
 
-    from RL2.config import UserError
     from RL2.planning import Question, table
 
-    try:
+    with ending("plan"):
         question = Question.of(settings)
         result, fits = table(question)
-    except UserError as error:
-        sys.exit(f"rl2 plan: {error}")
     Console().print(result)
     if not fits:
         raise typer.Exit(1)
@@ -97,19 +103,17 @@ def replay(
     """
     from rich.console import Console
 
-    from RL2.config import UserError
-    from RL2.evaluation.replay import folder_of, save, table
     from RL2.evaluation.replay import replay as put_through
+    from RL2.evaluation.replay import save, table
     from RL2.parallel.processes import Processes
+    from RL2.trainer.run import replay_folder
 
     titles = [title.strip() for title in objectives.split(",") if title.strip()]
-    try:
+    with ending("replay"):
         processes = Processes.start(timeout_s=600)
         replayed = put_through(run, step, titles, processes)
-    except UserError as error:
-        sys.exit(f"rl2 replay: {error}")
     Console().print(table(replayed))
-    save(replayed, file := folder_of(run, step) / "replay.json")
+    save(replayed, file := replay_folder(run, step) / "replay.json")
     print(f"written to {file}")
     processes.stop()
 
@@ -129,20 +133,16 @@ def eval_(
     """
     from rich.console import Console
 
-    from RL2.config import UserError
     from RL2.evaluation.evaluate import Question, evaluate, table
     from RL2.report import progress_bar
 
-    try:
-        with progress_bar(0, "problems", is_first=True) as bar:
+    with ending("eval"), progress_bar(0, "problems", is_first=True) as bar:
 
-            def progress(done: int, total: int) -> None:
-                bar.total, bar.n = total, done
-                bar.refresh()
+        def progress(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
 
-            folder, summary = evaluate(Question.of(settings), progress)
-    except UserError as error:
-        sys.exit(f"rl2 eval: {error}")
+        folder, summary = evaluate(Question.of(settings), progress)
     Console().print(table(summary))
     print(f"responses and summary: {folder}")
 
@@ -161,13 +161,10 @@ def compare(
     """
     from rich.console import Console
 
-    from RL2.config import UserError
     from RL2.evaluation.evaluate import compared
 
-    try:
+    with ending("compare"):
         lines = compared(methods, by)
-    except UserError as error:
-        sys.exit(f"rl2 compare: {error}")
     for line in lines:
         Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -184,14 +181,11 @@ def sweep(
 
     Example: rl2 sweep sweep.yaml --seeds 3 --out sweeps/thesis --nproc 8
     """
-    from RL2.config import UserError
     from RL2.evaluation import sweep as sweeping
 
-    try:
+    with ending("sweep"):
         of = sweeping.read(file, seeds, out)
         lines = list(sweeping.slurm(of, slurm)) if slurm else sweeping.run(of, nproc, typer.echo)
-    except UserError as error:
-        sys.exit(f"rl2 sweep: {error}")
     for line in lines:
         typer.echo(line)
 
@@ -209,13 +203,10 @@ def audit_env(
     """
     from rich.console import Console
 
-    from RL2.config import UserError
     from RL2.evaluation.audit import audit, table
 
-    try:
+    with ending("audit-env"):
         found = audit(env, data, key, limit)
-    except UserError as error:
-        sys.exit(f"rl2 audit-env: {error}")
     Console().print(table(found))
     if found.findings:
         sys.exit(f"rl2 audit-env: {env} is wrong about {len(found.findings)} responses")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -99,9 +103,11 @@ class Trajectory:
         return sum(sum(sequence.action_mask) for sequence in self.sequences)
 
     @property
-    def versions(self) -> list[int]:
-        """Of the weights that sampled its tokens, one for each."""
-        return [version for sequence in self.sequences for version in sequence.versions if version >= 0]
+    def versions(self) -> Counter[int]:
+        """Version of the weights -> how many of its tokens they sampled."""
+        counts = Counter(chain.from_iterable(sequence.versions for sequence in self.sequences))
+        del counts[-1]
+        return counts
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,10 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+
+    def save(self, file: Path) -> None:
+        """As safetensors; TokenBatch(**load_file(file)) is it again."""
+        save_file({name: x.contiguous() for name, x in self.tensors().items()}, file)
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are there, by name."""

@@ -17,14 +17,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import fmean, median
-from typing import Any
 
 from RL2.demo.model import build_model
-from RL2.demo.problems import Demonstrator, Problem, draw_problem
+from RL2.demo.problems import Demonstrator, draw_problem, draw_problems, write_rows
 
 ENVIRONMENT = Path(__file__).parents[1] / "envs" / "gsm8k.py"
 COUNTS = range(1, 21)
@@ -42,30 +41,18 @@ MODES: dict[str, tuple[str, ...]] = {
 }
 
 
-def draw(rng: Random, number: int, held_out: bool) -> list[Problem]:
-    problems: list[Problem] = []
-    while len(problems) < number:
-        problem = draw_problem(rng, COUNTS, WEIGHTS)
-        if problem.held_out == held_out:
-            problems.append(problem)
-    return problems
-
-
-def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def prepare(folder: Path, seed: int, warmup_steps: int) -> None:
     """Data and a warmed-up model of one seed."""
     folder.mkdir()
+    draw = partial(draw_problems, draw=partial(draw_problem, counts=COUNTS, weights=WEIGHTS))
     rng, demonstrator = Random(f"{seed} demonstrator"), Demonstrator(traps=0.8, slip=0.01)
-    pairs = [(p.question, demonstrator.solve(p, rng)) for p in draw(Random(f"{seed} warm-up"), 16_000, False)]
+    pairs = [(p.question, demonstrator.solve(p, rng)) for p in draw(Random(f"{seed} warm-up"), 16_000, held_out=False)]
     build_model(folder / "model", [text for pair in pairs for text in pair], seed)
-    write(folder / "warmup.jsonl", [{"prompt": question, "response": answer} for question, answer in pairs])
+    write_rows(folder / "warmup.jsonl", [{"prompt": question, "response": answer} for question, answer in pairs])
     for name, number, held_out in (("train", 8_000, False), ("test", 256, True)):
-        problems = draw(Random(f"{seed} {name}"), number, held_out)
+        problems = draw(Random(f"{seed} {name}"), number, held_out=held_out)
         rows = [{"prompt": p.question, "extra_info": {"answer": str(p.answer)}} for p in problems]
-        write(folder / f"{name}.jsonl", rows)
+        write_rows(folder / f"{name}.jsonl", rows)
     run(
         "sft",
         f"data.path={folder}/warmup.jsonl",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -185,10 +185,12 @@ def _draw_calculation(rng: Random, count: int) -> tuple[int, list[tuple[str, int
             return start, steps
 
 
-def draw_problems(rng: Random, count: int, *, held_out: bool) -> list[Problem]:
+def draw_problems(
+    rng: Random, count: int, *, held_out: bool, draw: Callable[[Random], Problem] = draw_problem
+) -> list[Problem]:
     problems: list[Problem] = []
     while len(problems) < count:
-        problem = draw_problem(rng)
+        problem = draw(rng)
         if problem.held_out == held_out:
             problems.append(problem)
     return problems
@@ -209,9 +211,11 @@ def write_data(
 
     rng, demonstrator = Random(f"{seed} demonstrator"), Demonstrator()
     pairs = [(problem.question, demonstrator.solve(problem, rng)) for problem in warmup]
-    _write(folder / "warmup.jsonl", ({"messages": [_user(q), {"role": "assistant", "content": a}]} for q, a in pairs))
-    _write(folder / "train.jsonl", map(_row, train))
-    _write(folder / "test.jsonl", map(_row, test))
+    write_rows(
+        folder / "warmup.jsonl", ({"messages": [_user(q), {"role": "assistant", "content": a}]} for q, a in pairs)
+    )
+    write_rows(folder / "train.jsonl", map(_row, train))
+    write_rows(folder / "test.jsonl", map(_row, test))
     return [text for pair in pairs for text in pair]
 
 
@@ -223,6 +227,6 @@ def _user(question: str) -> dict[str, str]:
     return {"role": "user", "content": question}
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

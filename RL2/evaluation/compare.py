@@ -71,9 +71,8 @@ def compare(first: Sequence[Scores], second: Sequence[Scores], confidence: float
     difference, error = fmean(difference_P), squared**0.5
     quantile = student(confidence, freedom)
     half = quantile * error
-    if len(first) == len(second) == 1:
-        while abs(difference) > 0 and half < abs(difference) and sign_test(difference_P) > 1 - confidence:
-            half = abs(difference)  # just not excluded
+    if len(first) == len(second) == 1 and half < abs(difference) and sign_test(difference_P) > 1 - confidence:
+        half = abs(difference)  # just not excluded
     smallest = (quantile + NormalDist().inv_cdf(POWER)) * error
     return Comparison(
         difference, difference - half, difference + half, smallest, len(shared), (len(first), len(second))

@@ -29,6 +29,7 @@ from RL2.rollout.collect import Episodes, Group, finish
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
 from RL2.types import Prompt, Sampling, Trajectory
+from RL2.workers.worker import compute_dtype
 
 RECORDS, SUMMARY = "records.jsonl", "summary.json"
 WAVE = 512
@@ -91,9 +92,8 @@ def evaluate(
     left = [prompt for prompt in prompts if prompt.row not in done]
     progress(len(done), len(prompts))
     if left:
-        on_gpu = torch.cuda.is_available()
-        lm = load_model(question.model, torch.bfloat16 if on_gpu else torch.float32, "model")
-        lm = lm.to("cuda" if on_gpu else "cpu")  # type: ignore[arg-type]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        lm = load_model(question.model, compute_dtype("auto", device), "model").to(device)  # type: ignore[arg-type]
         engine = EmbeddedEngine(
             lm,
             decode=lambda ids: decode(tokenizer, ids),
@@ -195,10 +195,10 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
     def put(name: str, value: Estimate) -> None:
         summary[name] = value._asdict()
 
-    greedy = {row: s.score for row, of in problems.items() for s in _scored(of, lambda n: n == GREEDY)}
+    greedy = {row: s.score for row, of in problems.items() for s in _scored(of, "greedy")}
     if greedy:
         put("greedy", accuracy(list(greedy.values())))
-    sampled = [samples for of in problems.values() if (samples := _scored(of, lambda n: n >= 0))]
+    sampled = [samples for of in problems.values() if (samples := _scored(of, "sampled"))]
     if sampled:
         put("mean", over_problems([fmean(sample.score for sample in samples) for samples in sampled]))
     has_answers = any(record["answer"] for record in records)
@@ -212,8 +212,7 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
         if len(enough) < len(problems):
             summary[f"problems@{k}"] = len(enough)
     for name in ("greedy", "sampled"):
-        chosen = [record for record in records if (record["sample"] == GREEDY) == (name == "greedy")]
-        if chosen:
+        if chosen := _which(records, name):
             summary[f"{name}_length"] = fmean(record["tokens"] for record in chosen)
             summary[f"{name}_truncated"] = fmean(record["truncated"] for record in chosen)
     return summary
@@ -267,11 +266,10 @@ def compared(methods: Sequence[str], by: str) -> list[str]:
 
 def scores(records: Sequence[dict[str, Any]], which: str) -> dict[str, float]:
     """Problem -> score: the greedy one, or the mean of the `sampled`; only problems with a scored response."""
-    wanted: Callable[[int], bool] = (lambda n: n == GREEDY) if which == "greedy" else (lambda n: n >= 0)
     return {
         f"{row}": fmean(sample.score for sample in samples)
         for row, of in _by_row(records).items()
-        if (samples := _scored(of, wanted))
+        if (samples := _scored(of, which))
     }
 
 
@@ -299,5 +297,10 @@ def _by_row(records: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]
     return rows
 
 
-def _scored(records: Sequence[dict[str, Any]], wanted: Callable[[int], bool]) -> list[Sample]:
-    return [Sample(r["score"], r["answer"]) for r in records if wanted(r["sample"]) and r["score"] is not None]
+def _which(records: Sequence[dict[str, Any]], which: str) -> list[dict[str, Any]]:
+    """The greedy ones, or the `sampled`."""
+    return [record for record in records if (record["sample"] == GREEDY) == (which == "greedy")]
+
+
+def _scored(records: Sequence[dict[str, Any]], which: str) -> list[Sample]:
+    return [Sample(r["score"], r["answer"]) for r in _which(records, which) if r["score"] is not None]

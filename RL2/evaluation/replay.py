@@ -9,8 +9,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -34,15 +33,9 @@ from RL2.objectives.table import configured
 from RL2.objectives.terms import configured_weights, total_loss
 from RL2.parallel.fsdp import whole
 from RL2.parallel.processes import Processes
+from RL2.trainer.run import REPLAY_BATCH, replay_folder
 from RL2.types import StatsRequest, TokenBatch, TokenStats
-from RL2.workers.actor import Actor
-
-BATCH = "batch.safetensors"
-"""The rollouts of a kept step, as they were trained on; the model lies beside them."""
-
-
-def folder_of(run: Path, step: int) -> Path:
-    return run / f"replay_{step:06d}"
+from RL2.workers.actor import Actor, wanted_stats
 
 
 @dataclass(frozen=True)
@@ -80,40 +73,43 @@ def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) ->
     with the run's own advantages or, where those are the rewards themselves, with rewards less their group's mean.
     KEY=VALUE changes the run's configuration. For one process. Raises UserError for what is not there.
     """
-    folder = folder_of(run, step)
-    if not (folder / BATCH).is_file():
+    folder = replay_folder(run, step)
+    if not (folder / REPLAY_BATCH).is_file():
         kept = ", ".join(str(int(path.name.removeprefix("replay_"))) for path in sorted(run.glob("replay_[0-9]*")))
         raise UserError(
             f"{run} has not kept step {step}; it has kept {kept or 'none'} (trainer.replay_freq=N keeps every N-th)"
         )
     configs = {title: _config(run, folder, title) for title in wanted}
     try:
-        batch = TokenBatch(**load_file(folder / BATCH))
+        batch = TokenBatch(**load_file(folder / REPLAY_BATCH))
     except SafetensorError as error:
-        raise UserError(f"{folder / BATCH} is damaged: {first_line(error)}") from error
+        raise UserError(f"{folder / REPLAY_BATCH} is damaged: {first_line(error)}") from error
     actor = Actor(next(iter(configs.values())).actor, processes, 1, folder)
+
+    def only(field: str) -> StatsRequest:
+        return replace(actor.request, fields=(field,), top_k=0)
 
     right_B = reward_of_sequences(batch) > 0
     directions = {
-        "entropy": _gradient(actor, _mean(batch, batch.action_T), _entropy, ("entropy",)),
-        "correct": _gradient(actor, _of_sequences(batch, right_B), _logp, ("logp",)),
-        "wrong": _gradient(actor, _of_sequences(batch, ~right_B), _logp, ("logp",)),
+        "entropy": _gradient(actor, _mean(batch, batch.action_T), _entropy, only("entropy")),
+        "correct": _gradient(actor, _of_sequences(batch, right_B), _logp, only("logp")),
+        "wrong": _gradient(actor, _of_sequences(batch, ~right_B), _logp, only("logp")),
     }
     found, gradients = [], {}
     for title, config in configs.items():
         mine = with_advantages(batch, config)
         mine = mine.with_(weight_T=configured_weights(mine, config.actor))
-        gradients[title] = _gradient(actor, mine, _loss(config.actor), _fields(config.actor), _top_k(config.actor))
+        gradients[title] = _gradient(actor, mine, _loss(config.actor), wanted_stats(config.actor))
         norm = _dot(gradients[title], gradients[title]) ** 0.5
         changes = {name: -_dot(gradients[title], of) / norm if norm else 0.0 for name, of in directions.items()}
-        changes |= {name: float("nan") for name, any_ in _there_are(right_B).items() if not any_}
+        changes |= {name: math.nan for name, of_B in (("correct", right_B), ("wrong", ~right_B)) if not of_B.any()}
         loss, weight_N = _weights_of_tokens(actor, mine, config.actor)
         assert mine.weight_T is not None
         found.append(Replayed(title, loss, norm, int((mine.weight_T != 0).sum()), **changes, weight_N=weight_N))
     cosines = {}
     for a, b in combinations(found, 2):
         product = _dot(gradients[a.title], gradients[b.title])
-        cosines[a.title, b.title] = product / (a.norm * b.norm) if a.norm and b.norm else float("nan")
+        cosines[a.title, b.title] = product / (a.norm * b.norm) if a.norm and b.norm else math.nan
     cosines |= {(a.title, a.title): _dot(gradients[a.title], gradients[a.title]) / a.norm**2 for a in found if a.norm}
     return Replay(step, found, cosines)
 
@@ -148,8 +144,7 @@ def _config(run: Path, folder: Path, title: str) -> RLConfig:
     name, *overrides = shlex.split(title)
     file = run / "config.yaml"
     try:
-        tree: Any = OmegaConf.to_container(OmegaConf.load(file))
-        fresh = deepcopy(tree)
+        fresh: Any = OmegaConf.to_container(OmegaConf.load(file))
         # what belongs to the run's own objective
         fresh["actor"] |= {"objective": name, "objective_args": {}, "clip": None}
         fresh["actor"]["path"] = dict.fromkeys(fresh["actor"]["path"])
@@ -186,12 +181,10 @@ def _gradient(
     actor: Actor,
     batch: TokenBatch,
     loss: Callable[[TokenStats, TokenBatch], Loss],
-    fields: tuple[str, ...],
-    top_k: int = 0,
+    request: StatsRequest,
 ) -> list[Tensor]:
     """Of (loss_T * weight_T).sum(), on the CPU."""
     actor.optimizer.zero_grad()
-    request = StatsRequest(fields, top_k, actor.config.temperature, actor.config.logits_budget_mib)
     actor.backward(batch, loss, request)
     return [
         torch.zeros(p.shape) if p.grad is None else whole(p.grad).float().cpu().clone()
@@ -208,18 +201,9 @@ def _loss(config: ActorConfig) -> Callable[[TokenStats, TokenBatch], Loss]:
     return lambda stats, batch: total_loss(stats, batch, config, objective)
 
 
-def _fields(config: ActorConfig) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*configured(config).fields, "logp", "entropy")))
-
-
-def _top_k(config: ActorConfig) -> int:
-    return configured(config).top_k
-
-
 def _weights_of_tokens(actor: Actor, batch: TokenBatch, config: ActorConfig) -> tuple[float, Tensor]:
     """The loss, and -d loss / d logp of each action; log(1 - p) moves with it, other statistics stand still."""
-    request = StatsRequest(_fields(config), _top_k(config), config.temperature, config.logits_budget_mib)
-    stats = actor.stats(batch, request, config.max_inference_length_per_device)
+    stats = actor.stats(batch, wanted_stats(config), config.max_inference_length_per_device)
     at_actions = {name: value[batch.action_T] for name, value in vars(stats).items()}
     logp_N = at_actions["logp"].clone().requires_grad_()
     leaves = at_actions | {"logp": logp_N}
@@ -253,7 +237,3 @@ def _of_sequences(batch: TokenBatch, chosen_B: Tensor) -> TokenBatch:
     """Weights that add up the actions of each chosen sequence, and average over these."""
     chosen_T = batch.action_T & chosen_B[batch.sequence_T]
     return batch.with_(weight_T=chosen_T.float() / max(1, int(chosen_B.sum())))
-
-
-def _there_are(right_B: Tensor) -> dict[str, bool]:
-    return {"correct": bool(right_B.any()), "wrong": bool((~right_B).any())}

@@ -71,29 +71,6 @@ class Episodes:
         return [asyncio.create_task(play(sample=sample)) for sample in range(number)]
 
 
-async def collect(
-    prompts: Seq[Prompt],
-    *,
-    engine: Engine,
-    environment: Environment,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    responses_per_prompt: int,
-    max_turns: int,
-    max_length: int | None,
-    seed: int,
-    first_group: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> list[Trajectory]:
-    """`responses_per_prompt` episodes of each prompt, all under way together; ordered by group, then by sample."""
-    episodes = Episodes(engine, environment, tokenizer, max_turns, max_length)
-    groups = [
-        Group(episodes.begin(prompt, sampling, number=responses_per_prompt, group=group, seed=seed), group)
-        for group, prompt in enumerate(prompts, first_group)
-    ]
-    return await finish(groups, progress)
-
-
 async def finish(groups: Seq[Group], progress: Callable[[int], None] | None = None) -> list[Trajectory]:
     """All trajectories of `groups`, in order and under their numbers. `progress(1)` is called for each episode.
 
@@ -106,7 +83,9 @@ async def finish(groups: Seq[Group], progress: Callable[[int], None] | None = No
     try:
         await asyncio.gather(*tasks)
     except BaseException:  # not a TaskGroup: the caller wants the error itself, not a group of them
-        await cancel(groups)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         raise
     return [replace(task.result(), group=group.number) for group in groups for task in group.tasks]
 
@@ -119,13 +98,6 @@ async def first_done(groups: Seq[Group], number: int, oldest: int) -> list[Group
             return chosen
         open_tasks = [task for group in groups for task in group.tasks if not task.done()]
         await asyncio.wait(open_tasks, return_when=asyncio.FIRST_COMPLETED)
-
-
-async def cancel(groups: Seq[Group]) -> None:
-    tasks = [task for group in groups for task in group.tasks]
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def made_up(number: int, seed: int | None = None) -> list[Prompt]:
@@ -205,7 +177,9 @@ def staleness(trajectories: Seq[Trajectory], step: int, bound: int) -> dict[str,
     """
     if not bound:
         return {}
-    ages = Counter(step - min(t.versions, default=step) for t in trajectories)
-    tokens = [step - version for t in trajectories for version in t.versions]
+    versions = [trajectory.versions for trajectory in trajectories]
+    ages = Counter(step - min(of, default=step) for of in versions)
+    tokens = sum(versions, Counter[int]())
     metrics = {f"staleness/{age}": ages[age] / len(trajectories) for age in range(bound + 1)}
-    return metrics | {"staleness/tokens": fmean(tokens)}
+    mean = sum((step - version) * number for version, number in tokens.items()) / tokens.total()
+    return metrics | {"staleness/tokens": mean}

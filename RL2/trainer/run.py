@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +28,8 @@ from RL2.report import Dashboard, Report, TensorBoard, Wandb
 from RL2.types import TokenBatch
 from RL2.workers.worker import Learner
 
+REPLAY_BATCH = "batch.safetensors"
+"""The rollouts of a step that is kept for replay, as they are trained on; the model lies beside them."""
 LAUNCHERS = "launchers.json"
 """The torchruns that began the run in a folder."""
 
@@ -118,11 +119,10 @@ class Run:
         self, step: int, batch: TokenBatch, learner: Learner, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """The model, and the batch that it is going to train on, in `save_dir/replay_NNNNNN` (evaluation/replay.py)."""
-        name = f"replay_{step:06d}"
-        self.export_to(name, learner, tokenizer)
+        folder = replay_folder(self.save_dir, step)
+        self.export_to(folder.name, learner, tokenizer)
         if self.processes.is_first:
-            tensors = {key: x.contiguous() for key, x in batch.tensors().items()}
-            save_file(tensors, self.save_dir / name / "batch.safetensors")
+            batch.save(folder / REPLAY_BATCH)
 
     def due(self, frequency: int | None, step: int) -> bool:
         return frequency is not None and step % frequency == 0
@@ -153,8 +153,6 @@ def start(config: Config) -> Iterator[Run]:
         if processes.is_first:
             save_dir.mkdir(parents=True, exist_ok=True)
             (save_dir / "config.yaml").write_text(show(config))
-            if not goes_on:
-                (save_dir / LAUNCHERS).write_text(json.dumps(launchers))
         processes.wait("trainer.save_dir to be made")
         checkpoints = Checkpoints(save_dir, processes, trainer.keep)
         with ExitStack() as closing:
@@ -166,6 +164,10 @@ def start(config: Config) -> Iterator[Run]:
         processes.stop()
         raise
     processes.stop()
+
+
+def replay_folder(save_dir: Path, step: int) -> Path:
+    return save_dir / f"replay_{step:06d}"
 
 
 def launcher() -> list[str]:

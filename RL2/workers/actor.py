@@ -25,6 +25,13 @@ from RL2.types import Sequence, StatsRequest, TokenBatch, TokenStats, Trajectory
 from RL2.workers.worker import ON_POLICY, Learner, Progress, Worker
 
 
+def wanted_stats(config: ActorConfig) -> StatsRequest:
+    """The statistics of an update: entropy is always reported, and logp watched against the engine's."""
+    objective = configured(config)
+    fields = tuple(dict.fromkeys((*objective.fields, "logp", "entropy")))
+    return StatsRequest(fields, objective.top_k, config.temperature, config.logits_budget_mib)
+
+
 class Actor(Learner):
     """The policy."""
 
@@ -41,9 +48,7 @@ class Actor(Learner):
         super().__init__(config, processes, total_steps, save_dir)
         self.max_logprob_gap = max_logprob_gap
         self.objective = configured(config)
-        # entropy is always reported, and logp watched against the engine's
-        fields = tuple(dict.fromkeys((*self.objective.fields, "logp", "entropy")))
-        self.request = StatsRequest(fields, self.objective.top_k, config.temperature, config.logits_budget_mib)
+        self.request = wanted_stats(config)
         if self.objective.top_k > (vocabulary := self.lm.config.vocab_size):
             raise ConfigError(
                 f"actor.objective={config.objective} looks at {self.objective.top_k} tokens, and "

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -269,7 +268,7 @@ class Learner(Worker):
         """Save the batch and raise `BrokenLaw`, on every process."""
         file = self.save_dir / f"{what}_step_{self.steps}.safetensors"
         if self.processes.is_first:
-            save_file({name: x.contiguous() for name, x in batch.tensors().items()}, file)
+            batch.save(file)
         self.processes.wait()  # torchrun ends all processes as soon as one has failed
         raise BrokenLaw(f"optimizer step {self.steps}: {why}; the step was not taken, and its batch is in {file}")
 

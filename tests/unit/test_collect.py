@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.engines.scripted import ScriptedEngine
 from RL2.rollout.collect import (
-    collect,
+    Episodes,
+    Group,
     drop_equal_groups,
+    finish,
     raise_if_all_unscored,
     rollout_metrics,
     scored,
@@ -29,6 +31,7 @@ async def step(state, action, extra_info):
     return {"next_state": None, "reward": len(extra_info["seen"]), "score": len(action), "done": True,
             "extra_info": extra_info}
 """
+SAMPLING = Sampling(max_new_tokens=4)
 
 
 @pytest.fixture
@@ -41,13 +44,28 @@ def environment(tmp_path: Path) -> Iterator[Environment]:
 
 @pytest.fixture
 def gather(environment: Environment, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[Trajectory]]:
-    def gather(engine: Any, **changes: Any) -> list[Trajectory]:
+    def gather(
+        engine: Any,
+        *,
+        sampling: Sampling = SAMPLING,
+        responses_per_prompt: int = 2,
+        max_turns: int = 1,
+        max_length: int | None = None,
+        seed: int = 0,
+        first_group: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Trajectory]:
         prompts = [Prompt(10 + i, f"p{i}", [100 + i], {"seen": []}) for i in range(3)]
-        settings: dict[str, Any] = {"responses_per_prompt": 2, "max_turns": 1, "max_length": None, "seed": 0}
-        settings["sampling"] = Sampling(max_new_tokens=4)
-        return asyncio.run(
-            collect(prompts, engine=engine, environment=environment, tokenizer=tokenizer, **(settings | changes))
-        )
+        episodes = Episodes(engine, environment, tokenizer, max_turns, max_length)
+
+        async def everything() -> list[Trajectory]:
+            groups = [
+                Group(episodes.begin(prompt, sampling, number=responses_per_prompt, group=group, seed=seed), group)
+                for group, prompt in enumerate(prompts, first_group)
+            ]
+            return await finish(groups, progress)
+
+        return asyncio.run(everything())
 
     return gather
 

@@ -7,8 +7,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from RL2.ops.attention import PackedAttention
+
+
+def bytes_per_position(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """What the keys and values of one token take, over all layers."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize
 
 
 class KVCache:

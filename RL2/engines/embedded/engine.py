@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from RL2.config import UserError
-from RL2.engines.embedded.cache import Decode, KVCache, Prefill
+from RL2.engines.embedded.cache import Decode, KVCache, Prefill, bytes_per_position
 from RL2.engines.embedded.sampling import sample, uniforms
 from RL2.models.packed import backbone
 from RL2.models.policy import head, positions
@@ -304,9 +304,7 @@ class EmbeddedEngine:
 
     def _max_rows(self) -> int:
         """Requests whose keys and values fit into the memory budget at full length, up to `max_running_requests`."""
-        config = self.lm.config
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * size * self.lm.dtype.itemsize
+        per_position = bytes_per_position(self.lm.config, self.lm.dtype)
         fitting = int(self.budget_bytes // (per_position * (self._longest() + LENGTH_STEP)))
         if fitting == 0:
             raise OutOfMemory(

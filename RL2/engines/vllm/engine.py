@@ -14,6 +14,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from RL2.config import VLLM, Rollout
+from RL2.engines.embedded.cache import bytes_per_position
 from RL2.engines.embedded.engine import free_bytes
 from RL2.engines.vllm.client import Client, ServerError
 from RL2.engines.vllm.keeper import Addresses, Keeper
@@ -67,7 +69,7 @@ class VLLMEngine:
         `EngineFailed` if a server does not come up.
         """
         self.settings, self.processes = settings, processes
-        self.trainer_logps, self.max_length, self.max_probe_gap = trainer_logps, max_length, max_probe_gap
+        self.trainer_logps, self.max_length = trainer_logps, max_length
         draw = random.Random(0)
         self.probe = [draw.randrange(vocab_size) for _ in range(min(PROBE_LENGTH, max_length - 1))]
         self.version = -1
@@ -104,7 +106,7 @@ class VLLMEngine:
             # a connection for each request: none is left when the loop ends, and none that a server has closed is used
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             self.http = httpx.AsyncClient(limits=limits, trust_env=False)
-        cut = Sampling(**{**vars(sampling), "max_new_tokens": min(sampling.max_new_tokens, room)})
+        cut = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         came = time.perf_counter()
         async with self.places:
             self.waits_s.append(time.perf_counter() - came)
@@ -239,7 +241,5 @@ CPU_BLOCK = 128
 
 
 def _kv_cache_bytes(num_sequences: int, model: PretrainedConfig, dtype: torch.dtype, max_length: int) -> int:
-    size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    per_position = 2 * model.num_hidden_layers * model.num_key_value_heads * size * dtype.itemsize
     blocks = num_sequences * -(-max_length // CPU_BLOCK) + 2
-    return blocks * CPU_BLOCK * per_position
+    return blocks * CPU_BLOCK * bytes_per_position(model, dtype)
