@@ -246,6 +246,11 @@ class SFTActor(TrainablePolicy):
 
     avg_level: Literal["token", "sequence"]
     """token: every token weighs the same. sequence: mean over each sequence's tokens, then over sequences."""
+    objective: str
+    """What is minimised on the tokens of the responses: sft is cross-entropy; otherwise as of ppo, but one that reads
+    no advantages and no older policy."""
+    objective_args: dict[str, Any]
+    """Knobs of the objective by name; those that are not given keep the defaults of its function."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,7 +158,7 @@ def _config(run: Path, folder: Path, title: str) -> RLConfig:
     values["actor"]["lora"]["rank"] = 0  # what was kept has the adapters in it
     values["rollout"]["model_name"] = values["ref_actor"]["model_name"] = str(folder)
     config: RLConfig = build(RLConfig, values, "")
-    on_all = reads_advantages(config.actor)
+    on_all = reads_advantages(configured(config.actor))
     fitting = {"train_on": "all", "average_over": "all"} if on_all else {"train_on": "correct"}
     values["actor"] |= {key: value for key, value in fitting.items() if f"actor.{key}" not in keys}
     return build(RLConfig, values, "")
@@ -166,7 +166,7 @@ def _config(run: Path, folder: Path, title: str) -> RLConfig:
 
 def with_advantages(batch: TokenBatch, config: RLConfig) -> TokenBatch:
     """The run's advantages; where they are rewards alone and the objective reads them, less the group's mean."""
-    if config.adv.estimator != "spo" or not reads_advantages(config.actor):
+    if config.adv.estimator != "spo" or not reads_advantages(configured(config.actor)):
         return batch
     sizes = batch.group_B.unique(return_counts=True)[1]
     if int(sizes.max()) == 1:

@@ -6,18 +6,18 @@ changes nothing, would be without effect in training too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from RL2.config import Actor, ConfigError, RLConfig
-from RL2.objectives.table import Bound, configured
+from RL2.config import Actor, ConfigError, RLConfig, SFTActor
+from RL2.objectives.table import Bound, bind, configured
 from RL2.objectives.terms import configured_weights, total_loss
 from RL2.ops.token_stats import token_stats
 from RL2.packing import pack
-from RL2.types import Sequence, TokenBatch, Trajectory
+from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
 NUM_TRAJECTORIES, LONGEST = 32, 16
 
@@ -39,19 +39,30 @@ def probe(config: RLConfig) -> None:
         if torch.equal(whole, gradient(off)):
             raise ConfigError(f"{setting} has no effect: the gradient is the same without it")
 
-    if not reads_advantages(actor):
+    if not reads_advantages(objective):
         for setting in advantage_settings(config):
             raise ConfigError(f"{setting} has no effect: actor.objective={actor.objective} reads no advantages")
 
 
-def reads_advantages(actor: Actor) -> bool:
+def probe_supervised(actor: SFTActor) -> None:
+    """Raises ConfigError for an objective that reads what rows of data do not have."""
+    objective = bind(actor.objective, actor.objective_args)
+    if reads_advantages(objective):
+        raise ConfigError(
+            f"actor.objective={actor.objective} reads advantages, and rows of data have none; "
+            "choose sft, rank_jsd or another that trains on what is right"
+        )
+
+
+def reads_advantages(objective: Bound) -> bool:
     """The gradient of the objective depends on them."""
-    objective = configured(actor)
     logits_TV, batch = made_up(vocabulary=64 + objective.top_k)
     assert batch.advantage_T is not None
-    others = batch.with_(advantage_T=batch.advantage_T.flip(0))
-    bare = without_terms(actor)
-    return not torch.equal(*(loss_gradient(logits_TV, each, bare, objective) for each in (batch, others)))
+
+    def of(batch: TokenBatch) -> Tensor:
+        return gradient(logits_TV, batch, objective, lambda stats: objective.loss(stats, batch)[0].sum())
+
+    return not torch.equal(of(batch), of(batch.with_(advantage_T=batch.advantage_T.flip(0))))
 
 
 def without_terms(actor: Actor) -> Actor:
@@ -101,23 +112,33 @@ def advantage_settings(config: RLConfig) -> Iterator[str]:
 
 def loss_gradient(logits_TV: Tensor, batch: TokenBatch, actor: Actor, objective: Bound) -> Tensor:
     """Of the loss with respect to the logits."""
-    leaf_TV = logits_TV.clone().requires_grad_()
-    fields = tuple(dict.fromkeys((*objective.fields, "logp", "entropy")))
-    stats = token_stats(
-        leaf_TV,
-        torch.eye(leaf_TV.shape[1]),
-        batch.labels_T,
-        temperature=actor.temperature,
-        fields=fields,
-        top_k=objective.top_k,
-    )
     if actor.kl.coef == 0:
         batch = replace(batch, ref_logp_T=None)
-    loss_T, _ = total_loss(stats, batch, actor, objective)
-    loss = (loss_T * configured_weights(batch, actor)).sum()
-    if not loss.requires_grad:
+
+    def loss(stats: TokenStats) -> Tensor:
+        return (total_loss(stats, batch, actor, objective)[0] * configured_weights(batch, actor)).sum()
+
+    return gradient(logits_TV, batch, objective, loss, actor.temperature)
+
+
+def gradient(
+    logits_TV: Tensor,
+    batch: TokenBatch,
+    objective: Bound,
+    loss: Callable[[TokenStats], Tensor],
+    temperature: float = 1.0,
+) -> Tensor:
+    """Of `loss`, which sees the statistics that `objective` reads."""
+    leaf_TV = logits_TV.clone().requires_grad_()
+    fields = tuple(dict.fromkeys((*objective.fields, "logp", "entropy")))
+    identity_VV = torch.eye(leaf_TV.shape[1])
+    stats = token_stats(
+        leaf_TV, identity_VV, batch.labels_T, temperature=temperature, fields=fields, top_k=objective.top_k
+    )
+    found = loss(stats)
+    if not found.requires_grad:
         return torch.zeros_like(leaf_TV)
-    (gradient_TV,) = torch.autograd.grad(loss, leaf_TV, allow_unused=True, materialize_grads=True)
+    (gradient_TV,) = torch.autograd.grad(found, leaf_TV, allow_unused=True, materialize_grads=True)
     return gradient_TV
 
 

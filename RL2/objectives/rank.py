@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from RL2.config import Count
-from RL2.objectives.calculus import js_summand
+from RL2.config import Count, NonNegative
+from RL2.objectives.calculus import dlogp, js_summand
 from RL2.objectives.declare import Loss, needs
 from RL2.types import TokenBatch, TokenStats
 
@@ -69,15 +69,18 @@ def rank_kl(stats: TokenStats, batch: TokenBatch, *, rank_cap: Count = RANK_CAP)
     return (q_TK * (logq_TK - logp_TK) - q_TK + p_TK).sum(-1), covered
 
 
-def rank_jsd_gradient(p_TV: Tensor, batch: TokenBatch, *, rank_cap: int = RANK_CAP) -> Tensor:
+def rank_jsd_gradient(p_TV: Tensor, batch: TokenBatch, *, rank_cap: int = RANK_CAP, ce_coef: float = 0.0) -> Tensor:
     p_rank_TV, q_rank_TV, id_TV = _dense(p_TV, batch.labels_T, rank_cap)
     g_TV = p_rank_TV * (2 * p_rank_TV / (p_rank_TV + q_rank_TV)).log() / 2
-    return torch.zeros_like(p_TV).scatter(1, id_TV, g_TV - p_rank_TV * g_TV.sum(-1, keepdim=True))
+    jsd_TV = torch.zeros_like(p_TV).scatter(1, id_TV, g_TV - p_rank_TV * g_TV.sum(-1, keepdim=True))
+    return jsd_TV - ce_coef * dlogp(p_TV, batch.labels_T)
 
 
-@needs("top_logp", "top_id", top_k="rank_cap", gradient=rank_jsd_gradient)
-def rank_jsd(stats: TokenStats, batch: TokenBatch, *, rank_cap: Count = RANK_CAP) -> Loss:
+@needs("logp", "top_logp", "top_id", top_k="rank_cap", gradient=rank_jsd_gradient)
+def rank_jsd(stats: TokenStats, batch: TokenBatch, *, rank_cap: Count = RANK_CAP, ce_coef: NonNegative = 0.0) -> Loss:
     """JSD(p, q) over i <= r: the sum of p_i log(p_i / m_i) / 2 + q_i log(q_i / m_i) / 2, with m = (p + q) / 2.
+
+    `ce_coef` adds so much of the cross-entropy, -log p_a, of every token, those beyond the cap included (section 4.4).
 
     At most log 2. Zero, with zero gradient, at r = 1 (and where p_1 = ... = p_r). Gradient, with
     g_i = p_i log(p_i / m_i) / 2 for i <= r and 0 beyond: g_j - p_j sum_i g_i. Of the sampled token it vanishes as p_r
@@ -85,4 +88,5 @@ def rank_jsd(stats: TokenStats, batch: TokenBatch, *, rank_cap: Count = RANK_CAP
     """
     logp_TK, logq_TK, covered = _logs(stats, batch, rank_cap)
     # where p = q a rounded logarithm of 2 would be left on some devices
-    return js_summand(logp_TK, logq_TK).masked_fill(logp_TK == logq_TK, 0.0).sum(-1), covered
+    jsd_T = js_summand(logp_TK, logq_TK).masked_fill(logp_TK == logq_TK, 0.0).sum(-1)
+    return (jsd_T - ce_coef * stats.logp if ce_coef else jsd_T), covered

@@ -52,6 +52,14 @@ class Bound:
     gradient: Gradient | None
     """Its closed form, if it has one."""
 
+    def check(self, vocabulary: int) -> None:
+        """Raise ConfigError unless a model with so many tokens has as many as it looks at."""
+        if self.top_k > vocabulary:
+            raise ConfigError(
+                f"actor.objective={self.name} looks at {self.top_k} tokens, and actor.model_name has {vocabulary}; "
+                f"lower {ARGS}.{find(self.name).top_k}"  # type: ignore[attr-defined]
+            )
+
 
 def find(name: str) -> Objective:
     """The objective of the table, or of `path.py:function`. Raises ConfigError where there is none."""

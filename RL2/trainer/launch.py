@@ -43,6 +43,10 @@ def main(program: str) -> None:
             from RL2.objectives.probe import probe
 
             probe(config)
+        elif isinstance(config, SFTConfig):
+            from RL2.objectives.probe import probe_supervised
+
+            probe_supervised(config.actor)
         if config.trainer.dry_run:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(show(config) + "\n" + summary(program, config))

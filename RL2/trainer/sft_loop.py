@@ -8,17 +8,19 @@ from RL2.config import SFTConfig
 from RL2.data.cursor import Cursor
 from RL2.data.sft import load_examples
 from RL2.models.policy import load_tokenizer
-from RL2.objectives.path import cross_entropy
+from RL2.objectives.declare import Loss
+from RL2.objectives.table import bind
 from RL2.packing import loss_weights, pack
 from RL2.trainer.run import Run
 from RL2.trainer.supervised import Rows, Task, converter, fit, train_and_test
-from RL2.types import StatsRequest, TokenBatch
+from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import Learner
 
 
 def train(config: SFTConfig, run: Run) -> None:
-    """Cross-entropy on the tokens of the responses, `batch_size` examples a step."""
+    """Cross-entropy, or another objective, on the tokens of the responses, `batch_size` examples a step."""
     data, actor = config.data, config.actor
+    objective = bind(actor.objective, actor.objective_args)
     tokenizer, example = load_tokenizer(actor.model_name), converter(data)
     notes: list[str] = []
 
@@ -30,10 +32,16 @@ def train(config: SFTConfig, run: Run) -> None:
     def weights(batch: TokenBatch) -> Tensor:
         return loss_weights(batch, train_on="all", level=actor.avg_level, average_over="all")
 
+    def loss(stats: TokenStats, batch: TokenBatch) -> Loss:
+        loss_T, metrics = objective.loss(stats, batch)
+        return loss_T, metrics | {"nll": -stats.logp.detach()}  # whatever is minimised, by this runs can be compared
+
     rows, tests = train_and_test(data, read)
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = run.number_of_steps(cursor)
     learner = Learner(actor, run.processes, num_steps, run.save_dir)
-    request = StatsRequest(("logp",), budget_mib=actor.logits_budget_mib)
-    task = Task("actor", learner, rows, tests, weights, cross_entropy, request, notes)
+    objective.check(learner.lm.config.vocab_size)
+    fields = tuple(dict.fromkeys((*objective.fields, "logp")))
+    request = StatsRequest(fields, objective.top_k, budget_mib=actor.logits_budget_mib)
+    task = Task("actor", learner, rows, tests, weights, loss, request, notes)
     fit(task, cursor, num_steps, tokenizer, run)

@@ -11,7 +11,6 @@ from typing import Protocol
 from torch import Tensor
 
 from RL2.config import Actor as ActorConfig
-from RL2.config import ConfigError
 from RL2.config import RefActor as RefActorConfig
 from RL2.models.lora import adapters_off
 from RL2.models.policy import Policy
@@ -49,11 +48,7 @@ class Actor(Learner):
         self.max_logprob_gap = max_logprob_gap
         self.objective = configured(config)
         self.request = wanted_stats(config)
-        if self.objective.top_k > (vocabulary := self.lm.config.vocab_size):
-            raise ConfigError(
-                f"actor.objective={config.objective} looks at {self.objective.top_k} tokens, and "
-                f"actor.model_name={config.model_name} has {vocabulary}"
-            )
+        self.objective.check(self.lm.config.vocab_size)
 
     def stats_at_arrival(self, batch: TokenBatch) -> TokenBatch:
         """`batch` with the policy's log-probabilities, and what token selection looks at."""

@@ -30,6 +30,9 @@ LEARNING = {
 }
 
 
+RANK_JSD = ("actor.objective=rank_jsd", "actor.objective_args.ce_coef=0.5", "actor.objective_args.rank_cap=8")
+
+
 @pytest.fixture(scope="module")
 def runs(world: World) -> Iterator[Runs]:
     """All of them, two at a time; each test waits for its own."""
@@ -46,6 +49,7 @@ def runs(world: World) -> Iterator[Runs]:
             "ipo": pool.submit(
                 world.run, "dpo", *settings["dpo"], "actor.loss=ipo", "actor.beta=0.5", "actor.reference_free=true"
             ),
+            "rank jsd": pool.submit(world.run, "sft", *settings["sft"], *RANK_JSD),
             "rm on two": pool.submit(world.run, "rm", nproc=2),
             "dpo on two": pool.submit(world.run, "dpo", nproc=2),
             "rm on one": pool.submit(world.run, "rm"),
@@ -84,6 +88,16 @@ def test_sft_memorises(runs: Runs, world: World) -> None:
         out = lm.generate(torch.tensor([prompt]), max_new_tokens=len(response), do_sample=False)
         right += out[0, start:].tolist() == response
     assert right >= 0.9 * len(trajectories)
+
+
+def test_another_objective_is_compared_by_the_negative_log_likelihood(runs: Runs) -> None:
+    """As the pre-training pilot of the thesis, section 4.4: cross-entropy and the rank objective."""
+    plain, mixed = (runs[name].result().succeeded().metrics for name in ("sft", "rank jsd"))
+    assert plain[-1]["test/nll"] == pytest.approx(plain[-1]["test/loss"], rel=1e-4)
+    assert mixed[0]["test/nll"] == pytest.approx(plain[0]["test/nll"], rel=1e-4)
+    assert mixed[0]["test/loss"] > 0.5 * mixed[0]["test/nll"]
+    assert mixed[-1]["test/nll"] < 0.2 * mixed[0]["test/nll"]
+    assert mixed[0]["test/covered"] < mixed[-1]["test/covered"] == pytest.approx(1, abs=0.05)
 
 
 def test_rm_tells_chosen_from_rejected_on_pairs_that_it_has_not_seen(runs: Runs) -> None:

@@ -153,6 +153,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Dense]] = {
     "rank kl cap": ("rank_kl", {"rank_cap": 4}, lambda p, b: dense_rank(p, b, js=False, cap=4)),
     "rank jsd": ("rank_jsd", {}, lambda p, b: dense_rank(p, b, js=True, cap=32)),
     "rank jsd cap": ("rank_jsd", {"rank_cap": 4}, lambda p, b: dense_rank(p, b, js=True, cap=4)),
+    "rank jsd and cross-entropy": (
+        "rank_jsd",
+        {"rank_cap": 4, "ce_coef": 0.7},
+        lambda p, b: dense_rank(p, b, js=True, cap=4) - 0.7 * pick(p, b.labels_T).log(),
+    ),
     "reinforce": ("reinforce", {}, dense_reinforce),
     "ppo": ("ppo", {}, lambda p, b: dense_ppo(p, b, 0.2, 0.2, None)),
     "clip higher": ("ppo", {"clip_high": 0.28}, lambda p, b: dense_ppo(p, b, 0.2, 0.28, None)),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from RL2.config import ConfigError, RLConfig, load
-from RL2.objectives.probe import made_up, probe
+from RL2.objectives.probe import made_up, probe, probe_supervised
 from RL2.objectives.terms import importance_weight, overlong_penalty
 from RL2.ops.laws import breaches, first_breach
 from RL2.packing import kept, loss_weights, pack
@@ -217,6 +217,15 @@ RL = [
     "trainer.experiment_name=x",
 ]
 
+SFT = [
+    "data.path=x.jsonl",
+    "data.max_length=64",
+    "data.batch_size=4",
+    "actor.model_name=m",
+    "actor.max_length_per_device=512",
+    "trainer.experiment_name=x",
+]
+
 
 def config(program: str, *overrides: str) -> RLConfig:
     return load(program, (*RL, *overrides))
@@ -279,6 +288,17 @@ def test_a_setting_without_effect_is_refused(settings: tuple[str, ...], message:
         message = message.replace(word, name)
     with pytest.raises(ConfigError, match=message):
         probe(config(*settings))
+
+
+@pytest.mark.parametrize("objective", ["sft", "spo", "spo_0p5", "binary_jsd", "rank_jsd", "rank_kl"])
+def test_what_reads_no_advantages_can_fine_tune(objective: str) -> None:
+    probe_supervised(load("sft", [*SFT, f"actor.objective={objective}"]).actor)
+
+
+@pytest.mark.parametrize("objective", ["reinforce", "ppo", "gspo", "cispo", "sapo"])
+def test_what_reads_advantages_cannot(objective: str) -> None:
+    with pytest.raises(ConfigError, match=f"actor.objective={objective} reads advantages, and rows of data have none"):
+        probe_supervised(load("sft", [*SFT, f"actor.objective={objective}"]).actor)
 
 
 def test_the_probe_has_something_of_everything() -> None:
