@@ -191,6 +191,47 @@ def sweep(
 
 
 @app.command()
+def reproduce(
+    what: Annotated[str, typer.Argument(metavar="thesis")],
+    scale: Annotated[str, typer.Option(help="tiny: run it here; 4b: print the commands for a node of GPUs")] = "tiny",
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    nproc: Annotated[int, typer.Option(min=1, help="4b: GPUs of the node")] = 8,
+    out: Annotated[Path, typer.Option(help="folder for the runs and the page")] = Path("runs/thesis"),
+) -> None:
+    """The experiments of the thesis: every method under several seeds, and a page that says which claims hold.
+
+    Given again, it goes on where it was. On two cores it takes about half an hour.
+
+    Example: rl2 reproduce thesis --seeds 3
+    """
+    import os
+
+    from rich.markup import escape
+
+    from RL2.config import ConfigError
+    from RL2.demo import thesis
+    from RL2.demo.run import Board
+
+    with ending("reproduce"):
+        if what != "thesis":
+            raise ConfigError(f"{what}: there is one thing to reproduce, `rl2 reproduce thesis`")
+        if scale not in ("tiny", "4b"):
+            raise ConfigError(f"--scale {scale}: choose tiny or 4b")
+        if scale == "4b":
+            for command in thesis.gpu_commands(seeds, nproc):
+                print(command)
+            return
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so small a model gains nothing from a GPU
+        board = Board()
+        with board.progress:
+            claims = thesis.reproduce(out, seeds, board)
+        for claim in claims:
+            line = f"{claim.section}  {escape(claim.text)}: [b]{claim.verdict}[/b]; {escape(claim.measured)}"
+            board.console.print(line, highlight=False, soft_wrap=True)
+        board.say(f"{out / 'thesis.html'} written")
+
+
+@app.command()
 def audit_env(
     env: Annotated[Path, typer.Argument(help="An environment script.")],
     data: Annotated[str, typer.Option(help="As train_data.path; rows carry the right answer in extra_info.")],

@@ -62,7 +62,7 @@ class Report:
         file = self.folder / "metrics.jsonl"
         if not self.is_first or not file.exists():
             return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in file.read_bytes().splitlines()]
 
     def values(self, name: str) -> list[float]:
         """What it has of one metric."""

@@ -209,14 +209,18 @@ def write_data(
     train = draw_problems(Random(f"{seed} train"), train_rows, held_out=False)
     test = draw_problems(Random(f"{seed} test"), test_rows, held_out=True)
 
-    rng, demonstrator = Random(f"{seed} demonstrator"), Demonstrator()
-    pairs = [(problem.question, demonstrator.solve(problem, rng)) for problem in warmup]
-    write_rows(
-        folder / "warmup.jsonl", ({"messages": [_user(q), {"role": "assistant", "content": a}]} for q, a in pairs)
-    )
+    pairs = write_demonstrations(folder / "warmup.jsonl", warmup, Random(f"{seed} demonstrator"))
     write_rows(folder / "train.jsonl", map(_row, train))
     write_rows(folder / "test.jsonl", map(_row, test))
     return [text for pair in pairs for text in pair]
+
+
+def write_demonstrations(file: Path, problems: Sequence[Problem], rng: Random) -> list[tuple[str, str]]:
+    """A careless solution of each problem; returns the questions with them."""
+    demonstrator = Demonstrator()
+    pairs = [(problem.question, demonstrator.solve(problem, rng)) for problem in problems]
+    write_rows(file, ({"messages": [_user(q), {"role": "assistant", "content": a}]} for q, a in pairs))
+    return pairs
 
 
 def _row(problem: Problem) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from RL2.config import UserError
 from RL2.demo.model import build_model
 from RL2.demo.problems import write_data
 from RL2.evaluation import evaluate as evaluation
@@ -35,6 +36,9 @@ from RL2.viewer.report import Page, RunView, Scores, findings, headline, summary
 MAX_NEW_TOKENS = 36
 SEQUENCES_PER_STEP = 256
 WARMUP_BATCH = 32
+WARMUP = "warm-up"
+DONE = "done.json"
+"""In the folder of a job that has ended well: its command, and the seconds that it took."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ FULL = Plan(warmup_steps=1000, steps=80, test_freq=10, methods=METHODS)
 QUICK = Plan(warmup_steps=500, steps=40, test_freq=10, methods=METHODS[2:3])
 
 
-class DemoError(Exception):
+class DemoError(UserError):
     """Something that the demo started has failed."""
 
 
@@ -91,9 +95,18 @@ class Job:
         """The command as one would type it."""
         return shlex.join(["python", *self.command[1:]])
 
+    @property
+    def is_done(self) -> bool:
+        """This very command has ended well."""
+        file = self.folder / DONE
+        return file.exists() and json.loads(file.read_text())["command"] == self.shown
 
-def warmup_job(plan: Plan, out: Path, seed: int) -> Job:
-    folder = out / "warm-up"
+
+def warmup_job(
+    plan: Plan, out: Path, seed: int, *, name: str = WARMUP, settings: tuple[str, ...] = (), threads: int | None = None
+) -> Job:
+    """Training from scratch on the demonstrations, with all cores unless `threads` says how many."""
+    folder = out / name
     overrides = (
         f"data.path={out}/data/warmup.jsonl",
         "data.max_length=256",
@@ -106,12 +119,13 @@ def warmup_job(plan: Plan, out: Path, seed: int) -> Job:
         "actor.scheduler=wsd",
         "actor.decay_ratio=0.3",
         "actor.warmup_ratio=0.03",
+        *settings,
         f"trainer.max_steps={plan.warmup_steps}",
-        "trainer.experiment_name=warm-up",
+        f"trainer.experiment_name={name}",
         f"trainer.save_dir={folder}",
         f"trainer.seed={seed}",
     )
-    return Job("warm-up", "sft", overrides, folder, plan.warmup_steps, threads=num_cores())
+    return Job(name, "sft", overrides, folder, plan.warmup_steps, threads=threads or num_cores())
 
 
 def method_job(method: Method, plan: Plan, out: Path, seed: int, env_path: Path) -> Job:
@@ -121,7 +135,7 @@ def method_job(method: Method, plan: Plan, out: Path, seed: int, env_path: Path)
         f"train_data.prompts_per_rollout={SEQUENCES_PER_STEP // method.responses_per_prompt}",
         f"train_data.responses_per_prompt={method.responses_per_prompt}",
         f"test_data.path={out}/data/test.jsonl",
-        f"actor.model_name={out}/warm-up/latest",
+        f"actor.model_name={out}/{WARMUP}/latest",
         "actor.max_length_per_device=32768",
         "actor.gradient_checkpointing=false",
         "actor.betas=[0.9,0.99]",
@@ -232,6 +246,7 @@ class Child:
                 "\n".join([*tail, f"{self.job.title} failed (exit {self.process.returncode}); all of it: {self.log}"])
             )
         self.board.end(self.task, self.job.title, self.job.steps, seconds, self.note)
+        (self.job.folder / DONE).write_text(json.dumps({"command": self.job.shown, "seconds": seconds}))
         return seconds
 
 
@@ -309,7 +324,7 @@ def num_cores() -> int:
 
 def clear(out: Path) -> None:
     """Remove what an earlier run of the demo left under `out`, and nothing else."""
-    for name in ("data", "model", "warm-up", *(method.name for method in METHODS)):
+    for name in ("data", "model", WARMUP, *(method.name for method in METHODS)):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("report.html", "summary.json"):
         (out / name).unlink(missing_ok=True)

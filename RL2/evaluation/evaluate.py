@@ -163,7 +163,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
     if len(kept) < len(whole):
         file.write_bytes(kept)
     records = []
-    for number, line in enumerate(kept.decode().splitlines(), 1):
+    # not str.splitlines: a text may hold other characters that end a line, which JSON leaves as they are
+    for number, line in enumerate(kept.splitlines(), 1):
         try:
             records.append(json.loads(line))
         except ValueError as error:

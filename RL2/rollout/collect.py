@@ -145,9 +145,9 @@ def drop_equal_groups(trajectories: Seq[Trajectory]) -> list[Trajectory]:
 def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, float]:
     """What a rollout did; means over trajectories unless said otherwise. A mean over nothing is left out.
 
-    score, reward: of the scored trajectories. length: sampled tokens. turns: responses. truncated: share. unscored:
-    count. entropy: mean of -logp over all sampled tokens, in nats; when sampling at temperature 1 from all tokens that
-    is an unbiased estimate of the policy's entropy, otherwise it is a cross-entropy of no meaning but its trend.
+    score, reward: of the scored trajectories. length: sampled tokens. turns: responses. truncated: share. tokens,
+    unscored: counts. entropy: mean of -logp over all sampled tokens, in nats; when sampling at temperature 1 from all
+    tokens that is an unbiased estimate of the policy's entropy, otherwise a cross-entropy of no meaning but its trend.
     """
     rated = scored(trajectories)
     surprise = [
@@ -166,7 +166,8 @@ def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, flo
         "turns": [len(trajectory.texts) // 2 for trajectory in trajectories],
     }
     metrics = {f"{prefix}/{name}": fmean(each) for name, each in values.items() if each}
-    return metrics | {f"{prefix}/unscored": float(len(trajectories) - len(rated))}
+    counts = {"tokens": sum(values["length"]), "unscored": len(trajectories) - len(rated)}
+    return metrics | {f"{prefix}/{name}": float(count) for name, count in counts.items()}
 
 
 def staleness(trajectories: Seq[Trajectory], step: int, bound: int) -> dict[str, float]:

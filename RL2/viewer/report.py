@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -29,6 +28,12 @@ Row = dict[str, Any]
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DASHES = ("solid", "dash", "solid", "dot", "dashdot", "longdash")
 MARKERS = ("circle", "square", "diamond", "x", "triangle-up", "cross")
+
+
+def colour(number: int) -> str:
+    """Of the `number`-th method of a page."""
+    return COLOURS[number % len(COLOURS)]
+
 
 EDGE_STEPS = 10
 """`first` and `last` values of noisy series are means over so many steps."""
@@ -70,7 +75,7 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-def series(metrics: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
+def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of `key`, where it is there and finite."""
     points = [(row["step"], row[key]) for row in metrics if isinstance(row.get(key), int | float)]
     points = [(step, float(value)) for step, value in points if math.isfinite(value)]
@@ -215,9 +220,9 @@ def charts(runs: Sequence[RunView]) -> list[Chart]:
         figure = go.Figure()
         for number, run in enumerate(runs):
             figure.add_traces(_traces(run, key, number, tick.replace(".0%", ".1%"), **look))
-        figure.update_layout(**_LAYOUT, height=360 if id == "test" else 280)
+        figure.update_layout(**LAYOUT, height=360 if id == "test" else 280)
         figure.update_yaxes(tickformat=tick, rangemode="tozero" if key in _FROM_ZERO else "normal")
-        div = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{id}", config=_CONFIG)
+        div = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{id}", config=CONFIG)
         return Chart(id, title, note, div)
 
     return [
@@ -237,16 +242,16 @@ def _traces(
     steps, values = series(run.metrics, key)
     largest = max(map(abs, values), default=1.0) or 1.0
     heights = [value / largest for value in values] if scaled else values
-    colour = COLOURS[number % len(COLOURS)]
+    look = colour(number)
     shared = {"x": steps, "name": run.title, "meta": run.name, "showlegend": False, "cliponaxis": False}
     faint = go.Scatter(
-        **shared, y=heights, mode="lines", line={"color": colour, "width": 1}, opacity=0.3, hoverinfo="skip"
+        **shared, y=heights, mode="lines", line={"color": look, "width": 1}, opacity=0.3, hoverinfo="skip"
     )
     strong = go.Scatter(
         **shared,
         y=smooth(heights) if noisy else heights,
         mode="lines" if noisy else "lines+markers",
-        line={"color": colour, "width": 2.5, "dash": DASHES[number % len(DASHES)]},
+        line={"color": look, "width": 2.5, "dash": DASHES[number % len(DASHES)]},
         marker={"symbol": MARKERS[number % len(MARKERS)], "size": 8},
         customdata=values,  # what is read out is the value itself, neither smoothed nor scaled
         hovertemplate=f"%{{customdata:{tick}}}",
@@ -265,7 +270,7 @@ def smooth(values: Sequence[float], reach: int = 3) -> list[float]:
 _GREY = "#80868f"
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif'
 _AXIS = {"gridcolor": "rgba(128,134,143,.25)", "zeroline": False, "automargin": True}
-_LAYOUT: dict[str, Any] = {
+LAYOUT: dict[str, Any] = {
     "template": "none",
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
@@ -283,7 +288,7 @@ _LAYOUT: dict[str, Any] = {
     },
     "yaxis": dict(_AXIS),
 }
-_CONFIG = {"displayModeBar": False, "responsive": True}
+CONFIG = {"displayModeBar": False, "responsive": True}
 
 
 class Piece(NamedTuple):
@@ -360,22 +365,32 @@ class Page:
 
 
 def write_report(out_html: Path, runs: Sequence[RunView], page: Page) -> None:
-    source = resources.files("RL2.viewer").joinpath("report.html").read_text(encoding="utf-8")
-    # what a model writes is not to be trusted: everything is escaped but the two strings that plotly makes
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.globals |= {"percent": _percent, "points": _points, "number": _number}
-    html = environment.from_string(source).render(
+    write_page(
+        out_html,
+        "report.html",
         page=page,
         runs=runs,
-        keys=[Key(run.name, run.title, COLOURS[i % len(COLOURS)]) for i, run in enumerate(runs)],
+        keys=[Key(run.name, run.title, colour(i)) for i, run in enumerate(runs)],
         summaries=[summarise(run) for run in runs],
         headline=headline(runs),
         findings=findings(runs),
         charts=charts(runs),
         readings=[readings(run) for run in runs],
         edge_steps=EDGE_STEPS,
-        plotly=get_plotlyjs(),
     )
+
+
+def write_page(out_html: Path, template: str, **values: Any) -> None:
+    """Render a template of this folder, with plotly's own code in it."""
+    # what a model writes is not to be trusted: everything is escaped but the strings that plotly makes
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("RL2.viewer", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.globals |= {"percent": _percent, "points": _points, "number": _number}
+    html = environment.get_template(template).render(**values, plotly=get_plotlyjs())
     out_html.parent.mkdir(parents=True, exist_ok=True)
     out_html.write_text(html, encoding="utf-8")
 

@@ -16,7 +16,7 @@ from programs import NUM_ROWS, World
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from RL2.config import ConfigError
-from RL2.evaluation.evaluate import Question, compared, evaluate
+from RL2.evaluation.evaluate import Question, compared, evaluate, read
 
 SAMPLES = 4
 ENVIRONMENT = """
@@ -96,6 +96,13 @@ def test_what_was_interrupted_goes_on_and_what_is_done_is_read_back(folder: Path
     assert (folder / "records.jsonl").read_bytes() == again
     print(f"read back in {time.monotonic() - began:.1f} s")
     assert evaluated([*settings, "temperature=0.7"]) != folder
+
+
+def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
+    """Some end a line for Python and not for JSON."""
+    record = {"row": 0, "sample": 0, "texts": ["a\u2028b\x85c\x1cd\n"]}
+    (tmp_path / "records.jsonl").write_text(2 * (json.dumps(record, ensure_ascii=False) + "\n"), encoding="utf-8")
+    assert read(tmp_path) == [record, record]
 
 
 def test_compare_says_what_it_sees(folder: Path, settings: list[str]) -> None:

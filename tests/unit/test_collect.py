@@ -151,6 +151,7 @@ def test_metrics() -> None:
             "rollout/entropy": 2,
             "rollout/truncated": 1 / 3,
             "rollout/turns": 1,
+            "rollout/tokens": 6,
             "rollout/unscored": 1,
         }
     )

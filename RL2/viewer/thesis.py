@@ -1,0 +1,158 @@
+"""The page of `rl2 reproduce thesis`: claims first, then the figures in the order of the thesis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, get_args
+
+import plotly.graph_objects as go
+
+from RL2.evaluation.claims import Claim, Verdict
+from RL2.evaluation.compare import Comparison
+from RL2.evaluation.intervals import accuracy
+from RL2.viewer.report import CONFIG, DASHES, LAYOUT, Chart, colour, series, smooth, write_page
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A method in the pictures: the rows of metrics.jsonl of each of its runs."""
+
+    name: str
+    title: str
+    runs: Sequence[Sequence[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in the table; a figure for each seed."""
+
+    section: str
+    title: str
+    greedy: list[float]
+    mean: list[float]
+    """Of the samples."""
+    pass_at: list[float]
+    length: float
+    """Of greedy responses, in tokens."""
+    against: Comparison | None
+    """With the baseline; None for the baseline itself."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the thesis; the first curve is the baseline."""
+
+    number: str
+    title: str
+    lead: str
+    curves: list[Curve]
+
+
+@dataclass(frozen=True)
+class ThesisPage:
+    claims: list[Claim]
+    rows: list[Row]
+    baseline: str
+    parts: list[Part]
+    pilots: list[Curve]
+    pilot_rows: list[Row]
+    published: list[tuple[str, float, float]]
+    """Title, greedy accuracy, pass@k."""
+    published_problems: int
+    samples: int
+    settings: dict[str, str]
+    reproduce: str
+    commands: list[str]
+
+
+def write_thesis(out_html: Path, page: ThesisPage) -> None:
+    methods = {curve.name: None for part in page.parts for curve in part.curves}
+    looks = {name: number for number, name in enumerate(methods)}
+    looks |= {curve.name: number for number, curve in enumerate(page.pilots)}
+    n = page.published_problems
+    write_page(
+        out_html,
+        "thesis.html",
+        page=page,
+        counts={word: sum(claim.verdict == word for claim in page.claims) for word in get_args(Verdict)},
+        figures=[charts(part, looks) for part in page.parts],
+        pilot_figures=pilot_charts(page.pilots, looks),
+        colours={name: colour(number) for name, number in looks.items()},
+        published=[(title, _of(greedy, n), _of(passed, n)) for title, greedy, passed in page.published],
+        fmean=fmean,
+    )
+
+
+def _of(share: float, number: int) -> Any:
+    right = round(share * number)
+    return accuracy([1.0] * right + [0.0] * (number - right))
+
+
+def charts(part: Part, looks: Mapping[str, int]) -> list[Chart]:
+    """The five pictures of a section, in the order of the thesis."""
+    own = part.curves[1:]
+    wanted = (
+        ("test", "Test accuracy", "held-out problems, greedy", "test/score", ".0%", part.curves),
+        ("train", "Training accuracy", "rollouts of each step", "train/score", ".0%", part.curves),
+        ("entropy", "Entropy", "nats per sampled token", "train/entropy", ".3~f", part.curves),
+        ("length", "Response length", "tokens", "train/length", ".3~f", part.curves),
+        ("loss", "Loss", "of the section's own methods", "actor/loss", ".3~g", own),
+    )
+    return [
+        _chart(f"{part.number.replace('.', '-')}-{name}", title, note, key, tick, curves, looks)
+        for name, title, note, key, tick, curves in wanted
+    ]
+
+
+def pilot_charts(pilots: Sequence[Curve], looks: Mapping[str, int]) -> list[Chart]:
+    nll = "negative log-likelihood of held-out tokens, in nats"
+    return [_chart("pilot-nll", "Held-out loss", nll, "test/nll", ".3~f", pilots, looks)]
+
+
+def _chart(
+    id: str, title: str, note: str, key: str, tick: str, curves: Sequence[Curve], looks: Mapping[str, int]
+) -> Chart:
+    figure = go.Figure()
+    for curve in curves:
+        figure.add_traces(_traces(curve, key, looks[curve.name], tick.replace(".0%", ".1%")))
+    figure.update_layout(**LAYOUT, height=260)
+    share = key.endswith("/score")
+    figure.update_yaxes(tickformat=tick, rangemode="tozero" if share else "normal")
+    div = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{id}", config=CONFIG)
+    return Chart(id, title, note, div)
+
+
+def _traces(curve: Curve, key: str, number: int, tick: str) -> list[go.Scatter]:
+    """The mean over seeds, and a band from the lowest to the highest; noisy series are smoothed first."""
+    found = [series(run, key) for run in curve.runs]
+    is_noisy = not key.startswith("test/")
+    by_step: dict[int, list[float]] = {}
+    for steps, values in found:
+        for step, value in zip(steps, smooth(values) if is_noisy else values, strict=True):
+            by_step.setdefault(step, []).append(value)
+    # where a run has nothing to say at a step, a mean over the others would jump
+    whole = {step: values for step, values in sorted(by_step.items()) if len(values) == len(curve.runs)}
+    steps, line = list(whole), [fmean(values) for values in whole.values()]
+    band = [min(values) for values in whole.values()], [max(values) for values in whole.values()]
+    shared = {"x": steps, "name": curve.title, "meta": curve.name, "showlegend": False, "cliponaxis": False}
+    edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+    look = colour(number)
+    return [
+        go.Scatter(**shared, y=band[0], **edge),
+        go.Scatter(**shared, y=band[1], **edge, fill="tonexty", fillcolor=_pale(look)),
+        go.Scatter(
+            **shared,
+            y=line,
+            mode="lines",
+            line={"color": look, "width": 2.5, "dash": DASHES[number % len(DASHES)]},
+            hovertemplate=f"%{{y:{tick}}}",
+        ),
+    ]
+
+
+def _pale(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},.18)"
