@@ -215,9 +215,9 @@ def charts(runs: Sequence[RunView]) -> list[Chart]:
         figure = go.Figure()
         for number, run in enumerate(runs):
             figure.add_traces(_traces(run, key, number, tick.replace(".0%", ".1%"), **look))
-        figure.update_layout(**_LAYOUT, height=360 if id == "test" else 280)
+        figure.update_layout(**PLOT_LAYOUT, height=360 if id == "test" else 280)
         figure.update_yaxes(tickformat=tick, rangemode="tozero" if key in _FROM_ZERO else "normal")
-        div = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{id}", config=_CONFIG)
+        div = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{id}", config=PLOT_CONFIG)
         return Chart(id, title, note, div)
 
     return [
@@ -265,7 +265,7 @@ def smooth(values: Sequence[float], reach: int = 3) -> list[float]:
 _GREY = "#80868f"
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif'
 _AXIS = {"gridcolor": "rgba(128,134,143,.25)", "zeroline": False, "automargin": True}
-_LAYOUT: dict[str, Any] = {
+PLOT_LAYOUT: dict[str, Any] = {
     "template": "none",
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
@@ -283,7 +283,7 @@ _LAYOUT: dict[str, Any] = {
     },
     "yaxis": dict(_AXIS),
 }
-_CONFIG = {"displayModeBar": False, "responsive": True}
+PLOT_CONFIG = {"displayModeBar": False, "responsive": True}
 
 
 class Piece(NamedTuple):
