@@ -21,7 +21,7 @@ function el(tag, properties = {}, ...children) {
 
 const number = (x, digits = 3) => {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";
-  if (x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e6)) return x.toExponential(1).replace("-", "−").replace("e−", "e−");
+  if (x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e6)) return x.toExponential(1).replaceAll("-", "−");
   return String(Number(x.toPrecision(digits))).replace("-", "−");
 };
 const whole = (x) => x.toLocaleString("en");
@@ -128,7 +128,11 @@ function show(view) {
     $(`tab-${name}`).tabIndex = name === view ? 0 : -1;
   }
   hideTip();
-  if (view === "rollouts") { drawRows(); read(); }
+  if (view === "rollouts") {
+    scrollTo(Math.max(0, order.indexOf(state.chosen)));
+    drawRows();
+    if (!panes.length) read(); else colour();
+  }
   remember();
 }
 
@@ -203,9 +207,11 @@ function drawCurves() {
   const shown = all.filter((metric) => metric.toLowerCase().includes(wanted) || (TITLES[metric] ?? "").toLowerCase().includes(wanted));
   const main = wanted ? [] : MAIN.filter((metric) => all.includes(metric)).slice(0, 5);
   const figure = (metric) => el("figure", {}, el("figcaption", {}, TITLES[metric] ?? metric), el("div", { className: "plot", "data-metric": metric }));
-  const groups = Map.groupBy
-    ? Map.groupBy(shown.filter((metric) => !main.includes(metric)), (metric) => metric.split("/")[0])
-    : shown.filter((metric) => !main.includes(metric)).reduce((map, metric) => map.set(metric.split("/")[0], [...(map.get(metric.split("/")[0]) ?? []), metric]), new Map());
+  const groups = new Map();
+  for (const metric of shown.filter((name) => !main.includes(name))) {
+    const group = metric.split("/")[0];
+    groups.set(group, [...(groups.get(group) ?? []), metric]);
+  }
   visible.disconnect();
   drawn.clear();
   $("charts").replaceChildren(
@@ -312,6 +318,7 @@ function drawRows() {
     const last = Math.min(order.length, Math.ceil((box.scrollTop + box.clientHeight) / HEIGHT) + 4);
     $("rows").replaceChildren(...Array.from({ length: Math.max(0, last - first) }, (_, k) => row(first + k)));
     if (state.chosen >= 0) box.setAttribute("aria-activedescendant", `row-${state.chosen}`);
+    $("heads").style.paddingRight = `${16 + box.offsetWidth - box.clientWidth}px`; // the scroll bar takes some
     box.dataset.drawn = order.length;
   });
 }
@@ -324,14 +331,18 @@ function choose(i) {
   remember();
 }
 
+function scrollTo(place) {
+  const box = $("list"), top = place * HEIGHT;
+  if (top < box.scrollTop) box.scrollTop = top;
+  if (top + HEIGHT > box.scrollTop + box.clientHeight) box.scrollTop = top + HEIGHT - box.clientHeight;
+}
+
 /** Move through the list by `by` rows. */
 function move(by) {
   if (!order.length) return;
   const place = order.indexOf(state.chosen);
   const next = Math.max(0, Math.min(order.length - 1, place < 0 ? (by > 0 ? 0 : order.length - 1) : place + by));
-  const box = $("list"), top = next * HEIGHT;
-  if (top < box.scrollTop) box.scrollTop = top;
-  if (top + HEIGHT > box.scrollTop + box.clientHeight) box.scrollTop = top + HEIGHT - box.clientHeight;
+  scrollTo(next);
   choose(order[next]);
 }
 
@@ -412,7 +423,7 @@ function neighbour(i, by) {
 }
 
 let reading = 0;
-let panes = []; // of what is read: { i, tokens, statistic, spans, box, at }
+let panes = []; // of what is read: { i, tokens, texts, statistic, spans, places, box, at }
 
 async function read() {
   const mine = ++reading;
@@ -473,7 +484,12 @@ function comparison(i) {
 
 /** Show rollout `i` in a pane; -1 closes the second. */
 function goTo(n, i) {
-  if (n === 0) { if (i < 0) return; state.chosen = i; drawRows(); } else state.beside = i;
+  if (n === 0 && i < 0) return;
+  if (n === 0) {
+    state.chosen = i;
+    scrollTo(Math.max(0, order.indexOf(i)));
+    drawRows();
+  } else state.beside = i;
   read();
   remember();
 }
@@ -498,16 +514,17 @@ function plainTexts(texts) {
 function microscope(pane, n) {
   const { tokens } = pane;
   let k = 0;
-  const spans = [];
+  const spans = [], places = []; // of the sampled tokens
   const all = tokens.tokens.map((text, t) => {
     const shown = text === "" ? "·" : text.replaceAll("\n", "↵\n");
     if (tokens.sampled[t] === "0") return el("span", { className: "given" }, text);
     const span = el("span", { className: tokens.rank[k] > 1 ? "said off" : "said", id: `token-${n}-${k}` }, shown);
     span.dataset.k = k++;
     spans.push(span);
+    places.push(t);
     return span;
   });
-  pane.spans = spans;
+  Object.assign(pane, { spans, places });
   const box = el("div", { className: "tokens", tabIndex: 0, role: "group", "aria-label": "Tokens: ← and → move" }, ...all);
   box.addEventListener("pointermove", (event) => {
     const span = event.target.closest(".said");
@@ -581,7 +598,7 @@ const visibleText = (text) => (text === "" ? "·" : text.replaceAll("\n", "↵")
 
 function showTip(pane, k) {
   const { tokens } = pane, tip = $("tip");
-  const sampled = pane.spans[k], name = tokens.tokens[[...tokens.sampled].reduce((found, bit, t) => (bit === "1" ? [...found, t] : found), [])[k]];
+  const name = tokens.tokens[pane.places[k]];
   const figures = Object.keys(SHORT).filter((key) => values(tokens, key)).flatMap((key) => {
     const x = values(tokens, key)[k];
     return [el("dt", {}, SHORT[key]), el("dd", {}, key === "p" || key === "p_max" ? probability(x) : key === "rank" ? whole(x) : number(x))];
@@ -594,7 +611,7 @@ function showTip(pane, k) {
     el("ol", {}, ...top.map(({ text, p, taken }) => el("li", { className: taken ? "taken" : "" }, el("code", {}, visibleText(text)),
       el("i", { style: `width:${Math.max(1, 100 * p)}%` }), el("span", {}, p.toFixed(3))))));
   tip.hidden = false;
-  const at = sampled.getClientRects()[0], box = tip.getBoundingClientRect();
+  const at = pane.spans[k].getClientRects()[0], box = tip.getBoundingClientRect();
   const below = at.bottom + 8 + box.height < innerHeight;
   tip.style.left = `${Math.max(8, Math.min(innerWidth - box.width - 8, at.left))}px`;
   tip.style.top = `${below ? at.bottom + 8 : Math.max(8, at.top - box.height - 8)}px`;
@@ -704,6 +721,7 @@ async function follow() {
     $("live").textContent = "live";
     if (version !== data.version) {
       const names = [state.chosen, state.beside].map((i) => (i < 0 ? null : nameOf(i)));
+      const before = [state.chosen, state.beside].join();
       data = await readHead();
       unpacked.clear();
       // a resumed run has begun its files anew: the numbers are others, the names are not
@@ -713,7 +731,9 @@ async function follow() {
       $("curves").scrollTop = scrollTop;
       drawFilters();
       if (state.query) await search(); else list();
-      if (!panes.length) read();
+      // what is open stays as it is, unless there is more of it
+      const isSame = before === [state.chosen, state.beside].join() && panes.length;
+      if (!isSame || panes.some((pane) => !pane.tokens && data.token[pane.i] >= 0)) read();
     }
   } catch {
     $("live").classList.add("lost");
