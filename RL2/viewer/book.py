@@ -30,8 +30,11 @@ from RL2.report import TOKENS
 
 CHUNK = 1 << 17
 """Characters after which a chunk is full."""
-OWN = ("seed", "save_dir", "experiment_name", "load_ckpt_from", "project")
-"""Keys of `trainer` in which runs of one method differ."""
+OWN = (
+    *("seed", "project", "experiment_name", "load_ckpt_from", "save_dir", "save_freq", "keep", "keep_best"),
+    *("samples_per_step", "replay_freq", "token_stats_freq", "use_wandb", "use_tensorboard", "timeout_s", "dry_run"),
+)
+"""Keys of `trainer` in which runs of one method may differ: which of its seeds it is, and what it writes down."""
 COLUMNS = ("run", "step", "split", "row", "group", "sample", "reward", "length", "loss", "mark", "token")
 """Of the index: a number for each rollout, or null."""
 SPLITS = ("train", "test")
@@ -318,7 +321,7 @@ def _replay(file: Path) -> dict[bytes, dict[str, list[float]]]:
 
 def _methods(named: Sequence[str]) -> tuple[list[str], list[list[Path]]]:
     """Names of the methods, and the folders of each."""
-    given = [name.partition("=") for name in named]
+    given = [(name, "", "") if Path(name).is_dir() else name.partition("=") for name in named]
     groups: dict[str, list[Path]] = {}
     for name, equals, paths in given:
         if equals:

@@ -187,7 +187,13 @@ function traces(metric) {
   return found;
 }
 
-const plot = (target) => Plotly.react(target, traces(target.dataset.metric), { ...look.layout, height: target.clientHeight }, look.config);
+/** Plotly.js is a third of a second's work: it runs when the first curve is looked at. */
+function plotly() {
+  if (!window.Plotly) document.head.append(el("script", { textContent: $("plotly").textContent }));
+  return window.Plotly;
+}
+
+const plot = (target) => plotly().react(target, traces(target.dataset.metric), { ...look.layout, height: target.clientHeight }, look.config);
 const replot = () => drawn.forEach((target) => target.isConnected && plot(target));
 
 function drawCurves() {
@@ -563,7 +569,7 @@ function colour() {
     const [low, high] = endsOf(pane.statistic, most);
     const ramp = kindOf(pane.statistic) === "both" ? `${tint(-1)}, transparent, ${tint(1)}` : `transparent, ${tint(1)}`;
     pane.scale.replaceChildren(el("span", {}, low), el("i", { style: `background:linear-gradient(90deg, ${ramp})` }), el("span", {}, high),
-      el("span", {}, "underlined: not the most likely token"));
+      el("span", {}, "underlined: not the most likely"));
     drawStrip(pane, strength);
   }
 }
@@ -609,7 +615,7 @@ function showTip(pane, k) {
   tip.replaceChildren(el("span", { className: "place" }, `${whole(k + 1)} of ${whole(pane.spans.length)}`), el("b", {}, visibleText(name)),
     el("dl", {}, ...figures, ...replayed),
     el("ol", {}, ...top.map(({ text, p, taken }) => el("li", { className: taken ? "taken" : "" }, el("code", {}, visibleText(text)),
-      el("i", { style: `width:${Math.max(1, 100 * p)}%` }), el("span", {}, p.toFixed(3))))));
+      el("i", { style: `width:${Math.max(1, 100 * p)}%` }), el("span", {}, p < 0.001 ? "< .001" : p.toFixed(3))))));
   tip.hidden = false;
   const at = pane.spans[k].getClientRects()[0], box = tip.getBoundingClientRect();
   const below = at.bottom + 8 + box.height < innerHeight;
@@ -748,8 +754,9 @@ async function start() {
   drawFilters();
   list();
   show(state.view);
-  const later = () => { drawCurves(); if (isLive) { $("live").hidden = false; setTimeout(follow, 3000); } };
-  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", later); else later(); // by then plotly is there
+  drawCurves();
+  $("live").hidden = !isLive;
+  if (isLive) setTimeout(follow, 3000);
 }
 
 start();
