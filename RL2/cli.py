@@ -165,9 +165,12 @@ def view(
     """
     from RL2.config import UserError
     from RL2.viewer.book import Book
-    from RL2.viewer.page import Server, write_page
 
     with ending("view"):
+        try:
+            from RL2.viewer.page import Server, write_page
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error}; pip install rl2-spo[view]") from error
         book = Book(runs)
         if not serve:
             write_page(book, out)

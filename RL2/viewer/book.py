@@ -35,6 +35,8 @@ OWN = (
     *("samples_per_step", "replay_freq", "token_stats_freq", "use_wandb", "use_tensorboard", "timeout_s", "dry_run"),
 )
 """Keys of `trainer` in which runs of one method may differ: which of its seeds it is, and what it writes down."""
+NOTHING = 1e-3
+"""A share of the largest loss or gradient weight of a step's tokens that is shown as if it were 0."""
 COLUMNS = ("run", "step", "split", "row", "group", "sample", "reward", "length", "loss", "mark", "token")
 """Of the index: a number for each rollout, or null."""
 SPLITS = ("train", "test")
@@ -219,13 +221,20 @@ class Book:
         if not all(_key(row) in run.rollouts for row in rows):
             return False
         run.token_files.add(file.name)
+        # colours are of a rollout's own largest value, but not where that is nothing beside the step's
+        floors = {
+            name: NOTHING * max((abs(x) for row in rows for x in row[column] or ()), default=0.0)
+            for name, column in (("loss", "loss_T"), ("pull", "pull_T"))
+        }
         for row in rows:
             place = run.rollouts[_key(row)]
             self.columns["loss"][place] = None if row["loss"] is None else _short(row["loss"], 5)
             self.columns["length"][place] = row["length"]
             self.columns["token"][place] = len(self.tokens)
             replayed = self._replayed(run, row) if row["split"] == "train" else {}
-            self.tokens.add(_token_item(row, replayed), 100 * row["length"] + 8 * len(row["tokens"]))
+            self.tokens.add(
+                _token_item(row, replayed) | {"floors": floors}, 100 * row["length"] + 8 * len(row["tokens"])
+            )
         return True
 
     def _replayed(self, run: RunFiles, row: dict[str, Any]) -> dict[str, list[float]]:
@@ -260,6 +269,11 @@ class Book:
                 "methods": self.methods,
                 "runs": [{"name": run.name, "method": run.method, "curves": run.curves} for run in self.runs],
                 "settings": _differences({run.name: _flat(_config(run.folder)) for run in self.runs}),
+                "replays": [
+                    {"run": number, **table}
+                    for number, run in enumerate(self.runs)
+                    for table in map(_replay_table, run.replay_files)
+                ],
                 "columns": self.columns,
                 "texts": self.texts.starts,
                 "tokens": self.tokens.starts,
@@ -317,6 +331,17 @@ def _replay(file: Path) -> dict[bytes, dict[str, list[float]]]:
         ids = np.append(batch["token_ids_T"][a:b], batch["labels_T"][b - 1]).astype(np.int64)
         found[ids.tobytes()] = {one["title"]: one["weight_N"][before[a] : before[b]] for one in replay["objectives"]}
     return found
+
+
+def _replay_table(file: Path) -> dict[str, Any]:
+    """What `rl2 replay` prints."""
+    replay = json.loads(file.read_text(encoding="utf-8"))
+    shown = ("title", "loss", "norm", "tokens", "entropy", "correct", "wrong")
+    objectives = [
+        {name: one[name] if name == "title" else _finite(one[name]) for name in shown} for one in replay["objectives"]
+    ]
+    cosines = [{**one, "cosine": _finite(one["cosine"])} for one in replay["cosines"]]
+    return {"step": replay["step"], "objectives": objectives, "cosines": cosines}
 
 
 def _methods(named: Sequence[str]) -> tuple[list[str], list[list[Path]]]:

@@ -227,12 +227,27 @@ function drawCurves() {
   );
   if (!all.length) $("charts").append(el("p", { className: "empty" }, "No metrics yet."));
   for (const target of document.querySelectorAll(".plot")) visible.observe(target);
+  $("replays").replaceChildren(...data.replays.flatMap(replayTable));
   const settings = Object.entries(data.settings);
   $("settings").hidden = !settings.length;
   $("settings").querySelector("table").replaceChildren(
     el("thead", {}, el("tr", {}, el("th", {}, "key"), ...data.runs.map((run) => el("th", {}, run.name)))),
     el("tbody", {}, ...settings.map(([key, values]) => el("tr", {}, el("th", {}, key), ...values.map((value) => el("td", {}, value))))),
   );
+}
+
+/** What `rl2 replay` found about a step: what each objective does, and how alike their gradients are. */
+function replayTable({ run, step, objectives, cosines }) {
+  const cosine = (a, b) => cosines.find((one) => (one.of === a && one.and === b) || (one.of === b && one.and === a))?.cosine;
+  const heads = ["objective", "loss", "gradient norm", "tokens", "entropy", "log p correct", "log p wrong", ...objectives.map((_, n) => `cos ${n + 1}`)];
+  const rows = objectives.map((one, n) => el("tr", {}, el("th", {}, `${n + 1} ${one.title}`),
+    ...["loss", "norm", "tokens", "entropy", "correct", "wrong"].map((key) => el("td", {}, number(one[key]))),
+    ...objectives.map((other) => el("td", {}, number(cosine(one.title, other.title))))));
+  return [
+    el("h2", {}, `${data.runs[run].name}, step ${step}, through several objectives`),
+    el("p", { className: "hint" }, "First-order changes for a step of length 1 in weight space; the tokens are among the rollouts of this step."),
+    el("div", { className: "scroll figures" }, el("table", {}, el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", {}, head)))), el("tbody", {}, ...rows))),
+  ];
 }
 
 // -------------------------------------------------------------------------------------------------------- list of rollouts
@@ -560,7 +575,8 @@ function colour() {
   for (const pane of panes) {
     if (!pane.tokens) continue;
     pane.values = values(pane.tokens, pane.statistic);
-    for (const x of pane.values) largest[pane.statistic] = Math.max(largest[pane.statistic] ?? 0, Math.abs(x));
+    const floor = pane.statistic === "gap" ? 1e-5 : (pane.tokens.floors[pane.statistic] ?? 0); // less is rounding
+    largest[pane.statistic] = pane.values.reduce((most, x) => Math.max(most, Math.abs(x)), Math.max(floor, largest[pane.statistic] ?? 0));
   }
   for (const pane of panes) {
     if (!pane.tokens) continue;
