@@ -17,23 +17,25 @@ from plotly.offline import get_plotlyjs
 from RL2.viewer.book import Book
 from RL2.viewer.report import COLOURS, DASHES, PLOT_CONFIG, PLOT_LAYOUT
 
+SCRIPTS = ("data.js", "curves.js", "list.js", "reader.js", "start.js")
+"""Of RL2/viewer/view, in this order one script."""
 EVERY_S = 2.0
 """Files are looked at again after so long, if somebody asks."""
 
 
 def render(book: Book, *, live: bool = False) -> str:
     """The page; `live`: without its data, which it then asks for under its own address."""
-    files = resources.files("RL2.viewer")
-    script = files.joinpath("view.js").read_text(encoding="utf-8")
+    files = resources.files("RL2.viewer") / "view"
+    script = "\n".join(files.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
     plotly = get_plotlyjs()
     # only these scripts run, whatever else should ever get into the page
     hashes = " ".join(f"'sha256-{_digest(code)}'" for code in (script, plotly))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(files.joinpath("view.html").read_text(encoding="utf-8")).render(
+    return environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8")).render(
         title=" · ".join(book.methods),
         hashes=hashes,
         live=live,
-        css=files.joinpath("view.css").read_text(encoding="utf-8"),
+        css=files.joinpath("page.css").read_text(encoding="utf-8"),
         script=script,
         plotly=plotly,
         look={"colours": COLOURS, "dashes": DASHES, "layout": PLOT_LAYOUT, "config": PLOT_CONFIG},
