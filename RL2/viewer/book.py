@@ -48,8 +48,7 @@ def encoded(value: Any) -> str:
     """JSON, deflated without a header, in base64."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     packer = zlib.compressobj(6, zlib.DEFLATED, -15)
-    # half of a surrogate pair, which a model can write, has no UTF-8
-    data = packer.compress(text.encode("utf-8", errors="replace")) + packer.flush()
+    data = packer.compress(text.encode("utf-8")) + packer.flush()
     return base64.b64encode(data).decode("ascii")
 
 
