@@ -115,18 +115,16 @@ def train(config: RLConfig, run: Run) -> None:
         if run.due(trainer.save_freq, step + 1):
             run.save(step + 1, actor, supply, tokenizer, critic)
 
+    supply.close()
+    engine.close()
+    microscope.look(step)  # at the last test
     if metrics:
-        if not config.rollout.runs_beside_training:
-            engine.sleep()
-        microscope.look(step)
         report.step(step, metrics)
         report.say(*watch.see(step, metrics))
     if step < last_step:
         report.say(f"step {step}: the test score fell twice in a row, which is where trainer.early_stop ends the run")
     if not trainer.eval_only:
         run.export(actor, tokenizer, critic)
-    supply.close()
-    engine.close()
     environment.close()
     report.close()
 

@@ -127,7 +127,7 @@ class RunFiles:
     method: int
     metrics: Lines
     samples: Lines
-    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    curves: dict[str, list[list[Any]]] = field(default_factory=dict)
     """Metric -> steps and values."""
     rollouts: dict[tuple[int, ...], int] = field(default_factory=dict)
     """(step, split, row, group, sample) -> number in the index."""
@@ -222,7 +222,7 @@ class Book:
         run.token_files.add(file.name)
         # colours are of a rollout's own largest value, but not where that is nothing beside the step's
         floors = {
-            name: NOTHING * max((abs(x) for row in rows for x in row[column] or ()), default=0.0)
+            name: NOTHING * max((abs(x) for row in rows for x in row[column] or () if math.isfinite(x)), default=0.0)
             for name, column in (("loss", "loss_T"), ("pull", "pull_T"))
         }
         for row in rows:
@@ -288,12 +288,12 @@ def _finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _short(value: float, digits: int = 4) -> float:
-    """So many significant digits: more than an eye can tell, and half the size."""
-    return float(f"{value:.{digits}g}")
+def _short(value: float, digits: int = 4) -> float | None:
+    """So many significant digits: more than an eye can tell, and half the size. None for what is no number."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
-def _shorts(values: Sequence[float], digits: int = 4) -> list[float]:
+def _shorts(values: Sequence[float], digits: int = 4) -> list[float | None]:
     return [_short(value, digits) for value in values]
 
 

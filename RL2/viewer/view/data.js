@@ -25,8 +25,11 @@ const number = (x, digits = 3) => {
   return String(Number(x.toPrecision(digits))).replace("-", "−");
 };
 const whole = (x) => x.toLocaleString("en");
-const probability = (p) =>
-  p > 0.99995 && p < 1 ? "≈ 1" : p < 0.00005 && p > 0 ? p.toExponential(0).replace("-", "−") : p.toFixed(4);
+function probability(p) {
+  if (p === null) return "–";
+  if (p > 0.99995 && p < 1) return "≈ 1";
+  return p > 0 && p < 0.00005 ? p.toExponential(0).replace("-", "−") : p.toFixed(4);
+}
 
 /** The content of a chunk: a script element of the page, or from the server. */
 async function packed(name) {

@@ -9,12 +9,13 @@ const STATISTICS = {
   pull: ["gradient weight", "both"],
   gap: ["trainer − engine, nats", "both"],
 };
+const exp = (x) => (x === null ? null : Math.exp(x)); // null: no number
 const SHORT = { p: "p", p_max: "p max", rank: "rank", entropy: "entropy", loss: "loss", pull: "gradient", gap: "gap" };
 
 /** A number for each sampled token, or null if it was not kept. */
 function values(tokens, statistic) {
-  if (statistic === "p") return tokens.logp.map(Math.exp);
-  if (statistic === "p_max") return tokens.max_logp.map(Math.exp);
+  if (statistic === "p") return tokens.logp.map(exp);
+  if (statistic === "p_max") return tokens.max_logp.map(exp);
   if (statistic.startsWith("replay:")) return tokens.replay[statistic.slice(7)] ?? null;
   return tokens[statistic];
 }
@@ -343,10 +344,10 @@ function showTip(pane, k) {
   ]);
   const top = tokens.top[k].map((text, j) => ({
     text,
-    p: Math.exp(tokens.top_logp[k][j]),
+    p: exp(tokens.top_logp[k][j]),
     taken: tokens.rank[k] === j + 1,
   }));
-  if (!top.some((one) => one.taken)) top.push({ text: name, p: Math.exp(tokens.logp[k]), taken: true });
+  if (!top.some((one) => one.taken)) top.push({ text: name, p: exp(tokens.logp[k]), taken: true });
   tip.replaceChildren(
     el("span", { className: "place" }, `${whole(k + 1)} of ${whole(pane.spans.length)}`),
     el("b", {}, visibleText(name)),
