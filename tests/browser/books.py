@@ -7,7 +7,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+
+from RL2.evaluation.replay import Replay, Replayed, save
+from RL2.packing import pack
 from RL2.report import Report
+from RL2.trainer.run import REPLAY_BATCH, replay_folder
 from RL2.types import Sequence, Trajectory
 
 HOSTILE = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 2'>"
@@ -66,6 +71,22 @@ def write_run(folder: Path, *, seed: int, objective: str, steps: int = 4, rows: 
     rng, report = Random(seed), Report(folder, is_first=True, num_steps=steps)
     for step in range(steps):
         write_step(report, step, rng, rows=rows, hostile=hostile)
+
+
+def write_replay(folder: Path, step: int, *, rows: int = 6) -> None:
+    """Of the rollouts of a step: `spo` pulls at the first token alone, `sft` at all alike."""
+    kept = replay_folder(folder, step)
+    kept.mkdir()
+    batch = pack([trajectory(row, 0, "", 0.0, row + 3) for row in range(rows)])
+    batch.save(kept / REPLAY_BATCH)
+    lengths = [row + 3 for row in range(rows)]
+    weights = {
+        "spo": torch.tensor([float(k == 0) for length in lengths for k in range(length)]),
+        "sft": torch.full((sum(lengths),), 0.5),
+    }
+    figures = {"loss": 0.25, "norm": 2.0, "tokens": sum(lengths), "entropy": 0.125, "correct": 1.5, "wrong": math.nan}
+    found = [Replayed(title, **figures, weight_N=weight_N) for title, weight_N in weights.items()]
+    save(Replay(step, found, {("spo", "sft"): 0.75, ("spo", "spo"): 1.0, ("sft", "sft"): 1.0}), kept / "replay.json")
 
 
 def write_step(report: Report, step: int, rng: Random, *, rows: int = 6, hostile: bool = False) -> None:

@@ -14,7 +14,7 @@ from random import Random
 
 import psutil
 import pytest
-from books import HOSTILE, WORDS, token_row, trajectory, write_run, write_step
+from books import HOSTILE, WORDS, token_row, trajectory, write_replay, write_run, write_step
 from playwright.sync_api import Browser, Page, expect
 
 from RL2.report import Report
@@ -30,6 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(root / "spo-0", seed=0, objective="spo")
     write_run(root / "spo-1", seed=1, objective="spo")
     write_run(root / "grpo", seed=0, objective="ppo")
+    write_replay(root / "grpo", 2)
     return root
 
 
@@ -173,6 +174,30 @@ def test_one_row_at_two_steps_side_by_side(page: Page, file: Path) -> None:
     expect(panes.nth(1).locator("h2")).to_have_text("spo-0, step 2")
     page.get_by_role("button", name="Close").click()
     expect(panes).to_have_count(1)
+
+
+def test_objectives_side_by_side(page: Page, file: Path) -> None:
+    """On the rollouts of a step that `rl2 replay` has put through them."""
+    open_rollouts(page, file)
+    page.get_by_label("Run", exact=True).select_option("grpo")
+    page.get_by_label("Split").select_option("train")
+    page.get_by_label("Step", exact=True).select_option("step 2")
+    page.locator(".row").nth(1).click()
+    page.get_by_label("Compare with").select_option("itself, by another statistic")
+    expect(page.locator(".pane")).to_have_count(2)
+    for n, objective in enumerate(("spo", "sft")):
+        page.get_by_label("Statistic").nth(n).select_option(f"gradient weight by {objective}")
+    tints = "(spans) => spans.map((span) => Number(getComputedStyle(span).backgroundColor.match(/[\\d.]+/g)[3] ?? 1))"
+    assert page.locator(".pane").nth(0).locator(".said").evaluate_all(tints) == pytest.approx(
+        [0.62, 0, 0, 0], abs=0.005
+    )
+    assert page.locator(".pane").nth(1).locator(".said").evaluate_all(tints) == pytest.approx([0.62] * 4, abs=0.005)
+    page.locator(".pane").nth(1).locator(".said").nth(2).hover()
+    expect(page.get_by_role("tooltip").locator("dt.wide + dd")).to_have_text(["0", "0.5"])
+    page.get_by_role("tab", name="Curves").click()
+    expect(page.locator("#replays h2")).to_have_text("grpo, step 2, through several objectives")
+    row = ["0.25", "2", "33", "0.125", "1.5", "\N{EN DASH}", "1", "0.75"]
+    expect(page.locator("#replays tbody tr").first.locator("td")).to_have_text(row)
 
 
 def test_the_keyboard_is_enough(page: Page, file: Path) -> None:

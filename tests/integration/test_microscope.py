@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,8 @@ import torch
 from programs import Run, World, without_times
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from RL2.viewer.book import Book
 
 STEPS = ("trainer.max_steps=2", "trainer.test_freq=1", "trainer.samples_per_step=6")
 
@@ -79,6 +86,22 @@ def test_rows_are_those_of_samples_and_tests_are_the_same_at_every_step(run: Run
     tests = [[row["row"] for row in found[name]] for name in found if name.endswith("test")]
     assert tests[0] == tests[1] == tests[2]
     assert found["000000_test"][0]["loss"] is None
+
+
+def test_the_viewer_finds_the_replay_of_a_rollout(run: Run) -> None:
+    """The run's own objective again: the pull, but for a minibatch's divisor instead of the step's."""
+    command = [sys.executable, "-m", "RL2.cli", "replay", str(run.save_dir), "--step", "0", "--objectives", "ppo, sft"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    chunks = dict(Book([str(run.save_dir)]).chunks())
+    items = json.loads(zlib.decompress(base64.b64decode(chunks["token-0"]), -15))
+    replayed = [item for item in items if item["replay"]]
+    assert len(replayed) == 6
+    for item in replayed:
+        assert list(item["replay"]) == ["ppo", "sft"]
+        assert len(item["replay"]["sft"]) == len(item["pull"])
+        ratios = [mine / whole for mine, whole in zip(item["pull"], item["replay"]["ppo"], strict=True) if whole]
+        assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-2) if ratios else not any(item["pull"])
+    assert any(any(item["pull"]) for item in replayed)
 
 
 def test_the_training_does_not_notice(world: World, run: Run) -> None:
