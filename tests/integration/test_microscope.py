@@ -112,9 +112,10 @@ def test_the_training_does_not_notice(world: World, run: Run) -> None:
 
 
 def test_two_processes_record_the_same(world: World, run: Run) -> None:
+    """Other layouts: tests/integration/test_layout_runs.py."""
     two = start(world, "trainer.token_stats_freq=1", nproc=2)
     for one, other in zip(recorded(run)["000000_train"], recorded(two)["000000_train"], strict=True):
-        assert one["tokens"] == other["tokens"]
+        assert [one[name] for name in ("tokens", "rank", "top")] == [other[name] for name in ("tokens", "rank", "top")]
         for name in ("logp", "max_logp", "entropy", "loss_T", "pull_T"):
             assert one[name] == pytest.approx(other[name], abs=1e-4), name
 
