@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ENGINE_VENV ?= .venv-vllm
 ENGINE_READY := $(ENGINE_VENV)/.ready
 
-.PHONY: setup engine demo demo-quick test test-engine check bench format clean
+.PHONY: setup engine demo demo-quick test test-engine test-browser check bench format clean
 
 setup: $(READY)
 
@@ -39,6 +39,9 @@ test: setup
 
 test-engine: setup engine ## against a real vLLM server
 	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(ENGINE_VENV))/bin/python $(BIN)/pytest -m vllm tests/engines tests/integration
+
+test-browser: setup ## the page of rl2 view in Chromium, which the system has to have
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser tests/browser
 
 check: setup
 	$(BIN)/ruff format --check .

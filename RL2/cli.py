@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -145,6 +145,44 @@ def eval_(
         folder, summary = evaluate(Question.of(settings), progress)
     Console().print(table(summary))
     print(f"responses and summary: {folder}")
+
+
+@app.command()
+def view(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folders of runs, or NAME=FOLDER,FOLDER... for seeds of one method."),
+    ],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("view.html"),
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve it on this machine instead; it follows the runs.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="With --serve; 0 takes a free one.", min=0, max=65535)] = 8765,
+) -> None:
+    """Curves, rollouts and their tokens in one HTML page that needs no network (docs/viewer.md).
+
+    Example: rl2 view ckpts/spo ckpts/grpo --out view.html
+    """
+    from RL2.config import UserError
+    from RL2.viewer.book import Book
+
+    with ending("view"):
+        try:
+            from RL2.viewer.page import Server, write_page
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error}; pip install rl2-spo[view]") from error
+        book = Book(runs)
+        if not serve:
+            write_page(book, out)
+            print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {len(book.texts)} rollouts of {len(book.runs)} runs")
+            return
+        try:
+            server = Server(book, port)
+        except OSError as error:
+            raise UserError(f"port {port} cannot be had ({error.strerror}); pass another --port") from error
+    print(f"{server.address} (end with Ctrl-C)", flush=True)
+    with server, suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 @app.command()

@@ -519,6 +519,9 @@ class Trainer:
 class RLTrainer(Trainer):
     replay_freq: Count | None
     """Keep the rollouts of every so many steps, and the weights before the update, for `rl2 replay`; null: never."""
+    token_stats_freq: Count | None
+    """Statistics of every token of the trajectories in samples.jsonl, for `rl2 view`: at every so many steps, at those
+    of replay_freq and at every test; null: never."""
     eval_only: bool
     """Test the model, or the checkpoint of load_ckpt_from, and stop; save_dir is a new folder."""
     keep_best: bool

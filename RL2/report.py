@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line a step, a bar within it, metrics.jsonl and samples.jsonl, optional dashboards."""
+"""What a person sees of a run: a line a step, a bar within it, files of metrics, samples and tokens, dashboards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from tqdm import tqdm
 from RL2.types import Trajectory
 
 Metrics = dict[str, float]
+
+TOKENS = "tokens"
+"""Folder of the statistics of tokens."""
 
 CONSOLE = {
     "test/score": ("test", "{:.3f}"),
@@ -48,6 +51,9 @@ class Report:
 
     def keep_before(self, step: int) -> None:
         """Forget what an interrupted run wrote about `step` and later; it will be written again."""
+        for file in self.folder.glob(f"{TOKENS}/*.parquet") if self.is_first else ():
+            if int(file.name.split("_")[0]) >= step:
+                file.unlink()
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.folder / name
             if self.is_first and file.exists():
@@ -84,9 +90,36 @@ class Report:
         """Trajectories to read, a line each in samples.jsonl."""
         if not self.is_first:
             return
-        keys = ("row", "group", "sample", "texts", "reward", "score", "truncated", "unscored")
+        keys = ("row", "group", "sample", "texts", "reward", "score", "truncated", "unscored", "num_tokens")
         rows = [{"step": step, "split": split} | {k: getattr(t, k) for k in keys} for t in trajectories]
         self._append("samples.jsonl", rows)
+
+    def tokens(self, step: int, split: str, rows: list[dict[str, Any]]) -> None:
+        """Trajectories token by token, a row each in tokens/STEP_SPLIT.parquet (docs/viewer.md has the columns)."""
+        if not self.is_first or not rows:
+            return
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        file = self.folder / TOKENS / f"{step:06d}_{split}.parquet"
+        file.parent.mkdir(exist_ok=True)
+        schema = pa.schema(
+            [("step", pa.int64()), ("split", pa.string())]
+            + [(name, pa.int64()) for name in ("row", "group", "sample", "length")]
+            + [(name, pa.float64()) for name in ("reward", "score", "loss")]
+            + [
+                ("token_ids", pa.list_(pa.int32())),
+                ("tokens", pa.list_(pa.string())),
+                ("sampled", pa.list_(pa.bool_())),
+            ]
+            + [(name, pa.list_(pa.float32())) for name in ("logp", "max_logp", "entropy", "engine_logp")]
+            + [(name, pa.list_(pa.float32())) for name in ("loss_T", "pull_T")]
+            + [("rank", pa.list_(pa.int32()))]
+            + [("top", pa.list_(pa.list_(pa.string()))), ("top_logp", pa.list_(pa.list_(pa.float32())))]
+        )
+        table = pa.Table.from_pylist([{"step": step, "split": split} | row for row in rows], schema)
+        parquet.write_table(table, partial := file.with_suffix(".partial"), compression="zstd")
+        partial.replace(file)  # whole, or not there
 
     def say(self, *lines: str) -> None:
         if self.is_first and lines:

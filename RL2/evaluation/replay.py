@@ -30,7 +30,7 @@ from RL2.config import RLConfig, UserError, build, first_line
 from RL2.objectives.declare import Loss
 from RL2.objectives.probe import reads_advantages
 from RL2.objectives.table import configured
-from RL2.objectives.terms import configured_weights, total_loss
+from RL2.objectives.terms import by_token, configured_weights, total_loss
 from RL2.parallel.fsdp import whole
 from RL2.parallel.processes import Processes
 from RL2.trainer.run import REPLAY_BATCH, replay_folder
@@ -202,23 +202,13 @@ def _loss(config: ActorConfig) -> Callable[[TokenStats, TokenBatch], Loss]:
 
 
 def _weights_of_tokens(actor: Actor, batch: TokenBatch, config: ActorConfig) -> tuple[float, Tensor]:
-    """The loss, and -d loss / d logp of each action; log(1 - p) moves with it, other statistics stand still."""
+    """The loss, and what it asks of the log-probability of each action (`by_token`)."""
     stats = actor.stats(batch, wanted_stats(config), config.max_inference_length_per_device)
     at_actions = {name: value[batch.action_T] for name, value in vars(stats).items()}
-    logp_N = at_actions["logp"].clone().requires_grad_()
-    leaves = at_actions | {"logp": logp_N}
-    if "log1mp" in at_actions:
-        # its value as it is, its slope that of log(1 - exp(logp))
-        slope_N = -(logp_N.detach().exp() / at_actions["log1mp"].exp())
-        leaves["log1mp"] = at_actions["log1mp"] + slope_N * (logp_N - logp_N.detach())
     actions = batch.positions(batch.action_T)
     assert actions.weight_T is not None
-    loss_N, _ = _loss(config)(TokenStats(**leaves), actions)
-    loss = (loss_N * actions.weight_T).sum()
-    if not loss.requires_grad:
-        return float(loss), torch.zeros_like(at_actions["logp"])
-    (gradient_N,) = torch.autograd.grad(loss, logp_N, allow_unused=True, materialize_grads=True)
-    return float(loss.detach()), -gradient_N
+    loss_N, weight_N = by_token(TokenStats(**at_actions), actions, config, configured(config))
+    return float((loss_N * actions.weight_T).sum()), weight_N
 
 
 def _entropy(stats: TokenStats, batch: TokenBatch) -> Loss:

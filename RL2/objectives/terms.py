@@ -99,3 +99,25 @@ def total_loss(stats: TokenStats, batch: TokenBatch, config: Actor, objective: B
     if config.entropy.coef != 0:
         loss_T = loss_T - config.entropy.coef * entropy_T
     return loss_T, metrics | {"entropy": entropy_T}
+
+
+def by_token(stats: TokenStats, actions: TokenBatch, config: Actor, objective: Bound) -> tuple[Tensor, Tensor]:
+    """What each action adds to the loss of a step, and asks of its own log-probability; both [T], without gradient.
+
+    `actions` is what an objective sees, with `weight_T`. The first is loss_T. The second is the derivative of
+    -(loss_T * weight_T).sum() by logp: by how much the loss falls as the sampled token's log-probability rises.
+    log(1 - p) moves with it; the other statistics stand still.
+    """
+    assert actions.weight_T is not None
+    logp_T = stats.logp.detach().clone().requires_grad_()
+    leaves = vars(stats) | {"logp": logp_T}
+    if "log1mp" in leaves:
+        # its value as it is, its slope that of log(1 - exp(logp))
+        slope_T = -(logp_T.detach().exp() / stats.log1mp.exp())
+        leaves["log1mp"] = stats.log1mp + slope_T * (logp_T - logp_T.detach())
+    loss_T, _ = total_loss(TokenStats(**leaves), actions, config, objective)
+    loss = (loss_T * actions.weight_T).sum()
+    if not loss.requires_grad:
+        return loss_T, torch.zeros_like(loss_T)
+    (gradient_T,) = torch.autograd.grad(loss, logp_T, allow_unused=True, materialize_grads=True)
+    return loss_T.detach(), -gradient_T

@@ -35,6 +35,7 @@ from RL2.rollout.episode import decode
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.rollout.supply import Supply
+from RL2.trainer.microscope import Microscope
 from RL2.trainer.run import Run
 from RL2.trainer.scores import Scores
 from RL2.trainer.watch import Watch
@@ -67,6 +68,7 @@ def train(config: RLConfig, run: Run) -> None:
         processes=run.processes,
     )
     report = run.report(num_steps)
+    microscope = Microscope(config, actor, tokenizer, report)
     supply = Supply(prompts, cursor, rollouts, config, num_steps)
     run.closing.callback(supply.close)  # a thread may be at work
     first_step = run.resume(actor, supply, report, critic)
@@ -81,7 +83,7 @@ def train(config: RLConfig, run: Run) -> None:
         engine.load_weights(actor.weights(), version=step)
         metrics: Metrics = {}
         if tests and (step == last_step or run.due(trainer.test_freq, step)):
-            metrics = test(tests, rollouts, config, step, report)
+            metrics = test(tests, rollouts, config, step, report, microscope)
             scores.add(metrics["test/score"])
             if trainer.keep_best and scores.newest_is_best:
                 run.export_to("best", actor, tokenizer)
@@ -97,6 +99,7 @@ def train(config: RLConfig, run: Run) -> None:
         clock.lap("rollout")
 
         batch = judge(pack(trainable(trajectories, config.rollout), step), config, actor, ref_actor, critic)
+        microscope.look(step, trajectories, batch)
         if run.due(trainer.replay_freq, step):
             run.keep_for_replay(step, batch, actor, tokenizer)
         if critic is not None:
@@ -112,6 +115,9 @@ def train(config: RLConfig, run: Run) -> None:
         if run.due(trainer.save_freq, step + 1):
             run.save(step + 1, actor, supply, tokenizer, critic)
 
+    supply.close()
+    engine.close()
+    microscope.look(step)  # at the last test
     if metrics:
         report.step(step, metrics)
         report.say(*watch.see(step, metrics))
@@ -119,8 +125,6 @@ def train(config: RLConfig, run: Run) -> None:
         report.say(f"step {step}: the test score fell twice in a row, which is where trainer.early_stop ends the run")
     if not trainer.eval_only:
         run.export(actor, tokenizer, critic)
-    supply.close()
-    engine.close()
     environment.close()
     report.close()
 
@@ -231,7 +235,9 @@ def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[
     return trajectories
 
 
-def test(tests: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report) -> Metrics:
+def test(
+    tests: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report, microscope: Microscope
+) -> Metrics:
     """Metrics of the present weights on the test set. The seed is the same at every step: only the weights differ."""
     number, wave = config.test_data.responses_per_prompt, config.test_data.prompts_per_rollout or len(tests)
     params = config.rollout.test_sampling_params
@@ -242,7 +248,9 @@ def test(tests: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, r
                 tests[start : start + wave], params, number, config.trainer.seed + start, bar.update
             )
     raise_if_all_unscored(trajectories)
-    report.samples(step, "test", trajectories[: config.trainer.samples_per_step])
+    shown = trajectories[: config.trainer.samples_per_step]
+    report.samples(step, "test", shown)
+    microscope.tests = shown
     return rollout_metrics(trajectories, "test")
 
 

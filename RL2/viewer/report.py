@@ -220,9 +220,9 @@ def charts(runs: Sequence[RunView]) -> list[Chart]:
         figure = go.Figure()
         for number, run in enumerate(runs):
             figure.add_traces(_traces(run, key, number, tick.replace(".0%", ".1%"), **look))
-        figure.update_layout(**LAYOUT, height=360 if id == "test" else 280)
+        figure.update_layout(**PLOT_LAYOUT, height=360 if id == "test" else 280)
         figure.update_yaxes(tickformat=tick, rangemode="tozero" if key in _FROM_ZERO else "normal")
-        div = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{id}", config=CONFIG)
+        div = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{id}", config=PLOT_CONFIG)
         return Chart(id, title, note, div)
 
     return [
@@ -270,7 +270,7 @@ def smooth(values: Sequence[float], reach: int = 3) -> list[float]:
 _GREY = "#80868f"
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif'
 _AXIS = {"gridcolor": "rgba(128,134,143,.25)", "zeroline": False, "automargin": True}
-LAYOUT: dict[str, Any] = {
+PLOT_LAYOUT: dict[str, Any] = {
     "template": "none",
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
@@ -288,7 +288,7 @@ LAYOUT: dict[str, Any] = {
     },
     "yaxis": dict(_AXIS),
 }
-CONFIG = {"displayModeBar": False, "responsive": True}
+PLOT_CONFIG = {"displayModeBar": False, "responsive": True}
 
 
 class Piece(NamedTuple):

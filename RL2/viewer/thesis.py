@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from RL2.evaluation.claims import Claim, Verdict
 from RL2.evaluation.compare import Comparison
 from RL2.evaluation.intervals import accuracy
-from RL2.viewer.report import CONFIG, DASHES, LAYOUT, Chart, colour, series, smooth, write_page
+from RL2.viewer.report import DASHES, PLOT_CONFIG, PLOT_LAYOUT, Chart, colour, series, smooth, write_page
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ def _chart(
     figure = go.Figure()
     for curve in curves:
         figure.add_traces(_traces(curve, key, looks[curve.name], tick.replace(".0%", ".1%")))
-    figure.update_layout(**LAYOUT, height=260)
+    figure.update_layout(**PLOT_LAYOUT, height=260)
     share = key.endswith("/score")
     figure.update_yaxes(tickformat=tick, rangemode="tozero" if share else "normal")
-    div = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{id}", config=CONFIG)
+    div = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{id}", config=PLOT_CONFIG)
     return Chart(id, title, note, div)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -71,16 +72,19 @@ class Actor(Learner):
 
     def update(self, batch: TokenBatch, progress: Progress = lambda done: None) -> dict[str, float]:
         """`update_per_rollout` optimizer steps on one rollout; returns their mean metrics."""
-        config = self.config
         history: dict[str, list[float]] = defaultdict(list)
-        for ids in minibatches(batch, config.update_per_rollout):
-            minibatch = batch.sequences(ids)
-            minibatch = minibatch.with_(weight_T=configured_weights(minibatch, config))
+        for _, minibatch in self.minibatches(batch):
             metrics = self.step(minibatch, self.loss, self.request, progress)
             metrics["trained_share"] = metrics["tokens"] / int(minibatch.action_T.sum())
             for name, value in metrics.items():
                 history[name].append(value)
         return {f"actor/{name}": sum(values) / len(values) for name, values in history.items()}
+
+    def minibatches(self, batch: TokenBatch) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Of each optimizer step of `update`: which sequences of `batch`, and these with their weights."""
+        for ids in minibatches(batch, self.config.update_per_rollout):
+            minibatch = batch.sequences(ids)
+            yield ids, minibatch.with_(weight_T=configured_weights(minibatch, self.config))
 
     def loss(self, stats: TokenStats, batch: TokenBatch) -> Loss:
         """The objective with what stands around it."""

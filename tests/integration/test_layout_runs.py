@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import Run, World, without_times
+from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -71,3 +72,16 @@ def test_a_run_in_a_layout_is_the_run_of_one_process(layout: str, runs: dict[str
     for name in weights:
         # Adam divides by the root of the second moment: where gradients are tiny, rounding is amplified
         assert (others[name] - weights[name]).norm() <= 1e-4 * weights[name].norm(), name
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "alone"])
+def test_single_tokens_are_seen_alike(runs: dict[str, Future[Run]], layout: str) -> None:
+    alone, other = (runs[name].result().succeeded().save_dir / "tokens" for name in ("alone", layout))
+    files = sorted(file.name for file in alone.iterdir())
+    assert files == sorted(file.name for file in other.iterdir())
+    for one, same in zip(
+        *(parquet.read_table(at / "000000_train.parquet").to_pylist() for at in (alone, other)), strict=True
+    ):
+        assert one["tokens"] == same["tokens"]
+        for name in ("logp", "max_logp", "entropy", "loss_T", "pull_T"):
+            assert one[name] == pytest.approx(same[name], abs=1e-4), name

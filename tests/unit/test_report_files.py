@@ -25,6 +25,7 @@ def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFix
     report = Report(tmp_path, is_first=False, num_steps=9)
     report.step(0, {"actor/loss": 1.0})
     report.samples(0, "train", [Trajectory(0, 0, 0)])
+    report.tokens(0, "train", [{"row": 0}])
     report.say("hello")
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
@@ -36,9 +37,11 @@ def test_resuming_forgets_what_will_come_again(tmp_path: Path) -> None:
     for step in range(3):
         report.step(step, {"actor/loss": float(step)})
         report.samples(step, "train", [Trajectory(0, 0, 0, texts=["a\u2028b\u0085c\nd"])])
+        report.tokens(step, "train", [{"row": 0, "tokens": ["a\u2028"], "top": [["a"]]}])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "actor/lo')  # killed while writing
     report.keep_before(2)
     assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
     kept = [json.loads(x) for x in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").strip().split("\n")]
+    assert [file.name for file in sorted(tmp_path.glob("tokens/*"))] == ["000000_train.parquet", "000001_train.parquet"]
     assert [row["texts"] for row in kept] == [["a\u2028b\u0085c\nd"]] * 2
