@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from RL2.config import ConfigError, UserError, first_line
 from RL2.parallel.processes import Processes
+from RL2.report import read_metrics
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 """A base under adapters is in the model's own folder already."""
@@ -189,18 +190,33 @@ def _restore(learner: Learner, model: dict[str, Any], optimizer: dict[str, Any])
 def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
     """The checkpoint that the configuration asks for; None to start from the beginning.
 
-    `latest` is the newest in `save_dir`, and None if there is none yet.
+    `latest` is the newest in `save_dir`, and None if there is none yet; `best` the one whose step has the best test
+    score in its metrics.jsonl, the first of equals. Raises ConfigError where there is none such.
     """
     if load_ckpt_from is None:
         return None
+    # one that was being written has a suffix, and may have its notes already
+    found = [path for path in save_dir.glob("step_*") if not path.suffix and (path / NOTES).is_file()]
     if load_ckpt_from == "latest":
-        # one that was being written has a suffix, and may have its notes already
-        found = [path for path in save_dir.glob("step_*") if not path.suffix and (path / NOTES).is_file()]
         return max(found, default=None)
+    if load_ckpt_from == "best":
+        scores = {row["step"]: row["test/score"] for row in read_metrics(save_dir) if "test/score" in row}
+        tested = {path: scores[step] for path in sorted(found) if (step := step_of(path)) in scores}
+        if not tested:
+            raise ConfigError(
+                f"trainer.load_ckpt_from=best: {save_dir} has no checkpoint of a step that was tested "
+                "(trainer.save_freq, trainer.test_freq)"
+            )
+        return max(tested, key=lambda path: tested[path])
     source = Path(load_ckpt_from)
     if not (source / NOTES).is_file():
         raise ConfigError(f"trainer.load_ckpt_from={source} is not a checkpoint (it has no notes.json)")
     return source
+
+
+def step_of(path: Path) -> int:
+    """Of a checkpoint's folder."""
+    return int(path.name.removeprefix("step_"))
 
 
 def prune(save_dir: Path, keep: int) -> None:
@@ -217,7 +233,7 @@ def set_aside_after(save_dir: Path, step: int) -> None:
     for path in save_dir.glob("step_*.partial"):
         shutil.rmtree(path)
     for path in save_dir.glob("step_[0-9]*"):
-        if not path.suffix and int(path.name.removeprefix("step_")) > step:
+        if not path.suffix and step_of(path) > step:
             aside = path.with_suffix(".superseded")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)

@@ -485,8 +485,8 @@ class Trainer:
     seed: Index
     """Of data order, sampling and initialisation."""
     load_ckpt_from: str | None
-    """A checkpoint folder to resume from, or `latest`: the newest in save_dir, if there is one. Only folders that you
-    trust: torch's format holds a pickle."""
+    """A checkpoint folder to resume from, or one of save_dir: `latest`, if there is one yet, or `best`, which has the
+    best test score, to go back to. Only folders that you trust: torch's format holds a pickle."""
     n_epochs: Count
     """Passes over the training data."""
     max_steps: Index | None
@@ -503,6 +503,8 @@ class Trainer:
     """Trajectories written to samples.jsonl at each step."""
     use_wandb: bool
     """Metrics go to Weights & Biases too (pip install rl2-spo[wandb])."""
+    use_trackio: bool
+    """Metrics go to Trackio on this machine too (pip install rl2-spo[trackio]); `trackio show` opens them."""
     use_tensorboard: bool
     """Metrics go to save_dir/tensorboard too (pip install rl2-spo[tensorboard])."""
     timeout_s: PositiveFloat
@@ -646,9 +648,9 @@ class RLConfig:
                 f"trainer.test_freq={self.trainer.test_freq} needs test_data.path, or test_data.prompts_per_rollout "
                 "tasks that the environment makes up"
             )
-        if self.trainer.eval_only and self.trainer.load_ckpt_from == "latest":
+        if self.trainer.eval_only and (source := self.trainer.load_ckpt_from) in ("latest", "best"):
             raise ConfigError(
-                "trainer.load_ckpt_from=latest is of trainer.save_dir, and trainer.eval_only=true writes into a new "
+                f"trainer.load_ckpt_from={source} is of trainer.save_dir, and trainer.eval_only=true writes into a new "
                 "folder; name the checkpoint"
             )
         if self.trainer.eval_only and not self.tests:
@@ -885,6 +887,7 @@ def check_here(config: Config) -> None:
     group, model = trained(config)
     packages = {
         "trainer.use_wandb": ("wandb", "wandb", config.trainer.use_wandb),
+        "trainer.use_trackio": ("trackio", "trackio", config.trainer.use_trackio),
         "trainer.use_tensorboard": ("tensorboard", "tensorboard", config.trainer.use_tensorboard),
     }
     models = {group: model}

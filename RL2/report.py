@@ -65,10 +65,7 @@ class Report:
 
     def rows(self) -> list[dict[str, float]]:
         """What metrics.jsonl has, oldest first; on the first process."""
-        file = self.folder / "metrics.jsonl"
-        if not self.is_first or not file.exists():
-            return []
-        return [json.loads(line) for line in file.read_bytes().splitlines()]
+        return read_metrics(self.folder) if self.is_first else []
 
     def values(self, name: str) -> list[float]:
         """What it has of one metric."""
@@ -143,6 +140,13 @@ def progress_bar(total: int, what: str, is_first: bool) -> tqdm[Any]:
     return tqdm(total=total, desc=what, leave=False, disable=None if is_first else True)
 
 
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl, oldest first; a last line that was cut off is left out."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
 class Wandb:
     def __init__(self, folder: Path, project: str | None, name: str, config: dict[str, Any]) -> None:
         import wandb
@@ -154,6 +158,32 @@ class Wandb:
         self.run = wandb.init(
             project=project, name=name, dir=folder, config=config, id=file.read_text(), resume="allow"
         )
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        self.run.log(metrics, step=step)
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+class Trackio:
+    """Kept on this machine, where `trackio show` finds it."""
+
+    def __init__(self, folder: Path, project: str | None, name: str, config: dict[str, Any]) -> None:
+        import trackio
+
+        # a run of this name goes on only if it is this folder's
+        begun = folder / "trackio"
+        self.run = trackio.init(
+            project=project or "RL2",
+            name=name,
+            config=config,
+            resume="allow" if begun.exists() else "never",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+        begun.touch()
 
     def log(self, metrics: Metrics, step: int) -> None:
         self.run.log(metrics, step=step)

@@ -65,6 +65,7 @@ class Plan:
     steps: int
     test_freq: int
     methods: tuple[Method, ...]
+    test_rows: int = 512
 
 
 FULL = Plan(warmup_steps=1000, steps=80, test_freq=10, methods=METHODS)
@@ -337,6 +338,7 @@ def warm_start(plan: Plan, out: Path, seed: int, board: Board) -> Job:
         seed,
         warmup_rows=plan.warmup_steps * WARMUP_BATCH,
         train_rows=plan.steps * SEQUENCES_PER_STEP,
+        test_rows=plan.test_rows,
     )
     build_model(out / "model", texts, seed)
     warmup = warmup_job(plan, out, seed)

@@ -177,8 +177,9 @@ def prepare(home: Path, seed: int, plan: Plan) -> None:
         seed,
         warmup_rows=plan.warmup_steps * WARMUP_BATCH,
         train_rows=plan.steps * SEQUENCES_PER_STEP,
+        test_rows=plan.test_rows,
     )
-    held_out = draw_problems(Random(f"{seed} pilot"), 512, held_out=True)
+    held_out = draw_problems(Random(f"{seed} pilot"), plan.test_rows, held_out=True)
     write_demonstrations(home / "data" / "held_out.jsonl", held_out, Random(f"{seed} pilot demonstrator"))
     build_model(home / "new", texts, seed)
     (home / "new").rename(home / "model")
@@ -326,7 +327,7 @@ def page(
             "model": "245,000 parameters in Qwen3's architecture",
             "from scratch": f"{plan.warmup_steps} steps of {WARMUP_BATCH} careless demonstrations",
             "on rewards": f"{plan.steps} steps of {SEQUENCES_PER_STEP} responses",
-            "tests": "512 held-out problems of each seed",
+            "tests": f"{plan.test_rows} held-out problems of each seed",
             "time": f"{seconds / 60:.0f} minutes for what this call ran, {num_cores()} cores ({platform.machine()})",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}",

@@ -8,7 +8,7 @@ not hold if one lies on the other side. Intervals over seeds are Student's; wher
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
@@ -88,10 +88,9 @@ def fewer_tokens(section: str, title: str, runs: Sequence[SeedRun], baseline: Se
     """Tokens sampled in training until a test reaches the lower of the two methods' best scores."""
     ratios = []
     for run, other in zip(runs, baseline, strict=True):
-        level = min(max(by_step(each).values()) for each in (run, other))
-        spent = [sampled_until(each, _first_at(each, level)) for each in (run, other)]
-        # neither has trained at all if both begin at the level
-        ratios.append(math.log((spent[0] + 1) / (spent[1] + 1)))
+        mine, theirs = (sampled_until(each, step) for each, step in _at_equal_accuracy(run, other))
+        # neither has trained at all if both begin there
+        ratios.append(math.log((mine + 1) / (theirs + 1)))
     saved = over_seeds([-ratio for ratio in ratios])
     mean, low, high = (math.exp(-x) for x in (saved.value, saved.high, saved.low))
     return Claim(
@@ -106,8 +105,7 @@ def shorter_answers(section: str, title: str, runs: Sequence[SeedRun], baseline:
     """Length of the rollouts where a test first reaches the lower of the two methods' best scores."""
     saved = []
     for run, other in zip(runs, baseline, strict=True):
-        level = min(max(by_step(each).values()) for each in (run, other))
-        mine, theirs = (length_at(each, _first_at(each, level)) for each in (run, other))
+        mine, theirs = (length_at(each, step) for each, step in _at_equal_accuracy(run, other))
         saved.append(theirs - mine)
     estimate = over_seeds(saved)
     return Claim(
@@ -195,8 +193,11 @@ def length_at(run: SeedRun, step: int) -> float:
     return fmean(length for at, length in lengths if start <= at < start + EDGE_STEPS)
 
 
-def _first_at(run: SeedRun, level: float) -> int:
-    return next(step for step, score in by_step(run).items() if score >= level)
+def _at_equal_accuracy(*runs: SeedRun) -> Iterator[tuple[SeedRun, int]]:
+    """Each run, and the step at which a test of it first reaches the lowest of the runs' best scores."""
+    level = min(max(by_step(run).values()) for run in runs)
+    for run in runs:
+        yield run, next(step for step, score in by_step(run).items() if score >= level)
 
 
 def _accuracy(first: Sequence[Scores], second: Sequence[Scores]) -> Estimate:
@@ -217,5 +218,7 @@ def _signed(x: float, digits: int) -> str:
 
 
 def _range(x: Estimate, digits: int, sign: int = 1) -> str:
+    if math.isinf(x.low):
+        return "one seed, no interval"
     low, high = sorted((sign * x.low, sign * x.high))
     return f"{_signed(low, digits)} to {_signed(high, digits)}"

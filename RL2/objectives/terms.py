@@ -98,6 +98,8 @@ def total_loss(stats: TokenStats, batch: TokenBatch, config: Actor, objective: B
             loss_T = loss_T + config.kl.coef * kl_T
     if config.entropy.coef != 0:
         loss_T = loss_T - config.entropy.coef * entropy_T
+    if "max_logp" in vars(stats):
+        metrics = metrics | {"p_max": stats.max_logp.detach().exp()}
     return loss_T, metrics | {"entropy": entropy_T}
 
 

@@ -24,7 +24,7 @@ from RL2.config import Config, ConfigError, LostProcess, RLTrainer, show
 from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
 from RL2.parallel.processes import Processes
-from RL2.report import Dashboard, Report, TensorBoard, Wandb
+from RL2.report import Dashboard, Report, TensorBoard, Trackio, Wandb
 from RL2.types import TokenBatch
 from RL2.workers.worker import Learner
 
@@ -53,6 +53,8 @@ class Run:
         dashboards: list[Dashboard] = []
         if self.processes.is_first and self.config.use_wandb:
             dashboards.append(Wandb(self.save_dir, self.config.project, self.config.experiment_name, self.settings))
+        if self.processes.is_first and self.config.use_trackio:
+            dashboards.append(Trackio(self.save_dir, self.config.project, self.config.experiment_name, self.settings))
         if self.processes.is_first and self.config.use_tensorboard:
             dashboards.append(TensorBoard(self.save_dir))
         return Report(self.save_dir, self.processes.is_first, num_steps, dashboards)

@@ -13,6 +13,9 @@ LOW, HIGH = 1 / 4, 4
 FEW_NATS = 0.02
 """Entropy below this has collapsed, however low it began: nearly every token is certain (p_max is at 1)."""
 
+SATURATED = 0.995
+"""Mean probability of the most likely token above this: what is sampled is nearly always that, and SPO has no loss."""
+
 
 class Watch:
     """Sees each step's metrics in order, those of an interrupted run first."""
@@ -22,7 +25,7 @@ class Watch:
         self.num_tests, self.save_dir = num_tests, save_dir
         self.scores: dict[int, float] = {}
         """Test scores by step."""
-        self.seen: dict[str, list[float]] = {"entropy": [], "length": []}
+        self.seen: dict[str, list[float]] = {"train/entropy": [], "train/length": [], "actor/p_max": []}
         self.said: set[str] = set()
         for row in before:
             self.see(int(row["step"]), row)
@@ -32,9 +35,14 @@ class Watch:
         if "test/score" in metrics:
             self.scores[step] = metrics["test/score"]
         for name, values in self.seen.items():
-            if f"train/{name}" in metrics:
-                values.append(metrics[f"train/{name}"])
-        found = {"score": self._fallen(), "entropy": self._moved("entropy"), "length": self._moved("length")}
+            if name in metrics:
+                values.append(metrics[name])
+        found = {
+            "score": self._fallen(),
+            "entropy": self._moved("entropy"),
+            "length": self._moved("length"),
+            "p_max": self._saturated(),
+        }
         new = {name: text for name, text in found.items() if text and name not in self.said}
         self.said |= new.keys()
         # what has recovered may be said again
@@ -52,7 +60,7 @@ class Watch:
         return f"the test score has fallen from {best:.3f} (step {self._best_step}) to {newest:.3f}"
 
     def _moved(self, name: str) -> str:
-        values = self.seen[name]
+        values = self.seen[f"train/{name}"]
         if len(values) < 2 * WINDOW:
             return ""
         first, last = fmean(values[:WINDOW]), fmean(values[-WINDOW:])
@@ -61,6 +69,13 @@ class Watch:
             return f"{name} has collapsed from {first:.3g} to {last:.3g}"
         return f"{name} is running away, from {first:.3g} to {last:.3g}" if last > HIGH * first else ""
 
+    def _saturated(self) -> str:
+        values = self.seen["actor/p_max"]
+        if len(values) < 2 * WINDOW:
+            return ""
+        first, last = fmean(values[:WINDOW]), fmean(values[-WINDOW:])
+        return f"p_max is saturated, {last:.4f} after {first:.4f}" if last > SATURATED >= first else ""
+
     @property
     def _best_step(self) -> int:
         return max(self.scores, key=lambda step: (self.scores[step], -step))
@@ -68,5 +83,7 @@ class Watch:
     def _way_back(self) -> str:
         if not self.scores:
             return "test the model (trainer.test_freq) to know which step was good"
-        folder = f"{self.save_dir}/step_{self._best_step:06d}"
-        return f"step {self._best_step} had the best test score: trainer.load_ckpt_from={folder}"
+        return (
+            f"step {self._best_step} had the best test score: trainer.save_dir={self.save_dir} "
+            "trainer.load_ckpt_from=best goes back to the best checkpoint"
+        )

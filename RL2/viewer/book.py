@@ -32,7 +32,8 @@ CHUNK = 1 << 17
 """Characters after which a chunk is full."""
 OWN = (
     *("seed", "project", "experiment_name", "load_ckpt_from", "save_dir", "save_freq", "keep", "keep_best"),
-    *("samples_per_step", "replay_freq", "token_stats_freq", "use_wandb", "use_tensorboard", "timeout_s", "dry_run"),
+    *("samples_per_step", "replay_freq", "token_stats_freq", "timeout_s", "dry_run"),
+    *("use_wandb", "use_trackio", "use_tensorboard"),
 )
 """Keys of `trainer` in which runs of one method may differ: which of its seeds it is, and what it writes down."""
 NOTHING = 1e-3

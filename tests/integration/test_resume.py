@@ -160,6 +160,17 @@ def test_latest_is_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.find("latest", tmp_path) == tmp_path / "step_000010"
 
 
+def test_best_is_the_tested_checkpoint_with_the_highest_score(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no checkpoint of a step that was tested"):
+        checkpoint.find("best", tmp_path)
+    rows = [{"step": step, "test/score": score} for step, score in ((0, 0.95), (2, 0.5), (4, 0.9), (6, 0.9), (9, 0.99))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "te')
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"step_{step:06d}").mkdir()
+        (tmp_path / f"step_{step:06d}" / "notes.json").write_text("{}")
+    assert checkpoint.find("best", tmp_path) == tmp_path / "step_000004"
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nothing"):
         message = f"trainer.load_ckpt_from={folder} is not a checkpoint (it has no notes.json)"

@@ -1,11 +1,16 @@
 """What a run writes: lines that can be read again, and dashboards with the same names."""
 
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import RL2
 from RL2.report import Report, TensorBoard
 from RL2.types import Trajectory
 
@@ -19,6 +24,30 @@ def test_a_step_is_a_line_here_and_there(tmp_path: Path, capsys: pytest.CaptureF
     assert row == {"step": 3, "train/score": 0.5, "actor/loss": -0.25, "train/unscored": 2.0, "other": 7.0}
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("actor/loss")] == [(3, -0.25)]
+
+
+def test_trackio_goes_on_with_the_run_of_its_folder(tmp_path: Path) -> None:
+    """In a process of its own, as it reads where to write when it is imported, and starts threads."""
+    script = """
+import sys
+from pathlib import Path
+from RL2.report import Trackio
+for folder, step in (("a", 0), ("a", 1), ("b", 0)):
+    dashboard = Trackio(Path(folder), None, "same name", {"lr": 1e-3})
+    dashboard.log({"actor/loss": 0.5}, step)
+    dashboard.finish()
+"""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "kept"), "PYTHONPATH": str(Path(RL2.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=60)
+    with sqlite3.connect(tmp_path / "kept" / "RL2.db") as db:
+        rows = db.execute("select run_id, run_name, step, metrics from metrics order by id").fetchall()
+    assert [(name, step, json.loads(metrics)) for _, name, step, metrics in rows] == [
+        ("same name", step, {"actor/loss": 0.5}) for step in (0, 1, 0)
+    ]
+    first, resumed, other = (run_id for run_id, *_ in rows)
+    assert first == resumed != other
 
 
 def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
