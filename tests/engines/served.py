@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,10 @@ VLLM_PYTHON = os.environ.get("VLLM_PYTHON", f"{ROOT}/.venv-vllm/bin/python")
 MAX_LENGTH = 512
 PROMPT = [5 + (7 * n) % 250 for n in range(40)]
 
-ENGINES = ["embedded", pytest.param("vllm", marks=pytest.mark.vllm)]
+STAND_IN = Path(__file__).parent / "stand_in"
+"""Has an `sglang.launch_server` that speaks its routes; no real SGLang was ever run."""
+
+ENGINES = ["embedded", "sglang", pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
 @dataclass
@@ -102,7 +106,9 @@ def serve(
             "rollout.max_staleness=1",  # or the embedded engine would sample from the actor's own tensors
             f"rollout.engine={engine}",
             f"rollout.vllm.python={VLLM_PYTHON}",
+            f"rollout.sglang.python={sys.executable}",
             "trainer.experiment_name=test",
+            *([f"rollout.sglang.env.PYTHONPATH='{STAND_IN}:{ROOT}'"] if engine == "sglang" else []),
             *overrides,
         ],
     )

@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from RL2.config import VLLM, ConfigError, check_here, load
-from RL2.engines.vllm import engine as engine_module
-from RL2.engines.vllm import weight_files
-from RL2.engines.vllm.engine import VLLMEngine
-from RL2.engines.vllm.folders import OwnFolder
-from RL2.engines.vllm.router import Router
-from RL2.engines.vllm.server import EngineFailed, Server
+from RL2.engines.served import engine as engine_module
+from RL2.engines.served import weight_files
+from RL2.engines.served.engine import ServedEngine
+from RL2.engines.served.folders import OwnFolder
+from RL2.engines.served.router import Router
+from RL2.engines.served.server import EngineFailed, Server
+from RL2.engines.vllm.kind import VLLM_SERVER
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 
@@ -153,9 +154,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "ERROR_RETRY_S", 0.05)
 
 
-def attach(processes: Processes, folder: Path, *urls: str, trainer: float = -2.0, max_running: int = 8) -> VLLMEngine:
+def attach(processes: Processes, folder: Path, *urls: str, trainer: float = -2.0, max_running: int = 8) -> ServedEngine:
     """`trainer`: its log-probability of any token."""
-    engine = VLLMEngine(
+    engine = ServedEngine(
+        VLLM_SERVER,
         replace(SETTINGS, urls=urls, sync_dir=str(folder)),
         arguments=[],
         processes=processes,
@@ -170,7 +172,7 @@ def attach(processes: Processes, folder: Path, *urls: str, trainer: float = -2.0
     return engine
 
 
-def generate(engine: VLLMEngine, number: int = 4) -> list[Completion]:
+def generate(engine: ServedEngine, number: int = 4) -> list[Completion]:
     async def everything() -> list[Completion]:
         requests = (engine.generate([i], Sampling(max_new_tokens=2, seed=10 * i)) for i in range(number))
         return await asyncio.gather(*requests)
@@ -278,7 +280,7 @@ def test_members_of_a_group_stay_together_and_groups_spread() -> None:
 def test_buckets_are_bounded_and_hold_everything(tmp_path: Path) -> None:
     weights = {f"w{i}": torch.randn(10, i + 1) for i in range(8)}
     weights["shared"] = weights["w3"][:, 1:]  # neither contiguous nor a memory of its own
-    files = weight_files.write(iter(weights.items()), tmp_path, "v", bucket_bytes=500)
+    files = weight_files.write(iter(weights.items()), tmp_path, "v-", bucket_bytes=500)
     read = [load_file(tmp_path / file) for file in files]
     assert [sum(x.nbytes for x in each.values()) <= 500 for each in read] == [True] * len(files)
     assert len(files) > 2
@@ -289,7 +291,7 @@ def test_buckets_are_bounded_and_hold_everything(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_process_that_died_is_removed(tmp_path: Path) -> None:
     script = (
-        "from RL2.engines.vllm.folders import *; import sys\n"
+        "from RL2.engines.served.folders import *; import sys\n"
         f"own = OwnFolder(Path({str(tmp_path)!r}), 'own-'); print(own.path)"
     )
     wait = "; sys.stdout.flush(); sys.stdin.read()"
@@ -308,7 +310,7 @@ def test_the_folder_of_a_process_that_died_is_removed(tmp_path: Path) -> None:
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     def server(python: str) -> Server:
         how = {"log": tmp_path / "log", "folder": tmp_path / "temporary"}
-        return Server(python, ["--no-such-thing"], {}, "token", name="vLLM server 0", **how)
+        return Server(VLLM_SERVER, python, ["--no-such-thing"], {}, "token", name="vLLM server 0", **how)
 
     with pytest.raises(EngineFailed, match=r"cannot be started.*rollout\.vllm\.python"):
         server("/no/such/python").start()
@@ -339,7 +341,7 @@ RL = (
         (["rollout.engine=vllm", "rollout.vllm.urls=[http://x]", "rollout.vllm.num_servers=2"], "no effect with"),
         (["rollout.engine=vllm", "rollout.train_sampling_params.temperature=0.005"], "is below 0.01"),
         (["rollout.engine=vllm", "rollout.vllm.python=/no/python"], "there is no such interpreter"),
-        (["rollout.engine=vlm"], "choose one of embedded, vllm"),
+        (["rollout.engine=vlm"], "choose one of embedded, vllm, sglang"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(overrides: list[str], said: str) -> None:
