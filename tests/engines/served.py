@@ -36,6 +36,7 @@ ENGINES = ["embedded", "sglang", pytest.param("vllm", marks=pytest.mark.vllm)]
 class Served:
     """An engine with the actor that it gets its weights from."""
 
+    name: str
     engine: Engine
     actor: Actor
     tokenizer: PreTrainedTokenizerBase
@@ -93,6 +94,7 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, tied: bool) -> 
 def serve(
     engine: str, model: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes, *overrides: str
 ) -> Served:
+    launches_stand_in = engine == "sglang" and not any("sglang.urls" in override for override in overrides)
     config = load(
         "spo",
         [
@@ -108,13 +110,13 @@ def serve(
             f"rollout.vllm.python={VLLM_PYTHON}",
             f"rollout.sglang.python={sys.executable}",
             "trainer.experiment_name=test",
-            *([f"rollout.sglang.env.PYTHONPATH='{STAND_IN}:{ROOT}'"] if engine == "sglang" else []),
             *overrides,
+            *([f"rollout.sglang.env.PYTHONPATH='{STAND_IN}:{ROOT}'"] if launches_stand_in else []),
         ],
     )
     actor = Actor(config.actor, processes, 1, folder)
     made = make_engine(config, actor, lambda ids: decode(tokenizer, ids), MAX_LENGTH, folder)
-    return Served(made, actor, tokenizer, model)
+    return Served(engine, made, actor, tokenizer, model)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def flags() -> argparse.Namespace:
 
 
 def by_position(uniforms: Any) -> Any:
-    """As SGLang draws: by seed and position in the sequence. The position of a response stands above its seed's bits."""
+    """As SGLang draws: by seed and position in the sequence. Where a response begins stands above its seed's bits."""
 
     def draw(seeds: list[int], numbers: list[int]) -> np.ndarray:
         positions = [number + (seed >> SEED_BITS) for seed, number in zip(seeds, numbers, strict=True)]
@@ -69,10 +69,12 @@ class Model:
 
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.options.model_path)
-        config = AutoConfig.from_pretrained(self.options.model_path)
         dtype = getattr(torch, self.options.dtype)
+        # a configuration for each: a model writes its attention into it
         self.ours, self.reference = (
-            AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+            AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(self.options.model_path), dtype=dtype, attn_implementation=attention
+            ).eval()
             for attention in (IMPLEMENTATION, "eager")
         )
         embedded.uniforms = by_position(embedded.uniforms)
