@@ -71,6 +71,7 @@ def has_restarted(served: Served, restarts: int) -> bool:
 def test_a_server_that_dies_starts_again_and_its_requests_are_made_anew(served: Served) -> None:
     prompts, restarts = [[5 + i, *PROMPT] for i in range(16)], keeper(served).restarts
     expected = served.generate(prompts, LONG)
+    served.engine.metrics()
 
     async def generate() -> list[Completion]:
         loop = asyncio.get_running_loop()
@@ -82,6 +83,7 @@ def test_a_server_that_dies_starts_again_and_its_requests_are_made_anew(served: 
         return await asyncio.gather(*requests)
 
     assert [c.token_ids for c in asyncio.run(generate())] == [c.token_ids for c in expected]
+    assert served.engine.metrics()["engine/retried"] > 0
     wait_for(lambda: has_restarted(served, restarts))
     lm = served.reference()
     for client in keeper(served).clients:
