@@ -55,6 +55,7 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.faults: list[str] = []
+        self.has_tokens_route = True
         self.version = "default"
         self.folder, self.files, self.loaded = "", [""], dict[str, torch.Tensor]()
         self.prompts: list[list[int]] = []
@@ -70,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: StandIn
 
     def do_GET(self) -> None:
+        if self.path == "/weight_info":
+            return self.answer(200, json.dumps({"weight_version": self.server.version}))
         text = (
             'vllm:request_queue_time_seconds_sum{engine="0"} 3.0\nvllm:request_queue_time_seconds_count{engine="0"} 6'
         )
@@ -86,6 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
                 stand_in.version = body["weight_version"]
                 each = [load_file(f"{stand_in.folder}/{file}") for file in stand_in.files]
                 stand_in.loaded = {name: weight for file in each for name, weight in file.items()}
+            case "/inference/v1/generate" if not stand_in.has_tokens_route:
+                return self.answer(403, "Scale-out endpoints are disabled")
+            case "/v1/completions":
+                return self.complete(body)
             case "/inference/v1/generate":
                 return self.generate(body["token_ids"], body["sampling_params"])
         self.answer(200, "{}")
@@ -122,6 +129,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(int(fault), "no")
         else:
             self.answer(200, json.dumps({"choices": [choice]}))
+
+    def complete(self, body: dict[str, Any]) -> None:
+        """Tokens are keyed by text in `tokens`, which is '' for those without; `token_ids` has them."""
+        prompt = body["prompt"]
+        if "prompt_logprobs" in body:
+            scored = [None, *({str(token): {"logprob": -2.0}} for token in prompt[1:])]
+            return self.answer(200, json.dumps({"choices": [{"prompt_logprobs": scored}]}))
+        assert body["return_token_ids"] and body["logprobs"] == 0
+        sampled = [body["seed"] + i for i in range(body["max_tokens"])]
+        if self.server.faults and self.server.faults.pop() == "new weights":
+            self.server.version = str(int(self.server.version) + 1)
+        logprobs = {"token_logprobs": [-0.5] * len(sampled), "tokens": [""] * len(sampled)}
+        choice = {"token_ids": sampled, "logprobs": logprobs, "finish_reason": "length"}
+        self.answer(200, json.dumps({"choices": [choice]}))
 
     def answer(self, status: int, text: str) -> None:
         self.send_response(status)
@@ -233,6 +254,21 @@ def test_servers_that_are_all_away_are_not_waited_for_without_end(processes: Pro
     assert time.monotonic() - begun < 5
     with pytest.raises(EngineFailed, match=f"weights of version 4: {gone.url}"):
         engine.load_weights(iter(WEIGHTS.items()), version=4)
+
+
+def test_a_server_without_the_route_for_tokens_is_asked_for_completions(
+    stand_in: StandIn, processes: Processes, tmp_path: Path
+) -> None:
+    stand_in.has_tokens_route = False
+    engine = attach(processes, tmp_path, stand_in.url)
+    assert generate(engine) == EXPECTED
+    # its answers say no versions, so one that may have several is made again
+    stand_in.faults = ["new weights"]
+    completions = generate(engine)
+    assert [completion.token_ids for completion in completions] == [expected.token_ids for expected in EXPECTED]
+    assert [4, 4] in [completion.versions for completion in completions]
+    assert all(completion.versions in ([3, 3], [4, 4]) for completion in completions)
+    assert engine.metrics()["engine/retried"] >= 1
 
 
 def test_no_more_requests_are_under_way_than_the_server_needs(

@@ -21,10 +21,10 @@ CONTROL_TIMEOUT_S = 600
 class ServerError(RuntimeError):
     """The server was not there, broke off, or answered that it could not."""
 
-    def __init__(self, text: str, *, counts: bool = True) -> None:
-        """`counts`: it was there, so trying again and again would not help."""
+    def __init__(self, text: str, *, counts: bool = True, status: int | None = None) -> None:
+        """`counts`: it was there, so trying again and again would not help; `status`: of the HTTP answer."""
         super().__init__(text)
-        self.counts = counts
+        self.counts, self.status = counts, status
 
 
 class Refused(ValueError):
@@ -66,10 +66,17 @@ class Client(ABC):
             )
         return _json(path, answer)
 
-    async def post(self, http: httpx.AsyncClient, path: str, body: dict[str, Any], timeout_s: float) -> Any:
+    async def ask(
+        self,
+        http: httpx.AsyncClient,
+        path: str,
+        body: dict[str, Any] | None = None,
+        timeout_s: float = CONTROL_TIMEOUT_S,
+    ) -> Any:
         """As `call`, without blocking; the server lets go of the request if this is cancelled or runs out of time."""
+        method = "GET" if body is None else "POST"
         with _errors(path):
-            answer = await http.post(self.url + path, json=body, headers=self.headers, timeout=timeout_s)
+            answer = await http.request(method, self.url + path, json=body, headers=self.headers, timeout=timeout_s)
         return _json(path, answer)
 
     def is_healthy(self, timeout_s: float) -> bool:
@@ -146,7 +153,7 @@ def _json(path: str, answer: httpx.Response) -> Any:
     if answer.status_code in (400, 422):
         raise Refused(f"{path}: {answer.text[:1000]}")
     if not answer.is_success:
-        raise ServerError(f"{path}: HTTP {answer.status_code} {answer.text[:1000]}")
+        raise ServerError(f"{path}: HTTP {answer.status_code} {answer.text[:1000]}", status=answer.status_code)
     try:
         return answer.json() if answer.content else None
     except ValueError as error:

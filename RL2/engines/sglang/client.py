@@ -36,7 +36,7 @@ class SGLangClient(Client):
         whole = Answer([], [], "length", [])
         while left := sampling.max_new_tokens - len(whole.token_ids):
             body = request(token_ids + whole.token_ids, replace(sampling, max_new_tokens=left))
-            answer = _answer(await self.post(http, "/generate", body, timeout_s), body)
+            answer = _answer(await self.ask(http, "/generate", body, timeout_s), body)
             whole.token_ids.extend(answer.token_ids)
             whole.logps.extend(answer.logps)
             whole.versions.extend(answer.versions)

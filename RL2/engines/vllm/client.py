@@ -10,26 +10,65 @@ import httpx
 from RL2.engines.served.client import Answer, Client, ServerError, versions_of
 from RL2.types import Sampling
 
+TOKENS, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
+ROUTE_IS_SHUT = (403, 404)
+"""Without --enable-scale-out."""
+
 
 class VLLMClient(Client):
     queue_metric = "vllm:request_queue_time_seconds"
 
+    def __init__(self, url: str, token: str) -> None:
+        super().__init__(url, token)
+        self.has_tokens_route = True
+
     async def generate(
         self, http: httpx.AsyncClient, token_ids: list[int], sampling: Sampling, timeout_s: float
     ) -> Answer:
-        body = {"request_id": secrets.token_hex(8), "token_ids": token_ids, "sampling_params": params(sampling)}
-        (choice,) = (await self.post(http, "/inference/v1/generate", body, timeout_s))["choices"]
-        drawn = (choice["logprobs"] or {}).get("content") or []
-        sampled = choice["token_ids"] or []
-        if [token["token_id"] for token in drawn] != sampled:
-            raise ServerError(f"{len(sampled)} tokens came with {len(drawn)} log-probabilities, not of the same tokens")
-        logps = [token["logprob"] for token in drawn]
-        return Answer(sampled, logps, choice["finish_reason"], versions_of(choice["weight_versions"]))
+        if self.has_tokens_route:
+            body = {"request_id": secrets.token_hex(8), "token_ids": token_ids, "sampling_params": params(sampling)}
+            try:
+                (choice,) = (await self.ask(http, TOKENS, body, timeout_s))["choices"]
+            except ServerError as error:
+                if error.status not in ROUTE_IS_SHUT:
+                    raise
+                self.has_tokens_route = False
+            else:
+                drawn = (choice["logprobs"] or {}).get("content") or []
+                sampled = choice["token_ids"] or []
+                if [token["token_id"] for token in drawn] != sampled:
+                    raise ServerError(
+                        f"{len(sampled)} tokens came with {len(drawn)} log-probabilities, not of the same tokens"
+                    )
+                logps = [token["logprob"] for token in drawn]
+                return Answer(sampled, logps, choice["finish_reason"], versions_of(choice["weight_versions"]))
+        return await self._complete(http, token_ids, sampling, timeout_s)
+
+    async def _complete(
+        self, http: httpx.AsyncClient, token_ids: list[int], sampling: Sampling, timeout_s: float
+    ) -> Answer:
+        """By the route that has no versions: those before and after have to be the same, or the answer is an abort."""
+        known = {name: value for name, value in params(sampling).items() if name != "detokenize"}
+        before = (await self.ask(http, "/weight_info"))["weight_version"]
+        body = {"prompt": token_ids, "return_token_ids": True, **known}
+        (choice,) = (await self.ask(http, COMPLETIONS, body, timeout_s))["choices"]
+        after = (await self.ask(http, "/weight_info"))["weight_version"]
+        sampled, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        if len(sampled) != len(logps):
+            raise ServerError(f"{len(sampled)} tokens came with {len(logps)} log-probabilities")
+        versions = versions_of([{"version": before, "start": 0, "end": len(sampled)}])
+        return Answer(sampled, logps, choice["finish_reason"] if before == after else "abort", versions)
 
     def logps(self, token_ids: list[int]) -> list[float]:
-        sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}
-        answer = self.call("/inference/v1/generate", {"token_ids": token_ids, "sampling_params": sampling})
-        scored = answer["prompt_logprobs"][1:]
+        sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        try:
+            body = {"token_ids": token_ids, "sampling_params": sampling | {"detokenize": False}}
+            scored = self.call(TOKENS, body)["prompt_logprobs"][1:]
+        except ServerError as error:
+            if error.status not in ROUTE_IS_SHUT:
+                raise
+            (choice,) = self.call(COMPLETIONS, {"prompt": token_ids} | sampling)["choices"]
+            scored = choice["prompt_logprobs"][1:]
         return [at[str(token)]["logprob"] for at, token in zip(scored, token_ids[1:], strict=True)]
 
     def use_folder(self, folder: str) -> None:
