@@ -22,13 +22,9 @@ class SGLangClient(Client):
         self.folder = Path()
         self.is_paused = self.is_released = False
 
-    def is_healthy(self, timeout_s: float) -> bool:
-        # /health samples a token, so it has no answer while generation is paused
-        try:
-            self.call("/model_info" if self.is_paused else "/health", timeout_s=timeout_s)
-        except ServerError:
-            return False
-        return True
+    @property
+    def health_path(self) -> str:
+        return "/model_info" if self.is_paused else "/health"  # which samples a token, and has no answer in a pause
 
     async def generate(
         self, http: httpx.AsyncClient, token_ids: list[int], sampling: Sampling, timeout_s: float
