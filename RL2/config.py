@@ -363,22 +363,22 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLLM:
-    """vLLM servers as the engine (docs/engines.md); read with `rollout.engine=vllm`."""
+class Servers:
+    """Servers as the engine (docs/engines.md): what all kinds have; `rollout.KEY.` stands before each name."""
+
+    key = ""
 
     urls: tuple[str, ...]
-    """Running servers to attach to; empty: they are launched. Their token, if they want one, is $VLLM_API_KEY."""
+    """Running servers to attach to; empty: they are launched. Their token, if they want one, is $VLLM_API_KEY or
+    $SGLANG_API_KEY."""
     num_servers: Count
     """Servers that are launched on each machine."""
     python: str
-    """Interpreter of the environment that vLLM is installed in: `make engine` builds one for CPUs."""
+    """Interpreter of the environment that they are installed in: `make engine` builds one with vLLM for CPUs."""
     args: tuple[str, ...]
-    """Further arguments of the command line of a launched server, as of `vllm serve`; they win over ours."""
+    """Further arguments of the command line of a launched server; they win over ours."""
     env: dict[str, Any]
     """Further environment variables of a launched server."""
-    kv_cache_mib: Count | None
-    """Memory of a launched server's KV cache. null: what max_running_requests sequences of full length take, up to
-    gpu_memory_utilization of what is free (CPUs), or what that share of the GPU leaves."""
     sync_dir: str | None
     """Folder for weights on their way to the servers, which have to see it under the same name; it holds one copy of
     them. null: shared memory, for servers on this machine."""
@@ -397,16 +397,49 @@ class VLLM:
     def __post_init__(self) -> None:
         if self.urls and (self.args or self.env or self.num_servers > 1):
             raise ConfigError(
-                "rollout.vllm.args, env and num_servers are of servers that are launched; they have no effect with "
-                "rollout.vllm.urls"
+                f"rollout.{self.key}.args, env and num_servers are of servers that are launched; they have no effect "
+                f"with rollout.{self.key}.urls"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
+class VLLM(Servers):
+    """vLLM servers; read with `rollout.engine=vllm`."""
+
+    key = "vllm"
+
+    kv_cache_mib: Count | None
+    """Memory of a launched server's KV cache. null: what max_running_requests sequences of full length take, up to
+    gpu_memory_utilization of what is free (CPUs), or what that share of the GPU leaves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGLang(Servers):
+    """SGLang servers; read with `rollout.engine=sglang`."""
+
+    key = "sglang"
+
+    router_url: str | None
+    """SGLang's router in front of the servers of `urls`: it gets the requests for samples, they the weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.router_url is not None and not self.urls:
+            raise ConfigError(
+                "rollout.sglang.router_url needs rollout.sglang.urls: weights go to the servers themselves"
+            )
+
+
+SGLANG_MAX_TOP_K = 4096
+"""What a server lets a request ask for (its --sampling-mask-max-tokens)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
-    engine: Literal["embedded", "vllm"]
-    """Where tokens are sampled: in this process, or by vLLM servers."""
+    engine: Literal["embedded", "vllm", "sglang"]
+    """Where tokens are sampled: in this process, or by servers."""
     vllm: VLLM
+    sglang: SGLang
     model_name: str
     """The model that the engine serves: actor.model_name."""
     dtype: Literal["auto", "float32", "bfloat16"]
@@ -449,11 +482,29 @@ class Rollout:
                 f"rollout.partial_rollout={self.partial_rollout} goes on with what older weights began, and "
                 "rollout.max_staleness=0 allows none of it; set that to 1 at least"
             )
-        if self.engine == "embedded" and (self.vllm.urls or self.vllm.args or self.vllm.env):
-            raise ConfigError("rollout.vllm.urls, args and env have no effect with rollout.engine=embedded")
+        for servers in (self.vllm, self.sglang):
+            if self.engine != servers.key and (servers.urls or servers.args or servers.env):
+                raise ConfigError(
+                    f"rollout.{servers.key}.urls, args and env have no effect with rollout.engine={self.engine}"
+                )
         for name in ("train_sampling_params", "test_sampling_params"):
-            if self.engine == "vllm" and 0 < getattr(self, name).temperature < 0.01:
+            sampling: SamplingParams = getattr(self, name)
+            if self.engine == "vllm" and 0 < sampling.temperature < 0.01:
                 raise ConfigError(f"rollout.{name}.temperature is below 0.01, which vLLM would silently make 0.01")
+            is_cut = sampling.temperature > 0 and sampling.is_cut
+            if self.engine == "sglang" and is_cut and not 0 < sampling.top_k <= SGLANG_MAX_TOP_K:
+                raise ConfigError(
+                    f"rollout.{name}: SGLang gives the log-probabilities of what was drawn from only with a top_k of 1 "
+                    f"to {SGLANG_MAX_TOP_K} (which top_p may cut further), or without top_k and top_p; here are "
+                    f"top_k={sampling.top_k} and top_p={sampling.top_p:g}"
+                )
+
+    @property
+    def servers(self) -> VLLM | SGLang | None:
+        """The settings of the servers that sample, if it is not this process."""
+        if self.engine == "embedded":
+            return None
+        return self.vllm if self.engine == "vllm" else self.sglang
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -786,7 +837,7 @@ def _may_be_new(override: str) -> str:
 
 
 ARGS = "actor.objective_args"
-FREE_GROUPS = (f"{ARGS}.", "rollout.vllm.env.")
+FREE_GROUPS = (f"{ARGS}.", "rollout.vllm.env.", "rollout.sglang.env.")
 
 
 def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception) -> str:
@@ -904,12 +955,11 @@ def check_here(config: Config) -> None:
             raise ConfigError(f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'")
     named: dict[str, str | None] = {}
     if isinstance(config, RLConfig):
-        vllm = config.rollout.vllm
-        launches = config.rollout.engine == "vllm" and not vllm.urls and not config.trainer.dry_run
-        if launches and shutil.which(vllm.python) is None:
-            raise ConfigError(
-                f"rollout.vllm.python={vllm.python}: there is no such interpreter (`make engine` builds .venv-vllm)"
-            )
+        servers = config.rollout.servers
+        launches = servers is not None and not servers.urls and not config.trainer.dry_run
+        if servers is not None and launches and shutil.which(servers.python) is None:
+            how = " (`make engine` builds .venv-vllm)" if servers.key == "vllm" else ""
+            raise ConfigError(f"rollout.{servers.key}.python={servers.python}: there is no such interpreter{how}")
         named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}
         named |= {"test_data.path": config.test_data.path}
     else:

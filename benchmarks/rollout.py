@@ -152,8 +152,8 @@ def vllm(folder: Path, turns: Turns, python: str) -> None:
     from transformers import AutoConfig
 
     from RL2.config import load
-    from RL2.engines.vllm.engine import server_arguments
-    from RL2.engines.vllm.server import Server
+    from RL2.engines.served.server import Server
+    from RL2.engines.vllm.kind import VLLM_SERVER, server_arguments
     from RL2.types import Sampling
 
     prompts, lengths = task()
@@ -162,9 +162,8 @@ def vllm(folder: Path, turns: Turns, python: str) -> None:
     settings = f"actor.model_name={folder} actor.max_length_per_device=640 {engine} {unused}"
     rollout = load("ppo", [*settings.split(), "rollout.train_sampling_params.max_new_tokens=1"]).rollout
     arguments = server_arguments(rollout, AutoConfig.from_pretrained(folder), torch.float32, 640)
-    server = Server(
-        python, arguments, {}, secrets.token_hex(8), name="vLLM", log=folder / "server.log", folder=folder / "server"
-    )
+    token, log = secrets.token_hex(8), folder / "server.log"
+    server = Server(VLLM_SERVER, python, arguments, {}, token, name="vLLM", log=log, folder=folder / "server")
     server.start()
     server.wait_until_healthy(120)
     assert server.process is not None

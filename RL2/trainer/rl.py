@@ -11,13 +11,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from RL2.advantages import ADVANTAGES, gae, whitened
-from RL2.config import ConfigError, RLConfig
+from RL2.config import ConfigError, RLConfig, SGLang
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
 from RL2.engines.base import Engine
 from RL2.engines.embedded.engine import EmbeddedEngine
-from RL2.engines.vllm.engine import VLLMEngine, server_arguments
+from RL2.engines.served.engine import ServedEngine
+from RL2.engines.sglang import kind as sglang
+from RL2.engines.vllm import kind as vllm
 from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_length
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
@@ -166,17 +168,25 @@ def make_engine(
     """
     device = actor.processes.device
     dtype = actor.dtype if config.rollout.dtype == "auto" else compute_dtype(config.rollout.dtype, device)
-    if config.rollout.engine == "vllm":
+    if (settings := config.rollout.servers) is not None:
         exact = dtype == actor.dtype == torch.float32
-        return VLLMEngine(
-            config.rollout.vllm,
-            arguments=server_arguments(config.rollout, actor.lm.config, dtype, max_length),
+        if isinstance(settings, SGLang):
+            kind, arguments = sglang.SGLANG_SERVER, sglang.server_arguments(config.rollout, dtype, max_length)
+            router_url = settings.router_url
+        else:
+            kind, router_url = vllm.VLLM_SERVER, None
+            arguments = vllm.server_arguments(config.rollout, actor.lm.config, dtype, max_length)
+        return ServedEngine(
+            kind,
+            settings,
+            arguments=arguments,
+            router_url=router_url,
             processes=actor.processes,
             trainer_logps=actor.logps,
             vocab_size=actor.lm.config.vocab_size,
             max_length=max_length,
             max_running_requests=config.rollout.max_running_requests,
-            max_probe_gap=config.rollout.vllm.max_probe_gap or (1e-4 if exact else 0.1),
+            max_probe_gap=settings.max_probe_gap or (1e-4 if exact else 0.1),
             log_folder=log_folder,
         )
     # what trains and samples at the same time needs a copy for each

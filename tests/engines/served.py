@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,13 +26,17 @@ VLLM_PYTHON = os.environ.get("VLLM_PYTHON", f"{ROOT}/.venv-vllm/bin/python")
 MAX_LENGTH = 512
 PROMPT = [5 + (7 * n) % 250 for n in range(40)]
 
-ENGINES = ["embedded", pytest.param("vllm", marks=pytest.mark.vllm)]
+STAND_IN = Path(__file__).parent / "stand_in"
+"""Has an `sglang.launch_server` that speaks its routes; no real SGLang was ever run."""
+
+ENGINES = ["embedded", "sglang", pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
 @dataclass
 class Served:
     """An engine with the actor that it gets its weights from."""
 
+    name: str
     engine: Engine
     actor: Actor
     tokenizer: PreTrainedTokenizerBase
@@ -89,6 +94,7 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, tied: bool) -> 
 def serve(
     engine: str, model: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes, *overrides: str
 ) -> Served:
+    launches_stand_in = engine == "sglang" and not any("sglang.urls" in override for override in overrides)
     config = load(
         "spo",
         [
@@ -102,13 +108,15 @@ def serve(
             "rollout.max_staleness=1",  # or the embedded engine would sample from the actor's own tensors
             f"rollout.engine={engine}",
             f"rollout.vllm.python={VLLM_PYTHON}",
+            f"rollout.sglang.python={sys.executable}",
             "trainer.experiment_name=test",
             *overrides,
+            *([f"rollout.sglang.env.PYTHONPATH='{STAND_IN}:{ROOT}'"] if launches_stand_in else []),
         ],
     )
     actor = Actor(config.actor, processes, 1, folder)
     made = make_engine(config, actor, lambda ids: decode(tokenizer, ids), MAX_LENGTH, folder)
-    return Served(made, actor, tokenizer, model)
+    return Served(engine, made, actor, tokenizer, model)
 
 
 @torch.no_grad()

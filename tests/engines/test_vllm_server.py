@@ -18,10 +18,10 @@ import torch
 from served import MAX_LENGTH, PROMPT, ROOT, VLLM_PYTHON, Served, logps_of, save_model, serve
 from transformers import PreTrainedTokenizerBase
 
-from RL2.engines.vllm.client import Client
-from RL2.engines.vllm.engine import VLLMEngine
-from RL2.engines.vllm.keeper import Keeper
-from RL2.engines.vllm.server import EngineFailed
+from RL2.engines.served.engine import ServedEngine
+from RL2.engines.served.keeper import Keeper
+from RL2.engines.served.server import EngineFailed
+from RL2.engines.vllm.client import VLLMClient
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 
@@ -43,7 +43,7 @@ def served(
 
 
 def keeper(served: Served) -> Keeper:
-    assert isinstance(served.engine, VLLMEngine) and served.engine.keeper is not None
+    assert isinstance(served.engine, ServedEngine) and served.engine.keeper is not None
     return served.engine.keeper
 
 
@@ -145,14 +145,14 @@ def test_a_server_that_was_started_by_hand_is_attached_to(
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        client = Client(url, "secret")
+        client = VLLMClient(url, "secret")
         wait_for(lambda: server.poll() is not None or client.is_healthy(5))
         assert server.poll() is None, (tmp_path / "log").read_text()
         served = serve(
             "vllm", model, tmp_path, tokenizer, processes, f"rollout.vllm.urls=[{url}]", f"rollout.vllm.sync_dir={sync}"
         )
         served.sync()
-        assert len(list(sync.glob("*/*.safetensors"))) == 1
+        assert len(list(sync.rglob("*.safetensors"))) == 1
         (completion,) = served.generate([PROMPT], Sampling(max_new_tokens=8))
         assert completion.versions == [1] * 8
         served.engine.close()
@@ -177,7 +177,7 @@ def test_nothing_is_left_after_close(tmp_path: Path, tokenizer: PreTrainedTokeni
     served = serve("vllm", model, tmp_path, tokenizer, processes, "rollout.vllm.max_restarts=0")
     served.sync()
     weights, temporary, ids = keeper(served).folder, keeper(served).temporary.path, process_ids(served, 0)
-    assert list(temporary.glob("0/*")) and list(weights.glob("*.safetensors"))
+    assert list(temporary.glob("0/*")) and list(weights.rglob("*.safetensors"))
 
     async def generate() -> None:
         request = asyncio.create_task(served.engine.generate(PROMPT, LONG))

@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from RL2.config import VLLM, ConfigError, check_here, load
-from RL2.engines.vllm import engine as engine_module
-from RL2.engines.vllm import weight_files
-from RL2.engines.vllm.engine import VLLMEngine
-from RL2.engines.vllm.folders import OwnFolder
-from RL2.engines.vllm.router import Router
-from RL2.engines.vllm.server import EngineFailed, Server
+from RL2.engines.served import engine as engine_module
+from RL2.engines.served import weight_files
+from RL2.engines.served.engine import ServedEngine
+from RL2.engines.served.folders import OwnFolder
+from RL2.engines.served.router import Router
+from RL2.engines.served.server import EngineFailed, Server
+from RL2.engines.vllm.kind import VLLM_SERVER
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 
@@ -54,6 +55,7 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.faults: list[str] = []
+        self.has_tokens_route = True
         self.version = "default"
         self.folder, self.files, self.loaded = "", [""], dict[str, torch.Tensor]()
         self.prompts: list[list[int]] = []
@@ -69,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: StandIn
 
     def do_GET(self) -> None:
+        if self.path == "/weight_info":
+            return self.answer(200, json.dumps({"weight_version": self.server.version}))
         text = (
             'vllm:request_queue_time_seconds_sum{engine="0"} 3.0\nvllm:request_queue_time_seconds_count{engine="0"} 6'
         )
@@ -85,6 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
                 stand_in.version = body["weight_version"]
                 each = [load_file(f"{stand_in.folder}/{file}") for file in stand_in.files]
                 stand_in.loaded = {name: weight for file in each for name, weight in file.items()}
+            case "/inference/v1/generate" if not stand_in.has_tokens_route:
+                return self.answer(403, "Scale-out endpoints are disabled")
+            case "/v1/completions":
+                return self.complete(body)
             case "/inference/v1/generate":
                 return self.generate(body["token_ids"], body["sampling_params"])
         self.answer(200, "{}")
@@ -122,6 +130,20 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.answer(200, json.dumps({"choices": [choice]}))
 
+    def complete(self, body: dict[str, Any]) -> None:
+        """Tokens are keyed by text in `tokens`, which is '' for those without; `token_ids` has them."""
+        prompt = body["prompt"]
+        if "prompt_logprobs" in body:
+            scored = [None, *({str(token): {"logprob": -2.0}} for token in prompt[1:])]
+            return self.answer(200, json.dumps({"choices": [{"prompt_logprobs": scored}]}))
+        assert body["return_token_ids"] and body["logprobs"] == 0
+        sampled = [body["seed"] + i for i in range(body["max_tokens"])]
+        if self.server.faults and self.server.faults.pop() == "new weights":
+            self.server.version = str(int(self.server.version) + 1)
+        logprobs = {"token_logprobs": [-0.5] * len(sampled), "tokens": [""] * len(sampled)}
+        choice = {"token_ids": sampled, "logprobs": logprobs, "finish_reason": "length"}
+        self.answer(200, json.dumps({"choices": [choice]}))
+
     def answer(self, status: int, text: str) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
@@ -153,9 +175,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "ERROR_RETRY_S", 0.05)
 
 
-def attach(processes: Processes, folder: Path, *urls: str, trainer: float = -2.0, max_running: int = 8) -> VLLMEngine:
+def attach(processes: Processes, folder: Path, *urls: str, trainer: float = -2.0, max_running: int = 8) -> ServedEngine:
     """`trainer`: its log-probability of any token."""
-    engine = VLLMEngine(
+    engine = ServedEngine(
+        VLLM_SERVER,
         replace(SETTINGS, urls=urls, sync_dir=str(folder)),
         arguments=[],
         processes=processes,
@@ -170,7 +193,7 @@ def attach(processes: Processes, folder: Path, *urls: str, trainer: float = -2.0
     return engine
 
 
-def generate(engine: VLLMEngine, number: int = 4) -> list[Completion]:
+def generate(engine: ServedEngine, number: int = 4) -> list[Completion]:
     async def everything() -> list[Completion]:
         requests = (engine.generate([i], Sampling(max_new_tokens=2, seed=10 * i)) for i in range(number))
         return await asyncio.gather(*requests)
@@ -233,6 +256,21 @@ def test_servers_that_are_all_away_are_not_waited_for_without_end(processes: Pro
         engine.load_weights(iter(WEIGHTS.items()), version=4)
 
 
+def test_a_server_without_the_route_for_tokens_is_asked_for_completions(
+    stand_in: StandIn, processes: Processes, tmp_path: Path
+) -> None:
+    stand_in.has_tokens_route = False
+    engine = attach(processes, tmp_path, stand_in.url)
+    assert generate(engine) == EXPECTED
+    # its answers say no versions, so one that may have several is made again
+    stand_in.faults = ["new weights"]
+    completions = generate(engine)
+    assert [completion.token_ids for completion in completions] == [expected.token_ids for expected in EXPECTED]
+    assert [4, 4] in [completion.versions for completion in completions]
+    assert all(completion.versions in ([3, 3], [4, 4]) for completion in completions)
+    assert engine.metrics()["engine/retried"] >= 1
+
+
 def test_no_more_requests_are_under_way_than_the_server_needs(
     stand_in: StandIn, processes: Processes, tmp_path: Path
 ) -> None:
@@ -278,7 +316,7 @@ def test_members_of_a_group_stay_together_and_groups_spread() -> None:
 def test_buckets_are_bounded_and_hold_everything(tmp_path: Path) -> None:
     weights = {f"w{i}": torch.randn(10, i + 1) for i in range(8)}
     weights["shared"] = weights["w3"][:, 1:]  # neither contiguous nor a memory of its own
-    files = weight_files.write(iter(weights.items()), tmp_path, "v", bucket_bytes=500)
+    files = weight_files.write(iter(weights.items()), tmp_path, "v-", bucket_bytes=500)
     read = [load_file(tmp_path / file) for file in files]
     assert [sum(x.nbytes for x in each.values()) <= 500 for each in read] == [True] * len(files)
     assert len(files) > 2
@@ -289,7 +327,7 @@ def test_buckets_are_bounded_and_hold_everything(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_process_that_died_is_removed(tmp_path: Path) -> None:
     script = (
-        "from RL2.engines.vllm.folders import *; import sys\n"
+        "from RL2.engines.served.folders import *; import sys\n"
         f"own = OwnFolder(Path({str(tmp_path)!r}), 'own-'); print(own.path)"
     )
     wait = "; sys.stdout.flush(); sys.stdin.read()"
@@ -308,7 +346,7 @@ def test_the_folder_of_a_process_that_died_is_removed(tmp_path: Path) -> None:
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     def server(python: str) -> Server:
         how = {"log": tmp_path / "log", "folder": tmp_path / "temporary"}
-        return Server(python, ["--no-such-thing"], {}, "token", name="vLLM server 0", **how)
+        return Server(VLLM_SERVER, python, ["--no-such-thing"], {}, "token", name="vLLM server 0", **how)
 
     with pytest.raises(EngineFailed, match=r"cannot be started.*rollout\.vllm\.python"):
         server("/no/such/python").start()
@@ -339,7 +377,7 @@ RL = (
         (["rollout.engine=vllm", "rollout.vllm.urls=[http://x]", "rollout.vllm.num_servers=2"], "no effect with"),
         (["rollout.engine=vllm", "rollout.train_sampling_params.temperature=0.005"], "is below 0.01"),
         (["rollout.engine=vllm", "rollout.vllm.python=/no/python"], "there is no such interpreter"),
-        (["rollout.engine=vlm"], "choose one of embedded, vllm"),
+        (["rollout.engine=vlm"], "choose one of embedded, vllm, sglang"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(overrides: list[str], said: str) -> None:

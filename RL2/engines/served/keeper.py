@@ -17,11 +17,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from RL2.config import VLLM
-from RL2.engines.vllm.client import Client, ServerError, gap
-from RL2.engines.vllm.folders import SHARED_MEMORY, SHORT, OwnFolder
-from RL2.engines.vllm.server import POLL_S, EngineFailed, Server
-from RL2.engines.vllm.weight_files import write
+from RL2.config import Servers
+from RL2.engines.served.client import ServerError, gap
+from RL2.engines.served.folders import SHARED_MEMORY, SHORT, OwnFolder
+from RL2.engines.served.kind import Kind
+from RL2.engines.served.server import POLL_S, EngineFailed, Server
+from RL2.engines.served.weight_files import write
 
 HEALTH_EVERY_S, HEALTH_TIMEOUT_S = 10, 60
 
@@ -40,10 +41,16 @@ class Keeper:
     """Starts the servers, gives them weights, starts dead ones again."""
 
     def __init__(
-        self, settings: VLLM, arguments: list[str], probe: list[int], max_probe_gap: float, log_folder: Path
+        self,
+        kind: Kind,
+        settings: Servers,
+        arguments: list[str],
+        probe: list[int],
+        max_probe_gap: float,
+        log_folder: Path,
     ) -> None:
-        self.settings, self.probe, self.max_probe_gap = settings, probe, max_probe_gap
-        self.temporary = OwnFolder(SHORT, f"rl2-vllm-{os.getuid()}-")
+        self.kind, self.settings, self.probe, self.max_probe_gap = kind, settings, probe, max_probe_gap
+        self.temporary = OwnFolder(SHORT, f"rl2-{kind.key}-{os.getuid()}-")
         if settings.sync_dir is None:
             parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else SHORT
             self.shared: OwnFolder | None = OwnFolder(parent, f"rl2-weights-{os.getuid()}-")
@@ -52,26 +59,27 @@ class Keeper:
             self.shared = None
             Path(settings.sync_dir).mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix="rl2-weights-", dir=settings.sync_dir)).resolve()
-        token = os.environ.get("VLLM_API_KEY", "") if settings.urls else secrets.token_urlsafe(32)
-        name = "vllm" if os.environ.get("GROUP_RANK", "0") == "0" else f"vllm-node{os.environ['GROUP_RANK']}"
+        token = os.environ.get(kind.token_variable, "") if settings.urls else secrets.token_urlsafe(32)
+        name = kind.key if os.environ.get("GROUP_RANK", "0") == "0" else f"{kind.key}-node{os.environ['GROUP_RANK']}"
         self.servers = [
             Server(
+                kind,
                 settings.python,
                 arguments,
                 settings.env,
                 token,
-                name=f"vLLM server {i}",
+                name=f"{kind.name} server {i}",
                 log=log_folder / f"{name}-{i}.log",
                 folder=self.temporary.path / str(i),
             )
             for i in range(0 if settings.urls else settings.num_servers)
         ]
-        self.clients = [Client(url, token) for url in settings.urls] or [server.client for server in self.servers]
+        self.clients = [kind.client(url, token) for url in settings.urls] or [server.client for server in self.servers]
         self.addresses = Addresses([client.url for client in self.clients], token, log_folder / f"{name}-given-up.txt")
         self.lock = threading.Lock()
         """Held while servers start or take weights."""
         self.closing = threading.Event()
-        self.watch = threading.Thread(target=self._watch, name="vllm-keeper", daemon=True)
+        self.watch = threading.Thread(target=self._watch, name=f"{kind.key}-keeper", daemon=True)
         self.files: list[str] = []
         self.version, self.expected = -1, [0.0]
         self.writes = self.restarts = 0
@@ -90,7 +98,7 @@ class Keeper:
             try:
                 client.use_folder(str(self.folder))
             except (ServerError, ValueError) as error:
-                raise EngineFailed(f"the vLLM server at {client.url} takes no weights: {error}") from error
+                raise EngineFailed(f"the {self.kind.name} server at {client.url} takes no weights: {error}") from error
         if self.servers:
             self.watch.start()
 
@@ -98,11 +106,12 @@ class Keeper:
         """Files of the weights that stay until the next ones are in place: a server that starts again needs them."""
         self.writes += 1
         try:
-            return write(weights, self.folder, f"{self.writes}", self.settings.bucket_mib * 2**20)
+            (self.folder / str(self.writes)).mkdir()
+            return write(weights, self.folder, f"{self.writes}/", self.settings.bucket_mib * 2**20)
         except (OSError, SafetensorError) as error:
             raise EngineFailed(
-                f"the weights for the vLLM servers could not be written: {error}; "
-                f"rollout.vllm.sync_dir chooses another place than {self.folder.parent}"
+                f"the weights for the {self.kind.name} servers could not be written: {error}; "
+                f"rollout.{self.kind.key}.sync_dir chooses another place than {self.folder.parent}"
             ) from error
 
     def pause(self) -> None:
@@ -124,8 +133,8 @@ class Keeper:
                     self._restart(i, problem)
                 elif problem:
                     raise EngineFailed(f"weights of version {version}: {self.clients[i].url}: {problem}")
-            for file in old:
-                (self.folder / file).unlink()
+            for folder in {(self.folder / file).parent for file in old}:
+                shutil.rmtree(folder)
 
     def _give(self, i: int) -> str:
         """Give server i the newest weights, and compare; returns what went wrong, if something did.
@@ -140,9 +149,10 @@ class Keeper:
         self.gaps[i] = apart
         if apart > self.max_probe_gap:
             raise EngineFailed(
-                f"weights of version {self.version}: the vLLM server at {self.clients[i].url} computes with others "
-                f"than the trainer. Over a probe of {len(self.probe)} tokens their log-probabilities are {apart:g} "
-                f"nats apart in the mean, more than {self.max_probe_gap:g} (rollout.vllm.max_probe_gap)"
+                f"weights of version {self.version}: the {self.kind.name} server at {self.clients[i].url} computes "
+                f"with others than the trainer. Over a probe of {len(self.probe)} tokens their log-probabilities are "
+                f"{apart:g} nats apart in the mean, more than {self.max_probe_gap:g} "
+                f"(rollout.{self.kind.key}.max_probe_gap)"
             )
         return ""
 
@@ -172,7 +182,8 @@ class Keeper:
         server.stop()
         if self.restarts == self.settings.max_restarts:
             raise EngineFailed(
-                f"{server.name}: {problem}, after {self.restarts} restarts (rollout.vllm.max_restarts); {last_words}"
+                f"{server.name}: {problem}, after {self.restarts} restarts (rollout.{self.kind.key}.max_restarts); "
+                f"{last_words}"
             )
         if self.closing.is_set():
             raise EngineFailed("closed")

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def write(weights: Iterator[tuple[str, Tensor]], folder: Path, prefix: str, bucket_bytes: int) -> list[str]:
-    """Names of the files in `folder`; each holds at most `bucket_bytes`, or one tensor that is larger.
+    """Names of the files in `folder`, each begins with `prefix`.
+
+    A file holds at most `bucket_bytes`, or one tensor that is larger.
 
     A file is written as soon as it is full, so beside the files themselves no more than one bucket is in memory.
     """
@@ -20,7 +22,7 @@ def write(weights: Iterator[tuple[str, Tensor]], folder: Path, prefix: str, buck
 
     def flush() -> None:
         nonlocal size
-        files.append(f"{prefix}-{len(files):05d}.safetensors")
+        files.append(f"{prefix}{len(files):05d}.safetensors")
         save_file(bucket, folder / files[-1])
         bucket.clear()
         size = 0

@@ -1,4 +1,4 @@
-"""One vLLM server as a process of this machine: started, watched, ended with all that belongs to it."""
+"""One server as a process of this machine: started, watched, ended with all that belongs to it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from RL2.config import UserError
-from RL2.engines.vllm.client import Client
+from RL2.engines.served.kind import Kind
 
-PLUGIN = Path(__file__).parent / "plugin"
 POLL_S = 0.2
 TERM_S = 10
 """From SIGTERM to SIGKILL."""
@@ -32,6 +31,7 @@ class Server:
 
     def __init__(
         self,
+        kind: Kind,
         python: str,
         arguments: list[str],
         environment: Mapping[str, object],
@@ -48,25 +48,24 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.name, self.log, self.folder = name, log, folder
-        self.client = Client(f"http://127.0.0.1:{port}", token)
-        self.command = [python, str(PLUGIN / "launch.py"), "--host", "127.0.0.1", "--port", str(port), *arguments]
-        self.environment = {key: str(value) for key, value in environment.items()} | {"VLLM_API_KEY": token}
+        self.kind, self.name, self.log, self.folder = kind, name, log, folder
+        self.client = kind.client(f"http://127.0.0.1:{port}", token)
+        self.command = [python, str(kind.launcher), "--host", "127.0.0.1", "--port", str(port), *arguments]
+        given = {key: str(value) for key, value in environment.items()}
+        self.environment = {**kind.environment, **given, kind.token_variable: token}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the process, in a session of its own, so that one signal reaches all that come of it."""
         self.folder.mkdir(exist_ok=True)
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith((self.kind.prefix, *_NOT_INHERITED))}
         environment = {
-            "VLLM_SERVER_DEV_MODE": "1",  # the routes that change weights
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
             **self.environment,
-            "PYTHONPATH": str(PLUGIN),
             "TMPDIR": str(self.folder),
             "RL2_PARENT": str(os.getpid()),
         }
+        if self.kind.plugins is not None:
+            environment["PYTHONPATH"] = str(self.kind.plugins)
         try:
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
@@ -78,7 +77,7 @@ class Server:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise EngineFailed(f"{self.name} cannot be started: {error}; see rollout.vllm.python") from error
+            raise EngineFailed(f"{self.name} cannot be started: {error}; see rollout.{self.kind.key}.python") from error
 
     @property
     def is_running(self) -> bool:
@@ -92,7 +91,8 @@ class Server:
                 raise EngineFailed(f"{self.name} ended while it started; {self.last_words}")
             if time.monotonic() > limit:
                 raise EngineFailed(
-                    f"{self.name} did not come up within rollout.vllm.start_timeout_s={timeout_s:g}; {self.last_words}"
+                    f"{self.name} did not come up within rollout.{self.kind.key}.start_timeout_s={timeout_s:g}; "
+                    f"{self.last_words}"
                 )
             time.sleep(POLL_S)
 
@@ -113,7 +113,6 @@ class Server:
 
 
 _NOT_INHERITED = (
-    "VLLM_",
     "PYTHON",  # the trainer's paths
     "LD_PRELOAD",
     "RANK",

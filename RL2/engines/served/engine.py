@@ -1,4 +1,4 @@
-"""vLLM servers as the engine: launched on this machine, or running ones that are attached to.
+"""Servers as the engine: launched on this machine, or running ones that are attached to.
 
 On each machine one process, the keeper, starts the servers, gives them new weights and starts them again when they die;
 attached servers are given weights by the first process of the run. Every process sends its requests to all servers of
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import json
 import os
 import random
 import time
@@ -19,17 +18,14 @@ from pathlib import Path
 from typing import Literal
 
 import httpx
-import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from RL2.config import VLLM, Rollout
-from RL2.engines.embedded.cache import bytes_per_position
-from RL2.engines.embedded.engine import free_bytes
-from RL2.engines.vllm.client import Client, ServerError
-from RL2.engines.vllm.keeper import Addresses, Keeper
-from RL2.engines.vllm.router import Router
-from RL2.engines.vllm.server import EngineFailed
+from RL2.config import Servers
+from RL2.engines.served.client import ServerError
+from RL2.engines.served.keeper import Addresses, Keeper
+from RL2.engines.served.kind import Kind
+from RL2.engines.served.router import Router
+from RL2.engines.served.server import EngineFailed
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 
@@ -41,7 +37,7 @@ ERROR_RETRY_S = 5
 PROBE_LENGTH = 64
 
 
-class VLLMEngine:
+class ServedEngine:
     """`RL2.engines.base.Engine` over HTTP.
 
     A sample is made once or not at all: an answer that is lost, broken off or of other weights than the newest is
@@ -50,9 +46,11 @@ class VLLMEngine:
 
     def __init__(
         self,
-        settings: VLLM,
+        kind: Kind,
+        settings: Servers,
         *,
         arguments: list[str],
+        router_url: str | None = None,
         processes: Processes,
         trainer_logps: Callable[[list[int]], list[float]],
         vocab_size: int,
@@ -63,12 +61,14 @@ class VLLMEngine:
     ) -> None:
         """Start the servers with the command line `arguments`, or attach to them (collective).
 
+        A router at `router_url` gets the requests for samples in their place.
+
         `trainer_logps(token_ids)` are the trainer's log-probabilities at temperature 1 of each token but the first, by
         the weights that `load_weights` is being given (collective). `max_length` is the limit of a sequence in tokens,
         `max_probe_gap` what engine and trainer may be apart in the mean over a fixed probe, in nats. Raises
         `EngineFailed` if a server does not come up.
         """
-        self.settings, self.processes = settings, processes
+        self.kind, self.settings, self.processes = kind, settings, processes
         self.trainer_logps, self.max_length = trainer_logps, max_length
         draw = random.Random(0)
         self.probe = [draw.randrange(vocab_size) for _ in range(min(PROBE_LENGTH, max_length - 1))]
@@ -76,19 +76,20 @@ class VLLMEngine:
         self.keeper: Keeper | None = None
         mine = None
         if processes.is_first if settings.urls else processes.is_first_here:
-            self.keeper = Keeper(settings, arguments, self.probe, max_probe_gap, log_folder)
+            self.keeper = Keeper(kind, settings, arguments, self.probe, max_probe_gap, log_folder)
             atexit.register(self.keeper.close)  # a run that fails closes nothing
             mine = self.keeper.addresses
         here = "" if settings.urls else os.environ.get("GROUP_RANK", "0")
-        each = dict(processes.gather([] if mine is None else [(here, mine)], "the addresses of vLLM servers"))
+        each = dict(processes.gather([] if mine is None else [(here, mine)], f"the addresses of {kind.name} servers"))
         self.addresses: Addresses = each[here]
         if self.keeper is not None:
             self.keeper.start()
-        processes.wait("the vLLM servers to start")
-        self.clients = [Client(url, self.addresses.token) for url in self.addresses.urls]
+        processes.wait(f"the {kind.name} servers to start")
+        num_servers, urls = len(self.addresses.urls), self.addresses.urls if router_url is None else [router_url]
+        self.clients = [kind.client(url, self.addresses.token) for url in urls]
         self.router = Router(len(self.clients))
         sharing = processes.world_size if settings.urls else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.max_in_flight = -(-max_running_requests * len(self.clients) * 5 // (4 * sharing))
+        self.max_in_flight = -(-max_running_requests * num_servers * 5 // (4 * sharing))
         """More wait here: a quarter beyond what is decoded together, so that no server runs dry."""
         self.loop: asyncio.AbstractEventLoop | None = None
         self.waits_s: list[float] = []
@@ -149,8 +150,8 @@ class VLLMEngine:
             self.retried += not back_at  # its first failure
             back_at[server] = time.monotonic() + pause_s
         raise EngineFailed(
-            f"a request to the vLLM servers has failed {tries} times in {time.monotonic() - begun:.0f} s, at last: "
-            f"{problem}; the logs of launched servers are in {self.addresses.notice.parent}"
+            f"a request to the {self.kind.name} servers has failed {tries} times in {time.monotonic() - begun:.0f} s, "
+            f"at last: {problem}; the logs of launched servers are in {self.addresses.notice.parent}"
         )
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
@@ -176,7 +177,7 @@ class VLLMEngine:
                 self.keeper.load(files, version, expected)
             except EngineFailed as error:
                 problems = [str(error)]
-        if problems := self.processes.gather(problems, "the vLLM servers to take the weights"):
+        if problems := self.processes.gather(problems, f"the {self.kind.name} servers to take the weights"):
             raise EngineFailed(problems[0])
         self.version = version
         self.router.forget()
@@ -203,43 +204,3 @@ class VLLMEngine:
         if self.keeper is not None:
             self.keeper.close()
             atexit.unregister(self.keeper.close)
-
-
-def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dtype, max_length: int) -> list[str]:
-    """The command line of a server for sequences of up to `max_length` tokens, but for its address."""
-    settings = rollout.vllm
-    arguments = {
-        "model": rollout.model_name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "max-model-len": max_length,
-        "max-num-seqs": rollout.max_running_requests,
-        # a sync brings the weights, and one that does not would show at once
-        "load-format": "dummy",
-        "generation-config": "vllm",  # not the model's, which would set a temperature of its own
-        "logprobs-mode": "processed_logprobs",  # after temperature, top_p and top_k
-        "weight-transfer-config": json.dumps({"backend": "rl2_files"}),
-        "worker-extension-cls": "rl2_plugin.WorkerExtension",
-        "middleware": "rl2_plugin.TokenRequired",
-    }
-    if torch.cuda.is_available():
-        arguments["gpu-memory-utilization"] = rollout.gpu_memory_utilization
-    else:
-        arguments["distributed-executor-backend"] = "uni"
-    if settings.kv_cache_mib is not None:
-        arguments["kv-cache-memory-bytes"] = settings.kv_cache_mib * 2**20
-    elif not torch.cuda.is_available():
-        wanted = _kv_cache_bytes(rollout.max_running_requests, model, dtype, max_length)
-        room = rollout.gpu_memory_utilization * free_bytes(torch.device("cpu")) / settings.num_servers
-        arguments["kv-cache-memory-bytes"] = min(wanted, int(room))
-    flags = ["--enable-scale-out", "--disable-uvicorn-access-log"]
-    flags += [] if torch.cuda.is_available() else ["--enforce-eager"]
-    return [*flags, *(str(x) for key, value in arguments.items() for x in (f"--{key}", value)), *settings.args]
-
-
-CPU_BLOCK = 128
-"""Positions that vLLM's KV cache is cut into on CPUs."""
-
-
-def _kv_cache_bytes(num_sequences: int, model: PretrainedConfig, dtype: torch.dtype, max_length: int) -> int:
-    blocks = num_sequences * -(-max_length // CPU_BLOCK) + 2
-    return blocks * CPU_BLOCK * bytes_per_position(model, dtype)

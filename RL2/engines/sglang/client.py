@@ -1,0 +1,134 @@
+"""One SGLang server as its HTTP routes show it. Nothing of SGLang is imported. Written from the source of 0.5.23."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from RL2.config import SGLANG_MAX_TOP_K
+from RL2.engines.served.client import Answer, Client, Refused, ServerError, versions_of
+from RL2.types import Sampling
+
+
+class SGLangClient(Client):
+    queue_metric = "sglang:queue_time_seconds"
+
+    def __init__(self, url: str, token: str) -> None:
+        super().__init__(url, token)
+        self.folder = Path()
+        self.is_paused = self.is_released = False
+
+    @property
+    def health_path(self) -> str:
+        return "/model_info" if self.is_paused else "/health"  # which samples a token, and has no answer in a pause
+
+    async def generate(
+        self, http: httpx.AsyncClient, token_ids: list[int], sampling: Sampling, timeout_s: float
+    ) -> Answer:
+        whole = Answer([], [], "length", [])
+        while left := sampling.max_new_tokens - len(whole.token_ids):
+            body = request(token_ids + whole.token_ids, replace(sampling, max_new_tokens=left))
+            answer = _answer(await self.ask(http, "/generate", body, timeout_s), body)
+            whole.token_ids.extend(answer.token_ids)
+            whole.logps.extend(answer.logps)
+            whole.versions.extend(answer.versions)
+            # the model's own end tokens end a request beside those that it names. One that it does not name is a token
+            # as any other, so the rest is asked for: seeds go by positions, so it is what would have come
+            if answer.finish != "unasked":
+                return replace(whole, finish=answer.finish)
+        return whole
+
+    def logps(self, token_ids: list[int]) -> list[float]:
+        sampling = {"max_new_tokens": 1, "temperature": 1.0}
+        body = {"input_ids": token_ids, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+        scored = self.call("/generate", body)["meta_info"]["input_token_logprobs"][1:]
+        if [token for _, token, _ in scored] != token_ids[1:]:
+            raise ServerError("the log-probabilities of a prompt are not of its tokens")
+        return [math.nan if logp is None else logp for logp, _, _ in scored]
+
+    def use_folder(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.is_paused = self.is_released = False
+
+    def pause(self) -> None:
+        self._stand_still()
+        if not self.is_released:
+            self.call("/release_memory_occupation", {})
+            self.is_released = True
+
+    def load_weights(self, files: list[str], version: str) -> None:
+        self._stand_still()
+        try:
+            if self.is_released:
+                # of what is not released, a server knows nothing to take back and ends
+                self.call("/resume_memory_occupation", {})
+                self.is_released = False
+            body = {
+                "model_path": str((self.folder / files[0]).parent),  # all that is in it
+                "load_format": "safetensors",  # the server's own may be dummy, which loads nothing
+                "weight_version": version,
+                "flush_cache": True,
+            }
+            self.call("/update_weights_from_disk", body)
+        finally:
+            self.call("/continue_generation", {"torch_empty_cache": False})
+            self.is_paused = False
+
+    def _stand_still(self) -> None:
+        """Requests under way go back to wait. Of the other modes one ends them, one goes on with an old cache."""
+        self.call("/pause_generation", {"mode": "retract"})
+        self.is_paused = True
+
+
+def request(token_ids: list[int], sampling: Sampling) -> dict[str, Any]:
+    """The body of `/generate`. Raises ValueError for what SGLang has no log-probabilities of."""
+    is_cut = sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0)
+    if is_cut and not 0 < sampling.top_k <= SGLANG_MAX_TOP_K:
+        raise ValueError(
+            f"SGLang gives the log-probabilities of what was drawn from only with a top_k of 1 to {SGLANG_MAX_TOP_K}, "
+            f"or without top_k and top_p; here are top_k={sampling.top_k} and top_p={sampling.top_p:g}"
+        )
+    params = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p if is_cut else 1.0,
+        "top_k": sampling.top_k if is_cut else -1,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(sampling.stop_token_ids),
+        # it would ignore the run's own end tokens too
+        "ignore_eos": not sampling.stop_token_ids,
+        # read only with --enable-deterministic-inference
+        "sampling_seed": sampling.seed % 2**63,
+    }
+    # return_logprob knows of the temperature, but not of what top_k and top_p have cut off; the mask does
+    return {"input_ids": token_ids, "sampling_params": params, "return_logprob": True, "return_sampling_mask": is_cut}
+
+
+def _answer(answer: dict[str, Any], body: dict[str, Any]) -> Answer:
+    """`finish` may also be "unasked": at a token that ends the model's responses, but not this one."""
+    token_ids, meta, asked = answer["output_ids"], answer["meta_info"], body["sampling_params"]
+    drawn = meta["output_token_logprobs"]
+    if [token for _, token, _ in drawn] != token_ids:
+        raise ServerError(f"{len(token_ids)} tokens came with {len(drawn)} log-probabilities, not of the same tokens")
+    logps = [logp for logp, _, _ in drawn]
+    if body["return_sampling_mask"]:
+        logps = meta["output_token_sampling_logprobs"]
+    if len(logps) != len(token_ids) or None in logps:
+        raise ServerError(f"{len(token_ids)} tokens came without a log-probability of each that is a number")
+    if "weight_versions" not in meta:
+        raise ServerError("the answer does not say which weights sampled it (weight_versions): the server is too old")
+    finish, ended_by = meta["finish_reason"]["type"], meta["finish_reason"].get("matched")
+    if finish == "stop" and ended_by not in asked["stop"] + asked["stop_token_ids"]:
+        if isinstance(ended_by, str):
+            raise ServerError(f"a response ended with {ended_by!r}")
+        finish = "unasked"
+    if finish == "length" and len(token_ids) < asked["max_new_tokens"]:
+        raise Refused(f"it ended after {len(token_ids)} of {asked['max_new_tokens']} tokens: raise --context-length")
+    versions = versions_of(meta["weight_versions"])
+    if len(versions) != len(token_ids):
+        raise ServerError(f"{len(token_ids)} tokens came with versions of {len(versions)}")
+    return Answer(token_ids, logps, finish, versions)
