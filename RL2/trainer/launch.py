@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 from RL2.config import (
     Config,
@@ -51,10 +52,16 @@ def main(program: str) -> None:
             if int(os.environ.get("RANK", 0)) == 0:
                 print(show(config) + "\n" + summary(program, config))
             return
+        from RL2.trainer.interrupt import Interrupted
         from RL2.trainer.run import start
 
-        with start(config) as run:
-            import_module(LOOPS[program]).train(config, run)
+        try:
+            with start(config) as run:
+                import_module(LOOPS[program]).train(config, run)
+        except Interrupted as ended:
+            _leave(f"{program}: {ended}")
+    except KeyboardInterrupt:
+        _leave(f"{program}: ended at once by Ctrl-C")
     except UserError as error:
         rank = os.environ.get("RANK")
         message = f"{program}{f' (rank {rank})' if rank else ''}: {error}"
@@ -62,6 +69,13 @@ def main(program: str) -> None:
             print(message, file=sys.stderr, flush=True)
             os._exit(1)
         sys.exit(message)
+
+
+def _leave(message: str) -> NoReturn:
+    """With the exit code that shells give to a program that Ctrl-C has ended."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(130)
 
 
 def summary(program: str, config: Config) -> str:

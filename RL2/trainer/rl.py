@@ -114,8 +114,7 @@ def train(config: RLConfig, run: Run) -> None:
 
         report.step(step, metrics | clock.metrics(trajectories))
         report.say(*watch.see(step, metrics))
-        if run.due(trainer.save_freq, step + 1):
-            run.save(step + 1, actor, supply, tokenizer, critic)
+        run.save_if_due(step + 1, actor, supply, tokenizer, critic)
 
     supply.close()
     engine.close()

@@ -25,6 +25,7 @@ from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
 from RL2.parallel.processes import Processes
 from RL2.report import Dashboard, Report, TensorBoard, Trackio, Wandb
+from RL2.trainer.interrupt import Interrupt, Interrupted, listening
 from RL2.types import TokenBatch
 from RL2.workers.worker import Learner
 
@@ -48,6 +49,7 @@ class Run:
     """What is to be closed when the run ends, however it ends."""
     launchers: list[str]
     """The torchruns of this run's processes, one for each machine; empty without torchrun."""
+    interrupt: Interrupt
 
     def report(self, num_steps: int) -> Report:
         dashboards: list[Dashboard] = []
@@ -87,7 +89,7 @@ class Run:
         except ValueError as error:
             raise ConfigError(f"{error}; lower the batch or raise trainer.n_epochs") from error
 
-    def save(
+    def save_if_due(
         self,
         step: int,
         learner: Learner,
@@ -95,9 +97,20 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         critic: Learner | None = None,
     ) -> None:
-        """A checkpoint to go on from at `step`, written while the run goes on, and the model as it is."""
-        self.checkpoints.save(step, learner, cursor, critic)
-        self.export(learner, tokenizer, critic)
+        """A checkpoint to go on from at `step`, written while the run goes on, and the model as it is.
+
+        Raises `Interrupted` after it if any process was asked to end.
+        """
+        ends = any(self.processes.gather([self.interrupt.is_asked], "whether the run goes on"))
+        if ends or self.due(self.config.save_freq, step):
+            self.checkpoints.save(step, learner, cursor, critic)
+            self.export(learner, tokenizer, critic)
+        if ends:
+            self.checkpoints.finish()
+            raise Interrupted(
+                f"ended by Ctrl-C after step {step - 1}; go on with trainer.save_dir={self.save_dir} "
+                "trainer.load_ckpt_from=latest"
+            )
 
     def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase, critic: Learner | None = None) -> None:
         """The model in `save_dir/latest`, and a critic in `save_dir/critic`."""
@@ -157,8 +170,8 @@ def start(config: Config) -> Iterator[Run]:
             (save_dir / "config.yaml").write_text(show(config))
         processes.wait("trainer.save_dir to be made")
         checkpoints = Checkpoints(save_dir, processes, trainer.keep)
-        with ExitStack() as closing:
-            yield Run(trainer, save_dir, processes, checkpoints, asdict(config), closing, launchers)
+        with ExitStack() as closing, listening() as interrupt:
+            yield Run(trainer, save_dir, processes, checkpoints, asdict(config), closing, launchers, interrupt)
         checkpoints.finish()
     except LostProcess:
         raise  # and leave: whoever still waits for this process will see that it has gone

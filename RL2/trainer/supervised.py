@@ -78,8 +78,7 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
         seconds = time.perf_counter() - start
         times = {"time/step_s": seconds, "time/tokens_per_s": len(batch.token_ids_T) / seconds}
         report.step(step, metrics | times)
-        if run.due(trainer.save_freq, step + 1):
-            run.save(step + 1, learner, cursor, tokenizer)
+        run.save_if_due(step + 1, learner, cursor, tokenizer)
 
     if trainer.test_freq is not None:
         report.step(num_steps, test(task))
