@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True)
 
 
 @contextmanager
@@ -26,7 +26,65 @@ def ending(command: str) -> Iterator[None]:
 
 @app.callback()
 def rl2() -> None:
-    """Tools around RL2. Training has commands of its own: torchrun -m RL2.trainer.{sft,rm,dpo,ppo,spo,spo_0p5}."""
+    """Post-training for language models with torchrun and no Ray, and token-level objectives on successful rollouts."""
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="a short warm-up and SPO 3.2 alone: two minutes")] = False,
+    out: Annotated[Path, typer.Option(help="folder for everything it writes")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train four methods on a toy task, on a CPU, and write OUT/report.html.
+
+    Example: rl2 demo --quick
+    """
+    from RL2.demo.run import main
+
+    raise typer.Exit(main([*(["--quick"] if quick else []), "--out", str(out), "--seed", str(seed)]))
+
+
+@app.command()
+def train(
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo or spo_0p5")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="processes on this machine: one for each GPU")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything and print it; load nothing")] = False,
+) -> None:
+    """Run a program, through torchrun where it takes several processes. The command is printed first, to copy.
+
+    Example: rl2 train spo train_data.path=train.jsonl actor.model_name=Qwen/Qwen3-0.6B ... --nproc 8
+    """
+    import os
+    import shlex
+
+    from RL2.config import PROGRAMS, ConfigError
+
+    with ending("train"):
+        if program not in PROGRAMS:
+            raise ConfigError(f"{program}: choose one of {', '.join(PROGRAMS)}")
+    rest = ["-m", f"RL2.trainer.{program}", *(settings or []), *(["trainer.dry_run=true"] if dry_run else [])]
+    launcher = ["--standalone", f"--nproc_per_node={nproc}"]
+    print(shlex.join(["torchrun", *launcher, *rest] if nproc > 1 else ["python", *rest]), flush=True)
+    # this process becomes it: signals and the exit code are its own
+    several = ["-m", "torch.distributed.run", *launcher] if nproc > 1 else []
+    os.execv(sys.executable, [sys.executable, *several, *rest])
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what is missing or of the wrong version, and what to do. Exit code 1 if RL2 cannot work.
+
+    Example: rl2 doctor
+    """
+    from rich.console import Console
+
+    from RL2.doctor import examine, table
+
+    findings = list(examine())
+    Console().print(table(findings))
+    if missing := [finding.what for finding in findings if finding.mark == "missing"]:
+        sys.exit(f"rl2 doctor: not as needed: {', '.join(missing)}")
 
 
 @app.command()

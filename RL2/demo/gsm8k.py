@@ -1,0 +1,1 @@
+../../envs/gsm8k.py

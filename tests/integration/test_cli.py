@@ -1,0 +1,81 @@
+"""The commands around training: what they print, hand on and end with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from programs import World
+from typer.testing import CliRunner
+
+from RL2 import doctor
+from RL2.cli import app
+from RL2.demo.run import find_environment
+
+RL2 = [str(Path(sys.executable).with_name("rl2"))]
+
+
+def test_train_is_the_program_and_says_how_it_is_called(world: World) -> None:
+    settings = [*world.settings("sft"), f"trainer.save_dir={world.root}/by_cli", "trainer.max_steps=1"]
+    done = subprocess.run([*RL2, "train", "sft", *settings], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("python -m RL2.trainer.sft data.path=")
+    assert "step 0/1" in done.stdout
+    assert (world.root / "by_cli" / "latest" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_errors_and_exit_codes_are_the_programs(nproc: str) -> None:
+    done = subprocess.run(
+        [*RL2, "train", "spo", "--nproc", nproc, "--dry-run"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "train_data.prompts_per_rollout is not set" in done.stderr
+    if nproc == "2":
+        assert done.stdout.startswith(
+            "torchrun --standalone --nproc_per_node=2 -m RL2.trainer.spo trainer.dry_run=true"
+        )
+
+
+def test_a_program_that_is_not_there() -> None:
+    result = CliRunner().invoke(app, ["train", "grpo"])
+    assert (result.exit_code, str(result.exception)) == (
+        1,
+        "rl2 train: grpo: choose one of sft, rm, dpo, ppo, spo, spo_0p5",
+    )
+
+
+def test_doctor_finds_nothing_missing_here() -> None:
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert "free memory" in result.output
+
+
+def test_doctor_says_what_is_missing_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = ["torch>=99", "nothing-of-this-name>=1", 'also-not-there>=2; extra == "wandb"', 'rich>=1; extra == "lora"']
+    monkeypatch.setattr(doctor, "requires", lambda name: needed)
+    found = {finding.what: finding for finding in doctor.examine()}
+    assert found["torch"].mark == "missing"
+    assert found["torch"].found.endswith("and >=99 is needed")
+    assert found["nothing-of-this-name"] == (
+        "nothing-of-this-name",
+        "missing",
+        "not installed",
+        "pip install 'nothing-of-this-name>=1'",
+    )
+    assert found["[wandb]"].mark == "optional"
+    assert found["[wandb]"].remedy == "pip install 'rl2-spo[wandb]'"
+    assert found["[lora]"].mark == "ok"
+    result = CliRunner().invoke(app, ["doctor"])
+    assert str(result.exception) == "rl2 doctor: not as needed: torch, nothing-of-this-name"
+
+
+def test_every_extra_is_explained() -> None:
+    assert set(doctor.EXTRAS) == set(doctor.extras()) - {"dev"}
+
+
+def test_the_package_carries_the_demos_environment() -> None:
+    packaged = Path(doctor.__file__).parent / "demo" / "gsm8k.py"
+    assert packaged.read_text() == find_environment().read_text()
