@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from RL2 import doctor
 from RL2.cli import app
-from RL2.demo.run import find_environment
 
 RL2 = [str(Path(sys.executable).with_name("rl2"))]
 
@@ -74,8 +73,3 @@ def test_doctor_says_what_is_missing_and_what_to_do(monkeypatch: pytest.MonkeyPa
 
 def test_every_extra_is_explained() -> None:
     assert set(doctor.EXTRAS) == set(doctor.extras()) - {"dev"}
-
-
-def test_the_package_carries_the_demos_environment() -> None:
-    packaged = Path(doctor.__file__).parent / "demo" / "gsm8k.py"
-    assert packaged.read_text() == find_environment().read_text()
