@@ -15,13 +15,19 @@ app = typer.Typer(no_args_is_help=True)
 
 @contextmanager
 def ending(command: str) -> Iterator[None]:
-    """What is wrong with the user's input, raised within, is the last line of `rl2 COMMAND`, and the exit code is 1."""
-    from RL2.config import UserError
+    """What is wrong with the user's input, raised within, is the last line of `rl2 COMMAND`, and the exit code is 1.
 
+    So is a package that is not installed; the commands import what they need within, therefore.
+    """
     try:
-        yield
-    except UserError as error:
-        sys.exit(f"rl2 {command}: {error}")
+        from RL2.config import UserError
+
+        try:
+            yield
+        except UserError as error:
+            sys.exit(f"rl2 {command}: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"rl2 {command}: {error}; `rl2 doctor` says what to install")
 
 
 @app.callback()
@@ -39,8 +45,8 @@ def demo(
 
     Example: rl2 demo --quick
     """
-    from RL2.demo.run import main
-
+    with ending("demo"):
+        from RL2.demo.run import main
     raise typer.Exit(main([*(["--quick"] if quick else []), "--out", str(out), "--seed", str(seed)]))
 
 
@@ -58,17 +64,16 @@ def train(
     import os
     import shlex
 
-    from RL2.config import PROGRAMS, ConfigError
-
     with ending("train"):
+        from RL2.config import PROGRAMS, ConfigError
+
         if program not in PROGRAMS:
             raise ConfigError(f"{program}: choose one of {', '.join(PROGRAMS)}")
-    rest = ["-m", f"RL2.trainer.{program}", *(settings or []), *(["trainer.dry_run=true"] if dry_run else [])]
-    launcher = ["--standalone", f"--nproc_per_node={nproc}"]
-    print(shlex.join(["torchrun", *launcher, *rest] if nproc > 1 else ["python", *rest]), flush=True)
-    # this process becomes it: signals and the exit code are its own
-    several = ["-m", "torch.distributed.run", *launcher] if nproc > 1 else []
-    os.execv(sys.executable, [sys.executable, *several, *rest])
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    dry = ["trainer.dry_run=true"] if dry_run else []
+    command = [sys.executable, *launcher, "-m", f"RL2.trainer.{program}", *(settings or []), *dry]
+    print(shlex.join(command), flush=True)
+    os.execv(sys.executable, command)  # this process becomes it: signals and the exit code are its own
 
 
 @app.command()
@@ -221,14 +226,11 @@ def view(
 
     Example: rl2 view ckpts/spo ckpts/grpo --out view.html
     """
-    from RL2.config import UserError
-    from RL2.viewer.book import Book
-
     with ending("view"):
-        try:
-            from RL2.viewer.page import Server, write_page
-        except ModuleNotFoundError as error:
-            raise UserError(f"{error}; pip install rl2-spo[view]") from error
+        from RL2.config import UserError
+        from RL2.viewer.book import Book
+        from RL2.viewer.page import Server, write_page
+
         book = Book(runs)
         if not serve:
             write_page(book, out)
@@ -304,11 +306,11 @@ def reproduce(
 
     from rich.markup import escape
 
-    from RL2.config import ConfigError
-    from RL2.demo import thesis
-    from RL2.demo.run import Board
-
     with ending("reproduce"):
+        from RL2.config import ConfigError
+        from RL2.demo import thesis
+        from RL2.demo.run import Board
+
         if what != "thesis":
             raise ConfigError(f"{what}: there is one thing to reproduce, `rl2 reproduce thesis`")
         if scale not in ("tiny", "4b"):

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -93,22 +94,34 @@ def _machine() -> Iterator[Finding]:
     )
     yield from _gpus()
     servers = Path(".venv-vllm/bin/python")
-    yield Finding(
-        "vLLM servers",
-        "ok" if servers.exists() else "optional",
-        str(servers) if servers.exists() else "no .venv-vllm here",
-        "" if servers.exists() else "`make engine`, for rollout.engine=vllm on a CPU",
+    yield _extra_program(
+        "vLLM servers", str(servers) if servers.exists() else None, "`make engine`, for rollout.engine=vllm on a CPU"
+    )
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    yield _extra_program(
+        "Chromium", browser, "the system's package, for `make test-browser`; pages open in any browser"
     )
 
 
+def _extra_program(what: str, found: str | None, remedy: str) -> Finding:
+    return Finding(what, "ok", found) if found else Finding(what, "optional", "not here", remedy)
+
+
 def _gpus() -> Iterator[Finding]:
+    if find_spec("torch") is None:
+        return  # said above
     try:
         import torch
-    except ImportError:
-        return  # said above
+    except (ImportError, OSError) as error:  # a library of CUDA's that is not there is an OSError
+        yield Finding("torch starts", "missing", str(error), "install torch anew, for this machine's CUDA or for a CPU")
+        return
     build = f"torch {torch.__version__}"
     if not torch.cuda.is_available():
-        yield Finding("GPUs", "optional", f"none that {build} can use", "a CUDA build of torch, where there are GPUs")
+        cuda = torch.version.cuda
+        remedy = (
+            f"`nvidia-smi`: is the driver there, and new enough for CUDA {cuda}?" if cuda else "a CUDA build of torch"
+        )
+        yield Finding("GPUs", "optional", f"none that {build} can use", f"where there are GPUs: {remedy}")
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)

@@ -20,7 +20,7 @@ def test_train_is_the_program_and_says_how_it_is_called(world: World) -> None:
     settings = [*world.settings("sft"), f"trainer.save_dir={world.root}/by_cli", "trainer.max_steps=1"]
     done = subprocess.run([*RL2, "train", "sft", *settings], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("python -m RL2.trainer.sft data.path=")
+    assert done.stdout.startswith(f"{sys.executable} -m RL2.trainer.sft data.path=")
     assert "step 0/1" in done.stdout
     assert (world.root / "by_cli" / "latest" / "model.safetensors").exists()
 
@@ -32,10 +32,8 @@ def test_errors_and_exit_codes_are_the_programs(nproc: str) -> None:
     )
     assert done.returncode == 1
     assert "train_data.prompts_per_rollout is not set" in done.stderr
-    if nproc == "2":
-        assert done.stdout.startswith(
-            "torchrun --standalone --nproc_per_node=2 -m RL2.trainer.spo trainer.dry_run=true"
-        )
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 " if nproc == "2" else ""
+    assert done.stdout.startswith(f"{sys.executable} {launcher}-m RL2.trainer.spo trainer.dry_run=true\n")
 
 
 def test_a_program_that_is_not_there() -> None:
@@ -44,6 +42,20 @@ def test_a_program_that_is_not_there() -> None:
         1,
         "rl2 train: grpo: choose one of sft, rm, dpo, ppo, spo, spo_0p5",
     )
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [("plotly", ["demo"]), ("hydra", ["train", "spo"]), ("transformers", ["reproduce", "thesis"])],
+)
+def test_a_package_that_is_not_installed(missing: str, command: list[str]) -> None:
+    without = f"import sys; sys.modules[{missing!r}] = None; from RL2.cli import app; app()"
+    done = subprocess.run([sys.executable, "-c", without, *command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"rl2 {command[0]}: ")
+    assert missing in last and last.endswith("; `rl2 doctor` says what to install")
+    assert "Traceback" not in done.stderr
 
 
 def test_doctor_finds_nothing_missing_here() -> None:
