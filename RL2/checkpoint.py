@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial as partial_function
@@ -17,7 +18,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from RL2.config import ConfigError, UserError, first_line
 from RL2.parallel.processes import Processes
@@ -174,6 +180,29 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
     if own:  # more processes than the checkpoint had: theirs start from the seed
         _restore_random_states(own, processes.device)
     return notes["step"]
+
+
+def load_weights(source: Path, policy: nn.Module) -> None:
+    """The weights alone of the checkpoint folder `source`, into a whole model on this process, without torchrun.
+
+    Raises ConfigError for a checkpoint of something else, or a damaged one.
+    """
+    if not (source / NOTES).is_file():
+        raise ConfigError(f"{source} is not a checkpoint (it has no {NOTES}); one is called step_NNNNNN")
+    weights = get_model_state_dict(policy, options=TRAINED)
+    try:
+        saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata
+        kept = {key.removeprefix("model.") for key in saved if key.startswith("model.")}
+        if kept != weights.keys():
+            whose = "checkpoint" if kept - weights.keys() else "model"
+            name = min(kept - weights.keys() or weights.keys() - kept)
+            raise ConfigError(f"{source} is of another kind of model: only the {whose} has {name}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is meant
+            dcp.load({"model": weights}, checkpoint_id=source / STATE, no_dist=True)
+    except (OSError, dcp.CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        raise ConfigError(f"{source} cannot be loaded: {first_line(cause)}") from error
 
 
 def _restore(learner: Learner, model: dict[str, Any], optimizer: dict[str, Any]) -> None:

@@ -77,6 +77,34 @@ def train(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder step_NNNNNN of a run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    model: Annotated[str, typer.Option(help="What the run began with: a hub name or folder (actor.model_name).")],
+) -> None:
+    """A checkpoint as a folder for AutoModelForCausalLM.from_pretrained, in float32. A run's own end is in its latest.
+
+    Not for reward models, and runs with LoRA, whose checkpoints hold the adapters alone.
+
+    Example: rl2 export ckpts/spo/step_000020 spo-20 --model Qwen/Qwen3-0.6B
+    """
+    with ending("export"):
+        from RL2.checkpoint import load_weights
+        from RL2.config import ConfigError
+        from RL2.models.policy import Policy, load_tokenizer
+        from RL2.models.policy import export as write
+
+        if out.exists():
+            raise ConfigError(f"{out} exists; name a folder that does not")
+        policy = Policy.load(model, "--model")
+        load_weights(checkpoint, policy)
+        partial = out.with_name(f"{out.name}.partial")
+        write(policy.lm, load_tokenizer(model, "--model"), partial, write=True)
+        partial.rename(out)
+    print(out)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, what is missing or of the wrong version, and what to do. Exit code 1 if RL2 cannot work.
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from programs import World
-from typer.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
 
 from RL2 import doctor
 from RL2.cli import app
@@ -42,6 +46,36 @@ def test_a_program_that_is_not_there() -> None:
         1,
         "rl2 train: grpo: choose one of sft, rm, dpo, ppo, spo, spo_0p5",
     )
+
+
+def test_export_is_the_model_of_a_checkpoint(world: World) -> None:
+    run = world.root / "exported"
+    settings = [*world.settings("sft"), f"trainer.save_dir={run}", "trainer.max_steps=2", "trainer.save_freq=1"]
+    done = subprocess.run([*RL2, "train", "sft", *settings], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+    def export(step: int, model: Path) -> Result:
+        arguments = [f"{run}/step_{step:06d}", f"{run}/of_{step}", "--model", str(model)]
+        return CliRunner().invoke(app, ["export", *arguments])
+
+    for step in (1, 2):
+        assert export(step, world.model).exit_code == 0
+    first, last, latest = (load_file(run / name / "model.safetensors") for name in ("of_1", "of_2", "latest"))
+    assert last.keys() == latest.keys() and all(last[name].equal(latest[name]) for name in latest)
+    assert not all(first[name].equal(latest[name]) for name in latest)
+    assert AutoModelForCausalLM.from_pretrained(run / "of_1").num_parameters() > 0
+
+    assert str(export(2, world.model).exception) == f"rl2 export: {run}/of_2 exists; name a folder that does not"
+    assert str(export(3, world.model).exception).startswith(f"rl2 export: {run}/step_000003 is not a checkpoint")
+    shutil.rmtree(run / "of_2")
+    config = json.loads((world.model / "config.json").read_text())
+    other = shutil.copytree(world.model, run / "smaller")
+    layers = config["num_hidden_layers"] - 1
+    config |= {"num_hidden_layers": layers, "layer_types": config["layer_types"][:layers]}
+    (other / "config.json").write_text(json.dumps(config))
+    failed = str(export(2, other).exception)
+    assert f"is of another kind of model: only the checkpoint has lm.model.layers.{layers}." in failed
+    assert not (run / "of_2").exists()
 
 
 @pytest.mark.parametrize(
