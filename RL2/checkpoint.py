@@ -187,8 +187,6 @@ def load_weights(source: Path, policy: nn.Module) -> None:
 
     Raises ConfigError for a checkpoint of something else, or a damaged one.
     """
-    if not (source / NOTES).is_file():
-        raise ConfigError(f"{source} is not a checkpoint (it has no {NOTES}); one is called step_NNNNNN")
     weights = get_model_state_dict(policy, options=TRAINED)
     try:
         saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata

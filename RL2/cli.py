@@ -80,22 +80,31 @@ def train(
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder step_NNNNNN of a run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    model: Annotated[str, typer.Option(help="What the run began with: a hub name or folder (actor.model_name).")],
+    model: Annotated[str, typer.Option(help="What the run began with, if its config.yaml no longer says so.")] = "",
 ) -> None:
     """A checkpoint as a folder for AutoModelForCausalLM.from_pretrained, in float32. A run's own end is in its latest.
 
     Not for reward models, and runs with LoRA, whose checkpoints hold the adapters alone.
 
-    Example: rl2 export ckpts/spo/step_000020 spo-20 --model Qwen/Qwen3-0.6B
+    Example: rl2 export ckpts/spo/step_000020 spo-20
     """
     with ending("export"):
-        from RL2.checkpoint import load_weights
+        from omegaconf import OmegaConf
+
+        from RL2.checkpoint import NOTES, load_weights
         from RL2.config import ConfigError
         from RL2.models.policy import Policy, load_tokenizer
         from RL2.models.policy import export as write
 
+        if not (checkpoint / NOTES).is_file():
+            raise ConfigError(f"{checkpoint} is not a checkpoint (it has no {NOTES}); one is called step_NNNNNN")
         if out.exists():
             raise ConfigError(f"{out} exists; name a folder that does not")
+        if not model:
+            config = checkpoint.parent / "config.yaml"
+            if not config.is_file():
+                raise ConfigError(f"{config} is not there; pass --model with what the run began with")
+            model = OmegaConf.load(config).actor.model_name
         policy = Policy.load(model, "--model")
         load_weights(checkpoint, policy)
         partial = out.with_name(f"{out.name}.partial")

@@ -54,28 +54,32 @@ def test_export_is_the_model_of_a_checkpoint(world: World) -> None:
     done = subprocess.run([*RL2, "train", "sft", *settings], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
-    def export(step: int, model: Path) -> Result:
-        arguments = [f"{run}/step_{step:06d}", f"{run}/of_{step}", "--model", str(model)]
-        return CliRunner().invoke(app, ["export", *arguments])
+    def export(step: int, *more: str) -> Result:
+        return CliRunner().invoke(app, ["export", f"{run}/step_{step:06d}", f"{run}/of_{step}", *more])
 
     for step in (1, 2):
-        assert export(step, world.model).exit_code == 0
+        assert export(step).exit_code == 0
     first, last, latest = (load_file(run / name / "model.safetensors") for name in ("of_1", "of_2", "latest"))
     assert last.keys() == latest.keys() and all(last[name].equal(latest[name]) for name in latest)
     assert not all(first[name].equal(latest[name]) for name in latest)
     assert AutoModelForCausalLM.from_pretrained(run / "of_1").num_parameters() > 0
 
-    assert str(export(2, world.model).exception) == f"rl2 export: {run}/of_2 exists; name a folder that does not"
-    assert str(export(3, world.model).exception).startswith(f"rl2 export: {run}/step_000003 is not a checkpoint")
+    assert str(export(2).exception) == f"rl2 export: {run}/of_2 exists; name a folder that does not"
+    assert str(export(3).exception).startswith(f"rl2 export: {run}/step_000003 is not a checkpoint")
     shutil.rmtree(run / "of_2")
     config = json.loads((world.model / "config.json").read_text())
     other = shutil.copytree(world.model, run / "smaller")
     layers = config["num_hidden_layers"] - 1
     config |= {"num_hidden_layers": layers, "layer_types": config["layer_types"][:layers]}
     (other / "config.json").write_text(json.dumps(config))
-    failed = str(export(2, other).exception)
+    failed = str(export(2, "--model", str(other)).exception)
     assert f"is of another kind of model: only the checkpoint has lm.model.layers.{layers}." in failed
     assert not (run / "of_2").exists()
+    (run / "config.yaml").unlink()
+    assert (
+        str(export(2).exception)
+        == f"rl2 export: {run}/config.yaml is not there; pass --model with what the run began with"
+    )
 
 
 @pytest.mark.parametrize(
