@@ -91,7 +91,7 @@ def _of(share: float, number: int) -> Any:
 
 
 def charts(part: Part) -> list[Chart]:
-    """The five pictures of a section, in the order of the thesis; a method's colour goes by its place in the section."""
+    """The five pictures of a section, in the order of the thesis; a method's colour goes by its place in it."""
     everything = list(enumerate(part.curves))
     wanted = (
         ("test", "Test accuracy", "held-out problems, greedy", "test/score", ".0%", everything),
