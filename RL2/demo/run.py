@@ -102,6 +102,11 @@ class Job:
         file = self.folder / DONE
         return file.exists() and json.loads(file.read_text())["command"] == self.shown
 
+    @property
+    def seconds(self) -> float:
+        """That it took, where it is done."""
+        return float(json.loads((self.folder / DONE).read_text())["seconds"])
+
 
 def warmup_job(
     plan: Plan, out: Path, seed: int, *, name: str = WARMUP, settings: tuple[str, ...] = (), threads: int | None = None

@@ -142,7 +142,7 @@ def reproduce(out: Path, num_seeds: int, board: Board, plan: Plan = FULL) -> lis
     Raises DemoError where a run fails; what has ended by then need not run again.
     """
     transformers.utils.logging.disable_progress_bar()
-    started, env_path = time.monotonic(), find_environment()
+    env_path = find_environment()
     homes = [out / f"seed-{seed}" for seed in range(num_seeds)]
     for seed, home in enumerate(homes):
         prepare(home, seed, plan)
@@ -156,16 +156,18 @@ def reproduce(out: Path, num_seeds: int, board: Board, plan: Plan = FULL) -> lis
     run_missing(jobs, board)
 
     judged = judge(homes, env_path, board)
-    found = list(the_claims(judged))
+    found, asked = list(the_claims(judged)), list(the_questions(judged))
     report = {
         "seeds": num_seeds,
         "claims": [claim._asdict() for claim in found],
+        "questions": [claim._asdict() for claim in asked],
         "methods": {name: of.summaries for name, of in judged.items()},
     }
     (out / "thesis.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     commands = [job.shown for job in (*pilots, *jobs) if job.folder.parent == homes[0]]
-    write_thesis(out / "thesis.html", page(judged, found, plan, num_seeds, commands, time.monotonic() - started))
-    return found
+    seconds = sum(job.seconds for job in (*pilots, *jobs))
+    write_thesis(out / "thesis.html", page(judged, found, asked, plan, num_seeds, commands, seconds))
+    return found + asked
 
 
 def prepare(home: Path, seed: int, plan: Plan) -> None:
@@ -264,7 +266,7 @@ def greedy_scores(question: evaluate.Question) -> tuple[dict[str, float], dict[s
 
 
 def the_claims(judged: dict[str, Judged]) -> Iterator[Claim]:
-    """What the thesis says of its methods, and after it what else these runs can be asked."""
+    """What the thesis says of its methods."""
 
     def runs(of: Method | Pilot) -> list[SeedRun]:
         return judged[of.name].runs
@@ -275,6 +277,14 @@ def the_claims(judged: dict[str, Judged]) -> Iterator[Claim]:
         yield claims.fewer_tokens(number, method.title, runs(method), runs(DR_GRPO), DR_GRPO.title)
         yield claims.shorter_answers(number, method.title, runs(method), runs(DR_GRPO), DR_GRPO.title)
     yield claims.rises_then_collapses("3.3", SPO_33.title, runs(SPO_33))
+
+
+def the_questions(judged: dict[str, Judged]) -> Iterator[Claim]:
+    """What these runs can be asked about the later sections, in the form of claims."""
+
+    def runs(of: Method | Pilot) -> list[SeedRun]:
+        return judged[of.name].runs
+
     for method, without in ((SPO_31_PENALTY, SPO_31), (SPO_33_PENALTY, SPO_33)):
         yield claims.lowers_entropy("4.2", method.title, runs(method), runs(without))
     for baseline in (SPO_32, POSITIVE_CE, DR_GRPO):
@@ -284,7 +294,13 @@ def the_claims(judged: dict[str, Judged]) -> Iterator[Claim]:
 
 
 def page(
-    judged: dict[str, Judged], found: list[Claim], plan: Plan, num_seeds: int, commands: list[str], seconds: float
+    judged: dict[str, Judged],
+    found: list[Claim],
+    asked: list[Claim],
+    plan: Plan,
+    num_seeds: int,
+    commands: list[str],
+    seconds: float,
 ) -> ThesisPage:
     def curve(of: Method | Pilot) -> Curve:
         return Curve(of.name, of.title, [run.metrics for run in judged[of.name].runs])
@@ -311,6 +327,7 @@ def page(
     rows += [row(method, section.number, DR_GRPO) for section in SECTIONS for method in section.methods]
     return ThesisPage(
         claims=found,
+        questions=asked,
         rows=rows,
         baseline=DR_GRPO.title,
         parts=[
@@ -328,7 +345,8 @@ def page(
             "from scratch": f"{plan.warmup_steps} steps of {WARMUP_BATCH} careless demonstrations",
             "on rewards": f"{plan.steps} steps of {SEQUENCES_PER_STEP} responses",
             "tests": f"{plan.test_rows} held-out problems of each seed",
-            "time": f"{seconds / 60:.0f} minutes for what this call ran, {num_cores()} cores ({platform.machine()})",
+            "time": f"{seconds / 60:.0f} minutes of runs, {num_cores()} of them side by side on as many cores "
+            f"({platform.machine()})",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}",
         },

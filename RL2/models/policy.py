@@ -76,10 +76,15 @@ def empty_model(like: PreTrainedModel, dtype: torch.dtype, device: torch.device)
 
 
 def load_tokenizer(model_name: str, key: str = "actor.model_name") -> PreTrainedTokenizerBase:
+    if Path(model_name).is_dir() and not (Path(model_name) / "config.json").is_file():
+        raise ConfigError(f"{key}={model_name} is no model: there is no config.json in it")
     try:
-        return AutoTokenizer.from_pretrained(model_name)
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}={model_name} has no tokenizer: {first_line(error)}") from error
+    if not tokenizer.encode("a 1", add_special_tokens=False):  # what transformers makes of a configuration alone
+        raise ConfigError(f"{key}={model_name} has no tokenizer: there is no tokenizer.json in it")
+    return tokenizer
 
 
 def max_length(model_name: str) -> int:

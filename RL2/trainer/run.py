@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from RL2 import checkpoint
 from RL2.checkpoint import CheckpointFailed, Checkpoints, Resumable
-from RL2.config import Config, ConfigError, LostProcess, RLTrainer, show
+from RL2.config import Config, ConfigError, LostProcess, RLTrainer, first_line, show
 from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
 from RL2.parallel.processes import Processes
@@ -166,8 +166,11 @@ def start(config: Config) -> Iterator[Run]:
             )
         processes.wait("all processes to look into trainer.save_dir")
         if processes.is_first:
-            save_dir.mkdir(parents=True, exist_ok=True)
-            (save_dir / "config.yaml").write_text(show(config))
+            try:
+                save_dir.mkdir(parents=True, exist_ok=True)
+                (save_dir / "config.yaml").write_text(show(config))
+            except OSError as error:
+                raise ConfigError(f"trainer.save_dir={save_dir} cannot be written: {first_line(error)}") from error
         processes.wait("trainer.save_dir to be made")
         checkpoints = Checkpoints(save_dir, processes, trainer.keep)
         with ExitStack() as closing, listening() as interrupt:

@@ -54,6 +54,8 @@ class Part:
 @dataclass(frozen=True)
 class ThesisPage:
     claims: list[Claim]
+    questions: list[Claim]
+    """About the later sections, of which the thesis claims nothing so plain."""
     rows: list[Row]
     baseline: str
     parts: list[Part]
@@ -69,18 +71,15 @@ class ThesisPage:
 
 
 def write_thesis(out_html: Path, page: ThesisPage) -> None:
-    methods = {curve.name: None for part in page.parts for curve in part.curves}
-    looks = {name: number for number, name in enumerate(methods)}
-    looks |= {curve.name: number for number, curve in enumerate(page.pilots)}
     n = page.published_problems
     write_page(
         out_html,
         "thesis.html",
         page=page,
         counts={word: sum(claim.verdict == word for claim in page.claims) for word in get_args(Verdict)},
-        figures=[charts(part, looks) for part in page.parts],
-        pilot_figures=pilot_charts(page.pilots, looks),
-        colours={name: colour(number) for name, number in looks.items()},
+        figures=[charts(part) for part in page.parts],
+        pilot_figures=pilot_charts(page.pilots),
+        colour=colour,
         published=[(title, _of(greedy, n), _of(passed, n)) for title, greedy, passed in page.published],
         fmean=fmean,
     )
@@ -91,33 +90,31 @@ def _of(share: float, number: int) -> Any:
     return accuracy([1.0] * right + [0.0] * (number - right))
 
 
-def charts(part: Part, looks: Mapping[str, int]) -> list[Chart]:
-    """The five pictures of a section, in the order of the thesis."""
-    own = part.curves[1:]
+def charts(part: Part) -> list[Chart]:
+    """The five pictures of a section, in the order of the thesis; a method's colour goes by its place in it."""
+    everything = list(enumerate(part.curves))
     wanted = (
-        ("test", "Test accuracy", "held-out problems, greedy", "test/score", ".0%", part.curves),
-        ("train", "Training accuracy", "rollouts of each step", "train/score", ".0%", part.curves),
-        ("entropy", "Entropy", "nats per sampled token", "train/entropy", ".3~f", part.curves),
-        ("length", "Response length", "tokens", "train/length", ".3~f", part.curves),
-        ("loss", "Loss", "of the section's own methods", "actor/loss", ".3~g", own),
+        ("test", "Test accuracy", "held-out problems, greedy", "test/score", ".0%", everything),
+        ("train", "Training accuracy", "rollouts of each step", "train/score", ".0%", everything),
+        ("entropy", "Entropy", "nats per sampled token", "train/entropy", ".3~f", everything),
+        ("length", "Response length", "tokens", "train/length", ".3~f", everything),
+        ("loss", "Loss", "of the section's own methods", "actor/loss", ".3~g", everything[1:]),
     )
     return [
-        _chart(f"{part.number.replace('.', '-')}-{name}", title, note, key, tick, curves, looks)
+        _chart(f"{part.number.replace('.', '-')}-{name}", title, note, key, tick, curves)
         for name, title, note, key, tick, curves in wanted
     ]
 
 
-def pilot_charts(pilots: Sequence[Curve], looks: Mapping[str, int]) -> list[Chart]:
+def pilot_charts(pilots: Sequence[Curve]) -> list[Chart]:
     nll = "negative log-likelihood of held-out tokens, in nats"
-    return [_chart("pilot-nll", "Held-out loss", nll, "test/nll", ".3~f", pilots, looks)]
+    return [_chart("pilot-nll", "Held-out loss", nll, "test/nll", ".3~f", list(enumerate(pilots)))]
 
 
-def _chart(
-    id: str, title: str, note: str, key: str, tick: str, curves: Sequence[Curve], looks: Mapping[str, int]
-) -> Chart:
+def _chart(id: str, title: str, note: str, key: str, tick: str, curves: Sequence[tuple[int, Curve]]) -> Chart:
     figure = go.Figure()
-    for curve in curves:
-        figure.add_traces(_traces(curve, key, looks[curve.name], tick.replace(".0%", ".1%")))
+    for number, curve in curves:
+        figure.add_traces(_traces(curve, key, number, tick.replace(".0%", ".1%")))
     figure.update_layout(**PLOT_LAYOUT, height=260)
     share = key.endswith("/score")
     figure.update_yaxes(tickformat=tick, rangemode="tozero" if share else "normal")

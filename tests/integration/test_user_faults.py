@@ -1,0 +1,280 @@
+"""What users get wrong ends in one line that says what and what to do, before anything long; docs/faults.md lists it.
+
+The programs run in this process. With RL2_WRITE_DOCS=1 the table in the document is written anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from programs import World
+
+from RL2.trainer.launch import main
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "faults.md"
+BEGIN, END = "<!-- made by tests/integration/test_user_faults.py -->\n", "<!-- to here -->\n"
+LIMIT_S = 30
+"""On a busy machine, and with torch's first use in it; alone each takes less than a second."""
+
+Prepare = Callable[[World, Path], list[str]]
+"""Makes what is wrong in a folder, and gives the overrides that use it."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    what: str
+    program: str
+    prepare: Prepare
+    said: str
+    """The line, with DIR for the folder."""
+
+
+def data(*lines: str, key: str = "train_data.path") -> Prepare:
+    def prepare(world: World, folder: Path) -> list[str]:
+        (folder / "data.jsonl").write_text("".join(line + "\n" for line in lines))
+        return [f"{key}={folder}/data.jsonl"]
+
+    return prepare
+
+
+def environment(script: str) -> Prepare:
+    def prepare(world: World, folder: Path) -> list[str]:
+        (folder / "env.py").write_text(script)
+        return [f"rollout.env_path={folder}/env.py"]
+
+    return prepare
+
+
+def step(body: str) -> Prepare:
+    return environment(f"import time\n\nasync def step(state, action, extra_info):\n    {body}\n")
+
+
+def model(spoil: Callable[[Path], None], *more: str) -> Prepare:
+    def prepare(world: World, folder: Path) -> list[str]:
+        shutil.copytree(world.model, folder / "model")
+        spoil(folder / "model")
+        return [f"actor.model_name={folder}/model", *more]
+
+    return prepare
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    def remove(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+
+    return remove
+
+
+def cut_in_half(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def not_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+
+
+def forget_template(folder: Path) -> None:
+    without("chat_template.jinja")(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings.pop("chat_template", None)
+    file.write_text(json.dumps(settings))
+
+
+def overrides(*settings: str) -> Prepare:
+    return lambda world, folder: [setting.replace("DIR", str(folder)) for setting in settings]
+
+
+def chat_without_template(world: World, folder: Path) -> list[str]:
+    row = {"messages": [{"role": "user", "content": "1+1"}], "extra_info": {}}
+    return model(forget_template)(world, folder) + data(json.dumps(row))(world, folder)
+
+
+def below_a_file(world: World, folder: Path) -> list[str]:
+    (folder / "file").write_text("")
+    return [f"trainer.save_dir={folder}/file/run"]
+
+
+RESULT = "dict(next_state=None, reward={}, score=0.0, done=True, extra_info=extra_info)"
+NO_REWARD = "spo: none of the 16 trajectories has a reward; the most common causes: 16 times: "
+FAULTS = [
+    Fault(
+        "no data",
+        "spo",
+        overrides("train_data.path=DIR/data.jsonl"),
+        "spo: train_data.path=DIR/data.jsonl: there is no such file",
+    ),
+    Fault("empty data", "spo", data(), "spo: DIR/data.jsonl: no rows"),
+    Fault(
+        "broken JSON",
+        "spo",
+        data('{"prompt": "a", "extra_info": {}}', '{"prompt": '),
+        "spo: DIR/data.jsonl, row 2 (line 2): Expecting value (column 1)",
+    ),
+    Fault(
+        "wrong columns",
+        "spo",
+        data('{"question": "a"}'),
+        "spo: DIR/data.jsonl, row 1: neither 'prompt' nor 'messages'; its keys are question; example(row) in the "
+        "environment script (rollout.env_path, in SFT data.env_path) can make them of others",
+    ),
+    Fault(
+        "an empty prompt",
+        "spo",
+        data('{"prompt": "", "extra_info": {}}'),
+        "spo: DIR/data.jsonl, row 1: 'prompt' is empty",
+    ),
+    Fault(
+        "a prompt that is too long",
+        "spo",
+        data(json.dumps({"prompt": "7 " * 200, "extra_info": {}})),
+        "spo: DIR/data.jsonl, row 1: its prompt has 400 tokens, the limit is 256; raise actor.max_length_per_device or "
+        "take the row out",
+    ),
+    Fault(
+        "a misspelt key",
+        "spo",
+        overrides("actor.lrr=1"),
+        "spo: spo has no key 'actor.lrr'; did you mean actor.lr?",
+    ),
+    Fault(
+        "a folder that is no model",
+        "spo",
+        overrides("actor.model_name=DIR"),
+        "spo: actor.model_name=DIR is no model: there is no config.json in it",
+    ),
+    Fault(
+        "a model without weights",
+        "spo",
+        model(without("model.safetensors")),
+        "spo: actor.model_name=DIR/model has no weights in safetensors format (no *.safetensors in DIR/model)",
+    ),
+    Fault(
+        "corrupt safetensors",
+        "spo",
+        model(not_safetensors),
+        "spo: actor.model_name=DIR/model has a broken safetensors file: Error while deserializing header: invalid JSON "
+        "in header: EOF while parsing a value at line 1 column 0",
+    ),
+    Fault(
+        "an interrupted download",
+        "spo",
+        model(cut_in_half),
+        "spo: actor.model_name=DIR/model has a broken safetensors file: Error while deserializing header: incomplete "
+        "metadata, file not fully covered",
+    ),
+    Fault(
+        "a model without a tokenizer",
+        "spo",
+        model(without("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")),
+        "spo: actor.model_name=DIR/model has no tokenizer: there is no tokenizer.json in it",
+    ),
+    Fault(
+        "messages, and no chat template",
+        "spo",
+        chat_without_template,
+        "spo: DIR/data.jsonl, row 1: the tokenizer has no chat template; pass rows with 'prompt' or a tokenizer with a "
+        "chat template",
+    ),
+    Fault(
+        "no environment",
+        "spo",
+        overrides("rollout.env_path=DIR/env.py"),
+        "spo: rollout.env_path=DIR/env.py: there is no such file",
+    ),
+    Fault(
+        "an environment without `step`",
+        "spo",
+        environment("steps = 1\n"),
+        "spo: DIR/env.py has no `async def step(state, action, extra_info)`",
+    ),
+    Fault(
+        "an environment with a syntax error",
+        "spo",
+        environment("def step(:\n"),
+        "spo: DIR/env.py cannot be imported: SyntaxError: invalid syntax (env.py, line 1) (DIR/env.py:1)",
+    ),
+    Fault(
+        "`step` returns the wrong type",
+        "spo",
+        step("return 3"),
+        f"{NO_REWARD}step returned a int; expected a dict",
+    ),
+    Fault(
+        "a reward that is no number",
+        "spo",
+        step("return " + RESULT.format("float('nan')")),
+        f"{NO_REWARD}step returned reward=nan; expected a finite number",
+    ),
+    Fault(
+        "`step` raises",
+        "spo",
+        step("raise RuntimeError('no such service')"),
+        f"{NO_REWARD}RuntimeError: no such service (DIR/env.py:4)",
+    ),
+    Fault(
+        "a folder that cannot be written",
+        "spo",
+        below_a_file,
+        "spo: trainer.save_dir=DIR/file/run cannot be written: [Errno 20] Not a directory: 'DIR/file/run'",
+    ),
+    Fault(
+        "no checkpoint where one is named",
+        "spo",
+        overrides("trainer.load_ckpt_from=DIR"),
+        "spo: trainer.load_ckpt_from=DIR is not a checkpoint (it has no notes.json)",
+    ),
+    Fault(
+        "an objective that needs advantages, for data",
+        "sft",
+        overrides("actor.objective=ppo"),
+        "sft: actor.objective=ppo reads advantages, and rows of data have none; choose sft, rank_jsd or another that "
+        "trains on what is right",
+    ),
+]
+
+
+def said(fault: Fault, world: World, folder: Path) -> tuple[str, float]:
+    """The last words of the program, and the seconds until then."""
+    settings = [*world.settings(fault.program), f"trainer.save_dir={folder}/run", *fault.prepare(world, folder)]
+    started = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", ["", *settings])
+        with pytest.raises(SystemExit) as ended:
+            main(fault.program)
+    assert isinstance(ended.value.code, str), "a text is printed, and the exit code is 1"
+    text = re.sub(r"\s+", " ", ended.value.code).replace(str(folder), "DIR")
+    return text, time.monotonic() - started
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_a_fault_is_named(fault: Fault, world: World, tmp_path: Path) -> None:
+    text, seconds = said(fault, world, tmp_path)
+    assert text == fault.said
+    assert seconds < LIMIT_S
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "nothing was begun that would have to be undone"
+
+
+def test_the_document_lists_them() -> None:
+    rows = ["| what is wrong | what is said |\n", "|---|---|\n"]
+    rows += [f"| {fault.what} | `{fault.said.replace('|', chr(92) + '|').replace('`', '')}` |\n" for fault in FAULTS]
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    table, after = rest.split(END)
+    if os.environ.get("RL2_WRITE_DOCS"):
+        DOCUMENT.write_text(before + BEGIN + "".join(rows) + END + after, encoding="utf-8")
+        return
+    assert table == "".join(rows), "RL2_WRITE_DOCS=1 pytest tests/integration/test_user_faults.py writes it anew"
