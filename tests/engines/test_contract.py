@@ -159,12 +159,12 @@ def test_weights_that_come_during_requests_serve_the_rest_of_them(served: Served
     lms = {served.version: served.reference()}
 
     async def generate() -> list[Completion]:
-        # many, so that they take long, whatever else the machine does
         requests = [
             asyncio.create_task(served.engine.generate(PROMPTS[i % 7], replace(sampling, seed=i))) for i in range(28)
         ]
         for seed, sleeps in ((1, False), (2, True)):
-            await asyncio.sleep(0.15)
+            # one that comes after them has been answered: they are under way, however slow the machine is
+            await served.engine.generate(PROMPTS[0], Sampling(max_new_tokens=8))
             if sleeps:
                 await asyncio.to_thread(served.engine.sleep)
             served.change_weights(seed)
