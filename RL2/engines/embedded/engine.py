@@ -165,7 +165,8 @@ class EmbeddedEngine:
             while self.waiting or self.running:
                 if not (self.is_wanted or self.is_asleep):
                     with self.lock, torch.no_grad():
-                        self.step()
+                        if not self.is_asleep:  # it may have fallen asleep while the lock was waited for
+                            self.step()
                 await asyncio.sleep(PAUSE_S if self.is_wanted or self.is_asleep else 0)
             self.cache = KVCache()  # its memory is the training step's now
         except Exception as error:  # every caller is told; none is left waiting
