@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -287,19 +288,7 @@ def evaluate(models: Sequence[Path], out: Path, env_path: Path, seed: int, board
     """Every model on every held-out problem, greedily and sampled."""
 
     def scores(model: Path) -> Scores:
-        question = evaluation.Question(
-            model=str(model),
-            data=f"{out}/data/test.jsonl",
-            env=str(env_path),
-            samples=1,
-            max_new_tokens=MAX_NEW_TOKENS,
-            seed=seed,
-            out=f"{out}/evals",
-        )
-        folder, summary = evaluation.evaluate(question)
-        if summary["unscored"]:
-            raise DemoError(f"{summary['unscored']} responses could not be scored; see {folder}")
-        records = evaluation.read(folder)
+        records, _ = examine(exam(model, out / "data", env_path, seed, samples=1, out=out / "evals"))
         return Scores(
             greedy=list(evaluation.scores(records, "greedy").values()),
             sampled=list(evaluation.scores(records, "sampled").values()),
@@ -313,6 +302,27 @@ def evaluate(models: Sequence[Path], out: Path, env_path: Path, seed: int, board
         board.move(task, len(found))
     board.end(task, title, len(models), time.monotonic() - started)
     return found
+
+
+def exam(model: Path, data: Path, env_path: Path, seed: int, *, samples: int, out: Path) -> evaluation.Question:
+    """The held-out problems in the folder `data`, answered greedily and `samples` times at temperature 1."""
+    return evaluation.Question(
+        model=str(model),
+        data=str(data / "test.jsonl"),
+        env=str(env_path),
+        samples=samples,
+        max_new_tokens=MAX_NEW_TOKENS,
+        seed=seed,
+        out=str(out),
+    )
+
+
+def examine(question: evaluation.Question) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The records of an evaluation, and its summary. Raises DemoError if a response could not be scored."""
+    folder, summary = evaluation.evaluate(question)
+    if summary["unscored"]:
+        raise DemoError(f"{summary['unscored']} responses could not be scored; see {folder}")
+    return evaluation.read(folder), summary
 
 
 def find_environment() -> Path:
@@ -336,15 +346,20 @@ def clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def warm_start(plan: Plan, out: Path, seed: int, board: Board) -> Job:
-    """Data, tokenizer and model, and the warm-up that all methods start from."""
-    texts = write_data(
+def write_plan_data(plan: Plan, out: Path, seed: int) -> list[str]:
+    """As many rows as the plan reads, in OUT/data; returns the texts of the warm-up."""
+    return write_data(
         out / "data",
         seed,
         warmup_rows=plan.warmup_steps * WARMUP_BATCH,
         train_rows=plan.steps * SEQUENCES_PER_STEP,
         test_rows=plan.test_rows,
     )
+
+
+def warm_start(plan: Plan, out: Path, seed: int, board: Board) -> Job:
+    """Data, tokenizer and model, and the warm-up that all methods start from."""
+    texts = write_plan_data(plan, out, seed)
     build_model(out / "model", texts, seed)
     warmup = warmup_job(plan, out, seed)
     run_jobs([warmup], 1, board)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -24,23 +25,24 @@ import torch
 import transformers
 
 from RL2.demo.model import build_model
-from RL2.demo.problems import draw_problems, write_data, write_demonstrations
+from RL2.demo.problems import draw_problems, write_demonstrations
 from RL2.demo.run import (
     FULL,
-    MAX_NEW_TOKENS,
     SEQUENCES_PER_STEP,
     WARMUP,
     WARMUP_BATCH,
     Board,
-    DemoError,
     Job,
     Method,
     Plan,
+    exam,
+    examine,
     find_environment,
     method_job,
     num_cores,
     run_jobs,
     warmup_job,
+    write_plan_data,
 )
 from RL2.evaluation import claims, evaluate
 from RL2.evaluation.claims import Claim, SeedRun
@@ -174,13 +176,7 @@ def prepare(home: Path, seed: int, plan: Plan) -> None:
     """Data, tokenizer and untrained model of a seed, once."""
     if (home / "model").is_dir():
         return
-    texts = write_data(
-        home / "data",
-        seed,
-        warmup_rows=plan.warmup_steps * WARMUP_BATCH,
-        train_rows=plan.steps * SEQUENCES_PER_STEP,
-        test_rows=plan.test_rows,
-    )
+    texts = write_plan_data(plan, home, seed)
     held_out = draw_problems(Random(f"{seed} pilot"), plan.test_rows, held_out=True)
     write_demonstrations(home / "data" / "held_out.jsonl", held_out, Random(f"{seed} pilot demonstrator"))
     build_model(home / "new", texts, seed)
@@ -224,14 +220,13 @@ def judge(homes: Sequence[Path], env_path: Path, board: Board) -> dict[str, Judg
     names = [of.name for of in ALL]
     models = [(seed, name) for seed in range(len(homes)) for name in names]
     questions = {
-        (seed, name): evaluate.Question(
-            model=str(homes[seed] / name / "latest"),
-            data=str(homes[seed] / "data" / "test.jsonl"),
-            env=str(env_path),
+        (seed, name): exam(
+            homes[seed] / name / "latest",
+            homes[seed] / "data",
+            env_path,
+            seed,
             samples=SAMPLES,
-            max_new_tokens=MAX_NEW_TOKENS,
-            seed=seed,
-            out=str(homes[seed] / name / "evals"),
+            out=homes[seed] / name / "evals",
         )
         for seed, name in models
     }
@@ -259,18 +254,17 @@ def judge(homes: Sequence[Path], env_path: Path, board: Board) -> dict[str, Judg
 
 
 def greedy_scores(question: evaluate.Question) -> tuple[dict[str, float], dict[str, Any]]:
-    folder, summary = evaluate.evaluate(question)
-    if summary["unscored"]:
-        raise DemoError(f"{summary['unscored']} responses could not be scored; see {folder}")
-    return evaluate.scores(evaluate.read(folder), "greedy"), summary
+    records, summary = examine(question)
+    return evaluate.scores(records, "greedy"), summary
+
+
+def _runs(judged: dict[str, Judged], of: Method | Pilot) -> list[SeedRun]:
+    return judged[of.name].runs
 
 
 def the_claims(judged: dict[str, Judged]) -> Iterator[Claim]:
     """What the thesis says of its methods."""
-
-    def runs(of: Method | Pilot) -> list[SeedRun]:
-        return judged[of.name].runs
-
+    runs = partial(_runs, judged)
     for number, method in (("3.1", SPO_31), ("3.2", SPO_32)):
         yield claims.rise_together(number, method.title, runs(method))
         yield claims.loss_grows(number, method.title, runs(method))
@@ -281,10 +275,7 @@ def the_claims(judged: dict[str, Judged]) -> Iterator[Claim]:
 
 def the_questions(judged: dict[str, Judged]) -> Iterator[Claim]:
     """What these runs can be asked about the later sections, in the form of claims."""
-
-    def runs(of: Method | Pilot) -> list[SeedRun]:
-        return judged[of.name].runs
-
+    runs = partial(_runs, judged)
     for method, without in ((SPO_31_PENALTY, SPO_31), (SPO_33_PENALTY, SPO_33)):
         yield claims.lowers_entropy("4.2", method.title, runs(method), runs(without))
     for baseline in (SPO_32, POSITIVE_CE, DR_GRPO):
@@ -303,14 +294,13 @@ def page(
     seconds: float,
 ) -> ThesisPage:
     def curve(of: Method | Pilot) -> Curve:
-        return Curve(of.name, of.title, [run.metrics for run in judged[of.name].runs])
+        return Curve(of.name, of.title, [run.metrics for run in _runs(judged, of)])
 
     def row(of: Method | Pilot, number: str, baseline: Method | Pilot) -> Row:
         against = None
         if of is not baseline:
-            against = compare(
-                [run.after for run in judged[baseline.name].runs], [run.after for run in judged[of.name].runs]
-            )
+            first, second = _runs(judged, baseline), _runs(judged, of)
+            against = compare([run.after for run in first], [run.after for run in second])
         summaries = judged[of.name].summaries
         return Row(
             number,

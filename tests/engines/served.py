@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from RL2.config import load
 from RL2.engines.base import Engine
+from RL2.engines.served.engine import ServedEngine
+from RL2.engines.served.keeper import Keeper
 from RL2.parallel.processes import Processes
 from RL2.rollout.episode import decode
 from RL2.trainer.rl import make_engine
@@ -117,6 +120,22 @@ def serve(
     actor = Actor(config.actor, processes, 1, folder)
     made = make_engine(config, actor, lambda ids: decode(tokenizer, ids), MAX_LENGTH, folder)
     return Served(engine, made, actor, tokenizer, model)
+
+
+def two_servers(
+    engine: str, folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes
+) -> Iterator[Served]:
+    """Of a model with an untied head; they are closed after use."""
+    model = save_model(folder / "model", tokenizer, tied=False)
+    served = serve(engine, model, folder, tokenizer, processes, f"rollout.{engine}.num_servers=2")
+    served.sync()
+    yield served
+    served.engine.close()
+
+
+def keeper(served: Served) -> Keeper:
+    assert isinstance(served.engine, ServedEngine) and served.engine.keeper is not None
+    return served.engine.keeper
 
 
 @torch.no_grad()

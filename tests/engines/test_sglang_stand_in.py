@@ -17,11 +17,21 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from served import MAX_LENGTH, PROMPT, ROOT, STAND_IN, Served, logits_of, logps_of, save_model, serve
+from served import (
+    MAX_LENGTH,
+    PROMPT,
+    ROOT,
+    STAND_IN,
+    Served,
+    keeper,
+    logits_of,
+    logps_of,
+    save_model,
+    serve,
+    two_servers,
+)
 from transformers import PreTrainedTokenizerBase
 
-from RL2.engines.served.engine import ServedEngine
-from RL2.engines.served.keeper import Keeper
 from RL2.engines.sglang.client import SGLangClient
 from RL2.engines.sglang.kind import SGLANG_SERVER
 from RL2.parallel.processes import Processes
@@ -34,18 +44,7 @@ LONG = Sampling(max_new_tokens=300)
 def served(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> Iterator[Served]:
-    """Two servers with an untied head."""
-    folder = tmp_path_factory.mktemp("served")
-    model = save_model(folder / "model", tokenizer, tied=False)
-    served = serve("sglang", model, folder, tokenizer, processes, "rollout.sglang.num_servers=2")
-    served.sync()
-    yield served
-    served.engine.close()
-
-
-def keeper(served: Served) -> Keeper:
-    assert isinstance(served.engine, ServedEngine) and served.engine.keeper is not None
-    return served.engine.keeper
+    yield from two_servers("sglang", tmp_path_factory.mktemp("served"), tokenizer, processes)
 
 
 def process_id(served: Served, i: int) -> int:

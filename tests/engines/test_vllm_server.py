@@ -15,11 +15,9 @@ import httpx
 import psutil
 import pytest
 import torch
-from served import MAX_LENGTH, PROMPT, ROOT, VLLM_PYTHON, Served, logps_of, save_model, serve
+from served import MAX_LENGTH, PROMPT, ROOT, VLLM_PYTHON, Served, keeper, logps_of, save_model, serve, two_servers
 from transformers import PreTrainedTokenizerBase
 
-from RL2.engines.served.engine import ServedEngine
-from RL2.engines.served.keeper import Keeper
 from RL2.engines.served.server import EngineFailed
 from RL2.engines.vllm.client import VLLMClient
 from RL2.parallel.processes import Processes
@@ -33,18 +31,7 @@ LONG = Sampling(max_new_tokens=400, seed=3)
 def served(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> Iterator[Served]:
-    """Two servers with an untied head."""
-    folder = tmp_path_factory.mktemp("served")
-    model = save_model(folder / "model", tokenizer, tied=False)
-    served = serve("vllm", model, folder, tokenizer, processes, "rollout.vllm.num_servers=2")
-    served.sync()
-    yield served
-    served.engine.close()
-
-
-def keeper(served: Served) -> Keeper:
-    assert isinstance(served.engine, ServedEngine) and served.engine.keeper is not None
-    return served.engine.keeper
+    yield from two_servers("vllm", tmp_path_factory.mktemp("served"), tokenizer, processes)
 
 
 def process_ids(served: Served, i: int) -> list[int]:
