@@ -78,8 +78,7 @@ class PackedAttention:
         self.max_padding = max_padding
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        has_kernel = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-        return (self._variable_length if has_kernel else self._padded)(query, key, value, scaling)
+        return (self._variable_length if _has_kernel(query) else self._padded)(query, key, value, scaling)
 
     @cached_property
     def blocks(self) -> list[list[int]]:
@@ -133,27 +132,75 @@ class PackedAttention:
     def _variable_length(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
         if self.shared is not None:
             query_THD, key_TKD, value_TKD = (x[self.shared.place_T] for x in (query_THD, key_TKD, value_TKD))
-        longest = max(self.lengths)
-        grouped = query_THD.shape[1] != key_TKD.shape[1]
-        if grouped and not _KERNEL_TAKES_GROUPS:
-            key_TKD, value_TKD = (
-                x.repeat_interleave(query_THD.shape[1] // x.shape[1], dim=1) for x in (key_TKD, value_TKD)
-            )
-        groups: dict[str, Any] = {"enable_gqa": grouped} if _KERNEL_TAKES_GROUPS else {}
-        out_THD = varlen_attn(
-            query_THD.contiguous(),
-            key_TKD.contiguous(),
-            value_TKD.contiguous(),
-            self.cu_seqlens,
-            self.cu_seqlens,
-            longest,
-            longest,
-            scale=scaling,
-            window_size=(-1, 0),
-            **groups,
-        )
-        assert isinstance(out_THD, Tensor)
+        cu_seqlens, longest = self.cu_seqlens, max(self.lengths)
+        out_THD = _by_kernel(query_THD, key_TKD, value_TKD, (cu_seqlens, cu_seqlens), (longest, longest), scaling)
         return (out_THD if self.shared is None else out_THD[self.shared.distinct_U]).flatten(1)
+
+
+def _has_kernel(query_THD: Tensor) -> bool:
+    return query_THD.is_cuda and query_THD.dtype in (torch.bfloat16, torch.float16)
+
+
+def _by_kernel(
+    query_THD: Tensor,
+    key_SKD: Tensor,
+    value_SKD: Tensor,
+    cu_seqlens: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scaling: float,
+) -> Tensor:
+    """torch's kernel; `cu_seqlens` and `longest` are of queries and of keys.
+
+    Where a sequence has more keys than queries, the queries are at its end.
+    """
+    grouped = query_THD.shape[1] != key_SKD.shape[1]
+    if grouped and not _KERNEL_TAKES_GROUPS:
+        key_SKD, value_SKD = (
+            x.repeat_interleave(query_THD.shape[1] // x.shape[1], dim=1) for x in (key_SKD, value_SKD)
+        )
+    groups: dict[str, Any] = {"enable_gqa": grouped} if _KERNEL_TAKES_GROUPS else {}
+    out_THD = varlen_attn(
+        query_THD.contiguous(),
+        key_SKD.contiguous(),
+        value_SKD.contiguous(),
+        *cu_seqlens,
+        *longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        **groups,
+    )
+    assert isinstance(out_THD, Tensor)
+    return out_THD
+
+
+QUERY_BLOCK = 1024
+"""Queries that have one mask over all earlier positions."""
+
+
+def attend_to_earlier(query_THD: Tensor, key_SKD: Tensor, value_SKD: Tensor, scaling: float) -> Tensor:
+    """Causal attention of the last T of the S positions of one sequence, [T, H * D]."""
+    num_queries, num_keys = len(query_THD), len(key_SKD)
+    if _has_kernel(query_THD):
+        cu_query, cu_key = (
+            torch.tensor([0, n], dtype=torch.int32, device=query_THD.device) for n in (num_queries, num_keys)
+        )
+        longest = (num_queries, num_keys)
+        return _by_kernel(query_THD, key_SKD, value_SKD, (cu_query, cu_key), longest, scaling).flatten(1)
+    grouped = query_THD.shape[1] != key_SKD.shape[1]
+    query_HTD, key_KSD, value_KSD = (x.transpose(0, 1) for x in (query_THD, key_SKD, value_SKD))
+    position_S = torch.arange(num_keys, device=query_THD.device)
+    out = []
+    for begin in range(0, num_queries, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, num_queries)
+        seen = num_keys - num_queries + end
+        mask_TS = position_S[:seen] <= position_S[seen - (end - begin) : seen, None]
+        blocks = (query_HTD[:, begin:end], key_KSD[:, :seen], value_KSD[:, :seen])
+        query, key, value = (x[None] for x in blocks)
+        out_1HTD = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask_TS, scale=scaling, enable_gqa=grouped
+        )
+        out.append(out_1HTD[0].transpose(0, 1).flatten(1))
+    return torch.cat(out)
 
 
 def causal_attention(query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, scaling: float) -> Tensor:

@@ -1,8 +1,9 @@
 """The default engine: samples in this process from a transformers causal LM, with continuous batching.
 
-One step of the engine admits waiting requests (their prompts run packed, each distinct prompt once) and then decodes
-one token for every running request. Finished requests leave their row at once; the last row takes its place. New
-weights send the running requests back to wait: their keys and values are computed again, from what they have by then.
+One step of the engine decodes one token for every running request and then admits waiting ones: their prompts run
+packed, each distinct prompt once, a long one in pieces. Finished requests leave their row at once; the last row takes
+its place. New weights send the running requests back to wait, and so does, on GPUs, a cache that is full: keys and
+values are computed again, from what there is by then.
 
 Requests are served by the event loop of `generate`; the other methods may be called from another thread.
 """
@@ -25,7 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from RL2.config import UserError
-from RL2.engines.embedded.cache import Decode, KVCache, Prefill, bytes_per_position
+from RL2.engines.embedded.cache import Cache, Piece, bytes_per_position
+from RL2.engines.embedded.dense import DenseCache
 from RL2.engines.embedded.sampling import sample, uniforms
 from RL2.models.packed import backbone
 from RL2.models.policy import head, positions
@@ -33,11 +35,9 @@ from RL2.ops.attention import Attend
 from RL2.types import Completion, Sampling
 
 PREFILL_TOKENS = 8192
-"""Prompt tokens of one forward pass, unless a single prompt is longer."""
+"""Prompt tokens of one forward pass."""
 PAUSE_S = 0.001
 """How often an engine that stands still looks whether it may go on."""
-LENGTH_STEP = 64
-"""Positions are allocated in multiples of this."""
 
 
 class OutOfMemory(UserError, RuntimeError):
@@ -92,10 +92,10 @@ class EmbeddedEngine:
         self.version = 0
         self.prefilled = 0
         """Positions that prefills have computed."""
-        self.budget_bytes = 0.0
         self.waiting: deque[_Request] = deque()
         self.running: list[_Request] = []
-        self.cache = KVCache()
+        self.cache: Cache | None = None
+        """While requests are under way."""
         self.driver: asyncio.Task[None] | None = None
         self.lock = threading.Lock()
         """Held during a step, and while the weights change."""
@@ -146,7 +146,7 @@ class EmbeddedEngine:
             self.is_wanted = False
             self.waiting.extendleft(reversed(self.running))
             self.running.clear()
-            self.cache = KVCache()
+            self.cache = None
             yield
 
     def metrics(self) -> dict[str, float]:
@@ -161,14 +161,13 @@ class EmbeddedEngine:
         """Steps until nothing is left to do, letting other tasks run in between."""
         try:
             self.lm.eval()
-            self.budget_bytes = self.memory_share * free_bytes(self.device)
             while self.waiting or self.running:
                 if not (self.is_wanted or self.is_asleep):
                     with self.lock, torch.no_grad():
                         if not self.is_asleep:  # it may have fallen asleep while the lock was waited for
                             self.step()
                 await asyncio.sleep(PAUSE_S if self.is_wanted or self.is_asleep else 0)
-            self.cache = KVCache()  # its memory is the training step's now
+            self.cache = None  # its memory is the training step's now
         except Exception as error:  # every caller is told; none is left waiting
             self._drop(error)
 
@@ -182,69 +181,92 @@ class EmbeddedEngine:
                 request.future.set_exception(stopped)
         self.waiting.clear()
         self.running.clear()
-        self.cache = KVCache()
+        self.cache = None
 
     def step(self) -> None:
-        """Admit what fits, then one token for every running request."""
-        self._leave([i for i, request in enumerate(self.running) if request.future.cancelled()])
+        """One token for every running request, then admit what fits."""
+        if self.cache is None:
+            self.cache = self._new_cache()
+        self._leave(self.cache, [i for i, request in enumerate(self.running) if request.future.cancelled()])
         if self.running:
-            self._decode()
-        self._admit()
+            self._decode(self.cache)
+        self._admit(self.cache)
 
-    def _admit(self) -> None:
+    def _new_cache(self) -> Cache:
+        budget_bytes = self.memory_share * free_bytes(self.device)
+        per_position = bytes_per_position(self.lm.config, self.lm.dtype)
+        if self.device.type == "cuda":
+            from RL2.engines.embedded.paged import PagedCache  # Triton is not everywhere
+
+            return PagedCache(budget_bytes, per_position, self.device, self.max_running_requests, self.max_length)
+        return DenseCache(budget_bytes, per_position, self.device)
+
+    def _admit(self, cache: Cache) -> None:
         if not self.waiting:
             return
-        rows = self._max_rows()
+        rows = self._max_rows(cache)
         room = rows - len(self.running)
         # a few large prefills cost less than many small ones, so a trickle of free rows waits until it is worth it
         if room < max(1, min(len(self.waiting), rows // 8)):
             return
-        prompts: dict[tuple[int, ...], list[_Request]] = {}
+        owners: dict[tuple[int, ...], list[int]] = {}
         tokens, first = 0, len(self.running)
-        while self.waiting and room > 0:
-            key = tuple(self.waiting[0].ids)
-            new = 0 if key in prompts else len(key)
-            if prompts and tokens + new > PREFILL_TOKENS:
+        while self.waiting and len(self.running) < rows:
+            key, row = tuple(self.waiting[0].ids), len(self.running)
+            new = 0 if key in owners else len(key)
+            if owners and tokens + new > PREFILL_TOKENS:
                 break
-            prompts.setdefault(key, []).append(self.waiting.popleft())
-            tokens, room = tokens + new, room - 1
-        admitted = [request for sharing in prompts.values() for request in sharing]
-        numbers = iter(range(first, first + len(admitted)))
-        owners = [[next(numbers) for _ in sharing] for sharing in prompts.values()]
-        self.running += admitted
-        self._reserve(first)
+            if not cache.add(row, len(key), owners[key][0] if key in owners else None):
+                break
+            owners.setdefault(key, []).append(row)
+            self.running.append(self.waiting.popleft())
+            tokens += new
+        if not owners:  # until some that run have left
+            return
+        held = [request.length - (row < first) for row, request in enumerate(self.running)]
+        self._reserve(cache, held, keep=first)
+        longest = max(map(len, owners))
+        for start in range(0, longest, PREFILL_TOKENS):  # once, unless a prompt is longer than that: then it is alone
+            pieces = [Piece(of, start, min(len(key), start + PREFILL_TOKENS)) for key, of in owners.items()]
+            logits_PV = self._prefill(cache, [key[start : start + PREFILL_TOKENS] for key in owners], pieces)
+        prompt_of = {row: p for p, sharing in enumerate(owners.values()) for row in sharing}
+        admitted = list(range(first, len(self.running)))
+        self._advance(
+            cache, admitted, logits_PV[torch.tensor([prompt_of[row] for row in admitted], device=self.device)]
+        )
 
-        lengths = torch.tensor([len(key) for key in prompts], device=self.device)
-        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        ids = torch.tensor([i for key in prompts for i in key], device=self.device)
-        positions = torch.cat([torch.arange(len(key), device=self.device) for key in prompts])
+    def _prefill(self, cache: Cache, prompts: list[tuple[int, ...]], pieces: list[Piece]) -> Tensor:
+        """Logits after each piece."""
+        ids = torch.tensor([i for prompt in prompts for i in prompt], device=self.device)
+        positions = torch.cat([torch.arange(piece.start, piece.end, device=self.device) for piece in pieces])
+        last = torch.tensor([len(prompt) for prompt in prompts], device=self.device).cumsum(0) - 1
         self.prefilled += len(ids)
-        hidden_TD = self._forward(ids, positions, Prefill(self.cache, cu_seqlens, owners))
-        last_PD = hidden_TD[cu_seqlens[1:] - 1]
-        prompt_R = torch.tensor([p for p, sharing in enumerate(owners) for _ in sharing], device=self.device)
-        self._advance(list(range(first, len(self.running))), head(self.lm)(last_PD)[prompt_R])
+        hidden_TD = self._forward(ids, positions, cache.prefill(pieces))
+        return head(self.lm)(hidden_TD[last])
 
-    def _decode(self) -> None:
-        self._reserve(len(self.running))
-        ids = torch.tensor([request.tokens[-1] for request in self.running], device=self.device)
-        positions = torch.tensor([request.length - 1 for request in self.running], device=self.device)
-        hidden_RD = self._forward(ids, positions, Decode(self.cache, positions))
-        self._advance(list(range(len(self.running))), head(self.lm)(hidden_RD))
+    def _decode(self, cache: Cache) -> None:
+        self._reserve(cache, [request.length for request in self.running], keep=len(self.running))
+        ids = [request.tokens[-1] for request in self.running]
+        positions = [request.length - 1 for request in self.running]
+        self._advance(cache, list(range(len(ids))), cache.decode(self._logits, ids, positions))
+
+    def _logits(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        return head(self.lm)(self._forward(ids, positions, attend))
 
     def _forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         out = backbone(self.lm)(input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend)
         return out.last_hidden_state[0]
 
-    def _advance(self, rows: list[int], logits_RV: Tensor) -> None:
+    def _advance(self, cache: Cache, rows: list[int], logits_RV: Tensor) -> None:
         """Draw a token for each of `rows`, and let the finished ones go."""
         requests = [self.running[i] for i in rows]
         params = [request.sampling for request in requests]
         ids, logps = sample(
             logits_RV,
-            torch.tensor([p.temperature for p in params], device=self.device),
-            torch.tensor([p.top_p for p in params], device=self.device),
-            torch.tensor([p.top_k for p in params], device=self.device),
-            torch.from_numpy(uniforms([p.seed for p in params], [len(r.tokens) for r in requests])).to(self.device),
+            torch.tensor([p.temperature for p in params]),
+            torch.tensor([p.top_p for p in params]),
+            torch.tensor([p.top_k for p in params]),
+            torch.from_numpy(uniforms([p.seed for p in params], [len(r.tokens) for r in requests])),
         )
         finished = []
         for i, request, token, logp in zip(rows, requests, ids.tolist(), logps.tolist(), strict=True):
@@ -258,7 +280,7 @@ class EmbeddedEngine:
                     done = Completion(request.tokens, request.logps, finish, request.versions)
                     request.future.set_result(done)
                 finished.append(i)
-        self._leave(finished)
+        self._leave(cache, finished)
 
     def _finish(self, request: _Request) -> Literal["stop", "length"] | None:
         sampling = request.sampling
@@ -275,7 +297,7 @@ class EmbeddedEngine:
         longest = max(len(stop.encode()) for stop in request.sampling.stop)
         return self.decode(request.tokens[-longest:])
 
-    def _leave(self, rows: list[int]) -> None:
+    def _leave(self, cache: Cache, rows: list[int]) -> None:
         """Requests at `rows` go; the last running ones take their rows."""
         if not rows:
             return
@@ -283,34 +305,30 @@ class EmbeddedEngine:
         count = len(self.running) - len(gone)
         movers = [i for i in range(count, len(self.running)) if i not in gone]
         holes = [i for i in rows if i < count]
-        if movers:
-            self.cache.move(movers, holes, max(self.running[i].length for i in movers))
+        cache.leave(rows, movers, holes, max((self.running[i].length for i in movers), default=0))
         for source, target in zip(movers, holes, strict=True):
             self.running[target] = self.running[source]
         del self.running[count:]
 
-    def _reserve(self, keep: int) -> None:
-        """Cache for the running requests, of which the first `keep` have theirs already."""
-        length = max(request.length for request in self.running) + 1
-        if length > self.cache.length or len(self.running) > self.cache.rows:
-            # grow by a quarter at least, and leave room for those who wait but not for those who left
-            if length > self.cache.length:
-                length = max(length, min(self._longest(), self.cache.length * 5 // 4))
-            length = -(-length // LENGTH_STEP) * LENGTH_STEP
-            self.cache.reserve(min(self._max_rows(), len(self.running) + len(self.waiting)), length, keep)
+    def _reserve(self, cache: Cache, lengths: list[int], keep: int) -> None:
+        """Room for what the rows hold after the coming pass, the first `keep` before it too; or they wait once more."""
+        wanted = min(self._max_rows(cache), len(self.running) + len(self.waiting))
+        count = cache.reserve(lengths, keep, self._longest(), wanted)
+        back = list(range(count, len(self.running)))
+        self.waiting.extendleft(reversed(self.running[count:]))
+        self._leave(cache, back)
 
     def _longest(self) -> int:
         """Tokens that the longest of the present requests may come to."""
         return min(self.max_length, max(request.limit for request in (*self.running, *self.waiting)))
 
-    def _max_rows(self) -> int:
-        """Requests whose keys and values fit into the memory budget at full length, up to `max_running_requests`."""
-        per_position = bytes_per_position(self.lm.config, self.lm.dtype)
-        fitting = int(self.budget_bytes // (per_position * (self._longest() + LENGTH_STEP)))
+    def _max_rows(self, cache: Cache) -> int:
+        """Requests that may run at once: as many as the cache can hold, up to `max_running_requests`."""
+        fitting = cache.max_rows(self._longest())
         if fitting == 0:
             raise OutOfMemory(
-                f"the KV cache of one request of {self._longest()} tokens does not fit into "
-                f"{self.budget_bytes / 2**30:.1f} GiB; raise rollout.gpu_memory_utilization or lower max_new_tokens"
+                f"the KV cache of one request of {self._longest()} tokens does not fit into {self.memory_share:.0%} of "
+                "the free memory; raise rollout.gpu_memory_utilization or lower max_new_tokens"
             )
         return max(len(self.running), min(self.max_running_requests, fitting))
 

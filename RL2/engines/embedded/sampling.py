@@ -1,13 +1,17 @@
 """From logits to tokens: one draw a row, each from its own request's random numbers.
 
-Shapes: R rows, V vocabulary.
+Shapes: R rows, V vocabulary, B blocks of W tokens.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 1024
+"""Tokens that are looked through one by one, after their block was found."""
 
 
 def sample(
@@ -18,19 +22,43 @@ def sample(
     The distribution is softmax(logits / temperature), cut to the `top_k` most likely tokens (0: all) and to the
     smallest set with probability of at least `top_p`, and normalised again. Temperature 0 takes the most likely token
     and gives its log-probability under the model. The draw inverts the cumulative distribution at `uniform_R` in [0,
-    1).
+    1). Parameters and `uniform_R` lie on the CPU, so that nothing waits for a GPU.
     """
+    device = logits_RV.device
     greedy_R = temperature_R == 0
-    logits_RV = logits_RV.float() / torch.where(greedy_R, 1.0, temperature_R)[:, None]
+    is_cut = bool(((top_k_R > 0) | (top_p_R < 1)).any())
+    logits_RV = logits_RV.float() / torch.where(greedy_R, 1.0, temperature_R).to(device)[:, None]
     logp_RV = logits_RV.log_softmax(-1)
-    if bool(((top_k_R > 0) | (top_p_R < 1)).any()):
-        logp_RV = _truncated(logp_RV, torch.where(greedy_R, 1.0, top_p_R), torch.where(greedy_R, 0, top_k_R))
-    cumulative_RV = logp_RV.exp().cumsum(-1, dtype=torch.float64)
-    target_R1 = (uniform_R * cumulative_RV[:, -1])[:, None]
-    ids_R = torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0].clamp(max=logits_RV.shape[1] - 1)
+    if is_cut:
+        top_p_R, top_k_R = torch.where(greedy_R, 1.0, top_p_R), torch.where(greedy_R, 0, top_k_R)
+        logp_RV = _truncated(logp_RV, top_p_R.to(device), top_k_R.to(device))
+    ids_R = _draw(logp_RV.exp(), uniform_R.to(device))
     if bool(greedy_R.any()):
-        ids_R = torch.where(greedy_R, logp_RV.argmax(-1), ids_R)
+        ids_R = torch.where(greedy_R.to(device), logp_RV.argmax(-1), ids_R)
     return ids_R, logp_RV.gather(1, ids_R[:, None])[:, 0]
+
+
+def _draw(p_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """The token at which the cumulative sum of p passes `uniform_R` of its total: first its block, then within it.
+
+    Double precision is needed where sums are compared, but for the whole vocabulary it would be most of the work.
+    """
+    width = min(BLOCK, p_RV.shape[1])
+    p_RBW = F.pad(p_RV, (0, -p_RV.shape[1] % width)).unflatten(1, (-1, width))
+    block_RB = p_RBW.sum(-1, dtype=torch.float64).cumsum(-1)
+    target_R1 = (uniform_R * block_RB[:, -1])[:, None]
+    b_R1 = _first_above(block_RB, target_R1)
+    before_R1 = F.pad(block_RB, (1, 0)).gather(1, b_R1)
+    p_RW = p_RBW.gather(1, b_R1[:, :, None].expand(-1, -1, width))[:, 0]
+    w_R1 = _first_above(p_RW.cumsum(-1, dtype=torch.float64), target_R1 - before_R1)
+    return (b_R1 * width + w_R1)[:, 0]
+
+
+def _first_above(cumulative_RN: Tensor, target_R1: Tensor) -> Tensor:
+    """Where a sum is above the target for the first time, [R, 1]: with any rounding a place at which it grows."""
+    found_R1 = torch.searchsorted(cumulative_RN, target_R1, right=True)
+    last_R1 = torch.searchsorted(cumulative_RN, cumulative_RN[:, -1:].contiguous())
+    return torch.minimum(found_R1, last_R1).clamp(max=cumulative_RN.shape[1] - 1)  # NaN is above nothing
 
 
 def _truncated(logp_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tensor:

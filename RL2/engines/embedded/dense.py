@@ -1,0 +1,125 @@
+"""Keys and values of the running requests in one block of memory a layer: a matrix product reads them as they lie.
+
+Shapes: R rows (one running request each), K key/value heads, H query heads, D head size, L positions, T packed tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from RL2.engines.embedded.cache import Piece, Step
+from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
+
+LENGTH_STEP = 64
+"""Positions are allocated in multiples of this."""
+
+
+class DenseCache:
+    """[R, K, L, D] per layer, which grow with what is asked for; a `Cache`.
+
+    Memory is zeroed: a masked position has weight 0, but 0 times the NaN of raw memory is NaN.
+    """
+
+    def __init__(self, budget_bytes: float, bytes_per_position: int, device: torch.device) -> None:
+        self.positions, self.device = int(budget_bytes // bytes_per_position), device
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.rows, self.length = 0, 0
+
+    def max_rows(self, longest: int) -> int:
+        return self.positions // (longest + LENGTH_STEP)
+
+    def add(self, row: int, length: int, like: int | None) -> bool:
+        return True  # `max_rows` counts every row at its full length
+
+    def reserve(self, lengths: list[int], keep: int, longest: int, rows: int) -> int:
+        length = max(lengths)
+        if length > self.length or len(lengths) > self.rows:
+            # grow by a quarter at least, and leave room for those who wait but not for those who left
+            old_length = self.length
+            if length > old_length:
+                length = max(length, min(longest, old_length * 5 // 4))
+            self.rows, self.length = rows, max(old_length, -(-length // LENGTH_STEP) * LENGTH_STEP)
+            for i, pair in enumerate(self.layers):
+                self.layers[i] = tuple(self._grown(old, keep, old_length) for old in pair)  # type: ignore[assignment]
+        return len(lengths)
+
+    def _grown(self, old: Tensor, keep: int, old_length: int) -> Tensor:
+        new = old.new_zeros(self.rows, old.shape[1], self.length, old.shape[3])
+        new[:keep, :, :old_length] = old[:keep, :, :old_length]
+        return new
+
+    def layer(self, number: int, like_TKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer; the first pass through the model makes them."""
+        if number == len(self.layers):
+            shape = (self.rows, like_TKD.shape[1], self.length, like_TKD.shape[2])
+            self.layers.append((like_TKD.new_zeros(shape), like_TKD.new_zeros(shape)))
+        return self.layers[number]
+
+    def prefill(self, pieces: list[Piece]) -> Attend:
+        return _Prefill(self, pieces)
+
+    def decode(self, step: Step, ids: list[int], positions: list[int]) -> Tensor:
+        positions_R = torch.tensor(positions, device=self.device)
+        return step(torch.tensor(ids, device=self.device), positions_R, _Decode(self, positions_R))
+
+    def leave(self, gone: list[int], sources: list[int], targets: list[int], length: int) -> None:
+        if sources:
+            for pair in self.layers:
+                for cached in pair:
+                    cached[targets, :, :length] = cached[sources, :, :length]
+
+
+class _Prefill:
+    """Keys and values go to the rows of all requests that share a prompt."""
+
+    def __init__(self, cache: DenseCache, pieces: list[Piece]) -> None:
+        self.cache, self.first = cache, pieces[0]
+        lengths = torch.tensor([piece.end - piece.start for piece in pieces], device=cache.device)
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        self.packed = PackedAttention(cu_seqlens)
+        places = [
+            (row, piece.start, begin, piece.end - piece.start)
+            for begin, piece in zip(cu_seqlens.tolist(), pieces, strict=False)
+            for row in piece.rows
+        ]
+        device = cache.device
+        self.source = torch.cat([torch.arange(begin, begin + n, device=device) for _, _, begin, n in places])
+        self.position = torch.cat([torch.arange(start, start + n, device=device) for _, start, _, n in places])
+        counts = torch.tensor([n for *_, n in places], device=device)
+        self.row = torch.repeat_interleave(torch.tensor([row for row, *_ in places], device=device), counts)
+
+    def __call__(self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
+        keys, values = self.cache.layer(layer, key_TKD)
+        keys[self.row, :, self.position] = key_TKD[self.source]
+        values[self.row, :, self.position] = value_TKD[self.source]
+        if self.first.start == 0:
+            return self.packed(layer, query_THD, key_TKD, value_TKD, scaling)
+        row, end = self.first.rows[0], self.first.end
+        return attend_to_earlier(
+            query_THD, keys[row, :, :end].transpose(0, 1), values[row, :, :end].transpose(0, 1), scaling
+        )
+
+
+class _Decode:
+    """Attention of one new token in each of the rows 0 to R - 1, standing at `positions_R`."""
+
+    def __init__(self, cache: DenseCache, positions_R: Tensor) -> None:
+        self.cache, self.positions_R = cache, positions_R
+        self.rows = torch.arange(len(positions_R), device=positions_R.device)
+        self.length = int(positions_R.max()) + 1
+        within = torch.arange(self.length, device=positions_R.device) <= positions_R[:, None]
+        self.bias_R11L = torch.zeros(within.shape, device=within.device).masked_fill_(~within, -torch.inf)[
+            :, None, None
+        ]
+
+    def __call__(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scaling: float) -> Tensor:
+        keys, values = self.cache.layer(layer, key_RKD)
+        keys[self.rows, :, self.positions_R] = key_RKD
+        values[self.rows, :, self.positions_R] = value_RKD
+        num_rows, heads, size = query_RHD.shape
+        # query heads that share a key/value head are the rows of one small matrix
+        query_RKGD = query_RHD.reshape(num_rows, key_RKD.shape[1], -1, size)
+        scores = torch.matmul(query_RKGD, keys[:num_rows, :, : self.length].transpose(-1, -2)).float()
+        shares = scores.mul_(scaling).add_(self.bias_R11L).softmax(-1).to(query_RHD.dtype)
+        return torch.matmul(shares, values[:num_rows, :, : self.length]).reshape(num_rows, heads * size)

@@ -1,0 +1,184 @@
+"""Keys and values of the running requests in pages, taken when they are needed; decoding replays CUDA graphs.
+
+A page belongs to the rows that share a prompt as long as one of them is there, so a group keeps its prompt once. Pages
+are found through a table, so rows move without a copy, and all memory is taken at once, so that a graph finds
+everything where it was when it was recorded.
+
+Shapes: R rows, K key/value heads, D head size, S places in all pages, P pages of a row, T packed tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from RL2.engines.embedded.cache import Piece, Step
+from RL2.engines.embedded.graphs import Graphs
+from RL2.ops import paged_attention
+from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
+
+
+class PagedCache:
+    """[S, K, D] per layer; a `Cache`. Page 0 belongs to nobody: the rows that pad a graph write there."""
+
+    def __init__(
+        self, budget_bytes: float, bytes_per_position: int, device: torch.device, max_rows: int, max_length: int
+    ) -> None:
+        """Memory for `max_rows` requests of `max_length` tokens, or as much of it as the budget allows."""
+        self.device = device
+        self.num_pages = min(
+            int(budget_bytes // (bytes_per_position * paged_attention.PAGE)), max_rows * pages_of(max_length) + 1
+        )
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.free = list(range(self.num_pages - 1, 0, -1))
+        self.users = [0] * self.num_pages
+        """Rows that have a page."""
+        self.pages: list[list[int]] = []
+        """Of each row."""
+        self.table_RP = np.zeros((max_rows, min(pages_of(max_length), max(1, self.num_pages))), dtype=np.int32)
+        """The same, as decoding reads it; what stands behind a row's last page says nothing."""
+        self.graphs = Graphs() if device.type == "cuda" else None
+
+    def max_rows(self, longest: int) -> int:
+        return self.num_pages - 1 if pages_of(longest) < self.num_pages else 0
+
+    def add(self, row: int, length: int, like: int | None) -> bool:
+        assert row == len(self.pages)
+        shared = (
+            [] if like is None else self.pages[like][: length // paged_attention.PAGE]
+        )  # the last page, half full, is its own
+        new = pages_of(length) - len(shared)
+        if len(self.free) < new + row:  # whoever runs already can go on for a page
+            return False
+        for page in shared:
+            self.users[page] += 1
+        self.pages.append(shared + [self._take() for _ in range(new)])
+        self._note(row)
+        return True
+
+    def reserve(self, lengths: list[int], keep: int, longest: int, rows: int) -> int:
+        count = len(lengths)
+        for row, length in enumerate(lengths):
+            while row < count and len(self.pages[row]) < pages_of(length):
+                if self.free:
+                    self.table_RP[row, len(self.pages[row])] = page = self._take()
+                    self.pages[row].append(page)
+                else:  # the last one, which has run for the shortest time, makes room
+                    count -= 1
+                    self._give_back(self.pages[count])
+                    self.pages[count] = []
+        return count
+
+    def leave(self, gone: list[int], sources: list[int], targets: list[int], length: int) -> None:
+        for row in gone:
+            self._give_back(self.pages[row])
+        for source, target in zip(sources, targets, strict=True):
+            self.pages[target] = self.pages[source]
+            self._note(target)
+        del self.pages[len(self.pages) - len(gone) :]
+
+    def _note(self, row: int) -> None:
+        self.table_RP[row, : len(self.pages[row])] = self.pages[row]
+
+    def _take(self) -> int:
+        page = self.free.pop()
+        self.users[page] = 1
+        return page
+
+    def _give_back(self, pages: list[int]) -> None:
+        for page in pages:
+            self.users[page] -= 1
+            if not self.users[page]:
+                self.free.append(page)
+
+    def layer(self, number: int, like_TKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer; the first pass through the model makes them."""
+        if number == len(self.layers):
+            shape = (self.num_pages * paged_attention.PAGE, *like_TKD.shape[1:])
+            self.layers.append((like_TKD.new_empty(shape), like_TKD.new_empty(shape)))
+        return self.layers[number]
+
+    def places(self, row: int, start: int, end: int) -> np.ndarray:
+        """Where the positions `start` to `end` of a row are: int64, below S."""
+        position = np.arange(start, end)
+        return (
+            self.table_RP[row, position // paged_attention.PAGE].astype(np.int64) * paged_attention.PAGE
+            + position % paged_attention.PAGE
+        )
+
+    def prefill(self, pieces: list[Piece]) -> Attend:
+        return _Prefill(self, pieces)
+
+    def decode(self, step: Step, ids: list[int], positions: list[int]) -> Tensor:
+        count = len(ids)
+        parts = -(-(max(positions) + 1) // (paged_attention.PAGE * paged_attention.PART_PAGES))
+        num_rows, num_pages = rounded(count), rounded(parts) * paged_attention.PART_PAGES
+        inputs = np.zeros((num_rows, 2 + num_pages), dtype=np.int32)
+        inputs[:count, 0], inputs[:count, 1] = ids, positions
+        inputs[:count, 2 : 2 + self.table_RP.shape[1]] = self.table_RP[:count, :num_pages]
+
+        def run(inputs_RI: Tensor) -> Tensor:
+            ids_R, positions_R, table_RP = inputs_RI[:, 0], inputs_RI[:, 1], inputs_RI[:, 2:]
+            return step(ids_R, positions_R, _Decode(self, positions_R, table_RP))
+
+        logits_RV = self.graphs(run, inputs, self.device) if self.graphs else run(torch.from_numpy(inputs))
+        return logits_RV[:count]
+
+
+class _Prefill:
+    """Keys and values go to the pages of all rows that share a prompt, each page once."""
+
+    def __init__(self, cache: PagedCache, pieces: list[Piece]) -> None:
+        self.cache, self.first = cache, pieces[0]
+        lengths = [piece.end - piece.start for piece in pieces]
+        begins = np.cumsum([0, *lengths])
+        self.packed = PackedAttention(torch.from_numpy(begins).to(cache.device))
+        sources, places = [], []
+        for piece, begin in zip(pieces, begins, strict=False):
+            for row in piece.rows:
+                # the full pages of a prompt are those of its first row
+                start = (
+                    piece.start
+                    if row == piece.rows[0]
+                    else max(piece.start, piece.end // paged_attention.PAGE * paged_attention.PAGE)
+                )
+                sources.append(np.arange(begin + start - piece.start, begin + piece.end - piece.start))
+                places.append(cache.places(row, start, piece.end))
+        self.source, self.place = (torch.from_numpy(np.concatenate(x)).to(cache.device) for x in (sources, places))
+        self.earlier = self.place
+        if self.first.start:
+            self.earlier = torch.from_numpy(cache.places(self.first.rows[0], 0, self.first.end)).to(cache.device)
+
+    def __call__(self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
+        keys, values = self.cache.layer(layer, key_TKD)
+        keys[self.place] = key_TKD[self.source]
+        values[self.place] = value_TKD[self.source]
+        if self.first.start == 0:
+            return self.packed(layer, query_THD, key_TKD, value_TKD, scaling)
+        return attend_to_earlier(query_THD, keys[self.earlier], values[self.earlier], scaling)
+
+
+class _Decode:
+    """Attention of one new token in each of the rows 0 to R - 1, standing at `positions_R`."""
+
+    def __init__(self, cache: PagedCache, positions_R: Tensor, table_RP: Tensor) -> None:
+        self.cache, self.positions_R, self.table_RP = cache, positions_R, table_RP
+        page_R = table_RP.gather(1, (positions_R // paged_attention.PAGE).long()[:, None])[:, 0]
+        self.place_R = page_R.long() * paged_attention.PAGE + positions_R % paged_attention.PAGE
+
+    def __call__(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scaling: float) -> Tensor:
+        keys, values = self.cache.layer(layer, key_RKD)
+        keys.index_copy_(0, self.place_R, key_RKD)
+        values.index_copy_(0, self.place_R, value_RKD)
+        out_RHD = paged_attention.attend(query_RHD, keys, values, self.table_RP, self.positions_R, scaling)
+        return out_RHD.flatten(1)
+
+
+def pages_of(length: int) -> int:
+    return -(-length // paged_attention.PAGE)
+
+
+def rounded(number: int) -> int:
+    """The next power of two, or of 64: few sizes, so few graphs."""
+    return 1 << (number - 1).bit_length() if number <= 64 else -(-number // 64) * 64

@@ -1,0 +1,160 @@
+"""Attention of one new token a row over keys and values that lie in pages, as Triton kernels.
+
+A row's earlier positions are cut into parts of the same size, each of which is one program's work; a second kernel
+joins the parts (split keys as in Flash-Decoding, Dao and others 2023). The cut depends on nothing but the position, so
+a row's result does not depend on the rows beside it.
+
+Shapes: R rows, H query heads, K key/value heads, G = H / K, D head size, N pages of `PAGE` positions, P pages of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PAGE = 64
+"""Positions of a page, which one step of a program reads."""
+PART_PAGES = 8
+"""Pages of a part."""
+
+
+def attend(
+    query_RHD: Tensor, key_SKD: Tensor, value_SKD: Tensor, table_RP: Tensor, position_R: Tensor, scaling: float
+) -> Tensor:
+    """[R, H, D]: row r attends to its positions 0 to `position_R[r]`; position s is at page `table_RP[r, s // PAGE]`.
+
+    `key_SKD` and `value_SKD` are all pages, S = N * PAGE; table int32. P is a multiple of `PART_PAGES`. Nothing is read
+    beyond a row's position, and nothing waits for the GPU.
+    """
+    num_rows, heads, size = query_RHD.shape
+    kv_heads, num_parts = key_SKD.shape[1], table_RP.shape[1] // PART_PAGES
+    query_RHD = query_RHD.contiguous()
+    out_RHD = torch.empty_like(query_RHD)
+    part_RHPD = out_RHD.new_empty((num_rows, heads, num_parts, size), dtype=torch.float32)
+    weight_RHP = out_RHD.new_empty((num_rows, heads, num_parts), dtype=torch.float32)
+    block = max(16, triton.next_power_of_2(size))
+    groups = heads // kv_heads
+    _part_kernel[(num_rows, kv_heads, num_parts)](
+        query_RHD,
+        key_SKD,
+        value_SKD,
+        table_RP,
+        table_RP.stride(0),
+        position_R,
+        position_R.stride(0),
+        part_RHPD,
+        weight_RHP,
+        scaling * 1.4426950408889634,  # exponents of two below
+        kv_heads,
+        GROUPS=groups,
+        SIZE=size,
+        PARTS=num_parts,
+        PAGE=PAGE,
+        PART_PAGES=PART_PAGES,
+        BLOCK_G=max(16, triton.next_power_of_2(groups)),
+        BLOCK_D=block,
+        num_warps=4,
+    )
+    _join_kernel[(num_rows, heads)](
+        part_RHPD,
+        weight_RHP,
+        out_RHD,
+        position_R,
+        position_R.stride(0),
+        SIZE=size,
+        PARTS=num_parts,
+        PART=PAGE * PART_PAGES,
+        BLOCK_D=block,
+    )
+    return out_RHD
+
+
+@triton.jit
+def _part_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    table_stride,
+    position_ptr,
+    position_stride,
+    part_ptr,
+    weight_ptr,
+    scaling,
+    kv_heads,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    PAGE: tl.constexpr,
+    PART_PAGES: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(position_ptr + row * position_stride).to(tl.int32) + 1
+    begin = part * PAGE * PART_PAGES
+    if begin < length:
+        g, d, n = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, PAGE)
+        is_head, is_size = g < GROUPS, d < SIZE
+        head_G = (row * kv_heads + kv_head) * GROUPS + g  # among all rows' heads
+        query_GD = tl.load(
+            query_ptr + head_G[:, None] * SIZE + d[None, :], mask=is_head[:, None] & is_size[None, :], other=0.0
+        )
+        best_G = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        total_G = tl.zeros([BLOCK_G], tl.float32)
+        out_GD = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+        num_pages = tl.minimum(PART_PAGES, tl.cdiv(length - begin, PAGE))
+        for i in range(num_pages):
+            page = tl.load(table_ptr + row * table_stride + part * PART_PAGES + i).to(tl.int64)
+            is_there = begin + i * PAGE + n < length
+            at_ND = ((page * PAGE + n) * kv_heads + kv_head)[:, None] * SIZE + d[None, :]
+            mask_ND = is_there[:, None] & is_size[None, :]
+            key_ND = tl.load(key_ptr + at_ND, mask=mask_ND, other=0.0)
+            value_ND = tl.load(value_ptr + at_ND, mask=mask_ND, other=0.0)
+            score_GN = tl.dot(query_GD, tl.trans(key_ND), input_precision="ieee") * scaling
+            score_GN = tl.where(is_there[None, :], score_GN, float("-inf"))
+            new_G = tl.maximum(best_G, tl.max(score_GN, 1))
+            share_GN = tl.exp2(score_GN - new_G[:, None])
+            shrink_G = tl.exp2(best_G - new_G)
+            total_G = total_G * shrink_G + tl.sum(share_GN, 1)
+            out_GD = out_GD * shrink_G[:, None] + tl.dot(share_GN.to(value_ND.dtype), value_ND, input_precision="ieee")
+            best_G = new_G
+        at_G = head_G * PARTS + part
+        tl.store(
+            part_ptr + at_G[:, None] * SIZE + d[None, :],
+            out_GD / total_G[:, None],
+            mask=is_head[:, None] & is_size[None, :],
+        )
+        tl.store(weight_ptr + at_G, best_G + tl.log2(total_G), mask=is_head)
+
+
+@triton.jit
+def _join_kernel(
+    part_ptr,
+    weight_ptr,
+    out_ptr,
+    position_ptr,
+    position_stride,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row, head = tl.program_id(0), tl.program_id(1)
+    num_parts = tl.load(position_ptr + row * position_stride).to(tl.int32) // PART + 1
+    head = row * tl.num_programs(1) + head
+    d = tl.arange(0, BLOCK_D)
+    best = float("-inf")
+    total = 0.0
+    out_D = tl.zeros([BLOCK_D], tl.float32)
+    for part in range(num_parts):
+        weight = tl.load(weight_ptr + head * PARTS + part)
+        new = tl.maximum(best, weight)
+        shrink, share = tl.exp2(best - new), tl.exp2(weight - new)
+        part_D = tl.load(part_ptr + (head * PARTS + part) * SIZE + d, mask=d < SIZE, other=0.0)
+        total = total * shrink + share
+        out_D = out_D * shrink + share * part_D
+        best = new
+    tl.store(out_ptr + head * SIZE + d, (out_D / total).to(out_ptr.dtype.element_ty), mask=d < SIZE)
