@@ -28,10 +28,12 @@ PART = PAGE * PART_PAGES
 
 
 @pytest.fixture(autouse=True)
-def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that short sequences have several pages, and parts."""
+def small_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that short sequences have several pages, and parts; without a GPU, the kernel is left to its own test."""
     monkeypatch.setattr(paged_attention, "PAGE", PAGE)
     monkeypatch.setattr(paged_attention, "PART_PAGES", PART_PAGES)
+    if DEVICE.type == "cpu" and "kernel" not in request.node.name:
+        monkeypatch.setattr(paged_attention, "attend", looked_up)
 
 
 def plain(query_HD: Tensor, key_SKD: Tensor, value_SKD: Tensor, scaling: float) -> Tensor:
@@ -40,6 +42,18 @@ def plain(query_HD: Tensor, key_SKD: Tensor, value_SKD: Tensor, scaling: float) 
     key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key_SKD, value_SKD))
     shares_HS = (torch.einsum("hd,shd->hs", query_HD.double(), key) * scaling).softmax(-1)
     return torch.einsum("hs,shd->hd", shares_HS, value)
+
+
+def looked_up(
+    query_RHD: Tensor, key_SKD: Tensor, value_SKD: Tensor, table_RP: Tensor, position_R: Tensor, scaling: float
+) -> Tensor:
+    """What the kernel computes: a hundred times faster than its interpretation."""
+    out = []
+    for query_HD, table_P, position in zip(query_RHD, table_RP, position_R.tolist(), strict=True):
+        at = torch.arange(position + 1)
+        place = table_P[at // PAGE].long() * PAGE + at % PAGE
+        out.append(plain(query_HD, key_SKD[place], value_SKD[place], scaling))
+    return torch.stack(out).to(query_RHD.dtype)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 8), (3, 3, 64), (6, 1, 48)])
@@ -146,7 +160,7 @@ def prompts() -> list[list[int]]:
 @pytest.mark.parametrize("num_pages", [100, 16])
 def test_samples_are_those_of_the_other_cache(lm: PreTrainedModel, num_pages: int) -> None:
     """With much memory, and with so little that requests wait for others, or are sent back and computed again."""
-    sampling = Sampling(max_new_tokens=40, stop_token_ids=(1, 2))
+    sampling = Sampling(max_new_tokens=40)
     dense = EmbeddedEngine(lm, decode=str, max_running_requests=16, memory_share=0.5)
     dense._new_cache = lambda: dense_cache(dense)  # type: ignore[method-assign]
     paged = Paged(lm, 16, num_pages)
