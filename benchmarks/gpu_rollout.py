@@ -1,10 +1,11 @@
 """Generated tokens a second on a GPU: the embedded engine beside transformers, and what makes it fast.
 
-    python benchmarks/gpu_rollout.py [--quick] [--json FILE]
+    python benchmarks/gpu_rollout.py [--json FILE]
 
 A random Qwen3 of 0.6 billion parameters in bfloat16; 32 prompts of 100 to 300 tokens with 8 responses each, whose
 lengths are drawn from a long-tailed distribution (log-normal, median 200 tokens, 1,024 at most) and told to every side:
-there is no end token. Sides run one after the other, twice each (--quick: once, and ours alone); medians.
+there is no end token. Sides run one after the other: the first two three times after a warm-up (medians), the others,
+which take a minute, once.
 
     rl2          the embedded engine: pages, recorded steps, compiled layers
     no compile   the same with the layers as they are
@@ -148,11 +149,13 @@ SIDES: dict[str, Callable[[Qwen3ForCausalLM], list[list[int]]]] = {
     "continuous": continuous,
 }
 
+REPEATED = ("rl2", "no compile")
 
-def measure(side: str, lm: Qwen3ForCausalLM, repeats: int) -> tuple[float, float]:
+
+def measure(side: str, lm: Qwen3ForCausalLM) -> tuple[float, float]:
     """Seconds, and GiB beyond the model."""
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(4 if side in REPEATED else 1):
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -162,23 +165,22 @@ def measure(side: str, lm: Qwen3ForCausalLM, repeats: int) -> tuple[float, float
         seconds.append(time.perf_counter() - begun)
         assert [len(answer) for answer in answers] == task()[1], "a side did not generate what it was told to"
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    return median(seconds[1:]), peak  # the first one warms up
+    return median(seconds[1:] or seconds), peak
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     options.add_argument("--json", type=Path, help="file for the numbers")
-    options.add_argument("--quick", action="store_true")
     arguments = options.parse_args()
     lm = make_model()
     tokens = sum(task()[1])
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {tokens} tokens in {GROUPS * SAMPLES} responses")
     numbers: dict[str, float] = {}
-    for side in list(SIDES)[: 3 if arguments.quick else None]:
+    for side in SIDES:
         if side != "rl2":
             lm = make_model()  # what was compiled stays so
         try:
-            seconds, peak = measure(side, lm, 1 if arguments.quick else 2)
+            seconds, peak = measure(side, lm)
         except Exception as error:  # a peer that cannot run here leaves the others their numbers
             if not side.startswith(("gen", "con")):
                 raise
