@@ -199,7 +199,7 @@ class Keeper:
             server.wait_until_healthy(self.settings.start_timeout_s)
             server.client.use_folder(str(self.folder))
         except (EngineFailed, ServerError, ValueError) as error:
-            return str(error).partition("\n")[0]
+            return str(error).partition("; the end of")[0].removeprefix(f"{server.name} ")
         return self._give(i) if self.files else ""
 
     def metrics(self) -> dict[str, float]:
