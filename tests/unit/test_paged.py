@@ -107,17 +107,17 @@ class Paged(EmbeddedEngine):
     def __init__(self, lm: PreTrainedModel, rows: int, num_pages: int) -> None:
         super().__init__(lm, decode=str, max_running_requests=rows, memory_share=0.5)
         self.num_pages = num_pages
-        self.steps: list[int] = []
+        self.made = 0
 
     def _new_cache(self) -> PagedCache:
         position = bytes_per_position(self.lm.config, self.lm.dtype)
-        budget = position * PAGE * self.num_pages
-        return PagedCache(budget, position, DEVICE, self.max_running_requests, self.max_length)
+        budget, rows = position * PAGE * self.num_pages, self.max_running_requests
+        self.made += 1
+        return PagedCache(budget, position, DEVICE, max_rows=rows, longest=self.longest, max_length=self.max_length)
 
     def step(self) -> None:
         super().step()
         assert isinstance(self.cache, PagedCache)
-        self.steps.append(len(self.running))
         check(self.cache, [request.length for request in self.running])
 
 
@@ -175,7 +175,9 @@ def dense_cache(engine: EmbeddedEngine) -> Any:
 
 
 def test_a_group_has_its_prompt_once(lm: PreTrainedModel) -> None:
-    cache = Paged(lm, 8, 50)._new_cache()
+    engine = Paged(lm, 8, 50)
+    engine.longest = 400
+    cache = engine._new_cache()
     assert all(cache.add(row, 2 * PAGE + 5, like=None if row == 0 else 0) for row in range(8))
     assert len({page for pages in cache.pages for page in pages}) == 2 + 8
     cache.leave([0, 1], [6, 7], [0, 1], 200)
@@ -187,6 +189,30 @@ def test_a_group_has_its_prompt_once(lm: PreTrainedModel) -> None:
 def test_memory_for_less_than_one_request_is_said(lm: PreTrainedModel) -> None:
     with pytest.raises(OutOfMemory, match="the KV cache of one request of 70 tokens does not fit into 50%"):
         generate(Paged(lm, 4, 2), [[3] * 60], Sampling(max_new_tokens=10))
+
+
+def test_a_longer_request_than_was_known_gets_its_memory(lm: PreTrainedModel) -> None:
+    """A later turn is longer; what runs by then is computed again."""
+    engine = Paged(lm, 4, 100)
+
+    async def everything() -> list[Completion]:
+        first = asyncio.create_task(engine.generate([5, 6, 7], Sampling(max_new_tokens=30, seed=1)))
+        while not engine.running or len(engine.running[0].tokens) < 10:
+            await asyncio.sleep(0)
+        assert isinstance(engine.cache, PagedCache) and engine.cache.num_pages == 4 * pages_of(33) + 1
+        second = asyncio.create_task(engine.generate([8] * 250, Sampling(max_new_tokens=30, seed=2)))
+        return [await first, await second]
+
+    ours = asyncio.run(everything())
+    assert engine.made == 2
+    plain = EmbeddedEngine(lm, decode=str, max_running_requests=4, memory_share=0.5)
+    alike(
+        ours,
+        [
+            asyncio.run(plain.generate([5, 6, 7], Sampling(max_new_tokens=30, seed=1))),
+            asyncio.run(plain.generate([8] * 250, Sampling(max_new_tokens=30, seed=2))),
+        ],
+    )
 
 
 @pytest.mark.parametrize("paged", [False, True])

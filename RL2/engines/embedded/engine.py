@@ -154,10 +154,13 @@ class EmbeddedEngine:
         self.is_wanted = True
         with self.lock:
             self.is_wanted = False
-            self.waiting.extendleft(reversed(self.running))
-            self.running.clear()
-            self.cache = None
+            self._start_over()
             yield
+
+    def _start_over(self) -> None:
+        self.waiting.extendleft(reversed(self.running))
+        self.running.clear()
+        self.cache = None
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -195,7 +198,8 @@ class EmbeddedEngine:
 
     def step(self) -> None:
         """One token for every running request, then admit what fits."""
-        if self.cache is None:
+        if self.cache is None or not self.cache.max_rows(self.longest):  # made when only shorter ones were known
+            self._start_over()
             self.cache = self._new_cache()
         self._leave(self.cache, [i for i, request in enumerate(self.running) if request.future.cancelled()])
         if self.running:
@@ -208,7 +212,14 @@ class EmbeddedEngine:
         if self.device.type == "cuda":
             from RL2.engines.embedded.paged import PagedCache  # Triton is not everywhere
 
-            return PagedCache(budget_bytes, per_position, self.device, self.max_running_requests, self.max_length)
+            return PagedCache(
+                budget_bytes,
+                per_position,
+                self.device,
+                max_rows=self.max_running_requests,
+                longest=self.longest,
+                max_length=self.max_length,
+            )
         return DenseCache(budget_bytes, per_position, self.device)
 
     def _admit(self, cache: Cache) -> None:

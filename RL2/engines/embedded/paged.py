@@ -23,13 +23,22 @@ class PagedCache:
     """[S, K, D] per layer; a `Cache`. Page 0 belongs to nobody: the rows that pad a graph write there."""
 
     def __init__(
-        self, budget_bytes: float, bytes_per_position: int, device: torch.device, max_rows: int, max_length: int
+        self,
+        budget_bytes: float,
+        bytes_per_position: int,
+        device: torch.device,
+        *,
+        max_rows: int,
+        longest: int,
+        max_length: int,
     ) -> None:
-        """Memory for `max_rows` requests of `max_length` tokens, or as much of it as the budget allows."""
+        """Memory for `max_rows` requests of `longest` tokens, or as much of it as the budget allows.
+
+        No request comes to more than `max_length` tokens.
+        """
         self.device = device
-        self.num_pages = min(
-            int(budget_bytes // (bytes_per_position * paged_attention.PAGE)), max_rows * pages_of(max_length) + 1
-        )
+        affordable = int(budget_bytes // (bytes_per_position * paged_attention.PAGE))
+        self.num_pages = min(affordable, max_rows * pages_of(longest) + 1)
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.free = list(range(self.num_pages - 1, 0, -1))
         self.users = [0] * self.num_pages
