@@ -94,7 +94,9 @@ def _knobs(cls: type, prefix: str, tree: Any, meanings: dict[tuple[str, str], st
             assert isinstance(hint, type)
             yield from _knobs(hint, f"{prefix}{name}.", tree[name], meanings)
         elif name in tree:
-            (meaning,) = [meanings[base.__name__, name] for base in cls.__mro__ if (base.__name__, name) in meanings][:1]
+            (meaning,) = [meanings[base.__name__, name] for base in cls.__mro__ if (base.__name__, name) in meanings][
+                :1
+            ]
             yield Knob(prefix + name, _values(hint), meaning), tree[name]
 
 

@@ -68,8 +68,10 @@ def test_every_broken_objective_has_a_reason() -> None:
 
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """mine.py of docs/objectives.md, as it stands there."""
-    (snippet,) = re.findall(r"```python\n# mine.py\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL)
+    """mine.py of docs/own_objective.md, as it stands there."""
+    (snippet,) = re.findall(
+        r"```python\n# mine.py\n(.*?)```", (ROOT / "docs" / "own_objective.md").read_text(), re.DOTALL
+    )
     body = snippet[snippet.index("@needs") :].strip()
     assert len(body.splitlines()) <= 10
     path = tmp_path_factory.mktemp("newcomer") / "mine.py"
