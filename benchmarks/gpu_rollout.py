@@ -1,13 +1,15 @@
 """Generated tokens a second on a GPU: the embedded engine beside transformers, and what makes it fast.
 
-    python benchmarks/gpu_rollout.py [--quick] [--json FILE]
+    python benchmarks/gpu_rollout.py [--json FILE]
 
 A random Qwen3 of 0.6 billion parameters in bfloat16; 32 prompts of 100 to 300 tokens with 8 responses each, whose
 lengths are drawn from a long-tailed distribution (log-normal, median 200 tokens, 1,024 at most) and told to every side:
-there is no end token. Sides run one after the other, three times each (--quick: once, and ours alone); medians.
+there is no end token. Sides run one after the other: the first two three times after a warm-up (medians), the others,
+which take a minute, once.
 
-    rl2          the embedded engine: pages, recorded steps
-    no graphs    the same, each kernel launched by Python
+    rl2          the embedded engine: pages, recorded steps, compiled layers
+    no compile   the same with the layers as they are
+    no graphs    nor are steps recorded: Python launches each kernel
     dense        one block of memory a layer instead of pages, as on CPUs
     continuous   transformers' continuous batching
     generate     transformers' generate, all prompts in one batch, which runs until its longest response is done
@@ -81,9 +83,15 @@ class Dense(EmbeddedEngine):
         return DenseCache(self.memory_share * free_bytes(self.device), per_position, self.device)
 
 
-def embedded(lm: Qwen3ForCausalLM, kind: type[EmbeddedEngine]) -> list[list[int]]:
+def embedded(lm: Qwen3ForCausalLM, kind: type[EmbeddedEngine], compile_layers: bool = False) -> list[list[int]]:
     lm.set_attn_implementation(IMPLEMENTATION)
-    engine = kind(lm, decode=str, max_running_requests=GROUPS * SAMPLES, memory_share=MEMORY_SHARE)
+    engine = kind(
+        lm,
+        decode=str,
+        max_running_requests=GROUPS * SAMPLES,
+        memory_share=MEMORY_SHARE,
+        compile_layers=compile_layers,
+    )
 
     async def everything() -> list[list[int]]:
         requests = (
@@ -133,18 +141,21 @@ def generate(lm: Any) -> list[list[int]]:
 
 
 SIDES: dict[str, Callable[[Qwen3ForCausalLM], list[list[int]]]] = {
-    "rl2": lambda lm: embedded(lm, EmbeddedEngine),
+    "rl2": lambda lm: embedded(lm, EmbeddedEngine, compile_layers=True),
+    "no compile": lambda lm: embedded(lm, EmbeddedEngine),
     "no graphs": lambda lm: embedded(lm, WithoutGraphs),
     "dense": lambda lm: embedded(lm, Dense),
     "generate": generate,
     "continuous": continuous,
 }
 
+REPEATED = ("rl2", "no compile")
 
-def measure(side: str, lm: Qwen3ForCausalLM, repeats: int) -> tuple[float, float]:
+
+def measure(side: str, lm: Qwen3ForCausalLM) -> tuple[float, float]:
     """Seconds, and GiB beyond the model."""
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(4 if side in REPEATED else 1):
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -154,21 +165,22 @@ def measure(side: str, lm: Qwen3ForCausalLM, repeats: int) -> tuple[float, float
         seconds.append(time.perf_counter() - begun)
         assert [len(answer) for answer in answers] == task()[1], "a side did not generate what it was told to"
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    return median(seconds[1:]), peak  # the first one warms up
+    return median(seconds[1:] or seconds), peak
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     options.add_argument("--json", type=Path, help="file for the numbers")
-    options.add_argument("--quick", action="store_true")
     arguments = options.parse_args()
     lm = make_model()
     tokens = sum(task()[1])
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {tokens} tokens in {GROUPS * SAMPLES} responses")
     numbers: dict[str, float] = {}
-    for side in list(SIDES)[: 3 if arguments.quick else None]:
+    for side in SIDES:
+        if side != "rl2":
+            lm = make_model()  # what was compiled stays so
         try:
-            seconds, peak = measure(side, lm, 1 if arguments.quick else 3)
+            seconds, peak = measure(side, lm)
         except Exception as error:  # a peer that cannot run here leaves the others their numbers
             if not side.startswith(("gen", "con")):
                 raise

@@ -56,7 +56,8 @@ def _attention(
     return attend(layer, query_THD, key_TKD, value_TKD, scaling)[None], None
 
 
-AttentionInterface.register(IMPLEMENTATION, _attention)
+# the engine may compile what is around it; what it calls depends on the layer, and would be compiled for each
+AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(_attention))
 
 
 MAX_PADDING = 16

@@ -196,6 +196,7 @@ def make_engine(
         max_running_requests=config.rollout.max_running_requests,
         memory_share=config.rollout.gpu_memory_utilization,
         owns_weights=not shared,
+        compile_layers=config.rollout.compile and not shared and device.type == "cuda",
     )
 
 

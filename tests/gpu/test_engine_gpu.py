@@ -70,11 +70,14 @@ def logits_of(lm: PreTrainedModel, prompt: list[int], completion: Completion) ->
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_log_probabilities_are_the_trainers(
-    dtype: torch.dtype, tolerance: float, temperature: float, caplog: pytest.LogCaptureFixture
+    dtype: torch.dtype, tolerance: float, temperature: float, compiled: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     lm = make_model(dtype)
-    engine = make_engine(lm)
+    engine = EmbeddedEngine(
+        make_model(dtype), decode=str, max_running_requests=32, memory_share=0.2, compile_layers=compiled
+    )
     graphs = []
     decode = engine._decode
 
@@ -86,7 +89,7 @@ def test_log_probabilities_are_the_trainers(
     with caplog.at_level(logging.WARNING):
         completions = generate(engine, prompts(), Sampling(max_new_tokens=150, temperature=temperature))
     assert not caplog.records
-    assert max(graphs) >= 2, "steps were not recorded"
+    assert max(graphs) >= 1, "steps were not recorded"
     gaps = []
     for prompt, completion in zip(prompts(), completions, strict=True):
         assert len(completion.token_ids) == 150

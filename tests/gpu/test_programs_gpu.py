@@ -48,6 +48,7 @@ def run(world: Path, program: str, name: str, *overrides: str) -> list[dict[str,
             "train_data.responses_per_prompt=4",
             "rollout.train_sampling_params.max_new_tokens=24",
             f"rollout.env_path={world}/environment.py",
+            "rollout.compile=false",
         ]
     common = [
         f"{model}.model_name={world}/model",
@@ -84,6 +85,11 @@ def test_reinforcement(world: Path, objective: str) -> None:
         assert row["actor/logp_gap"] < 0.05  # the engine, one token at a time, against the packed update; bfloat16
         assert row["actor/grad_norm"] > 0
         assert row["actor/changed_share"] > 0.5
+
+
+def test_reinforcement_with_compiled_layers(world: Path) -> None:
+    for row in run(world, "spo", "compiled", "rollout.compile=true"):
+        assert row["actor/logp_gap"] < 0.05
 
 
 def test_a_reward_model(world: Path) -> None:

@@ -29,7 +29,7 @@ from RL2.config import UserError
 from RL2.engines.embedded.cache import Cache, Piece, bytes_per_position
 from RL2.engines.embedded.dense import DenseCache
 from RL2.engines.embedded.sampling import sample, uniforms
-from RL2.models.packed import backbone
+from RL2.models.packed import backbone, layers
 from RL2.models.policy import head, positions
 from RL2.ops.attention import Attend
 from RL2.types import Completion, Sampling
@@ -82,8 +82,12 @@ class EmbeddedEngine:
         max_running_requests: int,
         memory_share: float,
         owns_weights: bool = False,
+        compile_layers: bool = False,
     ) -> None:
-        """`owns_weights`: `lm` is this engine's alone, so `sleep` may let go of its weights."""
+        """`owns_weights`: `lm` is this engine's alone, so `sleep` may let go of its weights.
+
+        `compile_layers` joins the small kernels between the large ones; not for a model that trains, too.
+        """
         self.lm, self.decode, self.owns_weights = lm, decode, owns_weights
         self.shapes = {name: parameter.shape for name, parameter in lm.named_parameters()}
         self.max_running_requests, self.memory_share = max_running_requests, memory_share
@@ -99,9 +103,14 @@ class EmbeddedEngine:
         self.driver: asyncio.Task[None] | None = None
         self.lock = threading.Lock()
         """Held during a step, and while the weights change."""
+        self.longest = 0
+        """Tokens that a request may come to, of those since the engine was idle."""
         self.is_asleep = False
         self.is_wanted = False
         """Somebody waits for the lock, which is not a fair one."""
+        if compile_layers:
+            for layer in layers(lm):
+                layer.compile(dynamic=True)
 
     async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
         if not token_ids:
@@ -110,6 +119,7 @@ class EmbeddedEngine:
             raise ValueError(f"a prompt of {len(token_ids)} tokens leaves no room: the model ends at {self.max_length}")
         request = _Request(token_ids, sampling, asyncio.get_running_loop().create_future())
         self.waiting.append(request)
+        self.longest = max(self.longest, min(self.max_length, request.limit))
         if self.driver is None or self.driver.done():
             self.driver = asyncio.create_task(self._drive())
         return await request.future
@@ -167,7 +177,7 @@ class EmbeddedEngine:
                         if not self.is_asleep:  # it may have fallen asleep while the lock was waited for
                             self.step()
                 await asyncio.sleep(PAUSE_S if self.is_wanted or self.is_asleep else 0)
-            self.cache = None  # its memory is the training step's now
+            self.cache, self.longest = None, 0  # its memory is the training step's now
         except Exception as error:  # every caller is told; none is left waiting
             self._drop(error)
 
@@ -313,21 +323,17 @@ class EmbeddedEngine:
     def _reserve(self, cache: Cache, lengths: list[int], keep: int) -> None:
         """Room for what the rows hold after the coming pass, the first `keep` before it too; or they wait once more."""
         wanted = min(self._max_rows(cache), len(self.running) + len(self.waiting))
-        count = cache.reserve(lengths, keep, self._longest(), wanted)
+        count = cache.reserve(lengths, keep, self.longest, wanted)
         back = list(range(count, len(self.running)))
         self.waiting.extendleft(reversed(self.running[count:]))
         self._leave(cache, back)
 
-    def _longest(self) -> int:
-        """Tokens that the longest of the present requests may come to."""
-        return min(self.max_length, max(request.limit for request in (*self.running, *self.waiting)))
-
     def _max_rows(self, cache: Cache) -> int:
         """Requests that may run at once: as many as the cache can hold, up to `max_running_requests`."""
-        fitting = cache.max_rows(self._longest())
+        fitting = cache.max_rows(self.longest)
         if fitting == 0:
             raise OutOfMemory(
-                f"the KV cache of one request of {self._longest()} tokens does not fit into {self.memory_share:.0%} of "
+                f"the KV cache of one request of {self.longest} tokens does not fit into {self.memory_share:.0%} of "
                 "the free memory; raise rollout.gpu_memory_utilization or lower max_new_tokens"
             )
         return max(len(self.running), min(self.max_running_requests, fitting))
