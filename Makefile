@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ENGINE_VENV ?= .venv-vllm
 ENGINE_READY := $(ENGINE_VENV)/.ready
 
-.PHONY: setup engine demo demo-quick test test-engine test-browser check bench format clean
+.PHONY: setup engine demo demo-quick test test-fast test-engine test-browser check lint docs audit bench format clean
 
 setup: $(READY)
 
@@ -37,16 +37,28 @@ demo-quick: setup ## the same with one method
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
+test-fast: setup ## what takes no processes of its own and no long simulation
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not vllm and not browser" tests/unit tests/test_*.py
+
 test-engine: setup engine ## against a real vLLM server
 	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(ENGINE_VENV))/bin/python $(BIN)/pytest -m vllm tests/engines tests/integration
 
 test-browser: setup ## the page of rl2 view in Chromium, which the system has to have
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser tests/browser
 
-check: setup
+check: ## all that takes less than three minutes, and how long it took
+	@start=$$(date +%s); $(MAKE) --no-print-directory lint docs audit test-fast && echo "make check: $$(($$(date +%s) - start)) s"
+
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: setup ## the pages of docs/ as a site, in site/; a broken link fails it
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+audit: setup ## known vulnerabilities of what is pinned
+	$(BIN)/python .ci/audit.py requirements/test.txt requirements/vllm.txt
 
 bench: setup ## side by side with the dense way and with TRL
 	$(BIN)/python benchmarks/token_stats.py
@@ -58,4 +70,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(ENGINE_VENV) runs
+	rm -rf $(VENV) $(ENGINE_VENV) runs site

@@ -69,6 +69,7 @@ def test_an_example_resolves(
     check(program, capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_examples_run_under_torchrun() -> None:
     """The whole way for one of each kind; the others differ in their overrides only."""
     chosen = {"sft": ROOT / "examples" / "gsm8k_sft.sh", "ppo": ROOT / "examples" / "gsm8k_reinforce.sh"}

@@ -34,6 +34,7 @@ def runs(rng: np.random.Generator, ability_P: np.ndarray, number: int, spread: f
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("problems", "seeds", "spread"), [(200, 1, 0.0), (30, 1, 0.0), (200, 3, 0.03), (100, 2, 0.05)])
 def test_no_difference_is_rarely_called_one(problems: int, seeds: int, spread: float) -> None:
     rng = np.random.default_rng(3)
@@ -61,6 +62,7 @@ def test_a_large_difference_is_found_and_a_small_one_is_admitted_to_be_hidden() 
     assert "between these two runs" in comparison.words
 
 
+@pytest.mark.slow
 def test_the_smallest_difference_is_found_in_four_of_five() -> None:
     rng, found, said = np.random.default_rng(5), 0, []
     for _ in range(400):

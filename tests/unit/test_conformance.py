@@ -68,8 +68,10 @@ def test_every_broken_objective_has_a_reason() -> None:
 
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """mine.py of docs/objectives.md, as it stands there."""
-    (snippet,) = re.findall(r"```python\n# mine.py\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL)
+    """mine.py of docs/own_objective.md, as it stands there."""
+    (snippet,) = re.findall(
+        r"```python\n# mine.py\n(.*?)```", (ROOT / "docs" / "own_objective.md").read_text(), re.DOTALL
+    )
     body = snippet[snippet.index("@needs") :].strip()
     assert len(body.splitlines()) <= 10
     path = tmp_path_factory.mktemp("newcomer") / "mine.py"
@@ -96,6 +98,7 @@ def rl2(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command_passes_what_is_sound(newcomer: Path) -> None:
     done = rl2("check-objective", "mine.py:focal", "gamma=1.5", cwd=newcomer.parent)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -104,6 +107,7 @@ def test_the_command_passes_what_is_sound(newcomer: Path) -> None:
     assert "gamma changes the result" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_fails_what_is_not() -> None:
     done = rl2("check-objective", "sequence_loss.py:objective", cwd=BROKEN)
     assert done.returncode == 1
@@ -185,6 +189,7 @@ def test_a_detached_factor_is_a_constant_for_the_gradient_check(pair: Pair) -> N
     assert_sound(constant_factor, pair=pair)
 
 
+@pytest.mark.slow
 def test_an_objective_that_other_processes_cannot_import_is_told_so(pair: Pair) -> None:
     @needs("logp")
     def local(stats: TokenStats, batch: TokenBatch) -> Loss:
@@ -195,6 +200,7 @@ def test_an_objective_that_other_processes_cannot_import_is_told_so(pair: Pair) 
     assert_sound("reinforce", pair=pair)  # the pair serves on
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_reported_and_replaced(pair: Pair) -> None:
     pair.processes[1].kill()
     pair.processes[1].join()

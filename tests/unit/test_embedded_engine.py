@@ -208,6 +208,7 @@ def test_requests_go_on_with_new_weights(sleeps: bool, prompts: list[list[int]])
             torch.testing.assert_close(torch.tensor(completion.logps)[mine], theirs[mine], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_may_come_from_another_thread(prompts: list[list[int]]) -> None:
     lm = make_model()
     engine = make_engine(lm)

@@ -22,6 +22,8 @@ from envs import calculator, countdown, gem, gsm8k, mixed, orz, reasoning_gym, s
 from envs.local_search_service import Service
 from envs.workers import WorkerError, Workers
 
+pytestmark = pytest.mark.slow
+
 NUMBER = 10_000
 HUGE = 1_000_000
 MAX_HUGE = 40

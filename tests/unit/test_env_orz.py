@@ -84,6 +84,7 @@ def test_a_gold_answer_that_cannot_be_read_is_an_error() -> None:
         reward(r"\boxed{12}", "")
 
 
+@pytest.mark.slow
 def test_an_answer_that_explodes_is_unscored_and_the_next_one_is_graded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orz, "grade", Workers(orz.__file__, "make_grader", limit_s=1, number=1))
     try:
@@ -94,6 +95,7 @@ def test_an_answer_that_explodes_is_unscored_and_the_next_one_is_graded(monkeypa
         orz.grade.close()
 
 
+@pytest.mark.slow
 def test_a_killed_grader_is_the_cause_of_an_unscored_trajectory(tmp_path: Path) -> None:
     """The whole way: script, workers, and what the episode is told."""
     source = Path(orz.__file__).read_text().replace("limit_s=5", "limit_s=1")
@@ -204,6 +206,7 @@ def test_a_script_that_cannot_be_loaded_says_so(script: str) -> None:
     run.close()
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent_even_if_it_is_killed(script: str) -> None:
     source = f"""
         import asyncio, os, signal, sys

@@ -47,6 +47,7 @@ def test_the_right_answer_and_a_wrong_one(dataset: str) -> None:
     assert score < 0.1
 
 
+@pytest.mark.slow
 def test_all_workers_make_the_same_task_of_a_seed() -> None:
     """This data set goes over Python sets, whose order is another one in each process unless that is prevented."""
     questions = set()
@@ -103,6 +104,7 @@ def test_harmless(text: str, harmless: bool) -> None:
     assert adapter.is_harmless(text) is harmless
 
 
+@pytest.mark.slow
 def test_an_answer_that_explodes_is_unscored(monkeypatch: pytest.MonkeyPatch) -> None:
     extra_info, _ = task("simple_integration")
     monkeypatch.setattr(adapter, "gym", Workers(adapter.__file__, "make_gym", limit_s=1, number=1))

@@ -13,6 +13,8 @@ import pytest
 from envs import verifiers_env
 from envs.workers import WorkerError, Workers
 
+pytestmark = pytest.mark.slow
+
 TASKSET = """
 import time
 import verifiers.v1 as vf

@@ -26,6 +26,7 @@ def test_a_step_is_a_line_here_and_there(tmp_path: Path, capsys: pytest.CaptureF
     assert [(e.step, e.value) for e in events.Scalars("actor/loss")] == [(3, -0.25)]
 
 
+@pytest.mark.slow
 def test_trackio_goes_on_with_the_run_of_its_folder(tmp_path: Path) -> None:
     """In a process of its own, as it reads where to write when it is imported, and starts threads."""
     script = """

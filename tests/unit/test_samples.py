@@ -50,6 +50,7 @@ def test_what_cannot_be_drawn_is_refused(k: int) -> None:
         majority_at(k, samples("Aaaa"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     # where few problems are almost all solved, bounds are rather too wide
     ("problems", "a", "b", "most"),

@@ -113,6 +113,7 @@ PARTIAL = ("rollout.max_staleness=2", "rollout.partial_rollout=0.5")
 MODES = [(), ("rollout.max_staleness=1",), ("rollout.max_staleness=3",), PARTIAL]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", MODES, indirect=True, ids=["on-policy", "1 ahead", "3 ahead", "partial"])
 def test_a_slow_environment_makes_nothing_too_old_and_loses_nothing(world: World) -> None:
     bound, seen, oldest = world.config.rollout.max_staleness, list[int](), list[int]()
@@ -128,6 +129,7 @@ def test_a_slow_environment_makes_nothing_too_old_and_loses_nothing(world: World
     assert (seen == order) == (not world.config.rollout.partial_rollout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [PARTIAL], indirect=True)
 def test_a_partial_rollout_waits_only_for_what_would_be_too_old(world: World) -> None:
     slow = {n for n in range(len(world.prompts)) if n % SLOW == 0}
@@ -140,6 +142,7 @@ def test_a_partial_rollout_waits_only_for_what_would_be_too_old(world: World) ->
     assert late >= len(slow) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [("rollout.max_staleness=2",), PARTIAL], indirect=True)
 def test_a_checkpoint_knows_what_is_under_way(
     world: World, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes

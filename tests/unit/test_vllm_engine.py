@@ -204,6 +204,7 @@ def generate(engine: ServedEngine, number: int = 4) -> list[Completion]:
 EXPECTED = [Completion([10 * i, 10 * i + 1], [-0.5, -0.5], "length", [3, 3]) for i in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["abort", "old", "broken", "500", "503", "others", "hang"])
 def test_a_sample_that_is_lost_is_made_again_and_once(
     fault: str, stand_in: StandIn, processes: Processes, tmp_path: Path
@@ -217,6 +218,7 @@ def test_a_sample_that_is_lost_is_made_again_and_once(
     assert engine.metrics()["engine/retried"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "said"), [("500", "HTTP 500 no"), ("hang", "no answer in time")])
 def test_a_server_that_never_answers_as_it_should_ends_the_run(
     fault: str, said: str, stand_in: StandIn, processes: Processes, tmp_path: Path
@@ -243,6 +245,7 @@ def test_another_server_takes_over_while_one_is_away(stand_in: StandIn, processe
     assert generate(engine) == EXPECTED
 
 
+@pytest.mark.slow
 def test_servers_that_are_all_away_are_not_waited_for_without_end(processes: Processes, tmp_path: Path) -> None:
     gone = StandIn()
     engine = attach(processes, tmp_path, gone.url)
