@@ -31,10 +31,24 @@ class UserError(Exception):
 class ConfigError(UserError, ValueError):
     """A setting that cannot work; the message names the override to change."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
+
+
+def one_line(text: str) -> str:
+    """`text`, which may quote a file: without ends of lines and what no terminal prints, and not endless."""
+    whole = " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
+    return whole if len(whole) <= MAX_ERROR else f"{whole[:MAX_ERROR]}..."
+
+
+MAX_ERROR = 1000
+"""Characters of an error that quotes a file."""
+
 
 def first_line(error: BaseException) -> str:
     """What `error` says, or is, in one line."""
-    return (str(error) or repr(error)).strip().splitlines()[0]
+    lines = str(error).strip().splitlines()
+    return one_line(lines[0] if lines else repr(error))
 
 
 class LostProcess(UserError):
