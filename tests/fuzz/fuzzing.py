@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from RL2.config import UserError
@@ -35,6 +35,7 @@ def inputs(share: float, **changes: Any) -> settings:
         derandomize=True,
         database=None,
         deadline=None,  # `clear` has a limit that a busy machine does not touch
+        phases=(Phase.explicit, Phase.generate),  # to make a failing input of 200 KB smaller takes minutes
         suppress_health_check=list(HealthCheck),
         **changes,
     )
