@@ -13,11 +13,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from RL2.config import ConfigError, Count, Index, PositiveFloat, Share, build, first_line
+from RL2.config import ConfigError, Count, Index, PositiveFloat, Seed, Share, build, first_line, words
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.evaluation.compare import compare
@@ -53,7 +52,7 @@ class Question:
     max_new_tokens: Count = 1024
     max_turns: Count = 1
     limit: Count | None = None
-    seed: Index = 0
+    seed: Seed = 0
     out: str = "evals"
     env_timeout_s: PositiveFloat = 60.0
     max_running_requests: Count = 256
@@ -61,9 +60,7 @@ class Question:
     @staticmethod
     def of(settings: Sequence[str]) -> Question:
         """Of `key=value` words. Raises ConfigError for one that is not there or no sensible value."""
-        if unclear := [word for word in settings if "=" not in word]:
-            raise ConfigError(f"{unclear[0]!r} is not a setting; write key=value")
-        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)))
+        given = words(settings)
         known = {f.name: f.default for f in fields(Question)}
         if missing := [name for name, default in known.items() if default is MISSING and name not in given]:
             raise ConfigError(f"{missing[0]}= is missing")

@@ -115,7 +115,7 @@ def check(answer: Answer) -> None:
     assert all(type(token) is int and token >= 0 for token in answer.token_ids)
     assert all(isinstance(logp, float | int) and math.isfinite(logp) for logp in answer.logps)
     assert all(type(version) is int for version in answer.versions)
-    assert answer.finish in ("stop", "length", "abort")
+    assert isinstance(answer.finish, str)  # what is not stop or length is made again
     assert answer.token_ids or answer.finish == "abort"
 
 

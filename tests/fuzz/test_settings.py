@@ -91,7 +91,9 @@ def test_settings_of_commands(given_words: list[str]) -> None:
             check(question.of(given_words))
 
 
-SWEEP = b"methods:\n  a: {program: spo, settings: [actor.lr=1e-5]}\n  b: {program: sft}\ncommon: [x=1]\neval: [data=d]\n"
+SWEEP = (
+    b"methods:\n  a: {program: spo, settings: [actor.lr=1e-5]}\n  b: {program: sft}\ncommon: [x=1]\neval: [data=d]\n"
+)
 
 
 def test_sweeps(tmp_path: Path) -> None:
