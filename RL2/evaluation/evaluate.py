@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
+from types import NoneType
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from RL2.workers.worker import compute_dtype
 RECORDS, SUMMARY = "records.jsonl", "summary.json"
 WAVE = 512
 """Responses that are at work together; their records are written when all are done."""
+MOST = 1e100
+"""More than any score or count of a record: means and variances of such are finite."""
 GREEDY = -1
 """Number of the greedy response among the samples of a problem."""
 
@@ -163,10 +166,29 @@ def read(folder: Path) -> list[dict[str, Any]]:
     # not str.splitlines: a text may hold other characters that end a line, which JSON leaves as they are
     for number, line in enumerate(kept.splitlines(), 1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            records.append(_whole(json.loads(line)))
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}, line {number}: {first_line(error)}; remove the folder to begin anew") from error
     return records
+
+
+def _whole(record: Any) -> dict[str, Any]:
+    """`record`, with everything in it that is read again. Raises ValueError."""
+    wanted: dict[str, tuple[type, ...]] = {
+        "row": (int,),
+        "sample": (int,),
+        "score": (int, float, NoneType),
+        "answer": (str, NoneType),
+        "tokens": (int,),
+        "truncated": (bool,),
+    }
+    if not isinstance(record, dict):
+        raise ValueError("not a record of a response")
+    for name, types in wanted.items():
+        value = record.get(name, ...)
+        if type(value) not in types or (isinstance(value, int | float) and not -MOST < value < MOST):
+            raise ValueError(f"not a record of a response: it has no {name} as `rl2 eval` writes it")
+    return record
 
 
 def keep_whole_problems(folder: Path, size: int) -> set[int]:
