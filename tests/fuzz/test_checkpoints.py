@@ -55,7 +55,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, processes: Processes) -> Pat
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [(NOTES, 0.03), (RANDOM, 0.01), (f"{STATE}/.metadata", 0.02), (STATE, 0.01)]
+    ("name", "share"), [(NOTES, 0.02), (RANDOM, 0.005), (f"{STATE}/.metadata", 0.01), (STATE, 0.005)]
 )
 def test_damaged_files(name: str, share: float, saved: Path, processes: Processes, tmp_path: Path) -> None:
     shutil.copytree(saved, folder := tmp_path / "step_000005")
@@ -92,7 +92,7 @@ folders = st.lists(
 metrics = st.lists(shaken({"step": 1, "test/score": 0.5}) | values, max_size=3)
 
 
-@inputs(0.02)
+@inputs(0.01)
 @given(folders, metrics, st.sampled_from(["latest", "best", "nowhere"]))
 def test_which_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, names: list[str], rows: list[Any], wanted: str

@@ -70,7 +70,7 @@ def test_what_scripts_return(environment: Environment, tokenizer: PreTrainedToke
     sampling = Sampling(max_new_tokens=8, stop_token_ids=(tokenizer.eos_token_id,))
     with asyncio.Runner() as runner:
 
-        @inputs(0.1)
+        @inputs(0.08)
         @given(answers, st.booleans())
         def play(given_answers: list[Any], has_prompt: bool) -> None:
             text = "3 + 4 =" if has_prompt else ""
@@ -116,7 +116,7 @@ class _Shared(list[Any]):
         return list(self)
 
 
-@inputs(0.03)
+@inputs(0.02)
 @given(st.text(max_size=30) | st.sampled_from([SCRIPT, "async def step(*a): 0", "def step(a, b, c): 0", "\x00"]))
 def test_scripts(tmp_path_factory: pytest.TempPathFactory, source: str) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed_script.py"

@@ -1,4 +1,4 @@
-"""What runs and evaluations have written, damaged: `rl2 eval`, `compare`, `view` and `replay` name the file, or read it."""
+"""What runs and evaluations have written, damaged: commands name the file, or read it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_evaluations(tmp_path: Path) -> None:
     (folder := tmp_path / "fuzzed").mkdir()
     question = Question(model="m", data="d", env="e", samples=1)
 
-    @inputs(0.05)
+    @inputs(0.04)
     @given(records(rows))
     def use(data: bytes) -> None:
         (folder / RECORDS).write_bytes(data)
@@ -106,11 +106,11 @@ TOKEN_FILE = f"{TOKENS}/000000_train.parquet"
 @pytest.mark.parametrize(
     ("name", "share"),
     [
-        ("metrics.jsonl", 0.03),
-        ("samples.jsonl", 0.03),
-        ("config.yaml", 0.02),
+        ("metrics.jsonl", 0.02),
+        ("samples.jsonl", 0.02),
+        ("config.yaml", 0.01),
         (TOKEN_FILE, 0.01),
-        ("replay_000000/replay.json", 0.02),
+        ("replay_000000/replay.json", 0.01),
         ("replay_000000/batch.safetensors", 0.01),
     ],
 )

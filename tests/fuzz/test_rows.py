@@ -58,7 +58,7 @@ FILES = {
 def test_text_files(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     file = tmp_path / f"data.{kind}"
 
-    @inputs(0.08)
+    @inputs(0.06)
     @given(mangled(*FILES[kind]))
     def read(data: bytes) -> None:
         file.write_bytes(data)
@@ -79,7 +79,7 @@ def test_text_files(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBas
 def test_binary_files(kind: str, tmp_path: Path) -> None:
     file = tmp_path / f"data.{kind}"
 
-    @inputs(0.03)
+    @inputs(0.02)
     @given(mangled(*FILES[kind]))
     def read(data: bytes) -> None:
         file.write_bytes(data)
@@ -94,7 +94,7 @@ def test_rows_of_any_content(what: str, tmp_path: Path, tokenizer: PreTrainedTok
     """Among them what the files above hardly ever hold: the right words around wrong values."""
     (file := tmp_path / "data.jsonl").write_text("{}\n" * 2)
 
-    @inputs(0.06)
+    @inputs(0.04)
     @given(st.tuples(shaken(ROWS[0]), shaken(ROWS[1])))
     def read(rows: tuple[Any, Any]) -> None:
         given_rows = iter(rows)
@@ -133,7 +133,7 @@ def test_chat_templates(tokenizer: PreTrainedTokenizerBase) -> None:
     """Of any content: they come with the model."""
     own = tokenizer.chat_template
 
-    @inputs(0.05)
+    @inputs(0.04)
     @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=6), shaken(CHAT))
     def use(pieces: list[str], messages: Any) -> None:
         tokenizer.chat_template = "".join(pieces)

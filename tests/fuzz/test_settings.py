@@ -48,7 +48,7 @@ def check(config: Any) -> None:
             assert math.isfinite(value), field.name
 
 
-@inputs(0.03)
+@inputs(0.02)
 @given(st.sampled_from(sorted(PROGRAMS)), st.lists(words, min_size=1, max_size=3))
 def test_overrides(program: str, overrides: list[str]) -> None:
     with clear():
@@ -62,7 +62,7 @@ def test_trees(program: str) -> None:
     """Past Hydra: what stands in a YAML."""
     tree = yaml.safe_load(show(load(program, needed(program))))
 
-    @inputs(0.05)
+    @inputs(0.035)
     @given(shaken(tree))
     def use(values: Any) -> None:
         with clear():
@@ -83,7 +83,7 @@ settings = st.lists(
 )
 
 
-@inputs(0.03)
+@inputs(0.01)
 @given(settings)
 def test_settings_of_commands(given_words: list[str]) -> None:
     for question in (Question, PlanQuestion):
