@@ -215,7 +215,9 @@ def _read_parquet(path: str) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        return pa.parquet.read_table(path).to_pylist()
+        table = pa.parquet.read_table(path)
+        table.validate(full=True)
+        return table.to_pylist()
     except pa.ArrowException as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -228,7 +230,9 @@ def _read_arrow(path: str) -> list[Row]:
     try:
         with pa.memory_map(path) as source:
             reader = pa.ipc.open_stream(source) if is_stream else pa.ipc.open_file(source)
-            return reader.read_all().to_pylist()
+            table = reader.read_all()
+            table.validate(full=True)  # what a damaged file says of lengths would be read beyond its end
+            return table.to_pylist()
     except pa.ArrowException as error:
         raise DataError(f"{path}: {error}") from error
 

@@ -17,9 +17,12 @@ from torch import nn
 
 from RL2 import checkpoint
 from RL2.checkpoint import NOTES, RANDOM, STATE, Checkpoints
+from RL2.config import ConfigError
 from RL2.data.curriculum import Curriculum
 from RL2.parallel.processes import Processes
 from RL2.trainer.run import LAUNCHERS, begun_by
+
+METADATA = f"{STATE}/.metadata"
 
 
 class Tiny:
@@ -54,9 +57,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, processes: Processes) -> Pat
     return folder / "step_000005"
 
 
-@pytest.mark.parametrize(
-    ("name", "share"), [(NOTES, 0.02), (RANDOM, 0.005), (f"{STATE}/.metadata", 0.01), (STATE, 0.005)]
-)
+@pytest.mark.parametrize(("name", "share"), [(NOTES, 0.02), (RANDOM, 0.005), (METADATA, 0.01), (STATE, 0.005)])
 def test_damaged_files(name: str, share: float, saved: Path, processes: Processes, tmp_path: Path) -> None:
     shutil.copytree(saved, folder := tmp_path / "step_000005")
     (file,) = (folder / STATE).glob("*.distcp") if name == STATE else [folder / name]
@@ -79,6 +80,27 @@ def test_damaged_files(name: str, share: float, saved: Path, processes: Processe
     use()
     file.write_bytes(valid)
     assert checkpoint.load(folder, learner, own, processes) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (NOTES, b"{"),
+        (NOTES, b"[]"),
+        (NOTES, b'{"step": 5, "optimizer_steps": "7", "cursor": {}}'),
+        (RANDOM, b""),
+        (METADATA, b"\x80\x04"),
+    ],
+)
+def test_what_was_found(name: str, content: bytes, saved: Path, processes: Processes, tmp_path: Path) -> None:
+    """Each by itself; `rl2 export` reads the metadata alone."""
+    shutil.copytree(saved, folder := tmp_path / "step_000005")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"step_000005.* (is damaged|cannot be loaded): "):
+        checkpoint.load(folder, Tiny(), cursor(), processes)
+    if name == METADATA:
+        with pytest.raises(ConfigError, match="step_000005 cannot be loaded: "):
+            checkpoint.load_weights(folder, Tiny().policy)
 
 
 folders = st.lists(
