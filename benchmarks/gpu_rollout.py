@@ -1,6 +1,6 @@
 """Generated tokens a second on a GPU: the embedded engine beside transformers, and what makes it fast.
 
-    python benchmarks/gpu_rollout.py [--json FILE]
+    python benchmarks/gpu_rollout.py [--sides rl2 generate ...] [--json FILE]
 
 A random Qwen3 of 0.6 billion parameters in bfloat16; 32 prompts of 100 to 300 tokens with 8 responses each, whose
 lengths are drawn from a long-tailed distribution (log-normal, median 200 tokens, 1,024 at most) and told to every side:
@@ -171,12 +171,13 @@ def measure(side: str, lm: Qwen3ForCausalLM) -> tuple[float, float]:
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     options.add_argument("--json", type=Path, help="file for the numbers")
+    options.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     arguments = options.parse_args()
     lm = make_model()
     tokens = sum(task()[1])
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {tokens} tokens in {GROUPS * SAMPLES} responses")
     numbers: dict[str, float] = {}
-    for side in SIDES:
+    for side in arguments.sides:
         if side != "rl2":
             lm = make_model()  # what was compiled stays so
         try:
@@ -187,7 +188,7 @@ def main() -> None:
             print(f"  {side:<12} {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
         numbers[f"{side}_tokens_per_s"] = tokens / seconds
-        ratio = numbers["rl2_tokens_per_s"] / numbers[f"{side}_tokens_per_s"]
+        ratio = numbers.get("rl2_tokens_per_s", math.nan) / numbers[f"{side}_tokens_per_s"]
         print(
             f"  {side:<12}{seconds:>8.2f} s{tokens / seconds:>10.0f} tokens/s{ratio:>7.2f}{peak:>8.1f} GiB", flush=True
         )

@@ -127,7 +127,8 @@ def two_servers(
 ) -> Iterator[Served]:
     """Of a model with an untied head; they are closed after use."""
     model = save_model(folder / "model", tokenizer, tied=False)
-    served = serve(engine, model, folder, tokenizer, processes, f"rollout.{engine}.num_servers=2")
+    several = (f"rollout.{engine}.num_servers=2", f"rollout.{engine}.max_restarts=100")  # tests kill many
+    served = serve(engine, model, folder, tokenizer, processes, *several)
     served.sync()
     yield served
     served.engine.close()

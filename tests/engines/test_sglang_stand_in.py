@@ -112,6 +112,18 @@ def test_a_server_that_dies_in_its_sleep_gets_the_next_weights(served: Served) -
     assert served.generate([PROMPT] * 4, Sampling(max_new_tokens=4))[3].versions == [served.version] * 4
 
 
+def test_a_server_that_dies_while_it_starts_again_is_started_once_more(served: Served) -> None:
+    before, first = keeper(served).restarts, process_id(served, 0)
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: process_id(served, 0) != first)
+    os.kill(process_id(served, 0), signal.SIGKILL)  # it takes seconds to come up
+    wait_for(lambda: keeper(served).restarts == before + 2)
+    served.sync()
+    assert served.generate([PROMPT], LONG)[0].versions[0] == served.version
+    with keeper(served).lock:
+        assert keeper(served).clients[0].is_healthy(5)
+
+
 def test_a_nucleus_of_the_most_likely_tokens_has_its_own_log_probabilities(served: Served) -> None:
     """top_p is of the whole distribution, beside top_k."""
     sampling = Sampling(max_new_tokens=24, temperature=0.8, top_p=0.7, top_k=8, seed=100)

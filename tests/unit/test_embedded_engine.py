@@ -281,6 +281,23 @@ def test_draws_follow_the_distribution(temperature: float) -> None:
     torch.testing.assert_close(logp[:4], p[:4].log())
 
 
+@pytest.mark.parametrize("vocabulary", [7, 1024, 1500, 5003, 151_936])
+def test_blocks_find_what_one_sum_finds(vocabulary: int) -> None:
+    logits_RV = 3 * torch.randn(16, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits_RV[8:] -= 40 * torch.rand(8, vocabulary, generator=torch.Generator().manual_seed(1))  # few are likely
+    uniform_R = torch.from_numpy(uniforms(list(range(16)), [0] * 16))
+    uniform_R[0], uniform_R[1] = 0.0, 1 - 2.0**-53
+    ones = torch.ones(16)
+    ids, logps = sample(logits_RV, ones, ones, torch.zeros(16).long(), uniform_R)
+    logp_RV = logits_RV.log_softmax(-1)
+    sums_RV = logp_RV.exp().double().cumsum(-1)
+    right = torch.searchsorted(sums_RV, (uniform_R * sums_RV[:, -1])[:, None], right=True)[:, 0]
+    assert ids.tolist()[2:] == right.tolist()[2:]
+    assert ids[0] == 0
+    torch.testing.assert_close(logps, logp_RV.gather(1, ids[:, None])[:, 0])
+    assert logps[1] > -100  # the end of the sum, but never a token of probability 0
+
+
 def test_top_k_and_top_p_cut_and_normalise() -> None:
     p = torch.tensor([0.5, 0.25, 0.15, 0.1])
     for options, kept in (({"top_k": 2}, 2), ({"top_p": 0.6}, 2), ({"top_p": 0.5}, 1), ({"top_p": 0.8, "top_k": 2}, 2)):

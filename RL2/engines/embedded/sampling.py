@@ -5,6 +5,8 @@ Shapes: R rows, V vocabulary, B blocks of W tokens.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,8 +29,11 @@ def sample(
     device = logits_RV.device
     greedy_R = temperature_R == 0
     is_cut = bool(((top_k_R > 0) | (top_p_R < 1)).any())
-    logits_RV = logits_RV.float() / torch.where(greedy_R, 1.0, temperature_R).to(device)[:, None]
-    logp_RV = logits_RV.log_softmax(-1)
+    if bool((greedy_R | (temperature_R == 1)).all()):  # a pass over all logits less
+        logp_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
+    else:
+        temperature_R1 = torch.where(greedy_R, 1.0, temperature_R).to(device)[:, None]
+        logp_RV = (logits_RV.float() / temperature_R1).log_softmax(-1)
     if is_cut:
         top_p_R, top_k_R = torch.where(greedy_R, 1.0, top_p_R), torch.where(greedy_R, 0, top_k_R)
         logp_RV = _truncated(logp_RV, top_p_R.to(device), top_k_R.to(device))
@@ -43,8 +48,13 @@ def _draw(p_RV: Tensor, uniform_R: Tensor) -> Tensor:
 
     Double precision is needed where sums are compared, but for the whole vocabulary it would be most of the work.
     """
-    width = min(BLOCK, p_RV.shape[1])
-    p_RBW = F.pad(p_RV, (0, -p_RV.shape[1] % width)).unflatten(1, (-1, width))
+    vocabulary = p_RV.shape[1]
+    width = min(BLOCK, vocabulary)
+    if vocabulary % width and math.gcd(vocabulary, BLOCK) >= BLOCK // 16:  # smaller blocks, without a copy of all
+        width = math.gcd(vocabulary, BLOCK)
+    if vocabulary % width:
+        p_RV = F.pad(p_RV, (0, -vocabulary % width))
+    p_RBW = p_RV.unflatten(1, (-1, width))
     block_RB = p_RBW.sum(-1, dtype=torch.float64).cumsum(-1)
     target_R1 = (uniform_R * block_RB[:, -1])[:, None]
     b_R1 = _first_above(block_RB, target_R1)

@@ -176,26 +176,31 @@ class Keeper:
                 asked = time.monotonic()
 
     def _restart(self, i: int, problem: str) -> None:
-        """Raises `EngineFailed` if that was once too often, or it does not work."""
+        """Start server i again until it stands; raises `EngineFailed` if that was once too often."""
         server = self.servers[i]
-        last_words = server.last_words
-        server.stop()
-        if self.restarts == self.settings.max_restarts:
-            raise EngineFailed(
-                f"{server.name}: {problem}, after {self.restarts} restarts (rollout.{self.kind.key}.max_restarts); "
-                f"{last_words}"
-            )
-        if self.closing.is_set():
-            raise EngineFailed("closed")
-        self.restarts += 1
+        while problem:
+            last_words = server.last_words
+            server.stop()
+            if self.closing.is_set():
+                raise EngineFailed("closed")
+            if self.restarts == self.settings.max_restarts:
+                raise EngineFailed(
+                    f"{server.name}: {problem}, after {self.restarts} restarts "
+                    f"(rollout.{self.kind.key}.max_restarts); {last_words}"
+                )
+            self.restarts += 1
+            problem = self._bring_up(i)
+
+    def _bring_up(self, i: int) -> str:
+        """Start server i, give it the newest weights, and compare; returns what went wrong, if something did."""
+        server = self.servers[i]
         server.start()
-        server.wait_until_healthy(self.settings.start_timeout_s)
         try:
+            server.wait_until_healthy(self.settings.start_timeout_s)
             server.client.use_folder(str(self.folder))
-        except (ServerError, ValueError) as error:
-            raise EngineFailed(f"{server.name}: {error}") from error
-        if self.files and (problem := self._give(i)):
-            raise EngineFailed(f"{server.name}: {problem}; {server.last_words}")
+        except (EngineFailed, ServerError, ValueError) as error:
+            return str(error).partition("; the end of")[0].removeprefix(f"{server.name} ")
+        return self._give(i) if self.files else ""
 
     def metrics(self) -> dict[str, float]:
         metrics = {"engine/probe_gap": max(self.gaps.values(), default=0.0), "engine/restarts": float(self.restarts)}
