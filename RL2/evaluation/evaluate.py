@@ -22,7 +22,7 @@ from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.evaluation.compare import compare
 from RL2.evaluation.intervals import Estimate, accuracy
-from RL2.evaluation.samples import Sample, majority_at, over_problems, pass_at
+from RL2.evaluation.samples import Sample, are_shares, majority_at, over_problems, pass_at
 from RL2.models.loading import weights_folder
 from RL2.models.policy import end_tokens, load_model, load_tokenizer, max_length
 from RL2.rollout.collect import Episodes, Group, finish
@@ -217,7 +217,8 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
 
     greedy = {row: s.score for row, of in problems.items() for s in _scored(of, "greedy")}
     if greedy:
-        put("greedy", accuracy(list(greedy.values())))
+        values = list(greedy.values())
+        put("greedy", accuracy(values) if are_shares(values) else over_problems(values))
     sampled = [samples for of in problems.values() if (samples := _scored(of, "sampled"))]
     if sampled:
         put("mean", over_problems([fmean(sample.score for sample in samples) for samples in sampled]))

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import yaml
 from test_environments import SCRIPT
-from test_records import METRICS, REPLAY, run_folder
+from test_records import METRICS, RECORD, REPLAY, run_folder
 from test_served import SGLANG, VLLM
 from test_settings import needed
 from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ from RL2.engines.served.client import ServerError
 from RL2.engines.sglang.client import SGLangClient
 from RL2.engines.vllm.client import VLLMClient
 from RL2.evaluation import sweep
-from RL2.evaluation.evaluate import RECORDS, Question, compared, read
+from RL2.evaluation.evaluate import RECORDS, Question, compared, read, summarise
 from RL2.evaluation.replay import run_config
 from RL2.planning import Question as PlanQuestion
 from RL2.report import Report, read_metrics
@@ -276,6 +276,20 @@ def test_a_record_that_is_none(line: str, tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(ConfigError, match=r"records\.jsonl, line 1"):
         compared([f"a={tmp_path}", f"b={tmp_path}"], "greedy")
+
+
+def test_scores_that_are_no_shares(tmp_path: Path) -> None:
+    """An environment may give any; a few problems, all of the same score, and many."""
+    question = Question(model="m", data="d", env="e", samples=1)
+    for scores in ([2.0], [2.0] * 5, [-1.0, 0.0, 3.0, 2.0]):
+        places = [(row, sample, score) for row, score in enumerate(scores) for sample in (-1, 0)]
+        records = [RECORD | {"row": row, "sample": sample, "score": score} for row, sample, score in places]
+        summary = summarise(question, records)
+        for name in ("greedy", "mean"):
+            of = summary[name]
+            assert of["value"] == pytest.approx(sum(scores) / len(scores))
+            assert of["low"] <= of["value"] <= of["high"]
+        assert len(scores) < 4 or min(scores) == max(scores) or summary["mean"]["high"] > 2
 
 
 @pytest.mark.parametrize(
