@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import warnings
 from concurrent.futures import Future
@@ -151,7 +152,7 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
     The processes may be others than those that saved it, in number and layout. Raises ConfigError for a checkpoint of
     something else, or a damaged one.
     """
-    notes = json.loads((source / NOTES).read_text())
+    notes = _notes(source)
     if critic is not None and "critic_steps" not in notes:
         raise ConfigError(f"trainer.load_ckpt_from={source} has no critic, which adv.estimator=gae needs")
     learners = _learners(learner, critic)
@@ -172,14 +173,35 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
         cursor.load_state_dict(notes["cursor"])
     except ValueError as error:
         raise ConfigError(f"trainer.load_ckpt_from={source}: {error}") from error
-    own = {
-        name.partition(".")[2]: x
-        for name, x in load_file(source / RANDOM).items()
-        if name.startswith(f"{processes.rank}.")
-    }
-    if own:  # more processes than the checkpoint had: theirs start from the seed
-        _restore_random_states(own, processes.device)
+    try:
+        own = {
+            name.partition(".")[2]: x
+            for name, x in load_file(source / RANDOM).items()
+            if name.startswith(f"{processes.rank}.")
+        }
+        if own:  # more processes than the checkpoint had: theirs start from the seed
+            _restore_random_states(own, processes.device)
+    except Exception as error:  # of safetensors, and of each kind of random state
+        raise _damaged(source / RANDOM, error) from error
     return notes["step"]
+
+
+def _notes(source: Path) -> dict[str, Any]:
+    """Raises ConfigError if they are damaged."""
+    try:
+        notes = json.loads((source / NOTES).read_text())
+        numbers = {"step", "optimizer_steps", *(notes.keys() & {"critic_steps"})}
+        if any(type(notes[name]) is not int or not 0 <= notes[name] < 2**63 for name in numbers):
+            raise ValueError("steps have to be whole numbers")
+        if not isinstance(notes["cursor"], dict):
+            raise ValueError("the position in the data has to be an object")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(source / NOTES, error) from error
+    return notes
+
+
+def _damaged(file: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{file} is damaged: {type(error).__name__}: {first_line(error)}; go on from another checkpoint")
 
 
 def load_weights(source: Path, policy: nn.Module) -> None:
@@ -198,7 +220,9 @@ def load_weights(source: Path, policy: nn.Module) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is meant
             dcp.load({"model": weights}, checkpoint_id=source / STATE, no_dist=True)
-    except (OSError, dcp.CheckpointException) as error:
+    except ConfigError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:  # which is none; and metadata are a pickle
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise ConfigError(f"{source} cannot be loaded: {first_line(cause)}") from error
 
@@ -223,12 +247,13 @@ def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
     if load_ckpt_from is None:
         return None
     # one that was being written has a suffix, and may have its notes already
-    found = [path for path in save_dir.glob("step_*") if not path.suffix and (path / NOTES).is_file()]
+    found = [path for path in _of_steps(save_dir) if (path / NOTES).is_file()]
     if load_ckpt_from == "latest":
-        return max(found, default=None)
+        return found[-1] if found else None
     if load_ckpt_from == "best":
-        scores = {row["step"]: row["test/score"] for row in read_metrics(save_dir) if "test/score" in row}
-        tested = {path: scores[step] for path in sorted(found) if (step := step_of(path)) in scores}
+        rows = read_metrics(save_dir)
+        scores = {row["step"]: row["test/score"] for row in rows if isinstance(row.get("test/score"), float | int)}
+        tested = {path: scores[step] for path in found if (step := step_of(path)) in scores}
         if not tested:
             raise ConfigError(
                 f"trainer.load_ckpt_from=best: {save_dir} has no checkpoint of a step that was tested "
@@ -246,9 +271,15 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def _of_steps(save_dir: Path) -> list[Path]:
+    """Folders with the name of a checkpoint, oldest first."""
+    named = [path for path in save_dir.glob("step_*") if re.fullmatch(r"step_[0-9]+", path.name)]
+    return sorted(named, key=step_of)
+
+
 def prune(save_dir: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints."""
-    for path in sorted(path for path in save_dir.glob("step_[0-9]*") if not path.suffix)[:-keep]:
+    for path in _of_steps(save_dir)[:-keep]:
         shutil.rmtree(path)
 
 
@@ -259,8 +290,8 @@ def set_aside_after(save_dir: Path, step: int) -> None:
     """
     for path in save_dir.glob("step_*.partial"):
         shutil.rmtree(path)
-    for path in save_dir.glob("step_[0-9]*"):
-        if not path.suffix and step_of(path) > step:
+    for path in _of_steps(save_dir):
+        if step_of(path) > step:
             aside = path.with_suffix(".superseded")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)

@@ -140,19 +140,18 @@ def check_objective(
 
     Example: rl2 check-objective mine.py:focal gamma=1.5
     """
-    from omegaconf import OmegaConf
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from RL2.config import words
     from RL2.objectives.conformance import check
 
     if unclear := [knob for knob in knobs or [] if "=" not in knob]:
         sys.exit(f"rl2 check-objective: {unclear[0]!r} is not a knob; write KNOB=VALUE")
-    given = {str(knob): value for knob, value in OmegaConf.from_dotlist(knobs or []).items()}
     console = Console()
     with ending("check-objective"), console.status(f"trying {escape(objective)}"):
-        findings = check(objective, given)
+        findings = check(objective, words(knobs or []))
     table = Table(title=escape(" ".join([objective, *(knobs or [])])), title_justify="left")
     for heading in ("check", "", "what was seen"):
         table.add_column(heading)

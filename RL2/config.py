@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 
 class UserError(Exception):
@@ -31,10 +29,24 @@ class UserError(Exception):
 class ConfigError(UserError, ValueError):
     """A setting that cannot work; the message names the override to change."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
+
+
+def one_line(text: str) -> str:
+    """`text`, which may quote a file: without ends of lines and what no terminal prints, and not endless."""
+    whole = " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
+    return whole if len(whole) <= MAX_ERROR else f"{whole[:MAX_ERROR]}..."
+
+
+MAX_ERROR = 1000
+"""Characters of an error that quotes a file."""
+
 
 def first_line(error: BaseException) -> str:
     """What `error` says, or is, in one line."""
-    return (str(error) or repr(error)).strip().splitlines()[0]
+    lines = str(error).strip().splitlines()
+    return one_line(lines[0] if lines else repr(error))
 
 
 class LostProcess(UserError):
@@ -60,6 +72,7 @@ class Range:
 
 Count = Annotated[int, Range(1)]
 Index = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
 Share = Annotated[float, Range(0, 1)]
 NonNegative = Annotated[float, Range(0)]
 PositiveFloat = Annotated[float, Range(0, open_low=True)]
@@ -535,7 +548,7 @@ class Trainer:
     """Name of the project in wandb."""
     experiment_name: str
     """Name of the run."""
-    seed: Index
+    seed: Seed
     """Of data order, sampling and initialisation."""
     load_ckpt_from: str | None
     """A checkpoint folder to resume from, or one of save_dir: `latest`, if there is one yet, or `best`, which has the
@@ -823,9 +836,20 @@ def load(program: str, overrides: Sequence[str]) -> Any:
         with initialize_config_module("RL2.trainer.config", version_base="1.3"):
             tree = compose(program, overrides=[_may_be_new(override) for override in overrides])
         values = OmegaConf.to_container(tree, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # of Hydra and OmegaConf, and what they do not catch: names of files, numbers, recursion
         raise ConfigError(_in_the_users_words(program, overrides, error)) from error
     return build(PROGRAMS[program], values, "")
+
+
+def words(given: Sequence[str]) -> dict[str, Any]:
+    """What `key=value` words say, as YAML reads the values. Raises `ConfigError`."""
+    if unclear := [word for word in given if "=" not in word]:
+        raise ConfigError(f"{unclear[0]!r} is not a setting; write key=value")
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(given)))
+    except Exception as error:  # of YAML's, of OmegaConf's, of keys that contradict each other
+        raise ConfigError(f"{' '.join(given)}: {first_line(error)}") from error
+    return {str(key): value for key, value in values.items()}
 
 
 def show(config: Any) -> str:
@@ -851,7 +875,7 @@ def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception
         if key not in keys and not key.startswith(FREE_GROUPS) and not any(k.startswith(f"{key}.") for k in keys):
             near = difflib.get_close_matches(key, keys, n=1)
             return f"{program} has no key {key!r}" + (f"; did you mean {near[0]}?" if near else "")
-    return f"{str(error).splitlines()[0]} (overrides: {' '.join(overrides)})"
+    return f"{first_line(error)} (overrides: {' '.join(overrides)})"
 
 
 def _keys(cls: type, prefix: str) -> list[str]:
@@ -873,8 +897,8 @@ def build(annotation: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"{key}={value!r}; {key} is a group: set {key}.NAME=value")
         hints = typing.get_type_hints(annotation, include_extras=True)
         prefix = f"{key}." if key else ""
-        if unknown := set(value) - set(hints):
-            raise ConfigError(f"nothing reads {', '.join(prefix + name for name in sorted(unknown))}")
+        if unknown := sorted(f"{prefix}{name}" for name in set(value) - set(hints)):
+            raise ConfigError(f"nothing reads {', '.join(unknown)}")
         if missing := [f.name for f in fields(annotation) if f.name not in value and f.default is MISSING]:
             raise ConfigError(f"{', '.join(prefix + name for name in missing)} missing in the YAML")
         return annotation(**{f.name: build(hints[f.name], value[f.name], prefix + f.name) for f in fields(annotation)})
@@ -907,7 +931,7 @@ def build(annotation: Any, value: Any, key: str) -> Any:
     if value is None:
         raise ConfigError(f"{key} is not set; pass {key}=...")
     if annotation is float and type(value) is int:
-        return float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if annotation is str and type(value) in (int, float):
         return str(value)
     if type(value) is not annotation:

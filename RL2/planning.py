@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from omegaconf import OmegaConf
 from rich.console import ConsoleRenderable, Group
 from rich.markup import escape
 from rich.table import Table
 
-from RL2.config import UserError, first_line
+from RL2.config import ConfigError, UserError, first_line, words
 from RL2.parallel.choose import Plan, best
 from RL2.parallel.cost import PRESETS, Machine, Shape, Work, sync_traffic, traffic
 
@@ -35,23 +35,23 @@ class Question:
 
     @staticmethod
     def of(settings: Sequence[str]) -> Question:
-        """Of `key=value` words. Raises UserError for one that is not there or no sensible value."""
+        """Of `key=value` words. Raises ConfigError for one that is not there or no sensible value."""
         known = {f.name: str(f.type) for f in fields(Question)}
-        given = {str(k): v for k, v in OmegaConf.from_dotlist([s for s in settings if "=" in s]).items()}
+        given = words([s for s in settings if "=" in s])
         if unclear := [s for s in settings if "=" not in s] + [key for key in given if key not in known]:
-            raise UserError(f"{unclear[0]!r} is not a setting; they are {', '.join(f'{name}=' for name in known)}")
+            raise ConfigError(f"{unclear[0]!r} is not a setting; they are {', '.join(f'{name}=' for name in known)}")
         if missing := [name for name in ("model", "gpus") if name not in given]:
-            raise UserError(f"{missing[0]}= is missing")
+            raise ConfigError(f"{missing[0]}= is missing")
         for key, value in given.items():
             wanted = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}[known[key]]
             is_right = isinstance(value, wanted) and (isinstance(value, bool) == (known[key] == "bool"))
-            if not is_right or (known[key] in ("int", "float") and value <= 0):
-                raise UserError(f"{key}={value} is not {KINDS[known[key]]}")
+            if not is_right or (known[key] in ("int", "float") and not 0 < value < math.inf):
+                raise ConfigError(f"{key}={value} is not {KINDS[known[key]]}")
         question = Question(**given)
         if not question.mean_length:
             question = Question(**{"mean_length": question.length / 2} | given)
         if not 0 < question.mean_length <= question.length:
-            raise UserError(f"mean_length={question.mean_length:g} is not between 0 and length={question.length}")
+            raise ConfigError(f"mean_length={question.mean_length:g} is not between 0 and length={question.length}")
         return question
 
     @property

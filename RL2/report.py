@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from RL2.config import UserError, first_line
 from RL2.types import Trajectory
 
 Metrics = dict[str, float]
@@ -58,9 +59,8 @@ class Report:
             file = self.folder / name
             if self.is_first and file.exists():
                 # a line without an end was cut by the interruption: it is of the last step, which is run again
-                lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
                 kept = file.with_suffix(".partial")
-                kept.write_bytes(b"".join(line for line in lines if json.loads(line)["step"] < step))
+                kept.write_bytes(b"".join(line for line, row in whole_lines(file) if row["step"] < step))
                 kept.replace(file)  # so that another interruption, here, loses nothing
 
     def rows(self) -> list[dict[str, float]]:
@@ -143,8 +143,28 @@ def progress_bar(total: int, what: str, is_first: bool) -> tqdm[Any]:
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl, oldest first; a last line that was cut off is left out."""
     file = folder / "metrics.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [row for _, row in whole_lines(file)] if file.exists() else []
+
+
+def whole_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a .jsonl file of a run, each as it stands and as it is read; one without an end is left out.
+
+    Raises UserError for one that no run wrote.
+    """
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            yield line, parsed(line, f"{file}, line {number}")
+
+
+def parsed(line: bytes, where: str) -> dict[str, Any]:
+    """A line of a run's .jsonl files: an object with the `step` that it is of. Raises UserError, which says `where`."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {first_line(error)}") from error
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise UserError(f"{where} is not of a run: it has no step")
+    return row
 
 
 class Wandb:

@@ -9,11 +9,14 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from RL2.config import UserError
+from RL2.config import UserError, one_line
 
 
 class ScriptError(UserError, ValueError):
     """The script cannot be used at all; found when it is loaded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 def load_script(path: str | Path) -> ModuleType:

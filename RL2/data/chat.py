@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from RL2.data.source import DataError, Row, in_row, keys
+from RL2.data.source import DataError, Row, in_row, keys, shown
 
 Message = dict[str, Any]
+
+TEMPLATE_LIMIT_S = 10.0
+"""Of one rendering. Templates come with models, and jinja's sandbox keeps them from everything but taking time."""
+MAX_RENDERED = 1 << 26
+"""Characters that a template may make of a row's messages."""
 
 
 def from_json(value: Any) -> Any:
@@ -20,28 +26,28 @@ def from_json(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass
     return value
 
 
 def messages_of(row: Row) -> list[Message]:
     """The checked `messages` of a row."""
-    messages = from_json(row["messages"])
+    messages = from_json(row.get("messages"))
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"'messages' must be a list of at least one message, not {messages!r:.60}")
+        raise DataError(f"'messages' must be a list of at least one message, not {shown(messages)}")
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise DataError(f"messages[{number}] must be an object with 'role' and 'content', not {message!r:.60}")
+            raise DataError(f"messages[{number}] must be an object with 'role' and 'content', not {shown(message)}")
         role, content = message.get("role"), message.get("content")
         if role is None:
             raise DataError(f"messages[{number}] has no 'role'")
         if not isinstance(role, str):
-            raise DataError(f"messages[{number}].role must be text, not {role!r:.60}")
+            raise DataError(f"messages[{number}].role must be text, not {shown(role)}")
         if content is None and not message.get("tool_calls"):
             raise DataError(f"messages[{number}] has no 'content'")
         if content is not None and not isinstance(content, str):
-            raise DataError(f"messages[{number}].content must be text, not {content!r:.60}")
+            raise DataError(f"messages[{number}].content must be text, not {shown(content)}")
         if role == "user" and not (content or "").strip():
             raise DataError(f"messages[{number}] is empty")
     return messages
@@ -49,11 +55,43 @@ def messages_of(row: Row) -> list[Message]:
 
 @contextmanager
 def template_errors() -> Iterator[None]:
-    """A template may refuse messages in many ways: an unknown role, two turns of the same side, a missing field."""
+    """A template may refuse messages in many ways: an unknown role, two turns of the same side, a missing field.
+
+    Or it is wrong itself, and raises anything; or it goes on for ever, and is interrupted after `TEMPLATE_LIMIT_S`.
+    """
+    try:
+        with _interrupted_after(TEMPLATE_LIMIT_S):
+            yield
+    except Exception as error:
+        raise DataError(f"the chat template refuses the messages: {str(error) or type(error).__name__}") from error
+
+
+@contextmanager
+def _interrupted_after(limit_s: float) -> Iterator[None]:
+    """Raise TimeoutError in the Python code that runs within, once it takes longer. In any thread, unlike signals."""
+    thread, lock, is_over = threading.get_ident(), threading.Lock(), False
+
+    def throw(error: type[Exception] | None) -> None:
+        cause = None if error is None else ctypes.py_object(error)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), cause)
+
+    def interrupt() -> None:
+        with lock:
+            if not is_over:
+                throw(TimeoutError)
+
+    timer = threading.Timer(limit_s, interrupt)
+    timer.daemon = True
+    timer.start()
     try:
         yield
-    except (TemplateError, ValueError, TypeError) as error:
-        raise DataError(f"the chat template refuses the messages: {error}") from error
+    except TimeoutError as error:
+        raise TimeoutError(f"it takes longer than {limit_s:g} s") from error
+    finally:
+        timer.cancel()
+        with lock:
+            is_over = True
+            throw(None)  # one that came too late
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool) -> str:
@@ -64,6 +102,17 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_g
     with template_errors():
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     assert isinstance(text, str)
+    if len(text) > MAX_RENDERED:
+        raise DataError(f"the chat template makes {len(text)} characters of the messages")
+    return unicode(text, "what the chat template makes of the messages")
+
+
+def unicode(text: str, what: str) -> str:
+    """`text`, unless it is none: JSON can write one half of a surrogate pair alone, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} has half of a surrogate pair at character {error.start}") from error
     return text
 
 
@@ -80,9 +129,10 @@ def is_chat(row: Row) -> bool:
         raise DataError("both 'prompt' and 'messages'; pass one of them")
     if not isinstance(prompt, str):
         hint = "; chat messages go under 'messages'" if isinstance(prompt, list) else ""
-        raise DataError(f"'prompt' must be text, not {prompt!r:.60}{hint}")
+        raise DataError(f"'prompt' must be text, not {shown(prompt)}{hint}")
     if not prompt.strip():
         raise DataError("'prompt' is empty")
+    unicode(prompt, "'prompt'")
     return False
 
 

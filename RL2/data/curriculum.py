@@ -69,4 +69,12 @@ class Curriculum(Cursor):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.rates = {int(row): rate for row, rate in state.get("rates", {}).items()}
+        rates = state.get("rates", {})
+        rows = {str(row) for row in range(self.num_rows)}
+        if not isinstance(rates, dict) or not rates.keys() <= rows or not all(map(_is_share, rates.values())):
+            raise ValueError("its success rates of rows are not shares of these rows")
+        self.rates = {int(row): rate for row, rate in rates.items()}
+
+
+def _is_share(rate: object) -> bool:
+    return isinstance(rate, float | int) and 0 <= rate <= 1

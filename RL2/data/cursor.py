@@ -51,9 +51,11 @@ class Cursor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a position in other data or in another order."""
         for name, here in (("num_rows", self.num_rows), ("seed", self.seed)):
-            if state[name] != here:
-                raise ValueError(f"it was made with {name}={state[name]}, and now {name}={here}")
-        self.drawn = state["drawn"]
+            if state.get(name) != here:
+                raise ValueError(f"it was made with {name}={state.get(name)}, and now {name}={here}")
+        if type(drawn := state.get("drawn")) is not int or not 0 <= drawn < 2**63:
+            raise ValueError(f"its position in the data, {drawn!r}, is none")
+        self.drawn = drawn
 
     def _row(self, n: int) -> int:
         """The row that is drawn as number `n`."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.data.chat import from_json
 from RL2.data.sft import Example, encode_rows
-from RL2.data.source import DataError, Row, in_row, keys, load_converted
+from RL2.data.source import DataError, Row, in_row, keys, load_converted, shown
 from RL2.types import Sequence, Trajectory
 
 Pair = tuple[Example, Example]
@@ -81,7 +81,7 @@ def _demonstration(row: Row, side: str) -> Row:
         before = next((x for x in (messages, prompt) if isinstance(x, list)), [])
         return {"prompt": None, "messages": [*before, *answer]}
     if not isinstance(answer, str):
-        raise DataError(f"{side!r} must be text or a list of messages, not {answer!r:.60}")
+        raise DataError(f"{side!r} must be text or a list of messages, not {shown(answer)}")
     if isinstance(prompt, list):
         prompt, messages = None, prompt
     if prompt is None and messages is None:

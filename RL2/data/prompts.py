@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.chat import encode_prompts, from_json
-from RL2.data.source import DataError, Row, in_row, load_converted
+from RL2.data.source import DataError, Row, in_row, load_converted, shown
 from RL2.types import Prompt
 
 
@@ -38,5 +38,5 @@ def _extra_info(row: Row) -> dict[str, Any]:
         return {}
     extra_info = from_json(value)
     if not isinstance(extra_info, dict):
-        raise DataError(f"'extra_info' must be an object, not {value!r:.60}")
+        raise DataError(f"'extra_info' must be an object, not {shown(value)}")
     return extra_info

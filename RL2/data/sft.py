@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from RL2.data.chat import Message, encode, is_chat, messages_of, render, template_errors
-from RL2.data.source import DataError, Row, in_row, keys, load_converted
+from RL2.data.chat import Message, encode, is_chat, messages_of, render, template_errors, unicode
+from RL2.data.source import DataError, Row, in_row, keys, load_converted, shown
 from RL2.types import Sequence, Trajectory
 
 Example = tuple[list[int], list[bool]]
@@ -73,8 +73,8 @@ def _response(row: Row) -> str:
     if response is None:
         raise DataError(f"'prompt' without 'response'; its keys are {keys(row)}")
     if not isinstance(response, str):
-        raise DataError(f"'response' must be text, not {response!r:.60}")
-    return response
+        raise DataError(f"'response' must be text, not {shown(response)}")
+    return unicode(response, "'response'")
 
 
 def _conversation(row: Row) -> list[Message]:

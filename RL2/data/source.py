@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from RL2.config import UserError
+from RL2.config import UserError, one_line
 
 Row = dict[str, Any]
 
 
 class DataError(UserError, ValueError):
     """Data that cannot be used; the message names the file and the row."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 @contextmanager
@@ -59,12 +62,20 @@ def load_converted(path: str, example: Callable[[Row], Row] | None) -> list[Row]
                 what = f"example(row) failed with {type(error).__name__}: {error}"
                 raise DataError(f"{what}; the row's keys are {keys(row)}") from error
             if not isinstance(converted[-1], dict):
-                raise DataError(f"example(row) returned {converted[-1]!r:.60}, not a dict")
+                raise DataError(f"example(row) returned {shown(converted[-1])}, not a dict")
     return converted
 
 
 def keys(row: Row) -> str:
     return ", ".join(map(str, row)) or "none"
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value, for errors."""
+    try:
+        return f"{value!r:.60}"
+    except (ValueError, RecursionError):  # a number with too many digits, lists in lists in lists
+        return f"a {type(value).__name__}"
 
 
 def describe(path: str | None) -> str:
@@ -128,6 +139,8 @@ def _read_json(path: str) -> list[Row]:
             value, end = decode(text, at)
         except json.JSONDecodeError as error:
             raise wrong(error.msg, error.pos) from error
+        except (ValueError, RecursionError) as error:
+            raise wrong(_beyond(error), at) from error
         if not isinstance(value, dict):
             raise wrong(_not_an_object(value), at)
         rows.append(value)
@@ -144,7 +157,17 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _not_an_object(value: Any) -> str:
-    return f"expected an object, found {json.dumps(value):.40}"
+    try:
+        return f"expected an object, found {json.dumps(value):.40}"
+    except RecursionError as error:
+        return _beyond(error)
+
+
+def _beyond(error: Exception) -> str:
+    """What is wrong with JSON that is JSON, but more than Python reads."""
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply"
+    return "a number has too many digits"
 
 
 def _read_jsonl(path: str) -> list[Row]:
@@ -158,6 +181,8 @@ def _read_jsonl(path: str) -> list[Row]:
                 value = json.loads(text)
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: {error.msg} (column {error.colno})") from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: {_beyond(error)}") from error
             if not isinstance(value, dict):
                 raise DataError(f"{where}: {_not_an_object(value)}")
             rows.append(value)
@@ -190,7 +215,9 @@ def _read_parquet(path: str) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        return pa.parquet.read_table(path).to_pylist()
+        table = pa.parquet.read_table(path)
+        table.validate(full=True)
+        return table.to_pylist()
     except pa.ArrowException as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -203,7 +230,9 @@ def _read_arrow(path: str) -> list[Row]:
     try:
         with pa.memory_map(path) as source:
             reader = pa.ipc.open_stream(source) if is_stream else pa.ipc.open_file(source)
-            return reader.read_all().to_pylist()
+            table = reader.read_all()
+            table.validate(full=True)  # what a damaged file says of lengths would be read beyond its end
+            return table.to_pylist()
     except pa.ArrowException as error:
         raise DataError(f"{path}: {error}") from error
 

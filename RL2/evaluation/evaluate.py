@@ -10,19 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
+from types import NoneType
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from RL2.config import ConfigError, Count, Index, PositiveFloat, Share, build, first_line
+from RL2.config import ConfigError, Count, Index, PositiveFloat, Seed, Share, build, first_line, words
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.evaluation.compare import compare
 from RL2.evaluation.intervals import Estimate, accuracy
-from RL2.evaluation.samples import Sample, majority_at, over_problems, pass_at
+from RL2.evaluation.samples import Sample, are_shares, majority_at, over_problems, pass_at
 from RL2.models.loading import weights_folder
 from RL2.models.policy import end_tokens, load_model, load_tokenizer, max_length
 from RL2.rollout.collect import Episodes, Group, finish
@@ -34,6 +34,8 @@ from RL2.workers.worker import compute_dtype
 RECORDS, SUMMARY = "records.jsonl", "summary.json"
 WAVE = 512
 """Responses that are at work together; their records are written when all are done."""
+MOST = 1e100
+"""More than any score or count of a record: means and variances of such are finite."""
 GREEDY = -1
 """Number of the greedy response among the samples of a problem."""
 
@@ -53,7 +55,7 @@ class Question:
     max_new_tokens: Count = 1024
     max_turns: Count = 1
     limit: Count | None = None
-    seed: Index = 0
+    seed: Seed = 0
     out: str = "evals"
     env_timeout_s: PositiveFloat = 60.0
     max_running_requests: Count = 256
@@ -61,9 +63,7 @@ class Question:
     @staticmethod
     def of(settings: Sequence[str]) -> Question:
         """Of `key=value` words. Raises ConfigError for one that is not there or no sensible value."""
-        if unclear := [word for word in settings if "=" not in word]:
-            raise ConfigError(f"{unclear[0]!r} is not a setting; write key=value")
-        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)))
+        given = words(settings)
         known = {f.name: f.default for f in fields(Question)}
         if missing := [name for name, default in known.items() if default is MISSING and name not in given]:
             raise ConfigError(f"{missing[0]}= is missing")
@@ -166,10 +166,29 @@ def read(folder: Path) -> list[dict[str, Any]]:
     # not str.splitlines: a text may hold other characters that end a line, which JSON leaves as they are
     for number, line in enumerate(kept.splitlines(), 1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            records.append(_whole(json.loads(line)))
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}, line {number}: {first_line(error)}; remove the folder to begin anew") from error
     return records
+
+
+def _whole(record: Any) -> dict[str, Any]:
+    """`record`, with everything in it that is read again. Raises ValueError."""
+    wanted: dict[str, tuple[type, ...]] = {
+        "row": (int,),
+        "sample": (int,),
+        "score": (int, float, NoneType),
+        "answer": (str, NoneType),
+        "tokens": (int,),
+        "truncated": (bool,),
+    }
+    if not isinstance(record, dict):
+        raise ValueError("not a record of a response")
+    for name, types in wanted.items():
+        value = record.get(name, ...)
+        if type(value) not in types or (isinstance(value, int | float) and not -MOST < value < MOST):
+            raise ValueError(f"not a record of a response: it has no {name} as `rl2 eval` writes it")
+    return record
 
 
 def keep_whole_problems(folder: Path, size: int) -> set[int]:
@@ -198,7 +217,8 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
 
     greedy = {row: s.score for row, of in problems.items() for s in _scored(of, "greedy")}
     if greedy:
-        put("greedy", accuracy(list(greedy.values())))
+        values = list(greedy.values())
+        put("greedy", accuracy(values) if are_shares(values) else over_problems(values))
     sampled = [samples for of in problems.values() if (samples := _scored(of, "sampled"))]
     if sampled:
         put("mean", over_problems([fmean(sample.score for sample in samples) for samples in sampled]))

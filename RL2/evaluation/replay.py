@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from RL2.advantages import ADVANTAGES, reward_of_sequences
 from RL2.config import Actor as ActorConfig
-from RL2.config import RLConfig, UserError, build, first_line
+from RL2.config import RLConfig, UserError, build, first_line, words
 from RL2.objectives.declare import Loss
 from RL2.objectives.probe import reads_advantages
 from RL2.objectives.table import configured
@@ -79,11 +78,8 @@ def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) ->
         raise UserError(
             f"{run} has not kept step {step}; it has kept {kept or 'none'} (trainer.replay_freq=N keeps every N-th)"
         )
-    configs = {title: _config(run, folder, title) for title in wanted}
-    try:
-        batch = TokenBatch(**load_file(folder / REPLAY_BATCH))
-    except SafetensorError as error:
-        raise UserError(f"{folder / REPLAY_BATCH} is damaged: {first_line(error)}") from error
+    configs = {title: run_config(run, folder, title) for title in wanted}
+    batch = read_batch(folder / REPLAY_BATCH)
     actor = Actor(next(iter(configs.values())).actor, processes, 1, folder)
 
     def only(field: str) -> StatsRequest:
@@ -140,23 +136,36 @@ def table(replayed: Replay) -> Group:
     return Group(what, between)
 
 
-def _config(run: Path, folder: Path, title: str) -> RLConfig:
-    name, *overrides = shlex.split(title)
-    file = run / "config.yaml"
+def read_batch(file: Path) -> TokenBatch:
+    """Raises UserError if it is not the batch of a run."""
+    try:
+        return TokenBatch(**load_file(file))
+    except (OSError, SafetensorError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {first_line(error)}") from error
+
+
+def run_config(run: Path, folder: Path, title: str) -> RLConfig:
+    """The configuration of the run in `run`, with the objective and the overrides of `title` and the model in `folder`.
+
+    Raises UserError for one that is not there or does not fit.
+    """
+    try:
+        name, *overrides = shlex.split(title)
+    except ValueError as error:
+        raise UserError(f"{title!r} is not NAME [KEY=VALUE ...]: {first_line(error)}") from error
+    given, file = words(overrides), run / "config.yaml"
+    keys = {override.partition("=")[0] for override in overrides}
     try:
         fresh: Any = OmegaConf.to_container(OmegaConf.load(file))
         # what belongs to the run's own objective
         fresh["actor"] |= {"objective": name, "objective_args": {}, "clip": None}
         fresh["actor"]["path"] = dict.fromkeys(fresh["actor"]["path"])
-        if unclear := [override for override in overrides if "=" not in override]:
-            raise UserError(f"{unclear[0]!r} is not an override; write key=value")
-        keys = {override.partition("=")[0] for override in overrides}
-        values: Any = OmegaConf.to_container(OmegaConf.merge(fresh, OmegaConf.from_dotlist(overrides)))
-    except (OSError, OmegaConfBaseException, TypeError, KeyError) as error:
+        values: Any = OmegaConf.to_container(OmegaConf.merge(fresh, given))
+        values["actor"] |= {"model_name": str(folder), "ddp_size": 1, "sp_size": 1, "tp_size": 1}
+        values["actor"]["lora"]["rank"] = 0  # what was kept has the adapters in it
+        values["rollout"]["model_name"] = values["ref_actor"]["model_name"] = str(folder)
+    except Exception as error:  # of YAML's, of OmegaConf's, of groups that are no groups
         raise UserError(f"{file} is not the configuration of an RL run: {first_line(error)}") from error
-    values["actor"] |= {"model_name": str(folder), "ddp_size": 1, "sp_size": 1, "tp_size": 1}
-    values["actor"]["lora"]["rank"] = 0  # what was kept has the adapters in it
-    values["rollout"]["model_name"] = values["ref_actor"]["model_name"] = str(folder)
     config: RLConfig = build(RLConfig, values, "")
     on_all = reads_advantages(configured(config.actor))
     fitting = {"train_on": "all", "average_over": "all"} if on_all else {"train_on": "correct"}

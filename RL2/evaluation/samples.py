@@ -5,6 +5,7 @@ Shapes: P problems.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,14 +80,18 @@ def over_problems(values_P: Sequence[float], confidence: float = 0.95) -> Estima
     Problems are drawn again, each with all its samples, because these hang together; what varies is which problems
     there are and how they were sampled. The bounds are those of the bootstrap-t (Efron and Tibshirani, "An Introduction
     to the Bootstrap", 1993, chapter 12), which for few problems near 0 or 1 covers better than plain percentiles. Where
-    all values are the same it has no width to offer, and Wilson's interval of as many problems takes its place.
+    all values are the same it has no width to offer, and Wilson's interval of as many problems takes its place. Scores
+    that are not between 0 and 1 have no such: there it is as wide as what was seen.
     """
     values = np.asarray(values_P, dtype=np.float64)
     if not len(values):
         raise ValueError("an interval needs at least one problem")
     mean = float(values.mean())
+    least, most = (0.0, 1.0) if are_shares(values_P) else (-math.inf, math.inf)
     if len(values) < 3 or np.ptp(values) < 1e-12:
-        return accuracy(list(values_P), confidence)
+        if least == 0:
+            return accuracy(list(values_P), confidence)
+        return Estimate(mean, min(mean, float(values.min())), max(mean, float(values.max())))
     error = values.std(ddof=1) / len(values) ** 0.5
     drawn = values[np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))]
     errors = drawn.std(axis=1, ddof=1) / len(values) ** 0.5
@@ -95,4 +100,9 @@ def over_problems(values_P: Sequence[float], confidence: float = 0.95) -> Estima
     t = (means[usable] - mean) / errors[usable]
     below, above = np.quantile(t, ((1 - confidence) / 2, (1 + confidence) / 2))
     low, high = float(mean - above * error), float(mean - below * error)
-    return Estimate(mean, min(mean, max(0.0, low)), max(mean, min(1.0, high)))
+    return Estimate(mean, min(mean, max(least, low)), max(mean, min(most, high)))
+
+
+def are_shares(scores: Sequence[float]) -> bool:
+    """Whether all lie between 0 and 1; an environment may give others."""
+    return all(0 <= score <= 1 for score in scores)

@@ -67,7 +67,7 @@ def read(file: Path, seeds: int, folder: Path) -> Sweep:
             for seed in range(seeds)
             for name, of in methods.items()
         ]
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: {first_line(error)}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from RL2.config import one_line
 from RL2.scripts import ScriptError, described, load_script
 from RL2.types import Sampling
 
@@ -46,8 +47,8 @@ class Unscored(Exception):
     """An episode has no reward, for this cause."""
 
     def __init__(self, cause: str) -> None:
-        super().__init__(cause)
-        self.cause = cause
+        self.cause = one_line(cause)  # it may quote the script, and is printed and written down
+        super().__init__(self.cause)
 
 
 @dataclass(frozen=True)
@@ -303,7 +304,7 @@ def _number(result: dict[str, Any], name: str) -> float:
         raise Unscored(f"step returned {name}={_name(value)}; expected a number")
     try:
         number = float(value)
-    except OverflowError:
+    except Exception:  # too large, or a class of the script's own
         number = math.inf
     if not math.isfinite(number):
         raise Unscored(f"step returned {name}={number}; expected a finite number")

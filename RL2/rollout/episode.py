@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from RL2.data.chat import messages_of, render
+from RL2.data.chat import messages_of, render, unicode
 from RL2.data.source import DataError
 from RL2.engines.base import Engine
 from RL2.rollout.environment import Environment, State, Unscored
@@ -62,6 +62,8 @@ async def run_episode(
                     raise Unscored(f"the prompt leaves no room for a response within {max_length} tokens")
                 break
             if not sequence.token_ids:
+                if not added:
+                    raise Unscored("the environment gave an empty state: there is no token to go on from")
                 trajectory.sequences.append(sequence)
             _append(sequence, added)
 
@@ -144,6 +146,10 @@ def _render(tokenizer: PreTrainedTokenizerBase, before: list[dict[str, Any]], me
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    try:
+        unicode(text, "the environment's state")
+    except DataError as error:
+        raise Unscored(str(error)) from error
     return tokenizer.encode(text, add_special_tokens=False)
 
 

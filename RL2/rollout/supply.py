@@ -73,7 +73,12 @@ class Supply:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.cursor.load_state_dict(state)
-        self.again = list(state.get("outstanding", []))  # other programs have none
+        again = state.get("outstanding", [])  # other programs have none
+        if not isinstance(again, list) or not all(
+            type(row) is int and row in range(len(self.prompts)) for row in again
+        ):
+            raise ValueError("its outstanding rows are not rows of these data")
+        self.again = again
 
     def _begin(self, number: int, batch: int, first_group: int, step: int, before: int = 0) -> list[Group]:
         again, self.again = self.again[:number], self.again[number:]

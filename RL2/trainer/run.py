@@ -203,4 +203,9 @@ def begun_by(launchers: list[str], save_dir: Path) -> bool:
     One machine in common is enough, as another may have taken the place of one that failed.
     """
     file = save_dir / LAUNCHERS
-    return file.exists() and not set(json.loads(file.read_text())).isdisjoint(launchers)
+    if not file.exists():
+        return False
+    try:
+        return not set(json.loads(file.read_text())).isdisjoint(launchers)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{file} is damaged ({first_line(error)}); remove it") from error

@@ -13,8 +13,10 @@ import json
 import math
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -26,7 +28,7 @@ from pyarrow import parquet
 from safetensors.numpy import load_file
 
 from RL2.config import UserError, first_line
-from RL2.report import TOKENS
+from RL2.report import TOKENS, parsed
 
 CHUNK = 1 << 17
 """Characters after which a chunk is full."""
@@ -41,6 +43,7 @@ NOTHING = 1e-3
 COLUMNS = ("run", "step", "split", "row", "group", "sample", "reward", "length", "loss", "mark", "token")
 """Of the index: a number for each rollout, or null."""
 SPLITS = ("train", "test")
+LARGEST = sys.float_info.max
 TRUNCATED, UNSCORED = 1, 2
 """Bits of the column `mark`."""
 
@@ -49,7 +52,8 @@ def encoded(value: Any) -> str:
     """JSON, deflated without a header, in base64."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     packer = zlib.compressobj(6, zlib.DEFLATED, -15)
-    data = packer.compress(text.encode("utf-8")) + packer.flush()
+    # half of a surrogate pair, which no run writes, becomes a question mark
+    data = packer.compress(text.encode("utf-8", "replace")) + packer.flush()
     return base64.b64encode(data).decode("ascii")
 
 
@@ -111,12 +115,7 @@ class Lines:
                 if not line.endswith(b"\n"):
                     break
                 self.place += len(line)
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise UserError(
-                        f"{self.file}: the line that ends at byte {self.place} is not JSON: {first_line(error)}"
-                    ) from error
+                yield parsed(line, f"{self.file}: the line that ends at byte {self.place}")
 
 
 @dataclass
@@ -189,24 +188,28 @@ class Book:
                     values.append(_short(value, 6))
         for row in run.samples.new():
             found = True
-            self._add(number, run, row)
+            with _readable(run.samples.file):
+                self._add(number, run, row)
         for file in sorted(run.folder.glob(f"{TOKENS}/*.parquet")):
             # samples.jsonl comes first: what it does not have yet is of a later look
             if file.name not in run.token_files:
-                found |= self._add_tokens(run, file)
+                with _readable(file):
+                    found |= self._add_tokens(run, file)
         return found
 
     def _add(self, number: int, run: RunFiles, row: dict[str, Any]) -> None:
+        if not all(isinstance(text, str) for text in row["texts"]) or not isinstance(row.get("unscored"), str | None):
+            raise TypeError("texts have to be texts")
         run.rollouts[_key(row)] = len(self.texts)
         values = {
             "run": number,
             "step": row["step"],
             "split": SPLITS.index(row["split"]),
-            "row": row["row"],
-            "group": row.get("group"),
-            "sample": row.get("sample"),
+            "row": _finite(row["row"]),
+            "group": _finite(row.get("group")),
+            "sample": _finite(row.get("sample")),
             "reward": None if row.get("unscored") else _finite(row["reward"]),
-            "length": row.get("num_tokens"),
+            "length": _finite(row.get("num_tokens")),
             "loss": None,
             "mark": TRUNCATED * bool(row.get("truncated")) + UNSCORED * bool(row.get("unscored")),
             "token": None,
@@ -243,7 +246,8 @@ class Book:
         if not file.exists():
             return {}
         if row["step"] not in run.replays:
-            run.replays[row["step"]] = _replay(file)
+            with _readable(file):
+                run.replays[row["step"]] = _replay(file)
         return run.replays[row["step"]].get(np.asarray(row["token_ids"], np.int64).tobytes(), {})
 
     def chunks(self) -> Iterator[tuple[str, str]]:
@@ -281,12 +285,26 @@ class Book:
         )
 
 
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """What is read within is of `file`; whatever is wrong with it, a UserError says where."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{file} is not as a run writes it ({type(error).__name__}: {first_line(error)}); remove it, or mend it"
+        ) from error
+
+
 def _key(row: dict[str, Any]) -> tuple[int, ...]:
     return (row["step"], SPLITS.index(row["split"]), row["row"], row.get("group", 0), row.get("sample", 0))
 
 
 def _finite(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    """`value`, if it is a number that a browser has too."""
+    return value if isinstance(value, int | float) and -LARGEST <= value <= LARGEST else None
 
 
 def _short(value: float, digits: int = 4) -> float | None:
@@ -335,13 +353,17 @@ def _replay(file: Path) -> dict[bytes, dict[str, list[float]]]:
 
 def _replay_table(file: Path) -> dict[str, Any]:
     """What `rl2 replay` prints."""
-    replay = json.loads(file.read_text(encoding="utf-8"))
-    shown = ("title", "loss", "norm", "tokens", "entropy", "correct", "wrong")
-    objectives = [
-        {name: one[name] if name == "title" else _finite(one[name]) for name in shown} for one in replay["objectives"]
-    ]
-    cosines = [{**one, "cosine": _finite(one["cosine"])} for one in replay["cosines"]]
-    return {"step": replay["step"], "objectives": objectives, "cosines": cosines}
+    with _readable(file):
+        replay = json.loads(file.read_text(encoding="utf-8"))
+        shown = ("loss", "norm", "tokens", "entropy", "correct", "wrong")
+        objectives = [
+            {"title": str(one["title"]), **{name: _finite(one[name]) for name in shown}} for one in replay["objectives"]
+        ]
+        cosines = [
+            {"of": str(one["of"]), "and": str(one["and"]), "cosine": _finite(one["cosine"])}
+            for one in replay["cosines"]
+        ]
+        return {"step": int(replay["step"]), "objectives": objectives, "cosines": cosines}
 
 
 def _methods(named: Sequence[str]) -> tuple[list[str], list[list[Path]]]:
@@ -387,10 +409,15 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     if not file.exists():
         return {}
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YAML: {first_line(error)}") from error
+    with _readable(file):
+        text = file.read_text(encoding="utf-8")
+        # a run writes none, and a few lines of them stand for gigabytes
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it has aliases")
+        config = json.loads(json.dumps(yaml.safe_load(text) or {}, default=str))  # all keys are texts then
+        if not isinstance(config, dict) or not isinstance(config.get("trainer", {}), dict):
+            raise TypeError("it is no configuration")
+        return config
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:

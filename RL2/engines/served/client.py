@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from RL2.config import first_line
 from RL2.types import Sampling
 
 CONTROL_TIMEOUT_S = 600
@@ -124,12 +125,42 @@ class Client(ABC):
         with _errors("/metrics"):
             text = httpx.get(f"{self.url}/metrics", headers=self.headers, timeout=30, trust_env=False).text
         found = (re.findall(rf"^{self.queue_metric}_{x}\S* (\S+)$", text, re.M) for x in ("sum", "count"))
-        seconds, number = (sum(map(float, values)) for values in found)
-        return seconds, int(number)
+        with understood("/metrics"):
+            seconds, number = (sum(map(float, values)) for values in found)
+            return seconds, int(number)
 
 
-def versions_of(spans: list[dict[str, Any]]) -> list[int]:
+@contextmanager
+def understood(path: str) -> Iterator[None]:
+    """What is read within, of an answer, may not be there, or be something else: a `ServerError` then."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ServerError(f"{path}: the answer is not of the form that is known ({what})") from error
+
+
+def checked(answer: Answer, max_new_tokens: int) -> Answer:
+    """`answer`, if it can be trained on: as many numbers of each kind as tokens. Raises `ServerError`."""
+    tokens, logps, versions = answer.token_ids, answer.logps, answer.versions
+    if not all(type(token) is int and token >= 0 for token in tokens) or not len(tokens) == len(logps) == len(versions):
+        raise ServerError(f"{len(tokens)} tokens came with {len(logps)} log-probabilities and {len(versions)} versions")
+    if not all(type(logp) in (float, int) and math.isfinite(logp) for logp in logps):
+        raise ServerError(f"{len(tokens)} tokens came without a log-probability of each that is a number")
+    if not isinstance(answer.finish, str):
+        raise ServerError(f"a response ended with {answer.finish!r:.60}")
+    if len(tokens) > max_new_tokens or (not tokens and answer.finish != "abort"):
+        raise ServerError(f"{len(tokens)} tokens came where at most {max_new_tokens}, and one at least, were asked for")
+    return answer
+
+
+def versions_of(spans: list[dict[str, Any]], num_tokens: int) -> list[int]:
     """The version of each token, from `{"version": label, "start": token, "end": token}` of both kinds of servers."""
+    number = sum(len(range(span["start"], span["end"])) for span in spans)
+    if number != num_tokens:
+        raise ServerError(f"{num_tokens} tokens came with versions of {number}")
     return [
         int(span["version"]) if span["version"].isdecimal() else -1
         for span in spans
@@ -161,5 +192,5 @@ def _json(path: str, answer: httpx.Response) -> Any:
         raise ServerError(f"{path}: HTTP {answer.status_code} {answer.text[:1000]}", status=answer.status_code)
     try:
         return answer.json() if answer.content else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ServerError(f"{path}: the answer is not JSON: {answer.text[:200]}") from error

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from RL2.config import SGLANG_MAX_TOP_K
-from RL2.engines.served.client import Answer, Client, Refused, ServerError, versions_of
+from RL2.engines.served.client import Answer, Client, Refused, ServerError, checked, understood, versions_of
 from RL2.types import Sampling
 
 
@@ -32,7 +32,9 @@ class SGLangClient(Client):
         whole = Answer([], [], "length", [])
         while left := sampling.max_new_tokens - len(whole.token_ids):
             body = request(token_ids + whole.token_ids, replace(sampling, max_new_tokens=left))
-            answer = _answer(await self.ask(http, "/generate", body, timeout_s), body)
+            got = await self.ask(http, "/generate", body, timeout_s)
+            with understood("/generate"):
+                answer = checked(_answer(got, body), left)
             whole.token_ids.extend(answer.token_ids)
             whole.logps.extend(answer.logps)
             whole.versions.extend(answer.versions)
@@ -45,10 +47,12 @@ class SGLangClient(Client):
     def logps(self, token_ids: list[int]) -> list[float]:
         sampling = {"max_new_tokens": 1, "temperature": 1.0}
         body = {"input_ids": token_ids, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
-        scored = self.call("/generate", body)["meta_info"]["input_token_logprobs"][1:]
-        if [token for _, token, _ in scored] != token_ids[1:]:
-            raise ServerError("the log-probabilities of a prompt are not of its tokens")
-        return [math.nan if logp is None else logp for logp, _, _ in scored]
+        answer = self.call("/generate", body)
+        with understood("/generate"):
+            scored = answer["meta_info"]["input_token_logprobs"][1:]
+            if [token for _, token, _ in scored] != token_ids[1:]:
+                raise ServerError("the log-probabilities of a prompt are not of its tokens")
+            return [math.nan if logp is None else float(logp) for logp, _, _ in scored]
 
     def use_folder(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -128,7 +132,4 @@ def _answer(answer: dict[str, Any], body: dict[str, Any]) -> Answer:
         finish = "unasked"
     if finish == "length" and len(token_ids) < asked["max_new_tokens"]:
         raise Refused(f"it ended after {len(token_ids)} of {asked['max_new_tokens']} tokens: raise --context-length")
-    versions = versions_of(meta["weight_versions"])
-    if len(versions) != len(token_ids):
-        raise ServerError(f"{len(token_ids)} tokens came with versions of {len(versions)}")
-    return Answer(token_ids, logps, finish, versions)
+    return Answer(token_ids, logps, finish, versions_of(meta["weight_versions"], len(token_ids)))
