@@ -563,7 +563,7 @@ class Trainer:
     timeout_s: PositiveFloat
     """Limit of every wait on another process."""
     dry_run: bool
-    """Resolve, check and print the configuration; load nothing."""
+    """Check all that the run needs, try the environment, count rows, steps and memory, and stop: no weights are read."""
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.save_freq is None:

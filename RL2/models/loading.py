@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -63,13 +64,7 @@ def read_weights(lm: PreTrainedModel, model_name: str, key: str, initial: Initia
     if the model has a parameter that they lack and `initial` has no value for.
     """
     folder = weights_folder(model_name, key)
-    reader = HuggingFaceStorageReader(str(folder))
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise ConfigError(f"{key}={model_name} has a broken safetensors file: {first_line(error)}") from error
-    if not stored:
-        raise ConfigError(f"{key}={model_name} has no weights in safetensors format (no *.safetensors in {folder})")
+    stored = stored_names(folder, model_name, key)
     state: dict[str, Tensor] = {}
     lacking: list[str] = []
     for names, tensor in _parameters(lm):
@@ -87,10 +82,40 @@ def read_weights(lm: PreTrainedModel, model_name: str, key: str, initial: Initia
         )
     try:
         with warnings.catch_warnings(action="ignore"):  # that it reads without the other processes, which is the idea
-            dcp.load(state, storage_reader=reader, no_dist=True)
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (dcp.CheckpointException, ValueError, SafetensorError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise ConfigError(f"{key}={model_name}: its weights cannot be read: {first_line(cause)}") from error
+
+
+def stored_names(folder: Path, model_name: str, key: str) -> set[str]:
+    """Names of the weights in a folder's safetensors, of which only the headers are read.
+
+    Raises ConfigError, which names the file, if one is broken or one of those in the index is not there.
+    """
+    names: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names |= set(opened.keys())
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{key}={model_name}: {file.name} is broken ({first_line(error)}); was a download or a copy cut off? "
+                "Take it out and fetch it again"
+            ) from error
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{key}={model_name}: {index.name} is broken ({first_line(error)})") from error
+        if missing := sorted(file for file in named if not (folder / file).is_file()):
+            raise ConfigError(
+                f"{key}={model_name}: {missing[0]} is missing, which {index.name} names (with it {len(missing)} of "
+                f"{len(named)} files); fetch the model again"
+            )
+    if not names:
+        raise ConfigError(f"{key}={model_name} has no weights in safetensors format (no *.safetensors in {folder})")
+    return names
 
 
 def _parameters(lm: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
@@ -112,6 +137,17 @@ def _set(tensor: Tensor, value: Tensor) -> None:
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(value)
+
+
+def folder_here(model_name: str) -> Path | None:
+    """The folder of a model that is on this machine: as it stands, or in the hub's cache; None if it is to be fetched.
+
+    Raises ValueError for a name that is neither a folder nor one that the hub could know.
+    """
+    if Path(model_name).is_dir():
+        return Path(model_name)
+    config = try_to_load_from_cache(model_name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def weights_folder(model_name: str, key: str) -> Path:

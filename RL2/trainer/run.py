@@ -80,15 +80,6 @@ class Run:
         self.processes.wait("the report to be cut back")
         return step
 
-    def number_of_steps(self, cursor: Cursor) -> int:
-        """`max_steps`, or as many as `n_epochs` give."""
-        if self.config.max_steps is not None:
-            return self.config.max_steps
-        try:
-            return cursor.batches(self.config.n_epochs)
-        except ValueError as error:
-            raise ConfigError(f"{error}; lower the batch or raise trainer.n_epochs") from error
-
     def save_if_due(
         self,
         step: int,
@@ -159,11 +150,8 @@ def start(config: Config) -> Iterator[Run]:
         launchers = sorted(set(processes.gather(launcher(), "all processes to say who started them")))
         is_test = isinstance(trainer, RLTrainer) and trainer.eval_only
         goes_on = not is_test and (trainer.load_ckpt_from is not None or begun_by(launchers, save_dir))
-        if not goes_on and (save_dir / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"trainer.save_dir={save_dir} already holds a run; go on with it (trainer.load_ckpt_from=latest) "
-                "or choose another trainer.save_dir"
-            )
+        if not goes_on:
+            refuse_another_run(save_dir)
         processes.wait("all processes to look into trainer.save_dir")
         if processes.is_first:
             try:
@@ -182,6 +170,25 @@ def start(config: Config) -> Iterator[Run]:
         processes.stop()
         raise
     processes.stop()
+
+
+def number_of_steps(trainer: TrainerConfig, cursor: Cursor) -> int:
+    """`max_steps`, or as many as `n_epochs` give."""
+    if trainer.max_steps is not None:
+        return trainer.max_steps
+    try:
+        return cursor.batches(trainer.n_epochs)
+    except ValueError as error:
+        raise ConfigError(f"{error}; lower the batch or raise trainer.n_epochs") from error
+
+
+def refuse_another_run(save_dir: Path) -> None:
+    """Raise ConfigError if there is one in the folder of a run that begins."""
+    if (save_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"trainer.save_dir={save_dir} already holds a run; go on with it (trainer.load_ckpt_from=latest) "
+            "or choose another trainer.save_dir"
+        )
 
 
 def replay_folder(save_dir: Path, step: int) -> Path:
