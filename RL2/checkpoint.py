@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -67,8 +68,11 @@ class Checkpoints:
     is written at a time: the next `save`, or `finish`, waits for the one before and raises what went wrong with it.
     """
 
-    def __init__(self, folder: Path, processes: Processes, keep: int | None = None) -> None:
-        """`keep`: how many of the newest stay; None: all."""
+    def __init__(
+        self, folder: Path, processes: Processes, keep: int | None = None, models: dict[str, Any] | None = None
+    ) -> None:
+        """`keep`: how many of the newest stay; None: all. `models`: what they began with, which each notes."""
+        self.models = models or {}
         self.folder, self.processes, self.keep = folder, processes, keep
         # of their own: their collectives run beside those of training
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=processes.timeout_s))
@@ -82,7 +86,7 @@ class Checkpoints:
         self.step, self.written = step, Future()
         target = self.folder / f"step_{step:06d}"
         partial = target.with_suffix(".partial")
-        notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict()}
+        notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict(), "models": self.models}
         if critic is not None:
             notes["critic_steps"] = critic.steps
         states = self.processes.gather([_random_states(self.processes.device)], "the random states of all processes")
@@ -151,7 +155,7 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
     The processes may be others than those that saved it, in number and layout. Raises ConfigError for a checkpoint of
     something else, or a damaged one.
     """
-    notes = json.loads((source / NOTES).read_text())
+    notes, own = _read_notes(source, processes.rank)
     if critic is not None and "critic_steps" not in notes:
         raise ConfigError(f"trainer.load_ckpt_from={source} has no critic, which adv.estimator=gae needs")
     learners = _learners(learner, critic)
@@ -160,7 +164,9 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
         dcp.load(state, checkpoint_id=source / STATE)
     except dcp.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]  # of the first process that failed
-        raise ConfigError(f"trainer.load_ckpt_from={source} cannot be loaded: {first_line(cause)}") from error
+        raise ConfigError(
+            f"trainer.load_ckpt_from={source} cannot be loaded: {first_line(cause).rstrip('.')}"
+        ) from error
     # dcp reads what the model asks for, and would leave the rest of a larger one unread
     saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata
     if extra := {key for key in saved if key.startswith("model.")} - {f"model.{name}" for name in state["model"]}:
@@ -172,14 +178,29 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
         cursor.load_state_dict(notes["cursor"])
     except ValueError as error:
         raise ConfigError(f"trainer.load_ckpt_from={source}: {error}") from error
-    own = {
-        name.partition(".")[2]: x
-        for name, x in load_file(source / RANDOM).items()
-        if name.startswith(f"{processes.rank}.")
-    }
     if own:  # more processes than the checkpoint had: theirs start from the seed
         _restore_random_states(own, processes.device)
     return notes["step"]
+
+
+def models(source: Path) -> dict[str, Any]:
+    """What the models of a checkpoint's run began with; empty if it cannot be known."""
+    try:
+        return json.loads((source / NOTES).read_text()).get("models", {})
+    except (OSError, ValueError):
+        return {}
+
+
+def _read_notes(source: Path, rank: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What stands beside the weights: the notes, and the random states of process `rank`."""
+    try:
+        notes = json.loads((source / NOTES).read_text())
+        states = load_file(source / RANDOM)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"trainer.load_ckpt_from={source} is damaged ({first_line(error)}); go on from the one before it"
+        ) from error
+    return notes, {name.partition(".")[2]: x for name, x in states.items() if name.startswith(f"{rank}.")}
 
 
 def load_weights(source: Path, policy: nn.Module) -> None:

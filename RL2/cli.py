@@ -55,9 +55,7 @@ def train(
     program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo or spo_0p5")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="processes on this machine: one for each GPU")] = 1,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything but the weights, count, and stop")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check all but the weights, count, and stop")] = False,
 ) -> None:
     """Run a program, through torchrun where it takes several processes. The command is printed first, to copy.
 

@@ -20,7 +20,7 @@ def from_json(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or none that Python reads
             pass
     return value
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from RL2.config import UserError
+from RL2.config import UserError, first_line
 
 Row = dict[str, Any]
 
@@ -133,6 +133,8 @@ def _read_json(path: str) -> list[Row]:
             value, end = decode(text, at)
         except json.JSONDecodeError as error:
             raise wrong(error.msg, error.pos) from error
+        except (RecursionError, ValueError) as error:  # nested too deep, or a number of too many digits
+            raise wrong(first_line(error), at) from error
         if not isinstance(value, dict):
             raise wrong(_not_an_object(value), at)
         rows.append(value)
@@ -163,6 +165,8 @@ def _read_jsonl(path: str) -> list[Row]:
                 value = json.loads(text)
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: {error.msg} (column {error.colno})") from error
+            except (RecursionError, ValueError) as error:  # nested too deep, or a number of too many digits
+                raise DataError(f"{where}: {first_line(error)}") from error
             if not isinstance(value, dict):
                 raise DataError(f"{where}: {_not_an_object(value)}")
             rows.append(value)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from RL2.config import ConfigError, first_line
 from RL2.models.lora import merged_name
 from RL2.ops.attention import IMPLEMENTATION
 
+HUB_TIMEOUT_S = 5
+"""How long the hub may take to say whether it has a model."""
 Initial = Callable[[str, torch.Size], Tensor | None]
 """(name, shape) of a parameter that a checkpoint lacks -> its first value, or None if it may not be missing."""
 
@@ -148,6 +150,21 @@ def folder_here(model_name: str) -> Path | None:
         return Path(model_name)
     config = try_to_load_from_cache(model_name, "config.json")
     return Path(config).parent if isinstance(config, str) else None
+
+
+def refuse_no_model(model_name: str, key: str) -> None:
+    """Raise ConfigError if it is neither a model's folder nor on the hub. A download would try for a minute."""
+    if Path(model_name).is_dir():
+        if not (Path(model_name) / "config.json").is_file():
+            raise ConfigError(f"{key}={model_name} is no model: there is no config.json in it")
+        return
+    try:
+        if folder_here(model_name) is None:
+            HfApi().model_info(model_name, timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # no such name, no network, a proxy: the client has an error of its own for each
+        raise ConfigError(
+            f"{key}={model_name}: there is no such folder, and the hub does not give it: {first_line(error)}"
+        ) from error
 
 
 def weights_folder(model_name: str, key: str) -> Path:

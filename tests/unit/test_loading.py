@@ -110,7 +110,7 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path: Path) -> None:
 
     assert "no folder" in message("no folder")
     assert message("no weights").startswith(" has no weights in safetensors format (no *.safetensors in ")
-    assert message("cut off").startswith(" has a broken safetensors file: ")
-    assert message("no safetensors").startswith(" has a broken safetensors file: ")
+    assert message("cut off").startswith(": model.safetensors is broken (")
+    assert message("no safetensors").startswith(": model.safetensors is broken (")
     assert message("a layer more").startswith(" lacks weights of 11 of Qwen3ForCausalLM's parameters, among them ")
     assert message("wider").startswith(": its weights cannot be read: Size mismatch between saved torch.Size(")
