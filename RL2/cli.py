@@ -24,7 +24,7 @@ def ending(command: str) -> Iterator[None]:
 
         try:
             yield
-        except UserError as error:
+        except (UserError, OSError) as error:  # a folder that cannot be written, a disk that is full
             sys.exit(f"rl2 {command}: {error}")
     except ModuleNotFoundError as error:
         sys.exit(f"rl2 {command}: {error}; `rl2 doctor` says what to install")
@@ -47,7 +47,9 @@ def demo(
     """
     with ending("demo"):
         from RL2.demo.run import main
-    raise typer.Exit(main([*(["--quick"] if quick else []), "--out", str(out), "--seed", str(seed)]))
+
+        code = main([*(["--quick"] if quick else []), "--out", str(out), "--seed", str(seed)])
+    raise typer.Exit(code)
 
 
 @app.command()

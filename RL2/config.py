@@ -745,7 +745,8 @@ class SFTConfig:
         if self.data.max_length - 1 > actor.max_length:
             raise ConfigError(
                 f"data.max_length={self.data.max_length} does not fit into "
-                f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}"
+                f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}; "
+                "raise that, or lower data.max_length"
             )
 
 

@@ -133,8 +133,8 @@ def _read_json(path: str) -> list[Row]:
             value, end = decode(text, at)
         except json.JSONDecodeError as error:
             raise wrong(error.msg, error.pos) from error
-        except (RecursionError, ValueError) as error:  # nested too deep, or a number of too many digits
-            raise wrong(first_line(error), at) from error
+        except (RecursionError, ValueError) as error:
+            raise wrong(_unreadable(error), at) from error
         if not isinstance(value, dict):
             raise wrong(_not_an_object(value), at)
         rows.append(value)
@@ -148,6 +148,11 @@ def _skip_space(text: str, at: int) -> int:
     while text[at : at + 1] in (" ", "\t", "\n", "\r"):
         at += 1
     return at
+
+
+def _unreadable(error: Exception) -> str:
+    """Of JSON that Python does not read: nested too deep, or with a number of thousands of digits."""
+    return "nested too deep" if isinstance(error, RecursionError) else first_line(error)
 
 
 def _not_an_object(value: Any) -> str:
@@ -165,8 +170,8 @@ def _read_jsonl(path: str) -> list[Row]:
                 value = json.loads(text)
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: {error.msg} (column {error.colno})") from error
-            except (RecursionError, ValueError) as error:  # nested too deep, or a number of too many digits
-                raise DataError(f"{where}: {first_line(error)}") from error
+            except (RecursionError, ValueError) as error:
+                raise DataError(f"{where}: {_unreadable(error)}") from error
             if not isinstance(value, dict):
                 raise DataError(f"{where}: {_not_an_object(value)}")
             rows.append(value)

@@ -116,7 +116,10 @@ def stored_names(folder: Path, model_name: str, key: str) -> set[str]:
                 f"{len(named)} files); fetch the model again"
             )
     if not names:
-        raise ConfigError(f"{key}={model_name} has no weights in safetensors format (no *.safetensors in {folder})")
+        why = f"no *.safetensors in {folder}"
+        if begun := list(folder.glob("../../blobs/*.incomplete")):  # the hub's cache, of which `folder` is a snapshot
+            why = f"the download was cut off at {begun[0].name}; fetch it again"
+        raise ConfigError(f"{key}={model_name} has no weights in safetensors format ({why})")
     return names
 
 
@@ -159,7 +162,13 @@ def refuse_no_model(model_name: str, key: str) -> None:
             raise ConfigError(f"{key}={model_name} is no model: there is no config.json in it")
         return
     try:
-        if folder_here(model_name) is None:
+        here = folder_here(model_name)
+    except ValueError as error:
+        raise ConfigError(
+            f"{key}={model_name}: there is no such folder, and a model on the hub is called OWNER/NAME"
+        ) from error
+    try:
+        if here is None:
             HfApi().model_info(model_name, timeout=HUB_TIMEOUT_S)
     except Exception as error:  # no such name, no network, a proxy: the client has an error of its own for each
         raise ConfigError(

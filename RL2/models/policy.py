@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -84,6 +84,15 @@ def load_tokenizer(model_name: str, key: str = "actor.model_name") -> PreTrained
     if not tokenizer.encode("a 1", add_special_tokens=False):  # what transformers makes of a configuration alone
         raise ConfigError(f"{key}={model_name} has no tokenizer: there is no tokenizer.json in it")
     return tokenizer
+
+
+def refuse_unknown_tokens(lm: PreTrainedModel, token_ids: Iterable[int], key: str) -> None:
+    """Raise ConfigError if the tokenizer gave one of these that the model does not have."""
+    if (largest := max(token_ids, default=0)) >= lm.config.vocab_size:
+        raise ConfigError(
+            f"{key}={lm.name_or_path}: its tokenizer makes token {largest} of the data, and the model knows "
+            f"{lm.config.vocab_size}; the tokenizer is of another model, or the model was not resized for new tokens"
+        )
 
 
 def max_length(model_name: str) -> int:

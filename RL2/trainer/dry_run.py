@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -38,8 +39,8 @@ from RL2.data.preference import as_responses, as_scored
 from RL2.data.prompts import load_prompts
 from RL2.data.source import describe, in_row, is_here, load_converted
 from RL2.engines.scripted import ScriptedEngine
-from RL2.models.loading import folder_here, stored_names
-from RL2.models.policy import Policy, load_tokenizer, max_length
+from RL2.models.loading import folder_here, refuse_no_model, stored_names
+from RL2.models.policy import Policy, load_tokenizer, max_length, refuse_unknown_tokens
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
@@ -90,9 +91,9 @@ def rehearse(program: str, config: Config) -> Findings:
     layout = layout_of(model, group)
     lm, tokenizer = look_at_model(model, group, found)
     if isinstance(config, RLConfig):
-        steps = look_at_tasks(config, tokenizer, found)
+        steps = look_at_tasks(config, lm, tokenizer, found)
     else:
-        steps = look_at_rows(program, config, tokenizer, found)
+        steps = look_at_rows(config, lm, tokenizer, found)
     count_checkpoints(config, lm, steps, found)
     if lm is not None:
         check_sizes(lm, layout.tp, layout.sp, group)
@@ -121,8 +122,9 @@ def look_at_model(
     key, name = f"{group}.model_name", model.model_name
     try:
         folder = folder_here(name)
-    except ValueError as error:
-        raise ConfigError(f"{key}={name} is neither a folder here nor the name of a model on the hub") from error
+    except ValueError:
+        refuse_no_model(name, key)
+        raise
     if folder is None:
         found.miss("model", f"{name}, on the hub")
         return None, None
@@ -137,7 +139,9 @@ def look_at_model(
     return lm, tokenizer
 
 
-def look_at_tasks(config: RLConfig, tokenizer: PreTrainedTokenizerBase | None, found: Findings) -> int | None:
+def look_at_tasks(
+    config: RLConfig, lm: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, found: Findings
+) -> int | None:
     """Data and environment of reinforcement learning; returns the steps, if they can be known."""
     rollout, train, trainer = config.rollout, config.train_data, config.trainer
     environment = load_environment(rollout.env_path, rollout.env_timeout_s)
@@ -162,7 +166,10 @@ def look_at_tasks(config: RLConfig, tokenizer: PreTrainedTokenizerBase | None, f
         return prompts
 
     try:
-        prompts, _ = tasks(config, environment, load)
+        prompts, tests = tasks(config, environment, load)
+        if lm is not None:
+            given = chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests])
+            refuse_unknown_tokens(lm, given, "actor.model_name")
         for what, path in (("train data", train.path), ("test data", config.test_data.path if config.tests else None)):
             if what == "test data" and not config.tests:
                 found.say(what, "none")
@@ -233,8 +240,8 @@ def try_environment(
 
 
 def look_at_rows(
-    program: str,
     config: Config,
+    lm: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     found: Findings,
 ) -> int | None:
@@ -253,6 +260,8 @@ def look_at_rows(
         else:
             read = pairs_reader(data, tokenizer, notes, as_responses if isinstance(config, DPOConfig) else as_scored)
         rows, _ = train_and_test(data, read)
+        assert lm is not None
+        refuse_unknown_tokens(lm, rows.batch.token_ids_T.tolist(), f"{trained(config)[0]}.model_name")
         found.say("data", told["data"], *notes)
         found.say("test data", told["test data"])
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.served.engine import ServedEngine
 from RL2.engines.sglang import kind as sglang
 from RL2.engines.vllm import kind as vllm
-from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_length
+from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
 from RL2.report import Metrics, Report
@@ -60,6 +61,8 @@ def train(config: RLConfig, run: Run) -> None:
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
 
     actor, ref_actor, critic = make_workers(config, run, num_steps)
+    given = chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests])
+    refuse_unknown_tokens(actor.lm, given, "actor.model_name")
     engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
     rollouts = Rollouts(
         config.rollout,

@@ -14,6 +14,7 @@ from RL2.config import ConfigError, SupervisedData
 from RL2.data.cursor import Cursor
 from RL2.data.preference import Pair, load_pairs
 from RL2.data.source import Row
+from RL2.models.policy import refuse_unknown_tokens
 from RL2.objectives.declare import Loss
 from RL2.packing import pack
 from RL2.report import Metrics
@@ -63,6 +64,8 @@ class Task:
 def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
     """One optimizer step on every batch of the cursor."""
     trainer, learner = run.config, task.learner
+    for rows in filter(None, (task.train, task.test)):
+        refuse_unknown_tokens(learner.lm, [int(rows.batch.token_ids_T.max())], f"{task.name}.model_name")
     report = run.report(num_steps)
     for note in task.notes:
         report.say(note)
