@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import shutil
 import warnings
@@ -209,9 +210,8 @@ def load_weights(source: Path, policy: nn.Module) -> None:
     Raises ConfigError for a checkpoint of something else, or a damaged one.
     """
     weights = get_model_state_dict(policy, options=TRAINED)
+    kept = stored_weights(source)
     try:
-        saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata
-        kept = {key.removeprefix("model.") for key in saved if key.startswith("model.")}
         if kept != weights.keys():
             whose = "checkpoint" if kept - weights.keys() else "model"
             name = min(kept - weights.keys() or weights.keys() - kept)
@@ -222,6 +222,15 @@ def load_weights(source: Path, policy: nn.Module) -> None:
     except (OSError, dcp.CheckpointException) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise ConfigError(f"{source} cannot be loaded: {first_line(cause)}") from error
+
+
+def stored_weights(source: Path) -> set[str]:
+    """Names of what trained, without the critic beside it. Raises ConfigError if they cannot be read."""
+    try:
+        saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata
+    except (OSError, dcp.CheckpointException, pickle.UnpicklingError, EOFError) as error:
+        raise ConfigError(f"{source} cannot be loaded: {first_line(error)}") from error
+    return {key.removeprefix("model.") for key in saved if key.startswith("model.")}
 
 
 def _restore(learner: Learner, model: dict[str, Any], optimizer: dict[str, Any]) -> None:

@@ -136,5 +136,6 @@ def test_what_the_hub_does_not_give_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError) as caught:
         load_tokenizer("nobody/nothing", "ref_actor.model_name")
     assert str(caught.value) == (
-        "ref_actor.model_name=nobody/nothing: there is no such folder, and the hub does not give it: no route to the hub"
+        "ref_actor.model_name=nobody/nothing: there is no such folder, and the hub does not give it: "
+        "no route to the hub"
     )
