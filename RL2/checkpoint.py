@@ -68,8 +68,11 @@ class Checkpoints:
     is written at a time: the next `save`, or `finish`, waits for the one before and raises what went wrong with it.
     """
 
-    def __init__(self, folder: Path, processes: Processes, keep: int | None = None) -> None:
-        """`keep`: how many of the newest stay; None: all."""
+    def __init__(
+        self, folder: Path, processes: Processes, keep: int | None = None, models: dict[str, Any] | None = None
+    ) -> None:
+        """`keep`: how many of the newest stay; None: all. `models`: what they began with, which each notes."""
+        self.models = models or {}
         self.folder, self.processes, self.keep = folder, processes, keep
         # of their own: their collectives run beside those of training
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=processes.timeout_s))
@@ -83,7 +86,7 @@ class Checkpoints:
         self.step, self.written = step, Future()
         target = self.folder / f"step_{step:06d}"
         partial = target.with_suffix(".partial")
-        notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict()}
+        notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict(), "models": self.models}
         if critic is not None:
             notes["critic_steps"] = critic.steps
         states = self.processes.gather([_random_states(self.processes.device)], "the random states of all processes")
@@ -161,7 +164,9 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
         dcp.load(state, checkpoint_id=source / STATE)
     except dcp.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]  # of the first process that failed
-        raise ConfigError(f"trainer.load_ckpt_from={source} cannot be loaded: {first_line(cause)}") from error
+        raise ConfigError(
+            f"trainer.load_ckpt_from={source} cannot be loaded: {first_line(cause).rstrip('.')}"
+        ) from error
     # dcp reads what the model asks for, and would leave the rest of a larger one unread
     saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata
     if extra := {key for key in saved if key.startswith("model.")} - {f"model.{name}" for name in state["model"]}:
@@ -184,6 +189,14 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
     except Exception as error:  # of safetensors, and of each kind of random state
         raise _damaged(source / RANDOM, error) from error
     return notes["step"]
+
+
+def models(source: Path) -> dict[str, Any]:
+    """What the models of a checkpoint's run began with; empty if it cannot be known."""
+    try:
+        return dict(json.loads((source / NOTES).read_text())["models"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
 def _notes(source: Path) -> dict[str, Any]:
@@ -210,9 +223,8 @@ def load_weights(source: Path, policy: nn.Module) -> None:
     Raises ConfigError for a checkpoint of something else, or a damaged one.
     """
     weights = get_model_state_dict(policy, options=TRAINED)
+    kept = stored_weights(source)
     try:
-        saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata
-        kept = {key.removeprefix("model.") for key in saved if key.startswith("model.")}
         if kept != weights.keys():
             whose = "checkpoint" if kept - weights.keys() else "model"
             name = min(kept - weights.keys() or weights.keys() - kept)
@@ -225,6 +237,15 @@ def load_weights(source: Path, policy: nn.Module) -> None:
     except (Exception, dcp.CheckpointException) as error:  # which is none; and metadata are a pickle
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise ConfigError(f"{source} cannot be loaded: {first_line(cause)}") from error
+
+
+def stored_weights(source: Path) -> set[str]:
+    """Names of what trained, without the critic beside it. Raises ConfigError if they cannot be read."""
+    try:
+        saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata
+    except (Exception, dcp.CheckpointException) as error:  # metadata are a pickle, so anything may come of them
+        raise ConfigError(f"{source} cannot be loaded: {first_line(error)}") from error
+    return {key.removeprefix("model.") for key in saved if key.startswith("model.")}
 
 
 def _restore(learner: Learner, model: dict[str, Any], optimizer: dict[str, Any]) -> None:

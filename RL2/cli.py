@@ -24,7 +24,7 @@ def ending(command: str) -> Iterator[None]:
 
         try:
             yield
-        except UserError as error:
+        except (UserError, OSError) as error:  # a folder that cannot be written, a disk that is full
             sys.exit(f"rl2 {command}: {error}")
     except ModuleNotFoundError as error:
         sys.exit(f"rl2 {command}: {error}; `rl2 doctor` says what to install")
@@ -47,7 +47,9 @@ def demo(
     """
     with ending("demo"):
         from RL2.demo.run import main
-    raise typer.Exit(main([*(["--quick"] if quick else []), "--out", str(out), "--seed", str(seed)]))
+
+        code = main([*(["--quick"] if quick else []), "--out", str(out), "--seed", str(seed)])
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -55,7 +57,7 @@ def train(
     program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo or spo_0p5")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="processes on this machine: one for each GPU")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything and print it; load nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check all but the weights, count, and stop")] = False,
 ) -> None:
     """Run a program, through torchrun where it takes several processes. The command is printed first, to copy.
 
@@ -81,35 +83,21 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder step_NNNNNN of a run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     model: Annotated[str, typer.Option(help="What the run began with, if its config.yaml no longer says so.")] = "",
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a run with LoRA: the adapters alone, for peft.")
+    ] = False,
 ) -> None:
-    """A checkpoint as a folder for AutoModelForCausalLM.from_pretrained, in float32. A run's own end is in its latest.
+    """A checkpoint as a folder for from_pretrained, in float32. A run's own end is in its latest.
 
-    Not for reward models, and runs with LoRA, whose checkpoints hold the adapters alone.
+    Of a reward model it is one for AutoModelForSequenceClassification, otherwise one for AutoModelForCausalLM, with
+    LoRA's adapters merged.
 
     Example: rl2 export ckpts/spo/step_000020 spo-20
     """
     with ending("export"):
-        from omegaconf import OmegaConf
+        from RL2.exporting import export as write
 
-        from RL2.checkpoint import NOTES, load_weights
-        from RL2.config import ConfigError
-        from RL2.models.policy import Policy, load_tokenizer
-        from RL2.models.policy import export as write
-
-        if not (checkpoint / NOTES).is_file():
-            raise ConfigError(f"{checkpoint} is not a checkpoint (it has no {NOTES}); one is called step_NNNNNN")
-        if out.exists():
-            raise ConfigError(f"{out} exists; name a folder that does not")
-        if not model:
-            config = checkpoint.parent / "config.yaml"
-            if not config.is_file():
-                raise ConfigError(f"{config} is not there; pass --model with what the run began with")
-            model = OmegaConf.load(config).actor.model_name
-        policy = Policy.load(model, "--model")
-        load_weights(checkpoint, policy)
-        partial = out.with_name(f"{out.name}.partial")
-        write(policy.lm, load_tokenizer(model, "--model"), partial, write=True)
-        partial.rename(out)
+        write(checkpoint, out, model, adapter=adapter)
     print(out)
 
 

@@ -576,9 +576,11 @@ class Trainer:
     timeout_s: PositiveFloat
     """Limit of every wait on another process."""
     dry_run: bool
-    """Resolve, check and print the configuration; load nothing."""
+    """Check all that the run needs, try the environment, count rows, steps, memory, and stop: no weights are read."""
 
     def __post_init__(self) -> None:
+        if not self.save_dir:
+            raise ConfigError("trainer.save_dir is empty; name a folder")
         if self.keep is not None and self.save_freq is None:
             raise ConfigError(f"trainer.keep={self.keep} has no effect without trainer.save_freq")
 
@@ -699,6 +701,12 @@ class RLConfig:
             )
         if actor.select.on_policy and not rollout.max_staleness:
             raise ConfigError("actor.select.on_policy has no effect with rollout.max_staleness=0: all tokens are")
+        data = self.train_data
+        if self.adv.estimator in ("reinforce", "rloo") and data.prompts_per_rollout * data.responses_per_prompt == 1:
+            raise ConfigError(
+                f"adv.estimator={self.adv.estimator} compares a response with others, and there is one a step; raise "
+                "train_data.responses_per_prompt or train_data.prompts_per_rollout"
+            )
         if rollout.dynamic_filtering and self.train_data.responses_per_prompt == 1:
             raise ConfigError(
                 "rollout.dynamic_filtering=true drops every group of one (train_data.responses_per_prompt=1); "
@@ -750,7 +758,8 @@ class SFTConfig:
         if self.data.max_length - 1 > actor.max_length:
             raise ConfigError(
                 f"data.max_length={self.data.max_length} does not fit into "
-                f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}"
+                f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}; "
+                "raise that, or lower data.max_length"
             )
 
 

@@ -39,7 +39,7 @@ def load_script(path: str | Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that would end the program ends it with a reason
         del sys.modules[name]
         raise ScriptError(f"{path} cannot be imported: {described(error, str(path), spec.origin)}") from error
     return module

@@ -17,7 +17,7 @@ LAYERS = (
     ("workers",),
     ("trainer",),
 )
-BESIDE = ("evaluation", "viewer", "demo", "planning", "doctor", "cli")
+BESIDE = ("evaluation", "viewer", "demo", "planning", "exporting", "doctor", "cli")
 """They may import anything, and only they may import them."""
 LAYER = {part: number for number, parts in enumerate((*LAYERS, BESIDE)) for part in parts}
 

@@ -152,7 +152,11 @@ SUPERVISED_MISTAKES = [
     ("sft", ("trainer.test_freq=5",), "trainer.test_freq=5 needs data.test_path or data.test_ratio"),
     ("rm", ("data.test_ratio=0.1",), "data.test_ratio=0.1 has no effect without trainer.test_freq"),
     ("dpo", ("data.test_ratio=0.1", "data.test_path=a"), "data.test_path=a and data.test_ratio=0.1: choose one"),
-    ("sft", ("data.max_length=600",), "data.max_length=600 does not fit into actor.max_length_per_device=512"),
+    (
+        "sft",
+        ("data.max_length=600",),
+        "data.max_length=600 does not fit into actor.max_length_per_device=512; raise that, or lower data.max_length",
+    ),
     (
         "rm",
         ("data.max_length=300",),

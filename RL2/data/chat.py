@@ -26,7 +26,7 @@ def from_json(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return json.loads(value)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # no JSON, or none that Python reads
             pass
     return value
 

@@ -34,8 +34,7 @@ class Cursor:
         num_batches = n_epochs * self.num_rows // self.batch_size
         if num_batches == 0:
             raise ValueError(
-                f"a batch of {self.batch_size} is more than {n_epochs} epoch(s) of {self.num_rows} rows hold; "
-                "take a smaller batch or more epochs"
+                f"a batch of {self.batch_size} is more than {n_epochs} epoch(s) of {self.num_rows} rows hold"
             )
         return num_batches
 

@@ -91,6 +91,11 @@ def describe(path: str | None) -> str:
     return f"{path}: {kind} {name}, " + (f"subset {subset}, " if subset else "") + f"split {split}"
 
 
+def is_here(path: str | None) -> bool:
+    """Whether `load_rows(path)` would read from this machine, and not from the hub."""
+    return path is None or "@" not in path or Path(_parse(path)[1]).exists()
+
+
 def _is_file(path: str) -> bool:
     """True for a file that can be read, False for what `datasets` loads; anything else is an error."""
     place = Path(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,6 +23,8 @@ from RL2.config import ConfigError, first_line
 from RL2.models.lora import merged_name
 from RL2.ops.attention import IMPLEMENTATION
 
+HUB_TIMEOUT_S = 5
+"""How long the hub may take to say whether it has a model."""
 Initial = Callable[[str, torch.Size], Tensor | None]
 """(name, shape) of a parameter that a checkpoint lacks -> its first value, or None if it may not be missing."""
 
@@ -63,13 +66,7 @@ def read_weights(lm: PreTrainedModel, model_name: str, key: str, initial: Initia
     if the model has a parameter that they lack and `initial` has no value for.
     """
     folder = weights_folder(model_name, key)
-    reader = HuggingFaceStorageReader(str(folder))
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise ConfigError(f"{key}={model_name} has a broken safetensors file: {first_line(error)}") from error
-    if not stored:
-        raise ConfigError(f"{key}={model_name} has no weights in safetensors format (no *.safetensors in {folder})")
+    stored = stored_names(folder, model_name, key)
     state: dict[str, Tensor] = {}
     lacking: list[str] = []
     for names, tensor in _parameters(lm):
@@ -87,10 +84,43 @@ def read_weights(lm: PreTrainedModel, model_name: str, key: str, initial: Initia
         )
     try:
         with warnings.catch_warnings(action="ignore"):  # that it reads without the other processes, which is the idea
-            dcp.load(state, storage_reader=reader, no_dist=True)
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (dcp.CheckpointException, ValueError, SafetensorError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise ConfigError(f"{key}={model_name}: its weights cannot be read: {first_line(cause)}") from error
+
+
+def stored_names(folder: Path, model_name: str, key: str) -> set[str]:
+    """Names of the weights in a folder's safetensors, of which only the headers are read.
+
+    Raises ConfigError, which names the file, if one is broken or one of those in the index is not there.
+    """
+    names: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names |= set(opened.keys())
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{key}={model_name}: {file.name} is broken ({first_line(error)}); was a download or a copy cut off? "
+                "Take it out and fetch it again"
+            ) from error
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{key}={model_name}: {index.name} is broken ({first_line(error)})") from error
+        if missing := sorted(file for file in named if not (folder / file).is_file()):
+            raise ConfigError(
+                f"{key}={model_name}: {missing[0]} is missing, which {index.name} names (with it {len(missing)} of "
+                f"{len(named)} files); fetch the model again"
+            )
+    if not names:
+        why = f"no *.safetensors in {folder}"
+        if begun := list(folder.glob("../../blobs/*.incomplete")):  # the hub's cache, of which `folder` is a snapshot
+            why = f"the download was cut off at {begun[0].name}; fetch it again"
+        raise ConfigError(f"{key}={model_name} has no weights in safetensors format ({why})")
+    return names
 
 
 def _parameters(lm: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
@@ -112,6 +142,38 @@ def _set(tensor: Tensor, value: Tensor) -> None:
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(value)
+
+
+def folder_here(model_name: str) -> Path | None:
+    """The folder of a model that is on this machine: as it stands, or in the hub's cache; None if it is to be fetched.
+
+    Raises ValueError for a name that is neither a folder nor one that the hub could know.
+    """
+    if Path(model_name).is_dir():
+        return Path(model_name)
+    config = try_to_load_from_cache(model_name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def refuse_no_model(model_name: str, key: str) -> None:
+    """Raise ConfigError if it is neither a model's folder nor on the hub. A download would try for a minute."""
+    if Path(model_name).is_dir():
+        if not (Path(model_name) / "config.json").is_file():
+            raise ConfigError(f"{key}={model_name} is no model: there is no config.json in it")
+        return
+    try:
+        here = folder_here(model_name)
+    except ValueError as error:
+        raise ConfigError(
+            f"{key}={model_name}: there is no such folder, and a model on the hub is called OWNER/NAME"
+        ) from error
+    try:
+        if here is None:
+            HfApi().model_info(model_name, timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # no such name, no network, a proxy: the client has an error of its own for each
+        raise ConfigError(
+            f"{key}={model_name}: there is no such folder, and the hub does not give it: {first_line(error)}"
+        ) from error
 
 
 def weights_folder(model_name: str, key: str) -> Path:

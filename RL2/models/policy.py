@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from RL2.config import ConfigError, first_line
-from RL2.models.loading import build, empty, materialise
+from RL2.models.loading import build, empty, materialise, refuse_no_model
 from RL2.models.lora import is_adapter, merge, merged_name
 from RL2.models.packed import PackedModel, refuse_other_backbones
 from RL2.ops.token_stats import VocabularyShard, token_stats
@@ -76,15 +76,23 @@ def empty_model(like: PreTrainedModel, dtype: torch.dtype, device: torch.device)
 
 
 def load_tokenizer(model_name: str, key: str = "actor.model_name") -> PreTrainedTokenizerBase:
-    if Path(model_name).is_dir() and not (Path(model_name) / "config.json").is_file():
-        raise ConfigError(f"{key}={model_name} is no model: there is no config.json in it")
+    refuse_no_model(model_name, key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={model_name} has no tokenizer: {first_line(error)}") from error
+        raise ConfigError(f"{key}={model_name}: its tokenizer cannot be read: {first_line(error)}") from error
     if not tokenizer.encode("a 1", add_special_tokens=False):  # what transformers makes of a configuration alone
         raise ConfigError(f"{key}={model_name} has no tokenizer: there is no tokenizer.json in it")
     return tokenizer
+
+
+def refuse_unknown_tokens(lm: PreTrainedModel, token_ids: Iterable[int], key: str) -> None:
+    """Raise ConfigError if the tokenizer gave one of these that the model does not have."""
+    if (largest := max(token_ids, default=0)) >= lm.config.vocab_size:
+        raise ConfigError(
+            f"{key}={lm.name_or_path}: its tokenizer makes token {largest} of the data, and the model knows "
+            f"{lm.config.vocab_size}; the tokenizer is of another model, or the model was not resized for new tokens"
+        )
 
 
 def max_length(model_name: str) -> int:

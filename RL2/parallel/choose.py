@@ -15,6 +15,7 @@ from RL2.parallel.cost import (
     Work,
     kv_bytes,
     operations,
+    peak,
     sync_traffic,
     traffic,
     training_memory,
@@ -58,9 +59,6 @@ def cost(
     memory = training_memory(shape, layout, max_length, recompute=recompute)
     engine = 2.0 * shape.parameters if work.rollout else 0.0  # the embedded engine is whole on each process
     state = memory["weights"] + memory["optimizer"]
-    update = sum(memory.values())
-    if offload:  # the optimizer comes when the activations are gone
-        update = max(update - memory["optimizer"], state + memory["gradients"])
     kv_cache = machine.memory - engine - (0.0 if offload else state) if work.rollout else 0.0
     share = max(work.tokens / layout.data, work.mean_length)  # of a part of the data
     microbatches = math.ceil(share / (max_length * layout.sp))
@@ -71,7 +69,7 @@ def cost(
         recompute=recompute,
         offload=offload,
         memory=memory,
-        peak=update,
+        peak=peak(memory, offload=offload),
         engine=engine,
         sync=engine + 2.0 * shape.head + (memory["weights"] if offload else state) if work.rollout else 0.0,
         kv_cache=kv_cache,

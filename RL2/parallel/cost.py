@@ -6,6 +6,7 @@ of size h, I hidden units of the MLP, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,13 @@ class Shape:
     @property
     def parameters(self) -> int:
         return self.layers * self.layer + self.root
+
+    def adapters(self, rank: int, names: Collection[str]) -> int:
+        """Parameters of LoRA adapters on the linear layers of these names."""
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        inside_out = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
+        ends = {name: self.hidden + inside_out.get(name, self.mlp) for name in names}
+        return self.layers * rank * sum(ends.values())
 
 
 def _qwen3(layers: int, hidden: int, heads: int, mlp: int, tied: bool) -> Shape:
@@ -162,26 +170,37 @@ class Work:
 
 
 def training_memory(
-    shape: Shape, layout: Layout, tokens: int, *, recompute: bool, itemsize: int = 2
+    shape: Shape, layout: Layout, tokens: int, *, recompute: bool, itemsize: int = 2, adapters: int = 0
 ) -> dict[str, float]:
     """Bytes by part at the peak of the backward pass on `tokens` positions a process, that is max_length_per_device.
 
-    `itemsize`: of the compute dtype.
+    `itemsize`: of the compute dtype. `adapters`: parameters of LoRA's, which then are all that trains; the base is in
+    the compute dtype.
     """
     here = shape.parameters / (layout.tp * layout.shards)
+    trained = adapters / layout.shards if adapters else here
     gathered = 0.0
     if layout.size > 1 or itemsize < MASTER:  # what is needed now, the next layer, and a layer's gradient on its way
         gathered = (itemsize * (shape.root + 2 * shape.layer) + GRADIENT * shape.layer) / layout.tp
     kept = tokens * _kept(shape, layout.tp, itemsize)
     boundaries = tokens * shape.layers * shape.hidden * itemsize
     return {
-        "weights": MASTER * here,
-        "gradients": GRADIENT * here,
-        "optimizer": MOMENTS * here,
+        "weights": MASTER * trained + (itemsize * here if adapters else 0),
+        "gradients": GRADIENT * trained,
+        "optimizer": MOMENTS * trained,
         "gathered layers": gathered,
         "activations": boundaries + kept * ((1 if recompute else shape.layers) + 1),
         "statistics": 1.5 * LOGITS + (GRADIENT + itemsize) * shape.head / layout.tp,
     }
+
+
+def peak(memory: dict[str, float], *, offload: bool) -> float:
+    """Bytes at the worst moment of an update whose parts are `memory`; with `offload`, not all are there at once."""
+    if not offload:
+        return sum(memory.values())
+    # the optimizer comes when the activations are gone
+    states = memory["weights"] + memory["gradients"] + memory["optimizer"]
+    return max(sum(memory.values()) - memory["optimizer"], states)
 
 
 def _kept(shape: Shape, tp: int, itemsize: int) -> float:

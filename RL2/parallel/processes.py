@@ -36,6 +36,11 @@ class Processes:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
+            if local_rank >= torch.cuda.device_count():
+                raise ConfigError(
+                    f"{os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} processes on a machine with "
+                    f"{torch.cuda.device_count()} GPU(s), and each takes one; lower --nproc (--nproc_per_node)"
+                )
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)

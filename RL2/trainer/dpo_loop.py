@@ -8,15 +8,15 @@ import torch
 
 from RL2.config import DPOConfig
 from RL2.data.cursor import Cursor
-from RL2.data.preference import as_responses, load_pairs
+from RL2.data.preference import as_responses
 from RL2.models.policy import load_tokenizer
 from RL2.objectives.preference import dpo, ipo
-from RL2.packing import pack, sequence_weights
+from RL2.packing import sequence_weights
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.report import progress_bar
-from RL2.trainer.run import Run
-from RL2.trainer.supervised import Rows, Task, converter, fit, train_and_test
+from RL2.trainer.run import Run, number_of_steps
+from RL2.trainer.supervised import Rows, Task, fit, pairs_reader, train_and_test
 from RL2.types import StatsRequest, TokenBatch
 from RL2.workers.worker import Learner, Worker
 
@@ -24,17 +24,16 @@ from RL2.workers.worker import Learner, Worker
 def train(config: DPOConfig, run: Run) -> None:
     """DPO or IPO on the responses of chosen and rejected, `batch_size` pairs a step."""
     data, actor = config.data, config.actor
-    tokenizer, example = load_tokenizer(actor.model_name), converter(data)
+    tokenizer = load_tokenizer(actor.model_name)
     notes: list[str] = []
+    pairs_of = pairs_reader(data, tokenizer, notes, as_responses)
 
     def read(path: str) -> Rows:
-        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length)
-        notes.append(f"{path}: {len(pairs)} pairs, {num_left_out} left out (data.max_length={data.max_length} tokens)")
-        return Rows(with_reference(pack(as_responses(pairs)), config, run.processes), per_row=2)
+        return Rows(with_reference(pairs_of(path).batch, config, run.processes), per_row=2)
 
     rows, tests = train_and_test(data, read)
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
-    num_steps = run.number_of_steps(cursor)
+    num_steps = number_of_steps(config.trainer, cursor)
     learner = Learner(actor, run.processes, num_steps, run.save_dir)
     loss = partial(ipo, beta=actor.beta)
     if actor.loss == "sigmoid":

@@ -7,19 +7,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-from RL2.config import (
-    Config,
-    DPOConfig,
-    LostProcess,
-    RLConfig,
-    SFTConfig,
-    UserError,
-    check_here,
-    load,
-    show,
-    trained,
-)
-from RL2.data.source import describe
+from RL2.config import LostProcess, RLConfig, SFTConfig, UserError, check_here, load, show
 
 LOOPS = {
     "sft": "RL2.trainer.sft_loop",
@@ -37,6 +25,9 @@ def main(program: str) -> None:
     try:
         config = load(program, sys.argv[1:])
         check_here(config)
+        is_first = int(os.environ.get("RANK", 0)) == 0
+        if config.trainer.dry_run and not is_first:
+            return
         # threads that spin while they wait make a CPU run up to 30 times slower as soon as anything else wants a core;
         # read by OpenMP when torch is first imported, which is below
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -49,8 +40,11 @@ def main(program: str) -> None:
 
             probe_supervised(config.actor)
         if config.trainer.dry_run:
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(show(config) + "\n" + summary(program, config))
+            from RL2.trainer.dry_run import rehearse
+
+            found = rehearse(program, config)
+            print(show(config))
+            found.show()
             return
         from RL2.trainer.interrupt import Interrupted
         from RL2.trainer.run import start
@@ -76,31 +70,3 @@ def _leave(message: str) -> NoReturn:
     if int(os.environ.get("RANK", 0)) == 0:
         print(message, file=sys.stderr, flush=True)
     sys.exit(130)
-
-
-def summary(program: str, config: Config) -> str:
-    """What a run would use, in words; nothing is loaded."""
-    lines = [f"program      {program}", f"model        {trained(config)[1].model_name}"]
-    if not isinstance(config, RLConfig):
-        data = config.data
-        tested = describe(data.test_path) if data.test_path else f"a share of {data.test_ratio:g} of it"
-        lines += [f"data         {describe(data.path)}", f"rows through {data.env_path or 'as they are'}"]
-        lines += [f"test data    {tested if config.trainer.test_freq else 'none'}"]
-        if isinstance(config, DPOConfig):
-            reference = "none" if config.actor.reference_free else config.ref_actor.model_name
-            lines += [f"reference    {reference}"]
-        per_step = f"{data.batch_size} {'examples' if isinstance(config, SFTConfig) else 'pairs'}"
-    else:
-        train, rollout = config.train_data, config.rollout
-        lines += [f"train data   {describe(train.path)}"]
-        lines += [f"test data    {describe(config.test_data.path) if config.tests else 'none'}"]
-        lines += [f"environment  {rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode"]
-        lines += [f"engine       {rollout.engine}"]
-        lines += [f"objective    {config.actor.objective}, advantages {config.adv.estimator}"]
-        per_step = (
-            f"{train.prompts_per_rollout} prompts x {train.responses_per_prompt} responses, "
-            f"{config.actor.update_per_rollout} update(s)"
-        )
-    return "\n".join(
-        [*lines, f"a step       {per_step}", f"writes to    {config.trainer.save_dir}", "dry run: all checks passed"]
-    )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from itertools import chain
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from RL2.advantages import ADVANTAGES, gae, whitened
 from RL2.config import ConfigError, RLConfig, SGLang
@@ -20,7 +20,7 @@ from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.served.engine import ServedEngine
 from RL2.engines.sglang import kind as sglang
 from RL2.engines.vllm import kind as vllm
-from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_length
+from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
 from RL2.report import Metrics, Report
@@ -38,7 +38,7 @@ from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_s
 from RL2.rollout.spread import Rollouts
 from RL2.rollout.supply import Supply
 from RL2.trainer.microscope import Microscope
-from RL2.trainer.run import Run
+from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.scores import Scores
 from RL2.trainer.watch import Watch
 from RL2.types import Prompt, TokenBatch, Trajectory
@@ -54,11 +54,15 @@ def train(config: RLConfig, run: Run) -> None:
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
-    prompts, tests = tasks(config, tokenizer, environment, longest - 1)
+    prompts, tests = tasks(
+        config, environment, lambda path: load_prompts(path, tokenizer, environment.example, longest - 1)
+    )
     cursor = make_cursor(len(prompts), config)
-    num_steps = 0 if trainer.eval_only else run.number_of_steps(cursor)
+    num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
 
     actor, ref_actor, critic = make_workers(config, run, num_steps)
+    given = chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests])
+    refuse_unknown_tokens(actor.lm, given, "actor.model_name")
     engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
     rollouts = Rollouts(
         config.rollout,
@@ -139,16 +143,21 @@ def make_cursor(num_prompts: int, config: RLConfig) -> Cursor:
 
 def make_workers(config: RLConfig, run: Run, num_steps: int) -> tuple[Actor, Reference | None, Critic | None]:
     """The policy, and what its configuration asks for beside it."""
-    frozen, critic, ref_actor = config.actor.freeze_steps, None, None
-    if frozen >= num_steps > 0:
-        raise ConfigError(f"actor.freeze_steps={frozen} leaves none of the {num_steps} steps to the actor")
-    updates = (num_steps - frozen) * config.actor.update_per_rollout
+    critic, ref_actor, updates = None, None, actor_updates(config, num_steps)
     actor = Actor(config.actor, run.processes, updates, run.save_dir, config.logprob_gap_limit)
     if config.actor.kl.coef > 0:
         ref_actor = make_reference(config, actor)
     if config.adv.estimator == "gae":
         critic = Critic(config.critic, run.processes, num_steps * config.critic.update_per_rollout, run.save_dir)
     return actor, ref_actor, critic
+
+
+def actor_updates(config: RLConfig, num_steps: int) -> int:
+    """Optimizer steps of the actor. Raises ConfigError if there are none in so many steps."""
+    frozen = config.actor.freeze_steps
+    if frozen >= num_steps > 0:
+        raise ConfigError(f"actor.freeze_steps={frozen} leaves none of the {num_steps} steps to the actor")
+    return (num_steps - frozen) * config.actor.update_per_rollout
 
 
 def make_reference(config: RLConfig, actor: Actor) -> Reference:
@@ -201,13 +210,13 @@ def make_engine(
 
 
 def tasks(
-    config: RLConfig, tokenizer: PreTrainedTokenizerBase, environment: Environment, max_length: int
+    config: RLConfig, environment: Environment, load: Callable[[str], list[Prompt]]
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """What is trained on, and what is tested on: rows of data, or tasks that the environment makes up."""
+    """What is trained on, and what is tested on: rows of data by `load`, or tasks that the environment makes up."""
 
     def read(path: str | None, number: int, seed: int | None, group: str) -> list[Prompt]:
         if path is not None:
-            return load_prompts(path, tokenizer, environment.example, max_length)
+            return load(path)
         if not environment.has_reset:
             raise ConfigError(
                 f"{group}.path is not set, and {environment.path} has no `reset` that makes up tasks; "

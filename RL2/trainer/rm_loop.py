@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from RL2.config import RMConfig
 from RL2.data.cursor import Cursor
-from RL2.data.preference import as_scored, load_pairs
+from RL2.data.preference import as_scored
 from RL2.models.policy import load_tokenizer
 from RL2.models.value import VALUE, ValueModel, mark_padding
 from RL2.objectives.preference import bradley_terry
-from RL2.packing import pack, sequence_weights
-from RL2.trainer.run import Run
-from RL2.trainer.supervised import Rows, Task, converter, fit, train_and_test
+from RL2.packing import sequence_weights
+from RL2.trainer.run import Run, number_of_steps
+from RL2.trainer.supervised import Task, fit, pairs_reader, train_and_test
 from RL2.workers.worker import Learner
 
 
 def train(config: RMConfig, run: Run) -> None:
     """Bradley-Terry on the values at the last tokens of chosen and rejected, `batch_size` pairs a step."""
     data, critic = config.data, config.critic
-    tokenizer, example = load_tokenizer(critic.model_name, "critic.model_name"), converter(data)
+    tokenizer = load_tokenizer(critic.model_name, "critic.model_name")
     notes: list[str] = []
-
-    def read(path: str) -> Rows:
-        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length)
-        notes.append(f"{path}: {len(pairs)} pairs, {num_left_out} left out (data.max_length={data.max_length} tokens)")
-        return Rows(pack(as_scored(pairs)), per_row=2)
-
-    rows, tests = train_and_test(data, read)
+    rows, tests = train_and_test(data, pairs_reader(data, tokenizer, notes, as_scored))
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
-    num_steps = run.number_of_steps(cursor)
+    num_steps = number_of_steps(config.trainer, cursor)
     learner = Learner(critic, run.processes, num_steps, run.save_dir, "critic.model_name", ValueModel)
     mark_padding(learner.lm, tokenizer)
     task = Task("critic", learner, rows, tests, sequence_weights, bradley_terry, VALUE, notes)

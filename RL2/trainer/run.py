@@ -71,7 +71,12 @@ class Run:
         step = 0
         if source is not None:
             with self.processes.expecting("the others in loading a checkpoint"):
-                step = checkpoint.load(source, learner, cursor, self.processes, critic)
+                try:
+                    step = checkpoint.load(source, learner, cursor, self.processes, critic)
+                except ConfigError as error:
+                    raise ConfigError(
+                        f"{error}{differences(checkpoint.models(source), models(self.settings))}"
+                    ) from error
             report.say(f"resumed from {source}: step {step}")
         report.keep_before(step)
         if self.processes.is_first:
@@ -79,15 +84,6 @@ class Run:
             (self.save_dir / LAUNCHERS).write_text(json.dumps(self.launchers))  # from here on `latest` is of this run
         self.processes.wait("the report to be cut back")
         return step
-
-    def number_of_steps(self, cursor: Cursor) -> int:
-        """`max_steps`, or as many as `n_epochs` give."""
-        if self.config.max_steps is not None:
-            return self.config.max_steps
-        try:
-            return cursor.batches(self.config.n_epochs)
-        except ValueError as error:
-            raise ConfigError(f"{error}; lower the batch or raise trainer.n_epochs") from error
 
     def save_if_due(
         self,
@@ -159,11 +155,8 @@ def start(config: Config) -> Iterator[Run]:
         launchers = sorted(set(processes.gather(launcher(), "all processes to say who started them")))
         is_test = isinstance(trainer, RLTrainer) and trainer.eval_only
         goes_on = not is_test and (trainer.load_ckpt_from is not None or begun_by(launchers, save_dir))
-        if not goes_on and (save_dir / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"trainer.save_dir={save_dir} already holds a run; go on with it (trainer.load_ckpt_from=latest) "
-                "or choose another trainer.save_dir"
-            )
+        if not goes_on:
+            refuse_another_run(save_dir)
         processes.wait("all processes to look into trainer.save_dir")
         if processes.is_first:
             try:
@@ -172,9 +165,10 @@ def start(config: Config) -> Iterator[Run]:
             except OSError as error:
                 raise ConfigError(f"trainer.save_dir={save_dir} cannot be written: {first_line(error)}") from error
         processes.wait("trainer.save_dir to be made")
-        checkpoints = Checkpoints(save_dir, processes, trainer.keep)
+        settings = asdict(config)
+        checkpoints = Checkpoints(save_dir, processes, trainer.keep, models(settings))
         with ExitStack() as closing, listening() as interrupt:
-            yield Run(trainer, save_dir, processes, checkpoints, asdict(config), closing, launchers, interrupt)
+            yield Run(trainer, save_dir, processes, checkpoints, settings, closing, launchers, interrupt)
         checkpoints.finish()
     except LostProcess:
         raise  # and leave: whoever still waits for this process will see that it has gone
@@ -182,6 +176,41 @@ def start(config: Config) -> Iterator[Run]:
         processes.stop()
         raise
     processes.stop()
+
+
+def number_of_steps(trainer: TrainerConfig, cursor: Cursor) -> int:
+    """`max_steps`, or as many as `n_epochs` give."""
+    if trainer.max_steps is not None:
+        return trainer.max_steps
+    try:
+        return cursor.batches(trainer.n_epochs)
+    except ValueError as error:
+        raise ConfigError(f"{error}; lower the batch or raise trainer.n_epochs") from error
+
+
+def refuse_another_run(save_dir: Path) -> None:
+    """Raise ConfigError if there is one in the folder of a run that begins."""
+    if (save_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"trainer.save_dir={save_dir} already holds a run; go on with it (trainer.load_ckpt_from=latest) "
+            "or choose another trainer.save_dir"
+        )
+
+
+def models(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a run's models began with, of its configuration; it stands in its checkpoints, for errors."""
+    found = {f"{group}.model_name": settings[group]["model_name"] for group in ("actor", "critic") if group in settings}
+    if "lora" in settings.get("actor", {}):
+        found["actor.lora.rank"] = settings["actor"]["lora"]["rank"]
+    return found
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """How the models of another run differ from those of this one, for the end of an error."""
+    told = [
+        f"{key}={their}, and here it is {ours[key]}" for key, their in theirs.items() if ours.get(key, their) != their
+    ]
+    return f"; its run had {' and '.join(told)}" if told else ""
 
 
 def replay_folder(save_dir: Path, step: int) -> Path:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
 
-from RL2.config import SFTConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from RL2.config import SFTConfig, SupervisedData
 from RL2.data.cursor import Cursor
 from RL2.data.sft import load_examples
 from RL2.models.policy import load_tokenizer
 from RL2.objectives.declare import Loss
 from RL2.objectives.table import bind
 from RL2.packing import loss_weights, pack
-from RL2.trainer.run import Run
+from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import Rows, Task, converter, fit, train_and_test
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import Learner
@@ -21,13 +24,8 @@ def train(config: SFTConfig, run: Run) -> None:
     """Cross-entropy, or another objective, on the tokens of the responses, `batch_size` examples a step."""
     data, actor = config.data, config.actor
     objective = bind(actor.objective, actor.objective_args)
-    tokenizer, example = load_tokenizer(actor.model_name), converter(data)
+    tokenizer = load_tokenizer(actor.model_name)
     notes: list[str] = []
-
-    def read(path: str) -> Rows:
-        examples, num_cut = load_examples(path, tokenizer, example, data.max_length)
-        notes.append(f"{path}: {len(examples)} examples, {num_cut} cut to data.max_length={data.max_length} tokens")
-        return Rows(pack(examples), per_row=1)
 
     def weights(batch: TokenBatch) -> Tensor:
         return loss_weights(batch, train_on="all", level=actor.avg_level, average_over="all")
@@ -36,12 +34,24 @@ def train(config: SFTConfig, run: Run) -> None:
         loss_T, metrics = objective.loss(stats, batch)
         return loss_T, metrics | {"nll": -stats.logp.detach()}  # whatever is minimised, by this runs can be compared
 
-    rows, tests = train_and_test(data, read)
+    rows, tests = train_and_test(data, reader(data, tokenizer, notes))
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
-    num_steps = run.number_of_steps(cursor)
+    num_steps = number_of_steps(config.trainer, cursor)
     learner = Learner(actor, run.processes, num_steps, run.save_dir)
     objective.check(learner.lm.config.vocab_size)
     fields = tuple(dict.fromkeys((*objective.fields, "logp")))
     request = StatsRequest(fields, objective.top_k, budget_mib=actor.logits_budget_mib)
     task = Task("actor", learner, rows, tests, weights, loss, request, notes)
     fit(task, cursor, num_steps, tokenizer, run)
+
+
+def reader(data: SupervisedData, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Callable[[str], Rows]:
+    """Reads the rows of a path; what there is to say of them is added to `notes`."""
+    example = converter(data)
+
+    def read(path: str) -> Rows:
+        examples, num_cut = load_examples(path, tokenizer, example, data.max_length)
+        notes.append(f"{path}: {len(examples)} examples, {num_cut} cut to data.max_length={data.max_length} tokens")
+        return Rows(pack(examples), per_row=1)
+
+    return read

@@ -12,12 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.config import ConfigError, SupervisedData
 from RL2.data.cursor import Cursor
+from RL2.data.preference import Pair, load_pairs
 from RL2.data.source import Row
+from RL2.models.policy import refuse_unknown_tokens
 from RL2.objectives.declare import Loss
+from RL2.packing import pack
 from RL2.report import Metrics
 from RL2.rollout.environment import load_environment
 from RL2.trainer.run import Run
-from RL2.types import StatsRequest, TokenBatch, TokenStats
+from RL2.types import StatsRequest, TokenBatch, TokenStats, Trajectory
 from RL2.workers.worker import Learner
 
 
@@ -61,6 +64,8 @@ class Task:
 def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
     """One optimizer step on every batch of the cursor."""
     trainer, learner = run.config, task.learner
+    for rows in filter(None, (task.train, task.test)):
+        refuse_unknown_tokens(learner.lm, [int(rows.batch.token_ids_T.max())], f"{task.name}.model_name")
     report = run.report(num_steps)
     for note in task.notes:
         report.say(note)
@@ -96,6 +101,23 @@ def test(task: Task) -> Metrics:
 def converter(data: SupervisedData) -> Callable[[Row], Row] | None:
     """`example` of the script that the data goes through, if there is one."""
     return load_environment(data.env_path, 1.0).example if data.env_path else None
+
+
+def pairs_reader(
+    data: SupervisedData,
+    tokenizer: PreTrainedTokenizerBase,
+    notes: list[str],
+    as_trajectories: Callable[[list[Pair]], list[Trajectory]],
+) -> Callable[[str], Rows]:
+    """Reads the pairs of a path; what there is to say of them is added to `notes`."""
+    example = converter(data)
+
+    def read(path: str) -> Rows:
+        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length)
+        notes.append(f"{path}: {len(pairs)} pairs, {num_left_out} left out (data.max_length={data.max_length} tokens)")
+        return Rows(pack(as_trajectories(pairs)), per_row=2)
+
+    return read
 
 
 def train_and_test(data: SupervisedData, read: Callable[[str], Rows]) -> tuple[Rows, Rows | None]:

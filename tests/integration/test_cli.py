@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 from programs import World
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner, Result
 
 from RL2 import doctor
@@ -80,6 +83,75 @@ def test_export_is_the_model_of_a_checkpoint(world: World) -> None:
         str(export(2).exception)
         == f"rl2 export: {run}/config.yaml is not there; pass --model with what the run began with"
     )
+
+
+def trained(world: World, program: str, *overrides: str) -> Path:
+    """The last checkpoint of a short run, beside which its own export lies."""
+    run = world.run(program, *overrides, "trainer.max_steps=2", "trainer.save_freq=1").succeeded()
+    return run.save_dir / "step_000002"
+
+
+def exported(checkpoint: Path, out: Path, *options: str) -> Path:
+    result = CliRunner().invoke(app, ["export", str(checkpoint), str(out), *options])
+    assert result.exit_code == 0, result.exception
+    return out
+
+
+IDS = torch.arange(5, 25)[None]
+
+
+def test_export_merges_adapters_or_leaves_them_alone(world: World, tmp_path: Path) -> None:
+    checkpoint = trained(world, "sft", "actor.lora.rank=4")
+    merged = AutoModelForCausalLM.from_pretrained(exported(checkpoint, tmp_path / "merged"))
+    latest = AutoModelForCausalLM.from_pretrained(checkpoint.parent / "latest")
+    base = AutoModelForCausalLM.from_pretrained(world.model)
+    assert not torch.allclose(base(IDS).logits, latest(IDS).logits, atol=1e-4), "it has learnt something"
+    assert torch.equal(merged(IDS).logits, latest(IDS).logits)
+    adapted = PeftModel.from_pretrained(base, exported(checkpoint, tmp_path / "adapter", "--adapter"))
+    torch.testing.assert_close(adapted(IDS).logits, latest(IDS).logits, atol=1e-5, rtol=1e-4)
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+
+
+def test_export_of_a_reward_model(world: World, tmp_path: Path) -> None:
+    checkpoint = trained(world, "rm")
+    model, latest = (
+        AutoModelForSequenceClassification.from_pretrained(folder)
+        for folder in (exported(checkpoint, tmp_path / "rm"), checkpoint.parent / "latest")
+    )
+    assert model(IDS).logits.shape == (1, 1)
+    assert torch.equal(model(IDS).logits, latest(IDS).logits)
+    assert model.config.pad_token_id == latest.config.pad_token_id
+
+    result = CliRunner().invoke(app, ["export", str(checkpoint), str(tmp_path / "adapter"), "--adapter"])
+    assert "has no adapters: its run trained all weights" in str(result.exception)
+
+
+def test_export_on_a_full_disk_leaves_nothing(world: World, tmp_path: Path) -> None:
+    checkpoint = trained(world, "sft")
+
+    def no_large_file() -> None:  # what is written beyond fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run(
+        [*RL2, "export", str(checkpoint), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=no_large_file,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"rl2 export: {tmp_path}/out could not be written: ")
+    assert last.endswith("; nothing of it is left")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_said_in_a_line(world: World, tmp_path: Path) -> None:
+    run = trained(world, "sft").parent
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["view", str(run), "--out", f"{tmp_path}/file/view.html"])
+    assert result.exit_code == 1
+    assert str(result.exception) == f"rl2 view: [Errno 17] File exists: '{tmp_path}/file'"
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
             (2, 4, 1),
             "Size mismatch between saved torch.Size([3, 2]) and current: torch.Size([4, 2])",
         ),
-        ((2, 3, 1, 5), "Missing key in checkpoint state_dict: model.2.weight."),
+        ((2, 3, 1, 5), "Missing key in checkpoint state_dict: model.2.weight"),
         ((2, 3), "it has model.1.bias"),
     ],
 )

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 from programs import World
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from RL2.trainer.launch import main
 
@@ -108,6 +110,59 @@ def below_a_file(world: World, folder: Path) -> list[str]:
     return [f"trainer.save_dir={folder}/file/run"]
 
 
+def lose_a_shard(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    names = {name: f"model-{1 + number % 2:05d}-of-00002.safetensors" for number, name in enumerate(sorted(weights))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    first = min(names.values())
+    save_file({name: weights[name] for name in names if names[name] == first}, folder / first)
+    (folder / "model.safetensors").unlink()
+
+
+def more_tokens(world: World, folder: Path) -> list[str]:
+    def add(model: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.add_tokens([f"word{n}" for n in range(200)])
+        tokenizer.save_pretrained(model)
+
+    return model(add)(world, folder) + data(json.dumps({"prompt": "word199", "extra_info": {}}))(world, folder)
+
+
+def checkpoint(world: World, folder: Path) -> Path:
+    run = world.run("sft", "trainer.max_steps=1", "trainer.save_freq=1", save_dir=folder / "before").succeeded()
+    return run.save_dir / "step_000001"
+
+
+def smaller_model(world: World, folder: Path) -> list[str]:
+    def take_a_layer(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        number = config["num_hidden_layers"] - 1
+        config |= {"num_hidden_layers": number, "layer_types": config["layer_types"][:number]}
+        (model / "config.json").write_text(json.dumps(config))
+
+    source = checkpoint(world, folder)
+    notes = json.loads((source / "notes.json").read_text())
+    notes["models"]["actor.model_name"] = "larger"  # where the world lies is no part of the text
+    (source / "notes.json").write_text(json.dumps(notes))
+    return [*model(take_a_layer)(world, folder), f"trainer.load_ckpt_from={source}"]
+
+
+def damaged_checkpoint(world: World, folder: Path) -> list[str]:
+    source = checkpoint(world, folder)
+    (source / "random.safetensors").unlink()
+    return [f"trainer.load_ckpt_from={source}"]
+
+
+def blocked(world: World, folder: Path) -> list[str]:
+    return [*step("time.sleep(60)")(world, folder), "rollout.env_timeout_s=0.2", "train_data.prompts_per_rollout=1"]
+
+
+def another_run(world: World, folder: Path) -> list[str]:
+    (folder / "other").mkdir()
+    (folder / "other" / "metrics.jsonl").write_text("{}\n")
+    return [f"trainer.save_dir={folder}/other"]
+
+
 RESULT = "dict(next_state=None, reward={}, score=0.0, done=True, extra_info=extra_info)"
 NO_REWARD = "spo: none of the 16 trajectories has a reward; the most common causes: 16 times: "
 FAULTS = [
@@ -166,15 +221,16 @@ FAULTS = [
         "corrupt safetensors",
         "spo",
         model(not_safetensors),
-        "spo: actor.model_name=DIR/model has a broken safetensors file: Error while deserializing header: invalid JSON "
-        "in header: EOF while parsing a value at line 1 column 0",
+        "spo: actor.model_name=DIR/model: model.safetensors is broken (Error while deserializing header: invalid JSON "
+        "in header: EOF while parsing a value at line 1 column 0); was a download or a copy cut off? Take it out and "
+        "fetch it again",
     ),
     Fault(
         "an interrupted download",
         "spo",
         model(cut_in_half),
-        "spo: actor.model_name=DIR/model has a broken safetensors file: Error while deserializing header: incomplete "
-        "metadata, file not fully covered",
+        "spo: actor.model_name=DIR/model: model.safetensors is broken (Error while deserializing header: incomplete "
+        "metadata, file not fully covered); was a download or a copy cut off? Take it out and fetch it again",
     ),
     Fault(
         "a model without a tokenizer",
@@ -244,6 +300,118 @@ FAULTS = [
         "sft: actor.objective=ppo reads advantages, and rows of data have none; choose sft, rank_jsd or another that "
         "trains on what is right",
     ),
+    Fault(
+        "a model that does not exist",
+        "spo",
+        overrides("actor.model_name=DIR/nothing"),
+        "spo: actor.model_name=DIR/nothing: there is no such folder, and a model on the hub is called OWNER/NAME",
+    ),
+    Fault(
+        "a file of the weights is missing",
+        "spo",
+        model(lose_a_shard),
+        "spo: actor.model_name=DIR/model: model-00002-of-00002.safetensors is missing, which "
+        "model.safetensors.index.json names (with it 1 of 2 files); fetch the model again",
+    ),
+    Fault(
+        "the tokenizer of another model",
+        "spo",
+        more_tokens,
+        "spo: actor.model_name=DIR/model: its tokenizer makes token 653 of the data, and the model knows 454; the "
+        "tokenizer is of another model, or the model was not resized for new tokens",
+    ),
+    Fault(
+        "an environment that ends the program",
+        "spo",
+        environment("raise SystemExit(3)\n"),
+        "spo: DIR/env.py cannot be imported: SystemExit: 3 (DIR/env.py:1)",
+    ),
+    Fault(
+        "`step` does not come back",
+        "spo",
+        blocked,
+        "spo: none of the 4 trajectories has a reward; the most common causes: 4 times: step took longer than "
+        "rollout.env_timeout_s=0.2",
+    ),
+    Fault(
+        "a checkpoint of another model",
+        "sft",
+        smaller_model,
+        "sft: trainer.load_ckpt_from=DIR/before/step_000001 is of a larger model: it has "
+        "model.lm.model.layers.1.input_layernorm.weight; its run had actor.model_name=larger, and here it is "
+        "DIR/model",
+    ),
+    Fault(
+        "a damaged checkpoint",
+        "sft",
+        damaged_checkpoint,
+        "sft: trainer.load_ckpt_from=DIR/before/step_000001 is damaged (No such file or directory: "
+        "DIR/before/step_000001/random.safetensors); go on from the one before it",
+    ),
+    Fault(
+        "a folder with another run",
+        "sft",
+        another_run,
+        "sft: trainer.save_dir=DIR/other already holds a run; go on with it (trainer.load_ckpt_from=latest) or "
+        "choose another trainer.save_dir",
+    ),
+    Fault(
+        "no folder to write to",
+        "sft",
+        overrides("trainer.save_dir="),
+        "sft: trainer.save_dir is empty; name a folder",
+    ),
+    Fault(
+        "a text for a number",
+        "spo",
+        overrides("actor.lr=fast"),
+        "spo: actor.lr='fast'; expected a number",
+    ),
+    Fault(
+        "an override without a value",
+        "spo",
+        overrides("actor.lr"),
+        "spo: 'actor.lr' is not an override; write key=value",
+    ),
+    Fault(
+        "a batch that is larger than the data",
+        "spo",
+        overrides("train_data.prompts_per_rollout=100", "trainer.max_steps=null"),
+        "spo: a batch of 100 is more than 1 epoch(s) of 24 rows hold; lower the batch or raise trainer.n_epochs",
+    ),
+    Fault(
+        "nothing to compare a response with",
+        "ppo",
+        overrides("train_data.prompts_per_rollout=1", "train_data.responses_per_prompt=1"),
+        "ppo: adv.estimator=reinforce compares a response with others, and there is one a step; raise "
+        "train_data.responses_per_prompt or train_data.prompts_per_rollout",
+    ),
+    Fault(
+        "examples longer than a microbatch",
+        "sft",
+        overrides("actor.max_length_per_device=64"),
+        "sft: data.max_length=128 does not fit into actor.max_length_per_device=64; raise that, or lower "
+        "data.max_length",
+    ),
+    Fault(
+        "more processes per model than there are",
+        "spo",
+        overrides("actor.tp_size=3"),
+        "spo: actor.ddp_size=1 x actor.sp_size=1 x actor.tp_size=3 = 3 does not divide the 1 processes (1 = "
+        "ddp_size x FSDP shards x sp_size x tp_size)",
+    ),
+    Fault(
+        "rows nested too deep",
+        "spo",
+        data('{"prompt": "a", "extra_info": ' + "[" * 100_000),
+        "spo: DIR/data.jsonl, row 1 (line 1): lists or objects are nested too deeply",
+    ),
+    Fault(
+        "a setting that has no effect",
+        "spo",
+        overrides("trainer.keep=2"),
+        "spo: trainer.keep=2 has no effect without trainer.save_freq",
+    ),
 ]
 
 
@@ -266,6 +434,18 @@ def test_a_fault_is_named(fault: Fault, world: World, tmp_path: Path) -> None:
     assert text == fault.said
     assert seconds < LIMIT_S
     assert not (tmp_path / "run" / "metrics.jsonl").exists(), "nothing was begun that would have to be undone"
+
+
+@pytest.mark.parametrize("program", ["spo", "rm"])
+def test_a_tokenizer_without_a_padding_token_is_none(program: str, world: World, tmp_path: Path) -> None:
+    def forget(model: Path) -> None:
+        settings = json.loads((model / "tokenizer_config.json").read_text())
+        assert settings.pop("pad_token")
+        (model / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    [named] = model(forget)(world, tmp_path)
+    named = named.replace("actor", "critic") if program == "rm" else named
+    world.run(program, named, "trainer.max_steps=1").succeeded()
 
 
 def test_the_document_lists_them() -> None:

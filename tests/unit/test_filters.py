@@ -109,12 +109,16 @@ def test_dropped_groups_are_replaced_by_further_rows(
     assert len(signal) == 2 * kept
 
 
-def test_tasks_that_reset_makes_up(folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> None:
+def no_rows(path: str) -> list[Prompt]:
+    raise AssertionError(f"{path}: there is nothing to read")
+
+
+def test_tasks_that_reset_makes_up(folder: Path) -> None:
     settings = config(
         "train_data.path=null", "trainer.max_steps=2", "trainer.test_freq=1", "test_data.prompts_per_rollout=3"
     )
     environment = load_environment(folder / "reset.py", 5)
-    prompts, tests = tasks(settings, tokenizer, environment, 99)
+    prompts, tests = tasks(settings, environment, no_rows)
     assert [p.row for p in prompts] == [0, 1, 2, 3]
     assert [p.row for p in tests] == [0, 1, 2]
     assert len({p.extra_info["seed"] for p in tests}) == 3
@@ -122,5 +126,5 @@ def test_tasks_that_reset_makes_up(folder: Path, tokenizer: PreTrainedTokenizerB
 
     environment = load_environment(folder / "env.py", 5)
     with pytest.raises(ConfigError, match=r"train_data.path is not set, and .*env.py has no `reset`"):
-        tasks(settings, tokenizer, environment, 99)
+        tasks(settings, environment, no_rows)
     environment.close()

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from RL2.config import ConfigError
-from RL2.models.policy import Policy, export, load_model
+from RL2.models.loading import stored_names
+from RL2.models.policy import Policy, export, load_model, load_tokenizer
 
 SHAPE = {
     "vocab_size": 50,
@@ -110,7 +111,31 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path: Path) -> None:
 
     assert "no folder" in message("no folder")
     assert message("no weights").startswith(" has no weights in safetensors format (no *.safetensors in ")
-    assert message("cut off").startswith(" has a broken safetensors file: ")
-    assert message("no safetensors").startswith(" has a broken safetensors file: ")
+    assert message("cut off").startswith(": model.safetensors is broken (")
+    assert message("no safetensors").startswith(": model.safetensors is broken (")
     assert message("a layer more").startswith(" lacks weights of 11 of Qwen3ForCausalLM's parameters, among them ")
     assert message("wider").startswith(": its weights cannot be read: Size mismatch between saved torch.Size(")
+
+
+def test_a_download_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "0a1b", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "77c0.incomplete").write_bytes(b"half")
+    with pytest.raises(
+        ConfigError, match=r"no weights in .* \(the download was cut off at 77c0.incomplete; fetch it again"
+    ):
+        stored_names(snapshot, "owner/name", "actor.model_name")
+
+
+def test_what_the_hub_does_not_give_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: object, **settings: object) -> None:
+        raise ConnectionError("no route to the hub\nand more")
+
+    monkeypatch.setattr("RL2.models.loading.HfApi.model_info", unreachable)
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer("nobody/nothing", "ref_actor.model_name")
+    assert str(caught.value) == (
+        "ref_actor.model_name=nobody/nothing: there is no such folder, and the hub does not give it: "
+        "no route to the hub"
+    )

@@ -1,0 +1,72 @@
+"""A checkpoint of a run as a folder for `from_pretrained`: a policy, its adapters merged or alone, a reward model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+
+from RL2.checkpoint import NOTES, load_weights, stored_weights
+from RL2.config import ConfigError, Lora, build, first_line
+from RL2.models.lora import add_adapters, export_adapter, is_adapter
+from RL2.models.policy import Policy, load_tokenizer
+from RL2.models.policy import export as write_model
+from RL2.models.value import ValueModel, mark_padding
+
+KEY = "--model"
+
+
+def export(checkpoint: Path, out: Path, model_name: str, *, adapter: bool) -> None:
+    """Write the folder `out`, or nothing at all.
+
+    `model_name`: what the run began with, or "" for what its config.yaml says. `adapter`: of a run with LoRA the
+    adapters alone, for peft. Raises ConfigError for what is no checkpoint, one of another model, or a full disk.
+    """
+    if not (checkpoint / NOTES).is_file():
+        raise ConfigError(f"{checkpoint} is not a checkpoint (it has no {NOTES}); one is called step_NNNNNN")
+    if out.exists():
+        raise ConfigError(f"{out} exists; name a folder that does not")
+    names = stored_weights(checkpoint)
+    group = "critic" if "lm.score.weight" in names else "actor"
+    has_adapters = any(map(is_adapter, names))
+    if adapter and not has_adapters:
+        raise ConfigError(f"{checkpoint} has no adapters: its run trained all weights; leave out --adapter")
+    settings = _settings(checkpoint.parent / "config.yaml", group, needed=has_adapters or not model_name)
+    model_name = model_name or settings["model_name"]
+
+    tokenizer = load_tokenizer(model_name, KEY)
+    kind = ValueModel if group == "critic" else Policy
+    lm = kind.build(model_name, KEY)
+    if has_adapters:
+        add_adapters(lm, build(Lora, settings["lora"], "actor.lora"), torch.float32, model_name, "actor")
+    model = kind(lm)
+    model.fill(model_name, KEY, torch.device("cpu"))
+    load_weights(checkpoint, model)
+    if group == "critic":
+        mark_padding(lm, tokenizer)
+
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        if adapter:
+            export_adapter(lm, partial, write=True)
+            tokenizer.save_pretrained(partial)
+        else:
+            write_model(lm, tokenizer, partial, write=True)
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConfigError(f"{out} could not be written: {first_line(error)}; nothing of it is left") from error
+
+
+def _settings(config: Path, group: str, *, needed: bool) -> dict[str, Any]:
+    """What the run's configuration says of the model."""
+    if config.is_file():
+        settings: Any = OmegaConf.to_container(OmegaConf.load(config))
+        return settings[group]
+    if needed:
+        raise ConfigError(f"{config} is not there; pass --model with what the run began with")
+    return {}

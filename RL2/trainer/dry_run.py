@@ -1,0 +1,360 @@
+"""A dry run: what a run needs is looked at, tried and counted, and no weights are read. One table says what was found.
+
+Nothing is fetched: what is on the hub, and not in its cache here, is named as not looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable
+from importlib import import_module
+from itertools import chain
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from RL2 import checkpoint
+from RL2.config import (
+    Config,
+    ConfigError,
+    DPOConfig,
+    RLConfig,
+    SFTConfig,
+    Trainable,
+    TrainablePolicy,
+    UserError,
+    first_line,
+    num_shards,
+    trained,
+)
+from RL2.data.chat import from_json, is_chat, messages_of
+from RL2.data.cursor import Cursor
+from RL2.data.preference import as_responses, as_scored
+from RL2.data.prompts import load_prompts
+from RL2.data.source import describe, in_row, is_here, load_converted
+from RL2.engines.scripted import ScriptedEngine
+from RL2.models.loading import folder_here, refuse_no_model, stored_names
+from RL2.models.policy import Policy, load_tokenizer, max_length, refuse_unknown_tokens
+from RL2.models.value import ValueModel
+from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
+from RL2.parallel.tp import check_sizes
+from RL2.rollout.environment import Environment, load_environment
+from RL2.rollout.episode import run_episode
+from RL2.trainer.rl import actor_updates, make_cursor, tasks
+from RL2.trainer.run import number_of_steps, refuse_another_run
+from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
+from RL2.types import Prompt, Sampling
+from RL2.workers.worker import compute_dtype
+
+GIB = 2**30
+RESPONSE = "42"
+"""What the environment is tried with."""
+
+
+class Findings:
+    """Lines of the table, and what could not be looked at here."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str]] = []
+        self.unseen: list[str] = []
+
+    def say(self, what: str, *found: str) -> None:
+        self.lines += [(what if number == 0 else "", line) for number, line in enumerate(found)]
+
+    def miss(self, what: str, why: str) -> None:
+        self.say(what, f"{why}: not looked at")
+        self.unseen.append(what)
+
+    def show(self) -> None:
+        """Print the table, and in the last line whether all was looked at."""
+        table = Table(show_header=False)
+        for what, line in self.lines:
+            table.add_row(f"[bold]{what}[/]", escape(line))
+        unseen = f"; not looked at: {', '.join(self.unseen)}" if self.unseen else ""
+        console = Console(soft_wrap=True)
+        console.print(table)
+        console.print(f"dry run: all checks passed{unseen}", highlight=False)
+
+
+def rehearse(program: str, config: Config) -> Findings:
+    """Everything in the order in which the run would meet it. Raises a UserError for the first thing that is wrong."""
+    found = Findings()
+    found.say("program", program)
+    look_at_folder(config, found)
+    group, model = trained(config)
+    layout = layout_of(model, group)
+    lm, tokenizer = look_at_model(model, group, found)
+    if isinstance(config, RLConfig):
+        steps = look_at_tasks(config, lm, tokenizer, found)
+    else:
+        steps = look_at_rows(config, lm, tokenizer, found)
+    count_checkpoints(config, lm, steps, found)
+    if lm is not None:
+        check_sizes(lm, layout.tp, layout.sp, group)
+        estimate_memory(config, lm, layout, found)
+    return found
+
+
+def look_at_folder(config: Config, found: Findings) -> None:
+    """Where the run writes, and what it goes on from."""
+    trainer, save_dir = config.trainer, Path(config.trainer.save_dir)
+    source = checkpoint.find(trainer.load_ckpt_from, save_dir)
+    if trainer.load_ckpt_from is None:
+        refuse_another_run(save_dir)
+    there = next(folder for folder in (save_dir, *save_dir.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"trainer.save_dir={save_dir} cannot be written: {there} is no folder that may be written")
+    found.say("writes to", f"{save_dir}, {shutil.disk_usage(there).free / GIB:.1f} GiB free")
+    if trainer.load_ckpt_from is not None:
+        found.say("goes on from", str(source) if source else "the beginning: there is no checkpoint yet")
+
+
+def look_at_model(
+    model: Trainable, group: str, found: Findings
+) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
+    """The model without memory, and the tokenizer, if they are on this machine."""
+    key, name = f"{group}.model_name", model.model_name
+    try:
+        folder = folder_here(name)
+    except ValueError:
+        refuse_no_model(name, key)
+        raise
+    if folder is None:
+        found.miss("model", f"{name}, on the hub")
+        return None, None
+    tokenizer = load_tokenizer(str(folder), key)
+    lm = (Policy if isinstance(model, TrainablePolicy) else ValueModel).build(str(folder), key)
+    said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
+    found.say("model", name, said)
+    if folder == Path(name) or any(folder.glob("*.safetensors")):  # otherwise they are still to be fetched
+        stored_names(folder, name, key)
+    template = "" if tokenizer.chat_template else ", no chat template"
+    found.say("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens{template}")
+    return lm, tokenizer
+
+
+def look_at_tasks(
+    config: RLConfig, lm: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, found: Findings
+) -> int | None:
+    """Data and environment of reinforcement learning; returns the steps, if they can be known."""
+    rollout, train, trainer = config.rollout, config.train_data, config.trainer
+    environment = load_environment(rollout.env_path, rollout.env_timeout_s)
+    longest = config.actor.max_length + 1
+    if tokenizer is not None:
+        longest = min(longest, max_length(tokenizer.name_or_path))
+    notes: dict[str, str] = {}
+
+    def load(path: str) -> list[Prompt]:
+        if not is_here(path):
+            return []
+        if tokenizer is None:
+            prompts = formatted(path, environment)
+            notes[path] = f"{len(prompts)} rows, in the right format"
+            return prompts
+        prompts = load_prompts(path, tokenizer, environment.example, longest - 1)
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        notes[path] = (
+            f"{len(prompts)} rows; prompts of {sum(lengths) / len(lengths):.0f} tokens in the mean, "
+            f"at most {max(lengths)}"
+        )
+        return prompts
+
+    try:
+        prompts, tests = tasks(config, environment, load)
+        if lm is not None:
+            given = chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests])
+            refuse_unknown_tokens(lm, given, "actor.model_name")
+        for what, path in (("train data", train.path), ("test data", config.test_data.path if config.tests else None)):
+            if what == "test data" and not config.tests:
+                found.say(what, "none")
+            elif is_here(path):
+                found.say(what, describe(path), *([notes[path]] if path in notes else []))
+            else:
+                found.miss(what, describe(path))
+        found.say("environment", f"{rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode")
+        if prompts and tokenizer is not None:
+            found.say("", try_environment(config, environment, tokenizer, prompts[0], longest))
+        else:
+            found.unseen.append("step of the environment")
+    finally:
+        environment.close()
+    found.say("engine", rollout.engine)
+    found.say("objective", f"{config.actor.objective}, advantages {config.adv.estimator}")
+    number = train.prompts_per_rollout * train.responses_per_prompt
+    found.say(
+        "a step",
+        f"{train.prompts_per_rollout} prompts x {train.responses_per_prompt} responses, "
+        f"{config.actor.update_per_rollout} update(s)",
+    )
+    steps = 0 if trainer.eval_only else trainer.max_steps
+    if prompts and steps is None:
+        steps = number_of_steps(trainer, make_cursor(len(prompts), config))
+    at_most = number * rollout.train_sampling_params.max_new_tokens * rollout.max_turns
+    if steps is None:
+        found.say("steps", f"not known without the rows; each samples at most {count(at_most)} tokens")
+    else:
+        actor_updates(config, steps)
+        found.say("steps", f"{steps}, which sample at most {count(steps * at_most)} tokens ({count(at_most)} each)")
+    return steps
+
+
+def formatted(path: str, environment: Environment) -> list[Prompt]:
+    """The rows of `path`, checked as far as it goes without a tokenizer."""
+    prompts = []
+    for number, row in enumerate(load_converted(path, environment.example)):
+        with in_row(path, number):
+            text = str(messages_of(row)) if is_chat(row) else row["prompt"]
+        prompts.append(Prompt(number, text, [], from_json(row.get("extra_info")) or {}))
+    return prompts
+
+
+def try_environment(
+    config: RLConfig, environment: Environment, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, longest: int
+) -> str:
+    """One turn with a response that is always the same; says what came of it. Raises UserError if it has no reward."""
+    engine = ScriptedEngine(lambda token_ids, sampling: tokenizer.encode(RESPONSE, add_special_tokens=False))
+    trajectory = asyncio.run(
+        run_episode(
+            prompt,
+            engine=engine,
+            environment=environment,
+            tokenizer=tokenizer,
+            sampling=Sampling(config.rollout.train_sampling_params.max_new_tokens),
+            max_turns=1,
+            max_length=longest,
+            group=0,
+            sample=0,
+            seed=config.trainer.seed,
+        )
+    )
+    of = f"the first row and the response {RESPONSE!r}"
+    if trajectory.unscored is not None:
+        raise UserError(f"rollout.env_path={environment.path}, tried with {of}: {trajectory.unscored}")
+    return f"tried with {of}: reward {sum(sum(s.rewards) for s in trajectory.sequences):g}"
+
+
+def look_at_rows(
+    config: Config,
+    lm: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    found: Findings,
+) -> int | None:
+    """Data of supervised programs; returns the steps, if they can be known."""
+    assert not isinstance(config, RLConfig)
+    data, trainer = config.data, config.trainer
+    what = "examples" if isinstance(config, SFTConfig) else "pairs"
+    tested = describe(data.test_path) if data.test_path else f"a share of {data.test_ratio:g} of it"
+    told = {"data": describe(data.path), "test data": tested if trainer.test_freq else "none"}
+    notes: list[str] = []
+    rows: Rows | None = None
+    if tokenizer is not None and is_here(data.path) and is_here(data.test_path):
+        read: Callable[[str], Rows]
+        if isinstance(config, SFTConfig):
+            read = import_module("RL2.trainer.sft_loop").reader(data, tokenizer, notes)
+        else:
+            read = pairs_reader(data, tokenizer, notes, as_responses if isinstance(config, DPOConfig) else as_scored)
+        rows, _ = train_and_test(data, read)
+        assert lm is not None
+        refuse_unknown_tokens(lm, rows.batch.token_ids_T.tolist(), f"{trained(config)[0]}.model_name")
+        found.say("data", told["data"], *notes)
+        found.say("test data", told["test data"])
+    else:
+        found.say("data", told["data"])
+        found.say("test data", told["test data"])
+        found.unseen.append("rows")
+    found.say("rows through", data.env_path or "as they are")
+    if isinstance(config, DPOConfig):
+        found.say("reference", "none" if config.actor.reference_free else config.ref_actor.model_name)
+    found.say("a step", f"{data.batch_size} {what}")
+    steps = trainer.max_steps
+    if rows is not None:
+        steps = number_of_steps(trainer, Cursor(len(rows), data.batch_size, trainer.seed))
+        mean = len(rows.batch.token_ids_T) / len(rows)
+        found.say("steps", f"{steps} on {len(rows)} {what}, about {count(steps * data.batch_size * mean)} tokens")
+    else:
+        found.say("steps", "not known without the rows" if steps is None else str(steps))
+    return steps
+
+
+def layout_of(model: Trainable, group: str) -> Layout:
+    """On the processes of torchrun; without it, on as few as the sizes allow."""
+    sizes = model.ddp_size * model.sp_size * model.tp_size
+    shards = num_shards(model, int(os.environ.get("WORLD_SIZE", sizes)), group)
+    return Layout(ddp=model.ddp_size, fsdp=shards, sp=model.sp_size, tp=model.tp_size)
+
+
+def count_checkpoints(config: Config, lm: PreTrainedModel | None, steps: int | None, found: Findings) -> None:
+    """Their number and size on the disk."""
+    frequency, keep = config.trainer.save_freq, config.trainer.keep
+    if frequency is None:
+        found.say("checkpoints", "none (trainer.save_freq); only the model at the end")
+        return
+    number = None if steps is None else min(steps // frequency, keep or steps)
+    size = ""
+    if lm is not None and not (isinstance(trained(config)[1], TrainablePolicy) and lora_rank(config)):
+        size = f", {bytes_in_words((MASTER + MOMENTS) * sum(p.numel() for p in lm.parameters()))} each"
+    found.say("checkpoints", f"every {frequency} steps{size}" + ("" if number is None else f"; {number} stay"))
+
+
+def lora_rank(config: Config) -> int:
+    model = trained(config)[1]
+    return model.lora.rank if isinstance(model, TrainablePolicy) else 0
+
+
+def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: Findings) -> None:
+    """Of a process, by parallel/cost.py: an estimate, made for GPUs."""
+    model = trained(config)[1]
+    try:
+        shape = Shape.of(lm.config)
+    except UserError as error:
+        found.miss("memory", first_line(error))
+        return
+    has_gpu = torch.cuda.is_available()
+    dtype = compute_dtype(model.dtype, torch.device("cuda" if has_gpu else "cpu"))
+    adapters = shape.adapters(model.lora.rank, model.lora.target_modules) if isinstance(model, TrainablePolicy) else 0
+    parts = training_memory(
+        shape,
+        layout,
+        model.max_length_per_device,
+        recompute=model.gradient_checkpointing,
+        itemsize=dtype.itemsize,
+        adapters=adapters,
+    )
+    offload = model.offload_model and model.offload_optimizer
+    here = shape.parameters / (layout.tp * layout.shards)
+    beside: dict[str, float] = {}
+    if isinstance(config, RLConfig):
+        if config.actor.kl.coef > 0 and not (adapters and config.ref_actor.model_name == config.actor.model_name):
+            beside["reference"] = MASTER * here
+        if config.adv.estimator == "gae":
+            beside["critic"] = (MASTER + GRADIENT + MOMENTS) * here
+    total = peak(parts, offload=offload) + sum(beside.values())
+    what = ", ".join(f"{part} {bytes_in_words(size)}" for part, size in (parts | beside).items() if size)
+    found.say(
+        "memory",
+        f"about {bytes_in_words(total)} a GPU at the peak of an update, in {str(dtype).removeprefix('torch.')}, on "
+        f"{layout.size} process(es)",
+        what,
+    )
+    if isinstance(config, RLConfig) and config.rollout.engine == "embedded":
+        found.say("", f"engine, while sampling: weights of at most {bytes_in_words(dtype.itemsize * shape.parameters)}")
+    if has_gpu:
+        found.say("", f"this GPU has {bytes_in_words(torch.cuda.mem_get_info()[1])}")
+
+
+def bytes_in_words(number: float) -> str:
+    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / 2**20:.1f} MiB"
+
+
+def count(number: float) -> str:
+    """1234567 as 1.23 million."""
+    for unit, name in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.0f}"

@@ -1,0 +1,92 @@
+"""A dry run looks at everything but the weights, says what it found, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from programs import NUM_ROWS, World
+
+from RL2.trainer.launch import main
+
+DryRun = Callable[..., str]
+
+
+@pytest.fixture
+def dry_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> DryRun:
+    """Runs a program dry, and gives what it printed, in one line."""
+    monkeypatch.setattr("torch.distributed.checkpoint.load", None)  # whoever reads weights fails
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(program: str, *overrides: str) -> str:
+        settings = [*world.settings(program), f"trainer.save_dir={tmp_path}/run", "trainer.dry_run=true", *overrides]
+        monkeypatch.setattr(sys, "argv", ["", *settings])
+        main(program)
+        assert not (tmp_path / "run").exists()
+        return " ".join(capsys.readouterr().out.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+
+    return run
+
+
+@pytest.mark.parametrize("program", ["sft", "rm", "dpo", "spo"])
+def test_all_is_looked_at(program: str, dry_run: DryRun) -> None:
+    said = dry_run(program, "trainer.save_freq=2")
+    rows = {"sft": f"{NUM_ROWS} examples, 0 cut", "spo": f"{NUM_ROWS} rows; prompts of"}
+    for words in (
+        rows.get(program, f"{NUM_ROWS} pairs, 0 left out"),
+        "Qwen3ForSequenceClassification" if program == "rm" else "Qwen3ForCausalLM",
+        "steps 3",
+        "checkpoints every 2 steps",
+        "a GPU at the peak of an update",
+    ):
+        assert words in said
+    assert said.endswith("dry run: all checks passed")
+
+
+def test_the_environment_is_tried(dry_run: DryRun) -> None:
+    assert "tried with the first row and the response '42': reward 1" in dry_run("spo")
+
+
+def test_tokens_are_bounded(dry_run: DryRun) -> None:
+    said = dry_run("spo", "rollout.max_turns=2", "trainer.max_steps=null", "trainer.n_epochs=2")
+    assert f"steps {2 * NUM_ROWS // 4}, which sample at most 4.61 thousand tokens (384 each)" in said
+
+
+def test_what_is_on_the_hub_is_named(dry_run: DryRun) -> None:
+    said = dry_run("spo", "actor.model_name=nobody/nothing", "rollout.model_name=nobody/nothing")
+    assert "model nobody/nothing, on the hub: not looked at" in said
+    assert f"{NUM_ROWS} rows, in the right format" in said
+    assert said.endswith("dry run: all checks passed; not looked at: model, step of the environment")
+
+
+def test_adapters_take_less_memory(dry_run: DryRun) -> None:
+    whole, adapters = (
+        float(dry_run("sft", f"actor.lora.rank={rank}").partition("optimizer ")[2].split()[0]) for rank in (0, 8)
+    )
+    assert 0 < adapters < whole / 4
+
+
+BLOCKED = """
+import time
+
+async def step(state, action, extra_info):
+    time.sleep(60)
+"""
+
+
+def test_a_fault_is_the_only_thing_that_is_said(
+    dry_run: DryRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "env.py"
+    script.write_text(BLOCKED)
+    with pytest.raises(SystemExit) as ended:
+        dry_run("spo", f"rollout.env_path={script}", "rollout.env_timeout_s=0.2")
+    assert ended.value.code == (
+        f"spo: rollout.env_path={script}, tried with the first row and the response '42': step took longer than "
+        "rollout.env_timeout_s=0.2"
+    )
+    assert capsys.readouterr().out == ""
