@@ -345,8 +345,8 @@ FAULTS = [
         "a damaged checkpoint",
         "sft",
         damaged_checkpoint,
-        "sft: trainer.load_ckpt_from=DIR/before/step_000001 is damaged (No such file or directory: "
-        "DIR/before/step_000001/random.safetensors); go on from the one before it",
+        "sft: DIR/before/step_000001/random.safetensors is damaged: FileNotFoundError: No such file or directory: "
+        "DIR/before/step_000001/random.safetensors; go on from another checkpoint",
     ),
     Fault(
         "a folder with another run",
