@@ -1,7 +1,7 @@
 """What README and docs show works: Python blocks are run, commands go through the doors that users' go through.
 
 A page is one place, a folder with the repository's files, and one namespace; its blocks come in their order. Nothing is
-trained: a program checks its configuration in a dry run. A command that is not known here fails.
+trained: a program checks its configuration, as before every run. A command that is not known here fails.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from copy import deepcopy
@@ -29,19 +28,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from typer.main import get_command
 
 from RL2.cli import app
-from RL2.config import PROGRAMS, ConfigError, _keys, build, load, show
+from RL2.config import PROGRAMS, ConfigError, RLConfig, SFTConfig, _keys, build, load, show
 from RL2.evaluation import evaluate, sweep
 from RL2.objectives.conformance import check
+from RL2.objectives.probe import probe, probe_supervised
 from RL2.planning import Question as PlanQuestion
 from RL2.rollout.environment import load_environment
-from RL2.trainer.launch import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
 SHOWN = ("", "text", "json")
 """Languages of blocks that show what comes out."""
 FILES = ("train.jsonl", "rows.jsonl", "runs/demo/data/train.jsonl", "runs/demo/data/test.jsonl")
-"""Data that commands name; what is in them does not matter to a dry run."""
+"""Data that commands name; what is in them does not matter here."""
 OF_OTHERS = ("python -m sglang.launch_server ", "python RL2/engines/vllm/plugin/launch.py ")
 """Servers of SGLang and vLLM; their options, which are not ours, are not checked."""
 KEYS = {program: set(_keys(cls, "")) for program, cls in PROGRAMS.items()}
@@ -106,7 +105,7 @@ def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_what_a_page_shows_works(page: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_page_shows_works(page: Path, place: Path) -> None:
     namespace: dict[str, Any] = {"__name__": page.stem}
     for block in blocks(page):
         if block.file:
@@ -115,7 +114,7 @@ def test_what_a_page_shows_works(page: Path, place: Path, capsys: pytest.Capture
             run_python(block, namespace)
         elif block.language == "sh":
             for command in commands(block.text):
-                follow(command, place, capsys)
+                follow(command, place)
         elif block.language == "yaml":
             assert block.file, f"a YAML block needs its file's name in its first line:\n{block.text}"
             assert sweep.read(Path(block.file), seeds=1, folder=place / "sweep").jobs
@@ -146,7 +145,7 @@ def commands(text: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def follow(words: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def follow(words: list[str], place: Path) -> None:
     """Through the door of the command; raises or fails if it does not open."""
     words = [word.replace("$PWD", str(place)) for word in words]
     while "=" in words[0] and re.match(r"[A-Z][A-Z_0-9]*=", words[0]):
@@ -155,20 +154,20 @@ def follow(words: list[str], place: Path, capsys: pytest.CaptureFixture[str]) ->
         return
     match words:
         case ["rl2", name, *rest]:
-            rl2(name, rest, capsys)
+            rl2(name, rest)
         case ["torchrun", *rest]:
             given = get_args_parser().parse_args(rest)
             assert given.module, f"torchrun needs -m: {shlex.join(words)}"
-            dry_run(given.training_script, given.training_script_args, capsys)
+            resolve(given.training_script, given.training_script_args)
         case ["python", "-m", module, *rest] if module.startswith("RL2.trainer."):
-            dry_run(module, rest, capsys)
+            resolve(module, rest)
         case ["python", script, *rest] if script.endswith(".py"):
             text = Path(script).read_text()
             assert [word for word in rest if word.startswith("--") and word.split("=")[0] not in text] == []
         case ["bash", script, *rest] | [script, *rest] if script.startswith("examples/"):
             environment = os.environ | {"PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"}
             done = subprocess.run(["bash", script, *rest], env=environment, capture_output=True, text=True, check=True)
-            follow(["torchrun", *done.stdout.splitlines()], place, capsys)
+            follow(["torchrun", *done.stdout.splitlines()], place)
         case ["make", *targets]:
             assert set(targets) <= targets_of_make()
         case ["pip", "install", *packages]:
@@ -181,22 +180,26 @@ def follow(words: list[str], place: Path, capsys: pytest.CaptureFixture[str]) ->
             pytest.fail(f"nobody checks this command: {shlex.join(words)}")
 
 
-def dry_run(module: str, overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """`...` stands for what every run of the program needs."""
+def resolve(module: str, overrides: list[str]) -> None:
+    """Through the program's door, up to where it looks at data and models, which are not here.
+
+    `...` stands for what every run of the program needs.
+    """
     program = module.removeprefix("RL2.trainer.")
     if "..." in overrides:
         overrides = [*minimal(program), *(override for override in overrides if override != "...")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module, *overrides, "trainer.dry_run=true"])
-        main(program)
-    assert capsys.readouterr().out.endswith("dry run: all checks passed\n")
+    config = load(program, overrides)
+    if isinstance(config, RLConfig):
+        probe(config)
+    elif isinstance(config, SFTConfig):
+        probe_supervised(config.actor)
 
 
-def rl2(name: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def rl2(name: str, words: list[str]) -> None:
     context = COMMANDS[name].make_context(name, list(words))
     given = context.params
     if name == "train":
-        dry_run(f"RL2.trainer.{given['program']}", list(given["settings"] or ()), capsys)
+        resolve(f"RL2.trainer.{given['program']}", list(given["settings"] or ()))
     elif name == "check-objective":
         knobs = {k: float(v) for k, _, v in (word.partition("=") for word in given["knobs"] or ())}
         assert all(finding.passed for finding in check(given["objective"], knobs))

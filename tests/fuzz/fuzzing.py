@@ -66,7 +66,12 @@ texts = st.text(st.characters(exclude_categories=[]), max_size=20) | st.sampled_
     ["", " ", "\n", "\u2028", "\ud800", "[", "[" * 20_000, "9" * 5000, "{{ 1 }}", "${a}", "nan", "\x00", "a" * 100_000]
 )
 """Half surrogate pairs among them."""
-numbers = st.integers() | st.floats() | st.sampled_from([0, -1, 2**31, 2**63, 2**64, 10**400, 1e308, 5e-324])
+# some libraries, once imported, have the processor flush subnormal numbers to 0, and hypothesis then refuses them
+numbers = (
+    st.integers()
+    | st.floats(allow_subnormal=False)
+    | st.sampled_from([0, -1, 2**31, 2**63, 2**64, 10**400, 1e308, 5e-324])
+)
 scalars = st.none() | st.booleans() | numbers | texts
 values = st.recursive(
     scalars, lambda of: st.lists(of, max_size=3) | st.dictionaries(texts, of, max_size=3), max_leaves=5
