@@ -174,6 +174,8 @@ def follow(words: list[str], place: Path) -> None:
             asked = {extra for package in packages for extra in re.findall(r"\w[\w-]*", package.partition("[")[2])}
             assert asked <= set(EXTRAS), f"no such extra: {asked - set(EXTRAS)}"
             assert any(package.startswith((".", "rl2-spo")) for package in packages), f"of whom? {packages}"
+        case ["pytest", folder]:
+            assert list(Path(folder).glob("test_*.py")), f"no tests in {folder}"
         case ["git", "clone", *_] | ["cd", _] | ["export", *_] | ["source", ".venv/bin/activate"]:
             pass
         case _:
