@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from RL2.checkpoint_reader import Reader, TensorPlanner
 from RL2.config import ConfigError, UserError, first_line
 from RL2.parallel.processes import Processes
 from RL2.report import read_metrics
@@ -161,14 +162,14 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
     learners = _learners(learner, critic)
     state = _state(learners)
     try:
-        dcp.load(state, checkpoint_id=source / STATE)
+        dcp.load(state, storage_reader=Reader(source / STATE), planner=TensorPlanner())
     except dcp.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]  # of the first process that failed
         raise ConfigError(
             f"trainer.load_ckpt_from={source} cannot be loaded: {first_line(cause).rstrip('.')}"
         ) from error
     # dcp reads what the model asks for, and would leave the rest of a larger one unread
-    saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata
+    saved = Reader(source / STATE).read_metadata().state_dict_metadata
     if extra := {key for key in saved if key.startswith("model.")} - {f"model.{name}" for name in state["model"]}:
         raise ConfigError(f"trainer.load_ckpt_from={source} is of a larger model: it has {min(extra)}")
     for prefix, each in learners.items():
@@ -231,10 +232,10 @@ def load_weights(source: Path, policy: nn.Module) -> None:
             raise ConfigError(f"{source} is of another kind of model: only the {whose} has {name}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is meant
-            dcp.load({"model": weights}, checkpoint_id=source / STATE, no_dist=True)
+            dcp.load({"model": weights}, storage_reader=Reader(source / STATE), planner=TensorPlanner(), no_dist=True)
     except ConfigError:
         raise
-    except (Exception, dcp.CheckpointException) as error:  # which is none; and metadata are a pickle
+    except (Exception, dcp.CheckpointException) as error:  # which is none
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise ConfigError(f"{source} cannot be loaded: {first_line(cause)}") from error
 
@@ -242,8 +243,8 @@ def load_weights(source: Path, policy: nn.Module) -> None:
 def stored_weights(source: Path) -> set[str]:
     """Names of what trained, without the critic beside it. Raises ConfigError if they cannot be read."""
     try:
-        saved = dcp.FileSystemReader(source / STATE).read_metadata().state_dict_metadata
-    except (Exception, dcp.CheckpointException) as error:  # metadata are a pickle, so anything may come of them
+        saved = Reader(source / STATE).read_metadata().state_dict_metadata
+    except (Exception, dcp.CheckpointException) as error:  # of a damaged or hostile pickle anything may come
         raise ConfigError(f"{source} cannot be loaded: {first_line(error)}") from error
     return {key.removeprefix("model.") for key in saved if key.startswith("model.")}
 

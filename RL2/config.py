@@ -552,7 +552,7 @@ class Trainer:
     """Of data order, sampling and initialisation."""
     load_ckpt_from: str | None
     """A checkpoint folder to resume from, or one of save_dir: `latest`, if there is one yet, or `best`, which has the
-    best test score, to go back to. Only folders that you trust: torch's format holds a pickle."""
+    best test score, to go back to."""
     n_epochs: Count
     """Passes over the training data."""
     max_steps: Index | None

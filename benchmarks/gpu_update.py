@@ -50,7 +50,7 @@ def measure(hidden_size: int, length: int, checkpointing: bool, steps: int, proc
         lm.save_pretrained(folder)
         del lm
         overrides = f"""actor.model_name={folder} actor.max_length_per_device={POSITIONS} actor.entropy.coef=0.001
-            actor.gradient_checkpointing={str(checkpointing).lower()} train_data.path=x train_data.prompts_per_rollout=1
+            actor.gradient_checkpointing={str(checkpointing).lower()} train_data.path=x train_data.prompts_per_rollout=2
             rollout.env_path=x rollout.train_sampling_params.max_new_tokens=1 trainer.experiment_name=x"""
         actor = Actor(load("ppo", overrides.split()).actor, processes, 100, Path(folder))
     g = torch.Generator().manual_seed(0)

@@ -158,7 +158,7 @@ def vllm(folder: Path, turns: Turns, python: str) -> None:
 
     prompts, lengths = task()
     engine = "rollout.engine=vllm rollout.vllm.args=[--load-format,auto]"
-    unused = "train_data.path=x train_data.prompts_per_rollout=1 rollout.env_path=x trainer.experiment_name=x"
+    unused = "train_data.path=x train_data.prompts_per_rollout=2 rollout.env_path=x trainer.experiment_name=x"
     settings = f"actor.model_name={folder} actor.max_length_per_device=640 {engine} {unused}"
     rollout = load("ppo", [*settings.split(), "rollout.train_sampling_params.max_new_tokens=1"]).rollout
     arguments = server_arguments(rollout, AutoConfig.from_pretrained(folder), torch.float32, 640)

@@ -76,7 +76,7 @@ def member(rank: int, layout: Layout, sequences: int, steps: int, folder: Path, 
     batch, idle_mb = make_batch(sequences), memory_mb("VmRSS")
     overrides = f"""actor.model_name={folder} actor.max_length_per_device={MAX_LENGTH // layout.sp}
         actor.ddp_size={layout.ddp} actor.sp_size={layout.sp} actor.tp_size={layout.tp} actor.entropy.coef=0.001
-        train_data.path=x train_data.prompts_per_rollout=1 rollout.env_path=x
+        train_data.path=x train_data.prompts_per_rollout=2 rollout.env_path=x
         rollout.train_sampling_params.max_new_tokens=1 trainer.experiment_name=x"""
     actor = Actor(load("ppo", overrides.split()).actor, processes, 100, folder)
     seconds, cpu_s = [], []

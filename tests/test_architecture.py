@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("types", "config", "scripts"),
     ("ops", "parallel", "objectives", "advantages", "packing", "report"),
-    ("models", "data", "engines", "rollout", "checkpoint"),
+    ("models", "data", "engines", "rollout", "checkpoint", "checkpoint_reader"),
     ("workers",),
     ("trainer",),
 )

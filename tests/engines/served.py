@@ -102,7 +102,7 @@ def serve(
         "spo",
         [
             "train_data.path=none",
-            "train_data.prompts_per_rollout=1",
+            "train_data.prompts_per_rollout=2",
             f"actor.model_name={model}",
             f"actor.max_length_per_device={MAX_LENGTH}",
             "rollout.train_sampling_params.max_new_tokens=16",

@@ -43,7 +43,7 @@ def run(folder: Path, processes: Processes, max_tokens: int) -> Results:
     """Two optimizer steps on one rollout: its values, the metrics, and the weights after it."""
     overrides = f"""actor.model_name={folder}/value actor.max_length_per_device=100 adv.estimator=gae critic.lr=1e-3
         critic.max_length_per_device={max_tokens} critic.warmup_ratio=0 critic.update_per_rollout=2 critic.clip=0.2
-        train_data.path=x.jsonl train_data.prompts_per_rollout=1 rollout.env_path=x.py
+        train_data.path=x.jsonl train_data.prompts_per_rollout=2 rollout.env_path=x.py
         rollout.train_sampling_params.max_new_tokens=1 trainer.experiment_name=x"""
     critic = Critic(load("ppo", overrides.split()).critic, processes, 10, folder)
     batch = make_batch()

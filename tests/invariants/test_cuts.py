@@ -34,7 +34,7 @@ PROGRAMS = ("sft", "spo", "spo_0p5", "ppo")
 
 def actor_config(program: str, model: str, **changes: Any) -> ActorConfig:
     overrides = f"""actor.model_name={model} actor.max_length_per_device=4096 actor.lr=1e-3 actor.warmup_ratio=0
-        actor.entropy.coef=0.01 train_data.path=x.jsonl train_data.prompts_per_rollout=1 rollout.env_path=x.py
+        actor.entropy.coef=0.01 train_data.path=x.jsonl train_data.prompts_per_rollout=2 rollout.env_path=x.py
         rollout.train_sampling_params.max_new_tokens=1 trainer.experiment_name=x"""
     name = "ppo" if program == "sft" else program
     config = load(name, overrides.split()).actor

@@ -58,7 +58,7 @@ def base(folder: Path, actor: Actor) -> Base:
 
 def settings(folder: Path) -> list[str]:
     return f"""actor.model_name={folder}/model actor.max_length_per_device=4096 train_data.path=x.jsonl
-        train_data.prompts_per_rollout=1 rollout.env_path=x.py rollout.train_sampling_params.max_new_tokens=1
+        train_data.prompts_per_rollout=2 rollout.env_path=x.py rollout.train_sampling_params.max_new_tokens=1
         trainer.experiment_name=x""".split()
 
 
