@@ -19,6 +19,7 @@ PROJECT = "rl2-spo"
 EXTRAS = {
     "view": "rl2 view",
     "demo": "rl2 demo, rl2 reproduce",
+    "docs": "make docs",
     "math": "rewards for mathematics (envs/gsm8k.py, envs/orz.py)",
     "lora": "actor.lora.rank",
     "liger": "actor.use_liger_kernel, on GPUs",

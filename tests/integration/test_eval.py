@@ -100,7 +100,8 @@ def test_what_was_interrupted_goes_on_and_what_is_done_is_read_back(folder: Path
 
 def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
     """Some end a line for Python and not for JSON."""
-    record = {"row": 0, "sample": 0, "texts": ["a\u2028b\x85c\x1cd\n"]}
+    kept = {"row": 0, "sample": 0, "score": 1.0, "answer": None, "tokens": 3, "truncated": False}
+    record = kept | {"texts": ["a\u2028b\x85c\x1cd\n"]}
     (tmp_path / "records.jsonl").write_text(2 * (json.dumps(record, ensure_ascii=False) + "\n"), encoding="utf-8")
     assert read(tmp_path) == [record, record]
 

@@ -160,7 +160,7 @@ def test_what_was_not_kept_or_cannot_be(run: Run) -> None:
     for arguments, said in (
         (("--step", "1"), "has not kept step 1; it has kept 0, 2 (trainer.replay_freq=N keeps every N-th)"),
         (("--step", "2", "--objectives", "grpo"), "actor.objective=grpo; choose one of"),
-        (("--step", "2", "--objectives", "spo lr"), "'lr' is not an override; write key=value"),
+        (("--step", "2", "--objectives", "spo lr"), "'lr' is not a setting; write key=value"),
         (("--step", "2", "--objectives", "spo actor.foo=1"), "nothing reads actor.foo"),
     ):
         done = rl2(str(run.save_dir), *arguments)
