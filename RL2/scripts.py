@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import sys
@@ -52,3 +53,9 @@ def described(error: BaseException, path: str, file: str | None) -> str:
         lines.append(error.lineno)
     message = (str(error).splitlines() or [""])[0][:200]
     return type(error).__name__ + (f": {message}" if message else "") + (f" ({path}:{lines[-1]})" if lines else "")
+
+
+def raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise `error` in the Python code that the thread of this number runs; None takes back what is not raised yet."""
+    cause = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), cause)

@@ -29,7 +29,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from gpu_update import HIDDEN_SIZES, qwen3
+from transformers import Qwen3ForCausalLM
 
 from RL2.engines.embedded.cache import Cache, bytes_per_position
 from RL2.engines.embedded.dense import DenseCache
@@ -51,19 +52,8 @@ def task() -> tuple[list[list[int]], list[int]]:
 
 def make_model() -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-        max_position_embeddings=40_960,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-    )
     with torch.device("cuda"):
-        lm = Qwen3ForCausalLM(config).eval().requires_grad_(False)
+        lm = Qwen3ForCausalLM(qwen3(HIDDEN_SIZES["0.6B"])).eval().requires_grad_(False)
     for parameter in lm.parameters():  # the rotary frequencies stay float32
         parameter.data = parameter.data.bfloat16()
     return lm

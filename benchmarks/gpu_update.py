@@ -31,8 +31,8 @@ POSITIONS, MICROBATCHES = 8192, 4
 HIDDEN_SIZES = {"0.6B": 1024, "1.7B": 2048}
 
 
-def measure(hidden_size: int, length: int, checkpointing: bool, steps: int, processes: Processes) -> dict[str, float]:
-    config = Qwen3Config(
+def qwen3(hidden_size: int) -> Qwen3Config:
+    return Qwen3Config(
         vocab_size=151_936,
         num_attention_heads=16,
         num_key_value_heads=8,
@@ -43,6 +43,10 @@ def measure(hidden_size: int, length: int, checkpointing: bool, steps: int, proc
         intermediate_size=3 * hidden_size,
         num_hidden_layers=28,
     )
+
+
+def measure(hidden_size: int, length: int, checkpointing: bool, steps: int, processes: Processes) -> dict[str, float]:
+    config = qwen3(hidden_size)
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("cuda"):
             lm = Qwen3ForCausalLM(config).bfloat16()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.source import DataError, Row, in_row, keys, shown
+from RL2.scripts import raise_in
 
 Message = dict[str, Any]
 
@@ -71,14 +71,10 @@ def _interrupted_after(limit_s: float) -> Iterator[None]:
     """Raise TimeoutError in the Python code that runs within, once it takes longer. In any thread, unlike signals."""
     thread, lock, is_over = threading.get_ident(), threading.Lock(), False
 
-    def throw(error: type[Exception] | None) -> None:
-        cause = None if error is None else ctypes.py_object(error)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), cause)
-
     def interrupt() -> None:
         with lock:
             if not is_over:
-                throw(TimeoutError)
+                raise_in(thread, TimeoutError)
 
     timer = threading.Timer(limit_s, interrupt)
     timer.daemon = True
@@ -91,7 +87,7 @@ def _interrupted_after(limit_s: float) -> Iterator[None]:
         timer.cancel()
         with lock:
             is_over = True
-            throw(None)  # one that came too late
+            raise_in(thread, None)  # one that came too late
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import inspect
 import math
 import threading
@@ -30,7 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from RL2.config import one_line
-from RL2.scripts import ScriptError, described, load_script
+from RL2.scripts import ScriptError, described, load_script, raise_in
 from RL2.types import Sampling
 
 ATTEMPTS = 4
@@ -205,7 +204,7 @@ class _LoopThread(threading.Thread):
     def interrupt(self) -> None:
         """Raise SystemExit in the Python code that runs there: an endless loop would slow down the process for ever."""
         if self.is_alive() and self.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(SystemExit))
+            raise_in(self.ident, SystemExit)
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from sampling import generate, logits_of
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.embedded.paged import PagedCache
 from RL2.ops import paged_attention
-from RL2.ops.attention import IMPLEMENTATION, PackedAttention
+from RL2.ops.attention import IMPLEMENTATION
 from RL2.types import Completion, Sampling
 
 SHAPE: dict[str, Any] = {
@@ -48,24 +47,6 @@ def prompts() -> list[list[int]]:
     g = torch.Generator().manual_seed(1)
     drawn = [torch.randint(0, 5000, (n,), generator=g).tolist() for n in (3, 64, 130, 700, 1)]
     return [drawn[i] for i in (0, 1, 1, 1, 2, 3, 3, 3, 3, 4)] * 3
-
-
-def generate(engine: EmbeddedEngine, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
-    async def everything() -> list[Completion]:
-        return await asyncio.gather(
-            *(engine.generate(p, replace(sampling, seed=100 + i)) for i, p in enumerate(prompts))
-        )
-
-    return asyncio.run(everything())
-
-
-@torch.no_grad()
-def logits_of(lm: PreTrainedModel, prompt: list[int], completion: Completion) -> Tensor:
-    ids = torch.tensor(prompt + completion.token_ids, device="cuda")
-    attend = PackedAttention(torch.tensor([0, len(ids)], device="cuda"))
-    positions = torch.arange(len(ids), device="cuda")[None]
-    hidden = lm.base_model(input_ids=ids[None], position_ids=positions, use_cache=False, attend=attend)
-    return lm.lm_head(hidden.last_hidden_state[0, len(prompt) - 1 : -1]).float()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sampling import generate, logits_of
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -21,7 +22,7 @@ from transformers import (
 
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.embedded.sampling import sample, uniforms
-from RL2.ops.attention import IMPLEMENTATION, PackedAttention
+from RL2.ops.attention import IMPLEMENTATION
 from RL2.types import Completion, Sampling
 
 V = 64
@@ -62,25 +63,6 @@ def lm() -> PreTrainedModel:
 def prompts() -> list[list[int]]:
     g = torch.Generator().manual_seed(1)
     return [torch.randint(0, V, (n,), generator=g).tolist() for n in (3, 30, 1, 12, 7, 30, 55, 2, 9, 4, 17)]
-
-
-def generate(engine: EmbeddedEngine, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
-    async def everything() -> list[Completion]:
-        return await asyncio.gather(
-            *(engine.generate(p, replace(sampling, seed=100 + i)) for i, p in enumerate(prompts))
-        )
-
-    return asyncio.run(everything())
-
-
-@torch.no_grad()
-def logits_of(lm: PreTrainedModel, prompt: list[int], completion: Completion) -> Tensor:
-    """The trainer's logits [n, V] before each sampled token."""
-    ids = torch.tensor(prompt + completion.token_ids)
-    attend = PackedAttention(torch.tensor([0, len(ids)]))
-    positions = torch.arange(len(ids))
-    hidden = lm.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend)
-    return lm.lm_head(hidden.last_hidden_state[0, len(prompt) - 1 : -1])
 
 
 @pytest.mark.parametrize(("config", "model"), FAMILIES, ids=lambda x: x.__name__)

@@ -6,11 +6,11 @@ Without a GPU the kernel runs under Triton's interpreter (conftest.py) and steps
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from sampling import generate
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -134,15 +134,6 @@ def check(cache: PagedCache, lengths: list[int]) -> None:
         assert cache.table_RP[row, : len(pages)].tolist() == pages
 
 
-def generate(engine: EmbeddedEngine, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
-    async def everything() -> list[Completion]:
-        return await asyncio.gather(
-            *(engine.generate(p, replace(sampling, seed=100 + i)) for i, p in enumerate(prompts))
-        )
-
-    return asyncio.run(everything())
-
-
 def alike(ours: list[Completion], theirs: list[Completion]) -> None:
     assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
     assert [c.finish for c in ours] == [c.finish for c in theirs]
@@ -188,7 +179,8 @@ def test_a_group_has_its_prompt_once(lm: PreTrainedModel) -> None:
 
 def test_memory_for_less_than_one_request_is_said(lm: PreTrainedModel) -> None:
     with pytest.raises(OutOfMemory, match="the KV cache of one request of 70 tokens does not fit into 50%"):
-        generate(Paged(lm, 4, 2), [[3] * 60], Sampling(max_new_tokens=10))
+        generate(engine := Paged(lm, 4, 2), [[3] * 60], Sampling(max_new_tokens=10))
+    assert generate(engine, [[3]], Sampling(max_new_tokens=2))[0].finish == "length"  # a smaller one is served
 
 
 def test_a_longer_request_than_was_known_gets_its_memory(lm: PreTrainedModel) -> None:

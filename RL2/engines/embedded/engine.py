@@ -180,7 +180,7 @@ class EmbeddedEngine:
                         if not self.is_asleep:  # it may have fallen asleep while the lock was waited for
                             self.step()
                 await asyncio.sleep(PAUSE_S if self.is_wanted or self.is_asleep else 0)
-            self.cache, self.longest = None, 0  # its memory is the training step's now
+            self._drop()  # of the cache: its memory is the training step's now
         except Exception as error:  # every caller is told; none is left waiting
             self._drop(error)
 
@@ -194,7 +194,7 @@ class EmbeddedEngine:
                 request.future.set_exception(stopped)
         self.waiting.clear()
         self.running.clear()
-        self.cache = None
+        self.cache, self.longest = None, 0
 
     def step(self) -> None:
         """One token for every running request, then admit what fits."""

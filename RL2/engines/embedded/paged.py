@@ -15,7 +15,7 @@ from torch import Tensor
 
 from RL2.engines.embedded.cache import Piece, Step
 from RL2.engines.embedded.graphs import Graphs
-from RL2.ops import paged_attention
+from RL2.ops import paged_attention as pages
 from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
 
 
@@ -37,7 +37,7 @@ class PagedCache:
         No request comes to more than `max_length` tokens.
         """
         self.device = device
-        affordable = int(budget_bytes // (bytes_per_position * paged_attention.PAGE))
+        affordable = int(budget_bytes // (bytes_per_position * pages.PAGE))
         self.num_pages = min(affordable, max_rows * pages_of(longest) + 1)
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.free = list(range(self.num_pages - 1, 0, -1))
@@ -54,9 +54,8 @@ class PagedCache:
 
     def add(self, row: int, length: int, like: int | None) -> bool:
         assert row == len(self.pages)
-        shared = (
-            [] if like is None else self.pages[like][: length // paged_attention.PAGE]
-        )  # the last page, half full, is its own
+        # the last page, which is not full, is each row's own
+        shared = [] if like is None else self.pages[like][: length // pages.PAGE]
         new = pages_of(length) - len(shared)
         if len(self.free) < new + row:  # whoever runs already can go on for a page
             return False
@@ -95,8 +94,8 @@ class PagedCache:
         self.users[page] = 1
         return page
 
-    def _give_back(self, pages: list[int]) -> None:
-        for page in pages:
+    def _give_back(self, of_row: list[int]) -> None:
+        for page in of_row:
             self.users[page] -= 1
             if not self.users[page]:
                 self.free.append(page)
@@ -104,25 +103,23 @@ class PagedCache:
     def layer(self, number: int, like_TKD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer; the first pass through the model makes them."""
         if number == len(self.layers):
-            shape = (self.num_pages * paged_attention.PAGE, *like_TKD.shape[1:])
+            shape = (self.num_pages * pages.PAGE, *like_TKD.shape[1:])
             self.layers.append((like_TKD.new_empty(shape), like_TKD.new_empty(shape)))
         return self.layers[number]
 
     def places(self, row: int, start: int, end: int) -> np.ndarray:
         """Where the positions `start` to `end` of a row are: int64, below S."""
         position = np.arange(start, end)
-        return (
-            self.table_RP[row, position // paged_attention.PAGE].astype(np.int64) * paged_attention.PAGE
-            + position % paged_attention.PAGE
-        )
+        page = self.table_RP[row, position // pages.PAGE].astype(np.int64)
+        return page * pages.PAGE + position % pages.PAGE
 
     def prefill(self, pieces: list[Piece]) -> Attend:
         return _Prefill(self, pieces)
 
     def decode(self, step: Step, ids: list[int], positions: list[int]) -> Tensor:
         count = len(ids)
-        parts = -(-(max(positions) + 1) // (paged_attention.PAGE * paged_attention.PART_PAGES))
-        num_rows, num_pages = rounded(count), rounded(parts) * paged_attention.PART_PAGES
+        parts = -(-(max(positions) + 1) // (pages.PAGE * pages.PART_PAGES))
+        num_rows, num_pages = rounded(count), rounded(parts) * pages.PART_PAGES
         inputs = np.zeros((num_rows, 2 + num_pages), dtype=np.int32)
         inputs[:count, 0], inputs[:count, 1] = ids, positions
         inputs[:count, 2 : 2 + self.table_RP.shape[1]] = self.table_RP[:count, :num_pages]
@@ -145,13 +142,10 @@ class _Prefill:
         self.packed = PackedAttention(torch.from_numpy(begins).to(cache.device))
         sources, places = [], []
         for piece, begin in zip(pieces, begins, strict=False):
+            # the full pages of a prompt are those of its first row
+            last_page = max(piece.start, piece.end // pages.PAGE * pages.PAGE)
             for row in piece.rows:
-                # the full pages of a prompt are those of its first row
-                start = (
-                    piece.start
-                    if row == piece.rows[0]
-                    else max(piece.start, piece.end // paged_attention.PAGE * paged_attention.PAGE)
-                )
+                start = piece.start if row == piece.rows[0] else last_page
                 sources.append(np.arange(begin + start - piece.start, begin + piece.end - piece.start))
                 places.append(cache.places(row, start, piece.end))
         self.source, self.place = (torch.from_numpy(np.concatenate(x)).to(cache.device) for x in (sources, places))
@@ -173,19 +167,19 @@ class _Decode:
 
     def __init__(self, cache: PagedCache, positions_R: Tensor, table_RP: Tensor) -> None:
         self.cache, self.positions_R, self.table_RP = cache, positions_R, table_RP
-        page_R = table_RP.gather(1, (positions_R // paged_attention.PAGE).long()[:, None])[:, 0]
-        self.place_R = page_R.long() * paged_attention.PAGE + positions_R % paged_attention.PAGE
+        page_R = table_RP.gather(1, (positions_R // pages.PAGE).long()[:, None])[:, 0]
+        self.place_R = page_R.long() * pages.PAGE + positions_R % pages.PAGE
 
     def __call__(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scaling: float) -> Tensor:
         keys, values = self.cache.layer(layer, key_RKD)
         keys.index_copy_(0, self.place_R, key_RKD)
         values.index_copy_(0, self.place_R, value_RKD)
-        out_RHD = paged_attention.attend(query_RHD, keys, values, self.table_RP, self.positions_R, scaling)
+        out_RHD = pages.attend(query_RHD, keys, values, self.table_RP, self.positions_R, scaling)
         return out_RHD.flatten(1)
 
 
 def pages_of(length: int) -> int:
-    return -(-length // paged_attention.PAGE)
+    return -(-length // pages.PAGE)
 
 
 def rounded(number: int) -> int:
