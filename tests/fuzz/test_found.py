@@ -13,8 +13,8 @@ import httpx
 import pyarrow as pa
 import pytest
 import yaml
-from test_environments import SCRIPT
 from test_records import METRICS, RECORD, REPLAY, run_folder
+from test_scripts import SCRIPT
 from test_served import SGLANG, VLLM
 from test_settings import needed
 from transformers import PreTrainedTokenizerBase
