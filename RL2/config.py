@@ -461,8 +461,9 @@ class Rollout:
     """Tensor parallelism of the engine: not available yet."""
     gpu_memory_utilization: Annotated[float, Range(0, 1, open_low=True)]
     """Share of the free device memory that the KV cache may take."""
-    compile: bool
-    """The embedded engine on GPUs: join small kernels by torch.compile, which takes a while at the first rollout."""
+    compile: bool | None
+    """The embedded engine: join small kernels by torch.compile, which takes a while at the first rollout, and a C++
+    compiler on CPUs. null: on GPUs."""
     max_running_requests: Count
     """Requests that are decoded together; the others wait."""
     train_sampling_params: SamplingParams

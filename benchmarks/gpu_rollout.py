@@ -73,14 +73,14 @@ class Dense(EmbeddedEngine):
         return DenseCache(self.memory_share * free_bytes(self.device), per_position, self.device)
 
 
-def embedded(lm: Qwen3ForCausalLM, kind: type[EmbeddedEngine], compile_layers: bool = False) -> list[list[int]]:
+def embedded(lm: Qwen3ForCausalLM, kind: type[EmbeddedEngine], compiles: bool = False) -> list[list[int]]:
     lm.set_attn_implementation(IMPLEMENTATION)
     engine = kind(
         lm,
         decode=str,
         max_running_requests=GROUPS * SAMPLES,
         memory_share=MEMORY_SHARE,
-        compile_layers=compile_layers,
+        compiles=compiles,
     )
 
     async def everything() -> list[list[int]]:
@@ -131,7 +131,7 @@ def generate(lm: Any) -> list[list[int]]:
 
 
 SIDES: dict[str, Callable[[Qwen3ForCausalLM], list[list[int]]]] = {
-    "rl2": lambda lm: embedded(lm, EmbeddedEngine, compile_layers=True),
+    "rl2": lambda lm: embedded(lm, EmbeddedEngine, compiles=True),
     "no compile": lambda lm: embedded(lm, EmbeddedEngine),
     "no graphs": lambda lm: embedded(lm, WithoutGraphs),
     "dense": lambda lm: embedded(lm, Dense),

@@ -6,7 +6,8 @@
 response has a length of its own, drawn from a long-tailed distribution (log-normal, median 60 tokens, 512 at most), and
 every side is told it: there is no end token. Sides take turns in one run; times are medians.
 
-    rl2          the embedded engine, all requests at once
+    rl2          the embedded engine, all requests at once, its decoding step compiled (rollout.compile=true)
+    plain        the same, not compiled
     generate     transformers' generate, all prompts in one batch, which runs until its longest response is done
     batches      the same in batches of 16, 32 or 64 one after the other, whichever is fastest in the warm-up
     continuous   transformers' continuous batching
@@ -33,7 +34,7 @@ from turns import Side, Turns, alternate, parser
 
 NUM_PROMPTS, VOCABULARY, MEDIAN, CAP = 128, 512, 60, 512
 BATCH_SIZES = (16, 32, 64)
-SIDES = ("rl2", "generate", "batches", "continuous")
+SIDES = ("rl2", "plain", "generate", "batches", "continuous")
 
 
 def task() -> tuple[list[list[int]], list[int]]:
@@ -52,15 +53,14 @@ def check(answers: list[list[int]], lengths: list[int]) -> None:
 # A side: a process that generates everything whenever it is told to.
 
 
-def rl2(folder: Path, turns: Turns) -> None:
+def rl2(folder: Path, turns: Turns, compiles: bool) -> None:
     from RL2.engines.embedded.engine import EmbeddedEngine
     from RL2.models.policy import load_model
     from RL2.types import Sampling
 
     prompts, lengths = task()
-    engine = EmbeddedEngine(
-        load_model(str(folder), torch.float32), decode=str, max_running_requests=256, memory_share=0.5
-    )
+    lm = load_model(str(folder), torch.float32)
+    engine = EmbeddedEngine(lm, decode=str, max_running_requests=256, memory_share=0.5, compiles=compiles)
 
     async def everything() -> list[list[int]]:
         requests = (
@@ -215,8 +215,8 @@ def run_side(options: argparse.Namespace) -> None:
     turns = Turns()
     torch.set_num_threads(options.threads)
     name, folder = options.side, options.folder
-    if name == "rl2":
-        rl2(folder, turns)
+    if name in ("rl2", "plain"):
+        rl2(folder, turns, compiles=name == "rl2")
     elif name == "generate":
         transformers_batches(folder, turns, (NUM_PROMPTS,))
     elif name == "batches":
@@ -254,7 +254,8 @@ def main() -> None:
         print(f"  {side:<12}{rate:>8.0f} tokens/s {rates['rl2'] / rate:>8.2f} {cpu_s:>8.2f} s CPU{size}")
     print(f"prefill of 16 groups of 8: {shared} positions, {alone} without sharing")
     numbers = {f"{side}_tokens_per_s": rate for side, rate in rates.items()}
-    numbers["speedup_over_best_peer"] = rates["rl2"] / max(rate for side, rate in rates.items() if side != "rl2")
+    peers = {side: rate for side, rate in rates.items() if side not in ("rl2", "plain")}
+    numbers["speedup_over_best_peer"] = rates["rl2"] / max(peers.values())
     numbers |= {"prefill_positions": shared, "prefill_positions_alone": alone}
     print(f"speedup_over_best_peer {numbers['speedup_over_best_peer']:.2f}")
     if arguments.json:

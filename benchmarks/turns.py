@@ -58,8 +58,7 @@ class Side:
 
     def __init__(self, script: str, name: str, arguments: Sequence[str], threads: int, log: Path) -> None:
         self.name, self.log = name, log
-        # threads that spin while they wait take the cores from the side whose turn it is
-        settings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, script, "--side", name, *arguments],
             stdin=subprocess.PIPE,

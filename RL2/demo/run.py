@@ -209,12 +209,7 @@ class Child:
         job.folder.mkdir(parents=True)
         self.started = time.monotonic()
         self.task = self.board.start(job.title, job.steps)
-        # waiting threads sleep: where other programs want the cores too, spinning makes two threads far slower than one
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(job.threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "HF_HUB_OFFLINE": "1",
-        }
+        environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment

@@ -16,6 +16,7 @@ from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
 from RL2.engines.base import Engine
+from RL2.engines.embedded.compiled import refuse_no_compiler
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.served.engine import ServedEngine
 from RL2.engines.sglang import kind as sglang
@@ -199,13 +200,18 @@ def make_engine(
         )
     # what trains and samples at the same time needs a copy for each
     shared = actor.holds_what_it_serves and dtype == actor.lm.dtype and not config.rollout.runs_beside_training
+    compiles = device.type == "cuda" if config.rollout.compile is None else config.rollout.compile
+    if device.type == "cuda":
+        compiles = compiles and not shared
+    elif compiles:
+        refuse_no_compiler()
     return EmbeddedEngine(
         actor.lm if shared else empty_model(actor.lm, dtype, device),
         decode=decode,
         max_running_requests=config.rollout.max_running_requests,
         memory_share=config.rollout.gpu_memory_utilization,
         owns_weights=not shared,
-        compile_layers=config.rollout.compile and not shared and device.type == "cuda",
+        compiles=compiles,
     )
 
 

@@ -56,9 +56,7 @@ def test_log_probabilities_are_the_trainers(
     dtype: torch.dtype, tolerance: float, temperature: float, compiled: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     lm = make_model(dtype)
-    engine = EmbeddedEngine(
-        make_model(dtype), decode=str, max_running_requests=32, memory_share=0.2, compile_layers=compiled
-    )
+    engine = EmbeddedEngine(make_model(dtype), decode=str, max_running_requests=32, memory_share=0.2, compiles=compiled)
     graphs = []
     decode = engine._decode
 

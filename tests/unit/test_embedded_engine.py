@@ -10,6 +10,7 @@ import pytest
 import torch
 from sampling import generate, logits_of
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,6 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from RL2.config import ConfigError
+from RL2.engines.embedded.compiled import refuse_no_compiler
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.embedded.sampling import sample, uniforms
 from RL2.ops.attention import IMPLEMENTATION
@@ -47,10 +50,14 @@ def make_model(config: Any = Qwen3Config, model: Any = Qwen3ForCausalLM) -> PreT
     return lm
 
 
-def make_engine(lm: PreTrainedModel, rows: int = 4) -> EmbeddedEngine:
+def make_engine(lm: PreTrainedModel, rows: int = 4, compiles: bool = False) -> EmbeddedEngine:
     """Token i is written as the i-th letter from 'A' on."""
     return EmbeddedEngine(
-        lm, decode=lambda ids: "".join(chr(65 + i) for i in ids), max_running_requests=rows, memory_share=0.5
+        lm,
+        decode=lambda ids: "".join(chr(65 + i) for i in ids),
+        max_running_requests=rows,
+        memory_share=0.5,
+        compiles=compiles,
     )
 
 
@@ -306,3 +313,44 @@ def test_uniforms_depend_on_seed_and_position_alone() -> None:
     assert 0 <= many.min() < many.max() < 1
     assert abs(many.mean() - 0.5) < 0.01
     assert abs(np.corrcoef(many, uniforms(list(range(20_000)), [4] * 20_000))[0, 1]) < 0.03
+
+
+@pytest.mark.slow
+def test_a_compiled_step_changes_nothing_and_is_compiled_once(prompts: list[list[int]]) -> None:
+    """While rows come and leave, the cache grows and is made anew, and weights change."""
+    lm = make_model()
+    sampling = Sampling(max_new_tokens=90, stop_token_ids=STOP)
+    plain, compiled = make_engine(lm, rows=64), make_engine(lm, rows=64, compiles=True)
+    before = counters["stats"]["unique_graphs"]
+    for few in (prompts, prompts[:3], prompts * 4):
+        for ours, theirs in zip(generate(compiled, few, sampling), generate(plain, few, sampling), strict=True):
+            assert ours.token_ids == theirs.token_ids
+            torch.testing.assert_close(torch.tensor(ours.logps), torch.tensor(theirs.logps), rtol=0, atol=1e-5)
+        with torch.no_grad():  # in place, as an optimizer does it
+            for parameter in lm.parameters():
+                parameter.mul_(1.01)
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_compiled_runs_as_it_is(
+    prompts: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = make_model()
+
+    class Branching(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum().item() < 1e9 else -x
+
+    lm.model.norm = torch.nn.Sequential(lm.model.norm, Branching())
+    sampling = Sampling(max_new_tokens=5)
+    ours, theirs = (generate(make_engine(lm, compiles=compiles), prompts, sampling) for compiles in (True, False))
+    assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
+    (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "this model cannot be compiled" in warning.message
+
+
+def test_no_compiler_is_said_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
+    with pytest.raises(ConfigError, match="there is no a-compiler-that-is-not-there"):
+        refuse_no_compiler()

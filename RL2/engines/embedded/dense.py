@@ -6,7 +6,9 @@ Shapes: R rows (one running request each), K key/value heads, H query heads, D h
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo import mark_dynamic
 
 from RL2.engines.embedded.cache import Piece, Step
 from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
@@ -27,25 +29,31 @@ class DenseCache:
         self.rows, self.length = 0, 0
 
     def max_rows(self, longest: int) -> int:
-        return self.positions // (longest + LENGTH_STEP)
+        return max(0, self.positions // (longest + LENGTH_STEP) - 1)
 
     def add(self, row: int, length: int, like: int | None) -> bool:
         return True  # `max_rows` counts every row at its full length
 
     def reserve(self, lengths: list[int], keep: int, longest: int, rows: int) -> int:
         length = max(lengths)
-        if length > self.length or len(lengths) > self.rows:
+        if length >= self.length or len(lengths) >= self.rows:
             # grow by a quarter at least, and leave room for those who wait but not for those who left
             old_length = self.length
-            if length > old_length:
+            if length >= old_length:
                 length = max(length, min(longest, old_length * 5 // 4))
-            self.rows, self.length = rows, max(old_length, -(-length // LENGTH_STEP) * LENGTH_STEP)
+            # one more of both than are in use: a step is compiled for a part of the memory, and anew for all of it
+            self.rows, self.length = rows + 1, max(old_length, (length // LENGTH_STEP + 1) * LENGTH_STEP)
             for i, pair in enumerate(self.layers):
                 self.layers[i] = tuple(self._grown(old, keep, old_length) for old in pair)  # type: ignore[assignment]
         return len(lengths)
 
+    def _zeros(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        zeros = like.new_zeros(shape)
+        mark_dynamic(zeros, (0, 2))
+        return zeros
+
     def _grown(self, old: Tensor, keep: int, old_length: int) -> Tensor:
-        new = old.new_zeros(self.rows, old.shape[1], self.length, old.shape[3])
+        new = self._zeros(old, (self.rows, old.shape[1], self.length, old.shape[3]))
         new[:keep, :, :old_length] = old[:keep, :, :old_length]
         return new
 
@@ -53,15 +61,19 @@ class DenseCache:
         """Keys and values of a layer; the first pass through the model makes them."""
         if number == len(self.layers):
             shape = (self.rows, like_TKD.shape[1], self.length, like_TKD.shape[2])
-            self.layers.append((like_TKD.new_zeros(shape), like_TKD.new_zeros(shape)))
+            self.layers.append((self._zeros(like_TKD, shape), self._zeros(like_TKD, shape)))
         return self.layers[number]
 
     def prefill(self, pieces: list[Piece]) -> Attend:
         return _Prefill(self, pieces)
 
     def decode(self, step: Step, ids: list[int], positions: list[int]) -> Tensor:
-        positions_R = torch.tensor(positions, device=self.device)
-        return step(torch.tensor(ids, device=self.device), positions_R, _Decode(self, positions_R))
+        ids_R, positions_R = (torch.tensor(x, device=self.device) for x in (ids, positions))
+        attend = _Decode(self, positions_R)
+        for x in (ids_R, positions_R, attend.rows_R, attend.bias_R11L):
+            mark_dynamic(x, 0)
+        mark_dynamic(attend.bias_R11L, 3)
+        return step(ids_R, positions_R, attend)
 
     def leave(self, gone: list[int], sources: list[int], targets: list[int], length: int) -> None:
         if sources:
@@ -106,20 +118,21 @@ class _Decode:
 
     def __init__(self, cache: DenseCache, positions_R: Tensor) -> None:
         self.cache, self.positions_R = cache, positions_R
-        self.rows = torch.arange(len(positions_R), device=positions_R.device)
-        self.length = int(positions_R.max()) + 1
-        within = torch.arange(self.length, device=positions_R.device) <= positions_R[:, None]
+        self.rows_R = torch.arange(len(positions_R), device=positions_R.device)
+        within = torch.arange(int(positions_R.max()) + 1, device=positions_R.device) <= positions_R[:, None]
         self.bias_R11L = torch.zeros(within.shape, device=within.device).masked_fill_(~within, -torch.inf)[
             :, None, None
         ]
 
     def __call__(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scaling: float) -> Tensor:
         keys, values = self.cache.layer(layer, key_RKD)
-        keys[self.rows, :, self.positions_R] = key_RKD
-        values[self.rows, :, self.positions_R] = value_RKD
+        keys[self.rows_R, :, self.positions_R] = key_RKD
+        values[self.rows_R, :, self.positions_R] = value_RKD
         num_rows, heads, size = query_RHD.shape
+        length = self.bias_R11L.shape[-1]
         # query heads that share a key/value head are the rows of one small matrix
         query_RKGD = query_RHD.reshape(num_rows, key_RKD.shape[1], -1, size)
-        scores = torch.matmul(query_RKGD, keys[:num_rows, :, : self.length].transpose(-1, -2)).float()
-        shares = scores.mul_(scaling).add_(self.bias_R11L).softmax(-1).to(query_RHD.dtype)
-        return torch.matmul(shares, values[:num_rows, :, : self.length]).reshape(num_rows, heads * size)
+        keys_RKLD, values_RKLD = (x[:num_rows, :, :length] for x in (keys, values))
+        bias_R11L = self.bias_R11L.to(query_RHD.dtype)
+        out_RKGD = F.scaled_dot_product_attention(query_RKGD, keys_RKLD, values_RKLD, bias_R11L, scale=scaling)
+        return out_RKGD.reshape(num_rows, heads * size)

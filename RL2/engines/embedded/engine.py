@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from RL2.config import UserError
-from RL2.engines.embedded.cache import Cache, Piece, bytes_per_position
+from RL2.engines.embedded.cache import Cache, Piece, Step, bytes_per_position
+from RL2.engines.embedded.compiled import CompiledStep
 from RL2.engines.embedded.dense import DenseCache
 from RL2.engines.embedded.sampling import sample, uniforms
 from RL2.models.packed import backbone, layers
@@ -82,11 +83,12 @@ class EmbeddedEngine:
         max_running_requests: int,
         memory_share: float,
         owns_weights: bool = False,
-        compile_layers: bool = False,
+        compiles: bool = False,
     ) -> None:
         """`owns_weights`: `lm` is this engine's alone, so `sleep` may let go of its weights.
 
-        `compile_layers` joins the small kernels between the large ones; not for a model that trains, too.
+        `compiles` joins small kernels: on GPUs those of a layer, which is not for a model that trains, too; on CPUs all
+        of a decoding step.
         """
         self.lm, self.decode, self.owns_weights = lm, decode, owns_weights
         self.shapes = {name: parameter.shape for name, parameter in lm.named_parameters()}
@@ -108,9 +110,12 @@ class EmbeddedEngine:
         self.is_asleep = False
         self.is_wanted = False
         """Somebody waits for the lock, which is not a fair one."""
-        if compile_layers:
+        self.decoding: Step = self._logits
+        if compiles and self.device.type == "cuda":
             for layer in layers(lm):
                 layer.compile(dynamic=True)
+        elif compiles:
+            self.decoding = CompiledStep(self._logits)
 
     async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
         if not token_ids:
@@ -269,13 +274,19 @@ class EmbeddedEngine:
         self._reserve(cache, [request.length for request in self.running], keep=len(self.running))
         ids = [request.tokens[-1] for request in self.running]
         positions = [request.length - 1 for request in self.running]
-        self._advance(cache, list(range(len(ids))), cache.decode(self._logits, ids, positions))
+        self._advance(cache, list(range(len(ids))), cache.decode(self.decoding, ids, positions))
 
     def _logits(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         return head(self.lm)(self._forward(ids, positions, attend))
 
     def _forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        out = backbone(self.lm)(input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend)
+        out = backbone(self.lm)(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            attend=attend,
+            in_graph=torch.compiler.is_compiling(),
+        )
         return out.last_hidden_state[0]
 
     def _advance(self, cache: Cache, rows: list[int], logits_RV: Tensor) -> None:

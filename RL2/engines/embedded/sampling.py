@@ -28,8 +28,9 @@ def sample(
     """
     device = logits_RV.device
     greedy_R = temperature_R == 0
-    is_cut = bool(((top_k_R > 0) | (top_p_R < 1)).any())
-    if bool((greedy_R | (temperature_R == 1)).all()):  # a pass over all logits less
+    distinct = set(temperature_R.tolist())
+    is_cut = min(top_p_R.tolist()) < 1 or max(top_k_R.tolist()) > 0
+    if distinct <= {0, 1}:  # a pass over all logits less
         logp_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
     else:
         temperature_R1 = torch.where(greedy_R, 1.0, temperature_R).to(device)[:, None]
@@ -38,7 +39,7 @@ def sample(
         top_p_R, top_k_R = torch.where(greedy_R, 1.0, top_p_R), torch.where(greedy_R, 0, top_k_R)
         logp_RV = _truncated(logp_RV, top_p_R.to(device), top_k_R.to(device))
     ids_R = _draw(logp_RV.exp(), uniform_R.to(device))
-    if bool(greedy_R.any()):
+    if 0 in distinct:
         ids_R = torch.where(greedy_R.to(device), logp_RV.argmax(-1), ids_R)
     return ids_R, logp_RV.gather(1, ids_R[:, None])[:, 0]
 
@@ -48,8 +49,10 @@ def _draw(p_RV: Tensor, uniform_R: Tensor) -> Tensor:
 
     Double precision is needed where sums are compared, but for the whole vocabulary it would be most of the work.
     """
-    vocabulary = p_RV.shape[1]
-    width = min(BLOCK, vocabulary)
+    vocabulary, width = p_RV.shape[1], BLOCK
+    if vocabulary <= BLOCK:
+        cumulative_RV = p_RV.cumsum(-1, dtype=torch.float64)
+        return _first_above(cumulative_RV, (uniform_R * cumulative_RV[:, -1])[:, None])[:, 0]
     if vocabulary % width and math.gcd(vocabulary, BLOCK) >= BLOCK // 16:  # smaller blocks, without a copy of all
         width = math.gcd(vocabulary, BLOCK)
     if vocabulary % width:

@@ -1,0 +1,55 @@
+"""A decoding step on a CPU as one compiled program: neither Python nor a kernel for every small operation.
+
+A small model keeps a core busy for less time than Python takes to name what is next. The program is compiled once, for
+any number of rows and positions.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from RL2.config import ConfigError
+from RL2.engines.embedded.cache import Step
+from RL2.ops.attention import Attend
+
+logger = logging.getLogger(__name__)
+
+COMPILERS = ("g++", "clang++")
+
+
+class CompiledStep:
+    """`step`, compiled when it is called for the first time; a `Step`.
+
+    A model that cannot be compiled runs as it is, with a warning.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.compiled = torch.compile(step, dynamic=True, fullgraph=True, options={"cpp_wrapper": True})
+        self.can_compile = True
+
+    def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        if self.can_compile and len(ids) > 1:  # a size of 1 would be compiled once more
+            try:
+                return self.compiled(ids, positions, attend)
+            except TorchDynamoException as error:
+                self.can_compile = False
+                reason = str(error).strip().split("\n")[0]
+                logger.warning("decoding step by step: this model cannot be compiled (%s)", reason)
+        return self.step(ids, positions, attend)
+
+
+def refuse_no_compiler() -> None:
+    """Raise ConfigError if there is no C++ compiler."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else COMPILERS
+    if not any(map(shutil.which, names)):
+        raise ConfigError(
+            f"rollout.compile=true on a CPU needs a C++ compiler, and there is no {' or '.join(names)}; "
+            "install one, or leave rollout.compile out"
+        )
