@@ -28,9 +28,9 @@ def main(program: str) -> None:
         is_first = int(os.environ.get("RANK", 0)) == 0
         if config.trainer.dry_run and not is_first:
             return
-        # threads that wait look for work for a moment and then sleep. By default they go on for so long that a CPU is up
-        # to 50 times slower as soon as anything else wants a core; with OMP_WAIT_POLICY=PASSIVE they sleep at once, and a
-        # small model takes twice as long. Read by OpenMP when torch is first imported, which is below
+        # threads that wait look for work for a moment and then sleep. By default they go on for so long that a CPU is
+        # up to 50 times slower as soon as anything else wants a core; with OMP_WAIT_POLICY=PASSIVE they sleep at once,
+        # and a small model takes twice as long. Read by OpenMP when torch is first imported, which is below
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "5000")
         if isinstance(config, RLConfig):
