@@ -11,7 +11,8 @@ every side is told it: there is no end token. Sides take turns in one run; times
     generate     transformers' generate, all prompts in one batch, which runs until its longest response is done
     batches      the same in batches of 16, 32 or 64 one after the other, whichever is fastest in the warm-up
     continuous   transformers' continuous batching
-    vllm         a vLLM server (with --vllm), asked over HTTP
+    vllm         a vLLM server (with --vllm), compiled, asked over HTTP
+    vllm plain   the same, not compiled
 
 Beside it: how many positions a prefill computes for 16 prompts of 300 tokens with 8 samples each.
 """
@@ -143,7 +144,7 @@ def continuous(folder: Path, turns: Turns) -> None:
     manager.stop(block=True)
 
 
-def vllm(folder: Path, turns: Turns, python: str) -> None:
+def vllm(folder: Path, turns: Turns, python: str, compiles: bool) -> None:
     """A server of ours, asked as in training; its processor time is its own."""
     import secrets
 
@@ -159,11 +160,11 @@ def vllm(folder: Path, turns: Turns, python: str) -> None:
     prompts, lengths = task()
     engine = "rollout.engine=vllm rollout.vllm.args=[--load-format,auto]"
     unused = "train_data.path=x train_data.prompts_per_rollout=2 rollout.env_path=x trainer.experiment_name=x"
-    settings = f"actor.model_name={folder} actor.max_length_per_device=640 {engine} {unused}"
+    settings = f"actor.model_name={folder} actor.max_length_per_device=640 {engine} {unused} rollout.compile={compiles}"
     rollout = load("ppo", [*settings.split(), "rollout.train_sampling_params.max_new_tokens=1"]).rollout
     arguments = server_arguments(rollout, AutoConfig.from_pretrained(folder), torch.float32, 640)
-    token, log = secrets.token_hex(8), folder / "server.log"
-    server = Server(VLLM_SERVER, python, arguments, {}, token, name="vLLM", log=log, folder=folder / "server")
+    token, log = secrets.token_hex(8), folder / f"server-{compiles}.log"
+    server = Server(VLLM_SERVER, python, arguments, {}, token, name="vLLM", log=log, folder=folder / f"server-{compiles}")
     server.start()
     server.wait_until_healthy(120)
     assert server.process is not None
@@ -221,8 +222,8 @@ def run_side(options: argparse.Namespace) -> None:
         transformers_batches(folder, turns, (NUM_PROMPTS,))
     elif name == "batches":
         transformers_batches(folder, turns, BATCH_SIZES)
-    elif name == "vllm":
-        vllm(folder, turns, options.vllm)
+    elif name in ("vllm", "vllm plain"):
+        vllm(folder, turns, options.vllm, compiles=name == "vllm")
     else:
         continuous(folder, turns)
 
@@ -241,7 +242,7 @@ def main() -> None:
         write_model(folder, end_probability=0.0, end=0, pad=0)
         settings = ["--folder", name, "--threads", str(arguments.threads)]
         settings += ["--vllm", arguments.vllm] if arguments.vllm else []
-        names = (*SIDES, "vllm") if arguments.vllm else SIDES
+        names = (*SIDES, "vllm", "vllm plain") if arguments.vllm else SIDES
         sides = [Side(__file__, side, settings, arguments.threads, folder / f"{side}.log") for side in names]
         steps = alternate(sides, arguments.steps)
         shared, alone = prefill_work(folder)

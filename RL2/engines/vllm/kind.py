@@ -59,7 +59,7 @@ def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dty
         room = rollout.gpu_memory_utilization * free_bytes(torch.device("cpu")) / settings.num_servers
         arguments["kv-cache-memory-bytes"] = min(wanted, int(room))
     flags = ["--enable-scale-out", "--disable-uvicorn-access-log"]
-    flags += [] if torch.cuda.is_available() else ["--enforce-eager"]
+    flags += [] if torch.cuda.is_available() or rollout.compile else ["--enforce-eager"]
     return [*flags, *(str(x) for key, value in arguments.items() for x in (f"--{key}", value)), *settings.args]
 
 

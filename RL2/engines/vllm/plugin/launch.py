@@ -23,10 +23,11 @@ def die_with_parent() -> None:
 
 def start_fast_on_a_cpu() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # or the CPU platform makes the worker a process
-    import torch._dynamo
+    if "--enforce-eager" in sys.argv:
+        import torch._dynamo
 
-    # one small function asks to be compiled whatever the arguments say, which takes 15 s and a C++ compiler
-    torch._dynamo.config.disable = True
+        # one small function asks to be compiled whatever the arguments say, which takes 15 s and a C++ compiler
+        torch._dynamo.config.disable = True
     from vllm.platforms.cpu import CpuPlatform
 
     update = CpuPlatform.check_and_update_config.__func__
