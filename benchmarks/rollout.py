@@ -164,7 +164,9 @@ def vllm(folder: Path, turns: Turns, python: str, compiles: bool) -> None:
     rollout = load("ppo", [*settings.split(), "rollout.train_sampling_params.max_new_tokens=1"]).rollout
     arguments = server_arguments(rollout, AutoConfig.from_pretrained(folder), torch.float32, 640)
     token, log = secrets.token_hex(8), folder / f"server-{compiles}.log"
-    server = Server(VLLM_SERVER, python, arguments, {}, token, name="vLLM", log=log, folder=folder / f"server-{compiles}")
+    server = Server(
+        VLLM_SERVER, python, arguments, {}, token, name="vLLM", log=log, folder=folder / f"server-{compiles}"
+    )
     server.start()
     server.wait_until_healthy(120)
     assert server.process is not None

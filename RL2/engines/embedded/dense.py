@@ -69,7 +69,7 @@ class DenseCache:
 
     def decode(self, step: Step, ids: list[int], positions: list[int]) -> Tensor:
         ids_R, positions_R = (torch.tensor(x, device=self.device) for x in (ids, positions))
-        attend = _Decode(self, positions_R)
+        attend = _Decode(self, positions_R, max(positions) + 1)
         for x in (ids_R, positions_R, attend.rows_R, attend.bias_R11L):
             mark_dynamic(x, 0)
         mark_dynamic(attend.bias_R11L, 3)
@@ -114,15 +114,13 @@ class _Prefill:
 
 
 class _Decode:
-    """Attention of one new token in each of the rows 0 to R - 1, standing at `positions_R`."""
+    """Attention of one new token in each of the rows 0 to R - 1, standing at `positions_R`, all before `length`."""
 
-    def __init__(self, cache: DenseCache, positions_R: Tensor) -> None:
+    def __init__(self, cache: DenseCache, positions_R: Tensor, length: int) -> None:
         self.cache, self.positions_R = cache, positions_R
         self.rows_R = torch.arange(len(positions_R), device=positions_R.device)
-        within = torch.arange(int(positions_R.max()) + 1, device=positions_R.device) <= positions_R[:, None]
-        self.bias_R11L = torch.zeros(within.shape, device=within.device).masked_fill_(~within, -torch.inf)[
-            :, None, None
-        ]
+        within_R11L = torch.arange(length, device=positions_R.device) <= positions_R[:, None, None, None]
+        self.bias_R11L = torch.where(within_R11L, 0.0, -torch.inf)
 
     def __call__(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scaling: float) -> Tensor:
         keys, values = self.cache.layer(layer, key_RKD)

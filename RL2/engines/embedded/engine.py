@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,10 +35,14 @@ from RL2.models.policy import head, positions
 from RL2.ops.attention import Attend
 from RL2.types import Completion, Sampling
 
-PREFILL_TOKENS = 8192
-"""Prompt tokens of one forward pass."""
+PREFILL_TOKENS, CPU_PASS_TOKENS = 8192, 1024
+"""Prompt tokens that are admitted between two steps, and that go through the model in one pass on a CPU."""
 PAUSE_S = 0.001
 """How often an engine that stands still looks whether it may go on."""
+
+
+Owners = dict[tuple[int, ...], list[int]]
+"""Prompts, and the rows that begin with each."""
 
 
 class OutOfMemory(UserError, RuntimeError):
@@ -122,9 +126,12 @@ class EmbeddedEngine:
             raise ValueError("an empty prompt: there is no token to go on from")
         if len(token_ids) >= self.max_length:
             raise ValueError(f"a prompt of {len(token_ids)} tokens leaves no room: the model ends at {self.max_length}")
+        room = self.max_length - len(token_ids)
+        if sampling.max_new_tokens > room:
+            sampling = replace(sampling, max_new_tokens=room)
         request = _Request(token_ids, sampling, asyncio.get_running_loop().create_future())
         self.waiting.append(request)
-        self.longest = max(self.longest, min(self.max_length, request.limit))
+        self.longest = max(self.longest, request.limit)
         if self.driver is None or self.driver.done():
             self.driver = asyncio.create_task(self._drive())
         return await request.future
@@ -235,7 +242,7 @@ class EmbeddedEngine:
         # a few large prefills cost less than many small ones, so a trickle of free rows waits until it is worth it
         if room < max(1, min(len(self.waiting), rows // 8)):
             return
-        owners: dict[tuple[int, ...], list[int]] = {}
+        owners: Owners = {}
         tokens, first = 0, len(self.running)
         while self.waiting and len(self.running) < rows:
             key, row = tuple(self.waiting[0].ids), len(self.running)
@@ -251,15 +258,32 @@ class EmbeddedEngine:
             return
         held = [request.length - (row < first) for row, request in enumerate(self.running)]
         self._reserve(cache, held, keep=first)
-        longest = max(map(len, owners))
-        for start in range(0, longest, PREFILL_TOKENS):  # once, unless a prompt is longer than that: then it is alone
-            pieces = [Piece(of, start, min(len(key), start + PREFILL_TOKENS)) for key, of in owners.items()]
-            logits_PV = self._prefill(cache, [key[start : start + PREFILL_TOKENS] for key in owners], pieces)
+        logits_PV = torch.cat([self._prefill_pass(cache, some) for some in self._passes(owners)])
         prompt_of = {row: p for p, sharing in enumerate(owners.values()) for row in sharing}
         admitted = list(range(first, len(self.running)))
         self._advance(
             cache, admitted, logits_PV[torch.tensor([prompt_of[row] for row in admitted], device=self.device)]
         )
+
+    def _passes(self, owners: Owners) -> Iterator[Owners]:
+        """Prompts that share a forward pass: on a CPU few, so that what they make stays in its cache."""
+        most = CPU_PASS_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
+        some: Owners = {}
+        tokens = 0
+        for prompt, rows in owners.items():
+            if some and tokens + len(prompt) > most:
+                yield some
+                some, tokens = {}, 0
+            some[prompt] = rows
+            tokens += len(prompt)
+        yield some
+
+    def _prefill_pass(self, cache: Cache, owners: Owners) -> Tensor:
+        """Logits after each prompt, in one pass, unless a prompt is too long for that: then it is alone."""
+        for start in range(0, max(map(len, owners)), PREFILL_TOKENS):
+            pieces = [Piece(of, start, min(len(key), start + PREFILL_TOKENS)) for key, of in owners.items()]
+            logits_PV = self._prefill(cache, [key[start : start + PREFILL_TOKENS] for key in owners], pieces)
+        return logits_PV
 
     def _prefill(self, cache: Cache, prompts: list[tuple[int, ...]], pieces: list[Piece]) -> Tensor:
         """Logits after each piece."""
@@ -320,9 +344,7 @@ class EmbeddedEngine:
             return "stop"
         if sampling.stop and any(stop in self._tail(request) for stop in sampling.stop):
             return "stop"
-        if len(request.tokens) == sampling.max_new_tokens or request.length == self.max_length:
-            return "length"
-        return None
+        return "length" if len(request.tokens) == sampling.max_new_tokens else None
 
     def _tail(self, request: _Request) -> str:
         """Text of the newest tokens, enough for the longest stop string: every token is at least one byte of UTF-8."""
