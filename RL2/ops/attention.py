@@ -23,6 +23,8 @@ from transformers import AttentionInterface
 from RL2.types import Shared
 
 IMPLEMENTATION = "rl2_packed"
+IN_GRAPH = "rl2_packed_in_graph"
+"""The same for a model that is compiled as a whole, and its attention with it."""
 
 _KERNEL_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """torch 2.11 wants as many key heads as query heads."""
@@ -40,36 +42,25 @@ def _attention(
     *,
     scaling: float,
     attend: Attend,
-    in_graph: bool = False,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface, [1, heads, T, D] in, [1, T, H * D] out.
-
-    `in_graph`: the whole model is being compiled, and `attend` with it.
-    """
+    """transformers' attention interface, [1, heads, T, D] in, [1, T, H * D] out."""
     if sliding_window or softcap or s_aux is not None:
         raise ValueError(
             f"{type(module).__name__} uses a sliding window, logit soft-capping or attention sinks, "
             "which packed attention does not have; choose a model with plain causal attention"
         )
-    query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
-    call = _call if in_graph else _call_outside_graphs
-    return call(attend, module, query_THD, key_TKD, value_TKD, scaling)[None], None
-
-
-def _call(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return attend(layer, query, key, value, scaling)
+    query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(layer, query_THD, key_TKD, value_TKD, scaling)[None], None
 
 
-# layers may be compiled one by one; what attention does depends on the layer, and would be compiled for each
-_call_outside_graphs = torch.compiler.disable(_call)
-
-
-AttentionInterface.register(IMPLEMENTATION, _attention)
+# the engine may compile what is around it; what it calls depends on the layer, and would be compiled for each
+AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(_attention))
+AttentionInterface.register(IN_GRAPH, _attention)
 
 
 MAX_PADDING = 16

@@ -32,7 +32,7 @@ from RL2.engines.embedded.dense import DenseCache
 from RL2.engines.embedded.sampling import sample, uniforms
 from RL2.models.packed import backbone, layers
 from RL2.models.policy import head, positions
-from RL2.ops.attention import Attend
+from RL2.ops.attention import IN_GRAPH, Attend
 from RL2.types import Completion, Sampling
 
 PREFILL_TOKENS, CPU_PASS_TOKENS = 8192, 1024
@@ -119,6 +119,7 @@ class EmbeddedEngine:
             for layer in layers(lm):
                 layer.compile(dynamic=True)
         elif compiles:
+            lm.set_attn_implementation(IN_GRAPH)
             self.decoding = CompiledStep(self._logits)
 
     async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
@@ -304,13 +305,7 @@ class EmbeddedEngine:
         return head(self.lm)(self._forward(ids, positions, attend))
 
     def _forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        out = backbone(self.lm)(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            attend=attend,
-            in_graph=torch.compiler.is_compiling(),
-        )
+        out = backbone(self.lm)(input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend)
         return out.last_hidden_state[0]
 
     def _advance(self, cache: Cache, rows: list[int], logits_RV: Tensor) -> None:
