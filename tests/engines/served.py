@@ -32,7 +32,13 @@ PROMPT = [5 + (7 * n) % 250 for n in range(40)]
 STAND_IN = Path(__file__).parent / "stand_in"
 """Has an `sglang.launch_server` that speaks its routes; no real SGLang was ever run."""
 
-ENGINES = ["embedded", "sglang", pytest.param("vllm", marks=pytest.mark.vllm)]
+ENGINES = [
+    "embedded",
+    "sglang",
+    pytest.param("vllm", marks=pytest.mark.vllm),
+    pytest.param("vllm-broadcast", marks=pytest.mark.vllm),
+]
+"""With the transport of the weights, if it is not files."""
 
 
 @dataclass
@@ -97,6 +103,7 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, tied: bool) -> 
 def serve(
     engine: str, model: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes, *overrides: str
 ) -> Served:
+    engine, _, transport = engine.partition("-")
     launches_stand_in = engine == "sglang" and not any("sglang.urls" in override for override in overrides)
     config = load(
         "spo",
@@ -113,6 +120,7 @@ def serve(
             f"rollout.vllm.python={VLLM_PYTHON}",
             f"rollout.sglang.python={sys.executable}",
             "trainer.experiment_name=test",
+            *([f"rollout.vllm.transport={transport}"] if transport else []),
             *overrides,
             *([f"rollout.sglang.env.PYTHONPATH='{STAND_IN}:{ROOT}'"] if launches_stand_in else []),
         ],
@@ -127,7 +135,8 @@ def two_servers(
 ) -> Iterator[Served]:
     """Of a model with an untied head; they are closed after use."""
     model = save_model(folder / "model", tokenizer, tied=False)
-    several = (f"rollout.{engine}.num_servers=2", f"rollout.{engine}.max_restarts=100")  # tests kill many
+    key = engine.partition("-")[0]
+    several = (f"rollout.{key}.num_servers=2", f"rollout.{key}.max_restarts=100")  # tests kill many
     served = serve(engine, model, folder, tokenizer, processes, *several)
     served.sync()
     yield served

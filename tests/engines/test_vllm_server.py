@@ -153,7 +153,7 @@ BY_HAND = [
     *("--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"),
     *("--max-model-len", str(MAX_LENGTH), "--kv-cache-memory-bytes", "100000000", "--enable-scale-out"),
     *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
-    *("--weight-transfer-config", '{"backend": "rl2_files"}', "--worker-extension-cls", "rl2_plugin.WorkerExtension"),
+    *("--weight-transfer-config", '{"backend": "rl2"}', "--worker-extension-cls", "rl2_plugin.WorkerExtension"),
     *("--middleware", "rl2_plugin.TokenRequired"),
 ]
 
