@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,7 +23,7 @@ from RL2.engines.vllm.plugin.rl2_transfer import Backend, Entry, Group, address_
 
 BUCKET_TIMEOUT_S = 120
 """Of one broadcast, and until all have come together."""
-HEALTH_TIMEOUT_S = 30
+POLL_S, HEALTH_EVERY_S, HEALTH_TIMEOUT_S = 0.1, 2, 30
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Stream(ABC):
     """A way for buckets. Every server is told of each at the same time; those that fail get no more."""
 
     def start(self, clients: Clients) -> Problems:
-        return _each(clients, lambda client: client.start_update())
+        return each(clients, lambda client: client.start_update())
 
     @abstractmethod
     def send(self, bucket: Bucket, clients: Clients) -> Problems: ...
@@ -95,7 +96,7 @@ class SharedMemory(Stream):
     def send(self, bucket: Bucket, clients: Clients) -> Problems:
         torch.cuda.synchronize(bucket.flat.device)  # the copies into it are done
         info = {"entries": bucket.entries, "shared": share(bucket.flat)}
-        return _each(clients, lambda client: client.update(info))
+        return each(clients, lambda client: client.update(info))
 
     def forget(self) -> None:
         pass
@@ -120,8 +121,8 @@ class Broadcast(Stream):
 
     def _form(self, clients: Clients) -> Problems:
         """Raises EngineFailed if servers that are well do not come together: the next sync would do no better."""
-        sizes: dict[int, int] = {}
-        problems = _each(clients, lambda client: client.num_workers(), sizes)
+        asked = Calls(clients, lambda _, client: client.num_workers())
+        problems, sizes = asked.wait(), asked.results
         there = {i: client for i, client in clients.items() if i in sizes}
         if not there:
             return problems
@@ -133,13 +134,12 @@ class Broadcast(Stream):
         store = _listening(host)
         said = {"backend": backend, "host": host, "port": store.port, "size": size, "timeout_s": BUCKET_TIMEOUT_S}
         problem = ""
-        with ThreadPoolExecutor(len(there)) as pool:
-            joins = {i: pool.submit(c.join, {**said, "first_rank": first_ranks[i]}) for i, c in there.items()}
-            try:
-                self.group = Group(backend, store, 0, size, self.device, host, BUCKET_TIMEOUT_S)
-            except RuntimeError as error:
-                problem = first_line(error)
-        failed = _failed(joins)
+        joins = Calls(there, lambda i, client: client.join({**said, "first_rank": first_ranks[i]}))
+        try:
+            self.group = Group(backend, store, 0, size, self.device, host, BUCKET_TIMEOUT_S)
+        except RuntimeError as error:
+            problem = first_line(error)
+        failed = joins.wait()
         if not problem and not failed:
             return problems
         self.forget()
@@ -151,15 +151,14 @@ class Broadcast(Stream):
     def send(self, bucket: Bucket, clients: Clients) -> Problems:
         if self.group is None:
             return dict.fromkeys(clients, "the group of the broadcast has broken")
-        with ThreadPoolExecutor(len(clients)) as pool:
-            updates = {i: pool.submit(client.update, {"entries": bucket.entries}) for i, client in clients.items()}
-            problem = ""
-            try:
-                self.group.broadcast(bucket.flat, lambda: any(x.done() and x.exception() for x in updates.values()))
-            except RuntimeError as error:
-                problem = first_line(error)
-                self.forget()
-        failed = _failed(updates)
+        problem = ""
+        updates = Calls(clients, lambda _, client: client.update({"entries": bucket.entries}))
+        try:
+            self.group.broadcast(bucket.flat, updates.have_failed)
+        except RuntimeError as error:
+            problem = first_line(error)
+            self.forget()
+        failed = updates.wait()
         if failed:  # its workers have left the group
             self.forget()
         return failed or (dict.fromkeys(clients, problem) if problem else {})
@@ -206,22 +205,44 @@ def own_address(urls: list[str]) -> str:
     return next((address for address in seen if address not in ("127.0.0.1", "::1")), seen[0])
 
 
-def _each(clients: Clients, do: Callable[[StreamClient], Any], results: dict[int, Any] | None = None) -> Problems:
-    """Do it with all at the same time."""
-    if not clients:
-        return {}
-    with ThreadPoolExecutor(len(clients)) as pool:
-        return _failed({i: pool.submit(do, client) for i, client in clients.items()}, results)
+class Calls:
+    """The same call to several servers at the same time.
 
+    One whose engine has died may leave a call unanswered for ever, so those that take long are asked how they are.
+    """
 
-def _failed(calls: Mapping[int, Future[Any]], results: dict[int, Any] | None = None) -> Problems:
-    problems: Problems = {}
-    for i, call in calls.items():
+    def __init__(self, clients: Clients, do: Callable[[int, StreamClient], Any]) -> None:
+        self.clients = clients
+        self.results: dict[int, Any] = {}
+        self.problems: Problems = {}
+        self.threads = {i: threading.Thread(target=self._call, args=(i, do), daemon=True) for i in clients}
+        self.asked = time.monotonic()
+        for thread in self.threads.values():
+            thread.start()
+
+    def _call(self, i: int, do: Callable[[int, StreamClient], Any]) -> None:
         try:
-            result = call.result()
+            self.results[i] = do(i, self.clients[i])
         except (ServerError, ValueError) as error:
-            problems[i] = str(error)
-        else:
-            if results is not None:
-                results[i] = result
-    return problems
+            self.problems.setdefault(i, str(error))
+
+    def have_failed(self) -> bool:
+        """Some have, so far."""
+        if time.monotonic() - self.asked > HEALTH_EVERY_S:
+            for i in self.clients.keys() - self.results.keys() - self.problems.keys():
+                if not self.clients[i].is_healthy(HEALTH_TIMEOUT_S):
+                    self.problems.setdefault(i, "it does not answer any more")
+            self.asked = time.monotonic()
+        return bool(self.problems)
+
+    def wait(self) -> Problems:
+        """What went wrong with any, when all are over."""
+        for i, thread in self.threads.items():
+            while thread.is_alive() and i not in self.problems:
+                thread.join(POLL_S)
+                self.have_failed()
+        return {i: problem for i, problem in self.problems.items() if i not in self.results}
+
+
+def each(clients: Clients, do: Callable[[StreamClient], Any]) -> Problems:
+    return Calls(clients, lambda _, client: do(client)).wait()
