@@ -135,6 +135,9 @@ class Group:
         """
         self.timeout_s = timeout_s
         self.is_nccl = backend == "nccl"
+        store.set(f"here/{rank}", "")
+        # NCCL's own wait has no end
+        store.wait([f"here/{other}" for other in range(size)], timedelta(seconds=timeout_s))
         if self.is_nccl:
             torch.cuda.set_device(device)
             options: Any = dist.ProcessGroupNCCL.Options()
@@ -172,13 +175,12 @@ class Group:
 
     def leave(self) -> None:
         """Those that still wait for this process are told so. Once only."""
-        group = self.group
-        del self.group
         if self.is_nccl:
-            group.abort()
-        else:
-            # the end of a gloo group waits for what is under way, up to its limit
-            threading.Thread(target=group.shutdown, daemon=True).start()
+            self.group.abort()
+        last = [self.group]
+        del self.group
+        # the end of a gloo group waits for what is under way, up to its limit
+        threading.Thread(target=last.clear, daemon=True).start()
 
 
 def address_toward(host: str, port: int) -> str:
