@@ -375,6 +375,10 @@ class SamplingParams:
         return self.top_p < 1 or self.top_k > 0
 
 
+Transport = Literal["files", "ipc", "broadcast"]
+"""How weights reach servers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Servers:
     """Servers as the engine (docs/engines.md): what all kinds have; `rollout.KEY.` stands before each name."""
@@ -396,7 +400,7 @@ class Servers:
     """Folder for weights on their way to the servers, which have to see it under the same name; it holds one copy of
     them. null: shared memory, for servers on this machine."""
     bucket_mib: Count
-    """Weights that are gathered in memory before they are written there."""
+    """Weights that are gathered in memory before they are written there, or sent."""
     max_probe_gap: PositiveFloat | None
     """Limit of the mean abs(trainer's logp - server's logp) over a fixed sequence of 64 tokens, in nats, after each
     sync of the weights; beyond it the run stops. null: 1e-4 where both compute in float32, else 0.1."""
@@ -421,6 +425,10 @@ class VLLM(Servers):
 
     key = "vllm"
 
+    transport: Transport
+    """How weights reach the servers. files: in sync_dir. ipc: servers on this machine look at the trainer's GPU.
+    broadcast: over a group of trainer and servers, of NCCL on GPUs and gloo on CPUs. Beside ipc and broadcast, launched
+    servers have a copy in files to be started again with, unless max_restarts=0."""
     kv_cache_mib: Count | None
     """Memory of a launched server's KV cache. null: what max_running_requests sequences of full length take, up to
     gpu_memory_utilization of what is free (CPUs), or what that share of the GPU leaves."""

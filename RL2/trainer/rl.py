@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from RL2.advantages import ADVANTAGES, gae, whitened
-from RL2.config import ConfigError, RLConfig, SGLang
+from RL2.config import ConfigError, RLConfig, SGLang, Transport
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
@@ -179,17 +179,25 @@ def make_engine(
     dtype = actor.dtype if config.rollout.dtype == "auto" else compute_dtype(config.rollout.dtype, device)
     if (settings := config.rollout.servers) is not None:
         exact = dtype == actor.dtype == torch.float32
+        transport: Transport = "files"
         if isinstance(settings, SGLang):
             kind, arguments = sglang.SGLANG_SERVER, sglang.server_arguments(config.rollout, dtype, max_length)
             router_url = settings.router_url
         else:
-            kind, router_url = vllm.VLLM_SERVER, None
+            transport, router_url = settings.transport, None
+            if transport == "ipc" and device.type != "cuda":
+                raise ConfigError(
+                    "rollout.vllm.transport=ipc shares a GPU's memory, and there is no GPU: take broadcast"
+                )
+            sleeps = torch.cuda.is_available() and not settings.urls
+            kind = vllm.SLEEPING_VLLM_SERVER if sleeps else vllm.VLLM_SERVER
             arguments = vllm.server_arguments(config.rollout, actor.lm.config, dtype, max_length)
         return ServedEngine(
             kind,
             settings,
             arguments=arguments,
             router_url=router_url,
+            transport=transport,
             processes=actor.processes,
             trainer_logps=actor.logps,
             vocab_size=actor.lm.config.vocab_size,

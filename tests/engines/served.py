@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +24,7 @@ from RL2.config import load
 from RL2.engines.base import Engine
 from RL2.engines.served.engine import ServedEngine
 from RL2.engines.served.keeper import Keeper
+from RL2.engines.vllm.client import VLLMClient
 from RL2.parallel.processes import Processes
 from RL2.rollout.episode import decode
 from RL2.trainer.rl import make_engine
@@ -32,7 +39,13 @@ PROMPT = [5 + (7 * n) % 250 for n in range(40)]
 STAND_IN = Path(__file__).parent / "stand_in"
 """Has an `sglang.launch_server` that speaks its routes; no real SGLang was ever run."""
 
-ENGINES = ["embedded", "sglang", pytest.param("vllm", marks=pytest.mark.vllm)]
+ENGINES = [
+    "embedded",
+    "sglang",
+    pytest.param("vllm", marks=pytest.mark.vllm),
+    pytest.param("vllm-broadcast", marks=pytest.mark.vllm),
+]
+"""With the transport of the weights, if it is not files."""
 
 
 @dataclass
@@ -97,6 +110,7 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, tied: bool) -> 
 def serve(
     engine: str, model: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes, *overrides: str
 ) -> Served:
+    engine, _, transport = engine.partition("-")
     launches_stand_in = engine == "sglang" and not any("sglang.urls" in override for override in overrides)
     config = load(
         "spo",
@@ -113,6 +127,7 @@ def serve(
             f"rollout.vllm.python={VLLM_PYTHON}",
             f"rollout.sglang.python={sys.executable}",
             "trainer.experiment_name=test",
+            *([f"rollout.vllm.transport={transport}"] if transport else []),
             *overrides,
             *([f"rollout.sglang.env.PYTHONPATH='{STAND_IN}:{ROOT}'"] if launches_stand_in else []),
         ],
@@ -127,7 +142,8 @@ def two_servers(
 ) -> Iterator[Served]:
     """Of a model with an untied head; they are closed after use."""
     model = save_model(folder / "model", tokenizer, tied=False)
-    several = (f"rollout.{engine}.num_servers=2", f"rollout.{engine}.max_restarts=100")  # tests kill many
+    key = engine.partition("-")[0]
+    several = (f"rollout.{key}.num_servers=2", f"rollout.{key}.max_restarts=100")  # tests kill many
     served = serve(engine, model, folder, tokenizer, processes, *several)
     served.sync()
     yield served
@@ -137,6 +153,53 @@ def two_servers(
 def keeper(served: Served) -> Keeper:
     assert isinstance(served.engine, ServedEngine) and served.engine.keeper is not None
     return served.engine.keeper
+
+
+def process_ids(served: Served, i: int) -> list[int]:
+    """Of server i: the API server and its engine."""
+    process = keeper(served).servers[i].process
+    assert process is not None
+    return [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+
+
+def wait_for(condition: object, limit_s: float = 60) -> None:
+    assert callable(condition)
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"waited for {limit_s} s"
+        time.sleep(0.1)
+
+
+@contextmanager
+def started_by_hand(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VLLMClient]:
+    """A vLLM server as docs/engines.md says; $VLLM_API_KEY has its token."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    plugin = ROOT / "RL2/engines/vllm/plugin"
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(plugin))
+    command = [VLLM_PYTHON, str(plugin / "launch.py"), *BY_HAND, "--model", str(model), "--port", str(port)]
+    with (folder / f"{port}.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        client = VLLMClient(f"http://127.0.0.1:{port}", "secret")
+        wait_for(lambda: server.poll() is not None or client.is_healthy(5))
+        assert server.poll() is None, (folder / f"{port}.log").read_text()
+        yield client
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+BY_HAND = [
+    *("--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"),
+    *("--max-model-len", str(MAX_LENGTH), "--kv-cache-memory-bytes", "100000000", "--enable-scale-out"),
+    *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
+    *("--weight-transfer-config", '{"backend": "rl2"}', "--worker-extension-cls", "rl2_plugin.WorkerExtension"),
+    *("--middleware", "rl2_plugin.TokenRequired"),
+]
 
 
 @torch.no_grad()

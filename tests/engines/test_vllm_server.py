@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +12,21 @@ import httpx
 import psutil
 import pytest
 import torch
-from served import MAX_LENGTH, PROMPT, ROOT, VLLM_PYTHON, Served, keeper, logps_of, save_model, serve, two_servers
+from served import (
+    PROMPT,
+    Served,
+    keeper,
+    logps_of,
+    process_ids,
+    save_model,
+    serve,
+    started_by_hand,
+    two_servers,
+    wait_for,
+)
 from transformers import PreTrainedTokenizerBase
 
 from RL2.engines.served.server import EngineFailed
-from RL2.engines.vllm.client import VLLMClient
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 
@@ -32,13 +39,6 @@ def served(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> Iterator[Served]:
     yield from two_servers("vllm", tmp_path_factory.mktemp("served"), tokenizer, processes)
-
-
-def process_ids(served: Served, i: int) -> list[int]:
-    """Of server i: the API server and its engine."""
-    process = keeper(served).servers[i].process
-    assert process is not None
-    return [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["api_server", "engine_core"])
@@ -78,14 +78,6 @@ def _seeded(i: int) -> Sampling:
     return Sampling(max_new_tokens=LONG.max_new_tokens, seed=100 + i)
 
 
-def wait_for(condition: object, limit_s: float = 60) -> None:
-    assert callable(condition)
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, f"waited for {limit_s} s"
-        time.sleep(0.1)
-
-
 def test_only_who_has_the_token_gets_in(served: Served) -> None:
     client = keeper(served).clients[1]
     for method, path in (
@@ -112,31 +104,16 @@ def test_a_server_that_was_started_by_hand_is_attached_to(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As docs/engines.md says; weights go through files, and the server outlives the run."""
-    model = save_model(tmp_path / "model", tokenizer, tied=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    url, sync = f"http://127.0.0.1:{port}", tmp_path / "sync"
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/RL2/engines/vllm/plugin")
-    command = [
-        VLLM_PYTHON,
-        f"{ROOT}/RL2/engines/vllm/plugin/launch.py",
-        *BY_HAND,
-        "--model",
-        str(model),
-        "--port",
-        f"{port}",
-    ]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        client = VLLMClient(url, "secret")
-        wait_for(lambda: server.poll() is not None or client.is_healthy(5))
-        assert server.poll() is None, (tmp_path / "log").read_text()
+    model, sync = save_model(tmp_path / "model", tokenizer, tied=True), tmp_path / "sync"
+    with started_by_hand(model, tmp_path, monkeypatch) as client:
         served = serve(
-            "vllm", model, tmp_path, tokenizer, processes, f"rollout.vllm.urls=[{url}]", f"rollout.vllm.sync_dir={sync}"
+            "vllm",
+            model,
+            tmp_path,
+            tokenizer,
+            processes,
+            f"rollout.vllm.urls=[{client.url}]",
+            f"rollout.vllm.sync_dir={sync}",
         )
         served.sync()
         assert len(list(sync.rglob("*.safetensors"))) == 1
@@ -144,18 +121,6 @@ def test_a_server_that_was_started_by_hand_is_attached_to(
         assert completion.versions == [1] * 8
         served.engine.close()
         assert not list(sync.iterdir()) and client.is_healthy(5)
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-BY_HAND = [
-    *("--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"),
-    *("--max-model-len", str(MAX_LENGTH), "--kv-cache-memory-bytes", "100000000", "--enable-scale-out"),
-    *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
-    *("--weight-transfer-config", '{"backend": "rl2_files"}', "--worker-extension-cls", "rl2_plugin.WorkerExtension"),
-    *("--middleware", "rl2_plugin.TokenRequired"),
-]
 
 
 def test_nothing_is_left_after_close(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> None:

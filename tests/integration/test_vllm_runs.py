@@ -25,6 +25,8 @@ SETTINGS = (
     "trainer.samples_per_step=16",
     f"trainer.max_steps={STEPS}",
 )
+BROADCAST = ("rollout.vllm.transport=broadcast", "rollout.vllm.max_restarts=0")
+"""And no files beside it."""
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +58,22 @@ def test_with_a_head_of_its_own(world: World, tmp_path: Path) -> None:
     check_gaps(world.run("spo", *SETTINGS, f"actor.model_name={tmp_path}").succeeded())
 
 
-def test_two_servers_and_two_processes(world: World, undisturbed: Run) -> None:
-    run = world.run("spo", *SETTINGS, "rollout.vllm.num_servers=2", nproc=2).succeeded()
+def test_weights_by_broadcast_change_nothing(world: World, undisturbed: Run) -> None:
+    """As when they come in files, to the last bit of what was trained."""
+    run = world.run("spo", *SETTINGS, *BROADCAST).succeeded()
+    check_gaps(run)
+    assert run.samples == undisturbed.samples
+    assert run.weights.read_bytes() == undisturbed.weights.read_bytes()
+    assert "takes weights from files" not in run.errors
+
+
+@pytest.mark.parametrize("transport", ["files", "broadcast"])
+def test_two_servers_and_two_processes(world: World, undisturbed: Run, transport: str) -> None:
+    two = ("rollout.vllm.num_servers=2", f"rollout.vllm.transport={transport}")
+    run = world.run("spo", *SETTINGS, *two, nproc=2).succeeded()
     check_gaps(run)
     assert {row["engine/imbalance"] for row in run.metrics if row["engine/imbalance"] < 2}  # both have work
+    assert "takes weights from files" not in run.errors
     # seeds, not servers, decide what is sampled
     assert [row for row in run.samples if row["step"] == 0] == [row for row in undisturbed.samples if row["step"] == 0]
 
@@ -96,8 +110,11 @@ def test_a_server_killed_in_mid_rollout_costs_time_and_nothing_else(world: World
     assert run.weights.read_bytes() == undisturbed.weights.read_bytes()
 
 
-def test_a_sync_that_leaves_the_tied_head_as_it_was_ends_the_run_there(world: World) -> None:
-    run = world.run("spo", *SETTINGS, "rollout.vllm.env.RL2_FAULT_STALE_HEAD_AFTER=3")
+@pytest.mark.parametrize("transport", [(), BROADCAST], ids=["files", "broadcast"])
+def test_a_sync_that_leaves_the_tied_head_as_it_was_ends_the_run_there(
+    world: World, transport: tuple[str, ...]
+) -> None:
+    run = world.run("spo", *SETTINGS, *transport, "rollout.vllm.env.RL2_FAULT_STALE_HEAD_AFTER=3")
     assert run.process.returncode == 1
     assert "weights of version 3: the vLLM server at http://127.0.0.1" in run.errors
     assert "computes with others than the trainer" in run.errors

@@ -35,6 +35,7 @@ SETTINGS = VLLM(
     python="none",
     args=(),
     env={},
+    transport="files",
     kv_cache_mib=None,
     sync_dir=None,
     bucket_mib=1,

@@ -130,6 +130,33 @@ class Client(ABC):
             return seconds, int(number)
 
 
+class StreamClient(Client):
+    """A server that takes weights in buckets, each at once; requests stand still from the first to the last."""
+
+    @abstractmethod
+    def num_workers(self) -> int:
+        """Processes that hold weights: each takes part in a broadcast."""
+
+    @abstractmethod
+    def join(self, group: dict[str, Any]) -> None:
+        """Its workers come to the group, and return when all are there."""
+
+    @abstractmethod
+    def start_update(self) -> None:
+        """Requests stand still, and go on only after `finish_update`: until then weights are of both versions."""
+
+    @abstractmethod
+    def update(self, info: dict[str, Any]) -> None:
+        """One bucket; afterwards its memory is not looked at any more."""
+
+    @abstractmethod
+    def finish_update(self, version: str) -> None: ...
+
+    @abstractmethod
+    def abandon_update(self) -> None:
+        """The server is ready for another `start_update`, or for files. Never fails."""
+
+
 @contextmanager
 def understood(path: str) -> Iterator[None]:
     """What is read within, of an answer, may not be there, or be something else: a `ServerError` then."""

@@ -20,12 +20,13 @@ from typing import Literal
 import httpx
 from torch import Tensor
 
-from RL2.config import Servers
+from RL2.config import Servers, Transport
 from RL2.engines.served.client import ServerError
 from RL2.engines.served.keeper import Addresses, Keeper
 from RL2.engines.served.kind import Kind
 from RL2.engines.served.router import Router
 from RL2.engines.served.server import EngineFailed
+from RL2.engines.served.streams import make_stream
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 
@@ -51,6 +52,7 @@ class ServedEngine:
         *,
         arguments: list[str],
         router_url: str | None = None,
+        transport: Transport = "files",
         processes: Processes,
         trainer_logps: Callable[[list[int]], list[float]],
         vocab_size: int,
@@ -61,7 +63,7 @@ class ServedEngine:
     ) -> None:
         """Start the servers with the command line `arguments`, or attach to them (collective).
 
-        A router at `router_url` gets the requests for samples in their place.
+        A router at `router_url` gets the requests for samples in their place. `transport` is how weights reach them.
 
         `trainer_logps(token_ids)` are the trainer's log-probabilities at temperature 1 of each token but the first, by
         the weights that `load_weights` is being given (collective). `max_length` is the limit of a sequence in tokens,
@@ -76,7 +78,10 @@ class ServedEngine:
         self.keeper: Keeper | None = None
         mine = None
         if processes.is_first if settings.urls else processes.is_first_here:
-            self.keeper = Keeper(kind, settings, arguments, self.probe, max_probe_gap, log_folder)
+            stream = make_stream(transport, processes.device)
+            self.keeper = Keeper(
+                kind, settings, arguments, self.probe, max_probe_gap, log_folder, stream, processes.device
+            )
             atexit.register(self.keeper.close)  # a run that fails closes nothing
             mine = self.keeper.addresses
         here = "" if settings.urls else os.environ.get("GROUP_RANK", "0")
@@ -166,7 +171,7 @@ class ServedEngine:
                 pass
         else:
             try:
-                files = self.keeper.write(weights)
+                self.keeper.send(weights)
             except EngineFailed as error:
                 for _ in weights:  # the others draw all, and it takes all of us
                     pass
@@ -174,7 +179,7 @@ class ServedEngine:
         expected = self.trainer_logps(self.probe)
         if self.keeper is not None and not problems:
             try:
-                self.keeper.load(files, version, expected)
+                self.keeper.load(version, expected)
             except EngineFailed as error:
                 problems = [str(error)]
         if problems := self.processes.gather(problems, f"the {self.kind.name} servers to take the weights"):
@@ -195,7 +200,7 @@ class ServedEngine:
         return metrics
 
     def sleep(self) -> None:
-        """Requests under way stand still. A server keeps its memory: on a CPU it cannot do otherwise."""
+        """Requests under way stand still. Servers launched on GPUs leave their memory to others meanwhile."""
         if self.keeper is not None:
             self.keeper.pause()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -14,16 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from RL2.config import Servers
-from RL2.engines.served.client import ServerError, gap
+from RL2.engines.served.client import ServerError, StreamClient, gap
 from RL2.engines.served.folders import SHARED_MEMORY, SHORT, OwnFolder
 from RL2.engines.served.kind import Kind
 from RL2.engines.served.server import POLL_S, EngineFailed, Server
-from RL2.engines.served.weight_files import write
+from RL2.engines.served.streams import Bucket, Clients, Stream, packed
+from RL2.engines.served.weight_files import write, write_bucket
 
+logger = logging.getLogger(__name__)
 HEALTH_EVERY_S, HEALTH_TIMEOUT_S = 10, 60
 
 
@@ -48,7 +52,11 @@ class Keeper:
         probe: list[int],
         max_probe_gap: float,
         log_folder: Path,
+        stream: Stream | None,
+        device: torch.device,
     ) -> None:
+        """`stream`: how weights reach the servers, from buckets on `device`; None: in files."""
+        self.stream, self.device = stream, device
         self.kind, self.settings, self.probe, self.max_probe_gap = kind, settings, probe, max_probe_gap
         self.temporary = OwnFolder(SHORT, f"rl2-{kind.key}-{os.getuid()}-")
         if settings.sync_dir is None:
@@ -81,7 +89,17 @@ class Keeper:
         self.closing = threading.Event()
         self.watch = threading.Thread(target=self._watch, name=f"{kind.key}-keeper", daemon=True)
         self.files: list[str] = []
+        """Of the newest weights that all servers have."""
+        self.keeps_files = stream is None or (bool(self.servers) and settings.max_restarts > 0)
+        """A server that starts again needs them."""
+        self.sent: list[str] = []
+        """Of those that are on their way, which `load` puts in place."""
+        self.fed: set[int] = set()
+        """Servers that have got them all from memory."""
+        self.refused: dict[int, str] = {}
+        """Why others have not."""
         self.version, self.expected = -1, [0.0]
+        self.bucket_bytes = settings.bucket_mib * 2**20
         self.writes = self.restarts = 0
         self.gaps: dict[int, float] = {}
         """Of the last comparison with each server, in nats."""
@@ -94,7 +112,7 @@ class Keeper:
             server.start()
         for server in self.servers:
             server.wait_until_healthy(self.settings.start_timeout_s)
-        for client in self.clients:
+        for client in self.clients if self.keeps_files else []:
             try:
                 client.use_folder(str(self.folder))
             except (ServerError, ValueError) as error:
@@ -102,17 +120,56 @@ class Keeper:
         if self.servers:
             self.watch.start()
 
-    def write(self, weights: Iterator[tuple[str, Tensor]]) -> list[str]:
-        """Files of the weights that stay until the next ones are in place: a server that starts again needs them."""
+    def send(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Weights on their way to the servers, which `load` lets them use. Raises `EngineFailed`.
+
+        What is kept in files stays until the next ones are in place: a server that starts again needs it.
+        """
         self.writes += 1
+        prefix = f"{self.writes}/"
+        self.sent = []
         try:
-            (self.folder / str(self.writes)).mkdir()
-            return write(weights, self.folder, f"{self.writes}/", self.settings.bucket_mib * 2**20)
+            if self.keeps_files:
+                (self.folder / prefix).mkdir()
+            if self.stream is None:
+                self.sent = write(weights, self.folder, prefix, self.bucket_bytes)
+                return
+            with self.lock:
+                self._stream(self.stream, packed(weights, self.bucket_bytes, self.device), prefix)
+                self.stream.free()
         except (OSError, SafetensorError) as error:
             raise EngineFailed(
                 f"the weights for the {self.kind.name} servers could not be written: {error}; "
                 f"rollout.{self.kind.key}.sync_dir chooses another place than {self.folder.parent}"
             ) from error
+
+    def _stream(self, stream: Stream, buckets: Iterator[Bucket], prefix: str) -> None:
+        clients = {i: client for i, client in enumerate(self.clients) if isinstance(client, StreamClient)}
+        self.fed, self.refused = set(clients), {}
+        try:
+            self._refuse(stream.start(clients), clients)
+            for bucket in buckets:
+                if self.keeps_files:
+                    each = Bucket(bucket.flat.cpu(), bucket.entries).tensors()
+                    self.sent.append(write_bucket(each, self.folder, prefix, len(self.sent)))
+                if self.fed:
+                    self._refuse(stream.send(bucket, {i: clients[i] for i in self.fed}), clients)
+        except BaseException:
+            for i in self.fed:
+                clients[i].abandon_update()
+            raise
+
+    def _refuse(self, problems: dict[int, str], clients: Clients) -> None:
+        """These servers get no more from memory. Raises `EngineFailed` if nothing else can be done."""
+        for i, problem in problems.items():
+            self.fed.discard(i)
+            self.refused[i] = problem
+            clients[i].abandon_update()
+            if not self.keeps_files:
+                raise EngineFailed(f"weights for the {self.kind.name} server at {clients[i].url}: {problem}")
+            logger.warning(
+                "%s takes weights from files this time: %s", self.servers[i].name, problem.partition("\n")[0]
+            )
 
     def pause(self) -> None:
         with self.lock:
@@ -120,10 +177,10 @@ class Keeper:
                 with contextlib.suppress(ServerError):  # one that has died stands still too
                     client.pause()
 
-    def load(self, files: list[str], version: int, expected: list[float]) -> None:
-        """Give `files` to all servers, and compare what they make of the probe with `expected`."""
+    def load(self, version: int, expected: list[float]) -> None:
+        """All servers go on with what was sent; what they make of the probe is compared with `expected`."""
         with self.lock:
-            old, self.files = self.files, files
+            old, self.files = self.files, self.sent
             self.version, self.expected, self.gaps = version, expected, {}
             with ThreadPoolExecutor(len(self.clients)) as pool:
                 failed = list(pool.map(self._give, range(len(self.clients))))
@@ -142,7 +199,13 @@ class Keeper:
         Raises `EngineFailed` if it then has other weights than the trainer.
         """
         try:
-            self.clients[i].load_weights(self.files, str(self.version))
+            client = self.clients[i]
+            if i in self.fed:
+                self.fed.remove(i)  # if it starts again it has nothing
+                assert isinstance(client, StreamClient)
+                client.finish_update(str(self.version))
+            else:
+                client.load_weights(self.files, str(self.version))
             apart = gap(self.clients[i].logps(self.probe), self.expected)
         except (ServerError, ValueError) as error:
             return str(error)
@@ -189,6 +252,9 @@ class Keeper:
                     f"(rollout.{self.kind.key}.max_restarts); {last_words}"
                 )
             self.restarts += 1
+            self.fed.discard(i)
+            if self.stream is not None:
+                self.stream.forget()
             problem = self._bring_up(i)
 
     def _bring_up(self, i: int) -> str:

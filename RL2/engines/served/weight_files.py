@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -19,20 +19,20 @@ def write(weights: Iterator[tuple[str, Tensor]], folder: Path, prefix: str, buck
     files: list[str] = []
     bucket: dict[str, Tensor] = {}
     size = 0
-
-    def flush() -> None:
-        nonlocal size
-        files.append(f"{prefix}{len(files):05d}.safetensors")
-        save_file(bucket, folder / files[-1])
-        bucket.clear()
-        size = 0
-
     for name, weight in weights:
         if bucket and size + weight.nbytes > bucket_bytes:
-            flush()
+            files.append(write_bucket(bucket, folder, prefix, len(files)))
+            bucket, size = {}, 0
         # a copy: the next tensor may be gathered into the same memory
         bucket[name] = weight.detach().to("cpu", copy=True).contiguous()
         size += weight.nbytes
     if bucket:
-        flush()
+        files.append(write_bucket(bucket, folder, prefix, len(files)))
     return files
+
+
+def write_bucket(bucket: Mapping[str, Tensor], folder: Path, prefix: str, number: int) -> str:
+    """The name of the file."""
+    name = f"{prefix}{number:05d}.safetensors"
+    save_file(dict(bucket), folder / name)
+    return name

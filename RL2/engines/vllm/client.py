@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from typing import Any
 
 import httpx
 
-from RL2.engines.served.client import Answer, Client, ServerError, checked, understood, versions_of
+from RL2.engines.served.client import Answer, Refused, ServerError, StreamClient, checked, understood, versions_of
 from RL2.types import Sampling
 
 TOKENS, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
@@ -15,12 +16,17 @@ ROUTE_IS_SHUT = (403, 404)
 """Without --enable-scale-out."""
 
 
-class VLLMClient(Client):
+class VLLMClient(StreamClient):
+    can_sleep = False
+    """It was launched with --enable-sleep-mode: while it is paused others have its memory."""
     queue_metric = "vllm:request_queue_time_seconds"
 
     def __init__(self, url: str, token: str) -> None:
         super().__init__(url, token)
         self.has_tokens_route = True
+        self.is_whole = True
+        """Its weights are of one version, whichever: requests may go on."""
+        self.is_asleep = False
 
     async def generate(
         self, http: httpx.AsyncClient, token_ids: list[int], sampling: Sampling, timeout_s: float
@@ -71,19 +77,72 @@ class VLLMClient(Client):
             return [float(at[str(token)]["logprob"]) for at, token in pairs]
 
     def use_folder(self, folder: str) -> None:
+        self.is_whole, self.is_asleep = True, False
         self.call("/init_weight_transfer_engine", {"init_info": {"folder": folder}})
 
     def pause(self) -> None:
-        self.call("/pause?mode=keep", {})
+        if not self.can_sleep:
+            self.call("/pause?mode=keep", {})
+        elif not self.is_asleep:
+            self.is_whole, self.is_asleep = False, True
+            self.call("/sleep?level=2&mode=keep", {})  # which keeps no weights: others are to come
 
     def load_weights(self, files: list[str], version: str) -> None:
-        self.pause()
+        try:
+            self.start_update()
+            self._update({"files": files})  # in place when it finishes, not before
+            self.finish_update(version)
+        except BaseException:
+            self.abandon_update()
+            raise
+
+    def num_workers(self) -> int:
+        with understood("/get_world_size"):
+            return int(self.call("/get_world_size")["world_size"])
+
+    def join(self, group: dict[str, Any]) -> None:
+        self.call("/init_weight_transfer_engine", {"init_info": {"group": group}})
+
+    def start_update(self) -> None:
+        self.call("/wake_up?tags=weights" if self.is_asleep else "/pause?mode=keep", {})
         try:
             self.call("/start_weight_update", {})
-            self.call("/update_weights", {"update_info": {"files": files}})
-            self.call("/finish_weight_update", {"weight_version": version})
-        finally:
-            self.call("/resume", {})
+        except ServerError:  # somebody who is gone may have left another one open
+            self._close_update()
+            self.call("/start_weight_update", {})
+
+    def update(self, info: dict[str, Any]) -> None:
+        self.is_whole = False
+        self._update(info)
+
+    def finish_update(self, version: str) -> None:
+        self.is_whole = False
+        self.call("/finish_weight_update", {"weight_version": version})
+        self.is_whole = True
+        self._go_on()
+
+    def abandon_update(self) -> None:
+        with contextlib.suppress(ServerError, Refused):
+            self._close_update()
+            if self.is_whole:
+                self._go_on()
+
+    def _update(self, info: dict[str, Any]) -> None:
+        self.call("/update_weights", {"update_info": info})
+
+    def _close_update(self) -> None:
+        with contextlib.suppress(ServerError, Refused):  # it ends with an error of its own
+            self._update({"abandon": True})
+
+    def _go_on(self) -> None:
+        if self.is_asleep:
+            self.call("/wake_up?tags=kv_cache", {})
+            self.is_asleep = False
+        self.call("/resume", {})
+
+
+class SleepingVLLMClient(VLLMClient):
+    can_sleep = True
 
 
 def _answer(got: Any) -> Answer:

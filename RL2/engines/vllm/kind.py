@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from RL2.config import Rollout
 from RL2.engines.embedded.cache import bytes_per_position
 from RL2.engines.embedded.engine import free_bytes
 from RL2.engines.served.kind import Kind
-from RL2.engines.vllm.client import VLLMClient
+from RL2.engines.vllm.client import SleepingVLLMClient, VLLMClient
 
 PLUGIN = Path(__file__).parent / "plugin"
 
@@ -30,6 +31,8 @@ VLLM_SERVER = Kind(
     },
     plugins=PLUGIN,
 )
+SLEEPING_VLLM_SERVER = replace(VLLM_SERVER, client=SleepingVLLMClient)
+"""As it is launched on a GPU."""
 
 
 def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dtype, max_length: int) -> list[str]:
@@ -44,7 +47,7 @@ def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dty
         "load-format": "dummy",
         "generation-config": "vllm",  # not the model's, which would set a temperature of its own
         "logprobs-mode": "processed_logprobs",  # after temperature, top_p and top_k
-        "weight-transfer-config": json.dumps({"backend": "rl2_files"}),
+        "weight-transfer-config": json.dumps({"backend": "rl2"}),
         "worker-extension-cls": "rl2_plugin.WorkerExtension",
         "middleware": "rl2_plugin.TokenRequired",
     }
@@ -59,6 +62,7 @@ def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dty
         room = rollout.gpu_memory_utilization * free_bytes(torch.device("cpu")) / settings.num_servers
         arguments["kv-cache-memory-bytes"] = min(wanted, int(room))
     flags = ["--enable-scale-out", "--disable-uvicorn-access-log"]
+    flags += ["--enable-sleep-mode"] if torch.cuda.is_available() else []
     flags += [] if torch.cuda.is_available() or rollout.compile else ["--enforce-eager"]
     return [*flags, *(str(x) for key, value in arguments.items() for x in (f"--{key}", value)), *settings.args]
 
