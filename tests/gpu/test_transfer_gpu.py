@@ -54,7 +54,14 @@ class Other(VLLMClient):
         self.got: dict[str, Any] = {}
         assert self.process.stdout is not None and self.process.stdout.readline().strip() == "ready"
 
-    def update(self, info: dict[str, Any]) -> None:
+    def start_update(self) -> None:
+        pass
+
+    def num_workers(self) -> int:
+        return 1
+
+    def update(self, info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        (info,) = info if isinstance(info, list) else [info]
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(info), file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline())
@@ -72,6 +79,12 @@ def others() -> Iterator[dict[int, Other]]:
         other.process.wait()
 
 
+def started(others: dict[int, Other]) -> SharedMemory:
+    stream = SharedMemory()
+    assert stream.start(others) == {}
+    return stream
+
+
 def whole_numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Whose sum is exact in any type and order."""
     return torch.randint(-8, 8, shape, device=CUDA).to(dtype)
@@ -83,7 +96,7 @@ def test_two_processes_see_each_bucket_and_the_memory_is_free_afterwards(others:
     weights |= {"half": whole_numbers(333, dtype=torch.bfloat16), "large": whole_numbers(1000, 2000)}
     torch.cuda.empty_cache()
     allocated, (free, _) = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
-    stream, number = SharedMemory(), 0
+    stream, number = started(others), 0
     for other in others.values():
         other.got.clear()
     for bucket in packed(iter(weights.items()), 4 * MIB, CUDA):
@@ -107,7 +120,7 @@ def test_a_bucket_may_lie_anywhere(others: dict[int, Other]) -> None:
     for place in (neighbours[2][1024:2048], large[3 * MIB : 3 * MIB + 1024], neighbours[3][:1024]):
         bucket = Bucket(place, [entry("w", weight)])
         bucket.tensors()["w"].copy_(weight)
-        assert SharedMemory().send(bucket, others) == {}
+        assert started(others).send(bucket, others) == {}
         assert others[0].got["w"] == others[1].got["w"] == weight.double().sum().item()
         weight += 1
     assert bytes_of(bucket.entries) == 1024
@@ -122,7 +135,7 @@ def test_what_was_written_last_is_seen(others: dict[int, Other]) -> None:
         weight = torch.full((256,), float(value), device=CUDA)
         bucket = Bucket(place, [entry("w", weight)])
         bucket.tensors()["w"].copy_(weight)
-        assert SharedMemory().send(bucket, others) == {}
+        assert started(others).send(bucket, others) == {}
         assert others[0].got["w"] == others[1].got["w"] == 256 * value
 
 

@@ -146,8 +146,8 @@ class StreamClient(Client):
         """Requests stand still, and go on only after `finish_update`: until then weights are of both versions."""
 
     @abstractmethod
-    def update(self, info: dict[str, Any]) -> None:
-        """One bucket; afterwards its memory is not looked at any more."""
+    def update(self, info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """One bucket, as all workers are told of it, or each in turn; afterwards its memory is not looked at any more."""
 
     @abstractmethod
     def finish_update(self, version: str) -> None: ...

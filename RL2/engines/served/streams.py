@@ -93,10 +93,24 @@ class Stream(ABC):
 class SharedMemory(Stream):
     """Servers on this machine look at the bucket where it lies on the trainer's GPU (CUDA IPC)."""
 
+    def __init__(self) -> None:
+        self.workers: dict[int, int] = {}
+
+    def start(self, clients: Clients) -> Problems:
+        problems = super().start(clients)
+        asked = Calls({i: clients[i] for i in clients if i not in problems}, lambda _, client: client.num_workers())
+        problems |= asked.wait()
+        self.workers = asked.results
+        return problems
+
     def send(self, bucket: Bucket, clients: Clients) -> Problems:
         torch.cuda.synchronize(bucket.flat.device)  # the copies into it are done
-        info = {"entries": bucket.entries, "shared": share(bucket.flat)}
-        return each(clients, lambda client: client.update(info))
+        # a handle is for one process: memory counts as used until each that was made has been let go of, once
+        infos: dict[int, list[dict[str, Any]]] = {
+            i: [{"entries": bucket.entries, "shared": share(bucket.flat)} for _ in range(self.workers[i])]
+            for i in clients
+        }
+        return Calls(clients, lambda i, client: client.update(infos[i])).wait()
 
     def forget(self) -> None:
         pass

@@ -111,7 +111,7 @@ class VLLMClient(StreamClient):
             self._close_update()
             self.call("/start_weight_update", {})
 
-    def update(self, info: dict[str, Any]) -> None:
+    def update(self, info: dict[str, Any] | list[dict[str, Any]]) -> None:
         self.is_whole = False
         self._update(info)
 
@@ -127,7 +127,7 @@ class VLLMClient(StreamClient):
             if self.is_whole:
                 self._go_on()
 
-    def _update(self, info: dict[str, Any]) -> None:
+    def _update(self, info: dict[str, Any] | list[dict[str, Any]]) -> None:
         self.call("/update_weights", {"update_info": info})
 
     def _close_update(self) -> None:
