@@ -147,7 +147,7 @@ class StreamClient(Client):
 
     @abstractmethod
     def update(self, info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """One bucket, as all workers are told of it, or each by itself; afterwards its memory is not looked at any more."""
+        """One bucket, said to all workers or to each; afterwards its memory is not looked at any more."""
 
     @abstractmethod
     def finish_update(self, version: str) -> None: ...
