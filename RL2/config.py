@@ -400,7 +400,7 @@ class Servers:
     """Folder for weights on their way to the servers, which have to see it under the same name; it holds one copy of
     them. null: shared memory, for servers on this machine."""
     bucket_mib: Count
-    """Weights that are gathered in memory before they are written there, or sent."""
+    """Weights that are gathered in memory before they are written or sent."""
     max_probe_gap: PositiveFloat | None
     """Limit of the mean abs(trainer's logp - server's logp) over a fixed sequence of 64 tokens, in nats, after each
     sync of the weights; beyond it the run stops. null: 1e-4 where both compute in float32, else 0.1."""

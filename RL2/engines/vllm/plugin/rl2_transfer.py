@@ -151,8 +151,11 @@ class Group:
             options._threads = 1
             self.group = gloo(store, rank, size, options)
             device = torch.device("cpu")
-        # NCCL connects at the first one
-        self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device))
+        try:
+            self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device))  # NCCL connects at the first one
+        except BaseException:
+            self.leave()
+            raise
 
     def broadcast(self, flat: Tensor, given_up: Callable[[], bool] = lambda: False) -> None:
         """From the trainer to the others. After an error the group is of no use.
