@@ -28,6 +28,7 @@ from served import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from RL2.engines.served import streams
 from RL2.engines.served.client import ServerError
 from RL2.engines.served.server import EngineFailed
 from RL2.engines.vllm.client import VLLMClient
@@ -99,6 +100,27 @@ def test_a_server_that_dies_in_mid_stream_takes_the_files(served: Served, victim
     completions = served.generate([[5 + i, *PROMPT] for i in range(8)], Sampling(max_new_tokens=2))
     assert {v for c in completions for v in c.versions} == {served.version}
     stream(served, seed=4)
+
+
+def test_a_server_that_hangs_in_mid_stream_is_not_waited_for_without_end(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "HEALTH_TIMEOUT_S", 2)
+    served.change_weights(seed=11)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for i, weight in enumerate(served.actor.weights()):
+            if i == 6:
+                for process_id in process_ids(served, 0):
+                    os.kill(process_id, signal.SIGSTOP)
+            yield weight
+
+    begun = time.monotonic()
+    served.version += 1
+    served.engine.load_weights(weights(), served.version)
+    assert time.monotonic() - begun < 90
+    check(served)
+    stream(served, seed=12)
 
 
 def test_a_server_that_dies_between_stream_and_probe_takes_the_files(
@@ -259,3 +281,24 @@ def test_without_restarts_nothing_is_written(
     with pytest.raises(EngineFailed, match=r"weights for the vLLM server at|after 0 restarts"):
         served.sync()
     served.engine.close()
+
+
+def test_each_worker_of_a_server_takes_its_part(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path / "model", tokenizer, tied=False)
+    parallel = (
+        "rollout.vllm.args=[--tensor-parallel-size,'2',--distributed-executor-backend,mp]",
+        "rollout.vllm.env.VLLM_CPU_OMP_THREADS_BIND=nobind",
+    )
+    before = set(Path("/dev/shm").iterdir())
+    served = serve("vllm-broadcast", model, tmp_path, tokenizer, processes, *parallel)
+    monkeypatch.setattr(keeper(served), "bucket_bytes", SMALL)
+    for seed in (1, 2):
+        stream(served, seed)
+    client = keeper(served).clients[0]
+    assert isinstance(client, VLLMClient) and client.num_workers() == 2
+    served.engine.close()
+    for left in set(Path("/dev/shm").iterdir()) - before:  # vLLM's executor of several workers does not tidy up
+        if left.name.startswith(("psm_", "vllm_dist_")):
+            left.unlink()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from RL2.config import Servers
+from RL2.engines.served import streams
 from RL2.engines.served.client import ServerError, StreamClient, gap
 from RL2.engines.served.folders import SHARED_MEMORY, SHORT, OwnFolder
 from RL2.engines.served.kind import Kind
@@ -164,7 +165,8 @@ class Keeper:
         for i, problem in problems.items():
             self.fed.discard(i)
             self.refused[i] = problem
-            clients[i].abandon_update()
+            if clients[i].is_healthy(streams.HEALTH_TIMEOUT_S):
+                clients[i].abandon_update()
             if not self.keeps_files:
                 raise EngineFailed(f"weights for the {self.kind.name} server at {clients[i].url}: {problem}")
             logger.warning(
@@ -204,6 +206,8 @@ class Keeper:
                 self.fed.remove(i)  # if it starts again it has nothing
                 assert isinstance(client, StreamClient)
                 client.finish_update(str(self.version))
+            elif i in self.refused and not client.is_healthy(streams.HEALTH_TIMEOUT_S):
+                return self.refused[i]  # it would not answer this either
             else:
                 client.load_weights(self.files, str(self.version))
             apart = gap(self.clients[i].logps(self.probe), self.expected)

@@ -24,6 +24,7 @@ from RL2.engines.vllm.plugin.rl2_transfer import Backend, Entry, Group, address_
 BUCKET_TIMEOUT_S = 120
 """Of one broadcast, and until all have come together."""
 POLL_S, HEALTH_EVERY_S, HEALTH_TIMEOUT_S = 0.1, 2, 30
+"""While a call is waited for."""
 
 
 @dataclass(frozen=True)
