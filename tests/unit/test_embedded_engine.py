@@ -333,6 +333,25 @@ def test_a_compiled_step_changes_nothing_and_is_compiled_once(prompts: list[list
 
 
 @pytest.mark.slow
+def test_each_model_is_compiled_for_itself(prompts: list[list[int]]) -> None:
+    """These have the same weights and shapes, and differ in numbers that stand in the program."""
+    answers = []
+    for eps, theta in ((1e-6, 1e4), (0.3, 10.0)):
+        lm = make_model()
+        for module in lm.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = eps
+        lm.model.rotary_emb.inv_freq /= theta
+        ours, theirs = (
+            generate(make_engine(lm, compiles=compiles), prompts, Sampling(max_new_tokens=8))
+            for compiles in (True, False)
+        )
+        assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
+        answers.append([c.token_ids for c in ours])
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.slow
 def test_a_model_that_cannot_be_compiled_runs_as_it_is(
     prompts: list[list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -34,10 +35,11 @@ class CompiledStep:
         self.step = step
         options: dict[str, Any] = {
             "cpp_wrapper": True,
-            # looking at each module before each step takes a tenth of it, and no module is changed
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+            # to look at every module and tensor again takes a sixth of a small step. Here nothing of them changes but
+            # sizes, which the program is for; and it is the only one of this code (below)
+            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
         }
-        self.compiled = torch.compile(step, dynamic=True, fullgraph=True, options=options)
+        self.compiled = torch.compile(_copy(step), dynamic=True, fullgraph=True, options=options)
         self.can_compile = True
 
     def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -49,6 +51,15 @@ class CompiledStep:
                 reason = str(error).strip().split("\n")[0]
                 logger.warning("decoding step by step: this model cannot be compiled (%s)", reason)
         return self.step(ids, positions, attend)
+
+
+def _copy(step: Step) -> Step:
+    """The same with code of its own, by which torch remembers what it has compiled: another model, another program."""
+
+    def call(ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        return step(ids, positions, attend)
+
+    return FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
 
 
 def refuse_no_compiler() -> None:
