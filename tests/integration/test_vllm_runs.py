@@ -58,6 +58,10 @@ def test_with_a_head_of_its_own(world: World, tmp_path: Path) -> None:
     check_gaps(world.run("spo", *SETTINGS, f"actor.model_name={tmp_path}").succeeded())
 
 
+def test_a_compiled_server_gets_new_weights_too(world: World) -> None:
+    check_gaps(world.run("spo", *SETTINGS, "rollout.compile=true").succeeded())
+
+
 def test_weights_by_broadcast_change_nothing(world: World, undisturbed: Run) -> None:
     """As when they come in files, to the last bit of what was trained."""
     run = world.run("spo", *SETTINGS, *BROADCAST).succeeded()
