@@ -124,3 +124,13 @@ def test_a_folder_that_holds_a_run_is_not_written_over(runs: Runs) -> None:
         "go on with it (trainer.load_ckpt_from=latest) or choose another trainer.save_dir"
     )
     assert len(first.metrics) == 3
+
+
+def test_a_compiled_engine_samples_the_same(world: World) -> None:
+    """On the actor's own weights, which move under the compiled program from step to step."""
+    settings = ("trainer.max_steps=4", "trainer.samples_per_step=16")
+    plain, compiled = (world.run("spo", *settings, *more).succeeded() for more in ((), ("rollout.compile=true",)))
+    assert "cannot be compiled" not in compiled.errors
+    assert max(row["actor/logp_gap"] for row in compiled.metrics) < 1e-4
+    first, same = ([each["texts"] for each in run.samples if each["step"] == 0] for run in (compiled, plain))
+    assert first == same
