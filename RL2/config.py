@@ -470,8 +470,8 @@ class Rollout:
     gpu_memory_utilization: Annotated[float, Range(0, 1, open_low=True)]
     """Share of the free device memory that the KV cache may take."""
     compile: bool | None
-    """Join small kernels by torch.compile, in the embedded engine and in vLLM servers on CPUs. It takes a while at first,
-    and a C++ compiler on CPUs. null: on GPUs."""
+    """Join small kernels by torch.compile, in the embedded engine and in vLLM servers on CPUs. It takes a while at
+    first, and a C++ compiler on CPUs. null: on GPUs."""
     max_running_requests: Count
     """Requests that are decoded together; the others wait."""
     train_sampling_params: SamplingParams
