@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +18,7 @@ import torch
 from RL2.config import ConfigError, check_here, load
 from RL2.engines.served.client import Answer, Refused, ServerError
 from RL2.engines.sglang.client import SGLangClient, request
-from RL2.engines.sglang.kind import server_arguments
+from RL2.engines.sglang.kind import SGLANG_SERVER, server_arguments
 from RL2.types import Sampling
 
 PIECE: dict[str, Any] = {
@@ -164,3 +167,17 @@ def test_a_launched_server_reads_seeds_and_has_room_for_the_longest_sequence() -
     pairs = dict(itertools.pairwise(arguments))
     assert pairs["--context-length"] == "520" and pairs["--dtype"] == "bfloat16"
     assert pairs["--max-running-requests"] == "7" and pairs["--model-path"] == "model"
+
+
+def test_a_token_may_begin_with_a_dash(tmp_path: Path) -> None:
+    """As one in 64 of those that are drawn does."""
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "__init__.py").touch()
+    script = (
+        "import argparse; p = argparse.ArgumentParser(); p.add_argument('--api-key'); print(p.parse_args().api_key)"
+    )
+    (tmp_path / "sglang" / "launch_server.py").write_text(script)
+    environment = {"SGLANG_API_KEY": "-token", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(SGLANG_SERVER.launcher)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "-token\n", done.stderr

@@ -18,5 +18,6 @@ if __name__ == "__main__":
         if os.getppid() != int(os.environ["RL2_PARENT"]):  # it was gone before we asked
             sys.exit("the trainer has ended")
     if token := os.environ.get("SGLANG_API_KEY"):
-        sys.argv += ["--api-key", token]  # here, and not on the command line, which every user of the machine can read
+        # here, and not on the command line, which every user of the machine can read; in one, for it may begin with "-"
+        sys.argv.append(f"--api-key={token}")
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
