@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from RL2.advantages import reward_of_sequences
-from RL2.types import TokenBatch, Trajectory
+from RL2.types import Sequence, TokenBatch, Trajectory
 
 Field = Literal["token_ids", "action_mask", "logps", "rewards", "versions"]
 
@@ -45,6 +45,16 @@ def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatc
         group_B=torch.tensor([group for _, group, _ in sequences]),
         engine_logp_T=joined("logps", torch.float32, 1),
         age_T=age_T if age_T is not None and age_T.any() else None,
+    )
+
+
+def pack_tokens(sequences: Seq[list[int]]) -> TokenBatch:
+    """Pack token ids of which every one but the first of its sequence is an action; each is a group of its own."""
+    return pack(
+        [
+            Trajectory(n, n, 0, [Sequence(ids, [False] + [True] * (len(ids) - 1), [0.0] * len(ids), [0.0] * len(ids))])
+            for n, ids in enumerate(sequences)
+        ]
     )
 
 

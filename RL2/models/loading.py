@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from RL2.config import ConfigError, first_line
+from RL2.models.inspection import refuse_inexact, reset_buffers, stored_buffers
 from RL2.models.lora import merged_name
 from RL2.ops.attention import IMPLEMENTATION
 
@@ -29,15 +33,34 @@ Initial = Callable[[str, torch.Size], Tensor | None]
 """(name, shape) of a parameter that a checkpoint lacks -> its first value, or None if it may not be missing."""
 
 
-def build(auto: type, model_name: str, key: str, **settings: object) -> PreTrainedModel:
-    """The model of a hub name or folder by `auto`, a transformers auto class: float32, on the meta device.
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a safetensors file, by its header."""
 
-    `key` named the model, for errors. Raises ConfigError if there is none, or one that `auto` cannot build.
+    file: Path
+    dtype: str
+    """In the words of safetensors: F32, BF16, F8_E4M3, ..."""
+    shape: tuple[int, ...]
+
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Stored types that are numbers as they stand; the others need the scales of a quantised checkpoint."""
+FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+"""Names that old checkpoints store and that are computed today."""
+COMPARED_AT_ONCE = 2**24
+"""Numbers of two stored tensors that are compared at a time."""
+
+
+def build(auto: type, model_name: str, key: str, **settings: object) -> PreTrainedModel:
+    """Return the model of a hub name or folder by `auto`, a transformers auto class: float32, on the meta device.
+
+    `key` named the model, for errors. Raises ConfigError if there is none, or one that is not known to be exact.
     """
     try:
         config = AutoConfig.from_pretrained(model_name, **settings)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={model_name}: {first_line(error)}") from error
+    except Exception as error:  # transformers has an error of its own for every kind of damage
+        raise ConfigError(f"{key}={model_name}: its configuration cannot be read: {first_line(error)}") from error
+    refuse_inexact(auto, config, model_name, key)
     lm = empty(auto, config, torch.float32)
     with suppress(OSError):  # most models bring one; without it the tokenizer alone says what ends a response
         lm.generation_config = GenerationConfig.from_pretrained(model_name)
@@ -45,43 +68,37 @@ def build(auto: type, model_name: str, key: str, **settings: object) -> PreTrain
 
 
 def empty(auto: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model on the meta device that calls packed attention."""
+    """Return a model on the meta device that calls packed attention; it has a configuration of its own."""
     with torch.device("meta"):
-        return auto.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)  # type: ignore[attr-defined]
+        return auto.from_config(  # type: ignore[attr-defined]
+            copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION
+        )
 
 
 def materialise(module: nn.Module, lm: PreTrainedModel, device: torch.device) -> None:
-    """Give the parameters of `module`, around `lm`, memory on `device`; their values are arbitrary."""
+    """Give `module`, around `lm`, memory on `device`: its parameters are arbitrary, its buffers computed or NaN."""
     module.to_empty(device=device)
     lm.tie_weights()
-    for part in lm.modules():
-        if any(True for _ in part.buffers(recurse=False)):
-            lm._init_weights(part)  # rotary frequencies: computed from the configuration, in no checkpoint
+    reset_buffers(lm)
 
 
-def read_weights(lm: PreTrainedModel, model_name: str, key: str, initial: Initial = lambda name, shape: None) -> None:
-    """Fill the parameters of `lm`, whole or sharded, from the safetensors of a hub name or folder.
+def read_weights(
+    lm: PreTrainedModel,
+    model_name: str,
+    key: str,
+    initial: Initial = lambda name, shape: None,
+    unread: tuple[str, ...] = (),
+) -> None:
+    """Fill parameters, whole or sharded, and stored buffers of `lm` from the safetensors of a hub name or folder.
 
     A process reads only its own pieces, straight from the files. Raises ConfigError if a file is missing or broken, or
-    if the model has a parameter that they lack and `initial` has no value for.
+    for what `match_weights` refuses.
     """
     folder = weights_folder(model_name, key)
-    stored = stored_names(folder, model_name, key)
-    state: dict[str, Tensor] = {}
-    lacking: list[str] = []
-    for names, tensor in _parameters(lm):
-        found = next((name for name in chain.from_iterable(map(_spellings, names)) if name in stored), None)
-        if found is not None:
-            state[found] = tensor
-        elif (value := initial(names[0], tensor.shape)) is not None:
-            _set(tensor, value)
-        else:
-            lacking.append(names[0])
-    if lacking:
-        raise ConfigError(
-            f"{key}={model_name} lacks weights of {len(lacking)} of {type(lm).__name__}'s parameters, "
-            f"among them {lacking[0]}"
-        )
+    stored = stored_tensors(folder, model_name, key)
+    state, values = match_weights(lm, stored, model_name, key, initial, unread)
+    for tensor, value in values:
+        _set(tensor, value)
     try:
         with warnings.catch_warnings(action="ignore"):  # that it reads without the other processes, which is the idea
             dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
@@ -90,16 +107,102 @@ def read_weights(lm: PreTrainedModel, model_name: str, key: str, initial: Initia
         raise ConfigError(f"{key}={model_name}: its weights cannot be read: {first_line(cause)}") from error
 
 
-def stored_names(folder: Path, model_name: str, key: str) -> set[str]:
-    """Names of the weights in a folder's safetensors, of which only the headers are read.
+def match_weights(
+    lm: PreTrainedModel,
+    stored: dict[str, Stored],
+    model_name: str,
+    key: str,
+    initial: Initial = lambda name, shape: None,
+    unread: tuple[str, ...] = (),
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """Return stored name -> the parameter or buffer of `lm` that it fills, and parameters with an initial value.
+
+    No weights are read, but for tied ones that are stored twice. `initial` gives the values of parameters that may be
+    missing; `unread` are patterns of names that may be left out. Raises ConfigError if the files lack a tensor or have
+    it in another shape, have one that nothing reads, a quantised one, or a second value of a tied weight.
+    """
+    where = f"{key}={model_name}"
+    state: dict[str, Tensor] = {}
+    values: list[tuple[Tensor, Tensor]] = []
+    lacking: list[str] = []
+    read: set[str] = set()
+
+    def find(names: list[str], tensor: Tensor) -> bool:
+        found = [name for name in dict.fromkeys(chain.from_iterable(map(_spellings, names))) if name in stored]
+        if found:
+            read.update(found)
+            _refuse_another_value(found, stored, where)
+            _refuse_other_numbers(found[0], stored[found[0]], tensor, where)
+            state[found[0]] = tensor
+        return bool(found)
+
+    for names, parameter in _parameters(lm):
+        if find(names, parameter):
+            continue
+        if (value := initial(names[0], parameter.shape)) is not None:
+            values.append((parameter, value))
+        else:
+            lacking.append(names[0])
+    lacking += [name for name, buffer in stored_buffers(lm).items() if not find([name], buffer)]
+    if lacking:
+        raise ConfigError(
+            f"{where} lacks {len(lacking)} of the tensors of {type(lm).__name__}, among them {lacking[0]}"
+        )
+    ignored = [*(lm._keys_to_ignore_on_load_unexpected or ()), *FORMER_BUFFERS, *unread]
+    left = [name for name in stored if name not in read and not any(re.search(pattern, name) for pattern in ignored)]
+    if left:
+        raise ConfigError(
+            f"{where} has {len(left)} tensors that {type(lm).__name__} does not read, among them {left[0]}: it is "
+            "another kind of model, or stored in a layout that is not supported"
+        )
+    return state, values
+
+
+def _refuse_other_numbers(name: str, found: Stored, tensor: Tensor, where: str) -> None:
+    if tensor.is_floating_point() and found.dtype not in FLOATS:
+        raise ConfigError(
+            f"{where}: {name} is stored as {found.dtype} ({found.file.name}): the model is quantised, and its scales "
+            "would be lost; take the checkpoint in bfloat16 or float32"
+        )
+    if found.shape != tuple(tensor.shape):
+        raise ConfigError(
+            f"{where}: {name} has shape {list(found.shape)} in {found.file.name}, and {list(tensor.shape)} by "
+            "config.json"
+        )
+
+
+def _refuse_another_value(names: list[str], stored: dict[str, Stored], where: str) -> None:
+    """Raise ConfigError if a tied weight is stored under two names with two values: one of them would be lost."""
+    for other in names[1:]:
+        if not _equal(names[0], stored[names[0]], other, stored[other]):
+            raise ConfigError(
+                f"{where}: {names[0]} and {other} are one by config.json (tie_word_embeddings) and differ in the file; "
+                "set tie_word_embeddings to false in config.json to keep both"
+            )
+
+
+def _equal(name: str, one: Stored, other_name: str, other: Stored) -> bool:
+    """Compare two stored tensors piece by piece."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    rows = max(1, COMPARED_AT_ONCE // max(1, *one.shape[1:], 1)) if len(one.shape) > 1 else COMPARED_AT_ONCE
+    with safe_open(one.file, framework="pt") as a, safe_open(other.file, framework="pt") as b:
+        left, right = a.get_slice(name), b.get_slice(other_name)
+        return all(torch.equal(left[i : i + rows], right[i : i + rows]) for i in range(0, one.shape[0], rows))
+
+
+def stored_tensors(folder: Path, model_name: str, key: str) -> dict[str, Stored]:
+    """Return the tensors in a folder's safetensors by name; only the headers are read.
 
     Raises ConfigError, which names the file, if one is broken or one of those in the index is not there.
     """
-    names: set[str] = set()
+    found: dict[str, Stored] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:
-                names |= set(opened.keys())
+                for name in opened.keys():  # noqa: SIM118 - safe_open is no dictionary
+                    part = opened.get_slice(name)
+                    found[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"{key}={model_name}: {file.name} is broken ({first_line(error)}); was a download or a copy cut off? "
@@ -115,16 +218,16 @@ def stored_names(folder: Path, model_name: str, key: str) -> set[str]:
                 f"{key}={model_name}: {missing[0]} is missing, which {index.name} names (with it {len(missing)} of "
                 f"{len(named)} files); fetch the model again"
             )
-    if not names:
+    if not found:
         why = f"no *.safetensors in {folder}"
         if begun := list(folder.glob("../../blobs/*.incomplete")):  # the hub's cache, of which `folder` is a snapshot
             why = f"the download was cut off at {begun[0].name}; fetch it again"
         raise ConfigError(f"{key}={model_name} has no weights in safetensors format ({why})")
-    return names
+    return found
 
 
 def _parameters(lm: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
-    """Each parameter with all its names: a tied one has several."""
+    """Return each parameter with all its names: a tied one has several."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -132,13 +235,16 @@ def _parameters(lm: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """A backbone that was saved alone has no `model.` before its names, and no checkpoint has peft's wrapping."""
+    """Return the names under which a parameter may be stored, of which none has peft's wrapping.
+
+    A backbone that was saved alone has no `model.` before its names.
+    """
     name = merged_name(name)
     return (name, name.removeprefix("model."))
 
 
 def _set(tensor: Tensor, value: Tensor) -> None:
-    """`tensor` = `value`, which every process has whole."""
+    """Set `tensor` to `value`, which every process has whole."""
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from RL2.config import ConfigError
+from RL2.models.inspection import length_limit
 from RL2.models.loading import materialise, read_weights
 from RL2.models.lora import first_value
 from RL2.ops.attention import Attend, PackedAttention
@@ -20,6 +23,11 @@ from RL2.types import Shared, StatsRequest, TokenBatch
 
 class PackedModel(nn.Module, ABC):
     """Packed token ids in, numbers at the action tokens out."""
+
+    CHECKED: ClassVar[StatsRequest]
+    """Numbers by which a packed batch is compared with each sequence alone."""
+    UNREAD: ClassVar[tuple[str, ...]] = ()
+    """Patterns of names in a checkpoint that this model has no use for."""
 
     def __init__(
         self, lm: PreTrainedModel, sp: dist.ProcessGroup | None = None, tp: dist.ProcessGroup | None = None
@@ -50,11 +58,27 @@ class PackedModel(nn.Module, ABC):
     def fill(self, model_name: str, key: str, device: torch.device) -> None:
         """Give all parameters, whole or this process's shards, memory on `device` and the values of the checkpoint."""
         materialise(self, self.lm, device)
-        read_weights(self.lm, model_name, key, self.initial)
+        read_weights(self.lm, model_name, key, self.initial, self.UNREAD)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the layers alone, which recompute activations in training. Dropout is never applied.
+
+        Old, reference and current log-probabilities are then values of one function.
+        """
+        super().train(False)
+        for layer in layers(self.lm):
+            layer.training = mode
+        return self
 
     @abstractmethod
-    def forward(self, batch: TokenBatch, shared: Shared | None, request: StatsRequest) -> dict[str, Tensor]:
-        """What `request` asks for, each [number of action tokens]. `shared` is `batch.shared()`."""
+    def forward(
+        self, batch: TokenBatch, shared: Shared | None, request: StatsRequest, alone: bool = False
+    ) -> dict[str, Tensor]:
+        """Return what `request` asks for, each [number of action tokens]. `shared` is `batch.shared()`.
+
+        With `alone`, `batch` is one sequence whose actions are all its labels, and transformers' own forward computes
+        `CHECKED` of it, unpacked, under `transformers_attention`.
+        """
 
     def hidden_of_actions(self, batch: TokenBatch, shared: Shared | None) -> tuple[Tensor, Tensor]:
         """The backbone's last hidden state at the actions that are computed here, and which of all these are.
@@ -66,7 +90,9 @@ class PackedModel(nn.Module, ABC):
         if shared is not None:  # what sequences have in common runs through the backbone once
             ids, positions = ids[shared.distinct_U], positions[shared.distinct_U]
             place_A = shared.place_T[place_A]
-        attend: Attend = PackedAttention(batch.cu_seqlens, shared)
+        attention = PackedAttention(batch.cu_seqlens, shared)
+        refuse_longer(self.lm, max(attention.lengths))
+        attend: Attend = attention
         own = range(len(ids))
         if self.sp is not None:
             attend = Ulysses(attend, self.sp, len(ids))
@@ -87,6 +113,27 @@ class PackedModel(nn.Module, ABC):
         return {name: spread(value, is_mine_A, self.sp) for name, value in stats.items()}
 
 
+def refuse_longer(lm: PreTrainedModel, longest: int, key: str = "a sequence") -> None:
+    """Raise ConfigError if a sequence of so many positions would change the rotary frequencies of those beside it."""
+    limit = length_limit(lm.config)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"{key} has {longest} tokens, and beyond {limit} {type(lm).__name__} chooses its rotary frequencies by the "
+            "longest sequence of a batch, which is not supported; shorten or leave out what is longer"
+        )
+
+
+@contextmanager
+def transformers_attention(lm: PreTrainedModel) -> Iterator[None]:
+    """Let `lm` call the plain attention of transformers, and build its masks, instead of packed attention."""
+    before = lm.config._attn_implementation
+    lm.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(before)
+
+
 def backbone(lm: PreTrainedModel) -> nn.Module:
     return lm.base_model
 
@@ -95,13 +142,3 @@ def layers(lm: PreTrainedModel) -> nn.ModuleList:
     found = backbone(lm).layers
     assert isinstance(found, nn.ModuleList)
     return found
-
-
-def refuse_other_backbones(lm: PreTrainedModel) -> None:
-    """Raise `ConfigError` for what packed attention would compute wrongly, or not at all."""
-    if not isinstance(getattr(backbone(lm), "layers", None), nn.ModuleList) or not hasattr(
-        lm.config, "num_key_value_heads"
-    ):
-        raise ConfigError(f"{type(lm).__name__} is not built like Llama or Qwen, which is what is supported")
-    if getattr(lm.config, "sliding_window", None):
-        raise ConfigError(f"{type(lm).__name__} uses a sliding window, which packed attention does not have")

@@ -21,39 +21,56 @@ from transformers import (
 )
 
 from RL2.config import ConfigError, first_line
+from RL2.models.inspection import length_limit, stored_buffers
 from RL2.models.loading import build, empty, materialise, refuse_no_model
 from RL2.models.lora import is_adapter, merge, merged_name
-from RL2.models.packed import PackedModel, refuse_other_backbones
+from RL2.models.packed import PackedModel, backbone
 from RL2.ops.token_stats import VocabularyShard, token_stats
 from RL2.parallel.fsdp import local, whole
 from RL2.parallel.tp import first_row
-from RL2.types import Shared, StatsRequest, TokenBatch
+from RL2.types import Shared, StatsRequest, TokenBatch, TokenStats
 
 
 class Policy(PackedModel):
     """Statistics of the action tokens. Logits never leave `token_stats`."""
 
+    CHECKED = StatsRequest(("logp",))
+
     @staticmethod
     def build(model_name: str, key: str) -> PreTrainedModel:
-        lm = build(AutoModelForCausalLM, model_name, key)
-        _refuse_what_we_would_miss(lm)
-        return lm
+        return build(AutoModelForCausalLM, model_name, key)
 
-    def forward(self, batch: TokenBatch, shared: Shared | None, request: StatsRequest) -> dict[str, Tensor]:
-        """The token statistics by name."""
+    def forward(
+        self, batch: TokenBatch, shared: Shared | None, request: StatsRequest, alone: bool = False
+    ) -> dict[str, Tensor]:
+        """Return the token statistics by name."""
+        if alone:
+            return {"logp": self._logp_alone(batch)}
         hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared)
+        stats = self._token_stats(hidden_ND, batch.labels_T[batch.action_T][is_mine_A], request)
+        return self.on_all({name: getattr(stats, name) for name in request.fields}, is_mine_A)
+
+    def _token_stats(self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest) -> TokenStats:
         total = self.lm.config.vocab_size
-        stats = token_stats(
+        return token_stats(
             hidden_ND,
             local(head(self.lm).weight),
-            batch.labels_T[batch.action_T][is_mine_A],
+            labels_N,
             temperature=request.temperature,
             fields=request.fields,
             top_k=request.top_k,
             tp=None if self.tp is None else VocabularyShard(self.tp, first_row(total, self.tp), total),
             budget_mib=request.budget_mib,
         )
-        return self.on_all({name: getattr(stats, name) for name in request.fields}, is_mine_A)
+
+    def _logp_alone(self, batch: TokenBatch) -> Tensor:
+        """Return the log-probability of each label of the one sequence of `batch`, [T], without packing."""
+        ids = batch.token_ids_T[None]
+        if self.tp is not None:  # the head is sharded, which only token_stats knows
+            hidden_TD = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state[0]
+            return self._token_stats(hidden_TD, batch.labels_T, self.CHECKED).logp
+        logits_TV = self.lm(input_ids=ids, use_cache=False).logits[0].float()
+        return logits_TV.log_softmax(-1).gather(-1, batch.labels_T[:, None])[:, 0]
 
 
 def head(lm: PreTrainedModel) -> nn.Linear:
@@ -105,8 +122,11 @@ def max_length(model_name: str) -> int:
 
 
 def positions(config: PretrainedConfig) -> int:
-    """Positions of a model with this configuration; some set no limit."""
-    return getattr(config, "max_position_embeddings", None) or 2**31
+    """Return how many tokens a sequence may have: as many as the model was made for; some set no limit.
+
+    Where the rotary frequencies depend on the longest sequence of a batch, up to where they do not.
+    """
+    return length_limit(config) or getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -118,9 +138,10 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by its transformers name, whole, one at a time, tied ones once; in `dtype`, or as it is.
+    """Yield every tensor of a checkpoint by its transformers name, whole, one at a time, tied ones once.
 
-    Adapters are merged into the weights that they belong to.
+    Parameters come in `dtype`, or as they are, with adapters merged into the weights that they belong to; then the
+    buffers that a checkpoint stores, such as a router's bias, as they are.
     Collective under sharding: rounded before they are gathered, so that half precision is half the traffic.
     """
     for name, parameter in lm.named_parameters():
@@ -130,6 +151,7 @@ def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iter
             yield merged_name(name), weight.to(dtype or weight.dtype)
         elif not is_adapter(name):
             yield name, whole(weight.to(dtype or weight.dtype))
+    yield from stored_buffers(lm).items()  # whole on every process, in the type of the checkpoint
 
 
 def export(
@@ -143,7 +165,7 @@ def export(
         merged_name(name): torch.empty(p.shape, dtype=torch.float32, device="meta")
         for name, p in lm.named_parameters()
         if not is_adapter(name)
-    }
+    } | {name: buffer.to("meta") for name, buffer in stored_buffers(lm).items()}
     files = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=file_bytes
     )
@@ -164,12 +186,3 @@ def export(
             begun[file][name] = weight.cpu().contiguous()
             if len(begun[file]) == len(files.filename_to_tensors[file]):
                 save_file(begun.pop(file), folder / file, metadata={"format": "pt"})
-
-
-def _refuse_what_we_would_miss(lm: PreTrainedModel) -> None:
-    for knob in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(lm.config, knob, None) not in (None, 1.0):
-            raise ConfigError(f"{type(lm).__name__} changes its logits after the head ({knob}), which is not supported")
-    refuse_other_backbones(lm)
-    if head(lm).bias is not None:
-        raise ConfigError(f"{type(lm).__name__} has a bias in its head, which is not supported")

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from RL2.config import ConfigError
 from RL2.models.loading import build
-from RL2.models.packed import PackedModel, refuse_other_backbones
+from RL2.models.packed import PackedModel, backbone
 from RL2.types import Shared, StatsRequest, TokenBatch
 
 VALUE = StatsRequest(("value",))
@@ -22,11 +22,13 @@ class ValueModel(PackedModel):
     estimate of the rewards to come.
     """
 
+    CHECKED = VALUE
+    UNREAD = (r"^lm_head\.",)
+
     @staticmethod
     def build(model_name: str, key: str) -> PreTrainedModel:
         """A backbone with a linear head to one number."""
         lm = build(AutoModelForSequenceClassification, model_name, key, num_labels=1)
-        refuse_other_backbones(lm)
         head = getattr(lm, "score", None)
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ConfigError(f"{key}={model_name}: {type(lm).__name__} has no linear head `score` without a bias")
@@ -36,14 +38,22 @@ class ValueModel(PackedModel):
         """A head of small random numbers on what was a language model; one that was saved with its head keeps it."""
         return torch.randn(shape) * self.lm.config.initializer_range if name == "score.weight" else None
 
-    def forward(self, batch: TokenBatch, shared: Shared | None, request: StatsRequest) -> dict[str, Tensor]:
-        """`value`, float32; the request can only be VALUE."""
+    def forward(
+        self, batch: TokenBatch, shared: Shared | None, request: StatsRequest, alone: bool = False
+    ) -> dict[str, Tensor]:
+        """Return `value`, float32; the request can only be VALUE."""
         assert request == VALUE
+        if alone:
+            hidden = backbone(self.lm)(input_ids=batch.token_ids_T[None], use_cache=False).last_hidden_state
+            return {"value": self._value(hidden[0])}
         hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared)
+        return self.on_all({"value": self._value(hidden_ND)}, is_mine_A)
+
+    def _value(self, hidden_ND: Tensor) -> Tensor:
         head = self.lm.get_submodule("score")
         assert isinstance(head, nn.Linear)
         # in half precision too the numbers themselves are float32: pairs differ by less than its steps
-        return self.on_all({"value": hidden_ND.float() @ head.weight[0].float()}, is_mine_A)
+        return hidden_ND.float() @ head.weight[0].float()
 
 
 def mark_padding(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

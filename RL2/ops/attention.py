@@ -40,20 +40,21 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    scaling: float,
     attend: Attend,
+    scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface, [1, heads, T, D] in, [1, T, H * D] out."""
-    if sliding_window or softcap or s_aux is not None:
-        raise ValueError(
-            f"{type(module).__name__} uses a sliding window, logit soft-capping or attention sinks, "
-            "which packed attention does not have; choose a model with plain causal attention"
-        )
+    """Compute transformers' attention interface: [1, heads, T, D] in, [1, T, H * D] out.
+
+    models/inspection.py refuses, when a model is built, every one that passes something which is left out here.
+    """
+    if attention_mask is not None or sliding_window or softcap or s_aux is not None:
+        raise ValueError(f"{type(module).__name__} has a mask, a sliding window, soft-capping or sinks")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
     return attend(layer, query_THD, key_TKD, value_TKD, scaling)[None], None
 

@@ -32,12 +32,14 @@ def check_sizes(lm: PreTrainedModel, tp_size: int, sp_size: int, group: str) -> 
     for what, number in (
         ("key/value heads", keys),
         ("attention heads", queries),
-        ("hidden units of an MLP", config.intermediate_size),
+        ("hidden units of an MLP", getattr(config, "intermediate_size", 0)),
     ):
         if number % tp_size:
             raise ConfigError(f"{group}.tp_size={tp_size} does not divide the {number} {what} of {model}")
     if tp_size > 1 and not plan_of(lm):
         raise ConfigError(f"{group}.tp_size={tp_size}: {model} has no tensor-parallel plan in transformers")
+    if tp_size > 1:
+        styles_of(lm)
     of = f"{model}" if tp_size == 1 else f"{model} that {group}.tp_size={tp_size} leaves a process"
     queries, keys = queries // tp_size, keys // tp_size
     if queries % sp_size:
@@ -51,8 +53,8 @@ def plan_of(lm: PreTrainedModel) -> dict[str, str]:
     return getattr(lm.config, "base_model_tp_plan", None) or {}
 
 
-def split(lm: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
-    """Split `lm` in place over `mesh`; returns the modules whose gradients are summands of each process.
+def styles_of(lm: PreTrainedModel) -> tuple[dict[str, ParallelStyle], list[nn.Module]]:
+    """Return how each layer of the backbone is split, by name, and the modules whose gradients are summands.
 
     Raises ConfigError for a word of the plan that is not known here.
     """
@@ -67,6 +69,15 @@ def split(lm: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
             styles[name] = STYLES[style]()
         elif style is not None:
             raise ConfigError(f"tensor parallelism: {type(lm).__name__} splits {name} by {style!r}, not supported")
+    return styles, partial
+
+
+def split(lm: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
+    """Split `lm` in place over `mesh`; return the modules whose gradients are summands of each process.
+
+    Raises ConfigError as `styles_of`.
+    """
+    styles, partial = styles_of(lm)
     embedding = lm.get_input_embeddings()
     names = {module: name for name, module in lm.base_model.named_modules()}
     styles[names[embedding]] = RowwiseParallel(input_layouts=Replicate())

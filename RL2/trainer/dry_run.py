@@ -39,7 +39,8 @@ from RL2.data.preference import as_responses, as_scored
 from RL2.data.prompts import load_prompts
 from RL2.data.source import describe, in_row, is_here, load_converted
 from RL2.engines.scripted import ScriptedEngine
-from RL2.models.loading import folder_here, refuse_no_model, stored_names
+from RL2.models.loading import folder_here, match_weights, refuse_no_model, stored_tensors
+from RL2.models.packed import refuse_longer
 from RL2.models.policy import Policy, load_tokenizer, max_length, refuse_unknown_tokens
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
@@ -50,7 +51,7 @@ from RL2.trainer.rl import actor_updates, make_cursor, tasks
 from RL2.trainer.run import number_of_steps, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
 from RL2.types import Prompt, Sampling
-from RL2.workers.worker import compute_dtype
+from RL2.workers.worker import compute_dtype, refuse_no_recomputation
 
 GIB = 2**30
 RESPONSE = "42"
@@ -129,11 +130,14 @@ def look_at_model(
         found.miss("model", f"{name}, on the hub")
         return None, None
     tokenizer = load_tokenizer(str(folder), key)
-    lm = (Policy if isinstance(model, TrainablePolicy) else ValueModel).build(str(folder), key)
+    kind = Policy if isinstance(model, TrainablePolicy) else ValueModel
+    lm = kind.build(name if folder == Path(name) else str(folder), key)
     said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
     found.say("model", name, said)
     if folder == Path(name) or any(folder.glob("*.safetensors")):  # otherwise they are still to be fetched
-        stored_names(folder, name, key)
+        match_weights(lm, stored_tensors(folder, name, key), name, key, kind(lm).initial, kind.UNREAD)
+    if model.gradient_checkpointing:
+        refuse_no_recomputation(lm, group)
     template = "" if tokenizer.chat_template else ", no chat template"
     found.say("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens{template}")
     return lm, tokenizer
@@ -262,6 +266,7 @@ def look_at_rows(
         rows, _ = train_and_test(data, read)
         assert lm is not None
         refuse_unknown_tokens(lm, rows.batch.token_ids_T.tolist(), f"{trained(config)[0]}.model_name")
+        refuse_longer(lm, int(rows.batch.lengths_B.max()), f"data.max_length={data.max_length}: a row")
         found.say("data", told["data"], *notes)
         found.say("test data", told["test data"])
     else:

@@ -14,6 +14,7 @@ from RL2.config import ConfigError, SupervisedData
 from RL2.data.cursor import Cursor
 from RL2.data.preference import Pair, load_pairs
 from RL2.data.source import Row
+from RL2.models.packed import refuse_longer
 from RL2.models.policy import refuse_unknown_tokens
 from RL2.objectives.declare import Loss
 from RL2.packing import pack
@@ -66,6 +67,7 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
     trainer, learner = run.config, task.learner
     for rows in filter(None, (task.train, task.test)):
         refuse_unknown_tokens(learner.lm, [int(rows.batch.token_ids_T.max())], f"{task.name}.model_name")
+        refuse_longer(learner.lm, int(rows.batch.lengths_B.max()), "data.max_length: a row")
     report = run.report(num_steps)
     for note in task.notes:
         report.say(note)

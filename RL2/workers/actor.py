@@ -18,10 +18,10 @@ from RL2.models.policy import Policy
 from RL2.objectives.declare import Loss
 from RL2.objectives.table import configured
 from RL2.objectives.terms import configured_weights, total_loss
-from RL2.packing import minibatches, pack
+from RL2.packing import minibatches, pack_tokens
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
-from RL2.types import Sequence, StatsRequest, TokenBatch, TokenStats, Trajectory
+from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import ON_POLICY, Learner, Progress, Worker
 
 
@@ -64,11 +64,8 @@ class Actor(Learner):
 
     def logps(self, token_ids: list[int]) -> list[float]:
         """Log-probability of each of these tokens but the first, at temperature 1 (collective)."""
-        number = len(token_ids) - 1
-        sequence = Sequence(token_ids, [False] + [True] * number, [0.0] * (number + 1), [0.0] * (number + 1))
-        batch = pack([Trajectory(row=0, group=0, sample=0, sequences=[sequence])])
         request = replace(self.request, fields=("logp",), top_k=0, temperature=1.0)
-        return self.stats(batch, request, self.config.max_inference_length_per_device).logp.tolist()
+        return self.stats(pack_tokens([token_ids]), request, self.config.max_inference_length_per_device).logp.tolist()
 
     def update(self, batch: TokenBatch, progress: Progress = lambda done: None) -> dict[str, float]:
         """`update_per_rollout` optimizer steps on one rollout; returns their mean metrics."""

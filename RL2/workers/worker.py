@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from RL2.config import ConfigError, Lora, Trainable, TrainablePolicy, UserError
 from RL2.models.lora import add_adapters, export_adapter
-from RL2.models.packed import PackedModel, layers
+from RL2.models.packed import PackedModel, layers, transformers_attention
 from RL2.models.policy import Policy, export, named_weights
 from RL2.objectives.declare import Loss
 from RL2.ops.laws import first_breach
-from RL2.packing import microbatches
+from RL2.packing import microbatches, pack_tokens
 from RL2.parallel.fsdp import by_mesh, clip_grad_norm, local, shard
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
@@ -32,6 +32,12 @@ from RL2.workers.ledger import Ledger
 
 Progress = Callable[[int], object]
 """Told how many sequences more are done."""
+
+
+CHECKED_TOKENS = 64
+"""Tokens of a sequence that `Worker.check_packing` looks at."""
+PACKING_SLACK = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Mean difference of packed and lone log-probabilities that rounding explains, in nats, by compute dtype."""
 
 
 class BrokenLaw(UserError, RuntimeError):
@@ -69,6 +75,8 @@ class Worker:
         if processes.world_size > 1 or self.dtype != torch.float32:
             shard(self.policy, layers(lm), mesh.shards, self.dtype)
         self.offload_model, self.users = offload_model, 0
+        self.named = f"{key}={model_name}"
+        self.packing_checked = False
         self.policy.fill(model_name, key, torch.device("cpu") if offload_model else processes.device)
 
     @property
@@ -84,6 +92,7 @@ class Worker:
         self, batch: TokenBatch, request: StatsRequest, max_tokens: int, progress: Progress = lambda done: None
     ) -> TokenStats:
         """Statistics at all T positions of `batch`, the same on every process; 0 where there is no action."""
+        self.check_packing(batch)
         self.policy.eval()
         out: dict[str, Tensor] = {}
         starts = batch.cu_seqlens.tolist()
@@ -99,9 +108,39 @@ class Worker:
                         places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
                         out[name][places] = value.cpu()
                 progress(len(ids) * self.mesh.data_size)
-            if isinstance(self.policy, FSDPModule):
-                self.policy.reshard()  # or the root would stay whole, in the compute dtype, until the next backward
+            self._reshard()
         return TokenStats(**{name: self.processes.sum(value, self.mesh.data) for name, value in out.items()})
+
+    def check_packing(self, batch: TokenBatch) -> None:
+        """Compare sequences of `batch`, packed, with each alone through transformers' own forward; once for a model.
+
+        Raises BrokenLaw, on every process, if they differ by more than rounding: then nothing may be trained on them.
+        """
+        sequences = _some_sequences(batch)
+        if self.packing_checked or len(sequences) < 2:
+            return
+        self.packing_checked = True
+        self.policy.eval()
+        request = self.policy.CHECKED
+        together = pack_tokens(sequences)
+        together = together.with_(group_B=torch.zeros_like(together.group_B))  # what they have in common runs once
+        with self.at_work("the comparison of packed and lone sequences"), torch.no_grad():
+            (packed_A,) = self._forward(together, request).values()
+            with transformers_attention(self.lm):
+                lone = [
+                    self.policy(pack_tokens([ids]).to(self.processes.device), None, request, alone=True)
+                    for ids in sequences
+                ]
+            self._reshard()
+        alone_A = torch.cat([value for of_one in lone for value in of_one.values()])
+        gap = float(((packed_A - alone_A).abs() / alone_A.abs().clamp(min=1)).mean())
+        most = PACKING_SLACK[self.dtype]
+        if not gap <= most:
+            raise BrokenLaw(
+                f"{self.named}: in a packed batch its sequences get numbers that differ by {gap:.2g} in the mean from "
+                f"those that each gets alone through transformers' own forward (rounding explains {most:g}); "
+                f"{type(self.lm).__name__} is not computed exactly here, so nothing was trained"
+            )
 
     def share(self, batch: TokenBatch, ids: Sequence[int], max_tokens: int) -> list[list[int]]:
         """This process's microbatches of the sequences `ids`: at most `max_tokens` for each process that shares one."""
@@ -111,6 +150,11 @@ class Worker:
     def _forward(self, microbatch: TokenBatch, request: StatsRequest) -> dict[str, Tensor]:
         device, shared = self.processes.device, microbatch.shared()
         return self.policy(microbatch.to(device), shared and shared.to(device), request)
+
+    def _reshard(self) -> None:
+        """Let go of the whole root, which would stay in the compute dtype until the next backward."""
+        if isinstance(self.policy, FSDPModule):
+            self.policy.reshard()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight as the forward pass sees it, in the compute dtype; whole, one at a time (collective)."""
@@ -161,6 +205,7 @@ class Learner(Worker):
         if config.use_liger_kernel:
             _apply_liger(self.lm, group)
         if config.gradient_checkpointing:
+            refuse_no_recomputation(self.lm, group)
             _recompute_activations(self.lm)
         self.optimizer = _adamw(self.policy, config)
         self.ledger = Ledger(self.optimizer, self.dtype)
@@ -207,6 +252,7 @@ class Learner(Worker):
         Sequences without any weight are left out of the plan, on every process alike; a microbatch that is empty runs
         on a sequence of weight 0, so all processes meet in the same collectives.
         """
+        self.check_packing(batch)
         self.policy.train()
         assert batch.weight_T is not None
         totals = _Totals(self.processes, self.mesh)
@@ -363,6 +409,19 @@ def _of_the_present(means: dict[str, float]) -> dict[str, float]:
     return means
 
 
+def _some_sequences(batch: TokenBatch) -> list[list[int]]:
+    """Return the first tokens of the first two and the last sequence of `batch`; of a lone one, its two halves."""
+    chosen = sorted({0, min(1, batch.num_sequences - 1), batch.num_sequences - 1})
+    found = []
+    for b in chosen:
+        start, end = batch.cu_seqlens[b : b + 2].tolist()
+        found.append([*batch.token_ids_T[start:end][:CHECKED_TOKENS].tolist(), int(batch.labels_T[end - 1])])
+    if len(found) == 1:
+        half = len(found[0]) // 2
+        found = [found[0][:half], found[0][half:]]
+    return [ids for ids in found if len(ids) > 1]
+
+
 def schedule(config: Trainable, step: int, total: int) -> float:
     """Factor of the learning rate at optimizer step `step` (from 0) of `total`: a pure function, nothing to restore."""
     warmup = round(config.warmup_ratio * total)
@@ -394,6 +453,15 @@ def _adamw(policy: PackedModel, config: Trainable) -> torch.optim.AdamW:
         betas=config.betas,
         eps=config.eps,
     )
+
+
+def refuse_no_recomputation(lm: PreTrainedModel, group: str) -> None:
+    """Raise ConfigError if transformers cannot recompute the activations of the model."""
+    if not lm.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"{group}.gradient_checkpointing=true: {type(lm).__name__} does not support it in transformers; "
+            f"set {group}.gradient_checkpointing=false"
+        )
 
 
 def _recompute_activations(lm: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from RL2.config import ConfigError
-from RL2.models.loading import stored_names
+from RL2.models.loading import stored_tensors
 from RL2.models.policy import Policy, export, load_model, load_tokenizer
 
 SHAPE = {
@@ -113,8 +113,8 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path: Path) -> None:
     assert message("no weights").startswith(" has no weights in safetensors format (no *.safetensors in ")
     assert message("cut off").startswith(": model.safetensors is broken (")
     assert message("no safetensors").startswith(": model.safetensors is broken (")
-    assert message("a layer more").startswith(" lacks weights of 11 of Qwen3ForCausalLM's parameters, among them ")
-    assert message("wider").startswith(": its weights cannot be read: Size mismatch between saved torch.Size(")
+    assert message("a layer more").startswith(" lacks 11 of the tensors of Qwen3ForCausalLM, among them ")
+    assert "proj.weight has shape [48, 32] in model.safetensors, and [64, 32] by config.json" in message("wider")
 
 
 def test_a_download_that_was_cut_off_is_named(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_download_that_was_cut_off_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"no weights in .* \(the download was cut off at 77c0.incomplete; fetch it again"
     ):
-        stored_names(snapshot, "owner/name", "actor.model_name")
+        stored_tensors(snapshot, "owner/name", "actor.model_name")
 
 
 def test_what_the_hub_does_not_give_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from RL2.engines.embedded.cache import Cache, Piece, Step, bytes_per_position
 from RL2.engines.embedded.compiled import CompiledStep
 from RL2.engines.embedded.dense import DenseCache
 from RL2.engines.embedded.sampling import sample, uniforms
+from RL2.models.inspection import stored_buffers
 from RL2.models.packed import backbone, layers
 from RL2.models.policy import head, positions
 from RL2.ops.attention import IN_GRAPH, Attend
@@ -95,7 +96,7 @@ class EmbeddedEngine:
         of a decoding step.
         """
         self.lm, self.decode, self.owns_weights = lm, decode, owns_weights
-        self.shapes = {name: parameter.shape for name, parameter in lm.named_parameters()}
+        self.shapes = {name: tensor.shape for name, tensor in self._stored().items()}
         self.max_running_requests, self.memory_share = max_running_requests, memory_share
         self.device = next(lm.parameters()).device
         self.max_length = positions(lm.config)
@@ -138,7 +139,7 @@ class EmbeddedEngine:
         return await request.future
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        own = dict(self.lm.named_parameters())
+        own = self._stored()
         loaded = set()
         with self._between_steps(), torch.no_grad():
             for name, weight in weights:
@@ -150,6 +151,10 @@ class EmbeddedEngine:
             if missing := own.keys() - loaded:
                 raise RuntimeError(f"weights of version {version} lack {', '.join(sorted(missing)[:3])}")
             self.version, self.is_asleep = version, False
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Return what a checkpoint of the model has, by name."""
+        return dict(self.lm.named_parameters()) | stored_buffers(self.lm)
 
     def sleep(self) -> None:
         """The cache goes, and the weights too, unless they are the actor's own."""

@@ -1,0 +1,294 @@
+"""Refuse models that the packed forward would compute wrongly, from their structure alone, before weights are read.
+
+A second model of the same configuration runs on the meta device, where shapes are computed and numbers are not. Its
+attention records how it is called. What remains, differences that only numbers show, is the invariant of
+`Worker.check_packing`, on the first batch of every run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.module_tracker import ModuleTracker
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+from RL2.config import ConfigError, first_line
+
+INSPECTED = "rl2_inspected"
+"""Attention implementation that checks and records its arguments."""
+TOKENS = (37, 41, 43, 47, 53)
+"""Tokens of the inspected forward: the first that is no size of the model, so that a shape tells the tokens."""
+CONVOLUTIONS = ("convolution", "constant_pad_nd")
+ALONG_A_DIMENSION = (
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "sum",
+    "mean",
+    "amax",
+    "flip",
+    "roll",
+    "slice",
+    "select",
+    "unfold",
+)
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "past_key_values"}
+"""Keyword arguments that change nothing: dropout is never applied, and the packed layout decides the rest."""
+LOGIT_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
+"""Configuration keys of a factor on the logits; 1 changes nothing."""
+BY_LENGTH = ("longrope", "dynamic")
+"""Types of rotary embedding whose frequencies transformers chooses by the longest sequence of a batch."""
+
+
+class Unsupported(Exception):
+    """A reason to refuse a model, as the end of a sentence that its name begins."""
+
+
+def refuse_inexact(auto: type, config: PretrainedConfig, name: str, key: str) -> None:
+    """Raise ConfigError unless packed sequences get the numbers that each gets alone.
+
+    `auto` is the transformers auto class that builds the model of `config`; `key`=`name` named it, for errors.
+    """
+    try:
+        _refuse_quantised(config)
+        lm = _tried(lambda: _build(auto, config), "cannot be built")
+        _tried(lambda: _refuse_structure(lm), "is of an unknown structure")
+        _refuse_forward(lm)
+        _refuse_unset_buffers(lm)
+    except Unsupported as reason:
+        raise ConfigError(f"{key}={name}: {config.model_type} {reason}") from reason
+
+
+def _refuse_quantised(config: PretrainedConfig) -> None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+        raise Unsupported(
+            f"is quantised ({method or 'quantization_config'}), and its scales would be lost; "
+            "take the checkpoint in bfloat16 or float32"
+        )
+
+
+def _build(auto: type, config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model that is inspected. Rotary embeddings by length get the plain type: `length_limit` is for them."""
+    config = copy.deepcopy(config)
+    for rope in _ropes(config):
+        if rope["rope_type"] in BY_LENGTH:
+            rope["rope_type"] = "default"
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=torch.float32, attn_implementation=INSPECTED)  # type: ignore[attr-defined]
+
+
+def _refuse_structure(lm: PreTrainedModel) -> None:
+    if type(lm.config).sub_configs:
+        raise Unsupported(f"({type(lm).__name__}) is a model of text and more, which is not supported")
+    layers = getattr(lm.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not hasattr(lm.config, "num_key_value_heads"):
+        raise Unsupported(f"({type(lm).__name__}) is not built like Llama or Qwen, which is what is supported")
+    if getattr(lm.config, "sliding_window", None):
+        raise Unsupported("uses a sliding window, which packed attention does not have")
+    experts = next((name for name, p in layers.named_parameters() if p.ndim == 3 and "conv" not in name), None)
+    if experts is not None:
+        raise Unsupported(f"is a mixture of experts (layers.{experts}), which is not supported")
+
+
+def _refuse_forward(lm: PreTrainedModel) -> None:
+    """Run it on tokens without values, and refuse what attention, layers or head do beyond the packed forward."""
+    calls: list[int] = []
+    sizes = {size for p in lm.parameters() for size in p.shape}
+    tokens = next(number for number in TOKENS if number not in sizes)
+    ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
+    positions = torch.arange(tokens, device="meta")[None]
+    seen: dict[str, Any] = {}
+    unused = {name: part for name, part in lm.base_model.named_modules() if any(True for _ in part.parameters(False))}
+    for name, part in list(unused.items()):
+        part.register_forward_hook(lambda *_, name=name: unused.pop(name, None) and None)
+    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
+    if head is not None:
+        lm.base_model.register_forward_hook(lambda _, __, out: seen.update(hidden=out[0]))
+        head.register_forward_hook(lambda _, args, out: seen.update(head_in=args[0], head_out=out))
+    run = lm.base_model if head is None else lm
+    lm.eval()
+    for layer in lm.base_model.layers:  # type: ignore[union-attr]
+        layer.training = True  # as PackedModel.train leaves them
+    with torch.no_grad(), ModuleTracker() as modules, _TokenMixing(tokens, modules):
+        out = _tried(
+            lambda: run(input_ids=ids, position_ids=positions, use_cache=False, attend=calls.append),
+            "does not run with packed attention alone",
+        )
+    if sorted(calls) != list(range(len(lm.base_model.layers))):  # type: ignore[arg-type]
+        raise Unsupported(f"calls attention {len(calls)} times in {len(lm.base_model.layers)} layers")  # type: ignore[arg-type]
+    if unused:
+        raise Unsupported(
+            f"has weights that text does not pass through ({next(iter(unused))}): it is no text-only model"
+        )
+    if head is None:
+        return
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise Unsupported("has a head with a bias, which is not supported")
+    if not _same(seen["head_in"], seen["hidden"]):
+        raise Unsupported("changes the hidden states before the head, which is not supported")
+    if not _same(out.logits, seen["head_out"]) and not any(
+        getattr(lm.config, factor, None) == 1 for factor in LOGIT_FACTORS
+    ):
+        raise Unsupported("changes its logits after the head (a factor or soft-capping), which is not supported")
+
+
+def _refuse_unset_buffers(lm: PreTrainedModel) -> None:
+    lm.apply(_buffers_to_cpu)
+    reset_buffers(lm)
+    unset = [name for name, x in lm.named_buffers() if bool((x != x).any()) and name not in stored_buffers(lm)]
+    if unset:
+        raise Unsupported(f"has buffers that nothing sets, among them {unset[0]}")
+
+
+def _buffers_to_cpu(module: nn.Module) -> None:
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, torch.empty_like(buffer, device="cpu"))
+
+
+def reset_buffers(lm: PreTrainedModel) -> None:
+    """Compute the buffers of `lm` that come from the configuration, such as rotary frequencies; others become NaN.
+
+    Its parameters stay as they are.
+    """
+    for buffer in lm.buffers():
+        if buffer.is_floating_point():
+            buffer.fill_(float("nan"))
+    for parameter in lm.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined] # transformers then leaves it alone
+    with torch.no_grad():
+        for part in lm.modules():
+            lm._init_weights(part)
+
+
+def stored_buffers(lm: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the persistent buffers of `lm` by name: those that lie in a checkpoint beside its parameters."""
+    stored = lm.state_dict().keys()
+    return {name: buffer for name, buffer in lm.named_buffers() if name in stored}
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Return whether `x` is `y`, or a view of all of it."""
+    return x.shape == y.shape and (x is y or (x._base is not None and x._base is (y if y._base is None else y._base)))
+
+
+def _inspect(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Record the layer of a call of attention; raise Unsupported for an argument that packed attention leaves out."""
+    attend = settings.pop("attend", None)
+    if attend is None:
+        raise Unsupported("does not pass keyword arguments on to its attention")
+    scaling = settings.pop("scaling", None)
+    if settings.get("sliding_window"):
+        raise Unsupported("uses a sliding window, which packed attention does not have")
+    if settings.get("softcap"):
+        raise Unsupported("soft-caps its attention scores, which packed attention does not do")
+    if settings.get("s_aux") is not None:
+        raise Unsupported("has attention sinks, which packed attention does not have")
+    if attention_mask is not None:
+        raise Unsupported("passes a mask of its own to attention, which packed attention would ignore")
+    if not getattr(module, "is_causal", True) or settings.get("is_causal") is False:
+        raise Unsupported("has attention that is not causal")
+    ignored = sorted(k for k, x in settings.items() if k not in WITHOUT_EFFECT and x is not None and x is not False)
+    if ignored:
+        raise Unsupported(f"passes {', '.join(ignored)} to attention, which packed attention would ignore")
+    if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
+        sizes = f"keys of size {key.shape[-1]} and values of size {value.shape[-1]}"
+        raise Unsupported(f"has {sizes} (multi-head latent attention), which is not supported")
+    if not isinstance(scaling, float | int | None):
+        raise Unsupported("scales attention by more than a number")
+    if not hasattr(module, "layer_idx"):
+        raise Unsupported("has attention that does not know its layer")
+    attend(module.layer_idx)
+    return query.transpose(1, 2).flatten(2), None
+
+
+AttentionInterface.register(INSPECTED, _inspect)
+
+
+class _TokenMixing(TorchDispatchMode):
+    """Refuses operations, outside attention, in which one token can change another.
+
+    A convolution, a recurrence or a shift reads over the border of two packed sequences. It is recognised by what it
+    does to the dimension whose size is the number of tokens.
+    """
+
+    def __init__(self, tokens: int, modules: ModuleTracker) -> None:
+        super().__init__()
+        self.tokens, self.modules = tokens, modules
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "native_dropout" and args[1] > 0:
+            raise Unsupported("applies dropout in its layers themselves, which cannot be switched off here")
+        if self._mixes(name, args, kwargs or {}, out):
+            where = max(self.modules.parents - {"Global"}, key=len, default="the model")
+            raise Unsupported(
+                f"mixes tokens outside attention ({name} in {where}): state would run from one packed sequence into "
+                "the next"
+            )
+        return out
+
+    def _mixes(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
+        inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+        if not any(self.tokens in x.shape for x in inputs):
+            return False
+        if name in CONVOLUTIONS:
+            return True
+        if name in PRODUCTS:
+            return inputs[-1].shape[-2] == self.tokens  # the dimension that is summed over
+        if name in ALONG_A_DIMENSION:
+            given = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            dims = (
+                range(inputs[0].ndim) if given is None or given == [] else given if isinstance(given, list) else [given]
+            )
+            is_along = any(inputs[0].shape[d] == self.tokens for d in dims)
+            return is_along and not (name == "slice" and out.shape == inputs[0].shape)
+        return False
+
+
+def _tried(act: Callable[[], Any], what: str) -> Any:
+    """Return what `act` returns; an error of transformers, which has one for every model, becomes Unsupported."""
+    try:
+        return act()
+    except Unsupported:
+        raise
+    except Exception as error:
+        if isinstance(error, KeyError) and INSPECTED in str(error):
+            raise Unsupported("has attention of its own in place of transformers' attention interface") from error
+        if "Unrecognized configuration class" in str(error):
+            raise Unsupported("is no text-only model of this kind in transformers") from error
+        raise Unsupported(f"{what}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Return the settings of each rotary embedding of `config`: of all layers, or of each type of layer."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [rope for rope in (found, *found.values()) if isinstance(rope, dict) and "rope_type" in rope]
+
+
+def length_limit(config: PretrainedConfig) -> int | None:
+    """Return up to how many tokens the rotary frequencies are the same for every sequence; None: always.
+
+    Beyond it transformers chooses them by the longest sequence of a batch, so that sequences would change one another.
+    """
+    limits = [
+        rope.get("original_max_position_embeddings")
+        if rope["rope_type"] == "longrope"
+        else config.max_position_embeddings
+        for rope in _ropes(config)
+        if rope["rope_type"] in BY_LENGTH
+    ]
+    return min((limit or config.max_position_embeddings for limit in limits), default=None)

@@ -1,0 +1,137 @@
+"""Tiny random models of every causal language model in transformers, large enough in their weights to show mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OMITTED = ...
+"""In place of a size: the type is better off without it."""
+MLA = {
+    "head_dim": OMITTED,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "deepseek_v2": {**MLA, "first_k_dense_replace": 2, "n_routed_experts": 4},
+    "deepseek_v3": {**MLA, "first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "emu3": {"text_config": {**SIZES, "head_dim": 16}},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_hidden_layers": OMITTED},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "minicpm3": {**MLA, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
+    "plbart": {"decoder_attention_heads": 4, "encoder_attention_heads": 4},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "whisper": {"decoder_attention_heads": 4, "encoder_attention_heads": 4},
+    "xlnet": {"d_head": 16},
+    "youtu": MLA,
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+}
+"""What a type needs beside SIZES, or in their place."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "exaone4, no window": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "gemma, dropout 0.5": ("gemma", {"attention_dropout": 0.5}),
+    "granite, logits_scaling 8": ("granite", {"logits_scaling": 8.0}),
+    "granitemoehybrid, attention alone": (
+        "granitemoehybrid",
+        {"num_local_experts": 0, "layer_types": ["full_attention"] * 2, "shared_intermediate_size": 96},
+    ),
+    "granitemoehybrid, mamba": (
+        "granitemoehybrid",
+        {
+            "num_local_experts": 0,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mamba_n_heads": 8,
+            "shared_intermediate_size": 96,
+        },
+    ),
+    "llama, dynamic rope": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+            "max_position_embeddings": 64,
+        },
+    ),
+    "llama, yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "phi3, dropout 0.5": ("phi3", {"resid_pdrop": 0.5, "embd_pdrop": 0.5}),
+    "phi3, longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [1.0 + 1.5 * i for i in range(8)],
+                "original_max_position_embeddings": 64,
+                "partial_rotary_factor": 1.0,
+            },
+        },
+    ),
+    "qwen2, window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+    "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
+    "seed_oss, dropout 0.5": ("seed_oss", {"residual_dropout": 0.5, "attention_dropout": 0.5}),
+    "starcoder2, dropout 0.5": ("starcoder2", {"residual_dropout": 0.5, "embedding_dropout": 0.5}),
+}
+"""Models of a type whose settings decide whether they are exact: name -> (type, settings)."""
+
+
+def tiny_config(model_type: str, settings: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """Return a configuration of `model_type` with SIZES, as far as it knows them, OVERRIDES and `settings`."""
+    of = CONFIG_MAPPING[model_type]
+    known = set(of().to_dict()) | set(getattr(of, "attribute_map", {}))
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    wanted = {**sizes, **OVERRIDES.get(model_type, {}), **(settings or {})}
+    return of(**{name: x for name, x in wanted.items() if x is not OMITTED})
+
+
+def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a causal language model with weights that are large enough for a mistake to change log-probabilities."""
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.copy_(torch.randn(parameter.shape) * 0.25)
+            elif "norm" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return lm.eval()
