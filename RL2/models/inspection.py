@@ -24,21 +24,17 @@ INSPECTED = "rl2_inspected"
 """Attention implementation that checks and records its arguments."""
 TOKENS = (37, 41, 43, 47, 53)
 """Tokens of the inspected forward: the first that is no size of the model, so that a shape tells the tokens."""
-CONVOLUTIONS = ("convolution", "constant_pad_nd")
-ALONG_A_DIMENSION = (
-    "cumsum",
-    "cumprod",
-    "logcumsumexp",
-    "sum",
-    "mean",
-    "amax",
-    "flip",
-    "roll",
-    "slice",
-    "select",
-    "unfold",
-)
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+# fmt: off
+RESHAPES = {
+    "view", "_unsafe_view", "reshape", "transpose", "permute", "t", "expand", "unsqueeze", "squeeze", "alias",
+    "detach", "clone", "_to_copy", "copy_", "lift_fresh", "split", "split_with_sizes", "chunk", "unbind",
+    "repeat", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "new_empty", "new_zeros",
+    "new_ones", "new_full", "masked_fill", "masked_fill_", "polar", "view_as_complex", "view_as_real",
+}
+"""Operations that move numbers, or make new ones: they act on each token while their result has the tokens."""
+# fmt: on
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+LOOKUPS = {"embedding", "index", "index_select"}
 WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "past_key_values"}
 """Keyword arguments that change nothing: dropout is never applied, and the packed layout decides the rest."""
 LOGIT_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -216,10 +212,10 @@ AttentionInterface.register(INSPECTED, _inspect)
 
 
 class _TokenMixing(TorchDispatchMode):
-    """Refuses operations, outside attention, in which one token can change another.
+    """Refuses operations, outside attention, that are not known to act on each token alone.
 
-    A convolution, a recurrence or a shift reads over the border of two packed sequences. It is recognised by what it
-    does to the dimension whose size is the number of tokens.
+    A convolution, a recurrence or a shift reads over the border of two packed sequences. What an operation does is told
+    by torch's own description of it and by the dimension whose size is the number of tokens.
     """
 
     def __init__(self, tokens: int, modules: ModuleTracker) -> None:
@@ -229,11 +225,13 @@ class _TokenMixing(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        given = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | (kwargs or {})
         name = func.overloadpacket.__name__
-        if name == "native_dropout" and args[1] > 0:
-            raise Unsupported("applies dropout in its layers themselves, which cannot be switched off here")
-        if self._mixes(name, args, kwargs or {}, out):
+        if torch.Tag.nondeterministic_seeded in func.tags and given.get("p") not in (0, 1):
+            raise Unsupported("draws random numbers in its layers (dropout), which cannot be switched off here")
+        out = func(*args, **(kwargs or {}))
+        inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+        if any(self.tokens in x.shape for x in inputs) and not self._is_tokenwise(func, name, inputs, given, out):
             where = max(self.modules.parents - {"Global"}, key=len, default="the model")
             raise Unsupported(
                 f"mixes tokens outside attention ({name} in {where}): state would run from one packed sequence into "
@@ -241,22 +239,23 @@ class _TokenMixing(TorchDispatchMode):
             )
         return out
 
-    def _mixes(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
-        inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-        if not any(self.tokens in x.shape for x in inputs):
-            return False
-        if name in CONVOLUTIONS:
+    def _is_tokenwise(self, func: Any, name: str, inputs: list[Tensor], given: dict[str, Any], out: Any) -> bool:
+        first = inputs[0]
+        if torch.Tag.pointwise in func.tags:
             return True
         if name in PRODUCTS:
-            return inputs[-1].shape[-2] == self.tokens  # the dimension that is summed over
-        if name in ALONG_A_DIMENSION:
-            given = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            dims = (
-                range(inputs[0].ndim) if given is None or given == [] else given if isinstance(given, list) else [given]
-            )
-            is_along = any(inputs[0].shape[d] == self.tokens for d in dims)
-            return is_along and not (name == "slice" and out.shape == inputs[0].shape)
-        return False
+            return inputs[-1].shape[-2] != self.tokens  # the dimension that is summed over
+        if name in LOOKUPS:
+            return self.tokens not in first.shape
+        if name in RESHAPES:
+            return all(self.tokens in x.shape for x in tree_leaves(out) if isinstance(x, Tensor))
+        if "normalized_shape" in given:
+            return self.tokens not in given["normalized_shape"]
+        dims = given.get("dim", given.get("dims", 0 if name in ("cat", "slice", "select", "stack") else None))
+        if dims is None or dims == []:
+            return False
+        along = {first.shape[dim] for dim in (dims if isinstance(dims, list | tuple) else [dims])}
+        return self.tokens not in along or (name == "slice" and out.shape == first.shape)
 
 
 def _tried(act: Callable[[], Any], what: str) -> Any:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from RL2.config import ConfigError
-from RL2.models.loading import stored_tensors
+from RL2.models.loading import match_weights, stored_tensors
 from RL2.models.policy import Policy, export, load_model, load_tokenizer
+from RL2.models.value import ValueModel
 
 SHAPE = {
     "vocab_size": 50,
@@ -139,3 +142,76 @@ def test_what_the_hub_does_not_give_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         "ref_actor.model_name=nobody/nothing: there is no such folder, and the hub does not give it: "
         "no route to the hub"
     )
+
+
+def saved(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], tie: bool = False) -> Path:
+    """Write a tiny model whose stored tensors went through `change`."""
+    lm = tiny_model(tiny_config("qwen3", {"tie_word_embeddings": tie}))
+    lm.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def quantised(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: quantised(t, torch.float8_e4m3fn),
+            "up_proj.weight is stored as F8_E4M3 (model.safetensors): the model",
+        ),
+        (
+            lambda t: quantised(t, torch.int8),
+            "up_proj.weight is stored as I8 (model.safetensors): the model is quantised",
+        ),
+        (lambda t: t.update({"model.norm.scale": torch.ones(2)}), "has 1 tensors that Qwen3ForCausalLM does not read"),
+        (lambda t: t.update({"score.weight": torch.ones(1, 64)}), "among them score.weight"),
+        (
+            lambda t: t.pop("model.norm.weight"),
+            "lacks 1 of the tensors of Qwen3ForCausalLM, among them model.norm.weight",
+        ),
+    ],
+)
+def test_what_a_checkpoint_has_and_lacks_is_read_or_refused(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], said: str
+) -> None:
+    folder = saved(tmp_path, change)
+    for load in (lambda: Policy.load(str(folder), "k"), lambda: headers(folder)):
+        with pytest.raises(ConfigError) as caught:
+            load()
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def headers(folder: Path) -> None:
+    """Look at a checkpoint as a dry run does."""
+    match_weights(Policy.build(str(folder), "k"), stored_tensors(folder, str(folder), "k"), str(folder), "k")
+
+
+def test_names_that_old_checkpoints_store_are_left_out(tmp_path: Path) -> None:
+    folder = saved(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    headers(folder)
+    Policy.load(str(folder), "k")
+
+
+def test_a_tied_head_that_is_stored_with_other_values_is_refused(tmp_path: Path) -> None:
+    head = "lm_head.weight"
+    same = saved(tmp_path / "same", lambda t: t.update({head: t["model.embed_tokens.weight"].clone()}), tie=True)
+    headers(same)
+    Policy.load(str(same), "k")
+    other = saved(tmp_path / "other", lambda t: t.update({head: t["model.embed_tokens.weight"] + 1e-3}), tie=True)
+    for load in (lambda: Policy.load(str(other), "k"), lambda: headers(other)):
+        with pytest.raises(
+            ConfigError, match=r"are one by config\.json .* set tie_word_embeddings to false in config\.json"
+        ):
+            load()
+
+
+def test_a_value_model_reads_a_language_model_but_for_its_head(tmp_path: Path) -> None:
+    ValueModel.load(str(saved(tmp_path, lambda t: None)), "k")

@@ -1,0 +1,89 @@
+"""The first batch that a model sees shows whether packing changes its numbers; if it does, nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_config, tiny_model
+from torch import Tensor, nn
+
+from RL2.config import load, trained
+from RL2.models.packed import PackedModel
+from RL2.models.policy import Policy
+from RL2.models.value import ValueModel
+from RL2.packing import pack_tokens
+from RL2.parallel.mesh import Mesh
+from RL2.parallel.processes import Processes
+from RL2.types import StatsRequest, TokenBatch
+from RL2.workers.worker import BrokenLaw, Worker
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    processes = Processes.start(timeout_s=60)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(tiny_config("qwen3")).save_pretrained(folder)
+    return folder
+
+
+def make(folder: Path, processes: Processes, kind: type[PackedModel]) -> Worker:
+    overrides = f"""data.path=x.jsonl data.max_length=99 data.batch_size=1 actor.model_name={folder}
+        actor.max_length_per_device=4096 trainer.experiment_name=x"""
+    _, config = trained(load("sft", overrides.split()))
+    return Worker(str(folder), "float32", Mesh.make(processes, config), processes, "actor.model_name", kind)
+
+
+def batch_of(lengths: list[int]) -> TokenBatch:
+    generator = torch.Generator().manual_seed(0)
+    return pack_tokens([torch.randint(4, 300, (length,), generator=generator).tolist() for length in lengths])
+
+
+def leak(worker: Worker) -> None:
+    """Let the first layer add to each token what stood before it, over the border of sequences."""
+
+    def shift(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden + 0.1 * hidden.roll(1, dims=1).index_fill(1, torch.tensor([0]), 0), *args[1:])
+
+    worker.lm.base_model.layers[0].register_forward_pre_hook(shift)  # type: ignore[union-attr,operator]
+
+
+@pytest.mark.parametrize("kind", [Policy, ValueModel])
+@pytest.mark.parametrize("lengths", [[30, 20, 90], [8, 300], [40]])
+def test_a_leak_between_sequences_stops_the_run(
+    folder: Path, processes: Processes, kind: type[PackedModel], lengths: list[int]
+) -> None:
+    worker, batch = make(folder, processes, kind), batch_of(lengths)
+    leak(worker)
+    with pytest.raises(
+        BrokenLaw, match=r"^actor.model_name=.*: in a packed batch its sequences get numbers that differ"
+    ):
+        worker.stats(batch, kind.CHECKED, 4096)
+
+
+@pytest.mark.parametrize("kind", [Policy, ValueModel])
+def test_an_exact_model_is_compared_once(folder: Path, processes: Processes, kind: type[PackedModel]) -> None:
+    worker, batch = make(folder, processes, kind), batch_of([30, 20, 90])
+    before = worker.lm.config._attn_implementation
+    worker.stats(batch, kind.CHECKED, 4096)
+    assert worker.packing_checked
+    assert worker.lm.config._attn_implementation == before
+    leak(worker)
+    worker.stats(batch, kind.CHECKED, 4096)  # not again
+
+
+def test_numbers_that_are_none_stop_the_run_too(folder: Path, processes: Processes) -> None:
+    worker = make(folder, processes, Policy)
+    with torch.no_grad():
+        next(worker.lm.parameters())[5] = float("nan")
+    with pytest.raises(BrokenLaw, match="differ by nan"):
+        worker.stats(pack_tokens([[5, 6, 7], [8, 9, 5, 5]]), StatsRequest(("logp",)), 4096)
