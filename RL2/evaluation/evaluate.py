@@ -21,8 +21,8 @@ from RL2.config import ConfigError, Count, Index, PositiveFloat, Seed, Share, bu
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.evaluation.compare import compare
-from RL2.evaluation.intervals import Estimate, accuracy
-from RL2.evaluation.samples import Sample, are_shares, majority_at, over_problems, pass_at
+from RL2.evaluation.intervals import Estimate, limits, over_problems
+from RL2.evaluation.samples import Sample, majority_at, pass_at
 from RL2.models.loading import weights_folder
 from RL2.models.policy import end_tokens, load_model, load_tokenizer, max_length
 from RL2.rollout.collect import Episodes, Group, finish
@@ -215,13 +215,14 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
     def put(name: str, value: Estimate) -> None:
         summary[name] = value._asdict()
 
+    bounds = limits([record["score"] for record in records if record["score"] is not None])
     greedy = {row: s.score for row, of in problems.items() for s in _scored(of, "greedy")}
     if greedy:
         values = list(greedy.values())
-        put("greedy", accuracy(values) if are_shares(values) else over_problems(values))
+        put("greedy", over_problems(values, bounds=bounds))
     sampled = [samples for of in problems.values() if (samples := _scored(of, "sampled"))]
     if sampled:
-        put("mean", over_problems([fmean(sample.score for sample in samples) for samples in sampled]))
+        put("mean", over_problems([fmean(sample.score for sample in samples) for samples in sampled], bounds=bounds))
     has_answers = any(record["answer"] for record in records)
     for k in (k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, question.samples) if 1 < k <= question.samples):
         # problems that lack scored samples are left out, and how many were there is said
@@ -229,7 +230,7 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
         if enough:
             put(f"pass@{k}", over_problems([pass_at(k, samples) for samples in enough]))
             if has_answers:
-                put(f"maj@{k}", over_problems([majority_at(k, samples) for samples in enough]))
+                put(f"maj@{k}", over_problems([majority_at(k, samples) for samples in enough], bounds=bounds))
         if len(enough) < len(problems):
             summary[f"problems@{k}"] = len(enough)
     for name in ("greedy", "sampled"):

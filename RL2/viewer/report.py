@@ -19,7 +19,7 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from RL2.evaluation.intervals import Estimate, accuracy, paired_difference, unpaired_difference
+from RL2.evaluation.intervals import Estimate, accuracy, first_to_last, paired_difference
 
 Row = dict[str, Any]
 
@@ -133,9 +133,8 @@ def summarise(run: RunView) -> Summary:
         _, values = series(run.metrics, f"train/{name}")
         edge = min(EDGE_STEPS, len(values) // 2)
         if edge >= 2:
-            start, end = values[:edge], values[-edge:]
-            figures |= {f"{name}_first": fmean(start), f"{name}_last": fmean(end)}
-            put(f"{name}_difference", unpaired_difference(start, end))
+            figures |= {f"{name}_first": fmean(values[:edge]), f"{name}_last": fmean(values[-edge:])}
+            put(f"{name}_difference", first_to_last(values, edge))
     _, tests = series(run.metrics, "test/score")
     if tests:
         best, last = max(tests), tests[-1]
