@@ -36,6 +36,8 @@ WAVE = 512
 """Responses that are at work together; their records are written when all are done."""
 MOST = 1e100
 """More than any score or count of a record: means and variances of such are finite."""
+BY_SCORE = "judged_by_score"
+"""Number of samples that have no reward, in a summary."""
 GREEDY = -1
 """Number of the greedy response among the samples of a problem."""
 
@@ -144,6 +146,7 @@ def _record(trajectory: Trajectory, sample: int, vote: Callable[[str], str] | No
         "row": trajectory.row,
         "sample": sample,
         "score": None if trajectory.unscored is not None else trajectory.score,
+        "reward": None if trajectory.unscored is not None else trajectory.reward,
         "answer": given or None,
         "tokens": trajectory.num_tokens,
         "truncated": trajectory.truncated,
@@ -184,6 +187,8 @@ def _whole(record: Any) -> dict[str, Any]:
     }
     if not isinstance(record, dict):
         raise ValueError("not a record of a response")
+    if "reward" in record:  # records of older versions have none
+        wanted["reward"] = wanted["score"]
     for name, types in wanted.items():
         value = record.get(name, ...)
         if type(value) not in types or (isinstance(value, int | float) and not -MOST < value < MOST):
@@ -233,6 +238,8 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
                 put(f"maj@{k}", over_problems([majority_at(k, samples) for samples in enough], bounds=bounds))
         if len(enough) < len(problems):
             summary[f"problems@{k}"] = len(enough)
+    if by_score := sum(sample.reward is None for samples in sampled for sample in samples):
+        summary[BY_SCORE] = by_score
     for name in ("greedy", "sampled"):
         if chosen := _which(records, name):
             summary[f"{name}_length"] = fmean(record["tokens"] for record in chosen)
@@ -241,14 +248,19 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """A summary, to read."""
+    """Return a summary, to read."""
     shown = Table(title=f"{summary['problems']} problems, {summary['unscored']} responses unscored")
+    if by_score := summary.get(BY_SCORE):
+        shown.caption = (
+            f"{by_score} samples of an older version of RL2 have no reward: pass@k takes a score above 0 as right; "
+            "remove the folder to sample anew"
+        )
     for heading in ("", "value", "95% interval"):
         shown.add_column(heading)
     for name, value in summary.items():
         if isinstance(value, dict):
             shown.add_row(name, f"{value['value']:.4f}", f"{value['low']:.4f} to {value['high']:.4f}")
-        elif name not in ("problems", "unscored"):
+        elif name not in ("problems", "unscored", BY_SCORE):
             shown.add_row(name, f"{value:.4g}", "")
     return shown
 
@@ -325,4 +337,4 @@ def _which(records: Sequence[dict[str, Any]], which: str) -> list[dict[str, Any]
 
 
 def _scored(records: Sequence[dict[str, Any]], which: str) -> list[Sample]:
-    return [Sample(r["score"], r["answer"]) for r in _which(records, which) if r["score"] is not None]
+    return [Sample(r["score"], r["answer"], r.get("reward")) for r in _which(records, which) if r["score"] is not None]

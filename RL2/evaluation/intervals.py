@@ -112,7 +112,7 @@ def paired_difference(before: Sequence[float], after: Sequence[float], confidenc
 
 def limits(scores: Sequence[float]) -> tuple[float, float]:
     """Return the least and largest score that can be: 0 and 1, or what was seen where that lies beyond."""
-    return min(0.0, *scores), max(1.0, *scores)
+    return min([0.0, *scores]), max([1.0, *scores])
 
 
 def span_of(scores: Sequence[float]) -> float:

@@ -21,10 +21,13 @@ class Sample:
     score: float
     answer: str | None = None
     """What it votes for; None: it has no vote."""
+    reward: float | None = None
+    """Sum of its rewards; None where it was not kept."""
 
     @property
     def is_right(self) -> bool:
-        return self.score > 0
+        """Whether its reward is above 0, as in training; a score may give partial credit. Without one, the score is."""
+        return (self.score if self.reward is None else self.reward) > 0
 
 
 def pass_at(k: int, samples: Sequence[Sample]) -> float:

@@ -326,8 +326,8 @@ def readings(run: RunView, *, each: int = 2) -> list[Reading]:
     for step in steps[:1] + steps[1:][-1:]:
         here = [row for row in rows if row["step"] == step]
         # one of each problem, since samples of a group say much the same
-        right = list({row.get("row"): row for row in here if row.get("score", 0) > 0}.values())
-        wrong = list({row.get("row"): row for row in here if not row.get("score", 0) > 0}.values())
+        right = list({row.get("row"): row for row in here if row.get("reward", 0) > 0}.values())
+        wrong = list({row.get("row"): row for row in here if not row.get("reward", 0) > 0}.values())
         found.append(Reading(step, [_rollout(row) for row in right[:each] + wrong[:each]]))
     return found
 
@@ -338,7 +338,7 @@ def _rollout(row: Row) -> Rollout:
     cut = "cut off at the length limit" if row.get("truncated") else ""
     unscored = f"no reward: {row['unscored']}" if row.get("unscored") else ""
     note = ", ".join(filter(None, [cut, unscored]))
-    return Rollout(pieces(question), turns, row.get("reward", 0.0), row.get("score", 0) > 0, note)
+    return Rollout(pieces(question), turns, row.get("reward", 0.0), row.get("reward", 0) > 0, note)
 
 
 class Key(NamedTuple):

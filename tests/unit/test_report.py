@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from RL2.viewer.report import Page, RunView, Scores, findings, headline, summarise, summary_json, write_report
+from RL2.viewer.report import Page, RunView, Scores, findings, headline, readings, summarise, summary_json, write_report
 
 pytest.importorskip("plotly")
 
@@ -61,7 +61,7 @@ def write_run(folder: Path, entropy: list[float], tests: list[float]) -> None:
             "split": "train",
             "texts": ["<|im_start|>user\nHow many?", f"#### 3 {HOSTILE}"],
             "reward": reward,
-            "score": reward,
+            "score": max(reward, 0.1),  # partial credit, which is not right
             "truncated": not reward,
             "unscored": None,
         }
@@ -126,6 +126,11 @@ def test_findings_say_what_came_out(runs: list[RunView]) -> None:
         "Method <One> ended with the highest greedy accuracy, 90.0%. Entropy rose under Method <One>; "
         "it fell under Method Two. Method Two collapsed."
     )
+
+
+def test_rollouts_are_correct_by_their_reward(runs: list[RunView]) -> None:
+    shown = [rollout for reading in readings(runs[0]) for rollout in reading.rollouts]
+    assert [(rollout.reward, rollout.correct) for rollout in shown] == [(1.0, True), (0.0, False)] * 2
 
 
 def test_the_summary_holds_the_same_figures(runs: list[RunView]) -> None:

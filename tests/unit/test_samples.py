@@ -47,3 +47,11 @@ def test_what_cannot_be_drawn_is_refused(k: int) -> None:
         pass_at(k, samples("Aaaa"))
     with pytest.raises(ValueError, match="of 4 samples"):
         majority_at(k, samples("Aaaa"))
+
+
+def test_partial_credit_is_not_right() -> None:
+    """The reward decides, as in training, where it is known."""
+    of = [Sample(0.01, reward=0.0), Sample(0.9, reward=0.0), Sample(0.9, reward=-1.0), Sample(0.0, reward=0.5)]
+    assert [sample.is_right for sample in of] == [False, False, False, True]
+    assert pass_at(1, of) == 0.25
+    assert [Sample(score).is_right for score in (0.0, 0.01, -1.0)] == [False, True, False]
