@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from RL2.types import TokenBatch
+from RL2.types import ROUNDING, TokenBatch
 
 
 def reinforce(batch: TokenBatch, *, global_norm: bool, norm_var: bool) -> Tensor:
@@ -97,9 +97,15 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {"reinforce": reinforce, "rloo": 
 
 
 def reward_of_sequences(batch: TokenBatch) -> Tensor:
-    """[B]: total reward of the trajectory that each sequence belongs to."""
-    reward_N, _, number_B = _trajectories(batch)
-    return reward_N[number_B]
+    """Return the total reward of the trajectory that each sequence belongs to, float64 [B].
+
+    It is exactly 0 where the rewards cancel but for rounding, as in `Trajectory.reward`. Above 0: it is correct.
+    """
+    number_B = batch.trajectory_B.unique(return_inverse=True)[1]
+    number_T, reward_T = number_B[batch.sequence_T], batch.reward_T.double()
+    total_N = reward_T.new_zeros(int(number_B.max()) + 1).index_add_(0, number_T, reward_T)
+    size_N = torch.zeros_like(total_N).index_add_(0, number_T, reward_T.abs())
+    return torch.where(total_N.abs() > ROUNDING * size_N, total_N, 0.0)[number_B]
 
 
 def _trajectories(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,8 +21,8 @@ from RL2.config import ConfigError, Count, Index, PositiveFloat, Seed, Share, bu
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.evaluation.compare import compare
-from RL2.evaluation.intervals import Estimate, accuracy
-from RL2.evaluation.samples import Sample, are_shares, majority_at, over_problems, pass_at
+from RL2.evaluation.intervals import Estimate, limits, over_problems
+from RL2.evaluation.samples import Sample, majority_at, pass_at
 from RL2.models.loading import weights_folder
 from RL2.models.policy import end_tokens, load_model, load_tokenizer, max_length
 from RL2.rollout.collect import Episodes, Group, finish
@@ -36,6 +36,8 @@ WAVE = 512
 """Responses that are at work together; their records are written when all are done."""
 MOST = 1e100
 """More than any score or count of a record: means and variances of such are finite."""
+BY_SCORE = "judged_by_score"
+"""Number of samples that have no reward, in a summary."""
 GREEDY = -1
 """Number of the greedy response among the samples of a problem."""
 
@@ -144,6 +146,7 @@ def _record(trajectory: Trajectory, sample: int, vote: Callable[[str], str] | No
         "row": trajectory.row,
         "sample": sample,
         "score": None if trajectory.unscored is not None else trajectory.score,
+        "reward": None if trajectory.unscored is not None else trajectory.reward,
         "answer": given or None,
         "tokens": trajectory.num_tokens,
         "truncated": trajectory.truncated,
@@ -184,6 +187,8 @@ def _whole(record: Any) -> dict[str, Any]:
     }
     if not isinstance(record, dict):
         raise ValueError("not a record of a response")
+    if "reward" in record:  # records of older versions have none
+        wanted["reward"] = wanted["score"]
     for name, types in wanted.items():
         value = record.get(name, ...)
         if type(value) not in types or (isinstance(value, int | float) and not -MOST < value < MOST):
@@ -215,13 +220,14 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
     def put(name: str, value: Estimate) -> None:
         summary[name] = value._asdict()
 
+    bounds = limits([record["score"] for record in records if record["score"] is not None])
     greedy = {row: s.score for row, of in problems.items() for s in _scored(of, "greedy")}
     if greedy:
         values = list(greedy.values())
-        put("greedy", accuracy(values) if are_shares(values) else over_problems(values))
+        put("greedy", over_problems(values, bounds=bounds))
     sampled = [samples for of in problems.values() if (samples := _scored(of, "sampled"))]
     if sampled:
-        put("mean", over_problems([fmean(sample.score for sample in samples) for samples in sampled]))
+        put("mean", over_problems([fmean(sample.score for sample in samples) for samples in sampled], bounds=bounds))
     has_answers = any(record["answer"] for record in records)
     for k in (k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, question.samples) if 1 < k <= question.samples):
         # problems that lack scored samples are left out, and how many were there is said
@@ -229,9 +235,11 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
         if enough:
             put(f"pass@{k}", over_problems([pass_at(k, samples) for samples in enough]))
             if has_answers:
-                put(f"maj@{k}", over_problems([majority_at(k, samples) for samples in enough]))
+                put(f"maj@{k}", over_problems([majority_at(k, samples) for samples in enough], bounds=bounds))
         if len(enough) < len(problems):
             summary[f"problems@{k}"] = len(enough)
+    if by_score := sum(sample.reward is None for samples in sampled for sample in samples):
+        summary[BY_SCORE] = by_score
     for name in ("greedy", "sampled"):
         if chosen := _which(records, name):
             summary[f"{name}_length"] = fmean(record["tokens"] for record in chosen)
@@ -240,14 +248,19 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """A summary, to read."""
+    """Return a summary, to read."""
     shown = Table(title=f"{summary['problems']} problems, {summary['unscored']} responses unscored")
+    if by_score := summary.get(BY_SCORE):
+        shown.caption = (
+            f"{by_score} samples of an older version of RL2 have no reward: pass@k takes a score above 0 as right; "
+            "remove the folder to sample anew"
+        )
     for heading in ("", "value", "95% interval"):
         shown.add_column(heading)
     for name, value in summary.items():
         if isinstance(value, dict):
             shown.add_row(name, f"{value['value']:.4f}", f"{value['low']:.4f} to {value['high']:.4f}")
-        elif name not in ("problems", "unscored"):
+        elif name not in ("problems", "unscored", BY_SCORE):
             shown.add_row(name, f"{value:.4g}", "")
     return shown
 
@@ -324,4 +337,4 @@ def _which(records: Sequence[dict[str, Any]], which: str) -> list[dict[str, Any]
 
 
 def _scored(records: Sequence[dict[str, Any]], which: str) -> list[Sample]:
-    return [Sample(r["score"], r["answer"]) for r in _which(records, which) if r["score"] is not None]
+    return [Sample(r["score"], r["answer"], r.get("reward")) for r in _which(records, which) if r["score"] is not None]

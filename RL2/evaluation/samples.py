@@ -1,11 +1,7 @@
-"""What several samples of each problem say: accuracy, pass@k and majority votes, with intervals over problems.
-
-Shapes: P problems.
-"""
+"""What several samples of one problem say: pass@k and majority votes."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +10,6 @@ from math import comb
 from random import Random
 from statistics import fmean
 
-import numpy as np
-
-from RL2.evaluation.intervals import Estimate, accuracy
-
-RESAMPLES = 2000
-"""Of the bootstrap: its bounds then move by a tenth of their distance to the mean from one seed to the next."""
 SUBSETS = 500
 """Votes of k among n samples: over all subsets, or so many of them."""
 
@@ -31,10 +21,13 @@ class Sample:
     score: float
     answer: str | None = None
     """What it votes for; None: it has no vote."""
+    reward: float | None = None
+    """Sum of its rewards; None where it was not kept."""
 
     @property
     def is_right(self) -> bool:
-        return self.score > 0
+        """Whether its reward is above 0, as in training; a score may give partial credit. Without one, the score is."""
+        return (self.score if self.reward is None else self.reward) > 0
 
 
 def pass_at(k: int, samples: Sequence[Sample]) -> float:
@@ -72,37 +65,3 @@ def _elected(samples: Sequence[Sample]) -> float:
             votes[sample.answer].append(sample.score)
     most = max((len(scores) for scores in votes.values()), default=0)
     return fmean(fmean(scores) for scores in votes.values() if len(scores) == most) if most else 0.0
-
-
-def over_problems(values_P: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean of a value of each problem, with the interval of a bootstrap over problems.
-
-    Problems are drawn again, each with all its samples, because these hang together; what varies is which problems
-    there are and how they were sampled. The bounds are those of the bootstrap-t (Efron and Tibshirani, "An Introduction
-    to the Bootstrap", 1993, chapter 12), which for few problems near 0 or 1 covers better than plain percentiles. Where
-    all values are the same it has no width to offer, and Wilson's interval of as many problems takes its place. Scores
-    that are not between 0 and 1 have no such: there it is as wide as what was seen.
-    """
-    values = np.asarray(values_P, dtype=np.float64)
-    if not len(values):
-        raise ValueError("an interval needs at least one problem")
-    mean = float(values.mean())
-    least, most = (0.0, 1.0) if are_shares(values_P) else (-math.inf, math.inf)
-    if len(values) < 3 or np.ptp(values) < 1e-12:
-        if least == 0:
-            return accuracy(list(values_P), confidence)
-        return Estimate(mean, min(mean, float(values.min())), max(mean, float(values.max())))
-    error = values.std(ddof=1) / len(values) ** 0.5
-    drawn = values[np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))]
-    errors = drawn.std(axis=1, ddof=1) / len(values) ** 0.5
-    means = drawn.mean(axis=1)
-    usable = errors > 1e-12
-    t = (means[usable] - mean) / errors[usable]
-    below, above = np.quantile(t, ((1 - confidence) / 2, (1 + confidence) / 2))
-    low, high = float(mean - above * error), float(mean - below * error)
-    return Estimate(mean, min(mean, max(least, low)), max(mean, min(most, high)))
-
-
-def are_shares(scores: Sequence[float]) -> bool:
-    """Whether all lie between 0 and 1; an environment may give others."""
-    return all(0 <= score <= 1 for score in scores)

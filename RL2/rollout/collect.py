@@ -15,7 +15,7 @@ from RL2.config import UserError
 from RL2.engines.base import Engine
 from RL2.rollout.environment import Environment
 from RL2.rollout.episode import request_seed, run_episode
-from RL2.types import Prompt, Sampling, Trajectory
+from RL2.types import ROUNDING, Prompt, Sampling, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,12 +134,15 @@ def raise_if_all_unscored(trajectories: Seq[Trajectory]) -> None:
 
 
 def drop_equal_groups(trajectories: Seq[Trajectory]) -> list[Trajectory]:
-    """Without the groups that carry no signal for a group baseline: fewer than two scored members, or equal rewards."""
+    """Return those of groups with a signal for a group baseline: two scored members at least, and unequal rewards.
+
+    Rewards are equal where they differ by no more than rounding, as 0.1 + 0.2 and 0.3 do.
+    """
     rewards: defaultdict[int, list[float]] = defaultdict(list)
     for trajectory in scored(trajectories):
         rewards[trajectory.group].append(trajectory.reward)
-    # a group without a scored member looks up an empty list
-    return [trajectory for trajectory in trajectories if len(set(rewards[trajectory.group])) > 1]
+    unequal = {group for group, of in rewards.items() if max(of) - min(of) > ROUNDING * max(map(abs, of))}
+    return [trajectory for trajectory in trajectories if trajectory.group in unequal]
 
 
 def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, float]:

@@ -240,7 +240,7 @@ def try_environment(
     of = f"the first row and the response {RESPONSE!r}"
     if trajectory.unscored is not None:
         raise UserError(f"rollout.env_path={environment.path}, tried with {of}: {trajectory.unscored}")
-    return f"tried with {of}: reward {sum(sum(s.rewards) for s in trajectory.sequences):g}"
+    return f"tried with {of}: reward {trajectory.reward:g}"
 
 
 def look_at_rows(

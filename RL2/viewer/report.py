@@ -19,7 +19,7 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from RL2.evaluation.intervals import Estimate, accuracy, paired_difference, unpaired_difference
+from RL2.evaluation.intervals import Estimate, accuracy, first_to_last, paired_difference
 
 Row = dict[str, Any]
 
@@ -133,9 +133,8 @@ def summarise(run: RunView) -> Summary:
         _, values = series(run.metrics, f"train/{name}")
         edge = min(EDGE_STEPS, len(values) // 2)
         if edge >= 2:
-            start, end = values[:edge], values[-edge:]
-            figures |= {f"{name}_first": fmean(start), f"{name}_last": fmean(end)}
-            put(f"{name}_difference", unpaired_difference(start, end))
+            figures |= {f"{name}_first": fmean(values[:edge]), f"{name}_last": fmean(values[-edge:])}
+            put(f"{name}_difference", first_to_last(values, edge))
     _, tests = series(run.metrics, "test/score")
     if tests:
         best, last = max(tests), tests[-1]
@@ -327,8 +326,8 @@ def readings(run: RunView, *, each: int = 2) -> list[Reading]:
     for step in steps[:1] + steps[1:][-1:]:
         here = [row for row in rows if row["step"] == step]
         # one of each problem, since samples of a group say much the same
-        right = list({row.get("row"): row for row in here if row.get("score", 0) > 0}.values())
-        wrong = list({row.get("row"): row for row in here if not row.get("score", 0) > 0}.values())
+        right = list({row.get("row"): row for row in here if row.get("reward", 0) > 0}.values())
+        wrong = list({row.get("row"): row for row in here if not row.get("reward", 0) > 0}.values())
         found.append(Reading(step, [_rollout(row) for row in right[:each] + wrong[:each]]))
     return found
 
@@ -339,7 +338,7 @@ def _rollout(row: Row) -> Rollout:
     cut = "cut off at the length limit" if row.get("truncated") else ""
     unscored = f"no reward: {row['unscored']}" if row.get("unscored") else ""
     note = ", ".join(filter(None, [cut, unscored]))
-    return Rollout(pieces(question), turns, row.get("reward", 0.0), row.get("score", 0) > 0, note)
+    return Rollout(pieces(question), turns, row.get("reward", 0.0), row.get("reward", 0) > 0, note)
 
 
 class Key(NamedTuple):

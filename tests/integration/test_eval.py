@@ -16,7 +16,7 @@ from programs import NUM_ROWS, World
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from RL2.config import ConfigError
-from RL2.evaluation.evaluate import Question, compared, evaluate, read
+from RL2.evaluation.evaluate import Question, compared, evaluate, read, summarise, table
 
 SAMPLES = 4
 ENVIRONMENT = """
@@ -24,7 +24,8 @@ async def step(state, action, extra_info):
     if extra_info["row"] == 3:
         raise RuntimeError("no grade")
     reward = float(any(c.isdigit() for c in action))
-    return dict(next_state=None, reward=reward, score=reward, done=True, extra_info=extra_info)
+    score = max(reward, 0.01)  # partial credit for an answer
+    return dict(next_state=None, reward=reward, score=score, done=True, extra_info=extra_info)
 
 def vote(action):
     return next((c for c in action if c.isdigit()), "")
@@ -66,7 +67,7 @@ def test_every_response_is_kept_and_the_summary_is_theirs(folder: Path) -> None:
     assert summary["unscored"] == 1 + SAMPLES
     greedy = [r["score"] for r in kept if r["sample"] == -1 and r["score"] is not None]
     assert summary["greedy"]["value"] == pytest.approx(sum(greedy) / len(greedy))
-    solved = {r["row"] for r in kept if r["sample"] >= 0 and r["score"]}
+    solved = {r["row"] for r in kept if r["sample"] >= 0 and r["reward"]}
     assert summary[f"pass@{SAMPLES}"]["value"] == pytest.approx(len(solved) / (NUM_ROWS - 1))
     assert summary[f"problems@{SAMPLES}"] == NUM_ROWS - 1
     assert summary["maj@2"]["low"] <= summary["maj@2"]["value"] <= summary["maj@2"]["high"]
@@ -96,6 +97,27 @@ def test_what_was_interrupted_goes_on_and_what_is_done_is_read_back(folder: Path
     assert (folder / "records.jsonl").read_bytes() == again
     print(f"read back in {time.monotonic() - began:.1f} s")
     assert evaluated([*settings, "temperature=0.7"]) != folder
+
+
+@pytest.mark.parametrize("score", [0.01, 0.5, 1.0])
+def test_old_records_without_rewards_are_judged_by_the_score_and_it_is_said(score: float, tmp_path: Path) -> None:
+    question = Question(model="m", data="d", env="e", samples=2, greedy=False)
+    old = [
+        {"row": row, "sample": n, "score": score, "answer": None, "tokens": 3, "truncated": False}
+        for row in range(4)
+        for n in range(2)
+    ]
+    for made, right, by_score in ((old, 1.0, 8), ([record | {"reward": 0.0} for record in old], 0.0, None)):
+        (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
+        summary = summarise(question, read(tmp_path))
+        assert summary["pass@2"]["value"] == right
+        assert summary.get("judged_by_score") == by_score
+        assert ("8 samples of an older version" in str(table(summary).caption)) == (by_score is not None)
+    unscored = [record | {"score": None, "reward": None} for record in old]
+    assert summarise(question, unscored)["unscored"] == 8
+    (tmp_path / "records.jsonl").write_text(json.dumps(old[0] | {"reward": "1"}) + "\n")
+    with pytest.raises(ConfigError, match="line 1: not a record of a response: it has no reward"):
+        read(tmp_path)
 
 
 def test_a_text_may_hold_any_character(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from RL2.viewer.report import Page, RunView, Scores, findings, headline, summarise, summary_json, write_report
+from RL2.viewer.report import Page, RunView, Scores, findings, headline, readings, summarise, summary_json, write_report
 
 pytest.importorskip("plotly")
 
@@ -60,21 +60,22 @@ def write_run(folder: Path, entropy: list[float], tests: list[float]) -> None:
             "sample": 0,
             "split": "train",
             "texts": ["<|im_start|>user\nHow many?", f"#### 3 {HOSTILE}"],
-            "reward": score,
-            "score": score,
-            "truncated": not score,
+            "reward": reward,
+            "score": max(reward, 0.1),  # partial credit, which is not right
+            "truncated": not reward,
             "unscored": None,
         }
         for step in (1, 5, 10)
-        for score in (0.0, 1.0)
+        for reward in (0.0, 1.0)
     ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[RunView]:
-    write_run(tmp_path / "one", [0.09] * 5 + [0.12] * 5, [0.5, 0.8])
-    write_run(tmp_path / "two", [0.09] * 5 + [0.03] * 5, [0.5, 0.9, 0.1])
+    noise = [0.0005, -0.0005, 0.0, -0.0008, 0.0008]
+    write_run(tmp_path / "one", [level + x for level in (0.09, 0.12) for x in noise], [0.5, 0.8])
+    write_run(tmp_path / "two", [level + x for level in (0.09, 0.03) for x in noise], [0.5, 0.9, 0.1])
     before = Scores([0.0, 1.0] * 50, [0.0] * 60 + [1.0] * 40)
     better, worse = Scores([1.0] * 90 + [0.0] * 10, [1.0] * 100), Scores([0.0] * 100, before.sampled)
     return [
@@ -125,6 +126,11 @@ def test_findings_say_what_came_out(runs: list[RunView]) -> None:
         "Method <One> ended with the highest greedy accuracy, 90.0%. Entropy rose under Method <One>; "
         "it fell under Method Two. Method Two collapsed."
     )
+
+
+def test_rollouts_are_correct_by_their_reward(runs: list[RunView]) -> None:
+    shown = [rollout for reading in readings(runs[0]) for rollout in reading.rollouts]
+    assert [(rollout.reward, rollout.correct) for rollout in shown] == [(1.0, True), (0.0, False)] * 2
 
 
 def test_the_summary_holds_the_same_figures(runs: list[RunView]) -> None:

@@ -1,14 +1,13 @@
-"""pass@k and votes by enumeration; intervals in simulated experiments."""
+"""pass@k and votes by enumeration."""
 
 from __future__ import annotations
 
 from itertools import combinations
 from statistics import fmean
 
-import numpy as np
 import pytest
 
-from RL2.evaluation.samples import Sample, majority_at, over_problems, pass_at
+from RL2.evaluation.samples import Sample, majority_at, pass_at
 
 
 def samples(text: str) -> list[Sample]:
@@ -50,28 +49,9 @@ def test_what_cannot_be_drawn_is_refused(k: int) -> None:
         majority_at(k, samples("Aaaa"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    # where few problems are almost all solved, bounds are rather too wide
-    ("problems", "a", "b", "most"),
-    [(100, 1.0, 1.0, 970), (60, 2.0, 0.5, 980), (120, 0.5, 4.0, 970)],
-)
-def test_intervals_cover_the_truth_as_often_as_they_say(problems: int, a: float, b: float, most: int) -> None:
-    """Problems differ in how hard they are (beta), and four samples of each are drawn; of accuracy and of pass@2."""
-    rng = np.random.default_rng(7)
-    truths = {1: a / (a + b), 2: 1 - (b * (b + 1)) / ((a + b) * (a + b + 1))}
-    covered = dict.fromkeys(truths, 0)
-    for _ in range(1000):
-        right_P = rng.binomial(4, rng.beta(a, b, problems))
-        for k, truth in truths.items():
-            value = {c: pass_at(k, samples("A" * c + "b" * (4 - c))) for c in range(5)}
-            estimate = over_problems([value[c] for c in right_P.tolist()])
-            covered[k] += estimate.low <= truth <= estimate.high
-    print(covered)
-    assert all(930 <= count <= most for count in covered.values())
-
-
-def test_where_all_agree_wilson_has_the_word() -> None:
-    estimate = over_problems([1.0] * 20)
-    assert estimate.value == estimate.high == 1
-    assert estimate.low == pytest.approx(1 - 0.1611, abs=1e-4)
+def test_partial_credit_is_not_right() -> None:
+    """The reward decides, as in training, where it is known."""
+    of = [Sample(0.01, reward=0.0), Sample(0.9, reward=0.0), Sample(0.9, reward=-1.0), Sample(0.0, reward=0.5)]
+    assert [sample.is_right for sample in of] == [False, False, False, True]
+    assert pass_at(1, of) == 0.25
+    assert [Sample(score).is_right for score in (0.0, 0.01, -1.0)] == [False, True, False]
