@@ -288,8 +288,9 @@ class Actor(TrainablePolicy):
     """ppo, gspo: the probability ratio is clipped to [1 - clip, 1 + clip]; null: the objective's own default."""
     train_on: Literal["all", "correct"]
     """correct: only sequences of trajectories whose total reward is above 0."""
-    average_over: Literal["all", "kept"]
-    """What the sum is divided by: everything in the optimizer step (thesis 3.1) or only what trains (3.2)."""
+    average_over: Literal["all", "kept", "correct"]
+    """What the sum is divided by: everything in the optimizer step (thesis 3.1), only what trains (3.2), or, where
+    `select` leaves tokens out, all tokens of the correct sequences."""
     update_per_rollout: Count
     """Optimizer steps on one rollout."""
     freeze_steps: Index
@@ -311,6 +312,8 @@ class Actor(TrainablePolicy):
             raise ConfigError(
                 "actor.average_over=kept has no effect: actor.train_on=all and actor.select keep everything"
             )
+        if self.average_over == "correct" and self.train_on == "all":
+            raise ConfigError("actor.average_over=correct needs actor.train_on=correct")
         if self.tis_coef == 0 and (self.tis_level, self.tis_mode) != ("token", "truncate"):
             raise ConfigError("actor.tis_level and actor.tis_mode have no effect with actor.tis_coef=0")
 

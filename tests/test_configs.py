@@ -134,6 +134,7 @@ MISTAKES = [
         "rollout.dynamic_filtering_rounds=2",
         "rollout.dynamic_filtering_rounds=2 has no effect with rollout.dynamic_filtering=false",
     ),
+    ("actor.average_over=correct", "actor.average_over=correct needs actor.train_on=correct"),
     (
         "actor.average_over=kept",
         "actor.average_over=kept has no effect: actor.train_on=all and actor.select keep everything",
