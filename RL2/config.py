@@ -81,8 +81,9 @@ PositiveFloat = Annotated[float, Range(0, open_low=True)]
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
     path: str | None
-    """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`. null: no rows, the
-    environment's `reset` makes up tasks, new ones at each step; `trainer.max_steps` says when it is enough."""
+    """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`; `name` alone is its
+    `train` split. null: no rows, the environment's `reset` makes up tasks, new ones at each step; an epoch of
+    `trainer.n_epochs` is then one step."""
     prompts_per_rollout: Count
     """Prompts of one training step."""
     responses_per_prompt: Count
@@ -90,6 +91,12 @@ class TrainData:
     curriculum: Literal["none", "failures", "frontier"]
     """Which rows are drawn once each has been seen. none: all in turn. By their past success rate s, failures:
     proportional to 1 - s; frontier: to s (1 - s), most of what is solved half of the time (data/curriculum.py)."""
+    columns: dict[str, Any]
+    """Names of the columns in the rows, where they are others: `columns.prompt=question`. null leaves a column out:
+    with `columns.messages=null` rows that have both are read by their `prompt`."""
+
+    def __post_init__(self) -> None:
+        _check_columns(self.columns, "train_data.columns", ("prompt", "messages", "extra_info"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +108,11 @@ class TestData:
     tasks are made up."""
     responses_per_prompt: Count
     """Samples of each prompt; the score is the mean over all."""
+    columns: dict[str, Any]
+    """As `train_data.columns`, which count here too."""
+
+    def __post_init__(self) -> None:
+        _check_columns(self.columns, "test_data.columns", ("prompt", "messages", "extra_info"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +126,18 @@ class SupervisedData:
     """Or this share of the rows of `data.path`, drawn once, which is then not trained on; 0: none."""
     env_path: str | None
     """A script whose `example(row)` turns a raw row into one of these formats."""
+    columns: dict[str, Any]
+    """Names of the columns in the rows, where they are others, as in `train_data.columns`."""
     max_length: Count
     """Tokens. sft cuts a longer example at the end; rm and dpo leave out a pair of which one is longer. How many is
-    printed."""
+    printed. It may be more than fits into a microbatch: a row that is really longer than that is refused."""
     batch_size: Count
     """Rows of one optimizer step."""
 
     def __post_init__(self) -> None:
         if self.test_path is not None and self.test_ratio > 0:
             raise ConfigError(f"data.test_path={self.test_path} and data.test_ratio={self.test_ratio}: choose one")
+        _check_columns(self.columns, "data.columns", ("prompt", "messages", "response", "chosen", "rejected"))
 
     def check(self, test_freq: int | None) -> None:
         """Raise `ConfigError` unless there is a test set where there are tests."""
@@ -130,6 +145,16 @@ class SupervisedData:
             raise ConfigError(f"trainer.test_freq={test_freq} needs data.test_path or data.test_ratio")
         if test_freq is None and self.test_ratio > 0:
             raise ConfigError(f"data.test_ratio={self.test_ratio} has no effect without trainer.test_freq")
+        if test_freq is None and self.test_path is not None:
+            raise ConfigError(f"data.test_path={self.test_path} has no effect without trainer.test_freq")
+
+
+def _check_columns(columns: dict[str, Any], key: str, known: tuple[str, ...]) -> None:
+    for name, theirs in columns.items():
+        if name not in known:
+            raise ConfigError(f"{key}.{name}: there is no such column; choose one of {', '.join(known)}")
+        if theirs is not None and not isinstance(theirs, str):
+            raise ConfigError(f"{key}.{name}={theirs!r}; expected the name of a column, or null to leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -662,7 +687,7 @@ class RLConfig:
             if new > actor.max_length:
                 raise ConfigError(
                     f"rollout.{name}_sampling_params.max_new_tokens={new} does not fit into "
-                    f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}"
+                    f"actor.max_length_per_device={times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}"
                 )
         limits = [
             ("actor.max_inference_length_per_device", actor.max_inference_length_per_device, actor.sp_size),
@@ -682,8 +707,8 @@ class RLConfig:
             if tokens * sp_size < actor.max_length:
                 group = "critic" if key.startswith("critic") else "actor"
                 raise ConfigError(
-                    f"{key}={_times_sp(tokens, group, sp_size)} is less than actor.max_length_per_device="
-                    f"{_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}, so a sequence may not fit"
+                    f"{key}={times_sp(tokens, group, sp_size)} is less than actor.max_length_per_device="
+                    f"{times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}, so a sequence may not fit"
                 )
         if self.adv.estimator not in ("reinforce", "gae") and (self.adv.norm_var or self.adv.global_norm):
             raise ConfigError(
@@ -749,11 +774,6 @@ class RLConfig:
                 f"train_data.curriculum={self.train_data.curriculum} needs train_data.path: tasks that the environment "
                 "makes up never come back"
             )
-        if self.train_data.path is None and self.trainer.max_steps is None and not self.trainer.eval_only:
-            raise ConfigError(
-                "train_data.path is not set; pass train_data.path=..., or trainer.max_steps=... for tasks that the "
-                "environment makes up"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -765,14 +785,6 @@ class SFTConfig:
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
         _check_schedule("actor", self.actor)
-        # one position less than tokens: the last token is only a label
-        actor = self.actor
-        if self.data.max_length - 1 > actor.max_length:
-            raise ConfigError(
-                f"data.max_length={self.data.max_length} does not fit into "
-                f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}; "
-                "raise that, or lower data.max_length"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -784,7 +796,6 @@ class RMConfig:
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
         _check_schedule("critic", self.critic)
-        _check_pairs_fit(self.data.max_length, "critic", self.critic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -797,26 +808,11 @@ class DPOConfig:
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
         _check_schedule("actor", self.actor)
-        _check_pairs_fit(self.data.max_length, "actor", self.actor)
-        if self.ref_actor.max_inference_length_per_device * self.actor.sp_size < self.data.max_length:
-            raise ConfigError(
-                f"data.max_length={self.data.max_length} does not fit into "
-                f"ref_actor.max_inference_length_per_device={self.ref_actor.max_inference_length_per_device}"
-            )
         if self.actor.reference_free and self.ref_actor.model_name != self.actor.model_name:
             raise ConfigError("ref_actor.model_name has no effect with actor.reference_free=true")
 
 
-def _check_pairs_fit(max_length: int, group: str, model: Trainable) -> None:
-    if 2 * max_length > model.max_length:
-        raise ConfigError(
-            f"a pair stays together, and two sequences of data.max_length={max_length} do not fit into "
-            f"{group}.max_length_per_device={_times_sp(model.max_length_per_device, group, model.sp_size)}; "
-            f"raise it to {math.ceil(2 * max_length / model.sp_size)} or lower data.max_length"
-        )
-
-
-def _times_sp(tokens: int, group: str, sp_size: int) -> str:
+def times_sp(tokens: int, group: str, sp_size: int) -> str:
     """A limit of one process, and how many share a microbatch."""
     return f"{tokens}" + (f" x {group}.sp_size={sp_size}" if sp_size > 1 else "")
 
@@ -884,7 +880,8 @@ def _may_be_new(override: str) -> str:
 
 
 ARGS = "actor.objective_args"
-FREE_GROUPS = (f"{ARGS}.", "rollout.vllm.env.", "rollout.sglang.env.")
+COLUMNS = ("train_data.columns.", "test_data.columns.", "data.columns.")
+FREE_GROUPS = (f"{ARGS}.", "rollout.vllm.env.", "rollout.sglang.env.", *COLUMNS)
 
 
 def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception) -> str:
@@ -1018,5 +1015,5 @@ def check_here(config: Config) -> None:
             continue
         if key.endswith("env_path") and not Path(path).is_file():
             raise ConfigError(f"{key}={path}: there is no such file")
-        if Path(path).suffix and "@" not in path and not Path(path).exists():
+        if Path(path).suffix[1:].isalpha() and "@" not in path and not Path(path).exists():
             raise ConfigError(f"{key}={path}: there is no such file")

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from typer.main import get_command
 
 from RL2.cli import app
-from RL2.config import PROGRAMS, ConfigError, RLConfig, SFTConfig, _keys, build, load, show
+from RL2.config import FREE_GROUPS, PROGRAMS, ConfigError, RLConfig, SFTConfig, _keys, build, load, show
 from RL2.evaluation import evaluate, sweep
 from RL2.objectives.conformance import check
 from RL2.objectives.probe import probe, probe_supervised
@@ -48,7 +48,7 @@ GROUPS = {
     program: {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
     for program, keys in KEYS.items()
 }
-FREE = ("actor.objective_args", "rollout.vllm.env", "rollout.sglang.env")
+FREE = {group.rstrip(".") for group in FREE_GROUPS}
 """Groups with names of the user's own."""
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 COMMANDS: Any = get_command(app).commands  # type: ignore[attr-defined]
@@ -249,7 +249,8 @@ def what_is_wrong_with_keys(words: list[str]) -> str | None:
     knowing = set(PROGRAMS) - {"spo_0p5"}
     for word in words:
         key = word.partition("=")[0].removesuffix(".*").removesuffix(".NAME")
-        knowing &= {program for program, keys in KEYS.items() if key in keys | GROUPS[program] or key.startswith(FREE)}
+        group = key.rpartition(".")[0]
+        knowing &= {p for p, keys in KEYS.items() if key in keys | GROUPS[p] or group in keys & FREE}
         if not knowing:
             return None if key.endswith((".jsonl", ".py")) else f"no program has the key {key}"
     settings = tuple(word for word in words if re.search(r"=[^A-Z.]", word))

@@ -46,7 +46,7 @@ from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, tr
 from RL2.parallel.tp import check_sizes
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
-from RL2.trainer.rl import actor_updates, make_cursor, tasks
+from RL2.trainer.rl import Example, actor_updates, make_cursor, tasks
 from RL2.trainer.run import number_of_steps, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
 from RL2.types import Prompt, Sampling
@@ -150,14 +150,14 @@ def look_at_tasks(
         longest = min(longest, max_length(tokenizer.name_or_path))
     notes: dict[str, str] = {}
 
-    def load(path: str) -> list[Prompt]:
+    def load(path: str, example: Example) -> list[Prompt]:
         if not is_here(path):
             return []
         if tokenizer is None:
-            prompts = formatted(path, environment)
+            prompts = formatted(path, example)
             notes[path] = f"{len(prompts)} rows, in the right format"
             return prompts
-        prompts = load_prompts(path, tokenizer, environment.example, longest - 1)
+        prompts = load_prompts(path, tokenizer, example, longest - 1)
         lengths = [len(prompt.token_ids) for prompt in prompts]
         notes[path] = (
             f"{len(prompts)} rows; prompts of {sum(lengths) / len(lengths):.0f} tokens in the mean, "
@@ -204,10 +204,10 @@ def look_at_tasks(
     return steps
 
 
-def formatted(path: str, environment: Environment) -> list[Prompt]:
+def formatted(path: str, example: Example) -> list[Prompt]:
     """The rows of `path`, checked as far as it goes without a tokenizer."""
     prompts = []
-    for number, row in enumerate(load_converted(path, environment.example)):
+    for number, row in enumerate(load_converted(path, example)):
         with in_row(path, number):
             text = str(messages_of(row)) if is_chat(row) else row["prompt"]
         prompts.append(Prompt(number, text, [], from_json(row.get("extra_info")) or {}))
@@ -256,9 +256,9 @@ def look_at_rows(
     if tokenizer is not None and is_here(data.path) and is_here(data.test_path):
         read: Callable[[str], Rows]
         if isinstance(config, SFTConfig):
-            read = import_module("RL2.trainer.sft_loop").reader(data, tokenizer, notes)
+            read = import_module("RL2.trainer.sft_loop").reader(config, tokenizer, notes)
         else:
-            read = pairs_reader(data, tokenizer, notes, as_responses if isinstance(config, DPOConfig) else as_scored)
+            read = pairs_reader(config, tokenizer, notes, as_responses if isinstance(config, DPOConfig) else as_scored)
         rows, _ = train_and_test(data, read)
         assert lm is not None
         refuse_unknown_tokens(lm, rows.batch.token_ids_T.tolist(), f"{trained(config)[0]}.model_name")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import SFTConfig, SupervisedData
+from RL2.config import SFTConfig
 from RL2.data.cursor import Cursor
 from RL2.data.sft import load_examples
 from RL2.models.policy import load_tokenizer
@@ -15,7 +15,7 @@ from RL2.objectives.declare import Loss
 from RL2.objectives.table import bind
 from RL2.packing import loss_weights, pack
 from RL2.trainer.run import Run, number_of_steps
-from RL2.trainer.supervised import Rows, Task, converter, fit, train_and_test
+from RL2.trainer.supervised import Rows, Task, converter, fit, refuse_long, train_and_test
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import Learner
 
@@ -34,7 +34,7 @@ def train(config: SFTConfig, run: Run) -> None:
         loss_T, metrics = objective.loss(stats, batch)
         return loss_T, metrics | {"nll": -stats.logp.detach()}  # whatever is minimised, by this runs can be compared
 
-    rows, tests = train_and_test(data, reader(data, tokenizer, notes))
+    rows, tests = train_and_test(data, reader(config, tokenizer, notes))
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = number_of_steps(config.trainer, cursor)
     learner = Learner(actor, run.processes, num_steps, run.save_dir)
@@ -45,13 +45,15 @@ def train(config: SFTConfig, run: Run) -> None:
     fit(task, cursor, num_steps, tokenizer, run)
 
 
-def reader(data: SupervisedData, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Callable[[str], Rows]:
+def reader(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Callable[[str], Rows]:
     """Reads the rows of a path; what there is to say of them is added to `notes`."""
-    example = converter(data)
+    data, example = config.data, converter(config.data)
 
     def read(path: str) -> Rows:
         examples, num_cut = load_examples(path, tokenizer, example, data.max_length)
         notes.append(f"{path}: {len(examples)} examples, {num_cut} cut to data.max_length={data.max_length} tokens")
-        return Rows(pack(examples), per_row=1)
+        rows = Rows(pack(examples), per_row=1)
+        refuse_long(config, rows, path)
+        return rows
 
     return read

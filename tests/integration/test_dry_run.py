@@ -56,11 +56,23 @@ def test_tokens_are_bounded(dry_run: DryRun) -> None:
     assert f"steps {2 * NUM_ROWS // 4}, which sample at most 4.61 thousand tokens (384 each)" in said
 
 
+def test_without_rows_an_epoch_is_a_step(dry_run: DryRun, tmp_path: Path) -> None:
+    script = tmp_path / "env.py"
+    script.write_text(MADE_UP)
+    epochs = ("train_data.path=null", "trainer.max_steps=null", "trainer.n_epochs=7")
+    said = dry_run("spo", f"rollout.env_path={script}", *epochs)
+    assert "steps 7, which sample at most" in said
+    assert said.endswith("dry run: all checks passed")
+
+
 def test_what_is_on_the_hub_is_named(dry_run: DryRun) -> None:
     said = dry_run("spo", "actor.model_name=nobody/nothing", "rollout.model_name=nobody/nothing")
     assert "model nobody/nothing, on the hub: not looked at" in said
     assert f"{NUM_ROWS} rows, in the right format" in said
     assert said.endswith("dry run: all checks passed; not looked at: model, step of the environment")
+    said = dry_run("dpo", "data.path=nobody/pairs")
+    assert "nobody/pairs: hub data set nobody/pairs, split train" in said
+    assert said.endswith("not looked at: rows")
 
 
 def test_adapters_take_less_memory(dry_run: DryRun) -> None:
@@ -69,6 +81,14 @@ def test_adapters_take_less_memory(dry_run: DryRun) -> None:
     )
     assert 0 < adapters < whole / 4
 
+
+MADE_UP = """
+async def reset(extra_info):
+    return str(extra_info["seed"])
+
+async def step(state, action, extra_info):
+    return dict(next_state=None, reward=1.0, score=1.0, done=True, extra_info=extra_info)
+"""
 
 BLOCKED = """
 import time
