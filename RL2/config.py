@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from RL2.legacy_keys import Given, LegacyKeyError, translate
+
 
 class UserError(Exception):
     """Something for the user to put right, said in plain words; programs end with it and exit code 1."""
@@ -835,6 +837,7 @@ PROGRAMS: dict[str, type] = {
     "ppo": RLConfig,
     "spo": RLConfig,
     "spo_0p5": RLConfig,
+    "path": RLConfig,
 }
 """Program -> its configuration; `trainer/config/PROGRAM.yaml` holds the defaults."""
 
@@ -845,10 +848,11 @@ def trained(config: Config) -> tuple[str, Trainable]:
 
 
 def load(program: str, overrides: Sequence[str]) -> Any:
-    """The configuration of `program` with `key=value` overrides (Hydra's grammar).
+    """Return the configuration of `program` with `key=value` overrides (Hydra's grammar), old keys of RL2 among them.
 
     Raises `ConfigError`, naming the override to fix, before anything else is loaded.
     """
+    overrides = [setting for one in _translated(program, overrides) for setting in one.settings]
     try:
         with initialize_config_module("RL2.trainer.config", version_base="1.3"):
             tree = compose(program, overrides=[_may_be_new(override) for override in overrides])
@@ -856,6 +860,18 @@ def load(program: str, overrides: Sequence[str]) -> Any:
     except Exception as error:  # of Hydra and OmegaConf, and what they do not catch: names of files, numbers, recursion
         raise ConfigError(_in_the_users_words(program, overrides, error)) from error
     return build(PROGRAMS[program], values, "")
+
+
+def renamed(program: str, overrides: Sequence[str]) -> list[str]:
+    """Return a line for each override with a key of RL2 or its fork that is another here: what it became."""
+    return [one.note for one in _translated(program, overrides) if one.settings != [one.override]]
+
+
+def _translated(program: str, overrides: Sequence[str]) -> list[Given]:
+    try:
+        return translate(program, overrides)
+    except LegacyKeyError as error:
+        raise ConfigError(str(error)) from error
 
 
 def words(given: Sequence[str]) -> dict[str, Any]:

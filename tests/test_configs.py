@@ -37,7 +37,7 @@ DPO = (*PAIRS, *MODEL)
 
 
 def minimal(program: str) -> tuple[str, ...]:
-    return {"sft": SFT, "rm": RM, "dpo": DPO}.get(program, RL)
+    return {"sft": SFT, "rm": RM, "dpo": DPO, "path": (*RL, "test_data.path=rows.jsonl")}.get(program, RL)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
