@@ -16,6 +16,14 @@ from RL2.types import Sequence, Trajectory
 Pair = tuple[Example, Example]
 """Chosen and rejected: token ids up to the end of the response, and which of them are the response."""
 SIDES = ("chosen", "rejected")
+MAY_FOLLOW = {
+    "assistant": ("user", "tool", "system", "developer"),
+    "user": ("system", "developer"),
+    "tool": ("assistant",),
+    "system": (),
+}
+"""Role of a side's first message -> roles that the messages before it may end with. After the assistant a user could go
+on or begin another conversation, so that is not taken."""
 
 
 def load_pairs(
@@ -24,7 +32,8 @@ def load_pairs(
     """The pairs of which both sequences have at most `max_length` tokens, and how many others were left out.
 
     Rows are {"prompt", "chosen", "rejected"}, three texts, or {"chosen", "rejected"}, two lists of messages that end
-    with the assistant; `messages` or a list as `prompt` stands before both. Or what `example` makes into these.
+    with the assistant; `prompt` or `messages` stand before a side that does not repeat them. Or what `example` makes
+    into these.
     """
     rows = load_converted(path, example)
     sides = list[list[Row]]()
@@ -72,14 +81,15 @@ def _trajectory(pair: int, side: int, token_ids: list[int], mask: list[bool]) ->
 
 
 def _demonstration(row: Row, side: str) -> Row:
-    """One side of the row in the format of supervised fine-tuning."""
+    """Return one side of the row in the format of supervised fine-tuning."""
     prompt, messages, answer = (_decoded(row.get(key)) for key in ("prompt", "messages", side))
     if answer is None:
         raise DataError(f"no {side!r}; its keys are {keys(row)}")
     if isinstance(answer, list):
-        # a text beside whole conversations repeats their first message
-        before = next((x for x in (messages, prompt) if isinstance(x, list)), [])
-        return {"prompt": None, "messages": [*before, *answer]}
+        before = next((value for value in (prompt, messages) if isinstance(value, list)), None)
+        if before is None and isinstance(prompt, str) and answer and _said(answer[0])[0] == "assistant":
+            before = [{"role": "user", "content": prompt}]
+        return {"prompt": None, "messages": [*_missing(before or [], answer, side), *answer]}
     if not isinstance(answer, str):
         raise DataError(f"{side!r} must be text or a list of messages, not {shown(answer)}")
     if isinstance(prompt, list):
@@ -87,6 +97,37 @@ def _demonstration(row: Row, side: str) -> Row:
     if prompt is None and messages is None:
         raise DataError(f"{side!r} is text and answers nothing: the row needs a 'prompt'; its keys are {keys(row)}")
     return {"prompt": prompt, "messages": messages, "response": answer}
+
+
+def _missing(before: list[Any], side: list[Any], name: str) -> list[Any]:
+    """Return what of the messages `before` is to stand in front of a side: what the side does not repeat itself.
+
+    A side may repeat all of them, their end or nothing, and in some data sets they are one whole side. Raise DataError
+    where it cannot be told whether the side goes on from them or is another conversation.
+    """
+    context, turns = [_said(message) for message in before], [_said(message) for message in side]
+    if not context or not turns:
+        return []
+    for size in range(min(len(context), len(turns)), 0, -1):
+        if turns[:size] == context[-size:]:
+            return before[:-size]
+    if turns[0] == context[0] or any(turns[at : at + len(context)] == context for at in range(1, len(turns))):
+        return []  # a whole conversation
+    first, last = turns[0][0], context[-1][0]
+    if first in MAY_FOLLOW and last not in MAY_FOLLOW[first]:
+        raise DataError(
+            f"{name!r} begins with the {first} and repeats nothing of 'messages' or 'prompt', which end with the "
+            f"{last}; let both sides be whole conversations and leave the others out"
+        )
+    return before
+
+
+def _said(message: Any) -> tuple[Any, ...]:
+    """Return what makes two messages the same, whatever other keys they carry."""
+    if not isinstance(message, dict):  # reported once the messages are checked
+        return (None, message)
+    content = message.get("content")
+    return message.get("role"), content.strip() if isinstance(content, str) else content, message.get("tool_calls")
 
 
 def _decoded(value: Any) -> Any:
