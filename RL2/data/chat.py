@@ -132,6 +132,20 @@ def is_chat(row: Row) -> bool:
     return False
 
 
+def question_of(row: Row) -> list[Message]:
+    """Return the checked `messages` of a row for reinforcement learning, in which the model is to answer.
+
+    Raise DataError if they end with the assistant: demonstrations would put the solution into the prompt.
+    """
+    messages = messages_of(row)
+    if messages[-1]["role"] == "assistant":
+        raise DataError(
+            "'messages' end with the assistant, whose answer would stand in the prompt; leave that turn out "
+            "(example(row) of the environment script can)"
+        )
+    return messages
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
     """Token ids of many texts at once."""
     if not texts:
@@ -148,7 +162,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, path: str, rows: list[Row
     for number, row in enumerate(rows):
         with in_row(path, number):
             chat = is_chat(row)
-            text = render(tokenizer, messages_of(row), add_generation_prompt=True) if chat else row["prompt"]
+            text = render(tokenizer, question_of(row), add_generation_prompt=True) if chat else row["prompt"]
             if not text:
                 raise DataError("the chat template makes an empty prompt of the messages")
             texts[chat][number] = text

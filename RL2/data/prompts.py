@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,27 @@ from transformers import PreTrainedTokenizerBase
 from RL2.data.chat import encode_prompts, from_json
 from RL2.data.source import DataError, Row, in_row, load_converted, shown
 from RL2.types import Prompt
+
+ANSWERS = (
+    r"####\s*{}(?!\w|[.,]\d)",
+    r"<answer>\s*{}\s*</answer>",
+    r"\\boxed{{\s*{}\s*}}",
+    r"\banswer is:?\s*{}(?!\w|[.,]\d)",
+)
+"""How answers are given. The bare answer proves nothing: many questions name theirs among others."""
+
+
+def given_away(prompt: str, answer: Any) -> str | None:
+    """Return where `prompt` gives the right answer, which a policy would copy; None if it does not.
+
+    `answer`: a text, a number, or a list of those of which each is right.
+    """
+    for each in answer if isinstance(answer, list) else [answer]:
+        if isinstance(each, str | int | float) and str(each).strip():
+            for form in ANSWERS:
+                if found := re.search(form.format(re.escape(str(each).strip())), prompt):
+                    return found[0]
+    return None
 
 
 def load_prompts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,14 @@ def test_all_is_looked_at(program: str, dry_run: DryRun) -> None:
 
 def test_the_environment_is_tried(dry_run: DryRun) -> None:
     assert "tried with the first row and the response '42': reward 1" in dry_run("spo")
+
+
+def test_an_answer_in_the_prompt_is_named(dry_run: DryRun, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": "7+7=", "extra_info": {"answer": "14"}}
+    rows.write_text("\n".join(map(json.dumps, [row, row | {"prompt": "7+7= #### 14"}, row, row])))
+    said = dry_run("spo", f"train_data.path={rows}")
+    assert "CAUTION: 1 prompts give the right answer, first in row 2: '#### 14'" in said
 
 
 def test_tokens_are_bounded(dry_run: DryRun) -> None:
