@@ -14,7 +14,7 @@ import shutil
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,8 +115,7 @@ class SupervisedData:
     env_path: str | None
     """A script whose `example(row)` turns a raw row into one of these formats."""
     max_length: Count
-    """Tokens. sft cuts a longer example at the end; rm and dpo leave out a pair of which one is longer. How many is
-    printed."""
+    """Tokens. A longer row, or a pair of which one is longer, is left out. How many is printed."""
     batch_size: Count
     """Rows of one optimizer step."""
 
@@ -130,6 +129,12 @@ class SupervisedData:
             raise ConfigError(f"trainer.test_freq={test_freq} needs data.test_path or data.test_ratio")
         if test_freq is None and self.test_ratio > 0:
             raise ConfigError(f"data.test_ratio={self.test_ratio} has no effect without trainer.test_freq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTData(SupervisedData):
+    train_on: Literal["all", "last", "weighted"] = "weighted"
+    """Which turns of the assistant train: all, the last one, or all but those with `weight: 0` (OpenAI's rows)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +227,17 @@ class Trainable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainableChat(Trainable):
+    """A model with an optimizer whose rows may be chats."""
+
+    chat_template: str | None = None
+    """A file with a chat template (Jinja) in place of the tokenizer's own; null: its own. Exports carry it."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Settings of the chat template by name, such as enable_thinking=false; a row's own go first. Exports keep them as
+    defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lora:
     """Low-rank adapters, which then are all that trains (LoRA, through peft: pip install rl2-spo[lora])."""
 
@@ -236,7 +252,7 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainablePolicy(Trainable):
+class TrainablePolicy(TrainableChat):
     """A language model with an optimizer."""
 
     lora: Lora
@@ -755,7 +771,7 @@ class RLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
-    data: SupervisedData
+    data: SFTData
     actor: SFTActor
     trainer: Trainer
 
@@ -775,7 +791,7 @@ class SFTConfig:
 @dataclass(frozen=True, kw_only=True)
 class RMConfig:
     data: SupervisedData
-    critic: Trainable
+    critic: TrainableChat
     trainer: Trainer
 
     def __post_init__(self) -> None:
@@ -840,7 +856,7 @@ PROGRAMS: dict[str, type] = {
 """Program -> its configuration; `trainer/config/PROGRAM.yaml` holds the defaults."""
 
 
-def trained(config: Config) -> tuple[str, Trainable]:
+def trained(config: Config) -> tuple[str, TrainableChat]:
     """The model that a program trains, after the name of its group of keys."""
     return ("critic", config.critic) if isinstance(config, RMConfig) else ("actor", config.actor)
 
@@ -881,7 +897,13 @@ def _may_be_new(override: str) -> str:
 
 
 ARGS = "actor.objective_args"
-FREE_GROUPS = (f"{ARGS}.", "rollout.vllm.env.", "rollout.sglang.env.")
+FREE_GROUPS = (
+    f"{ARGS}.",
+    "rollout.vllm.env.",
+    "rollout.sglang.env.",
+    "actor.chat_template_kwargs.",
+    "critic.chat_template_kwargs.",
+)
 
 
 def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception) -> str:
@@ -919,7 +941,8 @@ def build(annotation: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"nothing reads {', '.join(unknown)}")
         if missing := [f.name for f in fields(annotation) if f.name not in value and f.default is MISSING]:
             raise ConfigError(f"{', '.join(prefix + name for name in missing)} missing in the YAML")
-        return annotation(**{f.name: build(hints[f.name], value[f.name], prefix + f.name) for f in fields(annotation)})
+        given = [f.name for f in fields(annotation) if f.name in value]
+        return annotation(**{name: build(hints[name], value[name], prefix + name) for name in given})
 
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -985,7 +1008,7 @@ def check_here(config: Config) -> None:
         "trainer.use_trackio": ("trackio", "trackio", config.trainer.use_trackio),
         "trainer.use_tensorboard": ("tensorboard", "tensorboard", config.trainer.use_tensorboard),
     }
-    models = {group: model}
+    models: dict[str, Trainable] = {group: model}
     if isinstance(config, RLConfig) and config.adv.estimator == "gae":
         models["critic"] = config.critic
     for each, sizes in models.items():
@@ -997,7 +1020,7 @@ def check_here(config: Config) -> None:
     for key, (package, extra, wanted) in packages.items():
         if wanted and not config.trainer.dry_run and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'")
-    named: dict[str, str | None] = {}
+    named: dict[str, str | None] = {f"{group}.chat_template": model.chat_template}
     if isinstance(config, RLConfig):
         servers = config.rollout.servers
         launches = servers is not None and not servers.urls and not config.trainer.dry_run
@@ -1010,10 +1033,10 @@ def check_here(config: Config) -> None:
         named |= {"data.path": config.data.path, "data.test_path": config.data.test_path}
         named |= {"data.env_path": config.data.env_path}
     for key, path in named.items():
-        # a name without suffix may be a hub data set or a folder; a script is always a file
+        # a name without suffix may be a hub data set or a folder; scripts and templates are always files
         if path is None:
             continue
-        if key.endswith("env_path") and not Path(path).is_file():
+        if key.endswith(("env_path", "chat_template")) and not Path(path).is_file():
             raise ConfigError(f"{key}={path}: there is no such file")
         if Path(path).suffix and "@" not in path and not Path(path).exists():
             raise ConfigError(f"{key}={path}: there is no such file")

@@ -48,7 +48,7 @@ GROUPS = {
     program: {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
     for program, keys in KEYS.items()
 }
-FREE = ("actor.objective_args", "rollout.vllm.env", "rollout.sglang.env")
+FREE = ("actor.objective_args", "actor.chat_template_kwargs", "rollout.vllm.env", "rollout.sglang.env")
 """Groups with names of the user's own."""
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 COMMANDS: Any = get_command(app).commands  # type: ignore[attr-defined]

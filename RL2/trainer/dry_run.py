@@ -27,6 +27,7 @@ from RL2.config import (
     RLConfig,
     SFTConfig,
     Trainable,
+    TrainableChat,
     TrainablePolicy,
     UserError,
     first_line,
@@ -40,7 +41,7 @@ from RL2.data.prompts import given_away, load_prompts
 from RL2.data.source import describe, in_row, is_here, load_converted
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.loading import folder_here, refuse_no_model, stored_names
-from RL2.models.policy import Policy, load_tokenizer, max_length, refuse_unknown_tokens
+from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
@@ -116,7 +117,7 @@ def look_at_folder(config: Config, found: Findings) -> None:
 
 
 def look_at_model(
-    model: Trainable, group: str, found: Findings
+    model: TrainableChat, group: str, found: Findings
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """The model without memory, and the tokenizer, if they are on this machine."""
     key, name = f"{group}.model_name", model.model_name
@@ -128,14 +129,16 @@ def look_at_model(
     if folder is None:
         found.miss("model", f"{name}, on the hub")
         return None, None
-    tokenizer = load_tokenizer(str(folder), key)
+    tokenizer = load_tokenizer(str(folder), key, model.chat_template, model.chat_template_kwargs)
     lm = (Policy if isinstance(model, TrainablePolicy) else ValueModel).build(str(folder), key)
     said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
     found.say("model", name, said)
     if folder == Path(name) or any(folder.glob("*.safetensors")):  # otherwise they are still to be fetched
         stored_names(folder, name, key)
     template = "" if tokenizer.chat_template else ", no chat template"
-    found.say("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens{template}")
+    ends = tokenizer.convert_ids_to_tokens(list(end_tokens(lm, tokenizer)))
+    said = f"{type(tokenizer).__name__}, {len(tokenizer)} tokens{template}"
+    found.say("tokenizer", said, f"sampling ends with {', '.join(ends) or 'no token'}")
     return lm, tokenizer
 
 

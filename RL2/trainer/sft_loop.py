@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import SFTConfig, SupervisedData
+from RL2.config import SFTConfig, SFTData
 from RL2.data.cursor import Cursor
 from RL2.data.sft import load_examples
 from RL2.models.policy import load_tokenizer
@@ -24,7 +24,7 @@ def train(config: SFTConfig, run: Run) -> None:
     """Cross-entropy, or another objective, on the tokens of the responses, `batch_size` examples a step."""
     data, actor = config.data, config.actor
     objective = bind(actor.objective, actor.objective_args)
-    tokenizer = load_tokenizer(actor.model_name)
+    tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
     notes: list[str] = []
 
     def weights(batch: TokenBatch) -> Tensor:
@@ -45,13 +45,15 @@ def train(config: SFTConfig, run: Run) -> None:
     fit(task, cursor, num_steps, tokenizer, run)
 
 
-def reader(data: SupervisedData, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Callable[[str], Rows]:
+def reader(data: SFTData, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Callable[[str], Rows]:
     """Reads the rows of a path; what there is to say of them is added to `notes`."""
     example = converter(data)
 
     def read(path: str) -> Rows:
-        examples, num_cut = load_examples(path, tokenizer, example, data.max_length)
-        notes.append(f"{path}: {len(examples)} examples, {num_cut} cut to data.max_length={data.max_length} tokens")
+        said: list[str] = []
+        examples, num_left_out = load_examples(path, tokenizer, example, data.max_length, data.train_on, said)
+        left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
+        notes.extend([f"{path}: {len(examples)} examples, {left_out}", *said])
         return Rows(pack(examples), per_row=1)
 
     return read

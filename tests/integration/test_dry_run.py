@@ -36,13 +36,14 @@ def dry_run(
 @pytest.mark.parametrize("program", ["sft", "rm", "dpo", "spo"])
 def test_all_is_looked_at(program: str, dry_run: DryRun) -> None:
     said = dry_run(program, "trainer.save_freq=2")
-    rows = {"sft": f"{NUM_ROWS} examples, 0 cut", "spo": f"{NUM_ROWS} rows; prompts of"}
+    rows = {"sft": f"{NUM_ROWS} examples, 0 left out", "spo": f"{NUM_ROWS} rows; prompts of"}
     for words in (
         rows.get(program, f"{NUM_ROWS} pairs, 0 left out"),
         "Qwen3ForSequenceClassification" if program == "rm" else "Qwen3ForCausalLM",
         "steps 3",
         "checkpoints every 2 steps",
         "a GPU at the peak of an update",
+        "sampling ends with <|im_end|>",
     ):
         assert words in said
     assert said.endswith("dry run: all checks passed")

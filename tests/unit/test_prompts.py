@@ -117,3 +117,31 @@ def test_templates_that_are_missing_or_refuse(tmp_path: Path, tokenizer: PreTrai
 )
 def test_an_answer_in_the_prompt_is_seen(prompt: str, answer: Any, found: str | None) -> None:
     assert given_away(prompt, answer) == found
+
+
+def test_tools_and_calls_reach_the_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """As a list, as JSON text, or as a list of JSON texts; arguments are encoded once, however a row has them."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tool = {"type": "function", "function": {"name": "tide", "parameters": {}}}
+    prompts = set()
+    for tools in ([tool], json.dumps([tool]), [json.dumps(tool)]):
+        for arguments in ({"of": "Pell"}, json.dumps({"of": "Pell"})):
+            for call in (
+                {"function": {"name": "tide", "arguments": arguments}},
+                {"name": "tide", "arguments": arguments},
+            ):
+                messages = [*USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+                messages += [
+                    {"role": "tool", "content": [{"type": "text", "text": "06"}, {"type": "text", "text": ":12"}]}
+                ]
+                path = jsonl(tmp_path / "a.jsonl", [{"messages": messages, "tools": tools}])
+                prompts |= {prompt.text for prompt in load_prompts(path, own, None, 1000)}
+    assert prompts == {
+        json.dumps(tool)
+        + 'user:How many apples?<|im_end|>assistant:tide{"of": "Pell"}<|im_end|>tool:06:12<|im_end|>assistant:'
+    }
