@@ -14,7 +14,7 @@ import shutil
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -131,8 +131,8 @@ class SupervisedData:
     columns: dict[str, Any]
     """Names of the columns in the rows, where they are others, as in `train_data.columns`."""
     max_length: Count
-    """Tokens. sft cuts a longer example at the end; rm and dpo leave out a pair of which one is longer. How many is
-    printed. It may be more than fits into a microbatch: a row that is really longer than that is refused."""
+    """Tokens. A longer row, or a pair of which one is longer, is left out. How many is printed. It may be more than
+    fits into a microbatch: a row that is really longer than that is refused."""
     batch_size: Count
     """Rows of one optimizer step."""
 
@@ -157,6 +157,12 @@ def _check_columns(columns: dict[str, Any], key: str, known: tuple[str, ...]) ->
             raise ConfigError(f"{key}.{name}: there is no such column; choose one of {', '.join(known)}")
         if theirs is not None and not isinstance(theirs, str):
             raise ConfigError(f"{key}.{name}={theirs!r}; expected the name of a column, or null to leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTData(SupervisedData):
+    train_on: Literal["all", "last", "weighted"] = "weighted"
+    """Which turns of the assistant train: all, the last one, or all but those with `weight: 0` (OpenAI's rows)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +255,17 @@ class Trainable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainableChat(Trainable):
+    """A model with an optimizer whose rows may be chats."""
+
+    chat_template: str | None = None
+    """A file with a chat template (Jinja) in place of the tokenizer's own; null: its own. Exports carry it."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Settings of the chat template by name, such as enable_thinking=false; a row's own go first. Exports keep them as
+    defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lora:
     """Low-rank adapters, which then are all that trains (LoRA, through peft: pip install rl2-spo[lora])."""
 
@@ -263,7 +280,7 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainablePolicy(Trainable):
+class TrainablePolicy(TrainableChat):
     """A language model with an optimizer."""
 
     lora: Lora
@@ -780,7 +797,7 @@ class RLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
-    data: SupervisedData
+    data: SFTData
     actor: SFTActor
     trainer: Trainer
 
@@ -792,7 +809,7 @@ class SFTConfig:
 @dataclass(frozen=True, kw_only=True)
 class RMConfig:
     data: SupervisedData
-    critic: Trainable
+    critic: TrainableChat
     trainer: Trainer
 
     def __post_init__(self) -> None:
@@ -842,7 +859,7 @@ PROGRAMS: dict[str, type] = {
 """Program -> its configuration; `trainer/config/PROGRAM.yaml` holds the defaults."""
 
 
-def trained(config: Config) -> tuple[str, Trainable]:
+def trained(config: Config) -> tuple[str, TrainableChat]:
     """The model that a program trains, after the name of its group of keys."""
     return ("critic", config.critic) if isinstance(config, RMConfig) else ("actor", config.actor)
 
@@ -897,7 +914,14 @@ def _may_be_new(override: str) -> str:
 
 ARGS = "actor.objective_args"
 COLUMNS = ("train_data.columns.", "test_data.columns.", "data.columns.")
-FREE_GROUPS = (f"{ARGS}.", "rollout.vllm.env.", "rollout.sglang.env.", *COLUMNS)
+FREE_GROUPS = (
+    f"{ARGS}.",
+    "rollout.vllm.env.",
+    "rollout.sglang.env.",
+    "actor.chat_template_kwargs.",
+    "critic.chat_template_kwargs.",
+    *COLUMNS,
+)
 
 
 def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception) -> str:
@@ -935,7 +959,8 @@ def build(annotation: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"nothing reads {', '.join(unknown)}")
         if missing := [f.name for f in fields(annotation) if f.name not in value and f.default is MISSING]:
             raise ConfigError(f"{', '.join(prefix + name for name in missing)} missing in the YAML")
-        return annotation(**{f.name: build(hints[f.name], value[f.name], prefix + f.name) for f in fields(annotation)})
+        given = [f.name for f in fields(annotation) if f.name in value]
+        return annotation(**{name: build(hints[name], value[name], prefix + name) for name in given})
 
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -1001,7 +1026,7 @@ def check_here(config: Config) -> None:
         "trainer.use_trackio": ("trackio", "trackio", config.trainer.use_trackio),
         "trainer.use_tensorboard": ("tensorboard", "tensorboard", config.trainer.use_tensorboard),
     }
-    models = {group: model}
+    models: dict[str, Trainable] = {group: model}
     if isinstance(config, RLConfig) and config.adv.estimator == "gae":
         models["critic"] = config.critic
     for each, sizes in models.items():
@@ -1013,7 +1038,7 @@ def check_here(config: Config) -> None:
     for key, (package, extra, wanted) in packages.items():
         if wanted and not config.trainer.dry_run and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'")
-    named: dict[str, str | None] = {}
+    named: dict[str, str | None] = {f"{group}.chat_template": model.chat_template}
     if isinstance(config, RLConfig):
         servers = config.rollout.servers
         launches = servers is not None and not servers.urls and not config.trainer.dry_run
@@ -1026,10 +1051,10 @@ def check_here(config: Config) -> None:
         named |= {"data.path": config.data.path, "data.test_path": config.data.test_path}
         named |= {"data.env_path": config.data.env_path}
     for key, path in named.items():
-        # a name without suffix may be a hub data set or a folder; a script is always a file
+        # a name without suffix may be a hub data set or a folder; scripts and templates are always files
         if path is None:
             continue
-        if key.endswith("env_path") and not Path(path).is_file():
+        if key.endswith(("env_path", "chat_template")) and not Path(path).is_file():
             raise ConfigError(f"{key}={path}: there is no such file")
         if Path(path).suffix[1:].isalpha() and "@" not in path and not Path(path).exists():
             raise ConfigError(f"{key}={path}: there is no such file")

@@ -125,6 +125,7 @@ TABLE: dict[str, str | dict[str, str]] = {
         "true": "actor.average_over=kept",
         "false": "actor.average_over=correct",
     },
+    "SET_data.enable_thinking": "actor.chat_template_kwargs.enable_thinking",
     "actor.path.trim_padding": {"*": ""},
     "actor.path.length_bucketed_batches": {"*": ""},
     "actor.path.causal_padding_positions": {"*": ""},
@@ -150,7 +151,6 @@ REFUSED = {
     "rollout.use_gem_env": "take rollout.env_path=envs/gem.py, and GEM_ENV for the game",
     "rollout.gem_env.*": "take rollout.env_path=envs/gem.py, and GEM_ENV for the game",
     "rollout.multi_agent.*": "RL2 has one policy and no agents that take turns",
-    "SET_data.enable_thinking": "RL2 passes no arguments to the chat template",
     "trainer.stop_file": "RL2 looks at no file; Ctrl-C ends a run with a checkpoint",
 }
 """Key, group of keys or setting without a counterpart -> why, and what to do."""

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,13 @@ COMMANDS: dict[str, dict[str, str]] = yaml.safe_load((ROOT / "tests" / "seed_com
 OBJECTIVES = list(TABLE["actor.path.objective"])
 
 
-NOT_YET = "train_data.enable_thinking=false"
-"""The one setting of these commands that is refused, as nothing is passed to chat templates."""
-
-
 def commands() -> list[Any]:
     """Return every command under its name, those of the fork's experiments once for each objective."""
     found = []
     for form, of_form in COMMANDS.items():
         for name, text in of_form.items():
             for objective in OBJECTIVES if "OBJECTIVE" in text else [""]:
-                words = [word for word in shlex.split(text.replace("OBJECTIVE", objective)) if word != NOT_YET]
+                words = shlex.split(text.replace("OBJECTIVE", objective))
                 found.append(pytest.param(*words[:1], words[1:], id="-".join(filter(None, (form, name, objective)))))
     return found
 
@@ -77,6 +74,14 @@ configs:
 """
 
 
+NO_THINKING = """\
+{%- if add_generation_prompt and enable_thinking is defined and not enable_thinking -%}
+<think></think>
+{% endif -%}
+"""
+"""The end of a chat template that reads `enable_thinking`, as that of Qwen3 does."""
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
     """A folder in which the hub's names are folders."""
@@ -90,7 +95,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
         max_position_embeddings=1 << 15,
     )
     LlamaForCausalLM(model).save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    thinking = deepcopy(tokenizer)
+    thinking.chat_template = f"{thinking.chat_template}{NO_THINKING}"
+    thinking.save_pretrained(root / "model")
     for name in MODELS:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).symlink_to(root / "model")
@@ -132,7 +139,6 @@ def test_a_command_runs_dry_as_it_stands(
 def test_a_command_on_two_processes_says_once_what_its_keys_became(world: Path) -> None:
     """The whole way, through torchrun."""
     program, *overrides = shlex.split(COMMANDS["fork_experiments"]["run_path"].replace("OBJECTIVE", "rank_jsd"))
-    overrides.remove(NOT_YET)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", f"RL2.trainer.{program}", *overrides, "trainer.dry_run=true"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -209,6 +215,12 @@ SAME = [
         "actor.objective=rank_jsd actor.objective_args.rank_cap=7",
     ),
     ("path", RL, "", "actor.objective=rank_jsd actor.objective_args.rank_cap=64"),
+    (
+        "path",
+        RL,
+        "train_data.enable_thinking=false test_data.enable_thinking=false",
+        "actor.chat_template_kwargs.enable_thinking=false",
+    ),
     ("path", RL, "actor.path.objective=positive_ce", "actor.objective=positive_ce"),
     (
         "path",
@@ -251,7 +263,6 @@ NOT_FOLLOWED = {
         "rollout.train.sampling_params.no_stop_trim=false: it can only be true here"
     ),
     "actor.path.objective=best": f"actor.path.objective=best: it can only be {' or '.join(OBJECTIVES)} here",
-    NOT_YET: f"{NOT_YET}: RL2 passes no arguments to the chat template",
 }
 NOT_FOLLOWED |= {
     setting: f"{setting}: {REASONS[key]}"

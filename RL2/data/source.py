@@ -241,6 +241,25 @@ def _read_csv(path: str) -> list[Row]:
     return rows
 
 
+TOOL_KEYS = ("tools", "tool_calls")
+
+
+def without_filled(value: Any, *, in_tools: bool = False) -> Any:
+    """Return `value` without the null keys inside of tools and their calls.
+
+    Arrow gives every object the keys of all others in its column: an argument of another call would be trained as null.
+    """
+    if isinstance(value, list):
+        return [without_filled(each, in_tools=in_tools) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: without_filled(each, in_tools=in_tools or key in TOOL_KEYS)
+        for key, each in value.items()
+        if each is not None or not in_tools
+    }
+
+
 # pyarrow and datasets take up to seconds to import, so only who needs them does
 
 
@@ -251,7 +270,7 @@ def _read_parquet(path: str) -> list[Row]:
     try:
         table = pa.parquet.read_table(path)
         table.validate(full=True)
-        return table.to_pylist()
+        return without_filled(table.to_pylist())
     except pa.ArrowException as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -266,7 +285,7 @@ def _read_arrow(path: str) -> list[Row]:
             reader = pa.ipc.open_stream(source) if is_stream else pa.ipc.open_file(source)
             table = reader.read_all()
             table.validate(full=True)  # what a damaged file says of lengths would be read beyond its end
-            return table.to_pylist()
+            return without_filled(table.to_pylist())
     except pa.ArrowException as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -319,4 +338,4 @@ def _read_dataset(path: str) -> list[Row]:
         data = data[split]
     elif "@" in path and _is_saved(Path(name)):
         raise DataError(f"{path}: this folder holds one data set without splits; write {name}")
-    return data.to_list()
+    return without_filled(data.to_list())

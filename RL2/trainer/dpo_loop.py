@@ -24,7 +24,7 @@ from RL2.workers.worker import Learner, Worker
 def train(config: DPOConfig, run: Run) -> None:
     """DPO or IPO on the responses of chosen and rejected, `batch_size` pairs a step."""
     data, actor = config.data, config.actor
-    tokenizer = load_tokenizer(actor.model_name)
+    tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
     notes: list[str] = []
     pairs_of = pairs_reader(config, tokenizer, notes, as_responses)
 

@@ -52,7 +52,8 @@ from RL2.workers.worker import compute_dtype
 def train(config: RLConfig, run: Run) -> None:
     """Roll out, judge, update, until the data has been seen `n_epochs` times."""
     trainer = config.trainer
-    tokenizer = load_tokenizer(config.actor.model_name)
+    template = config.actor.chat_template, config.actor.chat_template_kwargs
+    tokenizer = load_tokenizer(config.actor.model_name, "actor.model_name", *template)
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))

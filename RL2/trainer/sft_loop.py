@@ -24,7 +24,7 @@ def train(config: SFTConfig, run: Run) -> None:
     """Cross-entropy, or another objective, on the tokens of the responses, `batch_size` examples a step."""
     data, actor = config.data, config.actor
     objective = bind(actor.objective, actor.objective_args)
-    tokenizer = load_tokenizer(actor.model_name)
+    tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
     notes: list[str] = []
 
     def weights(batch: TokenBatch) -> Tensor:
@@ -50,8 +50,10 @@ def reader(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, notes: list[st
     data, example = config.data, converter(config.data)
 
     def read(path: str) -> Rows:
-        examples, num_cut = load_examples(path, tokenizer, example, data.max_length)
-        notes.append(f"{path}: {len(examples)} examples, {num_cut} cut to data.max_length={data.max_length} tokens")
+        said: list[str] = []
+        examples, num_left_out = load_examples(path, tokenizer, example, data.max_length, data.train_on, said)
+        left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
+        notes.extend([f"{path}: {len(examples)} examples, {left_out}", *said])
         rows = Rows(pack(examples), per_row=1)
         refuse_long(config, rows, path)
         return rows

@@ -114,8 +114,10 @@ def pairs_reader(
     data, example = config.data, converter(config.data)
 
     def read(path: str) -> Rows:
-        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length)
-        notes.append(f"{path}: {len(pairs)} pairs, {num_left_out} left out (data.max_length={data.max_length} tokens)")
+        said: list[str] = []
+        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length, said)
+        left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
+        notes.extend([f"{path}: {len(pairs)} pairs, {left_out}", *said])
         rows = Rows(pack(as_trajectories(pairs)), per_row=2)
         refuse_long(config, rows, path)
         return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,13 +36,14 @@ def dry_run(
 @pytest.mark.parametrize("program", ["sft", "rm", "dpo", "spo"])
 def test_all_is_looked_at(program: str, dry_run: DryRun) -> None:
     said = dry_run(program, "trainer.save_freq=2")
-    rows = {"sft": f"{NUM_ROWS} examples, 0 cut", "spo": f"{NUM_ROWS} rows; prompts of"}
+    rows = {"sft": f"{NUM_ROWS} examples, 0 left out", "spo": f"{NUM_ROWS} rows; prompts of"}
     for words in (
         rows.get(program, f"{NUM_ROWS} pairs, 0 left out"),
         "Qwen3ForSequenceClassification" if program == "rm" else "Qwen3ForCausalLM",
         "steps 3",
         "checkpoints every 2 steps",
         "a GPU at the peak of an update",
+        "sampling ends with <|im_end|>",
     ):
         assert words in said
     assert said.endswith("dry run: all checks passed")
@@ -49,6 +51,14 @@ def test_all_is_looked_at(program: str, dry_run: DryRun) -> None:
 
 def test_the_environment_is_tried(dry_run: DryRun) -> None:
     assert "tried with the first row and the response '42': reward 1" in dry_run("spo")
+
+
+def test_an_answer_in_the_prompt_is_named(dry_run: DryRun, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": "7+7=", "extra_info": {"answer": "14"}}
+    rows.write_text("\n".join(map(json.dumps, [row, row | {"prompt": "7+7= #### 14"}, row, row])))
+    said = dry_run("spo", f"train_data.path={rows}")
+    assert "CAUTION: 1 prompts give the right answer, first in row 2: '#### 14'" in said
 
 
 def test_tokens_are_bounded(dry_run: DryRun) -> None:

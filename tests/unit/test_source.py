@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -41,6 +42,27 @@ def test_parquet_and_both_kinds_of_arrow(tmp_path: Path) -> None:
         writer.write_table(table)
     for name in ("a.parquet", "file.arrow", "stream.arrow"):
         assert load_rows(str(tmp_path / name)) == ROWS
+
+
+def test_keys_that_arrow_fills_in_are_no_arguments(tmp_path: Path) -> None:
+    """Of tools and calls at any depth; a null elsewhere is somebody's data."""
+
+    def row(arguments: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any]:
+        calls = [{"function": {"name": "f", "arguments": arguments}}]
+        tools = [{"function": {"name": "f", "parameters": {"properties": properties}}}]
+        return {"messages": [{"role": "assistant", "tool_calls": calls}], "tools": tools, "extra_info": {"a": None}}
+
+    rows = [row({"x": 1}, {"x": {"type": "t"}}), row({"y": {"z": [{"v": "w"}, {"u": 2}]}}, {"y": {"enum": ["a"]}})]
+    table = pa.Table.from_pylist(rows)
+    assert "None" in str(table.to_pylist()[0]["messages"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "a.arrow", "saved"):
+        assert load_rows(str(tmp_path / name)) == rows
+    given = write(tmp_path / "a.jsonl", json.dumps(row({"x": None}, {})))
+    assert load_rows(given) == [row({"x": None}, {})], "JSON fills in nothing: it is meant"
 
 
 def test_folders_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
