@@ -34,7 +34,11 @@ def commands() -> list[Any]:
         for name, text in of_form.items():
             for objective in OBJECTIVES if "OBJECTIVE" in text else [""]:
                 words = shlex.split(text.replace("OBJECTIVE", objective))
-                found.append(pytest.param(*words[:1], words[1:], id="-".join(filter(None, (form, name, objective)))))
+                # the keys of these are in other commands too, or in `SAME`
+                marks = [pytest.mark.slow] if form == "between" or objective not in ("", "rank_jsd") else []
+                found.append(
+                    pytest.param(*words[:1], words[1:], marks=marks, id="-".join(filter(None, (form, name, objective))))
+                )
     return found
 
 
