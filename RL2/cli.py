@@ -54,7 +54,7 @@ def demo(
 
 @app.command()
 def train(
-    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo or spo_0p5")],
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="processes on this machine: one for each GPU")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check all but the weights, count, and stop")] = False,

@@ -14,12 +14,14 @@ import shutil
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+
+from RL2.legacy_keys import Given, LegacyKeyError, translate
 
 
 class UserError(Exception):
@@ -81,8 +83,9 @@ PositiveFloat = Annotated[float, Range(0, open_low=True)]
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
     path: str | None
-    """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`. null: no rows, the
-    environment's `reset` makes up tasks, new ones at each step; `trainer.max_steps` says when it is enough."""
+    """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`; `name` alone is its
+    `train` split. null: no rows, the environment's `reset` makes up tasks, new ones at each step; an epoch of
+    `trainer.n_epochs` is then one step."""
     prompts_per_rollout: Count
     """Prompts of one training step."""
     responses_per_prompt: Count
@@ -90,6 +93,12 @@ class TrainData:
     curriculum: Literal["none", "failures", "frontier"]
     """Which rows are drawn once each has been seen. none: all in turn. By their past success rate s, failures:
     proportional to 1 - s; frontier: to s (1 - s), most of what is solved half of the time (data/curriculum.py)."""
+    columns: dict[str, Any]
+    """Names of the columns in the rows, where they are others: `columns.prompt=question`. null leaves a column out:
+    with `columns.messages=null` rows that have both are read by their `prompt`."""
+
+    def __post_init__(self) -> None:
+        _check_columns(self.columns, "train_data.columns", ("prompt", "messages", "extra_info"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +110,11 @@ class TestData:
     tasks are made up."""
     responses_per_prompt: Count
     """Samples of each prompt; the score is the mean over all."""
+    columns: dict[str, Any]
+    """As `train_data.columns`, which count here too."""
+
+    def __post_init__(self) -> None:
+        _check_columns(self.columns, "test_data.columns", ("prompt", "messages", "extra_info"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +128,18 @@ class SupervisedData:
     """Or this share of the rows of `data.path`, drawn once, which is then not trained on; 0: none."""
     env_path: str | None
     """A script whose `example(row)` turns a raw row into one of these formats."""
+    columns: dict[str, Any]
+    """Names of the columns in the rows, where they are others, as in `train_data.columns`."""
     max_length: Count
-    """Tokens. sft cuts a longer example at the end; rm and dpo leave out a pair of which one is longer. How many is
-    printed."""
+    """Tokens. A longer row, or a pair of which one is longer, is left out. How many is printed. It may be more than
+    fits into a microbatch: a row that is really longer than that is refused."""
     batch_size: Count
     """Rows of one optimizer step."""
 
     def __post_init__(self) -> None:
         if self.test_path is not None and self.test_ratio > 0:
             raise ConfigError(f"data.test_path={self.test_path} and data.test_ratio={self.test_ratio}: choose one")
+        _check_columns(self.columns, "data.columns", ("prompt", "messages", "response", "chosen", "rejected"))
 
     def check(self, test_freq: int | None) -> None:
         """Raise `ConfigError` unless there is a test set where there are tests."""
@@ -130,6 +147,22 @@ class SupervisedData:
             raise ConfigError(f"trainer.test_freq={test_freq} needs data.test_path or data.test_ratio")
         if test_freq is None and self.test_ratio > 0:
             raise ConfigError(f"data.test_ratio={self.test_ratio} has no effect without trainer.test_freq")
+        if test_freq is None and self.test_path is not None:
+            raise ConfigError(f"data.test_path={self.test_path} has no effect without trainer.test_freq")
+
+
+def _check_columns(columns: dict[str, Any], key: str, known: tuple[str, ...]) -> None:
+    for name, theirs in columns.items():
+        if name not in known:
+            raise ConfigError(f"{key}.{name}: there is no such column; choose one of {', '.join(known)}")
+        if theirs is not None and not isinstance(theirs, str):
+            raise ConfigError(f"{key}.{name}={theirs!r}; expected the name of a column, or null to leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTData(SupervisedData):
+    train_on: Literal["all", "last", "weighted"] = "weighted"
+    """Which turns of the assistant train: all, the last one, or all but those with `weight: 0` (OpenAI's rows)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +255,17 @@ class Trainable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainableChat(Trainable):
+    """A model with an optimizer whose rows may be chats."""
+
+    chat_template: str | None = None
+    """A file with a chat template (Jinja) in place of the tokenizer's own; null: its own. Exports carry it."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Settings of the chat template by name, such as enable_thinking=false; a row's own go first. Exports keep them as
+    defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lora:
     """Low-rank adapters, which then are all that trains (LoRA, through peft: pip install rl2-spo[lora])."""
 
@@ -236,7 +280,7 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainablePolicy(Trainable):
+class TrainablePolicy(TrainableChat):
     """A language model with an optimizer."""
 
     lora: Lora
@@ -288,8 +332,9 @@ class Actor(TrainablePolicy):
     """ppo, gspo: the probability ratio is clipped to [1 - clip, 1 + clip]; null: the objective's own default."""
     train_on: Literal["all", "correct"]
     """correct: only sequences of trajectories whose total reward is above 0."""
-    average_over: Literal["all", "kept"]
-    """What the sum is divided by: everything in the optimizer step (thesis 3.1) or only what trains (3.2)."""
+    average_over: Literal["all", "kept", "correct"]
+    """What the sum is divided by: everything in the optimizer step (thesis 3.1), only what trains (3.2), or, where
+    `select` leaves tokens out, all tokens of the correct sequences."""
     update_per_rollout: Count
     """Optimizer steps on one rollout."""
     freeze_steps: Index
@@ -311,6 +356,8 @@ class Actor(TrainablePolicy):
             raise ConfigError(
                 "actor.average_over=kept has no effect: actor.train_on=all and actor.select keep everything"
             )
+        if self.average_over == "correct" and self.train_on == "all":
+            raise ConfigError("actor.average_over=correct needs actor.train_on=correct")
         if self.tis_coef == 0 and (self.tis_level, self.tis_mode) != ("token", "truncate"):
             raise ConfigError("actor.tis_level and actor.tis_mode have no effect with actor.tis_coef=0")
 
@@ -659,7 +706,7 @@ class RLConfig:
             if new > actor.max_length:
                 raise ConfigError(
                     f"rollout.{name}_sampling_params.max_new_tokens={new} does not fit into "
-                    f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}"
+                    f"actor.max_length_per_device={times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}"
                 )
         limits = [
             ("actor.max_inference_length_per_device", actor.max_inference_length_per_device, actor.sp_size),
@@ -679,8 +726,8 @@ class RLConfig:
             if tokens * sp_size < actor.max_length:
                 group = "critic" if key.startswith("critic") else "actor"
                 raise ConfigError(
-                    f"{key}={_times_sp(tokens, group, sp_size)} is less than actor.max_length_per_device="
-                    f"{_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}, so a sequence may not fit"
+                    f"{key}={times_sp(tokens, group, sp_size)} is less than actor.max_length_per_device="
+                    f"{times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}, so a sequence may not fit"
                 )
         if self.adv.estimator not in ("reinforce", "gae") and (self.adv.norm_var or self.adv.global_norm):
             raise ConfigError(
@@ -746,42 +793,28 @@ class RLConfig:
                 f"train_data.curriculum={self.train_data.curriculum} needs train_data.path: tasks that the environment "
                 "makes up never come back"
             )
-        if self.train_data.path is None and self.trainer.max_steps is None and not self.trainer.eval_only:
-            raise ConfigError(
-                "train_data.path is not set; pass train_data.path=..., or trainer.max_steps=... for tasks that the "
-                "environment makes up"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
-    data: SupervisedData
+    data: SFTData
     actor: SFTActor
     trainer: Trainer
 
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
         _check_schedule("actor", self.actor)
-        # one position less than tokens: the last token is only a label
-        actor = self.actor
-        if self.data.max_length - 1 > actor.max_length:
-            raise ConfigError(
-                f"data.max_length={self.data.max_length} does not fit into "
-                f"actor.max_length_per_device={_times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}; "
-                "raise that, or lower data.max_length"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RMConfig:
     data: SupervisedData
-    critic: Trainable
+    critic: TrainableChat
     trainer: Trainer
 
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
         _check_schedule("critic", self.critic)
-        _check_pairs_fit(self.data.max_length, "critic", self.critic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -794,26 +827,11 @@ class DPOConfig:
     def __post_init__(self) -> None:
         self.data.check(self.trainer.test_freq)
         _check_schedule("actor", self.actor)
-        _check_pairs_fit(self.data.max_length, "actor", self.actor)
-        if self.ref_actor.max_inference_length_per_device * self.actor.sp_size < self.data.max_length:
-            raise ConfigError(
-                f"data.max_length={self.data.max_length} does not fit into "
-                f"ref_actor.max_inference_length_per_device={self.ref_actor.max_inference_length_per_device}"
-            )
         if self.actor.reference_free and self.ref_actor.model_name != self.actor.model_name:
             raise ConfigError("ref_actor.model_name has no effect with actor.reference_free=true")
 
 
-def _check_pairs_fit(max_length: int, group: str, model: Trainable) -> None:
-    if 2 * max_length > model.max_length:
-        raise ConfigError(
-            f"a pair stays together, and two sequences of data.max_length={max_length} do not fit into "
-            f"{group}.max_length_per_device={_times_sp(model.max_length_per_device, group, model.sp_size)}; "
-            f"raise it to {math.ceil(2 * max_length / model.sp_size)} or lower data.max_length"
-        )
-
-
-def _times_sp(tokens: int, group: str, sp_size: int) -> str:
+def times_sp(tokens: int, group: str, sp_size: int) -> str:
     """A limit of one process, and how many share a microbatch."""
     return f"{tokens}" + (f" x {group}.sp_size={sp_size}" if sp_size > 1 else "")
 
@@ -836,20 +854,22 @@ PROGRAMS: dict[str, type] = {
     "ppo": RLConfig,
     "spo": RLConfig,
     "spo_0p5": RLConfig,
+    "path": RLConfig,
 }
 """Program -> its configuration; `trainer/config/PROGRAM.yaml` holds the defaults."""
 
 
-def trained(config: Config) -> tuple[str, Trainable]:
+def trained(config: Config) -> tuple[str, TrainableChat]:
     """The model that a program trains, after the name of its group of keys."""
     return ("critic", config.critic) if isinstance(config, RMConfig) else ("actor", config.actor)
 
 
 def load(program: str, overrides: Sequence[str]) -> Any:
-    """The configuration of `program` with `key=value` overrides (Hydra's grammar).
+    """Return the configuration of `program` with `key=value` overrides (Hydra's grammar), old keys of RL2 among them.
 
     Raises `ConfigError`, naming the override to fix, before anything else is loaded.
     """
+    overrides = [setting for one in _translated(program, overrides) for setting in one.settings]
     try:
         with initialize_config_module("RL2.trainer.config", version_base="1.3"):
             tree = compose(program, overrides=[_may_be_new(override) for override in overrides])
@@ -857,6 +877,18 @@ def load(program: str, overrides: Sequence[str]) -> Any:
     except Exception as error:  # of Hydra and OmegaConf, and what they do not catch: names of files, numbers, recursion
         raise ConfigError(_in_the_users_words(program, overrides, error)) from error
     return build(PROGRAMS[program], values, "")
+
+
+def renamed(program: str, overrides: Sequence[str]) -> list[str]:
+    """Return a line for each override with a key of RL2 or its fork that is another here: what it became."""
+    return [one.note for one in _translated(program, overrides) if one.settings != [one.override]]
+
+
+def _translated(program: str, overrides: Sequence[str]) -> list[Given]:
+    try:
+        return translate(program, overrides)
+    except LegacyKeyError as error:
+        raise ConfigError(str(error)) from error
 
 
 def words(given: Sequence[str]) -> dict[str, Any]:
@@ -881,7 +913,15 @@ def _may_be_new(override: str) -> str:
 
 
 ARGS = "actor.objective_args"
-FREE_GROUPS = (f"{ARGS}.", "rollout.vllm.env.", "rollout.sglang.env.")
+COLUMNS = ("train_data.columns.", "test_data.columns.", "data.columns.")
+FREE_GROUPS = (
+    f"{ARGS}.",
+    "rollout.vllm.env.",
+    "rollout.sglang.env.",
+    "actor.chat_template_kwargs.",
+    "critic.chat_template_kwargs.",
+    *COLUMNS,
+)
 
 
 def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception) -> str:
@@ -919,7 +959,8 @@ def build(annotation: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"nothing reads {', '.join(unknown)}")
         if missing := [f.name for f in fields(annotation) if f.name not in value and f.default is MISSING]:
             raise ConfigError(f"{', '.join(prefix + name for name in missing)} missing in the YAML")
-        return annotation(**{f.name: build(hints[f.name], value[f.name], prefix + f.name) for f in fields(annotation)})
+        given = [f.name for f in fields(annotation) if f.name in value]
+        return annotation(**{name: build(hints[name], value[name], prefix + name) for name in given})
 
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -985,7 +1026,7 @@ def check_here(config: Config) -> None:
         "trainer.use_trackio": ("trackio", "trackio", config.trainer.use_trackio),
         "trainer.use_tensorboard": ("tensorboard", "tensorboard", config.trainer.use_tensorboard),
     }
-    models = {group: model}
+    models: dict[str, Trainable] = {group: model}
     if isinstance(config, RLConfig) and config.adv.estimator == "gae":
         models["critic"] = config.critic
     for each, sizes in models.items():
@@ -997,7 +1038,7 @@ def check_here(config: Config) -> None:
     for key, (package, extra, wanted) in packages.items():
         if wanted and not config.trainer.dry_run and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'")
-    named: dict[str, str | None] = {}
+    named: dict[str, str | None] = {f"{group}.chat_template": model.chat_template}
     if isinstance(config, RLConfig):
         servers = config.rollout.servers
         launches = servers is not None and not servers.urls and not config.trainer.dry_run
@@ -1010,10 +1051,10 @@ def check_here(config: Config) -> None:
         named |= {"data.path": config.data.path, "data.test_path": config.data.test_path}
         named |= {"data.env_path": config.data.env_path}
     for key, path in named.items():
-        # a name without suffix may be a hub data set or a folder; a script is always a file
+        # a name without suffix may be a hub data set or a folder; scripts and templates are always files
         if path is None:
             continue
-        if key.endswith("env_path") and not Path(path).is_file():
+        if key.endswith(("env_path", "chat_template")) and not Path(path).is_file():
             raise ConfigError(f"{key}={path}: there is no such file")
-        if Path(path).suffix and "@" not in path and not Path(path).exists():
+        if Path(path).suffix[1:].isalpha() and "@" not in path and not Path(path).exists():
             raise ConfigError(f"{key}={path}: there is no such file")

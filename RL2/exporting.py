@@ -38,7 +38,8 @@ def export(checkpoint: Path, out: Path, model_name: str, *, adapter: bool) -> No
     settings = _settings(checkpoint.parent / "config.yaml", group, needed=has_adapters or not model_name)
     model_name = model_name or settings["model_name"]
 
-    tokenizer = load_tokenizer(model_name, KEY)
+    template = settings.get("chat_template"), settings.get("chat_template_kwargs")
+    tokenizer = load_tokenizer(model_name, KEY, *template)
     kind = ValueModel if group == "critic" else Policy
     lm = kind.build(model_name, KEY)
     if has_adapters:

@@ -63,7 +63,7 @@ def loss_weights(
     *,
     train_on: Literal["all", "correct"],
     level: Literal["token", "sequence", "constant"],
-    average_over: Literal["all", "kept"],
+    average_over: Literal["all", "kept", "correct"],
     length: int | None = None,
     entropy_quantile: float = 0.0,
     not_mode: bool = False,
@@ -74,12 +74,14 @@ def loss_weights(
     `batch` is the global minibatch of one optimizer step. What trains: the tokens that `kept` keeps. With
     `level=token` each of them weighs 1 / (number of tokens); `sequence`: 1 / (tokens of its sequence) / (number of
     sequences); `constant`: 1 / `length` / (number of sequences), as in Dr. GRPO (arXiv 2503.20783). The numbers
-    count every action (`average_over=all`, thesis 3.1) or only what trains (`kept`, 3.2). With nothing kept all weights
-    are 0.
+    count every action (`average_over=all`, thesis 3.1), only what trains (`kept`, 3.2) or every action of the sequences
+    that `train_on` keeps (`correct`). With nothing kept all weights are 0.
     """
     sequence_T = batch.sequence_T
     kept_T = kept(batch, train_on=train_on, entropy_quantile=entropy_quantile, not_mode=not_mode, on_policy=on_policy)
-    counted_T = kept_T if average_over == "kept" else batch.action_T
+    counted_T = {"all": batch.action_T, "kept": kept_T}.get(average_over)
+    if counted_T is None:
+        counted_T = kept(batch, train_on=train_on)
     tokens_B = torch.zeros_like(batch.lengths_B).index_add_(0, sequence_T, counted_T.long())
     num_sequences = max(1, int((tokens_B > 0).sum()))
     if level == "token":

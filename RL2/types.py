@@ -31,6 +31,8 @@ class Prompt:
     """`text`, encoded once."""
     extra_info: dict[str, Any]
     """Handed to the environment: answers, tests, tool settings."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """What went to the chat template beside the messages: `tools` and settings of its own."""
 
 
 @dataclass(frozen=True)

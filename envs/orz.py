@@ -38,7 +38,8 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
     """
     if row.get("extra_info") is not None:
         return row
-    if "messages" in row or "prompt" in row:
+    # some data sets repeat the question, and its solution, as `messages`
+    if "prompt" in row or ("messages" in row and "problem" not in row and "question" not in row):
         return row | {"extra_info": {"answer": str(row["answer"])}}
     if "0" in row:
         question, gold = row["0"]["value"], row["1"]["ground_truth"]["value"]

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
+    ("legacy_keys",),
     ("types", "config", "scripts"),
     ("ops", "parallel", "objectives", "advantages", "packing", "report"),
     ("models", "data", "engines", "rollout", "checkpoint", "checkpoint_reader"),

@@ -28,8 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from typer.main import get_command
 
 from RL2.cli import app
-from RL2.config import PROGRAMS, ConfigError, RLConfig, SFTConfig, _keys, build, load, show
+from RL2.config import FREE_GROUPS, PROGRAMS, ConfigError, RLConfig, SFTConfig, _keys, build, load, show
 from RL2.evaluation import evaluate, sweep
+from RL2.legacy_keys import RULES
 from RL2.objectives.conformance import check
 from RL2.objectives.probe import probe, probe_supervised
 from RL2.planning import Question as PlanQuestion
@@ -48,7 +49,7 @@ GROUPS = {
     program: {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
     for program, keys in KEYS.items()
 }
-FREE = ("actor.objective_args", "rollout.vllm.env", "rollout.sglang.env")
+FREE = {group.rstrip(".") for group in FREE_GROUPS}
 """Groups with names of the user's own."""
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 COMMANDS: Any = get_command(app).commands  # type: ignore[attr-defined]
@@ -246,10 +247,12 @@ def what_is_wrong(span: str, page: Path) -> str | None:
 def what_is_wrong_with_keys(words: list[str]) -> str | None:
     """Words that are not KEY or KEY=VALUE stand there to be read."""
     words = [word for word in words if re.fullmatch(r"[a-z_0-9]+(\.\w+)+(\.\*)?(=.*)?", word)]
-    knowing = set(PROGRAMS) - {"spo_0p5"}
+    words = [word for word in words if word.partition("=")[0] not in RULES.keys() - set().union(*KEYS.values())]
+    knowing = set(PROGRAMS) - {"spo_0p5", "path"}
     for word in words:
         key = word.partition("=")[0].removesuffix(".*").removesuffix(".NAME")
-        knowing &= {program for program, keys in KEYS.items() if key in keys | GROUPS[program] or key.startswith(FREE)}
+        group = key.rpartition(".")[0]
+        knowing &= {p for p, keys in KEYS.items() if key in keys | GROUPS[p] or group in keys & FREE}
         if not knowing:
             return None if key.endswith((".jsonl", ".py")) else f"no program has the key {key}"
     settings = tuple(word for word in words if re.search(r"=[^A-Z.]", word))
@@ -304,5 +307,5 @@ def test_the_page_of_all_keys_has_them_all(monkeypatch: pytest.MonkeyPatch) -> N
     rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+) \|$", "\n".join(hooks.reference()), re.MULTILINE)
     assert {key for key, _, _ in rows} == set().union(*KEYS.values())
     assert ("trainer.timeout_s", "`1800`") in {(key, default) for key, default, _ in rows}
-    assert ("actor.tis_coef", "`2.0` (ppo); `0.0` (spo, spo_0p5)") in {(key, default) for key, default, _ in rows}
+    assert ("actor.tis_coef", "`2.0` (ppo); `0.0` (spo, spo_0p5, path)") in {(key, default) for key, default, _ in rows}
     assert ("actor.model_name", "*to be set*") in {(key, default) for key, default, _ in rows}

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from RL2.data.source import DataError, Row, in_row, keys, shown
+from RL2.data.bad_rows import FatalDataError
+from RL2.data.source import DataError, Row, keys, shown
 from RL2.scripts import raise_in
 
 Message = dict[str, Any]
@@ -32,25 +33,72 @@ def from_json(value: Any) -> Any:
 
 
 def messages_of(row: Row) -> list[Message]:
-    """The checked `messages` of a row."""
+    """Return the checked `messages` of a row: contents as text, arguments of calls as objects, without null keys."""
     messages = from_json(row.get("messages"))
     if not isinstance(messages, list) or not messages:
         raise DataError(f"'messages' must be a list of at least one message, not {shown(messages)}")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise DataError(f"messages[{number}] must be an object with 'role' and 'content', not {shown(message)}")
-        role, content = message.get("role"), message.get("content")
-        if role is None:
-            raise DataError(f"messages[{number}] has no 'role'")
-        if not isinstance(role, str):
-            raise DataError(f"messages[{number}].role must be text, not {shown(role)}")
-        if content is None and not message.get("tool_calls"):
-            raise DataError(f"messages[{number}] has no 'content'")
-        if content is not None and not isinstance(content, str):
-            raise DataError(f"messages[{number}].content must be text, not {shown(content)}")
-        if role == "user" and not (content or "").strip():
-            raise DataError(f"messages[{number}] is empty")
-    return messages
+    return [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def _message(message: Any, name: str) -> Message:
+    if not isinstance(message, dict):
+        raise DataError(f"{name} must be an object with 'role' and 'content', not {shown(message)}")
+    message = {key: value for key, value in message.items() if value is not None}  # keys that other rows have
+    role, calls = message.get("role"), from_json(message.get("tool_calls"))
+    if role is None:
+        raise DataError(f"{name} has no 'role'")
+    if not isinstance(role, str):
+        raise DataError(f"{name}.role must be text, not {shown(role)}")
+    content = message["content"] = _text(message.get("content"), name)
+    if calls:
+        if not isinstance(calls, list):
+            raise DataError(f"{name}.tool_calls must be a list, not {shown(calls)}")
+        message["tool_calls"] = [_call(call, f"{name}.tool_calls[{n}]") for n, call in enumerate(calls)]
+    else:
+        message.pop("tool_calls", None)
+        if content is None:
+            raise DataError(f"{name} has no 'content'")
+    if role == "user" and not (content or "").strip():
+        raise DataError(f"{name} is empty")
+    return message
+
+
+def _text(content: Any, name: str) -> str | None:
+    """Return a content as one text; OpenAI's rows may have it in parts."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise DataError(f"{name}.content must be text or a list of text parts, not {shown(content)}")
+    for part in content:
+        if not isinstance(part.get("text"), str):
+            raise DataError(f"{name}.content has a part that is no text: {shown(part)}")
+    return "".join(part["text"] for part in content)
+
+
+def _call(call: Any, name: str) -> dict[str, Any]:
+    """Return a call of a tool as an object with `function`, whose arguments OpenAI's rows have as JSON text."""
+    if isinstance(call, dict) and not isinstance(call.get("function"), dict):
+        call = {"type": "function", "function": call}
+    function = call["function"] if isinstance(call, dict) else {}
+    arguments = from_json(function.get("arguments", {}))
+    if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+        raise DataError(f"{name} must have a 'function' with 'name' and an object as 'arguments', not {shown(call)}")
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def template_arguments(row: Row) -> dict[str, Any]:
+    """Return what goes to the chat template beside the messages: `tools`, and what is in `chat_template_kwargs`."""
+    arguments = from_json(row.get("chat_template_kwargs") or {})
+    if not isinstance(arguments, dict):
+        raise DataError(f"'chat_template_kwargs' must be an object, not {shown(arguments)}")
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    tools = from_json(row.get("tools"))
+    if tools:
+        tools = [from_json(tool) for tool in tools] if isinstance(tools, list) else tools
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise DataError(f"'tools' must be a list of objects, not {shown(tools)}")
+        arguments["tools"] = tools
+    return arguments
 
 
 @contextmanager
@@ -62,6 +110,8 @@ def template_errors() -> Iterator[None]:
     try:
         with _interrupted_after(TEMPLATE_LIMIT_S):
             yield
+    except TimeoutError as error:
+        raise FatalDataError(f"the chat template refuses the messages: {error}") from error
     except Exception as error:
         raise DataError(f"the chat template refuses the messages: {str(error) or type(error).__name__}") from error
 
@@ -90,13 +140,18 @@ def _interrupted_after(limit_s: float) -> Iterator[None]:
             raise_in(thread, None)  # one that came too late
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool, **arguments: Any
+) -> str:
+    """Return the text that the chat template makes of the messages; `arguments` are its own, `tools` among them."""
     if tokenizer.chat_template is None:
-        raise DataError(
+        raise FatalDataError(
             "the tokenizer has no chat template; pass rows with 'prompt' or a tokenizer with a chat template"
         )
     with template_errors():
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
+        )
     assert isinstance(text, str)
     if len(text) > MAX_RENDERED:
         raise DataError(f"the chat template makes {len(text)} characters of the messages")
@@ -132,28 +187,22 @@ def is_chat(row: Row) -> bool:
     return False
 
 
+def question_of(row: Row) -> list[Message]:
+    """Return the checked `messages` of a row for reinforcement learning, in which the model is to answer.
+
+    Raise DataError if they end with the assistant: demonstrations would put the solution into the prompt.
+    """
+    messages = messages_of(row)
+    if messages[-1]["role"] == "assistant":
+        raise DataError(
+            "'messages' end with the assistant, whose answer would stand in the prompt; leave that turn out "
+            "(example(row) of the environment script can)"
+        )
+    return messages
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
     """Token ids of many texts at once."""
     if not texts:
         return []
     return tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False).input_ids
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, path: str, rows: list[Row]) -> list[tuple[str, list[int]]]:
-    """(text, token ids) of every row's prompt; `path` is for errors.
-
-    A raw prompt gets what the tokenizer puts around a text, such as BOS; a rendered chat has it already.
-    """
-    texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
-    for number, row in enumerate(rows):
-        with in_row(path, number):
-            chat = is_chat(row)
-            text = render(tokenizer, messages_of(row), add_generation_prompt=True) if chat else row["prompt"]
-            if not text:
-                raise DataError("the chat template makes an empty prompt of the messages")
-            texts[chat][number] = text
-    prompts = dict[int, tuple[str, list[int]]]()
-    for chat, part in texts.items():
-        token_ids = encode(tokenizer, list(part.values()), add_special_tokens=not chat)
-        prompts |= {n: (text, ids) for (n, text), ids in zip(part.items(), token_ids, strict=True)}
-    return [prompts[number] for number in range(len(rows))]

@@ -3,49 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from RL2.data.bad_rows import BadRows
 from RL2.data.chat import from_json
-from RL2.data.sft import Example, encode_rows
-from RL2.data.source import DataError, Row, in_row, keys, load_converted, shown
+from RL2.data.sft import Demonstration, Example, demonstration, encode_demonstrations
+from RL2.data.source import DataError, Row, keys, load_converted, shown
+from RL2.data.template import Template
 from RL2.types import Sequence, Trajectory
 
 Pair = tuple[Example, Example]
 """Chosen and rejected: token ids up to the end of the response, and which of them are the response."""
 SIDES = ("chosen", "rejected")
+MAY_FOLLOW = {
+    "assistant": ("user", "tool", "system", "developer"),
+    "user": ("system", "developer"),
+    "tool": ("assistant",),
+    "system": (),
+}
+"""Role of a side's first message -> roles that the messages before it may end with. After the assistant a user could go
+on or begin another conversation, so that is not taken."""
 
 
 def load_pairs(
-    path: str, tokenizer: PreTrainedTokenizerBase, example: Callable[[Row], Row] | None, max_length: int
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    example: Callable[[Row], Row] | None,
+    max_length: int,
+    notes: list[str] | None = None,
 ) -> tuple[list[Pair], int]:
-    """The pairs of which both sequences have at most `max_length` tokens, and how many others were left out.
+    """Return the pairs of which both sequences have at most `max_length` tokens, and how many others were left out.
 
     Rows are {"prompt", "chosen", "rejected"}, three texts, or {"chosen", "rejected"}, two lists of messages that end
-    with the assistant; `messages` or a list as `prompt` stands before both. Or what `example` makes into these.
+    with the assistant; `prompt` or `messages` stand before a side that does not repeat them. Or what `example` makes
+    into these. What there is to say of them is added to `notes`.
     """
     rows = load_converted(path, example)
-    sides = list[list[Row]]()
-    for side in SIDES:
-        demonstrations = list[Row]()
-        for number, row in enumerate(rows):
-            with in_row(path, number):
-                demonstrations.append(_demonstration(row, side))
-        sides.append(demonstrations)
-    encoded = [encode_rows(path, tokenizer, demonstrations) for demonstrations in sides]
+    bad = BadRows(path)
+    sides: tuple[dict[int, Demonstration], ...] = ({}, {})
+    for number, row in enumerate(rows):
+        with bad.row(number):
+            pair = _pair(row)
+            for side, each in zip(sides, pair, strict=True):
+                side[number] = each
+    template = Template(tokenizer)
+    chosen, rejected = (encode_demonstrations(template, side, bad, notes) for side in sides)
 
     pairs = list[Pair]()
-    for number, (chosen, rejected) in enumerate(zip(*sides, strict=True)):
-        turns = _turns_in_common(chosen["messages"] or [], rejected["messages"] or [])
-        with in_row(path, number):
-            first, second = (_response(one[number], turns) for one in encoded)
-        if max(len(first[0]), len(second[0])) <= max_length:
-            pairs.append((first, second))
+    for number in chosen.keys() & rejected.keys():
+        with bad.row(number):
+            first, second = _response(chosen[number]), _response(rejected[number])
+            if max(len(first[0]), len(second[0])) <= max_length:
+                pairs.append((first, second))
+    bad.settle(len(rows))
     if not pairs:
         raise DataError(f"{path}: no pair within data.max_length={max_length}; raise it")
-    return pairs, len(rows) - len(pairs)
+    return pairs, len(rows) - len(bad.found) - len(pairs)
 
 
 def as_responses(pairs: list[Pair]) -> list[Trajectory]:
@@ -71,22 +87,54 @@ def _trajectory(pair: int, side: int, token_ids: list[int], mask: list[bool]) ->
     return Trajectory(row=pair, group=pair, sample=side, sequences=[Sequence(token_ids, mask, zeros, reward)])
 
 
-def _demonstration(row: Row, side: str) -> Row:
-    """One side of the row in the format of supervised fine-tuning."""
+def _side(row: Row, side: str) -> Row:
+    """Return one side of the row in the format of supervised fine-tuning."""
     prompt, messages, answer = (_decoded(row.get(key)) for key in ("prompt", "messages", side))
     if answer is None:
         raise DataError(f"no {side!r}; its keys are {keys(row)}")
     if isinstance(answer, list):
-        # a text beside whole conversations repeats their first message
-        before = next((x for x in (messages, prompt) if isinstance(x, list)), [])
-        return {"prompt": None, "messages": [*before, *answer]}
+        before = next((value for value in (prompt, messages) if isinstance(value, list)), None)
+        if before is None and isinstance(prompt, str) and answer and _said(answer[0])[0] == "assistant":
+            before = [{"role": "user", "content": prompt}]
+        return row | {"prompt": None, "response": None, "messages": [*_missing(before or [], answer, side), *answer]}
     if not isinstance(answer, str):
         raise DataError(f"{side!r} must be text or a list of messages, not {shown(answer)}")
     if isinstance(prompt, list):
         prompt, messages = None, prompt
     if prompt is None and messages is None:
         raise DataError(f"{side!r} is text and answers nothing: the row needs a 'prompt'; its keys are {keys(row)}")
-    return {"prompt": prompt, "messages": messages, "response": answer}
+    return row | {"prompt": prompt, "messages": messages, "response": answer}
+
+
+def _missing(before: list[Any], side: list[Any], name: str) -> list[Any]:
+    """Return what of the messages `before` is to stand in front of a side: what the side does not repeat itself.
+
+    A side may repeat all of them, their end or nothing, and in some data sets they are one whole side. Raise DataError
+    where it cannot be told whether the side goes on from them or is another conversation.
+    """
+    context, turns = [_said(message) for message in before], [_said(message) for message in side]
+    if not context or not turns:
+        return []
+    for size in range(min(len(context), len(turns)), 0, -1):
+        if turns[:size] == context[-size:]:
+            return before[:-size]
+    if turns[0] == context[0] or any(turns[at : at + len(context)] == context for at in range(1, len(turns))):
+        return []  # a whole conversation
+    first, last = turns[0][0], context[-1][0]
+    if isinstance(first, str) and last not in MAY_FOLLOW.get(first, (last,)):
+        raise DataError(
+            f"{name!r} begins with the {first} and repeats nothing of 'messages' or 'prompt', which end with the "
+            f"{last}; let both sides be whole conversations and leave the others out"
+        )
+    return before
+
+
+def _said(message: Any) -> tuple[Any, ...]:
+    """Return what makes two messages the same, whatever other keys they carry."""
+    if not isinstance(message, dict):  # reported once the messages are checked
+        return (None, message)
+    content = message.get("content")
+    return message.get("role"), content.strip() if isinstance(content, str) else content, message.get("tool_calls")
 
 
 def _decoded(value: Any) -> Any:
@@ -95,24 +143,21 @@ def _decoded(value: Any) -> Any:
     return decoded if isinstance(decoded, list) and decoded and all(isinstance(x, dict) for x in decoded) else value
 
 
-def _turns_in_common(chosen: list[Any], rejected: list[Any]) -> int:
-    """Turns of the assistant before the conversations part; the last one always counts as a response."""
-    common = 0
-    for first, second in zip(chosen[:-1], rejected[:-1], strict=False):
-        if first != second:
-            break
-        common += first["role"] == "assistant"
-    return common
+def _pair(row: Row) -> list[Demonstration]:
+    """Return both sides; only the turns from where they part train, at least the last one."""
+    chosen, rejected = (demonstration(_side(row, side), "all") for side in SIDES)
+    if chosen.chat is None or rejected.chat is None:
+        return [chosen, rejected]
+    first, second = chosen.chat.messages, rejected.chat.messages
+    longest = min(len(first), len(second)) - 1
+    parted = next((n for n in range(longest) if _said(first[n]) != _said(second[n])), longest)
+    return [replace(each, turns=[n for n in each.turns if n >= parted]) for each in (chosen, rejected)]
 
 
-def _response(example: Example, turns: int) -> Example:
-    """Without the first `turns` runs of marks, and up to the last mark."""
+def _response(example: Example) -> Example:
+    """Return the example up to the last token that trains."""
     token_ids, mask = example
-    kept = list[bool]()
-    for is_marked, run in groupby(mask):
-        kept += [is_marked and turns <= 0] * len(list(run))
-        turns -= is_marked
-    if True not in kept:
+    if True not in mask:
         raise DataError("no token to train on")
-    end = len(kept) - kept[::-1].index(True)
-    return token_ids[:end], kept[:end]
+    end = len(mask) - mask[::-1].index(True)
+    return token_ids[:end], mask[:end]

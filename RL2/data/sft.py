@@ -5,62 +5,115 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable
-from itertools import groupby
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import groupby, takewhile
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from RL2.data.chat import Message, encode, is_chat, messages_of, render, template_errors, unicode
-from RL2.data.source import DataError, Row, in_row, keys, load_converted, shown
+from RL2.data.bad_rows import BadRows
+from RL2.data.chat import Message, encode, is_chat, messages_of, template_arguments, template_errors, unicode
+from RL2.data.source import DataError, Row, keys, load_converted, shown
+from RL2.data.template import Chat, Template
+from RL2.data.turns import Piece, cut_at_turns
 from RL2.types import Sequence, Trajectory
 
 Example = tuple[list[int], list[bool]]
 """Token ids, and which of them are trained on."""
-Piece = tuple[str, bool]
-"""Text, and whether it is trained on."""
+TrainOn = Literal["all", "last", "weighted"]
+"""Turns of the assistant: all, the last one, or those without `weight: 0`."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BATCH = 1024
 """Texts encoded at once: offsets take much memory for the little while that they live."""
 
 
-def load_examples(
-    path: str, tokenizer: PreTrainedTokenizerBase, example: Callable[[Row], Row] | None, max_length: int
-) -> tuple[list[Trajectory], int]:
-    """One trajectory per row, at most `max_length` tokens long, and how many rows were cut to that.
+@dataclass(frozen=True)
+class Demonstration:
+    """A conversation, or a text and what follows it."""
 
-    Rows are {"prompt", "response"}, {"messages"} or {"messages", "response"}, or what `example` makes into these.
+    chat: Chat | None
+    prompt: str = ""
+    response: str = ""
+    turns: list[int] = field(default_factory=list)
+    """Numbers of the messages that train."""
+
+
+def load_examples(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    example: Callable[[Row], Row] | None,
+    max_length: int,
+    train_on: TrainOn = "weighted",
+    notes: list[str] | None = None,
+) -> tuple[list[Trajectory], int]:
+    """Return one trajectory for each row of at most `max_length` tokens, and how many rows were left out as longer.
+
+    Rows are {"prompt", "response"}, {"messages"} or {"messages", "response"}, or what `example` makes into these. What
+    there is to say of them is added to `notes`. Raise DataError that names the rows that cannot be used.
     """
-    examples = encode_rows(path, tokenizer, load_converted(path, example))
-    trajectories, num_cut = list[Trajectory](), 0
-    for number, (token_ids, mask) in enumerate(examples):
-        num_cut += len(token_ids) > max_length
-        with in_row(path, number):
-            if not any(mask[:max_length]):
-                hint = f" within data.max_length={max_length}; raise it" if any(mask) else ""
-                raise DataError("no token to train on" + hint)
-        trajectories.append(_trajectory(number, token_ids[:max_length], mask[:max_length]))
-    return trajectories, num_cut
+    rows = dict(enumerate(load_converted(path, example)))
+    bad = BadRows(path)
+    examples = _encode(tokenizer, rows, bad, train_on, notes)
+    trajectories = list[Trajectory]()
+    for number, (token_ids, mask) in examples.items():
+        with bad.row(number):
+            if not any(mask):
+                raise DataError("no token to train on")
+            if len(token_ids) <= max_length:
+                trajectories.append(_trajectory(number, token_ids, mask))
+    bad.settle(len(rows))
+    if not trajectories:
+        raise DataError(f"{path}: no example within data.max_length={max_length}; raise it")
+    return trajectories, len(rows) - len(bad.found) - len(trajectories)
 
 
 def encode_rows(path: str, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[Example]:
-    """Token ids of rows in one of the formats above, and where the assistant speaks; `path` is for errors."""
-    raw, chats = dict[int, tuple[str, str]](), dict[int, list[Message]]()
-    for number, row in enumerate(rows):
-        with in_row(path, number):
-            if is_chat(row):
-                chats[number] = _conversation(row)
-            else:
-                raw[number] = row["prompt"], _response(row)
-    if raw and tokenizer.eos_token_id is None:
-        raise DataError(f"{path}: rows with 'prompt' need a tokenizer with an eos token, which ends the response")
-
-    examples = _encode_raw(tokenizer, raw)
-    if chats and tokenizer.is_fast and _GENERATION.search(str(tokenizer.chat_template)):
-        examples |= _encode_marked(tokenizer, path, chats)
-    else:
-        examples |= _encode_by_prefix(tokenizer, path, chats)
+    """Return token ids of rows in one of the formats above, and where the assistant speaks; `path` is for errors."""
+    bad = BadRows(path)
+    examples = _encode(tokenizer, dict(enumerate(rows)), bad, "all", None)
+    bad.settle(len(rows))
     return [examples[number] for number in range(len(rows))]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, rows: dict[int, Row], bad: BadRows, train_on: TrainOn, notes: list[str] | None
+) -> dict[int, Example]:
+    demonstrations = dict[int, Demonstration]()
+    for number, row in rows.items():
+        with bad.row(number):
+            demonstrations[number] = demonstration(row, train_on)
+    return encode_demonstrations(Template(tokenizer), demonstrations, bad, notes)
+
+
+def demonstration(row: Row, train_on: TrainOn) -> Demonstration:
+    """Return what a row demonstrates. Raise DataError for one that demonstrates nothing."""
+    if not is_chat(row):
+        return Demonstration(None, row["prompt"], _response(row))
+    messages = _conversation(row)
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if train_on == "last":
+        turns = turns[-1:]
+    elif train_on == "weighted":
+        turns = [number for number in turns if _weight(messages[number], f"messages[{number}]")]
+        if not turns:
+            raise DataError("every turn of the assistant has weight 0")
+    return Demonstration(Chat(messages, template_arguments(row)), turns=turns)
+
+
+def encode_demonstrations(
+    template: Template, demonstrations: dict[int, Demonstration], bad: BadRows, notes: list[str] | None = None
+) -> dict[int, Example]:
+    """Return token ids of demonstrations, and which of them train, by number; what cannot be used goes to `bad`."""
+    tokenizer = template.tokenizer
+    raw = {number: each for number, each in demonstrations.items() if each.chat is None}
+    chats = {number: each for number, each in demonstrations.items() if each.chat is not None}
+    examples = _encode_raw(template, raw, bad)
+    if chats and tokenizer.is_fast and _GENERATION.search(str(tokenizer.chat_template)):
+        examples |= _encode_marked(template, chats, bad)
+    else:
+        examples |= _encode_by_prefix(template, chats, bad, [] if notes is None else notes)
+    return {number: examples[number] for number in sorted(examples)}
 
 
 def _trajectory(row: int, token_ids: list[int], mask: list[bool]) -> Trajectory:
@@ -78,7 +131,7 @@ def _response(row: Row) -> str:
 
 
 def _conversation(row: Row) -> list[Message]:
-    """The messages with the answer at their end."""
+    """Return the messages with the answer at their end."""
     messages = messages_of(row)
     ends = messages[-1]["role"] == "assistant"
     if row.get("response") is not None:
@@ -92,83 +145,125 @@ def _conversation(row: Row) -> list[Message]:
     return messages
 
 
-def _encode_raw(tokenizer: PreTrainedTokenizerBase, rows: dict[int, tuple[str, str]]) -> dict[int, Example]:
-    prompts = encode(tokenizer, [prompt for prompt, _ in rows.values()], add_special_tokens=True)
-    responses = encode(tokenizer, [response for _, response in rows.values()], add_special_tokens=False)
-    eos = tokenizer.eos_token_id
+def _weight(message: Message, name: str) -> bool:
+    """Return whether a turn is to be learned: OpenAI's rows have `weight`, others `train`."""
+    weight = message.get("weight", message.get("train", 1))
+    if weight not in (0, 1):
+        raise DataError(f"{name} has weight {shown(weight)}; only 0 and 1 are known")
+    return bool(weight)
+
+
+def _encode_raw(template: Template, rows: dict[int, Demonstration], bad: BadRows) -> dict[int, Example]:
+    """Encode texts; a response ends with the token that ends it in sampling, once."""
+    tokenizer = template.tokenizer
+    if rows and not template.ends:
+        raise DataError(f"{bad.path}: rows with 'prompt' need a tokenizer with an eos token, which ends the response")
+    eos = str(tokenizer.eos_token or template.end)
+    ended = [
+        each.response + ("" if each.response.endswith(template.ends) else template.end if opens else eos)
+        for each in rows.values()
+        for opens in [bool(template.header) and each.prompt.endswith(template.header)]
+    ]
+    prompts = encode(tokenizer, [each.prompt for each in rows.values()], add_special_tokens=True)
+    responses = encode(tokenizer, ended, add_special_tokens=False)
     return {
-        number: ([*prompt, *response, eos], [False] * len(prompt) + [True] * (len(response) + 1))
+        number: (prompt + response, [False] * len(prompt) + [True] * len(response))
         for number, prompt, response in zip(rows, prompts, responses, strict=True)
     }
 
 
-def _encode_marked(
-    tokenizer: PreTrainedTokenizerBase, path: str, chats: dict[int, list[Message]]
-) -> dict[int, Example]:
-    """Where the template marks what the assistant says."""
+def _encode_marked(template: Template, chats: dict[int, Demonstration], bad: BadRows) -> dict[int, Example]:
+    """Encode where the template marks what the assistant says."""
     examples = dict[int, Example]()
-    for number, messages in chats.items():
-        with in_row(path, number), template_errors():
-            out: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        examples[number] = (
-            out["input_ids"],
-            _end_turns(out["input_ids"], out["assistant_masks"], tokenizer.eos_token_id),
-        )
+    for number, each in chats.items():
+        assert each.chat is not None
+        with bad.row(number):
+            chat = each.chat
+            template.refuse_lost_around(chat, template.render(chat))
+            with template_errors():
+                out: Any = template.tokenizer.apply_chat_template(
+                    template.as_read(chat.messages),
+                    return_dict=True,
+                    return_assistant_tokens_mask=True,
+                    **chat.arguments,
+                )
+            token_ids = out["input_ids"]
+            runs = end_turns(template.tokenizer, token_ids, out["assistant_masks"], template.end_ids)
+            mask = [False] * len(token_ids)
+            for start, end in _sampled(template, each, token_ids, runs):
+                mask[start:end] = [True] * (end - start)
+            examples[number] = token_ids, mask
     return examples
 
 
-def _end_turns(token_ids: list[int], marked: list[int], eos: int | None) -> list[bool]:
-    """Let every marked run end with the token that ends the turn: authors mark more (a newline) or less."""
-    mask, start = list[bool](), 0
+def end_turns(
+    tokenizer: PreTrainedTokenizerBase, token_ids: list[int], marked: list[int], end_ids: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    """Return the marked runs, each up to the token that ends the turn: authors mark more (a newline) or less."""
+    runs, start = list[tuple[int, int]](), 0
     for is_marked, run in groupby(marked):
         end = start + len(list(run))
         if is_marked:
-            after = [t + 1 for t in range(start, min(end + 1, len(marked))) if token_ids[t] == eos]
-            trained = after[-1] if after else end
-            mask += [False] * (start - len(mask)) + [True] * (trained - start)
+            after = [t + 1 for t in range(start, min(end + 1, len(marked))) if token_ids[t] in end_ids]
+            while len(after) > 1 and not str(tokenizer.decode(token_ids[after[-2] : after[-1] - 1])).strip():
+                after.pop()
+            runs.append((start, after[-1] if after else end))
         start = end
-    return mask + [False] * (len(marked) - len(mask))
+    return runs
+
+
+def _sampled(
+    template: Template, each: Demonstration, token_ids: list[int], runs: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return the marked runs of the turns to train, without what stands in the prompt for them already.
+
+    Raise DataError if a turn's text lacks what it says, or if it cannot be told which runs are of these turns.
+    """
+    assert each.chat is not None
+    chat, last = each.chat, len(each.chat.messages) - 1
+    spoken = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if len(runs) > len(spoken):
+        if each.turns != spoken:
+            raise DataError(
+                f"the chat template marks {len(runs)} turns of {len(spoken)}: data.train_on=all trains them"
+            )
+        return runs
+    found = list[tuple[int, int]]()
+    # where it marks fewer, it leaves the first out
+    for turn, (start, end) in zip(spoken[len(spoken) - len(runs) :], runs, strict=True):
+        if turn not in each.turns:
+            continue
+        prompt = template.render(chat, turn, add_generation_prompt=True) if turn else ""
+        text = template.render(chat, turn + 1)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
+        template.refuse_lost(chat.messages[turn], text[same:], but="" if turn == last else "the reasoning")
+        before = encode(template.tokenizer, [prompt], add_special_tokens=False)[0]
+        found.append((max(start, len(before)) if token_ids[: len(before)] == before else start, end))
+    return found
 
 
 def _encode_by_prefix(
-    tokenizer: PreTrainedTokenizerBase, path: str, chats: dict[int, list[Message]]
+    template: Template, chats: dict[int, Demonstration], bad: BadRows, notes: list[str]
 ) -> dict[int, Example]:
-    """Where the assistant's text is what the template adds to the prompt before it."""
-    rows = dict[int, list[Piece]]()
-    for number, messages in chats.items():
-        with in_row(path, number):
-            rows[number] = _pieces(tokenizer, messages)
+    """Encode where the assistant's text is what the template adds to the prompt before it."""
+    rows, lost = dict[int, list[Piece]](), 0
+    for number, each in chats.items():
+        assert each.chat is not None
+        with bad.row(number):
+            rows[number], rewritten = cut_at_turns(template, each.chat, each.turns)
+            lost += rewritten
+    if lost:
+        notes.append(
+            f"{bad.path}: {lost} earlier turns of the assistant do not train: the chat template writes them otherwise "
+            "once others follow (data.train_on=last leaves out all but the last)"
+        )
     numbers = list(rows)
     examples = dict[int, Example]()
-    encode_pieces = _encode_whole if tokenizer.is_fast else _encode_apart
+    encode_pieces = _encode_whole if template.tokenizer.is_fast else _encode_apart
     for start in range(0, len(numbers), _BATCH):
         part = numbers[start : start + _BATCH]
-        examples |= zip(part, encode_pieces(tokenizer, [rows[number] for number in part]), strict=True)
+        examples |= zip(part, encode_pieces(template.tokenizer, [rows[number] for number in part]), strict=True)
     return examples
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[Piece]:
-    """The rendered conversation up to the end of its last turn, cut where training on it begins and ends."""
-    whole = render(tokenizer, messages, add_generation_prompt=False)
-    eos = str(tokenizer.eos_token or "")
-    pieces, at = list[Piece](), 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        is_last = number == len(messages) - 1
-        prompt = render(tokenizer, messages[:number], add_generation_prompt=True)
-        turn = whole if is_last else render(tokenizer, messages[: number + 1], add_generation_prompt=False)
-        if not (whole.startswith(turn) and turn.startswith(prompt) and len(prompt) >= at):
-            raise DataError(
-                f"the chat template breaks the prefix property: up to messages[{number}] it does not render the "
-                "beginning of the conversation (some drop the reasoning of earlier turns); give it {% generation %} "
-                "marks around what the assistant says, or pass the rendered text as 'prompt' and 'response'"
-            )
-        # what the template writes after the token that ends the turn, such as a newline, is never sampled
-        end = turn.rfind(eos, len(prompt)) + len(eos) if eos in turn[len(prompt) :] else len(turn)
-        pieces += [(whole[at : len(prompt)], False), (whole[len(prompt) : end], True)]
-        at = end
-    return pieces
 
 
 def _encode_whole(tokenizer: PreTrainedTokenizerBase, rows: list[list[Piece]]) -> list[Example]:

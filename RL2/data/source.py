@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 from RL2.config import UserError, one_line
 
 Row = dict[str, Any]
+
+DEFAULT_SPLIT = "train"
+"""Split of a data set that is named without one, as in RL2."""
 
 
 class DataError(UserError, ValueError):
@@ -34,8 +38,8 @@ def in_row(path: str, row: int) -> Iterator[None]:
 
 
 def load_rows(path: str) -> list[Row]:
-    """All rows of a .json, .jsonl, .csv, .parquet or .arrow file, a folder that `datasets` saved, or
-    `split@name:subset` (a hub data set or a local folder; `:subset` may be left out)."""
+    """Return all rows of a .json, .jsonl, .csv, .parquet or .arrow file, a folder that `datasets` saved, or
+    `split@name:subset`: a hub data set or a local folder. `:subset` may be left out; without `split@` it is `train`."""
     read = _READERS[Path(path).suffix] if _is_file(path) else _read_dataset
     try:
         rows = read(path)
@@ -58,12 +62,39 @@ def load_converted(path: str, example: Callable[[Row], Row] | None) -> list[Row]
         with in_row(path, number):
             try:
                 converted.append(example(row))
+            except DataError:
+                raise
             except Exception as error:
                 what = f"example(row) failed with {type(error).__name__}: {error}"
                 raise DataError(f"{what}; the row's keys are {keys(row)}") from error
             if not isinstance(converted[-1], dict):
                 raise DataError(f"example(row) returned {shown(converted[-1])}, not a dict")
     return converted
+
+
+def with_columns(
+    columns: Mapping[str, str | None], example: Callable[[Row], Row] | None
+) -> Callable[[Row], Row] | None:
+    """Return `example` for rows whose columns have other names: `columns` maps our name to theirs.
+
+    A name that maps to None is left out, of the row and of what `example` makes of it. A row that has none of the named
+    columns raises DataError.
+    """
+    if not columns:
+        return example
+    theirs = {name: ours for ours, name in columns.items() if name is not None}
+
+    def renamed(row: Row) -> Row:
+        if theirs and not theirs.keys() & row.keys():
+            raise DataError(f"no column {' or '.join(map(repr, theirs))}; its columns are {keys(row)}")
+        kept = {name: value for name, value in row.items() if name not in columns and name not in theirs}
+        kept |= {ours: row[name] for name, ours in theirs.items() if name in row}
+        converted = kept if example is None else example(kept)
+        if not isinstance(converted, dict):
+            return converted
+        return {name: value for name, value in converted.items() if columns.get(name, name) is not None}
+
+    return renamed
 
 
 def keys(row: Row) -> str:
@@ -84,7 +115,7 @@ def describe(path: str | None) -> str:
         return "none, tasks are made up by the environment"
     if _is_file(path):
         return f"{path}: {Path(path).suffix[1:]} file, {_size(Path(path).stat().st_size)}"
-    if "@" not in path:
+    if _is_saved(Path(path)):
         return f"{path}: folder saved by datasets"
     split, name, subset = _parse(path)
     kind = "folder" if Path(name).is_dir() else "hub data set"
@@ -93,7 +124,7 @@ def describe(path: str | None) -> str:
 
 def is_here(path: str | None) -> bool:
     """Whether `load_rows(path)` would read from this machine, and not from the hub."""
-    return path is None or "@" not in path or Path(_parse(path)[1]).exists()
+    return path is None or _is_file(path) or Path(_parse(path)[1]).exists()
 
 
 def _is_file(path: str) -> bool:
@@ -105,11 +136,9 @@ def _is_file(path: str) -> bool:
         if place.suffix not in _READERS:
             raise DataError(f"{path}: unknown suffix {place.suffix!r}; known are {', '.join(_READERS)}")
         return True
-    if "@" in path or _is_saved(place):
+    if "@" in path or place.is_dir() or _HUB_NAME.fullmatch(path):
         return False
-    if place.is_dir():
-        raise DataError(f"{path}: not a folder saved by datasets; for a folder of data files write split@{path}")
-    raise DataError(f"{path}: there is no such file; a hub data set is written split@name:subset")
+    raise DataError(f"{path}: there is no such file, nor can it be the name of a hub data set")
 
 
 def _size(num_bytes: float) -> str:
@@ -212,6 +241,25 @@ def _read_csv(path: str) -> list[Row]:
     return rows
 
 
+TOOL_KEYS = ("tools", "tool_calls")
+
+
+def without_filled(value: Any, *, in_tools: bool = False) -> Any:
+    """Return `value` without the null keys inside of tools and their calls.
+
+    Arrow gives every object the keys of all others in its column: an argument of another call would be trained as null.
+    """
+    if isinstance(value, list):
+        return [without_filled(each, in_tools=in_tools) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: without_filled(each, in_tools=in_tools or key in TOOL_KEYS)
+        for key, each in value.items()
+        if each is not None or not in_tools
+    }
+
+
 # pyarrow and datasets take up to seconds to import, so only who needs them does
 
 
@@ -222,7 +270,7 @@ def _read_parquet(path: str) -> list[Row]:
     try:
         table = pa.parquet.read_table(path)
         table.validate(full=True)
-        return table.to_pylist()
+        return without_filled(table.to_pylist())
     except pa.ArrowException as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -237,7 +285,7 @@ def _read_arrow(path: str) -> list[Row]:
             reader = pa.ipc.open_stream(source) if is_stream else pa.ipc.open_file(source)
             table = reader.read_all()
             table.validate(full=True)  # what a damaged file says of lengths would be read beyond its end
-            return table.to_pylist()
+            return without_filled(table.to_pylist())
     except pa.ArrowException as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -251,8 +299,15 @@ _READERS: dict[str, Callable[[str], list[Row]]] = {
 }
 
 
+_HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?::[^/]+)?")
+"""OWNER/NAME:SUBSET, of which NAME is enough."""
+
+
 def _parse(path: str) -> tuple[str, str, str | None]:
-    split, _, rest = path.partition("@")
+    """Split `split@name:subset`; the split is `train` where none is named."""
+    if "@" not in path and Path(path).exists():
+        return DEFAULT_SPLIT, path, None
+    split, _, rest = path.partition("@") if "@" in path else (DEFAULT_SPLIT, "", path)
     name, _, subset = rest.partition(":")
     if not split or not name:
         raise DataError(f"{path}: write split@name or split@name:subset")
@@ -267,7 +322,7 @@ def _is_saved(folder: Path) -> bool:
 def _read_dataset(path: str) -> list[Row]:
     import datasets
 
-    split, name, subset = _parse(path) if "@" in path else (None, path, None)
+    split, name, subset = _parse(path)
     try:
         if _is_saved(Path(name)):
             data = datasets.load_from_disk(name)
@@ -279,8 +334,8 @@ def _read_dataset(path: str) -> list[Row]:
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             hint = ", ".join(f"{known}@{name}" for known in data)
-            raise DataError(f"{path}: which split? Write {hint}")
+            raise DataError(f"{path}: it has no split {split!r}; write {hint}")
         data = data[split]
-    elif split is not None and _is_saved(Path(name)):
+    elif "@" in path and _is_saved(Path(name)):
         raise DataError(f"{path}: this folder holds one data set without splits; write {name}")
-    return data.to_list()
+    return without_filled(data.to_list())

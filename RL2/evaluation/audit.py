@@ -19,8 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from RL2.config import UserError
-from RL2.data.chat import from_json
-from RL2.data.source import load_converted
+from RL2.data.chat import from_json, is_chat, question_of
+from RL2.data.prompts import given_away
+from RL2.data.source import in_row, load_converted
 from RL2.rollout.environment import Environment, Unscored, load_environment
 
 TEMPLATES = ("#### {answer}", "<answer>{answer}</answer>", "\\boxed{{{answer}}}", "The answer is {answer}.", "{answer}")
@@ -29,6 +30,7 @@ OTHERS = 3
 """Answers of other problems that each problem is offered."""
 NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 UNSCORED = "unscored: "
+COPIED = "the data's own prompt gives the answer"
 DIGITS = str.maketrans("0123456789", "".join(chr(0x0660 + d) for d in range(10)))
 """Arabic-Indic digits: `str.isdigit` and `int` take them for digits, a grader of ASCII text should not."""
 
@@ -69,6 +71,10 @@ def audit(env: str | Path, data: str, key: str = "answer", limit: int = 50, time
     """
     environment = load_environment(env, timeout_s)
     rows = load_converted(data, environment.example)[:limit]
+    for number, row in enumerate(rows):
+        with in_row(data, number):
+            if is_chat(row):
+                question_of(row)
     infos = [from_json(row.get("extra_info") or {}) for row in rows]
     if missing := [n for n, info in enumerate(infos, 1) if key not in info]:
         has = ", ".join(map(str, infos[missing[0] - 1])) or "nothing"
@@ -89,6 +95,9 @@ async def _audit(
     for n, (row, info, answer) in enumerate(zip(rows, infos, answers, strict=True)):
         others = [other for other in answers[n + 1 :] + answers[:n] if not _same(other, answer)]
         prompt = _prompt(row)
+        tried[COPIED] = n + 1
+        if found := given_away(prompt, info[key]):
+            findings.append(Finding(n + 1, COPIED, answer, found, "into the prompt"))
         for case in cases(template, answer, list(dict.fromkeys(others))[:OTHERS], row.get("response"), prompt):
             tried[case.kind] = tried.get(case.kind, 0) + 1
             said = await _reward(environment, prompt + case.in_prompt, case.response, info)

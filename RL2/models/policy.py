@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from RL2.config import ConfigError, first_line
+from RL2.data.template import Template, change_template
 from RL2.models.inspection import length_limit, stored_buffers
 from RL2.models.loading import build, empty, materialise, refuse_no_model
 from RL2.models.lora import is_adapter, merge, merged_name
@@ -92,7 +94,13 @@ def empty_model(like: PreTrainedModel, dtype: torch.dtype, device: torch.device)
     return lm.eval().requires_grad_(False)
 
 
-def load_tokenizer(model_name: str, key: str = "actor.model_name") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model_name: str,
+    key: str = "actor.model_name",
+    template: str | None = None,
+    template_arguments: dict[str, Any] | None = None,
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a hub name or folder, which `key` named, with another chat template if one is given."""
     refuse_no_model(model_name, key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name)
@@ -100,6 +108,7 @@ def load_tokenizer(model_name: str, key: str = "actor.model_name") -> PreTrained
         raise ConfigError(f"{key}={model_name}: its tokenizer cannot be read: {first_line(error)}") from error
     if not tokenizer.encode("a 1", add_special_tokens=False):  # what transformers makes of a configuration alone
         raise ConfigError(f"{key}={model_name} has no tokenizer: there is no tokenizer.json in it")
+    change_template(tokenizer, template, template_arguments or {}, key.partition(".")[0])
     return tokenizer
 
 
@@ -130,8 +139,8 @@ def positions(config: PretrainedConfig) -> int:
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's and those of the model's generation configuration."""
-    ids = {tokenizer.eos_token_id}
+    """Return the ids that end a response: the tokenizer's, the chat template's, and the generation configuration's."""
+    ids = {tokenizer.eos_token_id, *Template(tokenizer).end_ids}
     generation = lm.generation_config.eos_token_id if lm.generation_config is not None else None
     ids |= set(generation) if isinstance(generation, list) else {generation}
     return tuple(sorted(i for i in ids if i is not None))
@@ -174,6 +183,8 @@ def export(
         lm.config.architectures = [type(lm).__name__]
         lm.config.save_pretrained(folder)
         if lm.generation_config is not None:
+            if ends := end_tokens(lm, tokenizer):  # whoever samples from the export stops where training did
+                lm.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
             lm.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if files.is_sharded:

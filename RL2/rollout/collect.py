@@ -7,11 +7,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from RL2.config import UserError
+from RL2.data.template import Template
 from RL2.engines.base import Engine
 from RL2.rollout.environment import Environment
 from RL2.rollout.episode import request_seed, run_episode
@@ -46,6 +47,11 @@ class Episodes:
     max_turns: int
     max_length: int | None
 
+    @cached_property
+    def template(self) -> Template:
+        """The tokenizer's chat template, looked at once."""
+        return Template(self.tokenizer)
+
     def begin(
         self,
         prompt: Prompt,
@@ -67,6 +73,7 @@ class Episodes:
             max_length=self.max_length,
             group=group,
             seed=seed,
+            template=self.template,
         )
         return [asyncio.create_task(play(sample=sample)) for sample in range(number)]
 

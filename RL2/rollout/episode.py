@@ -7,8 +7,9 @@ import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from RL2.data.chat import messages_of, render, unicode
+from RL2.data.chat import messages_of, unicode
 from RL2.data.source import DataError
+from RL2.data.template import Chat, Template
 from RL2.engines.base import Engine
 from RL2.rollout.environment import Environment, State, Unscored
 from RL2.types import Prompt, Sampling, Sequence, Trajectory
@@ -38,11 +39,14 @@ async def run_episode(
     group: int,
     sample: int,
     seed: int,
+    template: Template | None = None,
 ) -> Trajectory:
     """Play `prompt` until the environment is done, `max_turns` responses are there, or `max_length` tokens are full.
 
-    What goes wrong in the environment makes the trajectory unscored; what the engine raises is raised.
+    What goes wrong in the environment makes the trajectory unscored; what the engine raises is raised. `template`: that
+    of the tokenizer, if it has been looked at before.
     """
+    template = template or Template(tokenizer)
     trajectory = Trajectory(row=prompt.row, group=group, sample=sample)
     try:
         extra_info = copy.deepcopy(prompt.extra_info)  # samples of a prompt share it, and must not share changes to it
@@ -50,7 +54,7 @@ async def run_episode(
         if not state and environment.has_reset:
             # all samples of a prompt get the same task, and each rollout new ones
             extra_info.setdefault("seed", request_seed(seed, group, 0, 0) % 2**32)
-            state = _first(tokenizer, await environment.reset(extra_info, sampling))
+            state = _first(template, await environment.reset(extra_info, sampling), prompt.template_arguments)
             added = _encode(tokenizer, state)
         sequence = Sequence([], [], [], [])
         for turn in range(max_turns):
@@ -87,9 +91,9 @@ async def run_episode(
                 break
 
             assert result.next_state is not None, "checked by the environment"
-            next_state = _next(tokenizer, state + action, result.next_state)
+            next_state = _next(template, state + action, result.next_state, end, prompt.template_arguments)
             if next_state.startswith(state + action):
-                # the end token was sampled; the environment may write its text out, as chat templates do
+                # the end token was sampled; the environment may write its text out
                 observation = next_state[len(state + action) :].removeprefix(end)
                 added = _encode(tokenizer, observation)
             else:  # the history was rewritten: what was sampled stays in its own sequence
@@ -123,24 +127,35 @@ def _take_as_given(sequence: Sequence, number: int) -> None:
     sequence.versions[-number:] = [-1] * number
 
 
-def _first(tokenizer: PreTrainedTokenizerBase, state: State) -> str:
-    return state if isinstance(state, str) else _render(tokenizer, [], state)
+def _first(template: Template, state: State, arguments: dict[str, Any] | None = None) -> str:
+    return state if isinstance(state, str) else _render(template, [], state, arguments or {})
 
 
-def _next(tokenizer: PreTrainedTokenizerBase, so_far: str, state: State) -> str:
-    """`state` as text; messages are written behind `so_far` as the chat template writes them behind a response."""
+def _next(template: Template, so_far: str, state: State, end: str, arguments: dict[str, Any]) -> str:
+    """Return `state` as text; messages are written behind `so_far` as the chat template writes them behind a response.
+
+    `end`: text of the end token that was sampled behind `so_far`, if one was. It is then the only one there.
+    """
     if isinstance(state, str):
         return state
     before = [{"role": "user", "content": "."}, {"role": "assistant", "content": RESPONSE}]
-    _, mark, observation = _render(tokenizer, before, state).partition(RESPONSE)
+    _, mark, observation = _render(template, before, state, arguments).partition(RESPONSE)
     if not mark:
         raise Unscored("the chat template drops responses; let step return the whole next state as text")
+    if end:
+        written = next((text for text in template.ends if observation.startswith(text)), "")
+        if written != end and template.ends_with_next:  # it belongs to the next turn
+            written = ""
+        observation = end + observation.removeprefix(written)
     return so_far + observation
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, before: list[dict[str, Any]], messages: list[dict[str, Any]]) -> str:
+def _render(
+    template: Template, before: list[dict[str, Any]], messages: list[dict[str, Any]], arguments: dict[str, Any]
+) -> str:
     try:
-        return render(tokenizer, before + messages_of({"messages": messages}), add_generation_prompt=True)
+        chat = Chat(before + messages_of({"messages": messages}), arguments)
+        return template.render(chat, add_generation_prompt=True)
     except DataError as error:
         raise Unscored(f"the environment's messages: {error}") from error
 

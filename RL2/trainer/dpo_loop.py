@@ -24,9 +24,9 @@ from RL2.workers.worker import Learner, Worker
 def train(config: DPOConfig, run: Run) -> None:
     """DPO or IPO on the responses of chosen and rejected, `batch_size` pairs a step."""
     data, actor = config.data, config.actor
-    tokenizer = load_tokenizer(actor.model_name)
+    tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
     notes: list[str] = []
-    pairs_of = pairs_reader(data, tokenizer, notes, as_responses)
+    pairs_of = pairs_reader(config, tokenizer, notes, as_responses)
 
     def read(path: str) -> Rows:
         return Rows(with_reference(pairs_of(path).batch, config, run.processes), per_row=2)

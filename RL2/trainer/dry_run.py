@@ -27,27 +27,28 @@ from RL2.config import (
     RLConfig,
     SFTConfig,
     Trainable,
+    TrainableChat,
     TrainablePolicy,
     UserError,
     first_line,
     num_shards,
     trained,
 )
-from RL2.data.chat import from_json, is_chat, messages_of
+from RL2.data.chat import from_json, is_chat, question_of
 from RL2.data.cursor import Cursor
 from RL2.data.preference import as_responses, as_scored
-from RL2.data.prompts import load_prompts
+from RL2.data.prompts import given_away, load_prompts
 from RL2.data.source import describe, in_row, is_here, load_converted
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.loading import folder_here, match_weights, refuse_no_model, stored_tensors
 from RL2.models.packed import refuse_longer
-from RL2.models.policy import Policy, load_tokenizer, max_length, refuse_unknown_tokens
+from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
-from RL2.trainer.rl import actor_updates, make_cursor, tasks
+from RL2.trainer.rl import Example, actor_updates, make_cursor, tasks
 from RL2.trainer.run import number_of_steps, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
 from RL2.types import Prompt, Sampling
@@ -117,7 +118,7 @@ def look_at_folder(config: Config, found: Findings) -> None:
 
 
 def look_at_model(
-    model: Trainable, group: str, found: Findings
+    model: TrainableChat, group: str, found: Findings
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """The model without memory, and the tokenizer, if they are on this machine."""
     key, name = f"{group}.model_name", model.model_name
@@ -129,7 +130,7 @@ def look_at_model(
     if folder is None:
         found.miss("model", f"{name}, on the hub")
         return None, None
-    tokenizer = load_tokenizer(str(folder), key)
+    tokenizer = load_tokenizer(str(folder), key, model.chat_template, model.chat_template_kwargs)
     kind = Policy if isinstance(model, TrainablePolicy) else ValueModel
     lm = kind.build(name if folder == Path(name) else str(folder), key)
     said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
@@ -139,7 +140,9 @@ def look_at_model(
     if model.gradient_checkpointing:
         refuse_no_recomputation(lm, group)
     template = "" if tokenizer.chat_template else ", no chat template"
-    found.say("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens{template}")
+    ends = tokenizer.convert_ids_to_tokens(list(end_tokens(lm, tokenizer)))
+    said = f"{type(tokenizer).__name__}, {len(tokenizer)} tokens{template}"
+    found.say("tokenizer", said, f"sampling ends with {', '.join(ends) or 'no token'}")
     return lm, tokenizer
 
 
@@ -152,21 +155,20 @@ def look_at_tasks(
     longest = config.actor.max_length + 1
     if tokenizer is not None:
         longest = min(longest, max_length(tokenizer.name_or_path))
-    notes: dict[str, str] = {}
+    notes: dict[str, list[str]] = {}
 
-    def load(path: str) -> list[Prompt]:
+    def load(path: str, example: Example) -> list[Prompt]:
         if not is_here(path):
             return []
         if tokenizer is None:
-            prompts = formatted(path, environment)
-            notes[path] = f"{len(prompts)} rows, in the right format"
+            prompts = formatted(path, example)
+            notes[path] = [f"{len(prompts)} rows, in the right format", *warn_of_answers(prompts)]
             return prompts
-        prompts = load_prompts(path, tokenizer, environment.example, longest - 1)
+        prompts = load_prompts(path, tokenizer, example, longest - 1)
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        notes[path] = (
-            f"{len(prompts)} rows; prompts of {sum(lengths) / len(lengths):.0f} tokens in the mean, "
-            f"at most {max(lengths)}"
-        )
+        mean = f"{sum(lengths) / len(lengths):.0f}"
+        said = f"{len(prompts)} rows; prompts of {mean} tokens in the mean, at most {max(lengths)}"
+        notes[path] = [said, *warn_of_answers(prompts)]
         return prompts
 
     try:
@@ -178,7 +180,7 @@ def look_at_tasks(
             if what == "test data" and not config.tests:
                 found.say(what, "none")
             elif is_here(path):
-                found.say(what, describe(path), *([notes[path]] if path in notes else []))
+                found.say(what, describe(path), *notes.get(path or "", []))
             else:
                 found.miss(what, describe(path))
         found.say("environment", f"{rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode")
@@ -208,14 +210,23 @@ def look_at_tasks(
     return steps
 
 
-def formatted(path: str, environment: Environment) -> list[Prompt]:
+def formatted(path: str, example: Example) -> list[Prompt]:
     """The rows of `path`, checked as far as it goes without a tokenizer."""
     prompts = []
-    for number, row in enumerate(load_converted(path, environment.example)):
+    for number, row in enumerate(load_converted(path, example)):
         with in_row(path, number):
-            text = str(messages_of(row)) if is_chat(row) else row["prompt"]
+            text = str(question_of(row)) if is_chat(row) else row["prompt"]
         prompts.append(Prompt(number, text, [], from_json(row.get("extra_info")) or {}))
     return prompts
+
+
+def warn_of_answers(prompts: list[Prompt]) -> list[str]:
+    """Return a line that names the first prompt with its own right answer in it, if there is one."""
+    found = [(p.row, given) for p in prompts if (given := given_away(p.text, p.extra_info.get("answer")))]
+    if not found:
+        return []
+    row, given = found[0]
+    return [f"CAUTION: {len(found)} prompts give the right answer, first in row {row + 1}: {given!r}"]
 
 
 def try_environment(
@@ -260,9 +271,9 @@ def look_at_rows(
     if tokenizer is not None and is_here(data.path) and is_here(data.test_path):
         read: Callable[[str], Rows]
         if isinstance(config, SFTConfig):
-            read = import_module("RL2.trainer.sft_loop").reader(data, tokenizer, notes)
+            read = import_module("RL2.trainer.sft_loop").reader(config, tokenizer, notes)
         else:
-            read = pairs_reader(data, tokenizer, notes, as_responses if isinstance(config, DPOConfig) else as_scored)
+            read = pairs_reader(config, tokenizer, notes, as_responses if isinstance(config, DPOConfig) else as_scored)
         rows, _ = train_and_test(data, read)
         assert lm is not None
         refuse_unknown_tokens(lm, rows.batch.token_ids_T.tolist(), f"{trained(config)[0]}.model_name")

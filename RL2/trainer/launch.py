@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-from RL2.config import LostProcess, RLConfig, SFTConfig, UserError, check_here, load, show
+from RL2.config import LostProcess, RLConfig, SFTConfig, UserError, check_here, load, renamed, show
 
 LOOPS = {
     "sft": "RL2.trainer.sft_loop",
@@ -16,6 +16,7 @@ LOOPS = {
     "ppo": "RL2.trainer.rl",
     "spo": "RL2.trainer.rl",
     "spo_0p5": "RL2.trainer.rl",
+    "path": "RL2.trainer.rl",
 }
 """Program -> the module whose `train(config, run)` is its loop."""
 
@@ -23,9 +24,12 @@ LOOPS = {
 def main(program: str) -> None:
     """Run `program` with the overrides of the command line. Errors of the user end in one line and exit code 1."""
     try:
+        is_first = int(os.environ.get("RANK", 0)) == 0
+        notes = renamed(program, sys.argv[1:])
+        if is_first:
+            print("".join(f"{note}\n" for note in notes), end="", flush=True)
         config = load(program, sys.argv[1:])
         check_here(config)
-        is_first = int(os.environ.get("RANK", 0)) == 0
         if config.trainer.dry_run and not is_first:
             return
         # threads that wait look for work for a moment and then sleep. By default they go on for so long that a CPU is

@@ -15,6 +15,7 @@ from RL2.config import ConfigError, RLConfig, SGLang, Transport
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
+from RL2.data.source import Row, with_columns
 from RL2.engines.base import Engine
 from RL2.engines.embedded.compiled import refuse_no_compiler
 from RL2.engines.embedded.engine import EmbeddedEngine
@@ -51,12 +52,13 @@ from RL2.workers.worker import compute_dtype
 def train(config: RLConfig, run: Run) -> None:
     """Roll out, judge, update, until the data has been seen `n_epochs` times."""
     trainer = config.trainer
-    tokenizer = load_tokenizer(config.actor.model_name)
+    template = config.actor.chat_template, config.actor.chat_template_kwargs
+    tokenizer = load_tokenizer(config.actor.model_name, "actor.model_name", *template)
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     prompts, tests = tasks(
-        config, environment, lambda path: load_prompts(path, tokenizer, environment.example, longest - 1)
+        config, environment, lambda path, example: load_prompts(path, tokenizer, example, longest - 1)
     )
     cursor = make_cursor(len(prompts), config)
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
@@ -223,14 +225,20 @@ def make_engine(
     )
 
 
+Example = Callable[[Row], Row] | None
+"""What makes a row of the formats out of a raw one."""
+
+
 def tasks(
-    config: RLConfig, environment: Environment, load: Callable[[str], list[Prompt]]
+    config: RLConfig, environment: Environment, load: Callable[[str, Example], list[Prompt]]
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """What is trained on, and what is tested on: rows of data by `load`, or tasks that the environment makes up."""
+    """Return what is trained on and what is tested on: rows by `load`, or tasks that the environment makes up."""
+    train, test, trainer = config.train_data, config.test_data, config.trainer
 
     def read(path: str | None, number: int, seed: int | None, group: str) -> list[Prompt]:
         if path is not None:
-            return load(path)
+            columns = train.columns if group == "train_data" else train.columns | test.columns
+            return load(path, with_columns(columns, environment.example))
         if not environment.has_reset:
             raise ConfigError(
                 f"{group}.path is not set, and {environment.path} has no `reset` that makes up tasks; "
@@ -238,7 +246,6 @@ def tasks(
             )
         return made_up(number, seed)
 
-    train, test, trainer = config.train_data, config.test_data, config.trainer
     if train.path is None and trainer.eval_only:
         prompts = made_up(train.prompts_per_rollout)  # of which none is played
     else:

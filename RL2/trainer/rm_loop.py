@@ -17,9 +17,11 @@ from RL2.workers.worker import Learner
 def train(config: RMConfig, run: Run) -> None:
     """Bradley-Terry on the values at the last tokens of chosen and rejected, `batch_size` pairs a step."""
     data, critic = config.data, config.critic
-    tokenizer = load_tokenizer(critic.model_name, "critic.model_name")
+    tokenizer = load_tokenizer(
+        critic.model_name, "critic.model_name", critic.chat_template, critic.chat_template_kwargs
+    )
     notes: list[str] = []
-    rows, tests = train_and_test(data, pairs_reader(data, tokenizer, notes, as_scored))
+    rows, tests = train_and_test(data, pairs_reader(config, tokenizer, notes, as_scored))
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = number_of_steps(config.trainer, cursor)
     learner = Learner(critic, run.processes, num_steps, run.save_dir, "critic.model_name", ValueModel)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import SFTConfig, SupervisedData
+from RL2.config import SFTConfig
 from RL2.data.cursor import Cursor
 from RL2.data.sft import load_examples
 from RL2.models.policy import load_tokenizer
@@ -15,7 +15,7 @@ from RL2.objectives.declare import Loss
 from RL2.objectives.table import bind
 from RL2.packing import loss_weights, pack
 from RL2.trainer.run import Run, number_of_steps
-from RL2.trainer.supervised import Rows, Task, converter, fit, train_and_test
+from RL2.trainer.supervised import Rows, Task, converter, fit, refuse_long, train_and_test
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import Learner
 
@@ -24,7 +24,7 @@ def train(config: SFTConfig, run: Run) -> None:
     """Cross-entropy, or another objective, on the tokens of the responses, `batch_size` examples a step."""
     data, actor = config.data, config.actor
     objective = bind(actor.objective, actor.objective_args)
-    tokenizer = load_tokenizer(actor.model_name)
+    tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
     notes: list[str] = []
 
     def weights(batch: TokenBatch) -> Tensor:
@@ -34,7 +34,7 @@ def train(config: SFTConfig, run: Run) -> None:
         loss_T, metrics = objective.loss(stats, batch)
         return loss_T, metrics | {"nll": -stats.logp.detach()}  # whatever is minimised, by this runs can be compared
 
-    rows, tests = train_and_test(data, reader(data, tokenizer, notes))
+    rows, tests = train_and_test(data, reader(config, tokenizer, notes))
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = number_of_steps(config.trainer, cursor)
     learner = Learner(actor, run.processes, num_steps, run.save_dir)
@@ -45,13 +45,17 @@ def train(config: SFTConfig, run: Run) -> None:
     fit(task, cursor, num_steps, tokenizer, run)
 
 
-def reader(data: SupervisedData, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Callable[[str], Rows]:
+def reader(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Callable[[str], Rows]:
     """Reads the rows of a path; what there is to say of them is added to `notes`."""
-    example = converter(data)
+    data, example = config.data, converter(config.data)
 
     def read(path: str) -> Rows:
-        examples, num_cut = load_examples(path, tokenizer, example, data.max_length)
-        notes.append(f"{path}: {len(examples)} examples, {num_cut} cut to data.max_length={data.max_length} tokens")
-        return Rows(pack(examples), per_row=1)
+        said: list[str] = []
+        examples, num_left_out = load_examples(path, tokenizer, example, data.max_length, data.train_on, said)
+        left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
+        notes.extend([f"{path}: {len(examples)} examples, {left_out}", *said])
+        rows = Rows(pack(examples), per_row=1)
+        refuse_long(config, rows, path)
+        return rows
 
     return read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, SupervisedData
+from RL2.config import ConfigError, DPOConfig, RMConfig, SFTConfig, SupervisedData, times_sp, trained
 from RL2.data.cursor import Cursor
 from RL2.data.preference import Pair, load_pairs
-from RL2.data.source import Row
+from RL2.data.source import DataError, Row, with_columns
 from RL2.models.packed import refuse_longer
 from RL2.models.policy import refuse_unknown_tokens
 from RL2.objectives.declare import Loss
@@ -101,25 +102,46 @@ def test(task: Task) -> Metrics:
 
 
 def converter(data: SupervisedData) -> Callable[[Row], Row] | None:
-    """`example` of the script that the data goes through, if there is one."""
-    return load_environment(data.env_path, 1.0).example if data.env_path else None
+    """Return what makes rows of the formats out of raw ones: renamed columns, the script's `example`; or None."""
+    return with_columns(data.columns, load_environment(data.env_path, 1.0).example if data.env_path else None)
 
 
 def pairs_reader(
-    data: SupervisedData,
+    config: RMConfig | DPOConfig,
     tokenizer: PreTrainedTokenizerBase,
     notes: list[str],
     as_trajectories: Callable[[list[Pair]], list[Trajectory]],
 ) -> Callable[[str], Rows]:
     """Reads the pairs of a path; what there is to say of them is added to `notes`."""
-    example = converter(data)
+    data, example = config.data, converter(config.data)
 
     def read(path: str) -> Rows:
-        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length)
-        notes.append(f"{path}: {len(pairs)} pairs, {num_left_out} left out (data.max_length={data.max_length} tokens)")
-        return Rows(pack(as_trajectories(pairs)), per_row=2)
+        said: list[str] = []
+        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length, said)
+        left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
+        notes.extend([f"{path}: {len(pairs)} pairs, {left_out}", *said])
+        rows = Rows(pack(as_trajectories(pairs)), per_row=2)
+        refuse_long(config, rows, path)
+        return rows
 
     return read
+
+
+def refuse_long(config: SFTConfig | RMConfig | DPOConfig, rows: Rows, path: str) -> None:
+    """Raise DataError if a row of `path` does not fit into a microbatch: a row is never cut in two, nor a pair."""
+    group, model = trained(config)
+    length_B = rows.batch.lengths_B
+    limits = [(f"{group}.max_length_per_device", model.max_length_per_device, length_B.view(-1, rows.per_row).sum(1))]
+    if isinstance(config, DPOConfig) and not config.actor.reference_free:
+        key = "ref_actor.max_inference_length_per_device"
+        limits.append((key, config.ref_actor.max_inference_length_per_device, length_B))
+    for key, tokens, lengths in limits:
+        if (longest := int(lengths.max())) > tokens * model.sp_size:
+            what = "a pair of" if len(lengths) < len(length_B) else "a sequence of"
+            raise DataError(
+                f"{path}: {what} {longest} tokens does not fit into {key}={times_sp(tokens, group, model.sp_size)}; "
+                f"raise that to {math.ceil(longest / model.sp_size)}, or lower data.max_length={config.data.max_length}"
+            )
 
 
 def train_and_test(data: SupervisedData, read: Callable[[str], Rows]) -> tuple[Rows, Rows | None]:

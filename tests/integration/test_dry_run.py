@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,13 +36,14 @@ def dry_run(
 @pytest.mark.parametrize("program", ["sft", "rm", "dpo", "spo"])
 def test_all_is_looked_at(program: str, dry_run: DryRun) -> None:
     said = dry_run(program, "trainer.save_freq=2")
-    rows = {"sft": f"{NUM_ROWS} examples, 0 cut", "spo": f"{NUM_ROWS} rows; prompts of"}
+    rows = {"sft": f"{NUM_ROWS} examples, 0 left out", "spo": f"{NUM_ROWS} rows; prompts of"}
     for words in (
         rows.get(program, f"{NUM_ROWS} pairs, 0 left out"),
         "Qwen3ForSequenceClassification" if program == "rm" else "Qwen3ForCausalLM",
         "steps 3",
         "checkpoints every 2 steps",
         "a GPU at the peak of an update",
+        "sampling ends with <|im_end|>",
     ):
         assert words in said
     assert said.endswith("dry run: all checks passed")
@@ -51,9 +53,26 @@ def test_the_environment_is_tried(dry_run: DryRun) -> None:
     assert "tried with the first row and the response '42': reward 1" in dry_run("spo")
 
 
+def test_an_answer_in_the_prompt_is_named(dry_run: DryRun, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": "7+7=", "extra_info": {"answer": "14"}}
+    rows.write_text("\n".join(map(json.dumps, [row, row | {"prompt": "7+7= #### 14"}, row, row])))
+    said = dry_run("spo", f"train_data.path={rows}")
+    assert "CAUTION: 1 prompts give the right answer, first in row 2: '#### 14'" in said
+
+
 def test_tokens_are_bounded(dry_run: DryRun) -> None:
     said = dry_run("spo", "rollout.max_turns=2", "trainer.max_steps=null", "trainer.n_epochs=2")
     assert f"steps {2 * NUM_ROWS // 4}, which sample at most 4.61 thousand tokens (384 each)" in said
+
+
+def test_without_rows_an_epoch_is_a_step(dry_run: DryRun, tmp_path: Path) -> None:
+    script = tmp_path / "env.py"
+    script.write_text(MADE_UP)
+    epochs = ("train_data.path=null", "trainer.max_steps=null", "trainer.n_epochs=7")
+    said = dry_run("spo", f"rollout.env_path={script}", *epochs)
+    assert "steps 7, which sample at most" in said
+    assert said.endswith("dry run: all checks passed")
 
 
 def test_what_is_on_the_hub_is_named(dry_run: DryRun) -> None:
@@ -61,6 +80,9 @@ def test_what_is_on_the_hub_is_named(dry_run: DryRun) -> None:
     assert "model nobody/nothing, on the hub: not looked at" in said
     assert f"{NUM_ROWS} rows, in the right format" in said
     assert said.endswith("dry run: all checks passed; not looked at: model, step of the environment")
+    said = dry_run("dpo", "data.path=nobody/pairs")
+    assert "nobody/pairs: hub data set nobody/pairs, split train" in said
+    assert said.endswith("not looked at: rows")
 
 
 def test_adapters_take_less_memory(dry_run: DryRun) -> None:
@@ -69,6 +91,14 @@ def test_adapters_take_less_memory(dry_run: DryRun) -> None:
     )
     assert 0 < adapters < whole / 4
 
+
+MADE_UP = """
+async def reset(extra_info):
+    return str(extra_info["seed"])
+
+async def step(state, action, extra_info):
+    return dict(next_state=None, reward=1.0, score=1.0, done=True, extra_info=extra_info)
+"""
 
 BLOCKED = """
 import time

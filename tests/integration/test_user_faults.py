@@ -389,9 +389,12 @@ FAULTS = [
     Fault(
         "examples longer than a microbatch",
         "sft",
-        overrides("actor.max_length_per_device=64"),
-        "sft: data.max_length=128 does not fit into actor.max_length_per_device=64; raise that, or lower "
-        "data.max_length",
+        lambda world, folder: [
+            *data(json.dumps({"prompt": "1", "response": "1" * 70}), key="data.path")(world, folder),
+            "actor.max_length_per_device=16",
+        ],
+        "sft: DIR/data.jsonl: a sequence of 71 tokens does not fit into actor.max_length_per_device=16; raise that to "
+        "71, or lower data.max_length=128",
     ),
     Fault(
         "more processes per model than there are",

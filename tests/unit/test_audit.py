@@ -67,7 +67,7 @@ def test_nothing_is_wrong_with_gsm8k(data: str) -> None:
     found = audit(GSM8K, data)
     assert not found.findings
     assert found.rows == 5
-    assert len(found.tried) == 22
+    assert len(found.tried) == 23
     assert found.tried["the demonstration"] == 5
 
 
@@ -90,6 +90,24 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path, plain: str) -> Non
         text = text.replace("found[-1] == str(gold)", "int(float(found[-1])) == float(found[-1]) == int(gold)")
     found = audit(script(tmp_path, text), plain)
     assert kind in {finding.kind for finding in found.findings}
+
+
+@pytest.mark.parametrize("given", ["#### 12", "so \\boxed{ 12 }.", "<answer>12</answer>", "The answer is: 12"])
+def test_a_prompt_that_gives_the_answer_is_found(given: str, tmp_path: Path, plain: str) -> None:
+    rows = [{"prompt": "12?", "extra_info": {"answer": "12"}}, {"prompt": given, "extra_info": {"answer": "12"}}]
+    file = tmp_path / "given.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    findings = audit(script(tmp_path, CORRECT), str(file)).findings
+    assert (2, "the data's own prompt gives the answer") in {(finding.row, finding.kind) for finding in findings}
+    assert {finding.row for finding in findings} == {2}
+
+
+def test_a_solution_behind_the_question_is_refused(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "12?"}, {"role": "assistant", "content": "#### 12"}]
+    file = tmp_path / "solved.jsonl"
+    file.write_text(json.dumps({"messages": talk, "extra_info": {"answer": "12"}}))
+    with pytest.raises(UserError, match="row 1: 'messages' end with the assistant"):
+        audit(script(tmp_path, CORRECT), str(file))
 
 
 def test_the_command(tmp_path: Path, plain: str, data: str) -> None:

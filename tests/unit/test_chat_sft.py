@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ def turns(*contents: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
 
 
+def called(name: str, arguments: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+
 def load(
     folder: Path, tokenizer: PreTrainedTokenizerBase, *rows: Any, max_length: int = 200
 ) -> tuple[list[Trajectory], int]:
@@ -48,7 +53,7 @@ def show(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory) -> str:
 
 
 def test_the_rows_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    trajectories, num_cut = load(
+    trajectories, num_left_out = load(
         tmp_path,
         tokenizer,
         {"prompt": "12+30=", "response": "42"},
@@ -63,7 +68,7 @@ def test_the_rows_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) ->
         "<|im_start|>user\n48-19<|im_end|>\n<|im_start|>assistant\n[29<|im_end|>]",
         "<|im_start|>user\n apples <|im_end|>\n<|im_start|>assistant\n[ \n4 <|im_end|>]",
     ]
-    assert num_cut == 0
+    assert num_left_out == 0
     first = trajectories[2]
     assert (first.row, first.group, first.sample) == (2, 2, 0)
     (sequence,) = first.sequences
@@ -105,14 +110,57 @@ def test_generation_marks(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, bo
     assert "assistant\n[29<|im_end|>]" in text
 
 
-def test_a_template_that_rewrites_the_past_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_what_a_template_rewrites_later_does_not_train(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A turn stands in the conversation as it stood when it was said, or it is no example of saying it."""
     forgetful = copy.deepcopy(tokenizer)
     forgetful.chat_template = str(tokenizer.chat_template).replace(
         "{{ message.content }}", "{{ message.content if loop.last else message.content.split('</think>')[-1] }}"
     )
-    load(tmp_path, forgetful, {"messages": turns("12+30", "<think>hm</think>42")})
-    with pytest.raises(DataError, match=r"row 1: .* the prefix property: up to messages\[1\] .* {% generation %}"):
-        load(tmp_path, forgetful, {"messages": turns("12+30", "<think>hm</think>42", "48-19", "29")})
+    plain, thought = turns("12+30", "42", "48-19", "29"), turns("12+30", "<think>hm</think>42", "48-19", "29")
+    notes: list[str] = []
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in (plain, thought, thought[:2])))
+    trajectories, _ = load_examples(str(path), forgetful, None, 200, notes=notes)
+    assert [re.findall(r"\[.*?\]", show(forgetful, trajectory)) for trajectory in trajectories] == [
+        ["[42<|im_end|>]", "[29<|im_end|>]"],
+        ["[29<|im_end|>]"],
+        ["[<think>hm</think>42<|im_end|>]"],
+    ]
+    assert [note.partition("a.jsonl: ")[2][:50] for note in notes] == [
+        "1 earlier turns of the assistant do not train: the"
+    ]
+
+
+@pytest.mark.parametrize("marks", [False, True])
+@pytest.mark.parametrize(
+    ("train_on", "weights", "trained"),
+    [
+        ("all", (0, 1, 0), ["a", "b", "c"]),
+        ("last", (0, 1, 0), ["c"]),
+        ("weighted", (0, 1, 0), ["b"]),
+        ("weighted", (None, 0, 1.0), ["a", "c"]),
+        ("weighted", (False, True, None), ["b", "c"]),
+    ],
+)
+def test_turns_that_are_chosen(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    marks: bool,
+    train_on: Any,
+    weights: tuple[Any, ...],
+    trained: list[str],
+) -> None:
+    """OpenAI's rows give the turns that are not to be learned weight 0."""
+    other = copy.deepcopy(tokenizer)
+    if marks:
+        other.chat_template = MARKED.replace("BODY", "{{ message.content }}<|im_end|>").replace("REST", "")
+    messages: list[dict[str, Any]] = turns("1", "a", "2", "b", "3", "c")
+    for message, weight in zip(messages[1::2], weights, strict=True):
+        message["weight"] = weight
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
+    ((trajectory,), _) = load_examples(str(path), other, None, 200, train_on)
+    assert re.findall(r"\[(.)<\|im_end\|>\]", show(other, trajectory)) == trained
 
 
 def test_text_after_the_turn_is_kept_out_only_by_an_eos(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -126,13 +174,13 @@ def test_text_after_the_turn_is_kept_out_only_by_an_eos(tmp_path: Path, tokenize
     assert str(plain.decode(trained)).strip() == "42;"
 
 
-def test_long_rows_are_cut_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [{"prompt": "1", "response": "2" * n} for n in (3, 8, 9)]
-    trajectories, num_cut = load(tmp_path, tokenizer, *rows, max_length=10)
-    assert [len(trajectory.sequences[0].token_ids) for trajectory in trajectories] == [5, 10, 10]
-    assert num_cut == 1
-    assert trajectories[1].sequences[0].token_ids[-1] == tokenizer.eos_token_id
-    assert trajectories[2].sequences[0].token_ids[-1] != tokenizer.eos_token_id
+def test_long_rows_are_left_out_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "1", "response": "2" * n} for n in (3, 8, 9)] + [{"prompt": "1" * 20, "response": "2"}]
+    trajectories, num_left_out = load(tmp_path, tokenizer, *rows, max_length=10)
+    assert [(each.row, len(each.sequences[0].token_ids)) for each in trajectories] == [(0, 5), (1, 10)]
+    assert num_left_out == 2
+    with pytest.raises(DataError, match=r"a.jsonl: no example within data.max_length=4; raise it"):
+        load(tmp_path, tokenizer, *rows, max_length=4)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +192,20 @@ def test_long_rows_are_cut_and_counted(tmp_path: Path, tokenizer: PreTrainedToke
         ({"messages": turns("q")}, "must end with the assistant, or the row needs a 'response'"),
         ({"messages": turns("q", "a"), "response": "b"}, "end with the assistant already"),
         ({"messages": turns("q", "a")[1:]}, "nothing to answer"),
-        ({"prompt": "q" * 60, "response": "a"}, "no token to train on within data.max_length=50; raise it"),
+        ({"messages": [*turns("q"), {"role": "assistant", "content": "a", "weight": 0.5}]}, "only 0 and 1 are known"),
+        ({"messages": [*turns("q"), {"role": "assistant", "content": "a", "weight": 0}]}, "every turn .* has weight 0"),
+        ({"messages": turns("q", "a"), "tools": "[3"}, "'tools' must be a list of objects, not"),
+        ({"messages": turns("q", "a"), "tools": [{"function": {"name": "f"}}]}, "leaves out the tool 'f'"),
+        ({"messages": turns("q", "a"), "chat_template_kwargs": 3}, "'chat_template_kwargs' must be an object, not 3"),
+        ({"messages": [*turns("q"), called("f", {})]}, "leaves out a call of the assistant: 'f'"),
+        (
+            {"messages": [*turns("q"), called("f", "{")]},
+            "must have a 'function' with 'name' and an object as 'arguments'",
+        ),
+        (
+            {"messages": [*turns("q"), {"role": "assistant", "content": [{"type": "image"}]}]},
+            "has a part that is no text",
+        ),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Any, message: str) -> None:
@@ -154,6 +215,6 @@ def test_a_bad_row_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, 
 
 def test_a_raw_response_needs_an_eos(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     endless = copy.deepcopy(tokenizer)
-    endless.eos_token = None
+    endless.eos_token = endless.chat_template = None
     with pytest.raises(DataError, match="eos token"):
         load(tmp_path, endless, {"prompt": "q", "response": "a"})

@@ -122,6 +122,7 @@ def test_example_makes_a_chat_of_a_raw_row() -> None:
     for row in (
         {"question": "How many?", "answer": 12},
         {"problem": "How many?", "answer": "12"},
+        {"problem": "How many?", "answer": "12", "messages": [{"role": "assistant", "content": "12"}]},
         {"0": {"from": "human", "value": "How many?"}, "1": {"ground_truth": {"value": "12"}}},
     ):
         made = orz.example(row)

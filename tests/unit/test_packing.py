@@ -85,9 +85,23 @@ def test_weights(batch: TokenBatch) -> None:
     assert kept_token == pytest.approx([1 / 10, 0, 1 / 10, 1 / 10, 1 / 10])
 
 
+def test_tokens_that_selection_leaves_out_may_count(batch: TokenBatch) -> None:
+    entropy_T = torch.arange(len(batch.token_ids_T), dtype=torch.float32)
+    chosen = batch.with_(old_entropy_T=entropy_T)
+    how = {"train_on": "correct", "level": "sequence", "entropy_quantile": 0.5}
+    over = {name: loss_weights(chosen, average_over=name, **how) for name in ("kept", "correct")}  # type: ignore[arg-type]
+    trained_T = over["kept"] > 0
+    assert 0 < trained_T.sum() < (batch.action_T & (batch.sequence_T != 1)).sum()
+    assert torch.equal(over["correct"] > 0, trained_T)
+    # the fork's path program: each token 1 / (tokens of its sequence) / (number of correct sequences)
+    tokens_B = torch.tensor([3, 1, 2, 4, 1])
+    expected_T = (1 / (4 * tokens_B))[batch.sequence_T]
+    assert torch.allclose(over["correct"][trained_T], expected_T[trained_T])
+
+
 def test_nothing_correct_weighs_nothing() -> None:
     batch = pack([trajectory(0, 0.0, ((2, 3),))])
-    for average_over in ("all", "kept"):
+    for average_over in ("all", "kept", "correct"):
         assert weights_of(batch, train_on="correct", level="sequence", average_over=average_over) == [0]
 
 

@@ -51,6 +51,48 @@ def test_the_rows_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) ->
     assert [shown(tokenizer, pair) for pair in pairs[1:]] == [chat] * 5
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("key", ["prompt", "messages"])
+@pytest.mark.parametrize(
+    ("context", "repeated"),
+    # 3 and 1: the user follows the assistant, which could be another conversation, and is refused
+    [(c, r) for c in range(5) for r in range(5) if c + r >= 4 and (c, r) != (3, 1)],
+)
+def test_what_stands_before_both_sides_is_there_once(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, key: str, context: int, repeated: int
+) -> None:
+    """Whatever share of the conversation stands before, and whatever share of it the sides repeat."""
+    talk = [SYSTEM, *turns("1+1", "2", "again")]
+    before, after = talk[:context], talk[4 - repeated :]
+    row = {key: before or None, "chosen": [*after, *turns("", "2")[1:]], "rejected": [*after, *turns("", "3")[1:]]}
+    (pair,), _ = load(tmp_path, tokenizer, row)
+    said = f"<|im_start|>system\nBe brief.<|im_end|>\n{USER}1+1<|im_end|>\n{ASSISTANT}2<|im_end|>\n"
+    said += f"{USER}again<|im_end|>\n{ASSISTANT}"
+    assert shown(tokenizer, pair) == [f"{said}|2<|im_end|>", f"{said}|3<|im_end|>"]
+
+
+@pytest.mark.parametrize("first", [[], [SYSTEM], turns("0+0", "0")], ids=["alone", "system", "longer"])
+def test_one_whole_side_as_messages_is_no_context(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, first: list[dict[str, str]]
+) -> None:
+    """UltraFeedback: `messages` repeats `chosen`, and `prompt` the first question."""
+    chosen, rejected = [*first, *turns("1+1", "2")], [*first, *turns("1+1", "3")]
+    alone, _ = load(tmp_path, tokenizer, {"chosen": chosen, "rejected": rejected})
+    for messages in (chosen, rejected):
+        row = {"prompt": "1+1", "messages": messages, "chosen": chosen, "rejected": rejected}
+        assert load(tmp_path, tokenizer, row)[0] == alone
+
+
+def test_a_text_as_prompt_is_the_question_of_sides_without_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    row = {"prompt": "1+1", "chosen": turns("", "2")[1:], "rejected": turns("", "3")[1:]}
+    (pair,), _ = load(tmp_path, tokenizer, row)
+    assert shown(tokenizer, pair)[0] == f"{USER}1+1<|im_end|>\n{ASSISTANT}|2<|im_end|>"
+
+
 def test_text_stays_text_if_it_reads_as_json(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (pair,), _ = load(tmp_path, tokenizer, {"prompt": "[1, 2]", "chosen": "[3]", "rejected": '{"a": 4}'})
     assert shown(tokenizer, pair) == ["[1, 2]|[3]<|im_end|>", '[1, 2]|{"a": 4}<|im_end|>']
@@ -113,6 +155,10 @@ def test_as_sequences(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Non
         ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be text or a list of messages, not 3"),
         ({"chosen": "a", "rejected": "b"}, "'chosen' is text and answers nothing: the row needs a 'prompt'"),
         ({"chosen": turns("q"), "rejected": turns("q", "b")}, "'messages' must end with the assistant"),
+        (
+            {"messages": turns("p", "a"), "chosen": turns("q", "a"), "rejected": turns("q", "b")},
+            "'chosen' begins with the user and repeats nothing of 'messages' or 'prompt', which end with the assistant",
+        ),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Any, message: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from RL2.data.prompts import load_prompts
+from RL2.data.prompts import given_away, load_prompts
 from RL2.data.source import DataError
 from RL2.types import Prompt
 
@@ -76,6 +76,7 @@ def test_example_converts_raw_rows(tmp_path: Path, tokenizer: PreTrainedTokenize
         ({"messages": [*USER, {"content": "x"}]}, r"messages\[1\] has no 'role'"),
         ({"messages": [{"role": 1, "content": "x"}]}, r"messages\[0\].role must be text, not 1"),
         ({"messages": [{"role": "user", "content": " "}]}, r"messages\[0\] is empty"),
+        ({"messages": [*USER, {"role": "assistant", "content": "3"}]}, "answer would stand in the prompt; leave that"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] has no 'content'"),
         ({"messages": [{"role": "user", "content": [1]}]}, r"messages\[0\].content must be text"),
         ({"prompt": "q" * 33}, r"has 33 tokens, the limit is 32; raise actor.max_length_per_device"),
@@ -96,3 +97,51 @@ def test_templates_that_are_missing_or_refuse(tmp_path: Path, tokenizer: PreTrai
     other.chat_template = None
     with pytest.raises(DataError, match=r"row 1: .* no chat template; pass rows with 'prompt' or a tokenizer with"):
         load_prompts(path, other, None, 32)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "found"),
+    [
+        ("3 + 4 = ? #### 7", "7", "#### 7"),
+        ("3 + 4 = ? #### 7", 7, "#### 7"),
+        ("It is \\boxed{\\frac{1}{2}}", "\\frac{1}{2}", "\\boxed{\\frac{1}{2}}"),
+        ("<answer> Rome </answer>", ["Paris", "Rome"], "<answer> Rome </answer>"),
+        ("The answer is 7.", "7", "answer is 7"),
+        ("Is it 7 or 8?", "7", None),
+        ("3 + 4 = ? #### 71", "7", None),
+        ("The answer is 70, or 7.5.", "7", None),
+        ("Put the answer in \\boxed{}.", "7", None),
+        ("Write <answer></answer>.", "", None),
+        ("The answer is True.", None, None),
+    ],
+)
+def test_an_answer_in_the_prompt_is_seen(prompt: str, answer: Any, found: str | None) -> None:
+    assert given_away(prompt, answer) == found
+
+
+def test_tools_and_calls_reach_the_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """As a list, as JSON text, or as a list of JSON texts; arguments are encoded once, however a row has them."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tool = {"type": "function", "function": {"name": "tide", "parameters": {}}}
+    prompts = set()
+    for tools in ([tool], json.dumps([tool]), [json.dumps(tool)]):
+        for arguments in ({"of": "Pell"}, json.dumps({"of": "Pell"})):
+            for call in (
+                {"function": {"name": "tide", "arguments": arguments}},
+                {"name": "tide", "arguments": arguments},
+            ):
+                messages = [*USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+                messages += [
+                    {"role": "tool", "content": [{"type": "text", "text": "06"}, {"type": "text", "text": ":12"}]}
+                ]
+                path = jsonl(tmp_path / "a.jsonl", [{"messages": messages, "tools": tools}])
+                prompts |= {prompt.text for prompt in load_prompts(path, own, None, 1000)}
+    assert prompts == {
+        json.dumps(tool)
+        + 'user:How many apples?<|im_end|>assistant:tide{"of": "Pell"}<|im_end|>tool:06:12<|im_end|>assistant:'
+    }

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from RL2.data.source import DataError, describe, load_converted, load_rows
+from RL2.data.source import DataError, describe, is_here, load_converted, load_rows, with_columns
 
 ROWS = [{"prompt": "1+1=", "extra_info": {"answer": "2"}}, {"prompt": "2+2=\u2028?", "extra_info": {"answer": "4"}}]
 
@@ -43,14 +44,36 @@ def test_parquet_and_both_kinds_of_arrow(tmp_path: Path) -> None:
         assert load_rows(str(tmp_path / name)) == ROWS
 
 
+def test_keys_that_arrow_fills_in_are_no_arguments(tmp_path: Path) -> None:
+    """Of tools and calls at any depth; a null elsewhere is somebody's data."""
+
+    def row(arguments: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any]:
+        calls = [{"function": {"name": "f", "arguments": arguments}}]
+        tools = [{"function": {"name": "f", "parameters": {"properties": properties}}}]
+        return {"messages": [{"role": "assistant", "tool_calls": calls}], "tools": tools, "extra_info": {"a": None}}
+
+    rows = [row({"x": 1}, {"x": {"type": "t"}}), row({"y": {"z": [{"v": "w"}, {"u": 2}]}}, {"y": {"enum": ["a"]}})]
+    table = pa.Table.from_pylist(rows)
+    assert "None" in str(table.to_pylist()[0]["messages"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "a.arrow", "saved"):
+        assert load_rows(str(tmp_path / name)) == rows
+    given = write(tmp_path / "a.jsonl", json.dumps(row({"x": None}, {})))
+    assert load_rows(given) == [row({"x": None}, {})], "JSON fills in nothing: it is meant"
+
+
 def test_folders_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = datasets.Dataset.from_list(ROWS)
     one.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=one, test=one.select([1])).save_to_disk(tmp_path / "splits")
     assert load_rows(str(tmp_path / "one")) == ROWS
     assert load_rows(f"test@{tmp_path / 'splits'}") == ROWS[1:]
-    with pytest.raises(DataError, match=r"which split\? Write train@.*, test@"):
-        load_rows(str(tmp_path / "splits"))
+    assert load_rows(str(tmp_path / "splits")) == ROWS
+    with pytest.raises(DataError, match=r"it has no split 'dev'; write train@.*, test@"):
+        load_rows(f"dev@{tmp_path / 'splits'}")
     with pytest.raises(DataError, match="without splits"):
         load_rows(f"train@{tmp_path / 'one'}")
 
@@ -67,7 +90,14 @@ def test_hub_name_goes_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_rows("train@openai/gsm8k:main") == ROWS
     assert load_rows("test[:2]@some/set") == ROWS
-    assert asked == [("openai/gsm8k", "main", "train"), ("some/set", None, "test[:2]")]
+    assert load_rows("Chenmien/UltraFeedback") == load_rows("squad") == load_rows("openai/gsm8k:main") == ROWS
+    assert asked == [
+        ("openai/gsm8k", "main", "train"),
+        ("some/set", None, "test[:2]"),
+        ("Chenmien/UltraFeedback", None, "train"),
+        ("squad", None, "train"),
+        ("openai/gsm8k", "main", "train"),
+    ]
     with pytest.raises(DataError, match="train@no/such: ConnectionError: no network"):
         load_rows("train@no/such")
 
@@ -108,8 +138,9 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "bytes.jsonl").write_bytes(b'{"a": "\xff"}')
     for path, message in [
         (str(tmp_path / "b.jsonl"), "there is no such file"),
-        ("openai/gsm8k", "split@name:subset"),
-        (str(tmp_path / "folder"), "write split@"),
+        (str(tmp_path / "nothing"), "there is no such file, nor can it be the name of a hub data set"),
+        ("data/of/mine", "there is no such file"),
+        (str(tmp_path / "folder"), "folder: "),
         ("@openai/gsm8k", "write split@name"),
         (str(tmp_path / "bytes.jsonl"), "not UTF-8 at byte 7"),
     ]:
@@ -123,6 +154,9 @@ def test_describe_reads_nothing(tmp_path: Path) -> None:
     name = "train@openai/gsm8k:main"
     assert describe(name) == f"{name}: hub data set openai/gsm8k, subset main, split train"
     assert describe(f"train@{tmp_path}").endswith(f"folder {tmp_path}, split train")
+    assert describe("openai/gsm8k") == "openai/gsm8k: hub data set openai/gsm8k, split train"
+    assert not is_here("openai/gsm8k")
+    assert is_here(str(tmp_path))
     with pytest.raises(DataError, match="no such file"):
         describe(str(tmp_path / "b.csv"))
 
@@ -133,3 +167,29 @@ def test_example_names_the_row_that_it_fails_on(tmp_path: Path) -> None:
         load_converted(path, lambda row: {"prompt": row["question"]})
     with pytest.raises(DataError, match=r"row 1: example\(row\) returned 'q', not a dict"):
         load_converted(path, lambda row: row["question"])
+
+
+def test_columns_that_have_other_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"q": "1+1", "prompt": "other", "messages": [], "n": 1}\n{"q": null, "n": 2}')
+    question = {"prompt": "q"}
+    assert load_converted(path, with_columns({}, None)) == load_rows(path)
+    assert load_converted(path, with_columns(question, None)) == [
+        {"messages": [], "n": 1, "prompt": "1+1"},
+        {"n": 2, "prompt": None},
+    ]
+    assert load_converted(path, with_columns(question | {"messages": None}, None)) == [
+        {"n": 1, "prompt": "1+1"},
+        {"n": 2, "prompt": None},
+    ]
+
+
+def test_columns_are_renamed_before_a_script_and_left_out_after_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"q": "1+1"}')
+
+    def example(row: dict[str, str]) -> dict[str, str]:
+        return row | {"messages": row["prompt"] + "?"}
+
+    assert load_converted(path, with_columns({"prompt": "q"}, example)) == [{"prompt": "1+1", "messages": "1+1?"}]
+    assert load_converted(path, with_columns({"prompt": "q", "messages": None}, example)) == [{"prompt": "1+1"}]
+    with pytest.raises(DataError, match=r"a.jsonl, row 1: no column 'question'; its columns are q$"):
+        load_converted(path, with_columns({"prompt": "question"}, example))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from RL2.config import ConfigError, SupervisedData
+from RL2.config import ConfigError, SupervisedData, load
+from RL2.data.source import DataError
 from RL2.packing import pack
-from RL2.trainer.supervised import Rows, train_and_test
+from RL2.trainer.supervised import Rows, refuse_long, train_and_test
 from RL2.types import Sequence, Trajectory
 
 
@@ -26,7 +27,7 @@ def rows_of(rows: Rows) -> set[int]:
 
 def data(test_path: str | None = None, test_ratio: float = 0.0) -> SupervisedData:
     return SupervisedData(
-        path="train", test_path=test_path, test_ratio=test_ratio, env_path=None, max_length=8, batch_size=2
+        path="train", test_path=test_path, test_ratio=test_ratio, env_path=None, columns={}, max_length=8, batch_size=2
     )
 
 
@@ -61,3 +62,46 @@ def test_a_share_that_leaves_nothing_is_refused(ratio: float) -> None:
     message = f"data.test_ratio={ratio} of 10 rows leaves none to test or to train on"
     with pytest.raises(ConfigError, match=message):
         train_and_test(data(test_ratio=ratio), lambda path: pairs(10))
+
+
+def model(group: str, tokens: int, sp_size: int = 1) -> tuple[str, ...]:
+    sizes = (f"{group}.model_name=m", f"{group}.max_length_per_device={tokens}", f"{group}.sp_size={sp_size}")
+    return (*sizes, "data.path=rows", "data.max_length=4096", "trainer.experiment_name=e")
+
+
+def single(*lengths: int) -> Rows:
+    """Examples that take so many places each."""
+    sequences = [Sequence([7] * (n + 1), [False] + [True] * n, [0.0] * (n + 1), [0.0] * (n + 1)) for n in lengths]
+    return Rows(pack([Trajectory(n, n, 0, [sequence]) for n, sequence in enumerate(sequences)]), per_row=1)
+
+
+def test_a_limit_above_a_microbatch_is_nothing_to_refuse_but_a_row_is() -> None:
+    """A row of `pairs` takes twice two places."""
+    refuse_long(load("sft", model("actor", 4, sp_size=2)), single(3, 8), "rows")
+    refuse_long(load("rm", model("critic", 4)), pairs(3), "rows")
+    refuse_long(load("dpo", model("actor", 4)), pairs(3), "rows")
+    for program, group, rows, given, message in [
+        (
+            "sft",
+            "actor",
+            single(3, 9, 2),
+            (4, 2),
+            "a sequence of 9 tokens does not fit into actor.X=4 x actor.sp_size=2",
+        ),
+        ("rm", "critic", pairs(3), (3,), "a pair of 4 tokens does not fit into critic.X=3"),
+        ("dpo", "actor", pairs(3), (2,), "a pair of 4 tokens does not fit into actor.X=2"),
+    ]:
+        with pytest.raises(DataError) as caught:
+            refuse_long(load(program, model(group, *given)), rows, "rows")
+        needed = {"sft": 5, "rm": 4, "dpo": 4}[program]
+        assert str(caught.value) == (
+            f"rows: {message.replace('X', 'max_length_per_device')}; raise that to {needed}, or lower "
+            "data.max_length=4096"
+        )
+
+
+def test_a_sequence_has_to_fit_into_a_microbatch_of_the_reference() -> None:
+    settings = (*model("actor", 4), "ref_actor.max_inference_length_per_device=1")
+    with pytest.raises(DataError, match=r"a sequence of 2 tokens does not fit into ref_actor.max_inference_length_per"):
+        refuse_long(load("dpo", settings), pairs(3), "rows")
+    refuse_long(load("dpo", (*settings, "actor.reference_free=true")), pairs(3), "rows")
