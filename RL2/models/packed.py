@@ -113,13 +113,13 @@ class PackedModel(nn.Module, ABC):
         return {name: spread(value, is_mine_A, self.sp) for name, value in stats.items()}
 
 
-def refuse_longer(lm: PreTrainedModel, longest: int, key: str = "a sequence") -> None:
+def refuse_longer(lm: PreTrainedModel, longest: int) -> None:
     """Raise ConfigError if a sequence of so many positions would change the rotary frequencies of those beside it."""
     limit = length_limit(lm.config)
     if limit is not None and longest > limit:
         raise ConfigError(
-            f"{key} has {longest} tokens, and beyond {limit} {type(lm).__name__} chooses its rotary frequencies by the "
-            "longest sequence of a batch, which is not supported; shorten or leave out what is longer"
+            f"a sequence has {longest} tokens, and beyond {limit} {type(lm).__name__} chooses its rotary frequencies "
+            "by the longest sequence of a batch, which is not supported; shorten or leave out what is longer"
         )
 
 

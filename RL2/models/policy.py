@@ -121,13 +121,21 @@ def refuse_unknown_tokens(lm: PreTrainedModel, token_ids: Iterable[int], key: st
         )
 
 
-def max_length(model_name: str) -> int:
-    """Positions that the model was made for; read from its configuration alone."""
+def max_length(model_name: str, key: str = "actor.model_name") -> int:
+    """Return how many tokens a sequence may have, as `positions`; read from the model's configuration alone."""
+    return positions(_config(model_name, key))
+
+
+def rotary_limit(model_name: str, key: str) -> int | None:
+    """Return `length_limit` of a model, read from its configuration alone."""
+    return length_limit(_config(model_name, key))
+
+
+def _config(model_name: str, key: str) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(model_name)
+        return AutoConfig.from_pretrained(model_name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"actor.model_name={model_name}: {first_line(error)}") from error
-    return positions(config)
+        raise ConfigError(f"{key}={model_name}: {first_line(error)}") from error
 
 
 def positions(config: PretrainedConfig) -> int:

@@ -52,7 +52,8 @@ def with_reference(pairs: TokenBatch, config: DPOConfig, processes: Processes) -
         return pairs.with_(ref_logp_T=torch.zeros_like(pairs.reward_T))
     reference, actor = config.ref_actor, config.actor
     mesh = Mesh.make(processes, actor)
-    worker = Worker(reference.model_name, actor.dtype, mesh, processes, "ref_actor.model_name")
+    key = "actor.model_name" if reference.model_name == actor.model_name else "ref_actor.model_name"
+    worker = Worker(reference.model_name, actor.dtype, mesh, processes, key)
     limit = reference.max_inference_length_per_device
     with progress_bar(pairs.num_sequences, "reference", processes.is_first) as bar:
         stats = worker.stats(pairs, logps(config), limit, bar.update)

@@ -41,7 +41,6 @@ from RL2.data.prompts import given_away, load_prompts
 from RL2.data.source import describe, in_row, is_here, load_converted
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.loading import folder_here, match_weights, refuse_no_model, stored_tensors
-from RL2.models.packed import refuse_longer
 from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
@@ -277,7 +276,6 @@ def look_at_rows(
         rows, _ = train_and_test(data, read)
         assert lm is not None
         refuse_unknown_tokens(lm, rows.batch.token_ids_T.tolist(), f"{trained(config)[0]}.model_name")
-        refuse_longer(lm, int(rows.batch.lengths_B.max()), f"data.max_length={data.max_length}: a row")
         found.say("data", told["data"], *notes)
         found.say("test data", told["test data"])
     else:

@@ -15,8 +15,7 @@ from RL2.config import ConfigError, DPOConfig, RMConfig, SFTConfig, SupervisedDa
 from RL2.data.cursor import Cursor
 from RL2.data.preference import Pair, load_pairs
 from RL2.data.source import DataError, Row, with_columns
-from RL2.models.packed import refuse_longer
-from RL2.models.policy import refuse_unknown_tokens
+from RL2.models.policy import refuse_unknown_tokens, rotary_limit
 from RL2.objectives.declare import Loss
 from RL2.packing import pack
 from RL2.report import Metrics
@@ -68,7 +67,6 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
     trainer, learner = run.config, task.learner
     for rows in filter(None, (task.train, task.test)):
         refuse_unknown_tokens(learner.lm, [int(rows.batch.token_ids_T.max())], f"{task.name}.model_name")
-        refuse_longer(learner.lm, int(rows.batch.lengths_B.max()), "data.max_length: a row")
     report = run.report(num_steps)
     for note in task.notes:
         report.say(note)
@@ -128,9 +126,19 @@ def pairs_reader(
 
 
 def refuse_long(config: SFTConfig | RMConfig | DPOConfig, rows: Rows, path: str) -> None:
-    """Raise DataError if a row of `path` does not fit into a microbatch: a row is never cut in two, nor a pair."""
+    """Raise DataError if a row of `path` does not fit into a microbatch: a row is never cut in two, nor a pair.
+
+    Nor may it be so long that it would change the rotary frequencies of the rows beside it.
+    """
     group, model = trained(config)
     length_B = rows.batch.lengths_B
+    limit = rotary_limit(model.model_name, f"{group}.model_name")
+    if limit is not None and int(length_B.max()) > limit:
+        raise DataError(
+            f"{path}: a row has {int(length_B.max()) + 1} tokens, and beyond {limit} {group}.model_name="
+            f"{model.model_name} chooses its rotary frequencies by the longest row of a batch, which is not supported; "
+            f"lower data.max_length={config.data.max_length} to {limit}"
+        )
     limits = [(f"{group}.max_length_per_device", model.max_length_per_device, length_B.view(-1, rows.per_row).sum(1))]
     if isinstance(config, DPOConfig) and not config.actor.reference_free:
         key = "ref_actor.max_inference_length_per_device"

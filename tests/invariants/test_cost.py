@@ -79,6 +79,7 @@ def run_layout(folder: Path, processes: Processes, layout: Layout, changes: dict
         recompute=config.gradient_checkpointing,
         itemsize=itemsize,
     )
+    actor.check_packing(batch)  # whose traffic comes once in a run
     with Traffic() as seen:
         actor.backward(batch.with_(weight_T=weight_T), actor.loss, actor.request)
     parameters = list(actor.policy.parameters())

@@ -163,6 +163,7 @@ def test_microbatches_are_one_batch(
 ) -> None:
     batch = mixed()
     actor = Actor(actor_config(program, str(folder / "model")), processes, 10, folder)
+    actor.check_packing(batch)  # which takes forwards of its own, once
     counted: list[int] = []
     whole_step = actor.policy.forward
 
