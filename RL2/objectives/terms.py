@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from RL2.config import Actor
+from RL2.objectives.calculus import bounded
 from RL2.objectives.declare import Loss
 from RL2.objectives.table import Bound
 from RL2.packing import loss_weights
@@ -25,7 +26,7 @@ def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: Literal["k1", "k2
         return -d_T
     if estimator == "k2":
         return d_T.square() / 2
-    return torch.expm1(d_T) - d_T
+    return torch.expm1(bounded(d_T)) - d_T
 
 
 def importance_weight(
@@ -48,8 +49,8 @@ def importance_weight(
         log_ratio_T = log_ratio_T.new_zeros(batch.num_sequences).index_add_(0, batch.sequence_T, log_ratio_T)[
             batch.sequence_T
         ]
-    ratio_T = log_ratio_T.exp()
-    return ratio_T.clamp(max=cap) if mode == "truncate" else ratio_T * (ratio_T <= cap)
+    ratio_T = log_ratio_T.exp()  # inf for a long sequence, of which a product with 0 would be NaN
+    return ratio_T.clamp(max=cap) if mode == "truncate" else ratio_T.masked_fill(ratio_T > cap, 0.0)
 
 
 def overlong_penalty(batch: TokenBatch, *, max_new_tokens: int, buffer: int, penalty: float) -> Tensor:
@@ -115,7 +116,7 @@ def by_token(stats: TokenStats, actions: TokenBatch, config: Actor, objective: B
     leaves = vars(stats) | {"logp": logp_T}
     if "log1mp" in leaves:
         # its value as it is, its slope that of log(1 - exp(logp))
-        slope_T = -(logp_T.detach().exp() / stats.log1mp.exp())
+        slope_T = -bounded(logp_T.detach() - stats.log1mp).exp()
         leaves["log1mp"] = stats.log1mp + slope_T * (logp_T - logp_T.detach())
     loss_T, _ = total_loss(TokenStats(**leaves), actions, config, objective)
     loss = (loss_T * actions.weight_T).sum()
