@@ -171,9 +171,32 @@ class KL:
     """Weight of the KL divergence to the reference policy; above 0 a reference model is loaded."""
     type: Literal["loss", "reward", "advantage"]
     """Where it enters: added to the loss, taken off the reward of each token, or off its advantage."""
-    estimator: Literal["k1", "k2", "k3"]
-    """Per-token estimator (http://joschu.net/blog/kl-approx.html). k1 or k3 in rewards and advantages, k2 or k3 in the
-    loss: there k1 has an expected gradient of 0."""
+    estimator: Literal["k1", "k2", "k3"] | None
+    """Per-token estimator (http://joschu.net/blog/kl-approx.html). reward, advantage: k1, as null; the gradient of k2
+    and k3 is not that of KL(policy || reference) there. loss: k2, as null, or k3; k1 has an expected gradient of 0."""
+    importance_weight: bool
+    """loss: each token's term is weighted by p / p_old, p_old being the probability under the policy that sampled it
+    (update_per_rollout, rollout.max_staleness). false: no weight, as in GRPO's paper: k2 is biased off-policy, and the
+    gradient of k3 is that of KL(reference || policy)."""
+
+    @property
+    def used_estimator(self) -> Literal["k1", "k2", "k3"]:
+        """`estimator`, or the default of `type`."""
+        return self.estimator or ("k2" if self.type == "loss" else "k1")
+
+    def __post_init__(self) -> None:
+        if self.type != "loss" and self.used_estimator != "k1":
+            raise ConfigError(
+                f"actor.kl.estimator={self.estimator} with actor.kl.type={self.type} does not have the gradient of "
+                "KL(policy || reference); set actor.kl.estimator=k1"
+            )
+        if self.type == "loss" and self.used_estimator == "k1":
+            raise ConfigError(
+                "actor.kl.estimator=k1 with actor.kl.type=loss has an expected gradient of 0; "
+                "set actor.kl.estimator=k2 or k3"
+            )
+        if self.type != "loss" and not self.importance_weight:
+            raise ConfigError(f"actor.kl.importance_weight=false has no effect with actor.kl.type={self.type}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +358,9 @@ class Actor(TrainablePolicy):
     average_over: Literal["all", "kept", "correct"]
     """What the sum is divided by: everything in the optimizer step (thesis 3.1), only what trains (3.2), or, where
     `select` leaves tokens out, all tokens of the correct sequences."""
+    regularize_on: Literal["kept", "all"]
+    """Tokens that the KL divergence in the loss and the entropy act on. kept: those that train_on and select keep, with
+    their weights. all: every sampled token, averaged over all of them."""
     update_per_rollout: Count
     """Optimizer steps on one rollout."""
     freeze_steps: Index
@@ -755,6 +781,13 @@ class RLConfig:
                 f"adv.overlong_buffer={self.adv.overlong_buffer} is defined for one response; "
                 f"set it to 0 or rollout.max_turns={rollout.max_turns} to 1"
             )
+        _check_regularizers(actor)
+        is_off_policy = actor.update_per_rollout > 1 or rollout.max_staleness > 0
+        if not actor.kl.importance_weight and actor.kl.used_estimator == "k2" and not is_off_policy:
+            raise ConfigError(
+                "actor.kl.importance_weight=false has no effect with actor.update_per_rollout=1 and "
+                "rollout.max_staleness=0: every weight is 1"
+            )
         if actor.select.on_policy and not rollout.max_staleness:
             raise ConfigError("actor.select.on_policy has no effect with rollout.max_staleness=0: all tokens are")
         data = self.train_data
@@ -829,6 +862,17 @@ class DPOConfig:
         _check_schedule("actor", self.actor)
         if self.actor.reference_free and self.ref_actor.model_name != self.actor.model_name:
             raise ConfigError("ref_actor.model_name has no effect with actor.reference_free=true")
+
+
+def _check_regularizers(actor: Actor) -> None:
+    if actor.regularize_on == "all" and not (actor.entropy.coef or (actor.kl.coef and actor.kl.type == "loss")):
+        raise ConfigError(
+            "actor.regularize_on=all has no effect with actor.entropy.coef=0 and no KL divergence in the loss"
+        )
+    select = actor.select
+    selects = select.not_mode or select.entropy_quantile > 0 or select.on_policy
+    if actor.regularize_on == "all" and actor.train_on == "all" and not selects:
+        raise ConfigError("actor.regularize_on=all has no effect: actor.train_on=all and actor.select keep everything")
 
 
 def times_sp(tokens: int, group: str, sp_size: int) -> str:

@@ -169,6 +169,8 @@ class TokenBatch:
     """What the critic shall predict at an action: its advantage plus `value_T`."""
     advantage_T: Tensor | None = None
     weight_T: Tensor | None = None
+    objective_factor_T: Tensor | None = None
+    """What the objective, but not the KL divergence or the entropy, is multiplied by; absent: 1."""
 
     @property
     def num_sequences(self) -> int:

@@ -310,7 +310,7 @@ def judge(
     reward_T, cost_T = batch.reward_T, torch.zeros_like(batch.reward_T)
     if kl_in_advantage:
         assert batch.old_logp_T is not None and batch.ref_logp_T is not None
-        cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.estimator) * batch.action_T
+        cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.used_estimator) * batch.action_T
     if kl.type == "reward":
         reward_T, cost_T = reward_T - cost_T, torch.zeros_like(cost_T)
     if adv.overlong_buffer:

@@ -126,7 +126,7 @@ def test_gae_with_kl_in_the_rewards_and_the_returns_of_the_critic() -> None:
 
 def advantages(*overrides: str) -> tuple[Any, Tensor]:
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
-    with_kl = config("actor.kl.coef=0.5", "actor.kl.estimator=k1", *overrides)
+    with_kl = config("actor.kl.coef=0.5", *overrides)
     judged = judge(batch, with_kl, Fixed(-1.0), Fixed(-3.0))  # type: ignore[arg-type]
     assert judged.advantage_T is not None
     assert torch.equal(judged.reward_T, batch.reward_T)

@@ -239,6 +239,8 @@ GOOD = [
     ("ppo", "actor.tis_level=sequence", "actor.tis_mode=mask", "adv.overlong_buffer=4"),
     ("ppo", "actor.select.entropy_quantile=0.8", "actor.average_over=kept"),
     ("ppo", "actor.select.not_mode=true", "actor.avg_level=constant"),
+    ("ppo", "actor.select.not_mode=true", "actor.regularize_on=all", "actor.kl.coef=0.1", "actor.kl.estimator=k3"),
+    ("ppo", "actor.select.on_policy=true", "rollout.max_staleness=1", "actor.regularize_on=all", "actor.kl.coef=0.1"),
     ("ppo", "actor.objective=sapo", "actor.objective_args.tau_neg=2"),
     ("spo",),
     ("spo", "actor.path.detach_target=true", "actor.select.not_mode=true", "actor.average_over=kept"),
