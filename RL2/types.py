@@ -177,6 +177,12 @@ class TokenBatch:
         return len(self.cu_seqlens) - 1
 
     @property
+    def largest_token_id(self) -> int:
+        """Largest id among inputs and labels: the last token of a sequence is only a label."""
+        ids = torch.cat([self.token_ids_T, self.labels_T])
+        return int(ids.max()) if len(ids) else -1
+
+    @property
     def lengths_B(self) -> Tensor:
         return self.cu_seqlens.diff()
 

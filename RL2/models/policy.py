@@ -139,11 +139,20 @@ def positions(config: PretrainedConfig) -> int:
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end a response: the tokenizer's, the chat template's, and the generation configuration's."""
+    """Return the ids that end a response: the tokenizer's, the chat template's, and the generation configuration's.
+
+    Raises ConfigError if the model does not have one of them: it could never sample it.
+    """
     ids = {tokenizer.eos_token_id, *Template(tokenizer).end_ids}
     generation = lm.generation_config.eos_token_id if lm.generation_config is not None else None
     ids |= set(generation) if isinstance(generation, list) else {generation}
-    return tuple(sorted(i for i in ids if i is not None))
+    found = tuple(sorted(i for i in ids if i is not None))
+    if found and found[-1] >= lm.config.vocab_size:
+        raise ConfigError(
+            f"actor.model_name={lm.name_or_path}: its responses end with token {found[-1]}, and the model knows "
+            f"{lm.config.vocab_size}; the tokenizer is of another model, or the model was not resized for new tokens"
+        )
+    return found
 
 
 def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -176,6 +176,8 @@ def look_at_tasks(
         if lm is not None:
             given = chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests])
             refuse_unknown_tokens(lm, given, "actor.model_name")
+        if lm is not None and tokenizer is not None:
+            end_tokens(lm, tokenizer)
         for what, path in (("train data", train.path), ("test data", config.test_data.path if config.tests else None)):
             if what == "test data" and not config.tests:
                 found.say(what, "none")
@@ -274,10 +276,11 @@ def look_at_rows(
             read = import_module("RL2.trainer.sft_loop").reader(config, tokenizer, notes)
         else:
             read = pairs_reader(config, tokenizer, notes, as_responses if isinstance(config, DPOConfig) else as_scored)
-        rows, _ = train_and_test(data, read)
+        rows, tests = train_and_test(data, read)
         assert lm is not None
-        refuse_unknown_tokens(lm, rows.batch.token_ids_T.tolist(), f"{trained(config)[0]}.model_name")
-        refuse_longer(lm, int(rows.batch.lengths_B.max()), f"data.max_length={data.max_length}: a row")
+        for each in filter(None, (rows, tests)):
+            refuse_unknown_tokens(lm, [each.batch.largest_token_id], f"{trained(config)[0]}.model_name")
+            refuse_longer(lm, int(each.batch.lengths_B.max()), f"data.max_length={data.max_length}: a row")
         found.say("data", told["data"], *notes)
         found.say("test data", told["test data"])
     else:

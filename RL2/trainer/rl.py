@@ -64,15 +64,20 @@ def train(config: RLConfig, run: Run) -> None:
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
 
     actor, ref_actor, critic = make_workers(config, run, num_steps)
-    given = chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests])
-    refuse_unknown_tokens(actor.lm, given, "actor.model_name")
+    given = list(chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests]))
+    stop_token_ids = end_tokens(actor.lm, tokenizer)
+    readers = {"actor.model_name": actor.lm}
+    readers |= {"ref_actor.model_name": ref_actor.lm} if isinstance(ref_actor, RefActor) else {}
+    readers |= {"critic.model_name": critic.lm} if critic is not None else {}
+    for key, lm in readers.items():
+        refuse_unknown_tokens(lm, [*given, *stop_token_ids], key)
     engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
     rollouts = Rollouts(
         config.rollout,
         engine=engine,
         environment=environment,
         tokenizer=tokenizer,
-        end_tokens=end_tokens(actor.lm, tokenizer),
+        end_tokens=stop_token_ids,
         max_length=longest,
         processes=run.processes,
     )
@@ -107,7 +112,10 @@ def train(config: RLConfig, run: Run) -> None:
             engine.sleep()
         clock.lap("rollout")
 
-        batch = judge(pack(trainable(trajectories, config.rollout), step), config, actor, ref_actor, critic)
+        batch = pack(trainable(trajectories, config.rollout), step)
+        for key, lm in readers.items():
+            refuse_unknown_tokens(lm, [batch.largest_token_id], key)
+        batch = judge(batch, config, actor, ref_actor, critic)
         microscope.look(step, trajectories, batch)
         if run.due(trainer.replay_freq, step):
             run.keep_for_replay(step, batch, actor, tokenizer)
