@@ -618,6 +618,10 @@ class Advantage:
     tokens of the rollout."""
     norm_var: bool
     """reinforce: divide by the standard deviation (GRPO). gae: by that over all action tokens of the rollout."""
+    std_over: Literal["rollout", "tokens"] | None
+    """reinforce, norm_var: null divides by the deviation of what the mean was taken over, the group or the rollout.
+    rollout: by that of all rewards of the rollout. tokens: minus the mean of the advantages over all action tokens of
+    the rollout, divided by their deviation (REINFORCE++)."""
     overlong_buffer: Index
     """Over its last so many tokens before max_new_tokens a response pays for its length, linearly (DAPO); 0: never."""
     overlong_penalty: PositiveFloat
@@ -759,6 +763,7 @@ class RLConfig:
             raise ConfigError(
                 f"adv.norm_var and adv.global_norm have no effect with adv.estimator={self.adv.estimator}"
             )
+        _check_deviation(self.adv, self.train_data)
         if self.adv.estimator != "gae":
             for key, value, idle in (
                 ("adv.gamma", self.adv.gamma, 1),
@@ -862,6 +867,17 @@ class DPOConfig:
         _check_schedule("actor", self.actor)
         if self.actor.reference_free and self.ref_actor.model_name != self.actor.model_name:
             raise ConfigError("ref_actor.model_name has no effect with actor.reference_free=true")
+
+
+def _check_deviation(adv: Advantage, data: TrainData) -> None:
+    if adv.std_over is None:
+        return
+    if adv.estimator != "reinforce":
+        raise ConfigError(f"adv.std_over={adv.std_over} has no effect with adv.estimator={adv.estimator}")
+    if not adv.norm_var:
+        raise ConfigError(f"adv.std_over={adv.std_over} has no effect with adv.norm_var=false")
+    if adv.std_over == "rollout" and (adv.global_norm or data.responses_per_prompt == 1):
+        raise ConfigError("adv.std_over=rollout has no effect: the mean is over the whole rollout already")
 
 
 def _check_regularizers(actor: Actor) -> None:

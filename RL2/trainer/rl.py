@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -328,7 +329,13 @@ def judge(
             buffer=adv.overlong_buffer,
             penalty=adv.overlong_penalty,
         )
-    knobs = {"global_norm": adv.global_norm, "norm_var": adv.norm_var} if adv.estimator in ("reinforce", "gae") else {}
+    knobs: dict[str, Any] = {}
+    if adv.estimator in ("reinforce", "gae"):
+        knobs |= {"global_norm": adv.global_norm, "norm_var": adv.norm_var}
+    if adv.estimator == "reinforce":
+        knobs |= {"std_over": adv.std_over}
+    if adv.estimator in ("reinforce", "rloo"):
+        knobs |= {"group_size": config.train_data.responses_per_prompt}
     if critic is None:
         advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
     else:

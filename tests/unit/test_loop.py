@@ -168,3 +168,13 @@ def test_old_log_probabilities_are_there_for_a_second_update() -> None:
     judged = judge(batch, replace(several), Fixed(-1.0), None)  # type: ignore[arg-type]
     assert judged.old_logp_T is not None
     assert judged.old_logp_T[judged.action_T].tolist() == [-1.0] * 4
+
+
+def test_the_baseline_follows_the_configuration_and_not_what_filters_left() -> None:
+    """Of each pair one is left, which has nothing to be compared with; of single responses all are compared."""
+    batch = pack([trajectory(0, 1.0), trajectory(1, 0.0)])
+    for responses, expected in ((2, [0.0] * 4), (1, [0.5, 0.5, -0.5, -0.5])):
+        settings = config(f"train_data.responses_per_prompt={responses}", "train_data.prompts_per_rollout=2")
+        judged = judge(batch, settings, Fixed(-1.0), None)  # type: ignore[arg-type]
+        assert judged.advantage_T is not None
+        assert judged.advantage_T[judged.action_T].tolist() == expected
