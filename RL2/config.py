@@ -434,7 +434,8 @@ class SamplingParams:
     temperature: NonNegative
     """0 takes the most likely token."""
     top_p: Annotated[float, Range(0, 1, open_low=True)]
-    """Only the most likely tokens that together have this probability; 1 keeps all."""
+    """Only the most likely tokens that together have this probability, of those that top_k leaves; 1 keeps all. SGLang
+    counts the probability in the whole distribution."""
     top_k: Index
     """0 keeps all tokens."""
     max_new_tokens: Count
