@@ -227,6 +227,14 @@ class Select:
     """Only tokens that were not the most likely one."""
     on_policy: bool
     """Only tokens that the present weights sampled, none of older ones (rollout.max_staleness)."""
+    not_truncated: bool
+    """Only tokens of trajectories that did not run into a length limit; the others count in baselines and in what
+    `average_over=all` divides by (rollout.overlong_filtering leaves them out of both)."""
+
+    @property
+    def is_on(self) -> bool:
+        """Some sampled tokens may be left out."""
+        return self.entropy_quantile > 0 or self.not_mode or self.on_policy or self.not_truncated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,10 +274,16 @@ class Trainable:
     """Gradients are scaled down to this norm."""
     scheduler: Literal["constant", "linear", "cosine", "wsd"]
     """After warm-up: constant, linear or cosine to 0, or constant and then linear to 0 over the last `decay_ratio`."""
-    warmup_ratio: Share
-    """Share of all optimizer steps over which the rate rises linearly from 0."""
+    warmup_ratio: Share | None
+    """Share of all optimizer steps over which the rate rises linearly from 0. null: 0 for constant, else 0.1."""
     decay_ratio: Share
     """wsd: share of all optimizer steps over which the rate falls to 0."""
+
+    @property
+    def used_warmup_ratio(self) -> float:
+        """`warmup_ratio`, or the default of `scheduler`."""
+        default = 0.0 if self.scheduler == "constant" else 0.1
+        return default if self.warmup_ratio is None else self.warmup_ratio
 
     @property
     def max_length(self) -> int:
@@ -377,8 +391,7 @@ class Actor(TrainablePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        selects = self.select.not_mode or self.select.entropy_quantile > 0
-        if self.average_over == "kept" and self.train_on == "all" and not selects:
+        if self.average_over == "kept" and self.train_on == "all" and not self.select.is_on:
             raise ConfigError(
                 "actor.average_over=kept has no effect: actor.train_on=all and actor.select keep everything"
             )
@@ -794,6 +807,11 @@ class RLConfig:
                 "actor.kl.importance_weight=false has no effect with actor.update_per_rollout=1 and "
                 "rollout.max_staleness=0: every weight is 1"
             )
+        if actor.select.not_truncated and rollout.overlong_filtering:
+            raise ConfigError(
+                "actor.select.not_truncated=true has no effect with rollout.overlong_filtering=true, which leaves no "
+                "truncated trajectory"
+            )
         if actor.select.on_policy and not rollout.max_staleness:
             raise ConfigError("actor.select.on_policy has no effect with rollout.max_staleness=0: all tokens are")
         data = self.train_data
@@ -886,9 +904,7 @@ def _check_regularizers(actor: Actor) -> None:
         raise ConfigError(
             "actor.regularize_on=all has no effect with actor.entropy.coef=0 and no KL divergence in the loss"
         )
-    select = actor.select
-    selects = select.not_mode or select.entropy_quantile > 0 or select.on_policy
-    if actor.regularize_on == "all" and actor.train_on == "all" and not selects:
+    if actor.regularize_on == "all" and actor.train_on == "all" and not actor.select.is_on:
         raise ConfigError("actor.regularize_on=all has no effect: actor.train_on=all and actor.select keep everything")
 
 
@@ -899,9 +915,9 @@ def times_sp(tokens: int, group: str, sp_size: int) -> str:
 
 def _check_schedule(group: str, model: Trainable) -> None:
     """Here and not in `Trainable`, which does not know the name of its group."""
-    if model.scheduler == "wsd" and model.warmup_ratio + model.decay_ratio > 1:
+    if model.scheduler == "wsd" and model.used_warmup_ratio + model.decay_ratio > 1:
         raise ConfigError(
-            f"{group}.warmup_ratio={model.warmup_ratio} and {group}.decay_ratio={model.decay_ratio} overlap; "
+            f"{group}.warmup_ratio={model.used_warmup_ratio} and {group}.decay_ratio={model.decay_ratio} overlap; "
             "together they must be at most 1"
         )
 

@@ -153,6 +153,8 @@ class TokenBatch:
     """int64: number of the trajectory that the sequence belongs to."""
     group_B: Tensor
     """int64: number of the prompt group."""
+    truncated_B: Tensor | None = None
+    """bool: its trajectory ran into a length limit; absent: none did."""
     engine_logp_T: Tensor | None = None
     age_T: Tensor | None = None
     """int64: by how many versions the weights that sampled the label were older than the present ones. Not there: 0."""

@@ -105,6 +105,7 @@ def with_weights(batch: TokenBatch, config: Actor) -> TokenBatch:
         entropy_quantile=config.select.entropy_quantile,
         not_mode=config.select.not_mode,
         on_policy=config.select.on_policy,
+        not_truncated=config.select.not_truncated,
     )
     if config.regularize_on == "kept":
         return batch.with_(weight_T=weight_T)

@@ -45,6 +45,9 @@ def test_schedules() -> None:
     cosine = rates("actor.scheduler=cosine", "actor.warmup_ratio=0")
     assert cosine[0] == 1
     assert cosine[5] == pytest.approx(0.5)
+    assert rates("actor.scheduler=constant") == [1] * 10  # as in transformers: no warm-up unless asked for
+    for name in ("linear", "cosine", "wsd"):
+        assert rates(f"actor.scheduler={name}") == rates(f"actor.scheduler={name}", "actor.warmup_ratio=0.1")
     wsd = rates("actor.scheduler=wsd", "actor.warmup_ratio=0.2", "actor.decay_ratio=0.4")
     assert wsd == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
