@@ -139,17 +139,21 @@ def positions(config: PretrainedConfig) -> int:
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end a response: the tokenizer's, the chat template's, and the generation configuration's.
-
-    Raises ConfigError if the model does not have one of them: it could never sample it.
-    """
+    """Return the ids that end a response: the tokenizer's, the chat template's, and the generation configuration's."""
     ids = {tokenizer.eos_token_id, *Template(tokenizer).end_ids}
     generation = lm.generation_config.eos_token_id if lm.generation_config is not None else None
     ids |= set(generation) if isinstance(generation, list) else {generation}
-    found = tuple(sorted(i for i in ids if i is not None))
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def stop_tokens(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, key: str = "actor.model_name"
+) -> tuple[int, ...]:
+    """Return `end_tokens`, to sample with. Raise ConfigError if the model lacks one: it could never sample it."""
+    found = end_tokens(lm, tokenizer)
     if found and found[-1] >= lm.config.vocab_size:
         raise ConfigError(
-            f"actor.model_name={lm.name_or_path}: its responses end with token {found[-1]}, and the model knows "
+            f"{key}={lm.name_or_path}: its responses end with token {found[-1]}, and the model knows "
             f"{lm.config.vocab_size}; the tokenizer is of another model, or the model was not resized for new tokens"
         )
     return found

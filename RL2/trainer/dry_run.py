@@ -42,7 +42,7 @@ from RL2.data.source import describe, in_row, is_here, load_converted
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.loading import folder_here, match_weights, refuse_no_model, stored_tensors
 from RL2.models.packed import refuse_longer
-from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens
+from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
@@ -177,7 +177,7 @@ def look_at_tasks(
             given = chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests])
             refuse_unknown_tokens(lm, given, "actor.model_name")
         if lm is not None and tokenizer is not None:
-            end_tokens(lm, tokenizer)
+            stop_tokens(lm, tokenizer)
         for what, path in (("train data", train.path), ("test data", config.test_data.path if config.tests else None)):
             if what == "test data" and not config.tests:
                 found.say(what, "none")

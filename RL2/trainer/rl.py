@@ -23,7 +23,7 @@ from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.served.engine import ServedEngine
 from RL2.engines.sglang import kind as sglang
 from RL2.engines.vllm import kind as vllm
-from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens
+from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
 from RL2.report import Metrics, Report
@@ -66,7 +66,7 @@ def train(config: RLConfig, run: Run) -> None:
 
     actor, ref_actor, critic = make_workers(config, run, num_steps)
     given = list(chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests]))
-    stop_token_ids = end_tokens(actor.lm, tokenizer)
+    stop_token_ids = stop_tokens(actor.lm, tokenizer)
     readers = {"actor.model_name": actor.lm}
     readers |= {"ref_actor.model_name": ref_actor.lm} if isinstance(ref_actor, RefActor) else {}
     readers |= {"critic.model_name": critic.lm} if critic is not None else {}
