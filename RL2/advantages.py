@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from RL2.types import ROUNDING, TokenBatch
 
+StdOver = Literal["rollout", "tokens"]
 
-def reinforce(batch: TokenBatch, *, global_norm: bool, norm_var: bool) -> Tensor:
-    """Total reward of the trajectory minus the mean of its group, on each of its action tokens.
 
-    Dr. GRPO (arXiv 2503.20783); with `norm_var` divided by the group's standard deviation, n - 1 in its denominator
-    (GRPO, 2402.03300). With `global_norm`, or where groups have one member and so no mean to compare with, mean and
-    deviation are those of the whole rollout: with both knobs this is REINFORCE++ (2501.03262, equation 10), but for a
-    KL cost in the reward, of which the whole sum counts at each token, as in RL2, and not only what lies ahead.
+def reinforce(
+    batch: TokenBatch,
+    *,
+    global_norm: bool,
+    norm_var: bool,
+    std_over: StdOver | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """Return the total reward of the trajectory minus the mean of its group, on each of its action tokens, [T].
+
+    Dr. GRPO (arXiv 2503.20783). `global_norm` takes the mean of the whole rollout instead, as do groups of one member,
+    which have no mean to compare with; `group_size` is how many a group had when it was sampled, before filters, and
+    None counts those that are here. `norm_var` divides by a standard deviation, n - 1 in its denominator. Over what
+    the mean was taken over it is that of GRPO (2402.03300), and with `global_norm` that of RL2; with
+    `std_over=rollout` it is that of the rewards of the whole rollout (TRL's `scale_rewards="batch"`); with
+    `std_over=tokens` the advantages are whitened over all action tokens, as in REINFORCE++ (2501.03262, equation 10).
+
+    Equal rewards have an advantage of exactly 0: statistics are float64.
     """
     reward_N, group_N, number_B = _trajectories(batch)
-    group_N = _compared(group_N, whole=global_norm)
-    mean_N = _group_mean(reward_N, group_N)
-    advantage_N = reward_N - mean_N
-    if norm_var:
-        size_N = torch.bincount(group_N)[group_N]
-        variance_N = _group_mean(advantage_N.square(), group_N) * size_N / (size_N - 1).clamp(min=1)
-        advantage_N = advantage_N / (variance_N.sqrt() + 1e-6)
-    return _on_actions(batch, advantage_N[number_B])
+    size_N = _sizes(batch, number_B)
+    compared_N = _compared(group_N, group_size, whole=global_norm)
+    advantage_N = _less_the_mean(reward_N, size_N, compared_N)
+    if not norm_var:
+        return _on_actions(batch, advantage_N[number_B])
+    if std_over == "tokens":
+        return whitened(batch, _on_actions(batch, advantage_N[number_B]), global_norm=True, norm_var=True)
+    deviation_N = advantage_N
+    if std_over == "rollout":
+        compared_N = torch.zeros_like(compared_N)
+        deviation_N = _less_the_mean(reward_N, size_N, compared_N)
+    count_N = torch.bincount(compared_N)[compared_N]
+    variance_N = _group_mean(deviation_N.square(), compared_N) * count_N / (count_N - 1).clamp(min=1)
+    return _on_actions(batch, (advantage_N / (variance_N.sqrt() + 1e-6))[number_B])
 
 
-def rloo(batch: TokenBatch) -> Tensor:
-    """Total reward of the trajectory minus the mean of the others in its group, on each of its action tokens.
+def rloo(batch: TokenBatch, *, group_size: int | None = None) -> Tensor:
+    """Return the total reward of the trajectory minus the mean of its group's others, on each of its action tokens.
 
-    REINFORCE leave-one-out (arXiv 2402.14740). Where groups have one member, the others are the rest of the rollout.
+    REINFORCE leave-one-out (arXiv 2402.14740). Where groups have one member, the others are the rest of the rollout;
+    `group_size` is that of `reinforce`.
     """
     reward_N, group_N, number_B = _trajectories(batch)
-    group_N = _compared(group_N)
-    size_N = torch.bincount(group_N)[group_N]
+    group_N = _compared(group_N, group_size)
+    count_N = torch.bincount(group_N)[group_N]
     # R - (sum - R) / (n - 1) = n / (n - 1) (R - mean)
-    advantage_N = (reward_N - _group_mean(reward_N, group_N)) * size_N / (size_N - 1).clamp(min=1)
+    advantage_N = _less_the_mean(reward_N, _sizes(batch, number_B), group_N) * count_N / (count_N - 1).clamp(min=1)
     return _on_actions(batch, advantage_N[number_B])
 
 
@@ -74,17 +95,19 @@ def gae(batch: TokenBatch, *, gamma: float, lamda: float) -> Tensor:
 
 
 def whitened(batch: TokenBatch, advantage_T: Tensor, *, global_norm: bool, norm_var: bool) -> Tensor:
-    """Advantages over the action tokens of the whole rollout: minus their mean (`global_norm`), divided by their
-    standard deviation, n - 1 in its denominator (`norm_var`)."""
+    """Return the advantages minus their mean over the action tokens of the whole rollout (`global_norm`), divided by
+    their standard deviation, n - 1 in its denominator (`norm_var`); computed in float64, [T]."""
     if not batch.action_T.any():
         return advantage_T
-    mean = advantage_T[batch.action_T].mean()
-    variance = (advantage_T[batch.action_T] - mean).square().sum() / max(1, int(batch.action_T.sum()) - 1)
+    values_T = advantage_T.double()
+    actions = values_T[batch.action_T]
+    mean = actions.mean()
+    variance = (actions - mean).square().sum() / max(1, len(actions) - 1)
     if global_norm:
-        advantage_T = advantage_T - mean
+        values_T = values_T - mean
     if norm_var:
-        advantage_T = advantage_T / (variance + 1e-8).sqrt()
-    return advantage_T * batch.action_T
+        values_T = values_T / (variance + 1e-8).sqrt()
+    return (values_T * batch.action_T).to(advantage_T.dtype)
 
 
 def spo(batch: TokenBatch) -> Tensor:
@@ -101,25 +124,37 @@ def reward_of_sequences(batch: TokenBatch) -> Tensor:
 
     It is exactly 0 where the rewards cancel but for rounding, as in `Trajectory.reward`. Above 0: it is correct.
     """
-    number_B = batch.trajectory_B.unique(return_inverse=True)[1]
-    number_T, reward_T = number_B[batch.sequence_T], batch.reward_T.double()
-    total_N = reward_T.new_zeros(int(number_B.max()) + 1).index_add_(0, number_T, reward_T)
-    size_N = torch.zeros_like(total_N).index_add_(0, number_T, reward_T.abs())
-    return torch.where(total_N.abs() > ROUNDING * size_N, total_N, 0.0)[number_B]
+    reward_N, _, number_B = _trajectories(batch)
+    return torch.where(reward_N.abs() > ROUNDING * _sizes(batch, number_B), reward_N, 0.0)[number_B]
 
 
 def _trajectories(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """reward [N] and group [N] of each trajectory, and which of them a sequence belongs to [B]."""
+    """Return reward, float64 [N], and group [N] of each trajectory, and which of them a sequence belongs to [B]."""
     ids, number_B = batch.trajectory_B.unique(return_inverse=True)
-    reward_N = batch.reward_T.new_zeros(len(ids)).index_add_(0, number_B[batch.sequence_T], batch.reward_T)
+    reward_T = batch.reward_T.double()
+    reward_N = reward_T.new_zeros(len(ids)).index_add_(0, number_B[batch.sequence_T], reward_T)
     group_N = torch.zeros_like(ids).index_copy_(0, number_B, batch.group_B)
     return reward_N, group_N, number_B
 
 
-def _compared(group_N: Tensor, whole: bool = False) -> Tensor:
-    """Which trajectories are compared, numbered from 0: those of a group, or all if groups have one member each."""
+def _sizes(batch: TokenBatch, number_B: Tensor) -> Tensor:
+    """Return the sum of the absolute rewards of each trajectory, float64 [N]."""
+    size_T = batch.reward_T.double().abs()
+    return size_T.new_zeros(int(number_B.max()) + 1).index_add_(0, number_B[batch.sequence_T], size_T)
+
+
+def _compared(group_N: Tensor, group_size: int | None, whole: bool = False) -> Tensor:
+    """Return which trajectories are compared, numbered from 0: those of a group, or all if groups have one member."""
     names, number_N = group_N.unique(return_inverse=True)
-    return torch.zeros_like(number_N) if whole or len(names) == len(number_N) else number_N
+    are_single = len(names) == len(number_N) if group_size is None else group_size == 1
+    return torch.zeros_like(number_N) if whole or are_single else number_N
+
+
+def _less_the_mean(reward_N: Tensor, size_N: Tensor, group_N: Tensor) -> Tensor:
+    """Return the reward minus the mean of its group, exactly 0 where they differ by rounding."""
+    largest = size_N.new_zeros(int(group_N.max()) + 1).scatter_reduce_(0, group_N, size_N, "amax")
+    advantage_N = reward_N - _group_mean(reward_N, group_N)
+    return advantage_N.masked_fill(advantage_N.abs() <= ROUNDING * largest[group_N], 0.0)
 
 
 def _group_mean(x_N: Tensor, group_N: Tensor) -> Tensor:
@@ -129,4 +164,5 @@ def _group_mean(x_N: Tensor, group_N: Tensor) -> Tensor:
 
 
 def _on_actions(batch: TokenBatch, advantage_B: Tensor) -> Tensor:
-    return advantage_B[batch.sequence_T] * batch.action_T
+    """Return what each sequence has at its actions, and 0 elsewhere, in the dtype of the rewards, [T]."""
+    return (advantage_B[batch.sequence_T] * batch.action_T).to(batch.reward_T.dtype)

@@ -171,9 +171,32 @@ class KL:
     """Weight of the KL divergence to the reference policy; above 0 a reference model is loaded."""
     type: Literal["loss", "reward", "advantage"]
     """Where it enters: added to the loss, taken off the reward of each token, or off its advantage."""
-    estimator: Literal["k1", "k2", "k3"]
-    """Per-token estimator (http://joschu.net/blog/kl-approx.html). k1 or k3 in rewards and advantages, k2 or k3 in the
-    loss: there k1 has an expected gradient of 0."""
+    estimator: Literal["k1", "k2", "k3"] | None
+    """Per-token estimator (http://joschu.net/blog/kl-approx.html). reward, advantage: k1, as null; the gradient of k2
+    and k3 is not that of KL(policy || reference) there. loss: k2, as null, or k3; k1 has an expected gradient of 0."""
+    importance_weight: bool
+    """loss: each token's term is weighted by p / p_old, p_old being the probability under the policy that sampled it
+    (update_per_rollout, rollout.max_staleness). false: no weight, as in GRPO's paper: k2 is biased off-policy, and the
+    gradient of k3 is that of KL(reference || policy)."""
+
+    @property
+    def used_estimator(self) -> Literal["k1", "k2", "k3"]:
+        """`estimator`, or the default of `type`."""
+        return self.estimator or ("k2" if self.type == "loss" else "k1")
+
+    def __post_init__(self) -> None:
+        if self.type != "loss" and self.used_estimator != "k1":
+            raise ConfigError(
+                f"actor.kl.estimator={self.estimator} with actor.kl.type={self.type} does not have the gradient of "
+                "KL(policy || reference); set actor.kl.estimator=k1"
+            )
+        if self.type == "loss" and self.used_estimator == "k1":
+            raise ConfigError(
+                "actor.kl.estimator=k1 with actor.kl.type=loss has an expected gradient of 0; "
+                "set actor.kl.estimator=k2 or k3"
+            )
+        if self.type != "loss" and not self.importance_weight:
+            raise ConfigError(f"actor.kl.importance_weight=false has no effect with actor.kl.type={self.type}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +227,14 @@ class Select:
     """Only tokens that were not the most likely one."""
     on_policy: bool
     """Only tokens that the present weights sampled, none of older ones (rollout.max_staleness)."""
+    not_truncated: bool
+    """Only tokens of trajectories that did not run into a length limit; the others count in baselines and in what
+    `average_over=all` divides by (rollout.overlong_filtering leaves them out of both)."""
+
+    @property
+    def is_on(self) -> bool:
+        """Some sampled tokens may be left out."""
+        return self.entropy_quantile > 0 or self.not_mode or self.on_policy or self.not_truncated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,10 +274,16 @@ class Trainable:
     """Gradients are scaled down to this norm."""
     scheduler: Literal["constant", "linear", "cosine", "wsd"]
     """After warm-up: constant, linear or cosine to 0, or constant and then linear to 0 over the last `decay_ratio`."""
-    warmup_ratio: Share
-    """Share of all optimizer steps over which the rate rises linearly from 0."""
+    warmup_ratio: Share | None
+    """Share of all optimizer steps over which the rate rises linearly from 0. null: 0 for constant, else 0.1."""
     decay_ratio: Share
     """wsd: share of all optimizer steps over which the rate falls to 0."""
+
+    @property
+    def used_warmup_ratio(self) -> float:
+        """`warmup_ratio`, or the default of `scheduler`."""
+        default = 0.0 if self.scheduler == "constant" else 0.1
+        return default if self.warmup_ratio is None else self.warmup_ratio
 
     @property
     def max_length(self) -> int:
@@ -335,6 +372,9 @@ class Actor(TrainablePolicy):
     average_over: Literal["all", "kept", "correct"]
     """What the sum is divided by: everything in the optimizer step (thesis 3.1), only what trains (3.2), or, where
     `select` leaves tokens out, all tokens of the correct sequences."""
+    regularize_on: Literal["kept", "all"]
+    """Tokens that the KL divergence in the loss and the entropy act on. kept: those that train_on and select keep, with
+    their weights. all: every sampled token, averaged over all of them."""
     update_per_rollout: Count
     """Optimizer steps on one rollout."""
     freeze_steps: Index
@@ -351,8 +391,7 @@ class Actor(TrainablePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        selects = self.select.not_mode or self.select.entropy_quantile > 0
-        if self.average_over == "kept" and self.train_on == "all" and not selects:
+        if self.average_over == "kept" and self.train_on == "all" and not self.select.is_on:
             raise ConfigError(
                 "actor.average_over=kept has no effect: actor.train_on=all and actor.select keep everything"
             )
@@ -408,7 +447,8 @@ class SamplingParams:
     temperature: NonNegative
     """0 takes the most likely token."""
     top_p: Annotated[float, Range(0, 1, open_low=True)]
-    """Only the most likely tokens that together have this probability; 1 keeps all."""
+    """Only the most likely tokens that together have this probability, of those that top_k leaves; 1 keeps all. SGLang
+    counts the probability in the whole distribution."""
     top_k: Index
     """0 keeps all tokens."""
     max_new_tokens: Count
@@ -592,6 +632,10 @@ class Advantage:
     tokens of the rollout."""
     norm_var: bool
     """reinforce: divide by the standard deviation (GRPO). gae: by that over all action tokens of the rollout."""
+    std_over: Literal["rollout", "tokens"] | None
+    """reinforce, norm_var: null divides by the deviation of what the mean was taken over, the group or the rollout.
+    rollout: by that of all rewards of the rollout. tokens: minus the mean of the advantages over all action tokens of
+    the rollout, divided by their deviation (REINFORCE++)."""
     overlong_buffer: Index
     """Over its last so many tokens before max_new_tokens a response pays for its length, linearly (DAPO); 0: never."""
     overlong_penalty: PositiveFloat
@@ -733,6 +777,7 @@ class RLConfig:
             raise ConfigError(
                 f"adv.norm_var and adv.global_norm have no effect with adv.estimator={self.adv.estimator}"
             )
+        _check_deviation(self.adv, self.train_data)
         if self.adv.estimator != "gae":
             for key, value, idle in (
                 ("adv.gamma", self.adv.gamma, 1),
@@ -754,6 +799,18 @@ class RLConfig:
             raise ConfigError(
                 f"adv.overlong_buffer={self.adv.overlong_buffer} is defined for one response; "
                 f"set it to 0 or rollout.max_turns={rollout.max_turns} to 1"
+            )
+        _check_regularizers(actor)
+        is_off_policy = actor.update_per_rollout > 1 or rollout.max_staleness > 0
+        if not actor.kl.importance_weight and actor.kl.used_estimator == "k2" and not is_off_policy:
+            raise ConfigError(
+                "actor.kl.importance_weight=false has no effect with actor.update_per_rollout=1 and "
+                "rollout.max_staleness=0: every weight is 1"
+            )
+        if actor.select.not_truncated and rollout.overlong_filtering:
+            raise ConfigError(
+                "actor.select.not_truncated=true has no effect with rollout.overlong_filtering=true, which leaves no "
+                "truncated trajectory"
             )
         if actor.select.on_policy and not rollout.max_staleness:
             raise ConfigError("actor.select.on_policy has no effect with rollout.max_staleness=0: all tokens are")
@@ -831,6 +888,26 @@ class DPOConfig:
             raise ConfigError("ref_actor.model_name has no effect with actor.reference_free=true")
 
 
+def _check_deviation(adv: Advantage, data: TrainData) -> None:
+    if adv.std_over is None:
+        return
+    if adv.estimator != "reinforce":
+        raise ConfigError(f"adv.std_over={adv.std_over} has no effect with adv.estimator={adv.estimator}")
+    if not adv.norm_var:
+        raise ConfigError(f"adv.std_over={adv.std_over} has no effect with adv.norm_var=false")
+    if adv.std_over == "rollout" and (adv.global_norm or data.responses_per_prompt == 1):
+        raise ConfigError("adv.std_over=rollout has no effect: the mean is over the whole rollout already")
+
+
+def _check_regularizers(actor: Actor) -> None:
+    if actor.regularize_on == "all" and not (actor.entropy.coef or (actor.kl.coef and actor.kl.type == "loss")):
+        raise ConfigError(
+            "actor.regularize_on=all has no effect with actor.entropy.coef=0 and no KL divergence in the loss"
+        )
+    if actor.regularize_on == "all" and actor.train_on == "all" and not actor.select.is_on:
+        raise ConfigError("actor.regularize_on=all has no effect: actor.train_on=all and actor.select keep everything")
+
+
 def times_sp(tokens: int, group: str, sp_size: int) -> str:
     """A limit of one process, and how many share a microbatch."""
     return f"{tokens}" + (f" x {group}.sp_size={sp_size}" if sp_size > 1 else "")
@@ -838,9 +915,9 @@ def times_sp(tokens: int, group: str, sp_size: int) -> str:
 
 def _check_schedule(group: str, model: Trainable) -> None:
     """Here and not in `Trainable`, which does not know the name of its group."""
-    if model.scheduler == "wsd" and model.warmup_ratio + model.decay_ratio > 1:
+    if model.scheduler == "wsd" and model.used_warmup_ratio + model.decay_ratio > 1:
         raise ConfigError(
-            f"{group}.warmup_ratio={model.warmup_ratio} and {group}.decay_ratio={model.decay_ratio} overlap; "
+            f"{group}.warmup_ratio={model.used_warmup_ratio} and {group}.decay_ratio={model.decay_ratio} overlap; "
             "together they must be at most 1"
         )
 

@@ -34,6 +34,7 @@ def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatc
     if version is not None and all(s.versions for _, _, s in sequences):
         sampled_by_T = joined("versions", torch.long, 1)
         age_T = torch.where(sampled_by_T < 0, 0, version - sampled_by_T)
+    truncated_B = torch.tensor([trajectories[n].truncated for n, _, _ in sequences])
     return TokenBatch(
         token_ids_T=joined("token_ids", torch.long, 0),
         labels_T=joined("token_ids", torch.long, 1),
@@ -43,6 +44,7 @@ def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatc
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         trajectory_B=torch.tensor([n for n, _, _ in sequences]),
         group_B=torch.tensor([group for _, group, _ in sequences]),
+        truncated_B=truncated_B if truncated_B.any() else None,
         engine_logp_T=joined("logps", torch.float32, 1),
         age_T=age_T if age_T is not None and age_T.any() else None,
     )
@@ -68,6 +70,7 @@ def loss_weights(
     entropy_quantile: float = 0.0,
     not_mode: bool = False,
     on_policy: bool = False,
+    not_truncated: bool = False,
 ) -> Tensor:
     """weight_T of every token in the loss, float32 [T]; `(loss_T * weight_T).sum()` is then the mean that is asked for.
 
@@ -78,7 +81,14 @@ def loss_weights(
     that `train_on` keeps (`correct`). With nothing kept all weights are 0.
     """
     sequence_T = batch.sequence_T
-    kept_T = kept(batch, train_on=train_on, entropy_quantile=entropy_quantile, not_mode=not_mode, on_policy=on_policy)
+    kept_T = kept(
+        batch,
+        train_on=train_on,
+        entropy_quantile=entropy_quantile,
+        not_mode=not_mode,
+        on_policy=on_policy,
+        not_truncated=not_truncated,
+    )
     counted_T = {"all": batch.action_T, "kept": kept_T}.get(average_over)
     if counted_T is None:
         counted_T = kept(batch, train_on=train_on)
@@ -112,17 +122,20 @@ def kept(
     entropy_quantile: float = 0.0,
     not_mode: bool = False,
     on_policy: bool = False,
+    not_truncated: bool = False,
 ) -> Tensor:
     """bool [T]: the actions that train, chosen over the whole of `batch`.
 
     `train_on=correct`: of sequences of trajectories whose total reward is above 0. Of these, `not_mode`: those that
     were not the most likely token; `entropy_quantile`: those whose entropy is at or above this quantile (arXiv
     2506.01939 trains on the top fifth, 0.8). Both as the policy was when the rollout arrived. `on_policy`: those that
-    the weights sampled that are going to train.
+    the weights sampled that are going to train. `not_truncated`: those of trajectories that no length limit ended.
     """
     kept_T = batch.action_T
     if on_policy and batch.age_T is not None:
         kept_T = kept_T & (batch.age_T == 0)
+    if not_truncated and batch.truncated_B is not None:
+        kept_T = kept_T & ~batch.truncated_B[batch.sequence_T]
     if train_on == "correct":
         kept_T = kept_T & (reward_of_sequences(batch) > 0)[batch.sequence_T]
     if entropy_quantile > 0 and kept_T.any():

@@ -153,6 +153,8 @@ class TokenBatch:
     """int64: number of the trajectory that the sequence belongs to."""
     group_B: Tensor
     """int64: number of the prompt group."""
+    truncated_B: Tensor | None = None
+    """bool: its trajectory ran into a length limit; absent: none did."""
     engine_logp_T: Tensor | None = None
     age_T: Tensor | None = None
     """int64: by how many versions the weights that sampled the label were older than the present ones. Not there: 0."""
@@ -169,10 +171,18 @@ class TokenBatch:
     """What the critic shall predict at an action: its advantage plus `value_T`."""
     advantage_T: Tensor | None = None
     weight_T: Tensor | None = None
+    objective_factor_T: Tensor | None = None
+    """What the objective, but not the KL divergence or the entropy, is multiplied by; absent: 1."""
 
     @property
     def num_sequences(self) -> int:
         return len(self.cu_seqlens) - 1
+
+    @property
+    def largest_token_id(self) -> int:
+        """Largest id among inputs and labels: the last token of a sequence is only a label."""
+        ids = torch.cat([self.token_ids_T, self.labels_T])
+        return int(ids.max()) if len(ids) else -1
 
     @property
     def lengths_B(self) -> Tensor:

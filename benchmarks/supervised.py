@@ -115,7 +115,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
             f"actor.max_length_per_device={options.max_length}",
             "actor.gradient_checkpointing=false",
             f"actor.lr={LEARNING_RATE}",
-            "actor.warmup_ratio=0",
+            "actor.scheduler=constant",
             "trainer.experiment_name=benchmark",
         ],
     )

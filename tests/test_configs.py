@@ -207,6 +207,23 @@ def test_knobs_of_reinforce_are_refused_elsewhere(estimator: str, knob: str) -> 
         load("ppo", (*RL, f"adv.estimator={estimator}", f"adv.{knob}=true"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ("adv.estimator=rloo adv.std_over=tokens", "adv.estimator=rloo"),
+        ("adv.estimator=gae adv.norm_var=true adv.std_over=tokens", "adv.estimator=gae"),
+        ("adv.std_over=tokens", "adv.norm_var=false"),
+        ("adv.std_over=rollout adv.norm_var=true adv.global_norm=true", "the mean is over the whole rollout already"),
+        ("adv.std_over=rollout adv.norm_var=true", "the mean is over the whole rollout already"),
+    ],
+)
+def test_a_deviation_without_effect_is_refused(overrides: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"has no effect.*{why}"):
+        load("ppo", (*RL, "train_data.responses_per_prompt=1", *overrides.split()))
+    good = "train_data.responses_per_prompt=2 adv.std_over=rollout adv.norm_var=true"
+    assert load("ppo", (*RL, *good.split())).adv.std_over == "rollout"
+
+
 def test_the_critic_takes_after_the_actor_and_must_hold_its_sequences() -> None:
     loaded = load("ppo", (*RL, "adv.estimator=gae", "critic.lr=1e-5", "actor.freeze_steps=3", "adv.lamda=0.95"))
     assert (loaded.critic.model_name, loaded.critic.lr, loaded.critic.max_length_per_device) == ("model", 1e-5, 512)

@@ -24,7 +24,7 @@ from RL2.evaluation.compare import compare
 from RL2.evaluation.intervals import Estimate, limits, over_problems
 from RL2.evaluation.samples import Sample, majority_at, pass_at
 from RL2.models.loading import weights_folder
-from RL2.models.policy import end_tokens, load_model, load_tokenizer, max_length
+from RL2.models.policy import load_model, load_tokenizer, max_length, stop_tokens
 from RL2.rollout.collect import Episodes, Group, finish
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
@@ -103,7 +103,7 @@ def evaluate(
             memory_share=0.6,
         )
         episodes = Episodes(engine, environment, tokenizer, question.max_turns, longest)
-        stop = end_tokens(lm, tokenizer)
+        stop = stop_tokens(lm, tokenizer, "model")
         with asyncio.Runner() as runner:
             size = max(1, WAVE // (question.samples + question.greedy))
             for start in range(0, len(left), size):

@@ -29,7 +29,7 @@ from RL2.config import RLConfig, UserError, build, first_line, words
 from RL2.objectives.declare import Loss
 from RL2.objectives.probe import reads_advantages
 from RL2.objectives.table import configured
-from RL2.objectives.terms import by_token, configured_weights, total_loss
+from RL2.objectives.terms import by_token, total_loss, with_weights
 from RL2.parallel.fsdp import whole
 from RL2.parallel.processes import Processes
 from RL2.trainer.run import REPLAY_BATCH, replay_folder
@@ -93,8 +93,7 @@ def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) ->
     }
     found, gradients = [], {}
     for title, config in configs.items():
-        mine = with_advantages(batch, config)
-        mine = mine.with_(weight_T=configured_weights(mine, config.actor))
+        mine = with_weights(with_advantages(batch, config), config.actor)
         gradients[title] = _gradient(actor, mine, _loss(config.actor), wanted_stats(config.actor))
         norm = _dot(gradients[title], gradients[title]) ** 0.5
         changes = {name: -_dot(gradients[title], of) / norm if norm else 0.0 for name, of in directions.items()}

@@ -154,6 +154,19 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
     return tuple(sorted(i for i in ids if i is not None))
 
 
+def stop_tokens(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, key: str = "actor.model_name"
+) -> tuple[int, ...]:
+    """Return `end_tokens`, to sample with. Raise ConfigError if the model lacks one: it could never sample it."""
+    found = end_tokens(lm, tokenizer)
+    if found and found[-1] >= lm.config.vocab_size:
+        raise ConfigError(
+            f"{key}={lm.name_or_path}: its responses end with token {found[-1]}, and the model knows "
+            f"{lm.config.vocab_size}; the tokenizer is of another model, or the model was not resized for new tokens"
+        )
+    return found
+
+
 def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of a checkpoint by its transformers name, whole, one at a time, tied ones once.
 

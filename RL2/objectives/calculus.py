@@ -8,8 +8,19 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def bounded(exponent: Tensor) -> Tensor:
+    """Return `exponent`, bounded from above so that its exponential is finite; its own gradient stays 1.
+
+    For ratios of probabilities, exp(log p - log p_old). An overflow to inf would turn losses and gradients that are 0
+    into NaN (0 * inf). The bound leaves a factor of e^8 for what the exponential is multiplied by: 80.7 in float32.
+    """
+    limit = math.log(torch.finfo(exponent.dtype).max) - 8
+    return exponent + (exponent.clamp(max=limit) - exponent).detach()
 
 
 def prob(p_TV: Tensor, ids_T: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from RL2.config import NonNegative, PositiveFloat, Range
-from RL2.objectives.calculus import dlogp, prob
+from RL2.objectives.calculus import bounded, dlogp, prob
 from RL2.objectives.declare import Loss, needs
 from RL2.types import TokenBatch, TokenStats
 
@@ -26,6 +26,11 @@ def _advantage(batch: TokenBatch) -> Tensor:
 def _log_ratio(logp_T: Tensor, batch: TokenBatch) -> Tensor:
     """log r."""
     return logp_T - (logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T)
+
+
+def _ratio(log_ratio_T: Tensor) -> Tensor:
+    """Return r, finite for every log r."""
+    return bounded(log_ratio_T).exp()
 
 
 def _clamp(ratio_T: Tensor, clip: float, clip_high: float | None) -> Tensor:
@@ -59,7 +64,7 @@ def ppo_gradient(
     clip_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    advantage_T, ratio_T = _advantage(batch), _log_ratio(prob(p_TV, batch.labels_T).log(), batch).exp()
+    advantage_T, ratio_T = _advantage(batch), _ratio(_log_ratio(prob(p_TV, batch.labels_T).log(), batch))
     free_T = ratio_T * advantage_T <= _clamp(ratio_T, clip, clip_high) * advantage_T
     if dual_clip is not None:
         free_T &= (advantage_T >= 0) | (ratio_T <= dual_clip)
@@ -81,7 +86,7 @@ def ppo(
     of a token with A < 0 is at most -dual_clip A (1912.09729). Gradient: -r A (e_a - p); zero where the ratio has left
     the trust region in the direction of A, where r > dual_clip and A < 0, and where A = 0 or p_a = 1.
     """
-    ratio_T, advantage_T = _log_ratio(stats.logp, batch).exp(), _advantage(batch)
+    ratio_T, advantage_T = _ratio(_log_ratio(stats.logp, batch)), _advantage(batch)
     free_T, clipped_T = ratio_T * advantage_T, _clamp(ratio_T, clip, clip_high) * advantage_T
     gain_T = torch.minimum(free_T, clipped_T)
     if dual_clip is not None:
@@ -91,7 +96,7 @@ def ppo(
 
 def gspo_gradient(p_TV: Tensor, batch: TokenBatch, *, clip: float = 3e-4, clip_high: float | None = None) -> Tensor:
     log_ratio_T = _log_ratio(prob(p_TV, batch.labels_T).log(), batch)
-    ratio_T, advantage_T = _sequence_mean(log_ratio_T, batch).exp(), _advantage(batch)
+    ratio_T, advantage_T = _ratio(_sequence_mean(log_ratio_T, batch)), _advantage(batch)
     free_T = ratio_T * advantage_T <= _clamp(ratio_T, clip, clip_high) * advantage_T
     # every token's ratio holds an equal part of each log p of the sequence
     slope_T = -_sequence_mean(free_T * ratio_T * advantage_T, batch)
@@ -109,13 +114,13 @@ def gspo(
     -s (sum of A) / n (e_a - p) at each of them; the tokens where s has left the trust region in the direction of A are
     not in the sum.
     """
-    ratio_T, advantage_T = _sequence_mean(_log_ratio(stats.logp, batch), batch).exp(), _advantage(batch)
+    ratio_T, advantage_T = _ratio(_sequence_mean(_log_ratio(stats.logp, batch), batch)), _advantage(batch)
     free_T, clipped_T = ratio_T * advantage_T, _clamp(ratio_T, clip, clip_high) * advantage_T
     return -torch.minimum(free_T, clipped_T), {"clipped": (clipped_T < free_T).float()}
 
 
 def cispo_gradient(p_TV: Tensor, batch: TokenBatch, *, ratio_min: float = 0.0, ratio_max: float = 5.0) -> Tensor:
-    ratio_T = _log_ratio(prob(p_TV, batch.labels_T).log(), batch).exp().clamp(ratio_min, ratio_max)
+    ratio_T = _ratio(_log_ratio(prob(p_TV, batch.labels_T).log(), batch)).clamp(ratio_min, ratio_max)
     return (-ratio_T * _advantage(batch))[:, None] * dlogp(p_TV, batch.labels_T)
 
 
@@ -128,13 +133,13 @@ def cispo(
     CISPO (arXiv 2506.13585, equations 4 and 5): the weight is clipped, never the update. The paper has no lower bound
     and names no upper one; 5 is that of 2510.13786. Gradient: -w A (e_a - p). Zero where A = 0 or p_a = 1.
     """
-    ratio_T = _log_ratio(stats.logp, batch).detach().exp()
+    ratio_T = _ratio(_log_ratio(stats.logp, batch)).detach()
     weight_T = ratio_T.clamp(ratio_min, ratio_max)
     return -weight_T * _advantage(batch) * stats.logp, {"clipped": (weight_T != ratio_T).float()}
 
 
 def sapo_gradient(p_TV: Tensor, batch: TokenBatch, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
-    advantage_T, ratio_T = _advantage(batch), _log_ratio(prob(p_TV, batch.labels_T).log(), batch).exp()
+    advantage_T, ratio_T = _advantage(batch), _ratio(_log_ratio(prob(p_TV, batch.labels_T).log(), batch))
     tau_T = torch.full_like(advantage_T, tau_neg).masked_fill(advantage_T > 0, tau_pos)
     gate_T = (tau_T * (ratio_T - 1)).sigmoid()
     return (-4 * gate_T * (1 - gate_T) * ratio_T * advantage_T)[:, None] * dlogp(p_TV, batch.labels_T)
@@ -148,7 +153,7 @@ def sapo(stats: TokenStats, batch: TokenBatch, *, tau_pos: PositiveFloat = 1.0, 
     -4 g (1 - g) r A (e_a - p), which is REINFORCE's at r = 1 and fades on both sides of it: no token is cut off, and
     none far from r = 1 pulls hard. Zero where A = 0 or p_a = 1.
     """
-    ratio_T, advantage_T = _log_ratio(stats.logp, batch).exp(), _advantage(batch)
+    ratio_T, advantage_T = _ratio(_log_ratio(stats.logp, batch)), _advantage(batch)
     tau_T = torch.full_like(advantage_T, tau_neg).masked_fill(advantage_T > 0, tau_pos)
     gate_T = (tau_T * (ratio_T - 1)).sigmoid()
     return -4 / tau_T * gate_T * advantage_T, {"gate": (4 * gate_T * (1 - gate_T)).detach()}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from RL2.config import Actor, ConfigError, RLConfig, SFTActor
 from RL2.objectives.table import Bound, bind, configured
-from RL2.objectives.terms import configured_weights, total_loss
+from RL2.objectives.terms import total_loss, with_weights
 from RL2.ops.token_stats import token_stats
 from RL2.packing import pack
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
@@ -114,9 +114,11 @@ def loss_gradient(logits_TV: Tensor, batch: TokenBatch, actor: Actor, objective:
     """Of the loss with respect to the logits."""
     if actor.kl.coef == 0:
         batch = replace(batch, ref_logp_T=None)
+    weighted = with_weights(batch, actor)
 
     def loss(stats: TokenStats) -> Tensor:
-        return (total_loss(stats, batch, actor, objective)[0] * configured_weights(batch, actor)).sum()
+        assert weighted.weight_T is not None
+        return (total_loss(stats, weighted, actor, objective)[0] * weighted.weight_T).sum()
 
     return gradient(logits_TV, batch, objective, loss, actor.temperature)
 

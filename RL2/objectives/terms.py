@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from RL2.config import Actor
+from RL2.objectives.calculus import bounded
 from RL2.objectives.declare import Loss
 from RL2.objectives.table import Bound
 from RL2.packing import loss_weights
@@ -17,15 +18,38 @@ from RL2.types import TokenBatch, TokenStats
 def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
     """Per-token estimate of KL(policy || reference) at the sampled token (Schulman, "Approximating KL divergence").
 
-    With d = log p_ref - log p: k1 = -d (unbiased), k2 = d^2 / 2 (its gradient is that of the KL), k3 = e^d - 1 - d
-    (unbiased and never negative).
+    With d = log p_ref - log p: k1 = -d (unbiased), k2 = d^2 / 2 (biased), k3 = e^d - 1 - d (unbiased and never
+    negative). The expected gradient over p, in the loss: 0 of k1, that of KL(policy || reference) of k2, and that of
+    KL(reference || policy) of k3. As a constant in a reward or advantage: that of KL(policy || reference) of k1; of k2
+    and k3 it is of second order in d.
     """
     d_T = ref_logp_T - logp_T
     if estimator == "k1":
         return -d_T
     if estimator == "k2":
         return d_T.square() / 2
-    return torch.expm1(d_T) - d_T
+    return torch.expm1(bounded(d_T)) - d_T
+
+
+def kl_in_the_loss(
+    logp_T: Tensor,
+    sampled_logp_T: Tensor,
+    ref_logp_T: Tensor,
+    estimator: Literal["k1", "k2", "k3"],
+    *,
+    weighted: bool,
+) -> Tensor:
+    """Return the KL term of each token: `kl_estimate`, if `weighted` times r = p / p_old.
+
+    `sampled_logp_T` is log p_old, of the policy that sampled the token. Weighted, k2 (r a constant) and k3 (r not, as
+    in TRL's `use_bias_correction_kl`) both have the gradient r (log p - log p_ref) dlog p, whose mean over p_old is the
+    gradient of KL(policy || reference).
+    """
+    kl_T = kl_estimate(logp_T, ref_logp_T, estimator)
+    if not weighted:
+        return kl_T
+    ratio_T = bounded(logp_T - sampled_logp_T).exp()
+    return kl_T * (ratio_T if estimator == "k3" else ratio_T.detach())
 
 
 def importance_weight(
@@ -48,8 +72,8 @@ def importance_weight(
         log_ratio_T = log_ratio_T.new_zeros(batch.num_sequences).index_add_(0, batch.sequence_T, log_ratio_T)[
             batch.sequence_T
         ]
-    ratio_T = log_ratio_T.exp()
-    return ratio_T.clamp(max=cap) if mode == "truncate" else ratio_T * (ratio_T <= cap)
+    ratio_T = log_ratio_T.exp()  # inf for a long sequence, of which a product with 0 would be NaN
+    return ratio_T.clamp(max=cap) if mode == "truncate" else ratio_T.masked_fill(ratio_T > cap, 0.0)
 
 
 def overlong_penalty(batch: TokenBatch, *, max_new_tokens: int, buffer: int, penalty: float) -> Tensor:
@@ -66,9 +90,13 @@ def overlong_penalty(batch: TokenBatch, *, max_new_tokens: int, buffer: int, pen
     return cost_B[sequence_T] * (action_T & (number_T == last_B[sequence_T]))
 
 
-def configured_weights(batch: TokenBatch, config: Actor) -> Tensor:
-    """weight_T of the global minibatch of one optimizer step."""
-    return loss_weights(
+def with_weights(batch: TokenBatch, config: Actor) -> TokenBatch:
+    """Return the global minibatch of one optimizer step with its weights.
+
+    With `regularize_on=all` every action has a weight, that of an average over all, and `objective_factor_T` makes of
+    it the weight of the objective, which is 0 at tokens that do not train.
+    """
+    weight_T = loss_weights(
         batch,
         train_on=config.train_on,
         level=config.avg_level,
@@ -77,7 +105,12 @@ def configured_weights(batch: TokenBatch, config: Actor) -> Tensor:
         entropy_quantile=config.select.entropy_quantile,
         not_mode=config.select.not_mode,
         on_policy=config.select.on_policy,
+        not_truncated=config.select.not_truncated,
     )
+    if config.regularize_on == "kept":
+        return batch.with_(weight_T=weight_T)
+    all_T = loss_weights(batch, train_on="all", level=config.avg_level, average_over="all", length=config.avg_length)
+    return batch.with_(weight_T=all_T, objective_factor_T=torch.where(all_T > 0, weight_T / all_T, 0.0))
 
 
 def total_loss(stats: TokenStats, batch: TokenBatch, config: Actor, objective: Bound) -> Loss:
@@ -91,11 +124,19 @@ def total_loss(stats: TokenStats, batch: TokenBatch, config: Actor, objective: B
             arrived_T, batch, cap=config.tis_coef, level=config.tis_level, mode=config.tis_mode
         )
         loss_T, metrics = loss_T * weight_T, metrics | {"importance_weight": weight_T}
+    if batch.objective_factor_T is not None:
+        loss_T = loss_T * batch.objective_factor_T
     if batch.ref_logp_T is not None:
-        kl_T = kl_estimate(logp_T, batch.ref_logp_T, config.kl.estimator)
-        metrics = metrics | {"kl": kl_T}
-        if config.kl.type == "loss":
-            loss_T = loss_T + config.kl.coef * kl_T
+        kl = config.kl
+        metrics = metrics | {"kl": kl_estimate(logp_T, batch.ref_logp_T, kl.used_estimator)}
+        if kl.type == "loss":
+            sampled_T = arrived_T
+            if batch.age_T is not None:  # older weights sampled it, and what they said is the engine's word
+                assert batch.engine_logp_T is not None
+                sampled_T = torch.where(batch.age_T > 0, batch.engine_logp_T, arrived_T)
+            loss_T = loss_T + kl.coef * kl_in_the_loss(
+                logp_T, sampled_T, batch.ref_logp_T, kl.used_estimator, weighted=kl.importance_weight
+            )
     if config.entropy.coef != 0:
         loss_T = loss_T - config.entropy.coef * entropy_T
     if "max_logp" in vars(stats):
@@ -115,7 +156,7 @@ def by_token(stats: TokenStats, actions: TokenBatch, config: Actor, objective: B
     leaves = vars(stats) | {"logp": logp_T}
     if "log1mp" in leaves:
         # its value as it is, its slope that of log(1 - exp(logp))
-        slope_T = -(logp_T.detach().exp() / stats.log1mp.exp())
+        slope_T = -bounded(logp_T.detach() - stats.log1mp).exp()
         leaves["log1mp"] = stats.log1mp + slope_T * (logp_T - logp_T.detach())
     loss_T, _ = total_loss(TokenStats(**leaves), actions, config, objective)
     loss = (loss_T * actions.weight_T).sum()

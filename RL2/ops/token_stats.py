@@ -66,9 +66,11 @@ def token_stats(
     and computes them again in the backward pass, whose gradient is in closed form; `triton` is the same in two kernels
     for GPUs. `auto` is `triton` on a GPU, `chunked` elsewhere.
 
-    Raises ValueError for a field that is not on the menu, and for `top_k` without the fields that it is for.
+    Raises ValueError for a field that is not on the menu, for `top_k` without the fields that it is for, and for a
+    label that is not a token of the vocabulary, such as -100: `weight_T` leaves tokens out.
     """
     check_fields(fields, top_k)
+    _check_labels(labels_T, len(head_VD) if tp is None else tp.total)
     if implementation == "reference":
         whole_VD = head_VD if tp is None else _gathered_head(head_VD, tp.group)
         return reference_stats(_product(hidden_TD, whole_VD.T) / temperature, labels_T, fields, top_k)
@@ -85,6 +87,17 @@ def check_fields(fields: Sequence[str], top_k: int) -> None:
     wants_top = bool({"top_logp", "top_id"} & set(fields))
     if wants_top != (top_k > 0):
         raise ValueError(f"top_k={top_k} and the fields {', '.join(fields)}: top_logp and top_id need top_k above 0")
+
+
+def _check_labels(labels_T: Tensor, vocabulary: int) -> None:
+    """Raise ValueError unless all labels are tokens. One wait for the device a call, and none a tile."""
+    if not len(labels_T):
+        return
+    smallest, largest = torch.stack(torch.aminmax(labels_T)).tolist()
+    if smallest < 0 or largest >= vocabulary:
+        wrong = smallest if smallest < 0 else largest
+        place = int((labels_T == wrong).nonzero()[0, 0])
+        raise ValueError(f"labels_T[{place}]={wrong} is not one of the {vocabulary} tokens of the vocabulary")
 
 
 def reference_stats(logits_TV: Tensor, labels_T: Tensor, fields: Sequence[str], top_k: int = 0) -> TokenStats:

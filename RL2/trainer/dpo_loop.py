@@ -9,7 +9,7 @@ import torch
 from RL2.config import DPOConfig
 from RL2.data.cursor import Cursor
 from RL2.data.preference import as_responses
-from RL2.models.policy import load_tokenizer
+from RL2.models.policy import load_tokenizer, refuse_unknown_tokens
 from RL2.objectives.preference import dpo, ipo
 from RL2.packing import sequence_weights
 from RL2.parallel.mesh import Mesh
@@ -54,6 +54,7 @@ def with_reference(pairs: TokenBatch, config: DPOConfig, processes: Processes) -
     mesh = Mesh.make(processes, actor)
     key = "actor.model_name" if reference.model_name == actor.model_name else "ref_actor.model_name"
     worker = Worker(reference.model_name, actor.dtype, mesh, processes, key)
+    refuse_unknown_tokens(worker.lm, [pairs.largest_token_id], key)
     limit = reference.max_inference_length_per_device
     with progress_bar(pairs.num_sequences, "reference", processes.is_first) as bar:
         stats = worker.stats(pairs, logps(config), limit, bar.update)

@@ -41,7 +41,7 @@ from RL2.data.prompts import given_away, load_prompts
 from RL2.data.source import describe, in_row, is_here, load_converted
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.loading import folder_here, match_weights, refuse_no_model, stored_tensors
-from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens
+from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
@@ -175,6 +175,8 @@ def look_at_tasks(
         if lm is not None:
             given = chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests])
             refuse_unknown_tokens(lm, given, "actor.model_name")
+        if lm is not None and tokenizer is not None:
+            stop_tokens(lm, tokenizer)
         for what, path in (("train data", train.path), ("test data", config.test_data.path if config.tests else None)):
             if what == "test data" and not config.tests:
                 found.say(what, "none")
@@ -273,9 +275,10 @@ def look_at_rows(
             read = import_module("RL2.trainer.sft_loop").reader(config, tokenizer, notes)
         else:
             read = pairs_reader(config, tokenizer, notes, as_responses if isinstance(config, DPOConfig) else as_scored)
-        rows, _ = train_and_test(data, read)
+        rows, tests = train_and_test(data, read)
         assert lm is not None
-        refuse_unknown_tokens(lm, rows.batch.token_ids_T.tolist(), f"{trained(config)[0]}.model_name")
+        for each in filter(None, (rows, tests)):
+            refuse_unknown_tokens(lm, [each.batch.largest_token_id], f"{trained(config)[0]}.model_name")
         found.say("data", told["data"], *notes)
         found.say("test data", told["test data"])
     else:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.served.engine import ServedEngine
 from RL2.engines.sglang import kind as sglang
 from RL2.engines.vllm import kind as vllm
-from RL2.models.policy import empty_model, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens
+from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
 from RL2.report import Metrics, Report
@@ -64,15 +65,20 @@ def train(config: RLConfig, run: Run) -> None:
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
 
     actor, ref_actor, critic = make_workers(config, run, num_steps)
-    given = chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests])
-    refuse_unknown_tokens(actor.lm, given, "actor.model_name")
+    given = list(chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests]))
+    stop_token_ids = stop_tokens(actor.lm, tokenizer)
+    readers = {"actor.model_name": actor.lm}
+    readers |= {"ref_actor.model_name": ref_actor.lm} if isinstance(ref_actor, RefActor) else {}
+    readers |= {"critic.model_name": critic.lm} if critic is not None else {}
+    for key, lm in readers.items():
+        refuse_unknown_tokens(lm, [*given, *stop_token_ids], key)
     engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
     rollouts = Rollouts(
         config.rollout,
         engine=engine,
         environment=environment,
         tokenizer=tokenizer,
-        end_tokens=end_tokens(actor.lm, tokenizer),
+        end_tokens=stop_token_ids,
         max_length=longest,
         processes=run.processes,
     )
@@ -107,7 +113,10 @@ def train(config: RLConfig, run: Run) -> None:
             engine.sleep()
         clock.lap("rollout")
 
-        batch = judge(pack(trainable(trajectories, config.rollout), step), config, actor, ref_actor, critic)
+        batch = pack(trainable(trajectories, config.rollout), step)
+        for key, lm in readers.items():
+            refuse_unknown_tokens(lm, [batch.largest_token_id], key)
+        batch = judge(batch, config, actor, ref_actor, critic)
         microscope.look(step, trajectories, batch)
         if run.due(trainer.replay_freq, step):
             run.keep_for_replay(step, batch, actor, tokenizer)
@@ -310,7 +319,7 @@ def judge(
     reward_T, cost_T = batch.reward_T, torch.zeros_like(batch.reward_T)
     if kl_in_advantage:
         assert batch.old_logp_T is not None and batch.ref_logp_T is not None
-        cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.estimator) * batch.action_T
+        cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.used_estimator) * batch.action_T
     if kl.type == "reward":
         reward_T, cost_T = reward_T - cost_T, torch.zeros_like(cost_T)
     if adv.overlong_buffer:
@@ -320,7 +329,13 @@ def judge(
             buffer=adv.overlong_buffer,
             penalty=adv.overlong_penalty,
         )
-    knobs = {"global_norm": adv.global_norm, "norm_var": adv.norm_var} if adv.estimator in ("reinforce", "gae") else {}
+    knobs: dict[str, Any] = {}
+    if adv.estimator in ("reinforce", "gae"):
+        knobs |= {"global_norm": adv.global_norm, "norm_var": adv.norm_var}
+    if adv.estimator == "reinforce":
+        knobs |= {"std_over": adv.std_over}
+    if adv.estimator in ("reinforce", "rloo"):
+        knobs |= {"group_size": config.train_data.responses_per_prompt}
     if critic is None:
         advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
     else:

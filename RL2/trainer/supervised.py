@@ -66,7 +66,7 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
     """One optimizer step on every batch of the cursor."""
     trainer, learner = run.config, task.learner
     for rows in filter(None, (task.train, task.test)):
-        refuse_unknown_tokens(learner.lm, [int(rows.batch.token_ids_T.max())], f"{task.name}.model_name")
+        refuse_unknown_tokens(learner.lm, [rows.batch.largest_token_id], f"{task.name}.model_name")
     report = run.report(num_steps)
     for note in task.notes:
         report.say(note)

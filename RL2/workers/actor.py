@@ -17,7 +17,7 @@ from RL2.models.lora import adapters_off
 from RL2.models.policy import Policy
 from RL2.objectives.declare import Loss
 from RL2.objectives.table import configured
-from RL2.objectives.terms import configured_weights, total_loss
+from RL2.objectives.terms import total_loss, with_weights
 from RL2.packing import minibatches, pack_tokens
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
@@ -80,8 +80,7 @@ class Actor(Learner):
     def minibatches(self, batch: TokenBatch) -> Iterator[tuple[list[int], TokenBatch]]:
         """Of each optimizer step of `update`: which sequences of `batch`, and these with their weights."""
         for ids in minibatches(batch, self.config.update_per_rollout):
-            minibatch = batch.sequences(ids)
-            yield ids, minibatch.with_(weight_T=configured_weights(minibatch, self.config))
+            yield ids, with_weights(batch.sequences(ids), self.config)
 
     def loss(self, stats: TokenStats, batch: TokenBatch) -> Loss:
         """The objective with what stands around it."""

@@ -424,7 +424,7 @@ def _some_sequences(batch: TokenBatch) -> list[list[int]]:
 
 def schedule(config: Trainable, step: int, total: int) -> float:
     """Factor of the learning rate at optimizer step `step` (from 0) of `total`: a pure function, nothing to restore."""
-    warmup = round(config.warmup_ratio * total)
+    warmup = round(config.used_warmup_ratio * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.scheduler == "constant":

@@ -93,7 +93,7 @@ def test_reinforcement_with_compiled_layers(world: Path) -> None:
 
 
 def test_a_reward_model(world: Path) -> None:
-    metrics = run(world, "rm", "rm", "critic.warmup_ratio=0", "trainer.max_steps=20")
+    metrics = run(world, "rm", "rm", "critic.scheduler=constant", "trainer.max_steps=20")
     assert metrics[0]["critic/loss"] == pytest.approx(math.log(2), abs=0.5)
     assert metrics[-1]["critic/loss"] < 0.5 * metrics[0]["critic/loss"]
     exact = run(world, "rm", "rm32", "critic.dtype=float32")
@@ -101,7 +101,7 @@ def test_a_reward_model(world: Path) -> None:
 
 
 def test_preferences(world: Path) -> None:
-    metrics = run(world, "dpo", "dpo", "actor.warmup_ratio=0", "trainer.max_steps=20")
+    metrics = run(world, "dpo", "dpo", "actor.scheduler=constant", "trainer.max_steps=20")
     assert metrics[0]["actor/loss"] == pytest.approx(math.log(2), abs=0.02)  # the policy is the reference still
     assert metrics[-1]["actor/loss"] < 0.5 * metrics[0]["actor/loss"]
     assert metrics[-1]["actor/margin"] > 1

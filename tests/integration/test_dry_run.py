@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from programs import NUM_ROWS, World
+from transformers import AutoConfig, AutoTokenizer
 
 from RL2.trainer.launch import main
 
@@ -99,6 +101,26 @@ async def reset(extra_info):
 async def step(state, action, extra_info):
     return dict(next_state=None, reward=1.0, score=1.0, done=True, extra_info=extra_info)
 """
+
+
+@pytest.mark.parametrize("program", ["sft", "dpo", "rm", "spo"])
+def test_an_end_token_that_the_model_does_not_have_is_refused(
+    program: str, dry_run: DryRun, world: World, tmp_path: Path
+) -> None:
+    """The last token of a sequence is only a label, and in reinforcement learning only sampled."""
+    folder = tmp_path / "model"
+    shutil.copytree(world.model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<|end of all|>"})
+    tokenizer.save_pretrained(folder)
+    group = "critic" if program == "rm" else "actor"
+    with pytest.raises(SystemExit) as ended:
+        dry_run(program, f"{group}.model_name={folder}")
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    assert f"{program}: {group}.model_name={folder}: " in str(ended.value.code)
+    assert f"token {vocabulary}" in str(ended.value.code)
+    assert f"the model knows {vocabulary}; the tokenizer is of another model" in str(ended.value.code)
+
 
 BLOCKED = """
 import time

@@ -128,6 +128,12 @@ def more_tokens(world: World, folder: Path) -> list[str]:
     return model(add)(world, folder) + data(json.dumps({"prompt": "word199", "extra_info": {}}))(world, folder)
 
 
+def another_end(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<|end of all|>"})
+    tokenizer.save_pretrained(folder)
+
+
 def checkpoint(world: World, folder: Path) -> Path:
     run = world.run("sft", "trainer.max_steps=1", "trainer.save_freq=1", save_dir=folder / "before").succeeded()
     return run.save_dir / "step_000001"
@@ -319,6 +325,20 @@ FAULTS = [
         more_tokens,
         "spo: actor.model_name=DIR/model: its tokenizer makes token 653 of the data, and the model knows 454; the "
         "tokenizer is of another model, or the model was not resized for new tokens",
+    ),
+    Fault(
+        "an end token that the model does not have, in data",
+        "dpo",
+        model(another_end),
+        "dpo: ref_actor.model_name=DIR/model: its tokenizer makes token 454 of the data, and the model knows 454; the "
+        "tokenizer is of another model, or the model was not resized for new tokens",
+    ),
+    Fault(
+        "an end token that the model does not have, in sampling",
+        "spo",
+        model(another_end),
+        "spo: actor.model_name=DIR/model: its responses end with token 454, and the model knows 454; the tokenizer is "
+        "of another model, or the model was not resized for new tokens",
     ),
     Fault(
         "an environment that ends the program",

@@ -18,8 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from RL2.config import load
 from RL2.models.policy import Policy, load_model
-from RL2.objectives.table import bind
+from RL2.objectives.table import bind, configured
+from RL2.objectives.terms import total_loss, with_weights
 from RL2.packing import loss_weights, pack
 from RL2.types import Sequence, StatsRequest, TokenBatch, TokenStats, Trajectory
 
@@ -193,3 +195,63 @@ def test_loss_and_gradient_are_those_of_trl(
     assert mine.keys() == theirs.keys()
     difference = torch.stack([(mine[name] - theirs[name]).norm() for name in mine]).norm()
     assert difference < 1e-4 * torch.stack([x.norm() for x in theirs.values()]).norm()
+
+
+def of_rollout(policy: Policy, spread: float, seed: int) -> Tensor:
+    """The policy's log-probabilities, moved a little, at actions; 0 elsewhere."""
+    batch = our_batch(True, policy)
+    assert batch.old_logp_T is not None
+    noise = spread * torch.randn(len(batch.labels_T), generator=torch.Generator().manual_seed(seed))
+    return (batch.old_logp_T + noise) * batch.action_T
+
+
+REQUIRED = f"""actor.model_name=m actor.max_length_per_device=64 train_data.path=x train_data.prompts_per_rollout=2
+    train_data.responses_per_prompt=3 rollout.env_path=x trainer.experiment_name=x actor.tis_coef=0 actor.clip=0.2
+    actor.kl.coef=0.3 actor.kl.estimator=k3 actor.update_per_rollout=2 actor.avg_level=sequence
+    rollout.train_sampling_params.max_new_tokens={MAX_COMPLETION}
+    rollout.train_sampling_params.temperature={TEMPERATURE}"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs"),
+    [
+        ((), {}),
+        (("actor.kl.importance_weight=false",), {"use_bias_correction_kl": False}),
+        (
+            ("actor.select.entropy_quantile=0.5", "actor.regularize_on=all"),
+            {"top_entropy_quantile": 0.5},
+        ),
+    ],
+    ids=["corrected", "not corrected", "on all tokens"],
+)
+def test_the_kl_term_is_that_of_trl(
+    settings: tuple[str, ...],
+    theirs: dict[str, Any],
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    policy = Policy(load_model(model, torch.float32)).train()
+    config = load("ppo", [*REQUIRED.split(), *settings]).actor
+    request = StatsRequest(("logp", "entropy"), 0, TEMPERATURE)
+    batch = our_batch(True, policy).with_(ref_logp_T=of_rollout(policy, 0.5, seed=3))
+    stats = TokenStats(**policy(batch, batch.shared(), request))
+    old_entropy_T = torch.zeros_like(batch.reward_T).masked_scatter(batch.action_T, stats.entropy.detach())
+    batch = with_weights(batch.with_(old_entropy_T=old_entropy_T), config)
+    actions = batch.positions(batch.action_T)
+    our_loss = (total_loss(stats, actions, config, configured(config))[0] * actions.weight_T).sum()
+    our_loss.backward()
+
+    case = Case("ppo", {}, "sequence", {"loss_type": "grpo", "epsilon": 0.2, **theirs})
+    trainer = trl(case, model, tokenizer, tmp_path)
+    trainer.beta = 0.3  # given as a setting it would load a reference, of which only these numbers matter
+    inputs = trl_inputs(batch)
+    sampled = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+    inputs["ref_per_token_logps"] = torch.zeros(sampled.shape).masked_scatter(sampled, batch.ref_logp_T[batch.action_T])
+    their_loss = trainer._compute_loss(trainer.model, inputs)
+    their_loss.backward()
+
+    assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
+    expected = {name: p.grad for name, p in trainer.model.named_parameters()}
+    difference = torch.stack([(p.grad - expected[name]).norm() for name, p in policy.lm.named_parameters()]).norm()
+    assert difference < 1e-4 * torch.stack([x.norm() for x in expected.values()]).norm()

@@ -81,7 +81,7 @@ class World:
         group = "critic" if program == "rm" else "actor"
         model = self.folder / ("value" if program == "rm" else "causal")
         given = f"""{group}.model_name={model} {group}.max_length_per_device=512 {group}.lr={RATE}
-            {group}.warmup_ratio=0 {group}.weight_decay={DECAY} {group}.max_grad_norm={NORM} data.path=x.jsonl
+            {group}.scheduler=constant {group}.weight_decay={DECAY} {group}.max_grad_norm={NORM} data.path=x.jsonl
             data.max_length=128 data.batch_size={BATCH} trainer.experiment_name=x"""
         config = load(program, [*given.split(), *overrides])
         if program == "rm":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import mean, stdev
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from RL2.advantages import gae, reinforce, rloo, whitened
 from RL2.packing import pack
 from RL2.types import Sequence, TokenBatch, Trajectory
+
+BOTH = {"global_norm": True, "norm_var": True}
 
 
 def rollout(groups: list[int], rewards: list[float]) -> TokenBatch:
@@ -60,6 +63,82 @@ def test_reinforce_plus_plus_normalises_over_the_rollout() -> None:
         assert by_trajectory(batch, advantage_T) == pytest.approx(expected, rel=1e-5)
     # one response a prompt: the whole rollout is the group, asked for or not
     assert by_trajectory(batch, reinforce(batch, global_norm=False, norm_var=True)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_deviation_of_the_rollout_under_the_mean_of_the_group() -> None:
+    """TRL's `scale_rewards="batch"`."""
+    groups, rewards = [0, 0, 0, 0, 1, 1, 1, 1], [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+    batch = rollout(groups, rewards)
+    means = [mean(rewards[:4])] * 4 + [mean(rewards[4:])] * 4
+    expected = [(r - m) / stdev(rewards) for r, m in zip(rewards, means, strict=True)]
+    found_T = reinforce(batch, global_norm=False, norm_var=True, std_over="rollout")
+    assert by_trajectory(batch, found_T) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("global_norm", [True, False])
+def test_reinforce_plus_plus_of_the_paper_whitens_tokens(global_norm: bool) -> None:
+    """Equation 10 of 2501.03262, and with the mean of the group first its variant for groups."""
+    lengths, rewards, groups = (10, 90, 40, 3), (1.0, 0.0, 0.5, 2.0), (0, 0, 1, 1)
+    trajectories = []
+    for n, (length, reward, group) in enumerate(zip(lengths, rewards, groups, strict=True)):
+        zeros = [0.0] * (length + 1)
+        sequence = Sequence([0] * (length + 1), [False] + [True] * length, zeros, [*zeros[1:], reward])
+        trajectories.append(Trajectory(n, group, 0, [sequence]))
+    batch = pack(trajectories)
+    means = [mean(rewards)] * 4 if global_norm else [0.5, 0.5, 1.25, 1.25]
+    by_token = [r - m for n, r, m in zip(lengths, rewards, means, strict=True) for _ in range(n)]
+    expected = [(x - mean(by_token)) / stdev(by_token) for x in by_token]
+    found_T = reinforce(batch, global_norm=global_norm, norm_var=True, std_over="tokens")
+    assert found_T.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+ESTIMATORS: dict[str, Callable[[TokenBatch], torch.Tensor]] = {
+    "rloo": rloo,
+    "whitened": lambda batch: whitened(batch, batch.reward_T[batch.reward_T != 0][0] * batch.action_T, **BOTH),
+    **{
+        f"reinforce {knobs}": lambda batch, knobs=knobs: reinforce(batch, **knobs)
+        for knobs in (
+            {"global_norm": False, "norm_var": False},
+            {"global_norm": False, "norm_var": True},
+            {"global_norm": True, "norm_var": True},
+            {"global_norm": False, "norm_var": True, "std_over": "rollout"},
+            {"global_norm": False, "norm_var": True, "std_over": "tokens"},
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 0.7, 0.9, -5.3, 10.1, 100.1, 12345.678, 1e-5])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_equal_rewards_have_no_advantage(estimator: str, reward: float) -> None:
+    for size in range(2, 12):
+        assert not ESTIMATORS[estimator](rollout([4] * size, [reward] * size)).any()
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "whitened"])
+def test_rewards_that_are_equal_but_for_rounding_have_no_advantage(estimator: str) -> None:
+    """0.9, as one reward, as the sum of two and as what is left of a larger one."""
+    turns = ([0.0, 0.0, 0.9], [0.6, 0.0, 0.3], [1.5, -0.3, -0.3], [0.1, 0.5, 0.3])
+    sequences = [Sequence([0] * 4, [False] + [True] * 3, [0.0] * 4, [0.0, *rewards]) for rewards in turns]
+    batch = pack([Trajectory(0, 0, n, [sequence]) for n, sequence in enumerate(sequences)])
+    assert not ESTIMATORS[estimator](batch).any()
+
+
+def test_small_differences_of_large_rewards_count() -> None:
+    batch = rollout([0, 0], [1000.0, 1000.01])
+    assert by_trajectory(batch, reinforce(batch, global_norm=False, norm_var=True)) == pytest.approx(
+        [-0.7071, 0.7071], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "estimator", [rloo, lambda batch, **how: reinforce(batch, global_norm=False, norm_var=True, **how)]
+)
+def test_what_is_compared_does_not_depend_on_what_filters_left(estimator: Callable[..., torch.Tensor]) -> None:
+    """One member is left of each group of four: it has nothing to be compared with."""
+    batch = rollout([0, 1, 2], [1.0, 0.0, 2.0])
+    assert not estimator(batch, group_size=4).any()
+    assert estimator(batch, group_size=1).any()
 
 
 def random_episodes() -> TokenBatch:

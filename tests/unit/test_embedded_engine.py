@@ -19,6 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from RL2.config import ConfigError
@@ -294,6 +296,22 @@ def test_top_k_and_top_p_cut_and_normalise() -> None:
         frequency, logp = draws(p.log(), 5_000, **options)  # type: ignore[arg-type]
         assert not frequency[kept:].any()
         torch.testing.assert_close(logp[:kept], (p[:kept] / p[:kept].sum()).log())
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.6, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 5, 20, 64])
+def test_cuts_are_those_of_transformers(top_k: int, top_p: float) -> None:
+    """Log-probabilities of all that can be drawn, at several temperatures, one distribution a row."""
+    temperatures, same = torch.tensor([0.5, 1.0, 1.7, 1.0]), torch.ones(4)
+    logits_RV = torch.tensor([[1.0], [2.0], [2.0], [4.0]]) * torch.randn(
+        4, 64, generator=torch.Generator().manual_seed(0)
+    )
+    theirs_RV = logits_RV / temperatures[:, None]
+    for warper in (*([TopKLogitsWarper(top_k)] if top_k else []), TopPLogitsWarper(top_p)):
+        theirs_RV = warper(None, theirs_RV)
+    for at in torch.linspace(0, 0.999, 40, dtype=torch.float64):
+        ids, logps = sample(logits_RV, temperatures, top_p * same, (top_k * same).long(), at.expand(4).clone())
+        torch.testing.assert_close(logps, theirs_RV.log_softmax(-1).gather(1, ids[:, None])[:, 0])
 
 
 def test_rows_have_their_own_settings() -> None:

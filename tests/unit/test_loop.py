@@ -45,6 +45,9 @@ def test_schedules() -> None:
     cosine = rates("actor.scheduler=cosine", "actor.warmup_ratio=0")
     assert cosine[0] == 1
     assert cosine[5] == pytest.approx(0.5)
+    assert rates("actor.scheduler=constant") == [1] * 10  # as in transformers: no warm-up unless asked for
+    for name in ("linear", "cosine", "wsd"):
+        assert rates(f"actor.scheduler={name}") == rates(f"actor.scheduler={name}", "actor.warmup_ratio=0.1")
     wsd = rates("actor.scheduler=wsd", "actor.warmup_ratio=0.2", "actor.decay_ratio=0.4")
     assert wsd == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
@@ -126,7 +129,7 @@ def test_gae_with_kl_in_the_rewards_and_the_returns_of_the_critic() -> None:
 
 def advantages(*overrides: str) -> tuple[Any, Tensor]:
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
-    with_kl = config("actor.kl.coef=0.5", "actor.kl.estimator=k1", *overrides)
+    with_kl = config("actor.kl.coef=0.5", *overrides)
     judged = judge(batch, with_kl, Fixed(-1.0), Fixed(-3.0))  # type: ignore[arg-type]
     assert judged.advantage_T is not None
     assert torch.equal(judged.reward_T, batch.reward_T)
@@ -168,3 +171,13 @@ def test_old_log_probabilities_are_there_for_a_second_update() -> None:
     judged = judge(batch, replace(several), Fixed(-1.0), None)  # type: ignore[arg-type]
     assert judged.old_logp_T is not None
     assert judged.old_logp_T[judged.action_T].tolist() == [-1.0] * 4
+
+
+def test_the_baseline_follows_the_configuration_and_not_what_filters_left() -> None:
+    """Of each pair one is left, which has nothing to be compared with; of single responses all are compared."""
+    batch = pack([trajectory(0, 1.0), trajectory(1, 0.0)])
+    for responses, expected in ((2, [0.0] * 4), (1, [0.5, 0.5, -0.5, -0.5])):
+        settings = config(f"train_data.responses_per_prompt={responses}", "train_data.prompts_per_rollout=2")
+        judged = judge(batch, settings, Fixed(-1.0), None)  # type: ignore[arg-type]
+        assert judged.advantage_T is not None
+        assert judged.advantage_T[judged.action_T].tolist() == expected

@@ -239,6 +239,8 @@ GOOD = [
     ("ppo", "actor.tis_level=sequence", "actor.tis_mode=mask", "adv.overlong_buffer=4"),
     ("ppo", "actor.select.entropy_quantile=0.8", "actor.average_over=kept"),
     ("ppo", "actor.select.not_mode=true", "actor.avg_level=constant"),
+    ("ppo", "actor.select.not_mode=true", "actor.regularize_on=all", "actor.kl.coef=0.1", "actor.kl.estimator=k3"),
+    ("ppo", "actor.select.on_policy=true", "rollout.max_staleness=1", "actor.regularize_on=all", "actor.kl.coef=0.1"),
     ("ppo", "actor.objective=sapo", "actor.objective_args.tau_neg=2"),
     ("spo",),
     ("spo", "actor.path.detach_target=true", "actor.select.not_mode=true", "actor.average_over=kept"),
@@ -317,3 +319,26 @@ def test_only_tokens_of_the_present_weights() -> None:
     fresh = pack([Trajectory(0, 0, 0, [replace(sequence, versions=[-1, 5, 5, 5, 5])])], version=5)
     assert fresh.age_T is None
     assert kept(fresh, train_on="all", on_policy=True).all()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "constant"])
+def test_truncated_trajectories_are_masked_in_the_loss_alone(level: Any) -> None:
+    """They keep their place in baselines and in what is divided by, as in DAPO and TRL."""
+    sequence = Sequence([0] * 3, [False, True, True], [0.0] * 3, [0.0, 0.0, 1.0])
+    batch = pack([Trajectory(0, 0, n, [sequence], truncated=n == 1) for n in range(3)])
+    knobs: dict[str, Any] = {"train_on": "all", "level": level, "length": 4}
+    all_T = loss_weights(batch, average_over="all", **knobs)
+    masked_T = loss_weights(batch, average_over="all", not_truncated=True, **knobs)
+    assert torch.equal(masked_T, all_T * torch.tensor([1, 1, 0, 0, 1, 1]))
+    rest = batch.sequences([0, 2])
+    kept_T = loss_weights(batch, average_over="kept", not_truncated=True, **knobs)
+    assert kept_T[[0, 1, 4, 5]].tolist() == loss_weights(rest, average_over="all", **knobs).tolist()
+    whole = pack([Trajectory(0, 0, n, [sequence]) for n in range(2)])
+    assert whole.truncated_B is None
+    assert kept(whole, train_on="all", not_truncated=True).all()
+
+
+def test_truncated_trajectories_are_either_masked_or_left_out() -> None:
+    assert config("ppo", "actor.select.not_truncated=true", "actor.average_over=kept").actor.select.is_on
+    with pytest.raises(ConfigError, match=r"not_truncated=true has no effect with rollout\.overlong_filtering=true"):
+        config("ppo", "actor.select.not_truncated=true", "rollout.overlong_filtering=true")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from RL2.ops.tally import merge, tally, top
-from RL2.ops.token_stats import Implementation, token_stats
+from RL2.ops.token_stats import Implementation, VocabularyShard, token_stats
 from RL2.types import MENU, TokenStats
 
 T, V, D, K = 48, 37, 16, 5
@@ -271,3 +271,18 @@ def test_an_empty_batch_has_gradients_of_zero() -> None:
     stats.logp.sum().backward()
     assert head_VD.grad is not None
     assert not head_VD.grad.any()
+
+
+@pytest.mark.parametrize("label", [-(2**40), -100, -1, V, 1000, 2**40])
+@pytest.mark.parametrize("shard", [None, VocabularyShard(group=None, start=3, total=V)])  # type: ignore[arg-type]
+@pytest.mark.parametrize("implementation", ["reference", "chunked", "triton"])
+def test_labels_outside_the_vocabulary_are_refused(
+    implementation: Implementation, shard: VocabularyShard | None, label: int
+) -> None:
+    """At any place, and on a shard by the size of the whole vocabulary."""
+    hidden_TD, head_VD, labels_T = random_inputs(1.0)
+    head_VD = head_VD if shard is None else head_VD[3:6]
+    for place in (0, T - 1):
+        wrong_T = labels_T.index_fill(0, torch.tensor([place]), label)
+        with pytest.raises(ValueError, match=rf"labels_T\[{place}\]={label} is not one of the {V} tokens"):
+            token_stats(hidden_TD, head_VD, wrong_T, fields=("logp",), tp=shard, implementation=implementation)

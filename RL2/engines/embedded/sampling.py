@@ -21,8 +21,9 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """A token a row and its log-probability under the distribution that it was drawn from.
 
-    The distribution is softmax(logits / temperature), cut to the `top_k` most likely tokens (0: all) and to the
-    smallest set with probability of at least `top_p`, and normalised again. Temperature 0 takes the most likely token
+    The distribution is softmax(logits / temperature), cut to the `top_k` most likely tokens (0: all) and normalised,
+    then cut to the smallest set of these with probability of at least `top_p` and normalised, which is the order of
+    transformers and vLLM. Temperature 0 takes the most likely token
     and gives its log-probability under the model. The draw inverts the cumulative distribution at `uniform_R` in [0,
     1). Parameters and `uniform_R` lie on the CPU, so that nothing waits for a GPU.
     """
@@ -76,11 +77,11 @@ def _first_above(cumulative_RN: Tensor, target_R1: Tensor) -> Tensor:
 
 def _truncated(logp_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tensor:
     sorted_RV, order_RV = torch.sort(logp_RV, dim=-1, descending=True, stable=True)
-    before_RV = sorted_RV.exp().cumsum(-1) - sorted_RV.exp()  # probability of all that is more likely
     rank_RV = torch.arange(logp_RV.shape[1], device=logp_RV.device).expand_as(logp_RV)
-    cut_RV = ((top_p_R < 1)[:, None] & (before_RV >= top_p_R[:, None])) | (
-        (top_k_R > 0)[:, None] & (rank_RV >= top_k_R[:, None])
-    )
+    beyond_k_RV = (top_k_R > 0)[:, None] & (rank_RV >= top_k_R[:, None])
+    p_RV = sorted_RV.masked_fill(beyond_k_RV, -torch.inf).softmax(-1)
+    before_RV = p_RV.cumsum(-1) - p_RV  # probability of all that is more likely
+    cut_RV = beyond_k_RV | ((top_p_R < 1)[:, None] & (before_RV >= top_p_R[:, None]))
     cut_RV[:, 0] = False
     kept_RV = torch.zeros_like(logp_RV).scatter(1, order_RV, sorted_RV.masked_fill(cut_RV, -torch.inf))
     return kept_RV.log_softmax(-1)
