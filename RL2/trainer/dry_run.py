@@ -41,6 +41,7 @@ from RL2.data.prompts import given_away, load_prompts
 from RL2.data.source import describe, in_row, is_here, load_converted
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.loading import folder_here, match_weights, refuse_no_model, stored_tensors
+from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
@@ -91,6 +92,7 @@ def rehearse(program: str, config: Config) -> Findings:
     group, model = trained(config)
     layout = layout_of(model, group)
     lm, tokenizer = look_at_model(model, group, found)
+    look_at_other_models(config, found)
     if isinstance(config, RLConfig):
         steps = look_at_tasks(config, lm, tokenizer, found)
     else:
@@ -130,12 +132,9 @@ def look_at_model(
         found.miss("model", f"{name}, on the hub")
         return None, None
     tokenizer = load_tokenizer(str(folder), key, model.chat_template, model.chat_template_kwargs)
-    kind = Policy if isinstance(model, TrainablePolicy) else ValueModel
-    lm = kind.build(name if folder == Path(name) else str(folder), key)
+    lm = build_and_match(folder, name, key, Policy if isinstance(model, TrainablePolicy) else ValueModel)
     said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
     found.say("model", name, said)
-    if folder == Path(name) or any(folder.glob("*.safetensors")):  # otherwise they are still to be fetched
-        match_weights(lm, stored_tensors(folder, name, key), name, key, kind(lm).initial, kind.UNREAD)
     if model.gradient_checkpointing:
         refuse_no_recomputation(lm, group)
     template = "" if tokenizer.chat_template else ", no chat template"
@@ -143,6 +142,33 @@ def look_at_model(
     said = f"{type(tokenizer).__name__}, {len(tokenizer)} tokens{template}"
     found.say("tokenizer", said, f"sampling ends with {', '.join(ends) or 'no token'}")
     return lm, tokenizer
+
+
+def build_and_match(folder: Path, name: str, key: str, kind: type[PackedModel]) -> PreTrainedModel:
+    """Return the model of `folder` without memory, compared with the headers of its weights where they are here."""
+    lm = kind.build(name if folder == Path(name) else str(folder), key)
+    if folder == Path(name) or any(folder.glob("*.safetensors")):  # otherwise they are still to be fetched
+        match_weights(lm, stored_tensors(folder, name, key), name, key, kind(lm).initial, kind.UNREAD)
+    return lm
+
+
+def look_at_other_models(config: Config, found: Findings) -> None:
+    """Look at reference and critic, where the run loads them from another folder or as another kind of model."""
+    others: list[tuple[str, str, type[PackedModel]]] = []
+    if isinstance(config, RLConfig | DPOConfig):
+        reads = config.actor.kl.coef > 0 if isinstance(config, RLConfig) else not config.actor.reference_free
+        if reads and config.ref_actor.model_name != config.actor.model_name:
+            others.append(("ref_actor.model_name", config.ref_actor.model_name, Policy))
+    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
+        others.append(("critic.model_name", config.critic.model_name, ValueModel))
+    for key, name, kind in others:
+        refuse_no_model(name, key)
+        folder = folder_here(name)
+        if folder is None:
+            found.miss(key, f"{name}, on the hub")
+            continue
+        lm = build_and_match(folder, name, key, kind)
+        found.say(key.partition(".")[0], name, f"{type(lm).__name__}")
 
 
 def look_at_tasks(

@@ -90,3 +90,22 @@ def test_a_row_beyond_the_limit_of_rotary_frequencies_is_refused(program: str, w
     assert lines[0] == lines[1]
     assert "tokens, and beyond 4 actor.model_name=" in lines[0]
     assert lines[0].endswith("which is not supported; lower data.max_length=128 to 4")
+
+
+@pytest.mark.parametrize(
+    ("program", "key", "needed"),
+    [
+        ("dpo", "ref_actor.model_name", []),
+        ("ppo", "ref_actor.model_name", ["actor.kl.coef=0.1"]),
+        ("ppo", "critic.model_name", ["adv.estimator=gae"]),
+    ],
+)
+def test_reference_and_critic_are_looked_at_too(
+    program: str, key: str, needed: list[str], world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(world.model, tmp_path / "model")
+    quantised(tmp_path / "model")
+    settings = [*world.settings(program), *needed, f"{key}={tmp_path}/model", f"trainer.save_dir={tmp_path}/run"]
+    lines = [last_line(program, [*settings, f"trainer.dry_run={dry}"]) for dry in ("true", "false")]
+    assert lines[0] == lines[1]
+    assert lines[0].startswith(f"{program}: {key}={tmp_path}/model: qwen3 is quantised (fp8)")
