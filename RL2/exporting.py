@@ -10,7 +10,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
-from RL2.checkpoint import NOTES, load_weights, stored_weights
+from RL2 import durable
+from RL2.checkpoint import NOTES, damage, load_weights, stored_weights
 from RL2.config import ConfigError, Lora, build, first_line
 from RL2.models.lora import add_adapters, export_adapter, is_adapter
 from RL2.models.policy import Policy, load_tokenizer
@@ -30,6 +31,8 @@ def export(checkpoint: Path, out: Path, model_name: str, *, adapter: bool) -> No
         raise ConfigError(f"{checkpoint} is not a checkpoint (it has no {NOTES}); one is called step_NNNNNN")
     if out.exists():
         raise ConfigError(f"{out} exists; name a folder that does not")
+    if why := damage(checkpoint):
+        raise ConfigError(f"{checkpoint} is damaged: {why}; export another checkpoint")
     names = stored_weights(checkpoint)
     group = "critic" if "lm.score.weight" in names else "actor"
     has_adapters = any(map(is_adapter, names))
@@ -50,13 +53,14 @@ def export(checkpoint: Path, out: Path, model_name: str, *, adapter: bool) -> No
         mark_padding(lm, tokenizer)
 
     partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         if adapter:
             export_adapter(lm, partial, write=True)
             tokenizer.save_pretrained(partial)
         else:
             write_model(lm, tokenizer, partial, write=True)
-        partial.rename(out)
+        durable.replace_folder(partial, out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ConfigError(f"{out} could not be written: {first_line(error)}; nothing of it is left") from error

@@ -15,6 +15,8 @@ from RL2.types import Trajectory
 
 Metrics = dict[str, float]
 
+RECORDS = ("metrics.jsonl", "samples.jsonl")
+"""Files to which every step adds lines."""
 TOKENS = "tokens"
 """Folder of the statistics of tokens."""
 
@@ -55,7 +57,7 @@ class Report:
         for file in self.folder.glob(f"{TOKENS}/*.parquet") if self.is_first else ():
             if int(file.name.split("_")[0]) >= step:
                 file.unlink()
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in RECORDS:
             file = self.folder / name
             if self.is_first and file.exists():
                 # a line without an end was cut by the interruption: it is of the last step, which is run again

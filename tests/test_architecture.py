@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    ("types", "config", "scripts"),
+    ("types", "config", "scripts", "durable", "digests"),
     ("ops", "parallel", "objectives", "advantages", "packing", "report"),
-    ("models", "data", "engines", "rollout", "checkpoint", "checkpoint_reader"),
+    ("models", "data", "engines", "rollout", "checkpoint", "checkpoint_reader", "checkpoint_writer"),
     ("workers",),
     ("trainer",),
 )

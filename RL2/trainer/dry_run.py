@@ -104,7 +104,7 @@ def rehearse(program: str, config: Config) -> Findings:
 def look_at_folder(config: Config, found: Findings) -> None:
     """Where the run writes, and what it goes on from."""
     trainer, save_dir = config.trainer, Path(config.trainer.save_dir)
-    source = checkpoint.find(trainer.load_ckpt_from, save_dir)
+    source, damaged = checkpoint.choose(trainer.load_ckpt_from, save_dir)
     if trainer.load_ckpt_from is None:
         refuse_another_run(save_dir)
     there = next(folder for folder in (save_dir, *save_dir.absolute().parents) if folder.exists())
@@ -112,7 +112,7 @@ def look_at_folder(config: Config, found: Findings) -> None:
         raise ConfigError(f"trainer.save_dir={save_dir} cannot be written: {there} is no folder that may be written")
     found.say("writes to", f"{save_dir}, {shutil.disk_usage(there).free / GIB:.1f} GiB free")
     if trainer.load_ckpt_from is not None:
-        found.say("goes on from", str(source) if source else "the beginning: there is no checkpoint yet")
+        found.say("goes on from", str(source) if source else "the beginning: there is no checkpoint yet", *damaged)
 
 
 def look_at_model(

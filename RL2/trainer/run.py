@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from RL2 import checkpoint
+from RL2 import checkpoint, durable
 from RL2.checkpoint import CheckpointFailed, Checkpoints, Resumable
 from RL2.config import Config, ConfigError, LostProcess, RLTrainer, first_line, show
 from RL2.config import Trainer as TrainerConfig
@@ -31,6 +31,8 @@ from RL2.workers.worker import Learner
 
 REPLAY_BATCH = "batch.safetensors"
 """The rollouts of a step that is kept for replay, as they are trained on; the model lies beside them."""
+EXPORTED = ("latest", "best", "critic")
+"""Folders of models that a run replaces as it goes on."""
 LAUNCHERS = "launchers.json"
 """The torchruns that began the run in a folder."""
 
@@ -66,8 +68,13 @@ class Run:
 
         Processes that torchrun has started again take the newest that the first ones wrote.
         """
-        source = checkpoint.find("latest", self.save_dir) if begun_by(self.launchers, self.save_dir) else None
-        source = source or checkpoint.find(self.config.load_ckpt_from, self.save_dir)
+        restarted = self.processes.of_first(
+            lambda: begun_by(self.launchers, self.save_dir), "whether torchrun has started the run again"
+        )
+        source, damaged = checkpoint.choose("latest" if restarted else None, self.save_dir, self.processes)
+        if source is None:
+            source, damaged = checkpoint.choose(self.config.load_ckpt_from, self.save_dir, self.processes)
+        report.say(*(f"WARNING: {fault}; the checkpoint before it is taken" for fault in damaged))
         step = 0
         if source is not None:
             with self.processes.expecting("the others in loading a checkpoint"):
@@ -80,8 +87,11 @@ class Run:
             report.say(f"resumed from {source}: step {step}")
         report.keep_before(step)
         if self.processes.is_first:
+            for name in EXPORTED:
+                durable.recover(self.save_dir / name)
             checkpoint.set_aside_after(self.save_dir, step)
-            (self.save_dir / LAUNCHERS).write_text(json.dumps(self.launchers))  # from here on `latest` is of this run
+            # from here on `latest` is of this run
+            durable.write_text(self.save_dir / LAUNCHERS, json.dumps(self.launchers))
         self.processes.wait("the report to be cut back")
         return step
 
@@ -114,26 +124,32 @@ class Run:
         if critic is not None:
             self.export_to("critic", critic, tokenizer)
 
-    def export_to(self, name: str, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
-        """A model in `save_dir/NAME`, as `from_pretrained` of its class in transformers loads it."""
+    def export_to(
+        self, name: str, learner: Learner, tokenizer: PreTrainedTokenizerBase, batch: TokenBatch | None = None
+    ) -> None:
+        """Write a model into `save_dir/NAME`, as `from_pretrained` of its class in transformers loads it (collective).
+
+        A folder of that name is replaced in one moment. `batch` is put beside the model.
+        """
         target, partial = self.save_dir / name, self.save_dir / f"{name}.partial"
         try:
+            if self.processes.is_first:
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                durable.recover(target)
             learner.export(tokenizer, partial)
+            if self.processes.is_first:
+                if batch is not None:
+                    batch.save(partial / REPLAY_BATCH)
+                durable.replace_folder(partial, target)
         except (OSError, SafetensorError) as error:
-            raise CheckpointFailed(f"the model could not be written into {partial}: {error}") from error
-        if self.processes.is_first:
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            raise CheckpointFailed(f"the model could not be written into {partial}: {first_line(error)}") from error
         self.processes.wait("the model to be written")
 
     def keep_for_replay(
         self, step: int, batch: TokenBatch, learner: Learner, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """The model, and the batch that it is going to train on, in `save_dir/replay_NNNNNN` (evaluation/replay.py)."""
-        folder = replay_folder(self.save_dir, step)
-        self.export_to(folder.name, learner, tokenizer)
-        if self.processes.is_first:
-            batch.save(folder / REPLAY_BATCH)
+        self.export_to(replay_folder(self.save_dir, step).name, learner, tokenizer, batch)
 
     def due(self, frequency: int | None, step: int) -> bool:
         return frequency is not None and step % frequency == 0
@@ -231,10 +247,7 @@ def begun_by(launchers: list[str], save_dir: Path) -> bool:
 
     One machine in common is enough, as another may have taken the place of one that failed.
     """
-    file = save_dir / LAUNCHERS
-    if not file.exists():
-        return False
     try:
-        return not set(json.loads(file.read_text())).isdisjoint(launchers)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{file} is damaged ({first_line(error)}); remove it") from error
+        return not set(json.loads((save_dir / LAUNCHERS).read_text())).isdisjoint(launchers)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False  # of no run, or damaged: go on with trainer.load_ckpt_from=latest
