@@ -9,6 +9,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -46,8 +47,9 @@ from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, tr
 from RL2.parallel.tp import check_sizes
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
+from RL2.run_lock import refuse_if_running
 from RL2.trainer.rl import actor_updates, make_cursor, tasks
-from RL2.trainer.run import number_of_steps, refuse_another_run
+from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
 from RL2.types import Prompt, Sampling
 from RL2.workers.worker import compute_dtype
@@ -104,9 +106,12 @@ def rehearse(program: str, config: Config) -> Findings:
 def look_at_folder(config: Config, found: Findings) -> None:
     """Where the run writes, and what it goes on from."""
     trainer, save_dir = config.trainer, Path(config.trainer.save_dir)
+    refuse_if_running(save_dir)
     source, damaged = checkpoint.choose(trainer.load_ckpt_from, save_dir)
     if trainer.load_ckpt_from is None:
         refuse_another_run(save_dir)
+    if source is not None:
+        refuse_another_base(source, asdict(config))
     there = next(folder for folder in (save_dir, *save_dir.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ConfigError(f"trainer.save_dir={save_dir} cannot be written: {there} is no folder that may be written")

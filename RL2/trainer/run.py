@@ -25,6 +25,7 @@ from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
 from RL2.parallel.processes import Processes
 from RL2.report import Dashboard, Report, TensorBoard, Trackio, Wandb
+from RL2.run_lock import RunLock
 from RL2.trainer.interrupt import Interrupt, Interrupted, listening
 from RL2.types import TokenBatch
 from RL2.workers.worker import Learner
@@ -52,6 +53,12 @@ class Run:
     launchers: list[str]
     """The torchruns of this run's processes, one for each machine; empty without torchrun."""
     interrupt: Interrupt
+    lock: RunLock
+    """On `save_dir`; the first process holds it."""
+    shown: str
+    """The configuration as YAML."""
+    source: Path | None
+    """The checkpoint that the run goes on from."""
 
     def report(self, num_steps: int) -> Report:
         dashboards: list[Dashboard] = []
@@ -64,18 +71,11 @@ class Run:
         return Report(self.save_dir, self.processes.is_first, num_steps, dashboards)
 
     def resume(self, learner: Learner, cursor: Resumable, report: Report, critic: Learner | None = None) -> int:
-        """Restore the checkpoint that the configuration names, if any; returns the step to begin with.
+        """Restore the checkpoint that the run goes on from, if any; returns the step to begin with (collective).
 
-        Processes that torchrun has started again take the newest that the first ones wrote.
+        From here on the folder is this run's: its records are cut back, and its configuration is written.
         """
-        restarted = self.processes.of_first(
-            lambda: begun_by(self.launchers, self.save_dir), "whether torchrun has started the run again"
-        )
-        source, damaged = checkpoint.choose("latest" if restarted else None, self.save_dir, self.processes)
-        if source is None:
-            source, damaged = checkpoint.choose(self.config.load_ckpt_from, self.save_dir, self.processes)
-        report.say(*(f"WARNING: {fault}; the checkpoint before it is taken" for fault in damaged))
-        step = 0
+        source, step = self.source, 0
         if source is not None:
             with self.processes.expecting("the others in loading a checkpoint"):
                 try:
@@ -90,6 +90,7 @@ class Run:
             for name in EXPORTED:
                 durable.recover(self.save_dir / name)
             checkpoint.set_aside_after(self.save_dir, step)
+            durable.write_text(self.save_dir / "config.yaml", self.shown)
             # from here on `latest` is of this run
             durable.write_text(self.save_dir / LAUNCHERS, json.dumps(self.launchers))
         self.processes.wait("the report to be cut back")
@@ -107,6 +108,7 @@ class Run:
 
         Raises `Interrupted` after it if any process was asked to end.
         """
+        self.processes.of_first(self.lock.refuse_if_lost, "whether the folder is still this run's")
         ends = any(self.processes.gather([self.interrupt.is_asked], "whether the run goes on"))
         if ends or self.due(self.config.save_freq, step):
             self.checkpoints.save(step, learner, cursor, critic)
@@ -165,33 +167,66 @@ def start(config: Config) -> Iterator[Run]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     processes = Processes.start(trainer.timeout_s)
+    lock = RunLock(save_dir)
     try:
         random.seed(trainer.seed)
         torch.manual_seed(trainer.seed)
-        launchers = sorted(set(processes.gather(launcher(), "all processes to say who started them")))
-        is_test = isinstance(trainer, RLTrainer) and trainer.eval_only
-        goes_on = not is_test and (trainer.load_ckpt_from is not None or begun_by(launchers, save_dir))
-        if not goes_on:
-            refuse_another_run(save_dir)
-        processes.wait("all processes to look into trainer.save_dir")
-        if processes.is_first:
-            try:
-                save_dir.mkdir(parents=True, exist_ok=True)
-                (save_dir / "config.yaml").write_text(show(config))
-            except OSError as error:
-                raise ConfigError(f"trainer.save_dir={save_dir} cannot be written: {first_line(error)}") from error
-        processes.wait("trainer.save_dir to be made")
         settings = asdict(config)
+        launchers = sorted(set(processes.gather(launcher(), "all processes to say who started them")))
+        wanted = processes.of_first(
+            lambda: take_folder(trainer, save_dir, launchers, lock), "the first process to take trainer.save_dir"
+        )
+        source, damaged = checkpoint.choose(wanted, save_dir, processes)
+        if processes.is_first:
+            for fault in damaged:
+                print(f"WARNING: {fault}; the checkpoint before it is taken", flush=True)
+        if source is not None:
+            refuse_another_base(source, settings)
         checkpoints = Checkpoints(save_dir, processes, trainer.keep, models(settings))
         with ExitStack() as closing, listening() as interrupt:
-            yield Run(trainer, save_dir, processes, checkpoints, settings, closing, launchers, interrupt)
+            yield Run(
+                trainer,
+                save_dir,
+                processes,
+                checkpoints,
+                settings,
+                closing,
+                launchers,
+                interrupt,
+                lock,
+                show(config),
+                source,
+            )
         checkpoints.finish()
     except LostProcess:
         raise  # and leave: whoever still waits for this process will see that it has gone
     except BaseException:
         processes.stop()
         raise
+    finally:
+        lock.release()
     processes.stop()
+
+
+def take_folder(trainer: TrainerConfig, save_dir: Path, launchers: list[str], lock: RunLock) -> str | None:
+    """Take the lock on `save_dir`; returns what to go on from, as in `trainer.load_ckpt_from`.
+
+    Processes that torchrun has started again take the newest checkpoint that the first ones wrote. Raises ConfigError,
+    and has written nothing, if the folder is in use, holds another run, or has no such checkpoint.
+    """
+
+    def look() -> str | None:
+        if begun_by(launchers, save_dir) and checkpoint.candidates("latest", save_dir):
+            return "latest"
+        is_test = isinstance(trainer, RLTrainer) and trainer.eval_only
+        if is_test or (trainer.load_ckpt_from is None and not begun_by(launchers, save_dir)):
+            refuse_another_run(save_dir)
+        checkpoint.candidates(trainer.load_ckpt_from, save_dir)
+        return trainer.load_ckpt_from
+
+    look()
+    lock.acquire(lambda line: print(line, flush=True))
+    return look()  # again: another run may have ended in between
 
 
 def number_of_steps(trainer: TrainerConfig, cursor: Cursor) -> int:
@@ -214,19 +249,49 @@ def refuse_another_run(save_dir: Path) -> None:
 
 
 def models(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a run's models began with, of its configuration; it stands in its checkpoints, for errors."""
+    """Return what a run's models began with, of its configuration; a checkpoint keeps it in its notes."""
     found = {f"{group}.model_name": settings[group]["model_name"] for group in ("actor", "critic") if group in settings}
-    if "lora" in settings.get("actor", {}):
-        found["actor.lora.rank"] = settings["actor"]["lora"]["rank"]
+    lora = settings.get("actor", {}).get("lora")
+    if lora is not None:
+        found["actor.lora.rank"] = lora["rank"]
+        if lora["rank"]:
+            found |= {f"actor.lora.{name}": as_json(lora[name]) for name in ("alpha", "target_modules")}
     return found
+
+
+def refuse_another_base(source: Path, settings: dict[str, Any]) -> None:
+    """Raise ConfigError if the adapters of a checkpoint would go on with another base, or as other adapters."""
+    began, ours = checkpoint.models(source), models(settings)
+    if not (began.get("actor.lora.rank") and ours.get("actor.lora.rank")):
+        return  # whole weights take the place of what the model began with
+    if told := differences({key: began[key] for key in began if key.startswith("actor.")}, ours):
+        raise ConfigError(
+            f"trainer.load_ckpt_from={source} has adapters alone{told}; name its own model (a link to it, if it has "
+            "moved) and its own actor.lora"
+        )
+
+
+def as_json(value: Any) -> Any:
+    """Return `value` as it is after being written to JSON and read again."""
+    return json.loads(json.dumps(value))
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """How the models of another run differ from those of this one, for the end of an error."""
     told = [
-        f"{key}={their}, and here it is {ours[key]}" for key, their in theirs.items() if ours.get(key, their) != their
+        f"{key}={their}, and here it is {ours[key]}"
+        for key, their in theirs.items()
+        if not is_same(their, ours.get(key, their))
     ]
     return f"; its run had {' and '.join(told)}" if told else ""
+
+
+def is_same(their: Any, our: Any) -> bool:
+    """Return whether two settings are equal, or two paths to one folder."""
+    if their == our:
+        return True
+    folders = [Path(each) for each in (their, our) if isinstance(each, str) and Path(each).is_dir()]
+    return len(folders) == 2 and folders[0].samefile(folders[1])
 
 
 def replay_folder(save_dir: Path, step: int) -> Path:
