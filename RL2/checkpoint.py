@@ -75,6 +75,8 @@ class Checkpoints:
     ) -> None:
         """`keep`: how many of the newest stay; None: all. `models`: what they began with, which each notes."""
         self.models = models or {}
+        self.rows: dict[str, str] = {}
+        """Name of a data set -> digest, which each checkpoint notes."""
         self.folder, self.processes, self.keep = folder, processes, keep
         # of their own: their collectives run beside those of training
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=processes.timeout_s))
@@ -88,7 +90,8 @@ class Checkpoints:
         self.step, self.written = step, Future()
         target = self.folder / f"step_{step:06d}"
         partial = target.with_suffix(".partial")
-        notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict(), "models": self.models}
+        notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict()}
+        notes |= {"models": self.models, "rows": self.rows}
         if critic is not None:
             notes["critic_steps"] = critic.steps
         states = self.processes.gather([_random_states(self.processes.device)], "the random states of all processes")
@@ -197,8 +200,17 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
 
 def models(source: Path) -> dict[str, Any]:
     """What the models of a checkpoint's run began with; empty if it cannot be known."""
+    return _noted(source, "models")
+
+
+def rows(source: Path) -> dict[str, Any]:
+    """Return name of a data set -> digest of its rows, of a checkpoint's run; empty if it cannot be known."""
+    return _noted(source, "rows")
+
+
+def _noted(source: Path, name: str) -> dict[str, Any]:
     try:
-        return dict(json.loads((source / NOTES).read_text())["models"])
+        return dict(json.loads((source / NOTES).read_text())[name])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
 
@@ -274,8 +286,8 @@ def candidates(load_ckpt_from: str | None, save_dir: Path) -> list[Path]:
     if load_ckpt_from == "latest":
         return _of_steps(save_dir)[::-1]
     if load_ckpt_from == "best":
-        rows = read_metrics(save_dir)
-        scores = {row["step"]: row["test/score"] for row in rows if isinstance(row.get("test/score"), float | int)}
+        tests = read_metrics(save_dir)
+        scores = {row["step"]: row["test/score"] for row in tests if isinstance(row.get("test/score"), float | int)}
         found = [path for path in _of_steps(save_dir) if (path / NOTES).is_file()]
         tested = {path: scores[step] for path in found if (step := step_of(path)) in scores}
         if not tested:

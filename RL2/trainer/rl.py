@@ -38,6 +38,7 @@ from RL2.rollout.episode import decode
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.rollout.supply import Supply
+from RL2.trainer.inputs import of_prompts
 from RL2.trainer.microscope import Microscope
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.scores import Scores
@@ -58,6 +59,7 @@ def train(config: RLConfig, run: Run) -> None:
     prompts, tests = tasks(
         config, environment, lambda path: load_prompts(path, tokenizer, environment.example, longest - 1)
     )
+    run.know_rows({"train_data": of_prompts(prompts), "test_data": of_prompts(tests)})
     cursor = make_cursor(len(prompts), config)
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
 

@@ -23,9 +23,11 @@ from RL2.checkpoint import CheckpointFailed, Checkpoints, Resumable
 from RL2.config import Config, ConfigError, LostProcess, RLTrainer, first_line, show
 from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
+from RL2.parallel.agree import refuse_differences
 from RL2.parallel.processes import Processes
 from RL2.report import Dashboard, Report, TensorBoard, Trackio, Wandb
 from RL2.run_lock import RunLock
+from RL2.trainer import inputs
 from RL2.trainer.interrupt import Interrupt, Interrupted, listening
 from RL2.types import TokenBatch
 from RL2.workers.worker import Learner
@@ -76,6 +78,9 @@ class Run:
         From here on the folder is this run's: its records are cut back, and its configuration is written.
         """
         source, step = self.source, 0
+        for name, each in {"actor": learner, "critic": critic}.items():
+            if each is not None:
+                inputs.refuse_other_replicas(self.processes, each, name)
         if source is not None:
             with self.processes.expecting("the others in loading a checkpoint"):
                 try:
@@ -153,6 +158,22 @@ class Run:
         """The model, and the batch that it is going to train on, in `save_dir/replay_NNNNNN` (evaluation/replay.py)."""
         self.export_to(replay_folder(self.save_dir, step).name, learner, tokenizer, batch)
 
+    def know_rows(self, rows: dict[str, str]) -> None:
+        """Compare digests of the data with those of the other processes, and with the checkpoint's (collective).
+
+        Raises ConfigError if the processes differ. Data that another start of the run had are said.
+        """
+        refuse_differences(self.processes, {f"the data of {name}": digest for name, digest in rows.items()})
+        self.checkpoints.rows |= rows
+        before = checkpoint.rows(self.source) if self.source is not None else {}
+        for name, digest in rows.items():
+            if self.processes.is_first and before.get(name, digest) != digest:
+                print(
+                    f"WARNING: {name} has other rows than before: {digest}, and {self.source} was made with "
+                    f"{before[name]}",
+                    flush=True,
+                )
+
     def due(self, frequency: int | None, step: int) -> bool:
         return frequency is not None and step % frequency == 0
 
@@ -172,6 +193,8 @@ def start(config: Config) -> Iterator[Run]:
         random.seed(trainer.seed)
         torch.manual_seed(trainer.seed)
         settings = asdict(config)
+        if processes.world_size > 1:
+            refuse_differences(processes, inputs.facts(settings, files=processes.is_first_here))
         launchers = sorted(set(processes.gather(launcher(), "all processes to say who started them")))
         wanted = processes.of_first(
             lambda: take_folder(trainer, save_dir, launchers, lock), "the first process to take trainer.save_dir"

@@ -121,3 +121,15 @@ def test_processes_that_torchrun_starts_again_pass_over_a_damaged_checkpoint(
     (damaged / "notes.json").write_text("")
     with start(config(tmp_path)) as run:
         assert run.source == whole
+
+
+def test_other_rows_than_those_of_the_checkpoint_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = checkpoint(tmp_path, 3)
+    notes = {"models": {}, "rows": {"data": "9 rows abc", "test data": "1 rows abc"}}
+    (source / "notes.json").write_text(json.dumps(notes))
+    digests.write(source, digests.of_files(source, digests.read(source, ())))
+    with start(config(tmp_path, "trainer.load_ckpt_from=latest")) as run:
+        run.know_rows({"data": "9 rows abd", "test data": "1 rows abc", "more": "1 rows abc"})
+        assert run.checkpoints.rows == {"data": "9 rows abd", "test data": "1 rows abc", "more": "1 rows abc"}
+    said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert said == [f"WARNING: data has other rows than before: 9 rows abd, and {source} was made with 9 rows abc"]
