@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -81,6 +82,9 @@ class Report:
         if metrics.get("train/unscored"):
             shown.append(f"UNSCORED {metrics['train/unscored']:.0f}")
         self.say(f"step {step}/{max(step, self.num_steps)}  " + "  ".join(shown))
+        if odd := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
+            self.say(f"step {step}: WARNING: not recorded, as JSON has no such numbers: {_values(metrics, odd)}")
+            metrics = {name: value for name, value in metrics.items() if name not in odd}
         self._append("metrics.jsonl", [{"step": step} | metrics])
         for dashboard in self.dashboards:
             dashboard.log(metrics, step)
@@ -134,7 +138,11 @@ class Report:
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def _values(metrics: Metrics, names: list[str]) -> str:
+    return ", ".join(f"{name}={metrics[name]}" for name in names)
 
 
 def progress_bar(total: int, what: str, is_first: bool) -> tqdm[Any]:

@@ -1,6 +1,7 @@
 """What a run writes: lines that can be read again, and dashboards with the same names."""
 
 import json
+import math
 import os
 import sqlite3
 import subprocess
@@ -75,3 +76,13 @@ def test_resuming_forgets_what_will_come_again(tmp_path: Path) -> None:
     kept = [json.loads(x) for x in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").strip().split("\n")]
     assert [file.name for file in sorted(tmp_path.glob("tokens/*"))] == ["000000_train.parquet", "000001_train.parquet"]
     assert [row["texts"] for row in kept] == [["a\u2028b\u0085c\nd"]] * 2
+
+
+def test_numbers_that_json_has_not_are_said_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(tmp_path, is_first=True, num_steps=3)
+    report.step(1, {"actor/loss": 0.5, "train/entropy": math.nan, "actor/kl": math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "actor/loss": 0.5}
+    assert "step 1: WARNING: not recorded" in (said := capsys.readouterr().out)
+    assert "actor/kl=inf, train/entropy=nan" in said
+    assert report.values("actor/kl") == []
