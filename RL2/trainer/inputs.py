@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from RL2.models.loading import folder_here
 from RL2.parallel.agree import refuse_differences
@@ -39,6 +40,21 @@ def facts(settings: Mapping[str, Any], *, files: bool) -> dict[str, str]:
     named["the code of RL2"] = _digest(Path(__file__).parents[1].rglob("*.py"))
     known = {key: value for key, value in named.items() if value is not None}
     return found | known | packages | {"Python": platform.python_version()}
+
+
+def changed(before: Path, shown: str) -> list[str]:
+    """Return the settings of the YAML `shown` that the file `before` has otherwise, a phrase each."""
+    try:
+        old, new = (
+            dict(_flat(OmegaConf.to_container(each), "")) for each in (OmegaConf.load(before), OmegaConf.create(shown))
+        )
+    except Exception:  # a file that is missing, or edited by hand; nothing depends on it
+        return []
+    return [
+        f"{key}={new[key]} (before: {old[key]})"
+        for key in new
+        if key not in NOT_READ and new[key] != old.get(key, new[key])
+    ]
 
 
 def of_prompts(prompts: list[Prompt]) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -90,6 +91,10 @@ class Run:
                         f"{error}{differences(checkpoint.models(source), models(self.settings))}"
                     ) from error
             report.say(f"resumed from {source}: step {step}")
+            if other := inputs.changed(source.parent / "config.yaml", self.shown):
+                report.say(f"with other settings than before: {', '.join(other)}")
+        elif self.config.load_ckpt_from is not None:
+            report.say(f"there is no checkpoint in {self.save_dir} yet: the run begins at step 0")
         report.keep_before(step)
         if self.processes.is_first:
             for name in EXPORTED:
@@ -99,6 +104,8 @@ class Run:
             # from here on `latest` is of this run
             durable.write_text(self.save_dir / LAUNCHERS, json.dumps(self.launchers))
         self.processes.wait("the report to be cut back")
+        if asked := self._asked():
+            raise Interrupted(f"ended by {_name(asked)} before step {step}; start it again as it was", asked)
         return step
 
     def save_if_due(
@@ -114,16 +121,22 @@ class Run:
         Raises `Interrupted` after it if any process was asked to end.
         """
         self.processes.of_first(self.lock.refuse_if_lost, "whether the folder is still this run's")
-        ends = any(self.processes.gather([self.interrupt.is_asked], "whether the run goes on"))
-        if ends or self.due(self.config.save_freq, step):
+        asked = self._asked()
+        if asked or self.due(self.config.save_freq, step):
             self.checkpoints.save(step, learner, cursor, critic)
             self.export(learner, tokenizer, critic)
-        if ends:
+        if asked:
             self.checkpoints.finish()
             raise Interrupted(
-                f"ended by Ctrl-C after step {step - 1}; go on with trainer.save_dir={self.save_dir} "
-                "trainer.load_ckpt_from=latest"
+                f"ended by {_name(asked)} after step {step - 1}; go on with trainer.save_dir={self.save_dir} "
+                "trainer.load_ckpt_from=latest",
+                asked,
             )
+
+    def _asked(self) -> int | None:
+        """The signal by which any process was asked to end (collective)."""
+        asked = self.processes.gather([self.interrupt.asked], "whether the run goes on")
+        return next((number for number in asked if number is not None), None)
 
     def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase, critic: Learner | None = None) -> None:
         """The model in `save_dir/latest`, and a critic in `save_dir/critic`."""
@@ -220,7 +233,7 @@ def start(config: Config) -> Iterator[Run]:
                 show(config),
                 source,
             )
-        checkpoints.finish()
+            checkpoints.finish()
     except LostProcess:
         raise  # and leave: whoever still waits for this process will see that it has gone
     except BaseException:
@@ -315,6 +328,10 @@ def is_same(their: Any, our: Any) -> bool:
         return True
     folders = [Path(each) for each in (their, our) if isinstance(each, str) and Path(each).is_dir()]
     return len(folders) == 2 and folders[0].samefile(folders[1])
+
+
+def _name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def replay_folder(save_dir: Path, step: int) -> Path:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from RL2 import digests
-from RL2.config import ConfigError, load
+from RL2.config import ConfigError, load, show
 from RL2.run_lock import RunLock
+from RL2.trainer.inputs import changed
 from RL2.trainer.run import LAUNCHERS, launcher, models, start
 
 LORA = ("actor.lora.rank=4", "actor.lora.alpha=8")
@@ -133,3 +134,16 @@ def test_other_rows_than_those_of_the_checkpoint_are_said(tmp_path: Path, capsys
         assert run.checkpoints.rows == {"data": "9 rows abd", "test data": "1 rows abc", "more": "1 rows abc"}
     said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     assert said == [f"WARNING: data has other rows than before: 9 rows abd, and {source} was made with 9 rows abc"]
+
+
+def test_settings_that_changed_are_found(tmp_path: Path) -> None:
+    file, before = tmp_path / "config.yaml", config(tmp_path, "trainer.seed=1", "actor.lr=1e-3")
+    now = show(
+        config(tmp_path, "trainer.seed=2", "actor.lr=1e-3", "data.path=y.jsonl", "trainer.load_ckpt_from=latest")
+    )
+    assert changed(file, now) == []  # there is none
+    file.write_text(show(before))
+    assert changed(file, now) == ["data.path=y.jsonl (before: x.jsonl)", "trainer.seed=2 (before: 1)"]
+    assert changed(file, show(before)) == []
+    file.write_text("a: [")
+    assert changed(file, now) == []
