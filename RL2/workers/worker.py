@@ -330,7 +330,9 @@ class _Totals:
             value_T = torch.where(trains_T, value_T.detach(), 0)
             self.sums[name] += value_T.double().sum().cpu()
             if name.endswith("_gap"):
-                gap_T = value_T.double().nan_to_num(nan=math.inf)  # or a maximum would depend on the order
+                gap_T = value_T.double().nan_to_num(
+                    nan=math.inf, posinf=math.inf
+                )  # or a maximum would depend on the order
                 peak = gap_T.max().cpu() if len(gap_T) else torch.zeros((), dtype=torch.float64)
                 self.peaks[name] = torch.maximum(self.peaks.get(name, peak), peak)
                 if float(peak) > self.worst[0] and len(value_T):

@@ -64,9 +64,11 @@ def test_a_log_probability_that_is_no_number_stops_the_update(actor: Actor, odd:
     assert all(map(torch.equal, before, actor.policy.parameters()))
 
 
-@pytest.mark.parametrize(("value", "said"), [(math.inf, "are inf nats"), (-30.0, r"are [0-9.]+ nats")])
+@pytest.mark.parametrize(
+    ("value", "said"), [(math.inf, "are inf nats.*the largest is inf"), (-30.0, r"are [0-9.]+ nats")]
+)
 def test_one_that_is_far_off_stops_it_too(actor: Actor, value: float, said: str) -> None:
-    with pytest.raises(BrokenLaw, match=said + r" apart in the mean, .* at action 1 \(token 10\) of sequence 0;"):
+    with pytest.raises(BrokenLaw, match=said + r".*.* at action 1 \(token 10\) of sequence 0;"):
         actor.update(batch(actor, {5: value}, 0))
     actor.optimizer.zero_grad()
 
