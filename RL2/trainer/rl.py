@@ -84,7 +84,8 @@ def train(config: RLConfig, run: Run) -> None:
 
     scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))
     num_tests = max(1, len(tests) * config.test_data.responses_per_prompt)
-    watch = Watch(num_tests, trainer.save_dir, report.rows())
+    num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
+    watch = Watch(num_tests, trainer.save_dir, report.rows(), num_train)
     last_step = first_step if trainer.eval_only else max(first_step, num_steps)
 
     for step in range(first_step, last_step + 1):

@@ -1,4 +1,4 @@
-"""Log-probabilities of the engine that are no numbers stop an update, as those that are too far off do."""
+"""Updates of the actor: what stops one, and what is said of one without a gradient."""
 
 from __future__ import annotations
 
@@ -81,3 +81,12 @@ def test_without_a_limit_nothing_but_a_number_passes_either(actor: Actor) -> Non
     actor.update(batch(actor, {5: -30.0}, 0))
     actor.max_logprob_gap = 0.1
     actor.update(batch(actor, {}, 0))
+
+
+def test_a_step_without_a_gradient_has_trained_and_changed_nothing(actor: Actor) -> None:
+    made = batch(actor, {}, 0)
+    learnt = actor.update(made)
+    assert learnt["actor/trained_share"] == 1 and learnt["actor/changed_share"] > 0.9
+    metrics = actor.update(made.with_(reward_T=torch.zeros_like(made.reward_T)))
+    assert metrics["actor/grad_norm"] == 0
+    assert metrics["actor/trained_share"] == metrics["actor/changed_share"] == 0
