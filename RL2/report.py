@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 from tqdm import tqdm
 
 from RL2.config import UserError, first_line
+from RL2.printing import printable
 from RL2.types import Trajectory
 
 Metrics = dict[str, float]
@@ -144,7 +145,7 @@ class Report:
 
     def say(self, *lines: str) -> None:
         if self.is_first and lines:
-            tqdm.write("\n".join(lines))
+            tqdm.write(printable("\n".join(lines)))
             sys.stdout.flush()  # a file or pipe would hold back many lines
 
     def bar(self, total: int, what: str) -> tqdm[Any]:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    ("types", "config", "scripts", "durable", "digests", "run_lock"),
+    ("types", "config", "scripts", "durable", "digests", "run_lock", "printing"),
     ("ops", "parallel", "objectives", "advantages", "packing", "report"),
     ("models", "data", "engines", "rollout", "checkpoint", "checkpoint_reader", "checkpoint_writer"),
     ("workers",),

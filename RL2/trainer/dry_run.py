@@ -45,6 +45,7 @@ from RL2.models.policy import Policy, load_tokenizer, max_length, refuse_unknown
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
+from RL2.printing import printable
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
 from RL2.run_lock import refuse_if_running
@@ -77,7 +78,7 @@ class Findings:
         """Print the table, and in the last line whether all was looked at."""
         table = Table(show_header=False)
         for what, line in self.lines:
-            table.add_row(f"[bold]{what}[/]", escape(line))
+            table.add_row(f"[bold]{what}[/]", escape(printable(line)))
         unseen = f"; not looked at: {', '.join(self.unseen)}" if self.unseen else ""
         console = Console(soft_wrap=True)
         console.print(table)

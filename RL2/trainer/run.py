@@ -26,6 +26,7 @@ from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
 from RL2.parallel.agree import refuse_differences
 from RL2.parallel.processes import Processes
+from RL2.printing import masked, printable
 from RL2.report import Dashboard, Report, TensorBoard, Trackio, Wandb
 from RL2.run_lock import RunLock
 from RL2.trainer import inputs
@@ -181,11 +182,8 @@ class Run:
         before = checkpoint.rows(self.source) if self.source is not None else {}
         for name, digest in rows.items():
             if self.processes.is_first and before.get(name, digest) != digest:
-                print(
-                    f"WARNING: {name} has other rows than before: {digest}, and {self.source} was made with "
-                    f"{before[name]}",
-                    flush=True,
-                )
+                text = f"{name} has other rows than before: {digest}, and {self.source} was made with {before[name]}"
+                print(printable(f"WARNING: {text}"), flush=True)
 
     def due(self, frequency: int | None, step: int) -> bool:
         return frequency is not None and step % frequency == 0
@@ -205,7 +203,7 @@ def start(config: Config) -> Iterator[Run]:
     try:
         random.seed(trainer.seed)
         torch.manual_seed(trainer.seed)
-        settings = asdict(config)
+        settings = masked(asdict(config))
         if processes.world_size > 1:
             refuse_differences(processes, inputs.facts(settings, files=processes.is_first_here))
         launchers = sorted(set(processes.gather(launcher(), "all processes to say who started them")))
@@ -215,7 +213,7 @@ def start(config: Config) -> Iterator[Run]:
         source, damaged = checkpoint.choose(wanted, save_dir, processes)
         if processes.is_first:
             for fault in damaged:
-                print(f"WARNING: {fault}; the checkpoint before it is taken", flush=True)
+                print(printable(f"WARNING: {fault}; the checkpoint before it is taken"), flush=True)
         if source is not None:
             refuse_another_base(source, settings)
         checkpoints = Checkpoints(save_dir, processes, trainer.keep, models(settings))
@@ -261,7 +259,7 @@ def take_folder(trainer: TrainerConfig, save_dir: Path, launchers: list[str], lo
         return trainer.load_ckpt_from
 
     look()
-    lock.acquire(lambda line: print(line, flush=True))
+    lock.acquire(lambda line: print(printable(line), flush=True))
     return look()  # again: another run may have ended in between
 
 
