@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -26,10 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from RL2 import digests, durable
 from RL2.checkpoint_reader import Reader, TensorPlanner
+from RL2.checkpoint_writer import Writer
 from RL2.config import ConfigError, UserError, first_line
 from RL2.parallel.processes import Processes
-from RL2.report import read_metrics
+from RL2.report import RECORDS, read_metrics
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 """A base under adapters is in the model's own folder already."""
@@ -74,6 +75,8 @@ class Checkpoints:
     ) -> None:
         """`keep`: how many of the newest stay; None: all. `models`: what they began with, which each notes."""
         self.models = models or {}
+        self.rows: dict[str, str] = {}
+        """Name of a data set -> digest, which each checkpoint notes."""
         self.folder, self.processes, self.keep = folder, processes, keep
         # of their own: their collectives run beside those of training
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=processes.timeout_s))
@@ -87,7 +90,8 @@ class Checkpoints:
         self.step, self.written = step, Future()
         target = self.folder / f"step_{step:06d}"
         partial = target.with_suffix(".partial")
-        notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict(), "models": self.models}
+        notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict()}
+        notes |= {"models": self.models, "rows": self.rows}
         if critic is not None:
             notes["critic_steps"] = critic.steps
         states = self.processes.gather([_random_states(self.processes.device)], "the random states of all processes")
@@ -98,11 +102,10 @@ class Checkpoints:
             save_file(named, partial / RANDOM)
             (partial / NOTES).write_text(json.dumps(notes, indent=1))
         self.processes.wait("the folder of a checkpoint")
-        upload = dcp.async_save(
-            _state(_learners(learner, critic)), checkpoint_id=partial / STATE, process_group=self.group
-        )
+        writer = Writer(partial / STATE)
+        upload = dcp.async_save(_state(_learners(learner, critic)), storage_writer=writer, process_group=self.group)
         assert isinstance(upload, Future)
-        upload.add_done_callback(partial_function(self._publish, partial, target, self.written))
+        upload.add_done_callback(partial_function(self._publish, partial, target, writer, self.written))
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if there is one. Raises `CheckpointFailed`."""
@@ -120,14 +123,17 @@ class Checkpoints:
                 f"({first_line(cause)}); go on from the one before it with trainer.load_ckpt_from=latest"
             ) from error
 
-    def _publish(self, partial: Path, target: Path, written: Future[None], upload: Future[Any]) -> None:
-        """All processes have written their parts: the name of the folder now says so."""
+    def _publish(self, partial: Path, target: Path, writer: Writer, written: Future[None], upload: Future[Any]) -> None:
+        """Give the folder its name, now that all processes have written their parts."""
         try:
             upload.result()
             if self.processes.is_first:
-                shutil.rmtree(target, ignore_errors=True)
-                partial.rename(target)
-                _sync(self.folder)
+                of_state = {f"{STATE}/{name}": digest for name, digest in writer.digests.items()}
+                digests.write(partial, of_state | digests.of_files(partial, [NOTES, RANDOM]))
+                for name in RECORDS:  # a run that goes on from here keeps what they say of the steps before
+                    if (self.folder / name).exists():
+                        durable.sync(self.folder / name)
+                durable.replace_folder(partial, target)
                 if self.keep is not None:
                     prune(self.folder, self.keep)
         except BaseException as error:
@@ -194,8 +200,17 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
 
 def models(source: Path) -> dict[str, Any]:
     """What the models of a checkpoint's run began with; empty if it cannot be known."""
+    return _noted(source, "models")
+
+
+def rows(source: Path) -> dict[str, Any]:
+    """Return name of a data set -> digest of its rows, of a checkpoint's run; empty if it cannot be known."""
+    return _noted(source, "rows")
+
+
+def _noted(source: Path, name: str) -> dict[str, Any]:
     try:
-        return dict(json.loads((source / NOTES).read_text())["models"])
+        return dict(json.loads((source / NOTES).read_text())[name])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
 
@@ -260,32 +275,71 @@ def _restore(learner: Learner, model: dict[str, Any], optimizer: dict[str, Any])
     )
 
 
-def find(load_ckpt_from: str | None, save_dir: Path) -> Path | None:
-    """The checkpoint that the configuration asks for; None to start from the beginning.
+def candidates(load_ckpt_from: str | None, save_dir: Path) -> list[Path]:
+    """Return the checkpoints that the configuration asks for, the first choice first; none: start from the beginning.
 
-    `latest` is the newest in `save_dir`, and None if there is none yet; `best` the one whose step has the best test
-    score in its metrics.jsonl, the first of equals. Raises ConfigError where there is none such.
+    `latest` is those in `save_dir`, newest first, if there are any; `best` the one whose step has the best test score
+    in its metrics.jsonl, the first of equals. Raises ConfigError where there is none such.
     """
     if load_ckpt_from is None:
-        return None
-    # one that was being written has a suffix, and may have its notes already
-    found = [path for path in _of_steps(save_dir) if (path / NOTES).is_file()]
+        return []
     if load_ckpt_from == "latest":
-        return found[-1] if found else None
+        return _of_steps(save_dir)[::-1]
     if load_ckpt_from == "best":
-        rows = read_metrics(save_dir)
-        scores = {row["step"]: row["test/score"] for row in rows if isinstance(row.get("test/score"), float | int)}
+        tests = read_metrics(save_dir)
+        scores = {row["step"]: row["test/score"] for row in tests if isinstance(row.get("test/score"), float | int)}
+        found = [path for path in _of_steps(save_dir) if (path / NOTES).is_file()]
         tested = {path: scores[step] for path in found if (step := step_of(path)) in scores}
         if not tested:
             raise ConfigError(
                 f"trainer.load_ckpt_from=best: {save_dir} has no checkpoint of a step that was tested "
                 "(trainer.save_freq, trainer.test_freq)"
             )
-        return max(tested, key=lambda path: tested[path])
+        return [max(tested, key=lambda path: tested[path])]
     source = Path(load_ckpt_from)
     if not (source / NOTES).is_file():
         raise ConfigError(f"trainer.load_ckpt_from={source} is not a checkpoint (it has no notes.json)")
-    return source
+    return [source]
+
+
+def choose(
+    load_ckpt_from: str | None, save_dir: Path, processes: Processes | None = None
+) -> tuple[Path | None, list[str]]:
+    """Return the first of `candidates` whose files are as they were written, and what is wrong with those before it.
+
+    None to start from the beginning. Collective, if there are `processes`. Raises ConfigError if all are damaged.
+    """
+    if processes is None:
+        found = candidates(load_ckpt_from, save_dir)
+    else:  # the other machines may see an older listing of the folder
+        found = processes.of_first(lambda: candidates(load_ckpt_from, save_dir), "the choice of a checkpoint")
+    damaged: list[str] = []
+    for source in found:
+        if not (why := damage(source, processes)):
+            return source, damaged
+        damaged.append(f"{source} is damaged: {why}")
+    if damaged:
+        raise ConfigError(
+            f"trainer.load_ckpt_from={load_ckpt_from}: {'; '.join(damaged)}; go on from another checkpoint"
+        )
+    return None, []
+
+
+def damage(source: Path, processes: Processes | None = None) -> str:
+    """Return what is wrong with the files of a checkpoint; "" if each is as it was written.
+
+    Collective, if there are `processes`: each reads a part of the files.
+    """
+    rank, size = (0, 1) if processes is None else (processes.rank, processes.world_size)
+    try:
+        expected = digests.read(source, (NOTES, RANDOM, f"{STATE}/.metadata"))
+        mine = {name: expected[name] for name in sorted(expected)[rank::size]}
+        found = digests.faults(source, mine)
+    except ValueError as error:
+        found = [str(error)]
+    if processes is not None:
+        found = processes.gather(found, "the digests of a checkpoint")
+    return found[0] if found else ""
 
 
 def step_of(path: Path) -> int:
@@ -302,7 +356,7 @@ def _of_steps(save_dir: Path) -> list[Path]:
 def prune(save_dir: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints."""
     for path in _of_steps(save_dir)[:-keep]:
-        shutil.rmtree(path)
+        durable.remove(path)
 
 
 def set_aside_after(save_dir: Path, step: int) -> None:
@@ -315,17 +369,9 @@ def set_aside_after(save_dir: Path, step: int) -> None:
     for path in _of_steps(save_dir):
         if step_of(path) > step:
             aside = path.with_suffix(".superseded")
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.exists():
+                durable.remove(aside)
             path.rename(aside)
-
-
-def _sync(folder: Path) -> None:
-    """A rename is on the disk only when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

@@ -22,10 +22,14 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from RL2.legacy_keys import Given, LegacyKeyError, translate
+from RL2.printing import masked, printable
 
 
 class UserError(Exception):
-    """Something for the user to put right, said in plain words; programs end with it and exit code 1."""
+    """An error that the user can fix; programs print it, without a traceback, and end with exit code 1."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(UserError, ValueError):
@@ -37,7 +41,7 @@ class ConfigError(UserError, ValueError):
 
 def one_line(text: str) -> str:
     """`text`, which may quote a file: without ends of lines and what no terminal prints, and not endless."""
-    whole = " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
+    whole = printable(" ".join(text.splitlines()))
     return whole if len(whole) <= MAX_ERROR else f"{whole[:MAX_ERROR]}..."
 
 
@@ -980,8 +984,8 @@ def words(given: Sequence[str]) -> dict[str, Any]:
 
 
 def show(config: Any) -> str:
-    """The resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    """The resolved configuration as YAML, without secrets."""
+    return printable(OmegaConf.to_yaml(OmegaConf.create(masked(asdict(config)))))
 
 
 def _may_be_new(override: str) -> str:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from tqdm import tqdm
 
 from RL2.config import UserError, first_line
+from RL2.printing import printable
 from RL2.types import Trajectory
 
 Metrics = dict[str, float]
 
+RECORDS = ("metrics.jsonl", "samples.jsonl")
+"""Files to which every step adds lines."""
+SUPERSEDED = ".superseded"
+"""Suffix of the records of an earlier run that was begun anew."""
 TOKENS = "tokens"
 """Folder of the statistics of tokens."""
 
@@ -51,17 +59,31 @@ class Report:
         self.folder, self.is_first, self.num_steps, self.dashboards = folder, is_first, num_steps, list(dashboards)
 
     def keep_before(self, step: int) -> None:
-        """Forget what an interrupted run wrote about `step` and later; it will be written again."""
-        for file in self.folder.glob(f"{TOKENS}/*.parquet") if self.is_first else ():
+        """Cut the records back to what they say of the steps before `step`, and say so; the rest is written again.
+
+        A run that begins at step 0 sets those of an earlier one aside.
+        """
+        if not self.is_first:
+            return
+        metrics, samples, tokens = (self.folder / name for name in (*RECORDS, TOKENS))
+        later = [row["step"] for row in read_metrics(self.folder) if row["step"] >= step]
+        if later:
+            self.say(
+                f"records of the steps {min(later)} to {max(later)} are "
+                + ("cut off; these steps are run again" if step else f"set aside, in files with {SUPERSEDED}")
+            )
+        if step == 0:
+            for path in filter(Path.exists, (metrics, samples, tokens)):
+                aside = path.with_name(path.name + SUPERSEDED)
+                if aside.is_dir():
+                    shutil.rmtree(aside)
+                path.replace(aside)
+            return
+        for file in tokens.glob("*.parquet"):
             if int(file.name.split("_")[0]) >= step:
                 file.unlink()
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            file = self.folder / name
-            if self.is_first and file.exists():
-                # a line without an end was cut by the interruption: it is of the last step, which is run again
-                kept = file.with_suffix(".partial")
-                kept.write_bytes(b"".join(line for line, row in whole_lines(file) if row["step"] < step))
-                kept.replace(file)  # so that another interruption, here, loses nothing
+        for file in filter(Path.exists, (metrics, samples)):
+            cut_at(file, step)
 
     def rows(self) -> list[dict[str, float]]:
         """What metrics.jsonl has, oldest first; on the first process."""
@@ -79,6 +101,9 @@ class Report:
         if metrics.get("train/unscored"):
             shown.append(f"UNSCORED {metrics['train/unscored']:.0f}")
         self.say(f"step {step}/{max(step, self.num_steps)}  " + "  ".join(shown))
+        if odd := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
+            self.say(f"step {step}: WARNING: not recorded, as JSON has no such numbers: {_values(metrics, odd)}")
+            metrics = {name: value for name, value in metrics.items() if name not in odd}
         self._append("metrics.jsonl", [{"step": step} | metrics])
         for dashboard in self.dashboards:
             dashboard.log(metrics, step)
@@ -120,7 +145,7 @@ class Report:
 
     def say(self, *lines: str) -> None:
         if self.is_first and lines:
-            tqdm.write("\n".join(lines))
+            tqdm.write(printable("\n".join(lines)))
             sys.stdout.flush()  # a file or pipe would hold back many lines
 
     def bar(self, total: int, what: str) -> tqdm[Any]:
@@ -132,7 +157,11 @@ class Report:
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def _values(metrics: Metrics, names: list[str]) -> str:
+    return ", ".join(f"{name}={metrics[name]}" for name in names)
 
 
 def progress_bar(total: int, what: str, is_first: bool) -> tqdm[Any]:
@@ -154,6 +183,37 @@ def whole_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
         if line.endswith(b"\n"):
             yield line, parsed(line, f"{file}, line {number}")
+
+
+def cut_at(file: Path, step: int) -> None:
+    """Cut off the lines of `step` and later, and a last one that has no end; only these are read.
+
+    The steps of a run's lines never decrease, but for what follows a cut.
+    """
+    with file.open("r+b") as lines:
+        keep = lines.seek(0, os.SEEK_END)
+        for start, line in _backwards(lines):
+            if line.endswith(b"\n") and parsed(line, f"{file}, byte {start}")["step"] < step:
+                break
+            keep = start
+        lines.truncate(keep)
+        os.fsync(lines.fileno())
+
+
+def _backwards(file: BinaryIO, block: int = 2**20) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file with the bytes before each, the last first."""
+    position, rest = file.seek(0, os.SEEK_END), b""
+    while position:
+        size = min(block, position)
+        position = file.seek(position - size)
+        first, *others = (file.read(size) + rest).splitlines(keepends=True)
+        start = position + len(first) + sum(map(len, others))
+        for line in reversed(others):
+            start -= len(line)
+            yield start, line
+        rest = first  # it may begin before this block
+    if rest:
+        yield 0, rest
 
 
 def parsed(line: bytes, where: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     ("legacy_keys",),
-    ("types", "config", "scripts"),
+    ("types", "config", "scripts", "durable", "digests", "run_lock", "printing"),
     ("ops", "parallel", "objectives", "advantages", "packing", "report"),
-    ("models", "data", "engines", "rollout", "checkpoint", "checkpoint_reader"),
+    ("models", "data", "engines", "rollout", "checkpoint", "checkpoint_reader", "checkpoint_writer"),
     ("workers",),
     ("trainer",),
 )

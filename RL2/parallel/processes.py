@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from RL2.config import ConfigError, LostProcess, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,19 @@ class Processes:
         with self.expecting(what):
             dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
+
+    def of_first(self, work: Callable[[], T], what: str) -> T:
+        """Return what `work` gives on the first process, or raise its UserError, on each (collective)."""
+        outcome: list[T | UserError] = []
+        if self.is_first:
+            try:
+                outcome = [work()]
+            except UserError as error:
+                outcome = [error]
+        (found,) = self.gather(outcome, what)
+        if isinstance(found, UserError):
+            raise found
+        return found
 
     def wait(self, what: str = "all processes to come to the same point") -> None:
         """Until all processes have come here."""

@@ -9,6 +9,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -46,10 +47,12 @@ from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, re
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
+from RL2.printing import printable
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
+from RL2.run_lock import refuse_if_running
 from RL2.trainer.rl import Example, actor_updates, make_cursor, tasks
-from RL2.trainer.run import number_of_steps, refuse_another_run
+from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
 from RL2.types import Prompt, Sampling
 from RL2.workers.worker import compute_dtype, refuse_no_recomputation
@@ -77,7 +80,7 @@ class Findings:
         """Print the table, and in the last line whether all was looked at."""
         table = Table(show_header=False)
         for what, line in self.lines:
-            table.add_row(f"[bold]{what}[/]", escape(line))
+            table.add_row(f"[bold]{what}[/]", escape(printable(line)))
         unseen = f"; not looked at: {', '.join(self.unseen)}" if self.unseen else ""
         console = Console(soft_wrap=True)
         console.print(table)
@@ -107,15 +110,18 @@ def rehearse(program: str, config: Config) -> Findings:
 def look_at_folder(config: Config, found: Findings) -> None:
     """Where the run writes, and what it goes on from."""
     trainer, save_dir = config.trainer, Path(config.trainer.save_dir)
-    source = checkpoint.find(trainer.load_ckpt_from, save_dir)
+    refuse_if_running(save_dir)
+    source, damaged = checkpoint.choose(trainer.load_ckpt_from, save_dir)
     if trainer.load_ckpt_from is None:
         refuse_another_run(save_dir)
+    if source is not None:
+        refuse_another_base(source, asdict(config))
     there = next(folder for folder in (save_dir, *save_dir.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ConfigError(f"trainer.save_dir={save_dir} cannot be written: {there} is no folder that may be written")
     found.say("writes to", f"{save_dir}, {shutil.disk_usage(there).free / GIB:.1f} GiB free")
     if trainer.load_ckpt_from is not None:
-        found.say("goes on from", str(source) if source else "the beginning: there is no checkpoint yet")
+        found.say("goes on from", str(source) if source else "the beginning: there is no checkpoint yet", *damaged)
 
 
 def look_at_model(

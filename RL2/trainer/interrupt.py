@@ -1,4 +1,4 @@
-"""Ctrl-C: the first asks for an end after the step that is under way, the second ends at once."""
+"""Ctrl-C and SIGTERM: the first asks for an end after the step that is under way; a second Ctrl-C ends at once."""
 
 from __future__ import annotations
 
@@ -10,33 +10,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+WORDS = {
+    signal.SIGINT: "Ctrl-C: the run ends after this step, with a checkpoint; once more: at once",
+    signal.SIGTERM: "SIGTERM: the run ends after this step, with a checkpoint",
+}
+"""Signal -> what is said when it comes first."""
+
 
 class Interrupted(Exception):
     """The run was asked to end, and has saved what it takes to go on."""
 
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + number
+        """As shells give it to a program that the signal `number` has ended."""
+
 
 class Interrupt:
+    """Whether the run was asked to end, and by which signal."""
+
     def __init__(self) -> None:
-        self.is_asked = False
+        self.asked: int | None = None
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.is_asked:
-            os._exit(130)  # threads may be waiting for long, and would hold the interpreter back
-        self.is_asked = True
-        print(
-            "Ctrl-C: the run ends after this step, with a checkpoint; once more: at once", file=sys.stderr, flush=True
-        )
+        """Note the signal; end at once at a second Ctrl-C.
+
+        Not at a second SIGTERM: schedulers send it to each process, and torchrun hands its own on.
+        """
+        if self.asked is None:
+            self.asked = number
+            print(WORDS[signal.Signals(number)], file=sys.stderr, flush=True)
+        elif number == signal.SIGINT:
+            os._exit(128 + number)  # threads may be waiting for long, and would hold the interpreter back
 
 
 @contextmanager
 def listening() -> Iterator[Interrupt]:
-    """SIGINT asks what is given; only the main thread may listen."""
+    """SIGINT and SIGTERM ask what is given; only the main thread may listen."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    before = signal.signal(signal.SIGINT, interrupt.ask)
+    before = {number: signal.signal(number, interrupt.ask) for number in WORDS}
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -59,9 +59,9 @@ def main(program: str) -> None:
             with start(config) as run:
                 import_module(LOOPS[program]).train(config, run)
         except Interrupted as ended:
-            _leave(f"{program}: {ended}")
+            _leave(f"{program}: {ended}", ended.exit_code)
     except KeyboardInterrupt:
-        _leave(f"{program}: ended at once by Ctrl-C")
+        _leave(f"{program}: ended at once by Ctrl-C", 130)
     except UserError as error:
         rank = os.environ.get("RANK")
         message = f"{program}{f' (rank {rank})' if rank else ''}: {error}"
@@ -71,8 +71,7 @@ def main(program: str) -> None:
         sys.exit(message)
 
 
-def _leave(message: str) -> NoReturn:
-    """With the exit code that shells give to a program that Ctrl-C has ended."""
+def _leave(message: str, exit_code: int) -> NoReturn:
     if int(os.environ.get("RANK", 0)) == 0:
         print(message, file=sys.stderr, flush=True)
-    sys.exit(130)
+    sys.exit(exit_code)

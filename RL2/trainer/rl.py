@@ -40,6 +40,7 @@ from RL2.rollout.episode import decode
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.rollout.supply import Supply
+from RL2.trainer.inputs import of_prompts
 from RL2.trainer.microscope import Microscope
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.scores import Scores
@@ -61,6 +62,7 @@ def train(config: RLConfig, run: Run) -> None:
     prompts, tests = tasks(
         config, environment, lambda path, example: load_prompts(path, tokenizer, example, longest - 1)
     )
+    run.know_rows({"train_data": of_prompts(prompts), "test_data": of_prompts(tests)})
     cursor = make_cursor(len(prompts), config)
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
 
@@ -90,7 +92,8 @@ def train(config: RLConfig, run: Run) -> None:
 
     scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))
     num_tests = max(1, len(tests) * config.test_data.responses_per_prompt)
-    watch = Watch(num_tests, trainer.save_dir, report.rows())
+    num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
+    watch = Watch(num_tests, trainer.save_dir, report.rows(), num_train)
     last_step = first_step if trainer.eval_only else max(first_step, num_steps)
 
     for step in range(first_step, last_step + 1):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,19 +19,25 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from RL2 import checkpoint
+from RL2 import checkpoint, durable
 from RL2.checkpoint import CheckpointFailed, Checkpoints, Resumable
 from RL2.config import Config, ConfigError, LostProcess, RLTrainer, first_line, show
 from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
+from RL2.parallel.agree import refuse_differences
 from RL2.parallel.processes import Processes
+from RL2.printing import masked, printable
 from RL2.report import Dashboard, Report, TensorBoard, Trackio, Wandb
+from RL2.run_lock import RunLock
+from RL2.trainer import inputs
 from RL2.trainer.interrupt import Interrupt, Interrupted, listening
 from RL2.types import TokenBatch
 from RL2.workers.worker import Learner
 
 REPLAY_BATCH = "batch.safetensors"
 """The rollouts of a step that is kept for replay, as they are trained on; the model lies beside them."""
+EXPORTED = ("latest", "best", "critic")
+"""Folders of models that a run replaces as it goes on."""
 LAUNCHERS = "launchers.json"
 """The torchruns that began the run in a folder."""
 
@@ -50,6 +57,12 @@ class Run:
     launchers: list[str]
     """The torchruns of this run's processes, one for each machine; empty without torchrun."""
     interrupt: Interrupt
+    lock: RunLock
+    """On `save_dir`; the first process holds it."""
+    shown: str
+    """The configuration as YAML."""
+    source: Path | None
+    """The checkpoint that the run goes on from."""
 
     def report(self, num_steps: int) -> Report:
         dashboards: list[Dashboard] = []
@@ -62,13 +75,14 @@ class Run:
         return Report(self.save_dir, self.processes.is_first, num_steps, dashboards)
 
     def resume(self, learner: Learner, cursor: Resumable, report: Report, critic: Learner | None = None) -> int:
-        """Restore the checkpoint that the configuration names, if any; returns the step to begin with.
+        """Restore the checkpoint that the run goes on from, if any; returns the step to begin with (collective).
 
-        Processes that torchrun has started again take the newest that the first ones wrote.
+        From here on the folder is this run's: its records are cut back, and its configuration is written.
         """
-        source = checkpoint.find("latest", self.save_dir) if begun_by(self.launchers, self.save_dir) else None
-        source = source or checkpoint.find(self.config.load_ckpt_from, self.save_dir)
-        step = 0
+        source, step = self.source, 0
+        for name, each in {"actor": learner, "critic": critic}.items():
+            if each is not None:
+                inputs.refuse_other_replicas(self.processes, each, name)
         if source is not None:
             with self.processes.expecting("the others in loading a checkpoint"):
                 try:
@@ -78,11 +92,21 @@ class Run:
                         f"{error}{differences(checkpoint.models(source), models(self.settings))}"
                     ) from error
             report.say(f"resumed from {source}: step {step}")
+            if other := inputs.changed(source.parent / "config.yaml", self.shown):
+                report.say(f"with other settings than before: {', '.join(other)}")
+        elif self.config.load_ckpt_from is not None:
+            report.say(f"there is no checkpoint in {self.save_dir} yet: the run begins at step 0")
         report.keep_before(step)
         if self.processes.is_first:
+            for name in EXPORTED:
+                durable.recover(self.save_dir / name)
             checkpoint.set_aside_after(self.save_dir, step)
-            (self.save_dir / LAUNCHERS).write_text(json.dumps(self.launchers))  # from here on `latest` is of this run
+            durable.write_text(self.save_dir / "config.yaml", self.shown)
+            # from here on `latest` is of this run
+            durable.write_text(self.save_dir / LAUNCHERS, json.dumps(self.launchers))
         self.processes.wait("the report to be cut back")
+        if asked := self._asked():
+            raise Interrupted(f"ended by {_name(asked)} before step {step}; start it again as it was", asked)
         return step
 
     def save_if_due(
@@ -97,16 +121,23 @@ class Run:
 
         Raises `Interrupted` after it if any process was asked to end.
         """
-        ends = any(self.processes.gather([self.interrupt.is_asked], "whether the run goes on"))
-        if ends or self.due(self.config.save_freq, step):
+        self.processes.of_first(self.lock.refuse_if_lost, "whether the folder is still this run's")
+        asked = self._asked()
+        if asked or self.due(self.config.save_freq, step):
             self.checkpoints.save(step, learner, cursor, critic)
             self.export(learner, tokenizer, critic)
-        if ends:
+        if asked:
             self.checkpoints.finish()
             raise Interrupted(
-                f"ended by Ctrl-C after step {step - 1}; go on with trainer.save_dir={self.save_dir} "
-                "trainer.load_ckpt_from=latest"
+                f"ended by {_name(asked)} after step {step - 1}; go on with trainer.save_dir={self.save_dir} "
+                "trainer.load_ckpt_from=latest",
+                asked,
             )
+
+    def _asked(self) -> int | None:
+        """The signal by which any process was asked to end (collective)."""
+        asked = self.processes.gather([self.interrupt.asked], "whether the run goes on")
+        return next((number for number in asked if number is not None), None)
 
     def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase, critic: Learner | None = None) -> None:
         """The model in `save_dir/latest`, and a critic in `save_dir/critic`."""
@@ -114,26 +145,45 @@ class Run:
         if critic is not None:
             self.export_to("critic", critic, tokenizer)
 
-    def export_to(self, name: str, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
-        """A model in `save_dir/NAME`, as `from_pretrained` of its class in transformers loads it."""
+    def export_to(
+        self, name: str, learner: Learner, tokenizer: PreTrainedTokenizerBase, batch: TokenBatch | None = None
+    ) -> None:
+        """Write a model into `save_dir/NAME`, as `from_pretrained` of its class in transformers loads it (collective).
+
+        A folder of that name is replaced in one moment. `batch` is put beside the model.
+        """
         target, partial = self.save_dir / name, self.save_dir / f"{name}.partial"
         try:
+            if self.processes.is_first:
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                durable.recover(target)
             learner.export(tokenizer, partial)
+            if self.processes.is_first:
+                if batch is not None:
+                    batch.save(partial / REPLAY_BATCH)
+                durable.replace_folder(partial, target)
         except (OSError, SafetensorError) as error:
-            raise CheckpointFailed(f"the model could not be written into {partial}: {error}") from error
-        if self.processes.is_first:
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            raise CheckpointFailed(f"the model could not be written into {partial}: {first_line(error)}") from error
         self.processes.wait("the model to be written")
 
     def keep_for_replay(
         self, step: int, batch: TokenBatch, learner: Learner, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """The model, and the batch that it is going to train on, in `save_dir/replay_NNNNNN` (evaluation/replay.py)."""
-        folder = replay_folder(self.save_dir, step)
-        self.export_to(folder.name, learner, tokenizer)
-        if self.processes.is_first:
-            batch.save(folder / REPLAY_BATCH)
+        self.export_to(replay_folder(self.save_dir, step).name, learner, tokenizer, batch)
+
+    def know_rows(self, rows: dict[str, str]) -> None:
+        """Compare digests of the data with those of the other processes, and with the checkpoint's (collective).
+
+        Raises ConfigError if the processes differ. Data that another start of the run had are said.
+        """
+        refuse_differences(self.processes, {f"the data of {name}": digest for name, digest in rows.items()})
+        self.checkpoints.rows |= rows
+        before = checkpoint.rows(self.source) if self.source is not None else {}
+        for name, digest in rows.items():
+            if self.processes.is_first and before.get(name, digest) != digest:
+                text = f"{name} has other rows than before: {digest}, and {self.source} was made with {before[name]}"
+                print(printable(f"WARNING: {text}"), flush=True)
 
     def due(self, frequency: int | None, step: int) -> bool:
         return frequency is not None and step % frequency == 0
@@ -149,33 +199,68 @@ def start(config: Config) -> Iterator[Run]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     processes = Processes.start(trainer.timeout_s)
+    lock = RunLock(save_dir)
     try:
         random.seed(trainer.seed)
         torch.manual_seed(trainer.seed)
+        settings = masked(asdict(config))
+        if processes.world_size > 1:
+            refuse_differences(processes, inputs.facts(settings, files=processes.is_first_here))
         launchers = sorted(set(processes.gather(launcher(), "all processes to say who started them")))
-        is_test = isinstance(trainer, RLTrainer) and trainer.eval_only
-        goes_on = not is_test and (trainer.load_ckpt_from is not None or begun_by(launchers, save_dir))
-        if not goes_on:
-            refuse_another_run(save_dir)
-        processes.wait("all processes to look into trainer.save_dir")
+        wanted = processes.of_first(
+            lambda: take_folder(trainer, save_dir, launchers, lock), "the first process to take trainer.save_dir"
+        )
+        source, damaged = checkpoint.choose(wanted, save_dir, processes)
         if processes.is_first:
-            try:
-                save_dir.mkdir(parents=True, exist_ok=True)
-                (save_dir / "config.yaml").write_text(show(config))
-            except OSError as error:
-                raise ConfigError(f"trainer.save_dir={save_dir} cannot be written: {first_line(error)}") from error
-        processes.wait("trainer.save_dir to be made")
-        settings = asdict(config)
+            for fault in damaged:
+                print(printable(f"WARNING: {fault}; the checkpoint before it is taken"), flush=True)
+        if source is not None:
+            refuse_another_base(source, settings)
         checkpoints = Checkpoints(save_dir, processes, trainer.keep, models(settings))
         with ExitStack() as closing, listening() as interrupt:
-            yield Run(trainer, save_dir, processes, checkpoints, settings, closing, launchers, interrupt)
-        checkpoints.finish()
+            yield Run(
+                trainer,
+                save_dir,
+                processes,
+                checkpoints,
+                settings,
+                closing,
+                launchers,
+                interrupt,
+                lock,
+                show(config),
+                source,
+            )
+            checkpoints.finish()
     except LostProcess:
         raise  # and leave: whoever still waits for this process will see that it has gone
     except BaseException:
         processes.stop()
         raise
+    finally:
+        lock.release()
     processes.stop()
+
+
+def take_folder(trainer: TrainerConfig, save_dir: Path, launchers: list[str], lock: RunLock) -> str | None:
+    """Take the lock on `save_dir`; returns what to go on from, as in `trainer.load_ckpt_from`.
+
+    Processes that torchrun has started again take the newest checkpoint that the first ones wrote. Raises ConfigError,
+    and has written nothing, if the folder is in use, holds another run, or has no such checkpoint.
+    """
+
+    def look() -> str | None:
+        if begun_by(launchers, save_dir) and checkpoint.candidates("latest", save_dir):
+            return "latest"
+        is_test = isinstance(trainer, RLTrainer) and trainer.eval_only
+        if is_test or (trainer.load_ckpt_from is None and not begun_by(launchers, save_dir)):
+            refuse_another_run(save_dir)
+        checkpoint.candidates(trainer.load_ckpt_from, save_dir)
+        return trainer.load_ckpt_from
+
+    look()
+    lock.acquire(lambda line: print(printable(line), flush=True))
+    return look()  # again: another run may have ended in between
 
 
 def number_of_steps(trainer: TrainerConfig, cursor: Cursor) -> int:
@@ -198,19 +283,53 @@ def refuse_another_run(save_dir: Path) -> None:
 
 
 def models(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a run's models began with, of its configuration; it stands in its checkpoints, for errors."""
+    """Return what a run's models began with, of its configuration; a checkpoint keeps it in its notes."""
     found = {f"{group}.model_name": settings[group]["model_name"] for group in ("actor", "critic") if group in settings}
-    if "lora" in settings.get("actor", {}):
-        found["actor.lora.rank"] = settings["actor"]["lora"]["rank"]
+    lora = settings.get("actor", {}).get("lora")
+    if lora is not None:
+        found["actor.lora.rank"] = lora["rank"]
+        if lora["rank"]:
+            found |= {f"actor.lora.{name}": as_json(lora[name]) for name in ("alpha", "target_modules")}
     return found
+
+
+def refuse_another_base(source: Path, settings: dict[str, Any]) -> None:
+    """Raise ConfigError if the adapters of a checkpoint would go on with another base, or as other adapters."""
+    began, ours = checkpoint.models(source), models(settings)
+    if not (began.get("actor.lora.rank") and ours.get("actor.lora.rank")):
+        return  # whole weights take the place of what the model began with
+    if told := differences({key: began[key] for key in began if key.startswith("actor.")}, ours):
+        raise ConfigError(
+            f"trainer.load_ckpt_from={source} has adapters alone{told}; name its own model (a link to it, if it has "
+            "moved) and its own actor.lora"
+        )
+
+
+def as_json(value: Any) -> Any:
+    """Return `value` as it is after being written to JSON and read again."""
+    return json.loads(json.dumps(value))
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """How the models of another run differ from those of this one, for the end of an error."""
     told = [
-        f"{key}={their}, and here it is {ours[key]}" for key, their in theirs.items() if ours.get(key, their) != their
+        f"{key}={their}, and here it is {ours[key]}"
+        for key, their in theirs.items()
+        if not is_same(their, ours.get(key, their))
     ]
     return f"; its run had {' and '.join(told)}" if told else ""
+
+
+def is_same(their: Any, our: Any) -> bool:
+    """Return whether two settings are equal, or two paths to one folder."""
+    if their == our:
+        return True
+    folders = [Path(each) for each in (their, our) if isinstance(each, str) and Path(each).is_dir()]
+    return len(folders) == 2 and folders[0].samefile(folders[1])
+
+
+def _name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def replay_folder(save_dir: Path, step: int) -> Path:
@@ -231,10 +350,7 @@ def begun_by(launchers: list[str], save_dir: Path) -> bool:
 
     One machine in common is enough, as another may have taken the place of one that failed.
     """
-    file = save_dir / LAUNCHERS
-    if not file.exists():
-        return False
     try:
-        return not set(json.loads(file.read_text())).isdisjoint(launchers)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{file} is damaged ({first_line(error)}); remove it") from error
+        return not set(json.loads((save_dir / LAUNCHERS).read_text())).isdisjoint(launchers)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False  # of no run, or damaged: go on with trainer.load_ckpt_from=latest

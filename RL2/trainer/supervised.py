@@ -20,6 +20,7 @@ from RL2.objectives.declare import Loss
 from RL2.packing import pack
 from RL2.report import Metrics
 from RL2.rollout.environment import load_environment
+from RL2.trainer.inputs import of_tensors, spread
 from RL2.trainer.run import Run
 from RL2.types import StatsRequest, TokenBatch, TokenStats, Trajectory
 from RL2.workers.worker import Learner
@@ -67,6 +68,7 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
     trainer, learner = run.config, task.learner
     for rows in filter(None, (task.train, task.test)):
         refuse_unknown_tokens(learner.lm, [rows.batch.largest_token_id], f"{task.name}.model_name")
+    run.know_rows({name: of_rows(rows) for name, rows in (("data", task.train), ("test data", task.test)) if rows})
     report = run.report(num_steps)
     for note in task.notes:
         report.say(note)
@@ -90,6 +92,12 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
         report.step(num_steps, test(task))
     run.export(learner, tokenizer)
     report.close()
+
+
+def of_rows(rows: Rows) -> str:
+    """Return the number of rows and a digest of a part of them."""
+    batch = rows.draw(spread(len(rows)))
+    return of_tensors(len(rows), {"token_ids": batch.token_ids_T, "action": batch.action_T, "cut": batch.cu_seqlens})
 
 
 def test(task: Task) -> Metrics:

@@ -73,6 +73,8 @@ class Actor(Learner):
         for _, minibatch in self.minibatches(batch):
             metrics = self.step(minibatch, self.loss, self.request, progress)
             metrics["trained_share"] = metrics["tokens"] / int(minibatch.action_T.sum())
+            if metrics["grad_norm"] == 0:  # weight decay and momentum still move the weights, but nothing was learnt
+                metrics |= {"trained_share": 0.0, "changed_share": 0.0}
             for name, value in metrics.items():
                 history[name].append(value)
         return {f"actor/{name}": sum(values) / len(values) for name, values in history.items()}

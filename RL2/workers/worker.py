@@ -280,7 +280,9 @@ class Learner(Worker):
         self._sum_partial_gradients()
         means, broken = _of_the_present(totals.means()), totals.all_broken()
         gap = means.get("logp_gap", 0.0)
-        if not broken and gap > self.max_logprob_gap:
+        if math.isnan(means.get("drift", 0.0)):  # tokens of older weights may be far off, but have to be numbers
+            gap = math.nan
+        if not broken and not gap <= self.max_logprob_gap:  # true of nan as well
             broken = [
                 f"trainer and engine are {gap:g} nats apart in the mean, more than trainer.max_logprob_gap="
                 f"{self.max_logprob_gap:g}: {max(self.processes.gather([totals.worst]))[1]}"
@@ -374,10 +376,13 @@ class _Totals:
             value_T = torch.where(trains_T, value_T.detach(), 0)
             self.sums[name] += value_T.double().sum().cpu()
             if name.endswith("_gap"):
-                peak = value_T.max().double().cpu() if len(value_T) else torch.zeros((), dtype=torch.float64)
+                gap_T = value_T.double().nan_to_num(
+                    nan=math.inf, posinf=math.inf
+                )  # or a maximum would depend on the order
+                peak = gap_T.max().cpu() if len(gap_T) else torch.zeros((), dtype=torch.float64)
                 self.peaks[name] = torch.maximum(self.peaks.get(name, peak), peak)
                 if float(peak) > self.worst[0] and len(value_T):
-                    self.worst = float(peak), f"the largest is {float(peak):g} at {where(int(value_T.argmax()))}"
+                    self.worst = float(peak), f"the largest is {float(peak):g} at {where(int(gap_T.argmax()))}"
 
     def means(self) -> dict[str, float]:
         """The loss as it is (its weights make it a mean already), the rest over the tokens that train, if any does."""

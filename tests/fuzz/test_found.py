@@ -344,7 +344,7 @@ def test_folders_that_are_no_checkpoints_are_left_alone(tmp_path: Path) -> None:
     for name in ("step_9", "step_000010", "step_x", "step_11a", "step_000012.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / NOTES).write_text("{}")
-    assert checkpoint.find("latest", tmp_path) == tmp_path / "step_000010"
+    assert checkpoint.candidates("latest", tmp_path) == [tmp_path / "step_000010", tmp_path / "step_9"]
     checkpoint.set_aside_after(tmp_path, 9)
     checkpoint.prune(tmp_path, 1)
     left = {path.name for path in tmp_path.iterdir()}
@@ -364,5 +364,4 @@ def test_a_position_that_is_none(tmp_path: Path) -> None:
 def test_a_damaged_list_of_launchers(tmp_path: Path) -> None:
     for text in ("[", "1", "[[]]"):
         (tmp_path / LAUNCHERS).write_text(text)
-        with pytest.raises(ConfigError, match=r"launchers\.json is damaged"):
-            begun_by(["a"], tmp_path)
+        assert not begun_by(["a"], tmp_path)

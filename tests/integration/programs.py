@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -43,6 +44,9 @@ class Run:
             self.process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
             self.process.terminate()  # torchrun then ends its processes, which have sessions of their own
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(40)  # it gives them 30 s
+            self.process.kill()
             self.process.wait()
             raise AssertionError(f"still running after {LIMIT_S} s:\n{self.output}\n{self.errors}") from None
         return self

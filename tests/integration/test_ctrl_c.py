@@ -1,4 +1,4 @@
-"""Ctrl-C: once ends after the step with a checkpoint, twice at once."""
+"""Ctrl-C and SIGTERM: once ends after the step with a checkpoint, twice at once."""
 
 from __future__ import annotations
 
@@ -19,19 +19,30 @@ async def step(state, action, extra_info):
 """
 
 
-@pytest.mark.parametrize(("program", "nproc"), [("spo", 1), ("sft", 1), ("sft", 2)])
-def test_once_saves_and_says_how_to_go_on(world: World, program: str, nproc: int) -> None:
+@pytest.mark.parametrize(
+    ("program", "nproc", "number", "name"),
+    [
+        ("spo", 1, signal.SIGINT, "Ctrl-C"),
+        ("sft", 1, signal.SIGTERM, "SIGTERM"),
+        ("sft", 2, signal.SIGTERM, "SIGTERM"),
+    ],
+)
+def test_once_saves_and_says_how_to_go_on(
+    world: World, program: str, nproc: int, number: signal.Signals, name: str
+) -> None:
     run = world.start(program, "trainer.max_steps=100000", nproc=nproc)
     wait_for_line(run.save_dir / "metrics.jsonl", run)
-    run.process.send_signal(signal.SIGINT)  # torchrun hands it on
+    run.process.send_signal(number)  # torchrun hands it on
+    if number == signal.SIGTERM and nproc == 1:
+        run.process.send_signal(number)  # schedulers send it to each process, and torchrun hands on its own
     run.wait()
     if nproc == 1:
-        assert run.process.returncode == 130
-    assert "Ctrl-C: the run ends after this step" in run.errors
+        assert run.process.returncode == 128 + number
+    assert f"{name}: the run ends after this step" in run.errors
     (saved,) = run.save_dir.glob("step_*")
     step = int(saved.name.removeprefix("step_"))
     assert json.loads((saved / "notes.json").read_text())["step"] == step == len(run.metrics)
-    assert f"ended by Ctrl-C after step {step - 1}; go on with trainer.save_dir={run.save_dir}" in run.errors
+    assert f"ended by {name} after step {step - 1}; go on with trainer.save_dir={run.save_dir}" in run.errors
     more = [f"trainer.max_steps={step + 2}", "trainer.load_ckpt_from=latest"]
     again = world.run(program, *more, save_dir=run.save_dir, nproc=nproc).succeeded()
     assert [row["step"] for row in again.metrics] == list(range(step + 2))

@@ -151,31 +151,31 @@ def test_a_critic_comes_back_too_and_is_missed(tmp_path: Path, processes: Proces
         checkpoint.load(alone, actor, cursor, processes, critic)
 
 
-def test_latest_is_the_newest_whole_checkpoint(tmp_path: Path) -> None:
-    assert checkpoint.find("latest", tmp_path) is None
-    for name in ("step_000002", "step_000010", "step_000030.partial"):
+def test_latest_is_the_checkpoints_of_the_folder_newest_first(tmp_path: Path) -> None:
+    assert checkpoint.candidates("latest", tmp_path) == []
+    names = ("step_000002", "step_000010", "step_000030.partial", "step_000040.superseded")
+    for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "notes.json").write_text("{}")
-    (tmp_path / "step_000020").mkdir()  # without notes
-    assert checkpoint.find("latest", tmp_path) == tmp_path / "step_000010"
+    assert checkpoint.candidates("latest", tmp_path) == [tmp_path / "step_000010", tmp_path / "step_000002"]
 
 
 def test_best_is_the_tested_checkpoint_with_the_highest_score(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no checkpoint of a step that was tested"):
-        checkpoint.find("best", tmp_path)
+        checkpoint.candidates("best", tmp_path)
     rows = [{"step": step, "test/score": score} for step, score in ((0, 0.95), (2, 0.5), (4, 0.9), (6, 0.9), (9, 0.99))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "te')
     for step in (2, 4, 6, 8):
         (tmp_path / f"step_{step:06d}").mkdir()
         (tmp_path / f"step_{step:06d}" / "notes.json").write_text("{}")
-    assert checkpoint.find("best", tmp_path) == tmp_path / "step_000004"
+    assert checkpoint.candidates("best", tmp_path) == [tmp_path / "step_000004"]
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nothing"):
         message = f"trainer.load_ckpt_from={folder} is not a checkpoint (it has no notes.json)"
         with pytest.raises(ConfigError, match=re.escape(message)):
-            checkpoint.find(str(folder), tmp_path)
+            checkpoint.candidates(str(folder), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -226,5 +226,5 @@ def test_going_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "notes.json").write_text("{}")
     checkpoint.set_aside_after(tmp_path, 4)
-    assert checkpoint.find("latest", tmp_path) == tmp_path / "step_000004"
+    assert checkpoint.candidates("latest", tmp_path)[0] == tmp_path / "step_000004"
     assert (tmp_path / "step_000006.superseded" / "notes.json").exists()

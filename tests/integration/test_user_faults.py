@@ -22,6 +22,7 @@ from programs import World
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from RL2 import digests
 from RL2.trainer.launch import main
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "faults.md"
@@ -150,6 +151,7 @@ def smaller_model(world: World, folder: Path) -> list[str]:
     notes = json.loads((source / "notes.json").read_text())
     notes["models"]["actor.model_name"] = "larger"  # where the world lies is no part of the text
     (source / "notes.json").write_text(json.dumps(notes))
+    digests.write(source, digests.of_files(source, digests.read(source, ())))
     return [*model(take_a_layer)(world, folder), f"trainer.load_ckpt_from={source}"]
 
 
@@ -365,8 +367,8 @@ FAULTS = [
         "a damaged checkpoint",
         "sft",
         damaged_checkpoint,
-        "sft: DIR/before/step_000001/random.safetensors is damaged: FileNotFoundError: No such file or directory: "
-        "DIR/before/step_000001/random.safetensors; go on from another checkpoint",
+        "sft: trainer.load_ckpt_from=DIR/before/step_000001: DIR/before/step_000001 is damaged: random.safetensors is "
+        "missing; go on from another checkpoint",
     ),
     Fault(
         "a folder with another run",

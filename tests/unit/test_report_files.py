@@ -1,6 +1,8 @@
 """What a run writes: lines that can be read again, and dashboards with the same names."""
 
+import io
 import json
+import math
 import os
 import sqlite3
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import RL2
-from RL2.report import Report, TensorBoard
+from RL2.report import Report, TensorBoard, _backwards
 from RL2.types import Trajectory
 
 
@@ -75,3 +77,50 @@ def test_resuming_forgets_what_will_come_again(tmp_path: Path) -> None:
     kept = [json.loads(x) for x in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").strip().split("\n")]
     assert [file.name for file in sorted(tmp_path.glob("tokens/*"))] == ["000000_train.parquet", "000001_train.parquet"]
     assert [row["texts"] for row in kept] == [["a\u2028b\u0085c\nd"]] * 2
+
+
+def test_numbers_that_json_has_not_are_said_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(tmp_path, is_first=True, num_steps=3)
+    report.step(1, {"actor/loss": 0.5, "train/entropy": math.nan, "actor/kl": math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "actor/loss": 0.5}
+    assert "step 1: WARNING: not recorded" in (said := capsys.readouterr().out)
+    assert "actor/kl=inf, train/entropy=nan" in said
+    assert report.values("actor/kl") == []
+
+
+def test_records_are_cut_back_from_their_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(tmp_path, is_first=True, num_steps=9)
+    for step in range(6):
+        report.step(step, {"actor/loss": 0.5})
+        report.samples(step, "train", [Trajectory(step, 0, 0, texts=["\r\n\u2028 é" * 50_000])] * (step % 3))
+    lines = (tmp_path / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "samples.jsonl").write_bytes(b"no line of a run: it is never read\n" + b"".join(lines) + lines[-1][:9])
+    report.keep_before(4)
+    assert [row["step"] for row in report.rows()] == [0, 1, 2, 3]
+    assert (tmp_path / "samples.jsonl").read_bytes().splitlines(keepends=True)[1:] == lines[:3]
+    assert "records of the steps 4 to 5 are cut off; these steps are run again\n" in capsys.readouterr().out
+    report.keep_before(4)
+    assert capsys.readouterr().out == ""
+    assert len(report.rows()) == 4
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("text", [b"", b"\n", b"a\n", b"a", b"ab\ncde\n\nf", b"ab\ncde\n\nf\n"])
+def test_lines_are_read_backwards(text: bytes, block: int) -> None:
+    forwards = text.splitlines(keepends=True)
+    starts = [sum(map(len, forwards[:n])) for n in range(len(forwards))]
+    found = list(_backwards(io.BytesIO(text), block))
+    assert found[::-1] == list(zip(starts, forwards, strict=True))
+
+
+def test_a_run_that_begins_anew_sets_the_records_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for loss in (1.0, 2.0):
+        report = Report(tmp_path, is_first=True, num_steps=9)
+        report.keep_before(0)
+        report.step(0, {"actor/loss": loss})
+        report.samples(0, "train", [Trajectory(0, 0, 0)])
+    assert "records of the steps 0 to 0 are set aside, in files with .superseded" in capsys.readouterr().out
+    assert '"actor/loss": 1.0' in (tmp_path / "metrics.jsonl.superseded").read_text()
+    assert '"actor/loss": 2.0' in (tmp_path / "metrics.jsonl").read_text()
+    assert (tmp_path / "samples.jsonl.superseded").exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from RL2.config import UserError
 from RL2.engines.served.kind import Kind
+from RL2.printing import is_secret
 
 POLL_S = 0.2
 TERM_S = 10
@@ -59,6 +60,8 @@ class Server:
         """Start the process, in a session of its own, so that one signal reaches all that come of it."""
         self.folder.mkdir(exist_ok=True)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith((self.kind.prefix, *_NOT_INHERITED))}
+        # secrets of others: of wandb, of clouds; it may have to fetch a model
+        inherited = {k: v for k, v in inherited.items() if not is_secret(k) or k.startswith(("HF_", "HUGGING_FACE_"))}
         environment = {
             **self.environment,
             "TMPDIR": str(self.folder),

@@ -1,0 +1,100 @@
+"""Text of models, rows and scripts does not drive a terminal; secrets are in no file and no server that needs none."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from RL2.config import ConfigError, UserError, load, one_line, show
+from RL2.engines.served.server import Server
+from RL2.engines.vllm.kind import VLLM_SERVER
+from RL2.printing import masked, printable
+from RL2.report import Report
+
+BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+CONTROLS = [chr(n) for n in (*range(9), *range(11, 32), *range(127, 160))] + [*BIDIRECTIONAL, "\u2028", "\u2029"]
+TEXT = "a\tb\nä 你好 👩\u200d👩 é\u0301"
+"""As it is: tabs, lines, other scripts, a joiner."""
+
+
+@pytest.mark.parametrize("character", CONTROLS, ids=lambda character: f"{ord(character):04x}")
+def test_no_control_character_is_printed(character: str) -> None:
+    shown = printable(f"{TEXT}{character}{TEXT}")
+    assert character not in shown
+    assert shown == f"{TEXT}{character.encode('unicode_escape').decode()}{TEXT}"
+
+
+def test_errors_and_reports_are_printable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "".join(CONTROLS)
+    Report(tmp_path, is_first=True, num_steps=1).say(f"an environment said {hostile}")
+    said = [capsys.readouterr().out, str(UserError(f"a model wrote {hostile}")), str(ConfigError(hostile))]
+    said.append(one_line(hostile))
+    for text in said:
+        assert not set(text) & set(CONTROLS)
+        assert "\\x1b" in text
+    assert one_line("\ud800") == "\\ud800"
+
+
+SECRETS = {
+    "HF_TOKEN": "hf_1",
+    "WANDB_API_KEY": "w",
+    "AWS_SECRET_ACCESS_KEY": "a",
+    "db_password": "p",
+    "MYAPIKEY": "m",
+}
+PLAIN = {"TOKENIZERS_PARALLELISM": "false", "NCCL_DEBUG": "INFO", "EMPTY_TOKEN": ""}
+
+
+def test_secrets_are_masked_wherever_settings_are_shown() -> None:
+    settings = {
+        "actor": {"max_new_tokens": 5, "stop_token_ids": [1]},
+        "rollout": {
+            "vllm": {
+                "env": SECRETS | PLAIN,
+                "args": ("--api-key", "k", "--hf-token=h", "--seed", "7", "--max-num-batched-tokens", "9"),
+                "urls": ["http://user:pass@host:1/x"],
+            },
+        },
+    }
+    shown = masked(settings)
+    server = shown["rollout"]["vllm"]
+    assert shown["actor"] == settings["actor"]
+    assert server["env"] == dict.fromkeys(SECRETS, "***") | PLAIN
+    assert server["args"] == ("--api-key", "***", "--hf-token=***", "--seed", "7", "--max-num-batched-tokens", "9")
+    assert server["urls"] == ["http://***@host:1/x"]
+
+
+def test_the_configuration_is_shown_without_secrets() -> None:
+    config = load(
+        "spo",
+        [
+            *("actor.model_name=m", "actor.max_length_per_device=100", "train_data.path=x.jsonl"),
+            *("train_data.prompts_per_rollout=2", "rollout.env_path=x.py", "trainer.experiment_name=x"),
+            *(
+                "rollout.train_sampling_params.max_new_tokens=4",
+                "rollout.engine=vllm",
+                "rollout.vllm.env.HF_TOKEN=hf_1",
+            ),
+        ],
+    )
+    assert config.rollout.vllm.env == {"HF_TOKEN": "hf_1"}
+    assert "hf_1" not in show(config)
+    assert "max_new_tokens: 4" in show(config)
+
+
+def test_a_server_inherits_no_secret_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (SECRETS | PLAIN).items():
+        monkeypatch.setenv(name, value)
+    server = Server(
+        VLLM_SERVER, sys.executable, [], {"GIVEN_KEY": "g"}, "t", name="s", log=tmp_path / "log", folder=tmp_path / "f"
+    )
+    server.command = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
+    server.start()
+    assert server.process is not None
+    server.process.wait()
+    seen = json.loads((tmp_path / "log").read_text())
+    assert {name for name in SECRETS if name in seen} == {"HF_TOKEN"}  # it may have to fetch the model
+    assert seen.items() >= (PLAIN | {"GIVEN_KEY": "g", "VLLM_API_KEY": "t"}).items() - {("EMPTY_TOKEN", "")}
