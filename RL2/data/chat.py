@@ -201,8 +201,21 @@ def question_of(row: Row) -> list[Message]:
     return messages
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of many texts at once."""
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, begins: bool) -> list[list[int]]:
+    """Return token ids of many texts; with `begins` each begins, once, as the tokenizer lets a text begin (BOS)."""
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False).input_ids
+    ids = _plain(tokenizer, texts)
+    head = head_of(tokenizer) if begins else []
+    return [each if each[: len(head)] == head else head + each for each in ids]
+
+
+def head_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that the tokenizer puts before a text, such as BOS. What it may put behind ends no prompt."""
+    around, (plain,) = list(tokenizer("a").input_ids), _plain(tokenizer, ["a"])
+    starts = (at for at in range(len(around)) if around[at : at + len(plain)] == plain)
+    return around[: next(starts, 0)]
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids

@@ -56,7 +56,7 @@ def load_prompts(
             texts[chat][number] = text
     token_ids = dict[int, list[int]]()
     for chat, part in texts.items():
-        token_ids |= zip(part, encode(tokenizer, list(part.values()), add_special_tokens=not chat), strict=True)
+        token_ids |= zip(part, encode(tokenizer, list(part.values()), begins=not chat), strict=True)
 
     prompts = list[Prompt]()
     for number, text in sorted((texts[True] | texts[False]).items()):

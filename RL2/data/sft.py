@@ -164,8 +164,8 @@ def _encode_raw(template: Template, rows: dict[int, Demonstration], bad: BadRows
         for each in rows.values()
         for opens in [bool(template.header) and each.prompt.endswith(template.header)]
     ]
-    prompts = encode(tokenizer, [each.prompt for each in rows.values()], add_special_tokens=True)
-    responses = encode(tokenizer, ended, add_special_tokens=False)
+    prompts = encode(tokenizer, [each.prompt for each in rows.values()], begins=True)
+    responses = encode(tokenizer, ended, begins=False)
     return {
         number: (prompt + response, [False] * len(prompt) + [True] * len(response))
         for number, prompt, response in zip(rows, prompts, responses, strict=True)
@@ -237,7 +237,7 @@ def _sampled(
         text = template.render(chat, turn + 1)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
         template.refuse_lost(chat.messages[turn], text[same:], but="" if turn == last else "the reasoning")
-        before = encode(template.tokenizer, [prompt], add_special_tokens=False)[0]
+        before = encode(template.tokenizer, [prompt], begins=False)[0]
         found.append((max(start, len(before)) if token_ids[: len(before)] == before else start, end))
     return found
 
@@ -290,7 +290,7 @@ def _encode_apart(tokenizer: PreTrainedTokenizerBase, rows: list[list[Piece]]) -
     """Encode piece by piece: a slow tokenizer does not say which text a token covers."""
     examples = list[Example]()
     for pieces in rows:
-        encoded = encode(tokenizer, [text for text, _ in pieces], add_special_tokens=False)
+        encoded = encode(tokenizer, [text for text, _ in pieces], begins=False)
         token_ids = [token for part in encoded for token in part]
         mask = [trained for part, (_, trained) in zip(encoded, pieces, strict=True) for _ in part]
         examples.append((token_ids, mask))
