@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+from .gsm8k import behind_reasoning
 from .workers import Workers
 
 if importlib.util.find_spec("math_verify") is None:
@@ -23,7 +24,7 @@ grade = Workers(__file__, "make_grader", limit_s=5)
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
-    given = answer(action)
+    given = answer(action, state)
     reward = 0.0
     if given and len(given) <= LONGEST:
         reward = float(await grade(str(extra_info["answer"]), given))
@@ -53,9 +54,9 @@ def vote(action: str) -> str:
     return answer(action)
 
 
-def answer(text: str) -> str:
+def answer(text: str, state: str = "") -> str:
     """The last answer behind the reasoning: what stands in the tags, of that what is boxed; empty if there is none."""
-    text = text.rpartition("</think>")[2]
+    text = behind_reasoning(text, state)
     _, mark, inside = text.rpartition("<answer>")
     if mark:
         text, end, _ = inside.partition("</answer>")

@@ -45,7 +45,7 @@ THREADS = ThreadPoolExecutor(64, thread_name_prefix="search")
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
-    given = answer(action)
+    given = answer(action, state)
     if action.rstrip().endswith("</search>"):
         observation = await search(action.rstrip().removesuffix("</search>").rpartition("<search>"))
     elif not given:
