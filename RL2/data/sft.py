@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import BadRows
 from RL2.data.chat import Message, encode, is_chat, messages_of, template_arguments, template_errors, unicode
-from RL2.data.source import DataError, Row, keys, load_converted, shown
+from RL2.data.source import DataError, Row, keys, shown
 from RL2.data.template import Chat, Template
 from RL2.data.turns import Piece, cut_at_turns
 from RL2.types import Sequence, Trajectory
@@ -42,18 +42,19 @@ class Demonstration:
 def load_examples(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
-    example: Callable[[Row], Row] | None,
+    example: Callable[[Row], Row | None] | None,
     max_length: int,
     train_on: TrainOn = "weighted",
     notes: list[str] | None = None,
+    bad: BadRows | None = None,
 ) -> tuple[list[Trajectory], int]:
     """Return one trajectory for each row of at most `max_length` tokens, and how many rows were left out as longer.
 
     Rows are {"prompt", "response"}, {"messages"} or {"messages", "response"}, or what `example` makes into these. What
-    there is to say of them is added to `notes`. Raise DataError that names the rows that cannot be used.
+    there is to tell of them is added to `notes`. Rows that cannot be used go to `bad`; else a DataError names them.
     """
-    rows = dict(enumerate(load_converted(path, example)))
-    bad = BadRows(path)
+    bad = bad or BadRows(path)
+    rows = bad.load(example)
     examples = _encode(tokenizer, rows, bad, train_on, notes)
     trajectories = list[Trajectory]()
     for number, (token_ids, mask) in examples.items():
@@ -62,17 +63,18 @@ def load_examples(
                 raise DataError("no token to train on")
             if len(token_ids) <= max_length:
                 trajectories.append(_trajectory(number, token_ids, mask))
-    bad.settle(len(rows))
+    bad.settle()
     if not trajectories:
         raise DataError(f"{path}: no example within data.max_length={max_length}; raise it")
-    return trajectories, len(rows) - len(bad.found) - len(trajectories)
+    return trajectories, bad.total - bad.left_out - len(bad.found) - len(trajectories)
 
 
 def encode_rows(path: str, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[Example]:
     """Return token ids of rows in one of the formats above, and where the assistant speaks; `path` is for errors."""
     bad = BadRows(path)
+    bad.total = len(rows)
     examples = _encode(tokenizer, dict(enumerate(rows)), bad, "all", None)
-    bad.settle(len(rows))
+    bad.settle()
     return [examples[number] for number in range(len(rows))]
 
 
