@@ -31,7 +31,7 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
     """A raw row {"target", "nums"}, with or without a prompt of its own; with `extra_info` it stays as it is."""
-    if row.get("extra_info") is not None:
+    if row.get("extra_info") is not None or row.get("reward_model") is not None:
         return row
     target, nums = task(row)
     extra_info = {"target": target, "nums": nums}

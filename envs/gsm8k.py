@@ -26,9 +26,12 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"question", "answer"} as a chat; rows in the library's own formats stay as they are."""
-    if "messages" in row or "prompt" in row:
+    """A raw row {"question", "answer"}, or one of SVAMP, as a chat; rows with a chat or prompt stay as they are."""
+    if row.get("messages") is not None or row.get("prompt") is not None:
         return row
+    if "Body" in row and "Question" in row:
+        content = f"{row['Body']} {row['Question']}{INSTRUCTION}"
+        return {"messages": [{"role": "user", "content": content}], "extra_info": {"answer": str(row["Answer"])}}
     mark, gold = row["answer"].rpartition("####")[1:]
     if not mark or number(gold) is None:
         raise ValueError(f"no number after '####' in the answer {row['answer']!r}")

@@ -32,13 +32,25 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"question" or "problem", "answer"} as a chat, or one with a prompt of its own and "answer".
+    """A raw row {"question" or "problem", "answer"} as a chat, or one with a prompt of its own and "answer" or "label".
 
     Rows of the original data set, [{"value": question}, {"ground_truth": {"value": answer}}], come under "0" and "1".
-    With `extra_info` a row stays as it is.
+    The answer may be what a "solution" has boxed (MATH) or, for SVAMP and AQuA, where these have it. With `extra_info`
+    or `reward_model` a row stays as it is.
     """
-    if row.get("extra_info") is not None:
+    if row.get("extra_info") is not None or row.get("reward_model") is not None:
         return row
+    row = {key: value for key, value in row.items() if value is not None}
+    if "Body" in row and "Question" in row:
+        row = {"question": f"{row['Body']} {row['Question']}", "answer": row["Answer"]}
+    if "options" in row and "correct" in row:
+        row = {"question": "\n".join([row["question"], *row["options"]]), "answer": row["correct"]}
+    if "answer" not in row and "label" in row:
+        row["answer"] = row["label"]
+    if "answer" not in row and "solution" in row:
+        row["answer"] = boxed(row["solution"])
+        if not row["answer"]:
+            raise ValueError("the solution has nothing boxed")
     # some data sets repeat the question, and its solution, as `messages`
     if "prompt" in row or ("messages" in row and "problem" not in row and "question" not in row):
         return row | {"extra_info": {"answer": str(row["answer"])}}
@@ -46,6 +58,7 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
         question, gold = row["0"]["value"], row["1"]["ground_truth"]["value"]
     else:
         question, gold = row["question"] if "question" in row else row["problem"], row["answer"]
+        gold = str(gold).rpartition("####")[2].strip()  # GSM8K
     return {"messages": [{"role": "user", "content": question + INSTRUCTION}], "extra_info": {"answer": str(gold)}}
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from RL2.data.formats import canonical
 from RL2.data.source import BadLine, DataError, Row, keys, read_rows, shown
 
 SHOWN = 5
@@ -29,13 +31,15 @@ class BadRows:
         self.found: dict[int, str] = {}
         self.total = 0
         """Rows that the file has."""
+        self.formats = Counter[str]()
+        """Rows by the format that they had; '' is our own."""
         self.left_out = 0
         """Rows that the script's `example` left out."""
 
     def load(self, example: Callable[[Row], Any] | None) -> dict[int, Row]:
         """Return the file's rows by number, each through an environment script's `example(row)` if there is one.
 
-        Where that returns None the row is left out.
+        Where that returns None the row is left out. Rows of a format that is known (data/formats.py) become our own.
         """
         rows = dict[int, Row]()
         for number, row in enumerate(read_rows(self.path)):
@@ -47,7 +51,8 @@ class BadRows:
                 if converted is None:
                     self.left_out += 1
                 else:
-                    rows[number] = converted
+                    rows[number], name = canonical(converted)
+                    self.formats[name] += 1
         return rows
 
     @contextmanager
@@ -79,7 +84,8 @@ class BadRows:
 
     def notes(self, listing: Path | None) -> list[str]:
         """Return what there is to say of rows that are left out; the bad ones are added to the file `listing`."""
-        said = []
+        formats = (f"{number} as {name}" for name, number in self.formats.most_common() if name)
+        said = [f"{self.path}: rows read {', '.join(formats)}"] if set(self.formats) - {""} else []
         if self.left_out:
             said.append(f"{self.path}: example(row) left out {self.left_out} of {self.total} rows")
         if self.found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import FatalDataError
-from RL2.data.source import DataError, Row, keys, shown
+from RL2.data.source import DataError, Row, from_json, keys, shown
 from RL2.scripts import raise_in
 
 Message = dict[str, Any]
@@ -20,16 +19,6 @@ TEMPLATE_LIMIT_S = 10.0
 """Of one rendering. Templates come with models, and jinja's sandbox keeps them from everything but taking time."""
 MAX_RENDERED = 1 << 26
 """Characters that a template may make of a row's messages."""
-
-
-def from_json(value: Any) -> Any:
-    """`value`, decoded if it is a text that holds JSON: CSV has no other way to carry lists and objects."""
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):  # no JSON, or none that Python reads
-            pass
-    return value
 
 
 def messages_of(row: Row) -> list[Message]:

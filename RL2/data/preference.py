@@ -9,9 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import BadRows
-from RL2.data.chat import from_json
 from RL2.data.sft import Demonstration, Example, demonstration, encode_demonstrations
-from RL2.data.source import DataError, Row, keys, shown
+from RL2.data.source import DataError, Row, from_json, keys, shown
 from RL2.data.template import Template
 from RL2.types import Sequence, Trajectory
 

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import BadRows
-from RL2.data.chat import encode, from_json, is_chat, question_of, template_arguments
-from RL2.data.source import DataError, Row, shown
+from RL2.data.chat import encode, is_chat, question_of, template_arguments
+from RL2.data.source import DataError, Row, from_json, shown
 from RL2.data.template import Chat, Template
 from RL2.types import Prompt
 

@@ -90,6 +90,8 @@ def _encode(
 
 def demonstration(row: Row, train_on: TrainOn) -> Demonstration:
     """Return what a row demonstrates. Raise DataError for one that demonstrates nothing."""
+    if row.get("label") is False:
+        raise DataError("its 'label' is false: the completion is one to avoid, and no demonstration")
     if not is_chat(row):
         return Demonstration(None, row["prompt"], _response(row))
     messages = _conversation(row)

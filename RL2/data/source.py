@@ -98,6 +98,16 @@ def with_columns(
     return renamed
 
 
+def from_json(value: Any) -> Any:
+    """`value`, decoded if it is a text that holds JSON: CSV has no other way to carry lists and objects."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):  # no JSON, or none that Python reads
+            pass
+    return value
+
+
 def keys(row: Row) -> str:
     return ", ".join(map(str, row)) or "none"
 

@@ -35,11 +35,11 @@ from RL2.config import (
     trained,
 )
 from RL2.data.bad_rows import BadRows
-from RL2.data.chat import from_json, is_chat, question_of
+from RL2.data.chat import is_chat, question_of
 from RL2.data.cursor import Cursor
 from RL2.data.preference import as_responses, as_scored
 from RL2.data.prompts import given_away
-from RL2.data.source import describe, is_here
+from RL2.data.source import describe, from_json, is_here
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.loading import folder_here, match_weights, refuse_no_model, stored_tensors
 from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
