@@ -97,6 +97,9 @@ class TrainData:
     curriculum: Literal["none", "failures", "frontier"]
     """Which rows are drawn once each has been seen. none: all in turn. By their past success rate s, failures:
     proportional to 1 - s; frontier: to s (1 - s), most of what is solved half of the time (data/curriculum.py)."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What becomes of rows that cannot be used. stop: an error names them. skip: the run goes on without them, says how
+    many there are, and lists them in save_dir/skipped_rows.jsonl."""
     columns: dict[str, Any]
     """Names of the columns in the rows, where they are others: `columns.prompt=question`. null leaves a column out:
     with `columns.messages=null` rows that have both are read by their `prompt`."""
@@ -114,6 +117,8 @@ class TestData:
     tasks are made up."""
     responses_per_prompt: Count
     """Samples of each prompt; the score is the mean over all."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """As `train_data.on_bad_row`."""
     columns: dict[str, Any]
     """As `train_data.columns`, which count here too."""
 
@@ -139,6 +144,9 @@ class SupervisedData:
     fits into a microbatch: a row that is really longer than that is refused."""
     batch_size: Count
     """Rows of one optimizer step."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What becomes of rows that cannot be used. stop: an error names them. skip: the run goes on without them, says how
+    many there are, and lists them in save_dir/skipped_rows.jsonl."""
 
     def __post_init__(self) -> None:
         if self.test_path is not None and self.test_ratio > 0:

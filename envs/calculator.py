@@ -7,6 +7,7 @@ answer is a number after `####`, judged as in gsm8k.py, and rows are the same. W
 from __future__ import annotations
 
 import random
+import re
 from decimal import Context, Decimal
 from fractions import Fraction
 from typing import Any
@@ -15,12 +16,14 @@ from .arithmetic import evaluate
 from .gsm8k import example as gsm8k_example
 from .gsm8k import step as gsm8k_step
 
+CALL = re.compile(r"</calc>[^\w<]*$")
+"""The end of a call; a stop string may end inside a token, such as `>.`"""
 INSTRUCTION = """
 To compute something, write it as <calc>12*7</calc>; the result follows. End with '#### ' and the answer as a number."""
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
-    if not action.rstrip().endswith("</calc>"):
+    if not CALL.search(action):
         return await gsm8k_step(state, action, extra_info)
     next_state = f"{state}{action}<result>{calculate(action)}</result>"
     return {"next_state": next_state, "reward": 0.0, "score": 0.0, "done": False, "extra_info": extra_info}
@@ -49,7 +52,7 @@ def problem(seed: int) -> tuple[str, str]:
 
 def calculate(action: str) -> str:
     """The result of the last call, as the model reads it."""
-    _, mark, expression = action.rstrip().removesuffix("</calc>").rpartition("<calc>")
+    _, mark, expression = CALL.sub("", action).rpartition("<calc>")
     if not mark:
         return "error: write <calc>expression</calc>"
     try:

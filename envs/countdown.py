@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from .arithmetic import evaluate
+from .gsm8k import behind_reasoning
 
 PROMPT = """\
 Write an expression that equals {target}, with the numbers {nums}, each used exactly once. \
@@ -21,7 +22,7 @@ then give the expression between <answer> and </answer>, for example <answer>(1 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
     target, nums = task(extra_info)
     try:
-        value, used = evaluate(answer(action))
+        value, used = evaluate(answer(action, state))
         reward = float(value == Fraction(target) and sorted(used) == sorted(map(Fraction, nums)))
     except ValueError:  # no expression
         reward = 0.0
@@ -30,7 +31,7 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
     """A raw row {"target", "nums"}, with or without a prompt of its own; with `extra_info` it stays as it is."""
-    if row.get("extra_info") is not None:
+    if row.get("extra_info") is not None or row.get("reward_model") is not None:
         return row
     target, nums = task(row)
     extra_info = {"target": target, "nums": nums}
@@ -51,8 +52,8 @@ def vote(action: str) -> str:
     return answer(action)
 
 
-def answer(text: str) -> str:
+def answer(text: str, state: str = "") -> str:
     """What stands in the last pair of answer tags behind the reasoning; empty if there is none."""
-    _, mark, inside = text.rpartition("</think>")[2].rpartition("<answer>")
+    _, mark, inside = behind_reasoning(text, state).rpartition("<answer>")
     inside, end, _ = inside.partition("</answer>")
     return inside.strip() if mark and end else ""

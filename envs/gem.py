@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from .gsm8k import behind_reasoning
+
 ENV = os.environ.get("GEM_ENV", "game:GuessTheNumber-v0-easy")
 CONFIG = json.loads(os.environ.get("GEM_CONFIG", "{}"))
 KINDS = ("game:", "logic:", "qa:")
@@ -56,7 +58,7 @@ async def reset(extra_info: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
-    move = action.rpartition("</think>")[2][-LONGEST:]
+    move = behind_reasoning(action, state)[-LONGEST:]
     with own_randomness(extra_info):
         observation, reward, terminated, truncated, info = extra_info["game"].step(move)
     done = bool(terminated or truncated)

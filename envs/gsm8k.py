@@ -21,14 +21,17 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
     gold = number(str(extra_info["answer"]))
     if gold is None:
         raise ValueError(f"the answer {extra_info['answer']!r} of the data set is not a number")
-    reward = float(number(answer(action)) == gold)
+    reward = float(number(answer(action, state)) == gold)
     return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"question", "answer"} as a chat; rows in the library's own formats stay as they are."""
-    if "messages" in row or "prompt" in row:
+    """A raw row {"question", "answer"}, or one of SVAMP, as a chat; rows with a chat or prompt stay as they are."""
+    if row.get("messages") is not None or row.get("prompt") is not None:
         return row
+    if "Body" in row and "Question" in row:
+        content = f"{row['Body']} {row['Question']}{INSTRUCTION}"
+        return {"messages": [{"role": "user", "content": content}], "extra_info": {"answer": str(row["Answer"])}}
     mark, gold = row["answer"].rpartition("####")[1:]
     if not mark or number(gold) is None:
         raise ValueError(f"no number after '####' in the answer {row['answer']!r}")
@@ -45,10 +48,21 @@ def vote(action: str) -> str:
     return "" if value is None else f"{value.normalize():f}"
 
 
-def answer(text: str) -> str:
+def answer(text: str, state: str = "") -> str:
     """The first line after the last `####` behind the reasoning; empty if there is none."""
-    _, mark, after = text.rpartition("</think>")[2].rpartition("####")
+    _, mark, after = behind_reasoning(text, state).rpartition("####")
     return after.lstrip().partition("\n")[0] if mark else ""
+
+
+def behind_reasoning(action: str, state: str = "") -> str:
+    """Return what `action` says behind its reasoning; empty if it never closes reasoning that it or `state` opened.
+
+    Chat templates of some models end the prompt, here `state`, with <think>.
+    """
+    if state.rstrip().endswith("<think>"):
+        action = f"<think>{action}"
+    answer = action.rpartition("</think>")[2]
+    return "" if "<think>" in answer else answer
 
 
 def number(line: str) -> Decimal | None:

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+from .gsm8k import behind_reasoning
 from .workers import Workers
 
 if importlib.util.find_spec("math_verify") is None:
@@ -23,7 +24,7 @@ grade = Workers(__file__, "make_grader", limit_s=5)
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
-    given = answer(action)
+    given = answer(action, state)
     reward = 0.0
     if given and len(given) <= LONGEST:
         reward = float(await grade(str(extra_info["answer"]), given))
@@ -31,13 +32,25 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"question" or "problem", "answer"} as a chat, or one with a prompt of its own and "answer".
+    """A raw row {"question" or "problem", "answer"} as a chat, or one with a prompt of its own and "answer" or "label".
 
     Rows of the original data set, [{"value": question}, {"ground_truth": {"value": answer}}], come under "0" and "1".
-    With `extra_info` a row stays as it is.
+    The answer may be what a "solution" has boxed (MATH) or, for SVAMP and AQuA, where these have it. With `extra_info`
+    or `reward_model` a row stays as it is.
     """
-    if row.get("extra_info") is not None:
+    if row.get("extra_info") is not None or row.get("reward_model") is not None:
         return row
+    row = {key: value for key, value in row.items() if value is not None}
+    if "Body" in row and "Question" in row:
+        row = {"question": f"{row['Body']} {row['Question']}", "answer": row["Answer"]}
+    if "options" in row and "correct" in row:
+        row = {"question": "\n".join([row["question"], *row["options"]]), "answer": row["correct"]}
+    if "answer" not in row and "label" in row:
+        row["answer"] = row["label"]
+    if "answer" not in row and "solution" in row:
+        row["answer"] = boxed(row["solution"])
+        if not row["answer"]:
+            raise ValueError("the solution has nothing boxed")
     # some data sets repeat the question, and its solution, as `messages`
     if "prompt" in row or ("messages" in row and "problem" not in row and "question" not in row):
         return row | {"extra_info": {"answer": str(row["answer"])}}
@@ -45,6 +58,7 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
         question, gold = row["0"]["value"], row["1"]["ground_truth"]["value"]
     else:
         question, gold = row["question"] if "question" in row else row["problem"], row["answer"]
+        gold = str(gold).rpartition("####")[2].strip()  # GSM8K
     return {"messages": [{"role": "user", "content": question + INSTRUCTION}], "extra_info": {"answer": str(gold)}}
 
 
@@ -53,9 +67,9 @@ def vote(action: str) -> str:
     return answer(action)
 
 
-def answer(text: str) -> str:
+def answer(text: str, state: str = "") -> str:
     """The last answer behind the reasoning: what stands in the tags, of that what is boxed; empty if there is none."""
-    text = text.rpartition("</think>")[2]
+    text = behind_reasoning(text, state)
     _, mark, inside = text.rpartition("<answer>")
     if mark:
         text, end, _ = inside.partition("</answer>")

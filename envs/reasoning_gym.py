@@ -48,7 +48,7 @@ async def reset(extra_info: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
-    given = answer(action)
+    given = answer(action, state)
     score = 0.0
     if given and len(given) <= LONGEST:
         score = await gym(*_task(extra_info), extra_info["question"], given)

@@ -51,6 +51,8 @@ def find_end() -> tuple[str, int]:
 
 
 HEADER, END = find_end()
+HEAD = tokenizer("").input_ids[:1] if tokenizer.bos_token_id in tokenizer("").input_ids[:1] else []
+"""What a text begins with; the chat template writes it itself."""
 
 
 @torch.inference_mode()
@@ -58,6 +60,8 @@ def value(state: str, action: str) -> float:
     is_chat = bool(HEADER) and state.endswith(HEADER)
     end = END if is_chat or str(tokenizer.convert_ids_to_tokens(END)) in state else tokenizer.eos_token_id
     token_ids = [*tokenizer.encode(state + action, add_special_tokens=False), end]
+    if not is_chat and token_ids[: len(HEAD)] != HEAD:
+        token_ids = HEAD + token_ids
     if len(token_ids) > LONGEST:
         raise ValueError(f"{len(token_ids)} tokens, and the reward model reads {LONGEST}")
     return float(model(torch.tensor([token_ids], device=DEVICE)).logits[0, 0])

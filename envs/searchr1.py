@@ -45,9 +45,9 @@ THREADS = ThreadPoolExecutor(64, thread_name_prefix="search")
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
-    given = answer(action)
-    if action.rstrip().endswith("</search>"):
-        observation = await search(action.rstrip().removesuffix("</search>").rpartition("<search>"))
+    given = answer(action, state)
+    if called := re.search(r"</search>[^\w<]*$", action):  # a stop string may end inside a token, such as `>.`
+        observation = await search(action[: called.start()].rpartition("<search>"))
     elif not given:
         observation = INVALID
     else:
@@ -63,7 +63,7 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
 
     With `extra_info` a row stays as it is.
     """
-    if row.get("extra_info") is not None:
+    if row.get("extra_info") is not None or row.get("reward_model") is not None:
         return row
     extra_info = {"answer": row["golden_answers"] if "golden_answers" in row else row["answer"]}
     if "question" not in row:

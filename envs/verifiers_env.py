@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from .gsm8k import behind_reasoning
 from .workers import Workers
 
 if importlib.util.find_spec("verifiers") is None:
@@ -34,7 +35,8 @@ async def reset(extra_info: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
-    reward = await taskset(extra_info["seed"], action)
+    is_open = bool(action) and not behind_reasoning(action, state)  # reasoning without an answer
+    reward = 0.0 if is_open else await taskset(extra_info["seed"], action)
     return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
 
 

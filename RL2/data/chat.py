@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import FatalDataError
-from RL2.data.source import DataError, Row, keys, shown
+from RL2.data.source import DataError, Row, from_json, keys, shown
 from RL2.scripts import raise_in
 
 Message = dict[str, Any]
@@ -20,16 +19,6 @@ TEMPLATE_LIMIT_S = 10.0
 """Of one rendering. Templates come with models, and jinja's sandbox keeps them from everything but taking time."""
 MAX_RENDERED = 1 << 26
 """Characters that a template may make of a row's messages."""
-
-
-def from_json(value: Any) -> Any:
-    """`value`, decoded if it is a text that holds JSON: CSV has no other way to carry lists and objects."""
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):  # no JSON, or none that Python reads
-            pass
-    return value
 
 
 def messages_of(row: Row) -> list[Message]:
@@ -201,8 +190,21 @@ def question_of(row: Row) -> list[Message]:
     return messages
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of many texts at once."""
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, begins: bool) -> list[list[int]]:
+    """Return token ids of many texts; with `begins` each begins, once, as the tokenizer lets a text begin (BOS)."""
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False).input_ids
+    ids = _plain(tokenizer, texts)
+    head = head_of(tokenizer) if begins else []
+    return [each if each[: len(head)] == head else head + each for each in ids]
+
+
+def head_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that the tokenizer puts before a text, such as BOS. What it may put behind ends no prompt."""
+    around, (plain,) = list(tokenizer("a").input_ids), _plain(tokenizer, ["a"])
+    starts = (at for at in range(len(around)) if around[at : at + len(plain)] == plain)
+    return around[: next(starts, 0)]
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids

@@ -9,9 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import BadRows
-from RL2.data.chat import from_json
 from RL2.data.sft import Demonstration, Example, demonstration, encode_demonstrations
-from RL2.data.source import DataError, Row, keys, load_converted, shown
+from RL2.data.source import DataError, Row, from_json, keys, shown
 from RL2.data.template import Template
 from RL2.types import Sequence, Trajectory
 
@@ -31,20 +30,21 @@ on or begin another conversation, so that is not taken."""
 def load_pairs(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
-    example: Callable[[Row], Row] | None,
+    example: Callable[[Row], Row | None] | None,
     max_length: int,
     notes: list[str] | None = None,
+    bad: BadRows | None = None,
 ) -> tuple[list[Pair], int]:
     """Return the pairs of which both sequences have at most `max_length` tokens, and how many others were left out.
 
     Rows are {"prompt", "chosen", "rejected"}, three texts, or {"chosen", "rejected"}, two lists of messages that end
     with the assistant; `prompt` or `messages` stand before a side that does not repeat them. Or what `example` makes
-    into these. What there is to say of them is added to `notes`.
+    into these. What there is to say of them is added to `notes`. Rows that cannot be used go to `bad`; by default a
+    DataError names them.
     """
-    rows = load_converted(path, example)
-    bad = BadRows(path)
+    bad = bad or BadRows(path)
     sides: tuple[dict[int, Demonstration], ...] = ({}, {})
-    for number, row in enumerate(rows):
+    for number, row in bad.load(example).items():
         with bad.row(number):
             pair = _pair(row)
             for side, each in zip(sides, pair, strict=True):
@@ -53,15 +53,15 @@ def load_pairs(
     chosen, rejected = (encode_demonstrations(template, side, bad, notes) for side in sides)
 
     pairs = list[Pair]()
-    for number in chosen.keys() & rejected.keys():
+    for number in sorted(chosen.keys() & rejected.keys()):
         with bad.row(number):
             first, second = _response(chosen[number]), _response(rejected[number])
             if max(len(first[0]), len(second[0])) <= max_length:
                 pairs.append((first, second))
-    bad.settle(len(rows))
+    bad.settle()
     if not pairs:
         raise DataError(f"{path}: no pair within data.max_length={max_length}; raise it")
-    return pairs, len(rows) - len(bad.found) - len(pairs)
+    return pairs, bad.total - bad.left_out - len(bad.found) - len(pairs)
 
 
 def as_responses(pairs: list[Pair]) -> list[Trajectory]:

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import BadRows
-from RL2.data.chat import encode, from_json, is_chat, question_of, template_arguments
-from RL2.data.source import DataError, Row, load_converted, shown
+from RL2.data.chat import encode, is_chat, question_of, template_arguments
+from RL2.data.source import DataError, Row, from_json, shown
 from RL2.data.template import Chat, Template
 from RL2.types import Prompt
 
@@ -37,16 +37,21 @@ def given_away(prompt: str, answer: Any) -> str | None:
 
 
 def load_prompts(
-    path: str, tokenizer: PreTrainedTokenizerBase, example: Callable[[Row], Row] | None, max_length: int
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    example: Callable[[Row], Row | None] | None,
+    max_length: int,
+    bad: BadRows | None = None,
 ) -> list[Prompt]:
     """Return rows {"prompt" | "messages", "extra_info"}, or what `example` makes into these, as prompts.
 
-    Raise DataError that names the rows that cannot be used, among them prompts of more than `max_length` tokens.
+    Rows that cannot be used, among them prompts of more than `max_length` tokens, go to `bad`; by default a DataError
+    names them.
     """
-    rows = load_converted(path, example)
-    bad, template = BadRows(path), Template(tokenizer)
+    bad, template = bad or BadRows(path), Template(tokenizer)
+    rows = bad.load(example)
     texts, arguments = dict[bool, dict[int, str]]({True: {}, False: {}}), dict[int, dict[str, Any]]()
-    for number, row in enumerate(rows):
+    for number, row in rows.items():
         with bad.row(number):
             chat = is_chat(row)
             arguments[number] = template_arguments(row) if chat else {}
@@ -56,7 +61,7 @@ def load_prompts(
             texts[chat][number] = text
     token_ids = dict[int, list[int]]()
     for chat, part in texts.items():
-        token_ids |= zip(part, encode(tokenizer, list(part.values()), add_special_tokens=not chat), strict=True)
+        token_ids |= zip(part, encode(tokenizer, list(part.values()), begins=not chat), strict=True)
 
     prompts = list[Prompt]()
     for number, text in sorted((texts[True] | texts[False]).items()):
@@ -70,7 +75,7 @@ def load_prompts(
                     "raise actor.max_length_per_device or take the row out"
                 )
             prompts.append(Prompt(number, text, token_ids[number], _extra_info(rows[number]), arguments[number]))
-    bad.settle(len(rows))
+    bad.settle()
     return prompts
 
 

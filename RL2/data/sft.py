@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import BadRows
 from RL2.data.chat import Message, encode, is_chat, messages_of, template_arguments, template_errors, unicode
-from RL2.data.source import DataError, Row, keys, load_converted, shown
+from RL2.data.source import DataError, Row, keys, shown
 from RL2.data.template import Chat, Template
 from RL2.data.turns import Piece, cut_at_turns
 from RL2.types import Sequence, Trajectory
@@ -42,18 +42,19 @@ class Demonstration:
 def load_examples(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
-    example: Callable[[Row], Row] | None,
+    example: Callable[[Row], Row | None] | None,
     max_length: int,
     train_on: TrainOn = "weighted",
     notes: list[str] | None = None,
+    bad: BadRows | None = None,
 ) -> tuple[list[Trajectory], int]:
     """Return one trajectory for each row of at most `max_length` tokens, and how many rows were left out as longer.
 
     Rows are {"prompt", "response"}, {"messages"} or {"messages", "response"}, or what `example` makes into these. What
-    there is to say of them is added to `notes`. Raise DataError that names the rows that cannot be used.
+    there is to tell of them is added to `notes`. Rows that cannot be used go to `bad`; else a DataError names them.
     """
-    rows = dict(enumerate(load_converted(path, example)))
-    bad = BadRows(path)
+    bad = bad or BadRows(path)
+    rows = bad.load(example)
     examples = _encode(tokenizer, rows, bad, train_on, notes)
     trajectories = list[Trajectory]()
     for number, (token_ids, mask) in examples.items():
@@ -62,17 +63,18 @@ def load_examples(
                 raise DataError("no token to train on")
             if len(token_ids) <= max_length:
                 trajectories.append(_trajectory(number, token_ids, mask))
-    bad.settle(len(rows))
+    bad.settle()
     if not trajectories:
         raise DataError(f"{path}: no example within data.max_length={max_length}; raise it")
-    return trajectories, len(rows) - len(bad.found) - len(trajectories)
+    return trajectories, bad.total - bad.left_out - len(bad.found) - len(trajectories)
 
 
 def encode_rows(path: str, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[Example]:
     """Return token ids of rows in one of the formats above, and where the assistant speaks; `path` is for errors."""
     bad = BadRows(path)
+    bad.total = len(rows)
     examples = _encode(tokenizer, dict(enumerate(rows)), bad, "all", None)
-    bad.settle(len(rows))
+    bad.settle()
     return [examples[number] for number in range(len(rows))]
 
 
@@ -88,6 +90,8 @@ def _encode(
 
 def demonstration(row: Row, train_on: TrainOn) -> Demonstration:
     """Return what a row demonstrates. Raise DataError for one that demonstrates nothing."""
+    if row.get("label") is False:
+        raise DataError("its 'label' is false: the completion is one to avoid, and no demonstration")
     if not is_chat(row):
         return Demonstration(None, row["prompt"], _response(row))
     messages = _conversation(row)
@@ -164,8 +168,8 @@ def _encode_raw(template: Template, rows: dict[int, Demonstration], bad: BadRows
         for each in rows.values()
         for opens in [bool(template.header) and each.prompt.endswith(template.header)]
     ]
-    prompts = encode(tokenizer, [each.prompt for each in rows.values()], add_special_tokens=True)
-    responses = encode(tokenizer, ended, add_special_tokens=False)
+    prompts = encode(tokenizer, [each.prompt for each in rows.values()], begins=True)
+    responses = encode(tokenizer, ended, begins=False)
     return {
         number: (prompt + response, [False] * len(prompt) + [True] * len(response))
         for number, prompt, response in zip(rows, prompts, responses, strict=True)
@@ -237,7 +241,7 @@ def _sampled(
         text = template.render(chat, turn + 1)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
         template.refuse_lost(chat.messages[turn], text[same:], but="" if turn == last else "the reasoning")
-        before = encode(template.tokenizer, [prompt], add_special_tokens=False)[0]
+        before = encode(template.tokenizer, [prompt], begins=False)[0]
         found.append((max(start, len(before)) if token_ids[: len(before)] == before else start, end))
     return found
 
@@ -290,7 +294,7 @@ def _encode_apart(tokenizer: PreTrainedTokenizerBase, rows: list[list[Piece]]) -
     """Encode piece by piece: a slow tokenizer does not say which text a token covers."""
     examples = list[Example]()
     for pieces in rows:
-        encoded = encode(tokenizer, [text for text, _ in pieces], add_special_tokens=False)
+        encoded = encode(tokenizer, [text for text, _ in pieces], begins=False)
         token_ids = [token for part in encoded for token in part]
         mask = [trained for part, (_, trained) in zip(encoded, pieces, strict=True) for _ in part]
         examples.append((token_ids, mask))

@@ -28,6 +28,14 @@ class DataError(UserError, ValueError):
         super().__init__(one_line(text))
 
 
+class BadLine(DataError):
+    """What is wrong with a line of a file that holds no row."""
+
+    def __init__(self, line: int, text: str) -> None:
+        self.line = line
+        super().__init__(text)
+
+
 @contextmanager
 def in_row(path: str, row: int) -> Iterator[None]:
     """Say where it was if the data of row number `row` (from 0) turn out to be wrong."""
@@ -38,8 +46,21 @@ def in_row(path: str, row: int) -> Iterator[None]:
 
 
 def load_rows(path: str) -> list[Row]:
+    """Return all rows of a file, folder or hub data set. Raise DataError if one of them cannot be read."""
+    rows = list[Row]()
+    for number, row in enumerate(read_rows(path)):
+        if isinstance(row, BadLine):
+            raise DataError(f"{path}, row {number + 1} (line {row.line}): {row}")
+        rows.append(row)
+    return rows
+
+
+def read_rows(path: str) -> list[Row | BadLine]:
     """Return all rows of a .json, .jsonl, .csv, .parquet or .arrow file, a folder that `datasets` saved, or
-    `split@name:subset`: a hub data set or a local folder. `:subset` may be left out; without `split@` it is `train`."""
+    `split@name:subset`: a hub data set or a local folder. `:subset` may be left out; without `split@` it is `train`.
+
+    A line that holds no row, but does not keep the others from being read, stands in its place.
+    """
     read = _READERS[Path(path).suffix] if _is_file(path) else _read_dataset
     try:
         rows = read(path)
@@ -52,29 +73,9 @@ def load_rows(path: str) -> list[Row]:
     return rows
 
 
-def load_converted(path: str, example: Callable[[Row], Row] | None) -> list[Row]:
-    """All rows, each through an environment script's `example(row)` if there is one."""
-    rows = load_rows(path)
-    if example is None:
-        return rows
-    converted = list[Row]()
-    for number, row in enumerate(rows):
-        with in_row(path, number):
-            try:
-                converted.append(example(row))
-            except DataError:
-                raise
-            except Exception as error:
-                what = f"example(row) failed with {type(error).__name__}: {error}"
-                raise DataError(f"{what}; the row's keys are {keys(row)}") from error
-            if not isinstance(converted[-1], dict):
-                raise DataError(f"example(row) returned {shown(converted[-1])}, not a dict")
-    return converted
-
-
 def with_columns(
-    columns: Mapping[str, str | None], example: Callable[[Row], Row] | None
-) -> Callable[[Row], Row] | None:
+    columns: Mapping[str, str | None], example: Callable[[Row], Row | None] | None
+) -> Callable[[Row], Row | None] | None:
     """Return `example` for rows whose columns have other names: `columns` maps our name to theirs.
 
     A name that maps to None is left out, of the row and of what `example` makes of it. A row that has none of the named
@@ -84,7 +85,7 @@ def with_columns(
         return example
     theirs = {name: ours for ours, name in columns.items() if name is not None}
 
-    def renamed(row: Row) -> Row:
+    def renamed(row: Row) -> Row | None:
         if theirs and not theirs.keys() & row.keys():
             raise DataError(f"no column {' or '.join(map(repr, theirs))}; its columns are {keys(row)}")
         kept = {name: value for name, value in row.items() if name not in columns and name not in theirs}
@@ -95,6 +96,16 @@ def with_columns(
         return {name: value for name, value in converted.items() if columns.get(name, name) is not None}
 
     return renamed
+
+
+def from_json(value: Any) -> Any:
+    """`value`, decoded if it is a text that holds JSON: CSV has no other way to carry lists and objects."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):  # no JSON, or none that Python reads
+            pass
+    return value
 
 
 def keys(row: Row) -> str:
@@ -149,10 +160,10 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} GB"
 
 
-def _read_json(path: str) -> list[Row]:
+def _read_json(path: str) -> list[Row | BadLine]:
     # element by element instead of json.load: a broken one is then known by its number
     text = Path(path).read_text(encoding="utf-8-sig")
-    decode, rows = json.JSONDecoder().raw_decode, list[Row]()
+    decode, rows = json.JSONDecoder().raw_decode, list[Row | BadLine]()
 
     def wrong(what: str, position: int) -> DataError:
         line = text.count("\n", 0, position) + 1
@@ -175,9 +186,8 @@ def _read_json(path: str) -> list[Row]:
             raise wrong(error.msg, error.pos) from error
         except (ValueError, RecursionError) as error:
             raise wrong(_beyond(error), at) from error
-        if not isinstance(value, dict):
-            raise wrong(_not_an_object(value), at)
-        rows.append(value)
+        is_row = isinstance(value, dict)
+        rows.append(value if is_row else BadLine(text.count("\n", 0, at) + 1, _not_an_object(value)))
         at = _skip_space(text, end)
     if _skip_space(text, at + 1) != len(text):
         raise DataError(f"{path}: more text after the end of the array")
@@ -204,27 +214,28 @@ def _beyond(error: Exception) -> str:
     return "a number has too many digits"
 
 
-def _read_jsonl(path: str) -> list[Row]:
-    rows = list[Row]()
-    with open(path, encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            where = f"{path}, row {len(rows) + 1} (line {line})"
+def _read_jsonl(path: str) -> list[Row | BadLine]:
+    rows = list[Row | BadLine]()
+    with open(path, "rb") as file:
+        at = 0
+        for line, data in enumerate(file, 1):
             try:
-                value = json.loads(text)
+                text = data.decode("utf-8-sig" if line == 1 else "utf-8")
+                if text.strip():
+                    value = json.loads(text)
+                    rows.append(value if isinstance(value, dict) else BadLine(line, _not_an_object(value)))
+            except UnicodeDecodeError as error:
+                rows.append(BadLine(line, f"not UTF-8 at byte {at + error.start}"))
             except json.JSONDecodeError as error:
-                raise DataError(f"{where}: {error.msg} (column {error.colno})") from error
+                rows.append(BadLine(line, f"{error.msg} (column {error.colno})"))
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: {_beyond(error)}") from error
-            if not isinstance(value, dict):
-                raise DataError(f"{where}: {_not_an_object(value)}")
-            rows.append(value)
+                rows.append(BadLine(line, _beyond(error)))
+            at += len(data)
     return rows
 
 
-def _read_csv(path: str) -> list[Row]:
-    rows = list[Row]()
+def _read_csv(path: str) -> list[Row | BadLine]:
+    rows = list[Row | BadLine]()
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
@@ -232,10 +243,11 @@ def _read_csv(path: str) -> list[Row]:
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: two columns have the same name: {', '.join(header)}")
             for fields in filter(None, reader):
-                if len(fields) != len(header):
-                    where = f"row {len(rows) + 1} (line {reader.line_num})"
-                    raise DataError(f"{path}, {where}: {len(fields)} fields, the header has {len(header)}")
-                rows.append(dict(zip(header, fields, strict=True)))
+                if len(fields) == len(header):
+                    rows.append(dict(zip(header, fields, strict=True)))
+                else:
+                    said = f"{len(fields)} fields, the header has {len(header)}"
+                    rows.append(BadLine(reader.line_num, said))
         except csv.Error as error:
             raise DataError(f"{path}, row {len(rows) + 1} (line {reader.line_num}): {error}") from error
     return rows
@@ -263,7 +275,7 @@ def without_filled(value: Any, *, in_tools: bool = False) -> Any:
 # pyarrow and datasets take up to seconds to import, so only who needs them does
 
 
-def _read_parquet(path: str) -> list[Row]:
+def _read_parquet(path: str) -> list[Row | BadLine]:
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -275,7 +287,7 @@ def _read_parquet(path: str) -> list[Row]:
         raise DataError(f"{path}: {error}") from error
 
 
-def _read_arrow(path: str) -> list[Row]:
+def _read_arrow(path: str) -> list[Row | BadLine]:
     import pyarrow as pa
 
     with open(path, "rb") as file:
@@ -290,7 +302,7 @@ def _read_arrow(path: str) -> list[Row]:
         raise DataError(f"{path}: {error}") from error
 
 
-_READERS: dict[str, Callable[[str], list[Row]]] = {
+_READERS: dict[str, Callable[[str], list[Row | BadLine]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
@@ -319,7 +331,7 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _read_dataset(path: str) -> list[Row]:
+def _read_dataset(path: str) -> list[Row | BadLine]:
     import datasets
 
     split, name, subset = _parse(path)

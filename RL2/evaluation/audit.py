@@ -19,9 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from RL2.config import UserError
-from RL2.data.chat import from_json, is_chat, question_of
+from RL2.data.bad_rows import load_converted
+from RL2.data.chat import is_chat, question_of
 from RL2.data.prompts import given_away
-from RL2.data.source import in_row, load_converted
+from RL2.data.source import from_json, in_row
 from RL2.rollout.environment import Environment, Unscored, load_environment
 
 TEMPLATES = ("#### {answer}", "<answer>{answer}</answer>", "\\boxed{{{answer}}}", "The answer is {answer}.", "{answer}")

@@ -141,7 +141,9 @@ async def _responses(
 
 def _record(trajectory: Trajectory, sample: int, vote: Callable[[str], str] | None) -> dict[str, Any]:
     response = trajectory.texts[-1] if trajectory.texts else ""
-    given = vote(response) if vote is not None and trajectory.unscored is None else ""
+    # reasoning that the prompt opens is a part of the response
+    opened = "<think>" if trajectory.texts and trajectory.texts[-2].rstrip().endswith("<think>") else ""
+    given = vote(opened + response) if vote is not None and trajectory.unscored is None else ""
     return {
         "row": trajectory.row,
         "sample": sample,

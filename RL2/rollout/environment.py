@@ -76,6 +76,14 @@ def load_environment(path: str | Path, timeout_s: float) -> Environment:
     return Environment(str(path), module.__file__, step, reset, example, vote, timeout_s)
 
 
+def load_example(path: str | Path) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
+    """Return `example` of the script at `path`, which needs nothing else. Raise ScriptError if it has none."""
+    example = _function(load_script(path), path, "example", ("row",), is_async=False)
+    if example is None:
+        raise ScriptError(f"{path} has no `def example(row)`, by which rows would go through it")
+    return example
+
+
 class Environment:
     """The functions of a script, safe to call from the engine's event loop: a call ends, whatever the script does."""
 
@@ -85,13 +93,13 @@ class Environment:
         file: str | None,
         step: AsyncFunction,
         reset: AsyncFunction | None,
-        example: Callable[[dict[str, Any]], dict[str, Any]] | None,
+        example: Callable[[dict[str, Any]], dict[str, Any] | None] | None,
         vote: Callable[[str], str] | None,
         timeout_s: float,
     ) -> None:
         self.path = path
         self.example = example
-        """Turns a raw row of a data file into one of ours; None if the script has no such function."""
+        """Turns a raw row of a data file into one of ours, or into None to leave it out; None if there is none."""
         self.vote = vote
         """What a response answers, for majority votes; '' for none. None if the script has no such function."""
         self.timeout_s = timeout_s

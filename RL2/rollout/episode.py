@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from RL2.data.chat import messages_of, unicode
+from RL2.data.chat import encode, head_of, messages_of, unicode
 from RL2.data.source import DataError
 from RL2.data.template import Chat, Template
 from RL2.engines.base import Engine
@@ -54,8 +54,9 @@ async def run_episode(
         if not state and environment.has_reset:
             # all samples of a prompt get the same task, and each rollout new ones
             extra_info.setdefault("seed", request_seed(seed, group, 0, 0) % 2**32)
-            state = _first(template, await environment.reset(extra_info, sampling), prompt.template_arguments)
-            added = _encode(tokenizer, state)
+            first = await environment.reset(extra_info, sampling)
+            state = _first(template, first, prompt.template_arguments)
+            added = _encode(tokenizer, state, begins=isinstance(first, str))
         sequence = Sequence([], [], [], [])
         for turn in range(max_turns):
             length = len(sequence.token_ids) + len(added)
@@ -95,9 +96,11 @@ async def run_episode(
             if next_state.startswith(state + action):
                 # the end token was sampled; the environment may write its text out
                 observation = next_state[len(state + action) :].removeprefix(end)
-                added = _encode(tokenizer, observation)
+                added = _encode(tokenizer, observation, begins=False)
             else:  # the history was rewritten: what was sampled stays in its own sequence
-                sequence, added = Sequence([], [], [], []), _encode(tokenizer, next_state)
+                head = head_of(tokenizer)
+                added = _encode(tokenizer, next_state, begins=sequence.token_ids[: len(head)] == head)
+                sequence = Sequence([], [], [], [])
             state, extra_info = next_state, result.extra_info
     except Unscored as error:
         trajectory.unscored = error.cause
@@ -160,12 +163,13 @@ def _render(
         raise Unscored(f"the environment's messages: {error}") from error
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = True) -> list[int]:
+    """Return the ids of `text`, which with `begins` is the beginning of what the model reads."""
     try:
         unicode(text, "the environment's state")
     except DataError as error:
         raise Unscored(str(error)) from error
-    return tokenizer.encode(text, add_special_tokens=False)
+    return encode(tokenizer, [text], begins=begins)[0]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:

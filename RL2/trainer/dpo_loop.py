@@ -26,7 +26,7 @@ def train(config: DPOConfig, run: Run) -> None:
     data, actor = config.data, config.actor
     tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
     notes: list[str] = []
-    pairs_of = pairs_reader(config, tokenizer, notes, as_responses)
+    pairs_of = pairs_reader(config, tokenizer, notes, as_responses, run.listing())
 
     def read(path: str) -> Rows:
         return Rows(with_reference(pairs_of(path).batch, config, run.processes), per_row=2)

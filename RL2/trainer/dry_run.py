@@ -35,11 +35,12 @@ from RL2.config import (
     num_shards,
     trained,
 )
-from RL2.data.chat import from_json, is_chat, question_of
+from RL2.data.bad_rows import BadRows
+from RL2.data.chat import is_chat, question_of
 from RL2.data.cursor import Cursor
 from RL2.data.preference import as_responses, as_scored
-from RL2.data.prompts import given_away, load_prompts
-from RL2.data.source import describe, in_row, is_here, load_converted
+from RL2.data.prompts import given_away
+from RL2.data.source import describe, from_json, is_here
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.loading import folder_here, match_weights, refuse_no_model, stored_tensors
 from RL2.models.packed import PackedModel
@@ -51,7 +52,7 @@ from RL2.printing import printable
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
 from RL2.run_lock import refuse_if_running
-from RL2.trainer.rl import Example, actor_updates, make_cursor, tasks
+from RL2.trainer.rl import Example, actor_updates, bad_rows, make_cursor, reader, tasks
 from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
 from RL2.types import Prompt, Sampling
@@ -192,14 +193,16 @@ def look_at_tasks(
         if not is_here(path):
             return []
         if tokenizer is None:
-            prompts = formatted(path, example)
-            notes[path] = [f"{len(prompts)} rows, in the right format", *warn_of_answers(prompts)]
+            bad = bad_rows(config, path)
+            prompts = formatted(bad, example)
+            notes[path] = [f"{len(prompts)} rows, in the right format", *bad.notes(None), *warn_of_answers(prompts)]
             return prompts
-        prompts = load_prompts(path, tokenizer, example, longest - 1)
+        said_of_rows: list[str] = []
+        prompts = reader(config, tokenizer, longest, said_of_rows)(path, example)
         lengths = [len(prompt.token_ids) for prompt in prompts]
         mean = f"{sum(lengths) / len(lengths):.0f}"
         said = f"{len(prompts)} rows; prompts of {mean} tokens in the mean, at most {max(lengths)}"
-        notes[path] = [said, *warn_of_answers(prompts)]
+        notes[path] = [said, *said_of_rows, *warn_of_answers(prompts)]
         return prompts
 
     try:
@@ -243,13 +246,14 @@ def look_at_tasks(
     return steps
 
 
-def formatted(path: str, example: Example) -> list[Prompt]:
-    """The rows of `path`, checked as far as it goes without a tokenizer."""
+def formatted(bad: BadRows, example: Example) -> list[Prompt]:
+    """The rows of a path, checked as far as it goes without a tokenizer."""
     prompts = []
-    for number, row in enumerate(load_converted(path, example)):
-        with in_row(path, number):
+    for number, row in bad.load(example).items():
+        with bad.row(number):
             text = str(question_of(row)) if is_chat(row) else row["prompt"]
-        prompts.append(Prompt(number, text, [], from_json(row.get("extra_info")) or {}))
+            prompts.append(Prompt(number, text, [], from_json(row.get("extra_info")) or {}))
+    bad.settle()
     return prompts
 
 

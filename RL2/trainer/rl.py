@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from RL2.advantages import ADVANTAGES, gae, whitened
 from RL2.config import ConfigError, RLConfig, SGLang, Transport
+from RL2.data.bad_rows import BadRows
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
@@ -59,9 +61,8 @@ def train(config: RLConfig, run: Run) -> None:
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
-    prompts, tests = tasks(
-        config, environment, lambda path, example: load_prompts(path, tokenizer, example, longest - 1)
-    )
+    notes: list[str] = []
+    prompts, tests = tasks(config, environment, reader(config, tokenizer, longest, notes, run.listing()))
     run.know_rows({"train_data": of_prompts(prompts), "test_data": of_prompts(tests)})
     cursor = make_cursor(len(prompts), config)
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
@@ -85,6 +86,7 @@ def train(config: RLConfig, run: Run) -> None:
         processes=run.processes,
     )
     report = run.report(num_steps)
+    report.say(*notes)
     microscope = Microscope(config, actor, tokenizer, report)
     supply = Supply(prompts, cursor, rollouts, config, num_steps)
     run.closing.callback(supply.close)  # a thread may be at work
@@ -237,8 +239,32 @@ def make_engine(
     )
 
 
-Example = Callable[[Row], Row] | None
-"""What makes a row of the formats out of a raw one."""
+Example = Callable[[Row], Row | None] | None
+"""What makes a row of the formats out of a raw one, or None of one that is left out."""
+
+
+def reader(
+    config: RLConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    notes: list[str],
+    listing: Path | None = None,
+) -> Callable[[str, Example], list[Prompt]]:
+    """Reads the prompts of a path; what there is to say of them is added to `notes`, skipped rows to `listing`."""
+
+    def read(path: str, example: Example) -> list[Prompt]:
+        bad = bad_rows(config, path)
+        prompts = load_prompts(path, tokenizer, example, longest - 1, bad)
+        notes.extend(bad.notes(listing))
+        return prompts
+
+    return read
+
+
+def bad_rows(config: RLConfig, path: str) -> BadRows:
+    group = "train_data" if path == config.train_data.path else "test_data"
+    on_bad_row = config.train_data.on_bad_row if group == "train_data" else config.test_data.on_bad_row
+    return BadRows(path, skip=on_bad_row == "skip", key=f"{group}.on_bad_row")
 
 
 def tasks(

@@ -21,7 +21,7 @@ def train(config: RMConfig, run: Run) -> None:
         critic.model_name, "critic.model_name", critic.chat_template, critic.chat_template_kwargs
     )
     notes: list[str] = []
-    rows, tests = train_and_test(data, pairs_reader(config, tokenizer, notes, as_scored))
+    rows, tests = train_and_test(data, pairs_reader(config, tokenizer, notes, as_scored, run.listing()))
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = number_of_steps(config.trainer, cursor)
     learner = Learner(critic, run.processes, num_steps, run.save_dir, "critic.model_name", ValueModel)

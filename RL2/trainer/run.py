@@ -74,6 +74,13 @@ class Run:
             dashboards.append(TensorBoard(self.save_dir))
         return Report(self.save_dir, self.processes.is_first, num_steps, dashboards)
 
+    def listing(self) -> Path | None:
+        """Return where rows that are skipped are listed, a new file; None on processes that do not write it."""
+        file = self.save_dir / "skipped_rows.jsonl"
+        if self.processes.is_first:
+            file.unlink(missing_ok=True)
+        return file if self.processes.is_first else None
+
     def resume(self, learner: Learner, cursor: Resumable, report: Report, critic: Learner | None = None) -> int:
         """Restore the checkpoint that the run goes on from, if any; returns the step to begin with (collective).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from RL2.objectives.declare import Loss
 from RL2.objectives.table import bind
 from RL2.packing import loss_weights, pack
 from RL2.trainer.run import Run, number_of_steps
-from RL2.trainer.supervised import Rows, Task, converter, fit, refuse_long, train_and_test
+from RL2.trainer.supervised import Rows, Task, bad_rows, converter, fit, refuse_long, train_and_test
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import Learner
 
@@ -34,7 +35,7 @@ def train(config: SFTConfig, run: Run) -> None:
         loss_T, metrics = objective.loss(stats, batch)
         return loss_T, metrics | {"nll": -stats.logp.detach()}  # whatever is minimised, by this runs can be compared
 
-    rows, tests = train_and_test(data, reader(config, tokenizer, notes))
+    rows, tests = train_and_test(data, reader(config, tokenizer, notes, run.listing()))
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = number_of_steps(config.trainer, cursor)
     learner = Learner(actor, run.processes, num_steps, run.save_dir)
@@ -45,15 +46,17 @@ def train(config: SFTConfig, run: Run) -> None:
     fit(task, cursor, num_steps, tokenizer, run)
 
 
-def reader(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Callable[[str], Rows]:
-    """Reads the rows of a path; what there is to say of them is added to `notes`."""
+def reader(
+    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, notes: list[str], listing: Path | None = None
+) -> Callable[[str], Rows]:
+    """Reads the rows of a path; what there is to say of them is added to `notes`, skipped rows to `listing`."""
     data, example = config.data, converter(config.data)
 
     def read(path: str) -> Rows:
-        said: list[str] = []
-        examples, num_left_out = load_examples(path, tokenizer, example, data.max_length, data.train_on, said)
+        said, bad = list[str](), bad_rows(data, path)
+        examples, num_left_out = load_examples(path, tokenizer, example, data.max_length, data.train_on, said, bad)
         left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
-        notes.extend([f"{path}: {len(examples)} examples, {left_out}", *said])
+        notes.extend([f"{path}: {len(examples)} examples, {left_out}", *said, *bad.notes(listing)])
         rows = Rows(pack(examples), per_row=1)
         refuse_long(config, rows, path)
         return rows

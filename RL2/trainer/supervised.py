@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config import ConfigError, DPOConfig, RMConfig, SFTConfig, SupervisedData, times_sp, trained
+from RL2.data.bad_rows import BadRows
 from RL2.data.cursor import Cursor
 from RL2.data.preference import Pair, load_pairs
 from RL2.data.source import DataError, Row, with_columns
@@ -19,7 +21,7 @@ from RL2.models.policy import refuse_unknown_tokens, rotary_limit
 from RL2.objectives.declare import Loss
 from RL2.packing import pack
 from RL2.report import Metrics
-from RL2.rollout.environment import load_environment
+from RL2.rollout.environment import load_example
 from RL2.trainer.inputs import of_tensors, spread
 from RL2.trainer.run import Run
 from RL2.types import StatsRequest, TokenBatch, TokenStats, Trajectory
@@ -107,9 +109,13 @@ def test(task: Task) -> Metrics:
     return {f"test/{name}": value for name, value in task.learner.measure(batch, task.loss, task.request).items()}
 
 
-def converter(data: SupervisedData) -> Callable[[Row], Row] | None:
+def bad_rows(data: SupervisedData, path: str) -> BadRows:
+    return BadRows(path, skip=data.on_bad_row == "skip", key="data.on_bad_row")
+
+
+def converter(data: SupervisedData) -> Callable[[Row], Row | None] | None:
     """Return what makes rows of the formats out of raw ones: renamed columns, the script's `example`; or None."""
-    return with_columns(data.columns, load_environment(data.env_path, 1.0).example if data.env_path else None)
+    return with_columns(data.columns, load_example(data.env_path) if data.env_path else None)
 
 
 def pairs_reader(
@@ -117,15 +123,16 @@ def pairs_reader(
     tokenizer: PreTrainedTokenizerBase,
     notes: list[str],
     as_trajectories: Callable[[list[Pair]], list[Trajectory]],
+    listing: Path | None = None,
 ) -> Callable[[str], Rows]:
-    """Reads the pairs of a path; what there is to say of them is added to `notes`."""
+    """Reads the pairs of a path; what there is to say of them is added to `notes`, skipped rows to `listing`."""
     data, example = config.data, converter(config.data)
 
     def read(path: str) -> Rows:
-        said: list[str] = []
-        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length, said)
+        said, bad = list[str](), bad_rows(data, path)
+        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length, said, bad)
         left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
-        notes.extend([f"{path}: {len(pairs)} pairs, {left_out}", *said])
+        notes.extend([f"{path}: {len(pairs)} pairs, {left_out}", *said, *bad.notes(listing)])
         rows = Rows(pack(as_trajectories(pairs)), per_row=2)
         refuse_long(config, rows, path)
         return rows

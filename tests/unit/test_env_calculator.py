@@ -27,6 +27,8 @@ def step(action: str, gold: str = "84", state: str = "q") -> dict[str, Any]:
         ("I need <calc> (1+2) / 3 </calc>\n", "1"),
         ("<think>is it <calc>1/3</calc>", "0.3333333333"),
         ("<calc>10/4</calc>", "2.5"),
+        ("<calc>10/4</calc>.", "2.5"),
+        ("<calc>10/4</calc>)\n", "2.5"),
         ("<calc>-1000000*1000000</calc>", "-1000000000000"),
         ("<calc>2000000/3</calc>", "666666.6667"),
         ("<calc>1</calc> then <calc>2</calc>", "2"),

@@ -99,11 +99,9 @@ def test_an_answer_that_explodes_is_unscored_and_the_next_one_is_graded(monkeypa
 def test_a_killed_grader_is_the_cause_of_an_unscored_trajectory(tmp_path: Path) -> None:
     """The whole way: script, workers, and what the episode is told."""
     source = Path(orz.__file__).read_text().replace("limit_s=5", "limit_s=1")
-    for name, text in {
-        "quick.py": source,
-        "workers.py": Path(orz.__file__).with_name("workers.py").read_text(),
-    }.items():
-        (tmp_path / name).write_text(text)
+    (tmp_path / "quick.py").write_text(source)
+    for name in ("workers.py", "gsm8k.py"):
+        (tmp_path / name).write_text(Path(orz.__file__).with_name(name).read_text())
     environment = load_environment(tmp_path / "quick.py", 60)
     assert asyncio.run(environment.step("q", r"\boxed{12}", {"answer": "12"})).reward == 1.0
     with pytest.raises(Unscored, match=r"^WorkerError: took longer than 1 s and was killed \(.*quick\.py:\d+\)$"):

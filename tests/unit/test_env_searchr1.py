@@ -68,6 +68,10 @@ def test_a_search_is_answered_in_the_same_turn() -> None:
     assert result["next_state"].startswith("q" + action + '\n\n<information>Doc 1(Title: "Paris") Paris is the capital')
     assert result["next_state"].endswith("</information>\n\n")
     assert "<information>Nothing was found.</information>" in step("<search>zebra</search>")["next_state"]
+    for tail in (".", ",", ")", ">.\n", "\n\n"):  # the rest of a token that the stop string ends in
+        assert "Nothing was found." in step(f"<search>zebra</search>{tail}")["next_state"]
+    for tail in (" and so", "<", " <answer>"):
+        assert step(f"<search>zebra</search>{tail}")["next_state"].endswith(searchr1.INVALID)
     assert "at most 500 characters" in step(f"<search>{'a' * 501}</search>")["next_state"]
 
 

@@ -67,7 +67,7 @@ def test_example_converts_raw_rows(tmp_path: Path, tokenizer: PreTrainedTokenize
         ({"prompt": "q", "messages": USER}, "both 'prompt' and 'messages'"),
         ({"prompt": " \n"}, "'prompt' is empty"),
         ({"prompt": 3}, "'prompt' must be text, not 3"),
-        ({"prompt": USER}, "chat messages go under 'messages'"),
+        ({"prompt": [3]}, r"'prompt' must be text, not \[3\]; chat messages go under 'messages'"),
         ({"prompt": "q", "extra_info": [1]}, r"'extra_info' must be an object, not \[1\]"),
         ({"prompt": "q", "extra_info": "{1"}, "'extra_info' must be an object"),
         ({"messages": []}, "at least one message"),

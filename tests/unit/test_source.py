@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from RL2.data.source import DataError, describe, is_here, load_converted, load_rows, with_columns
+from RL2.data.bad_rows import load_converted
+from RL2.data.source import DataError, describe, is_here, load_rows, with_columns
 
 ROWS = [{"prompt": "1+1=", "extra_info": {"answer": "2"}}, {"prompt": "2+2=\u2028?", "extra_info": {"answer": "4"}}]
 
@@ -165,7 +166,7 @@ def test_example_names_the_row_that_it_fails_on(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"question": "q"}\n{"ask": "q"}')
     with pytest.raises(DataError, match=r"row 2: example\(row\) failed with KeyError: 'question'; .* keys are ask"):
         load_converted(path, lambda row: {"prompt": row["question"]})
-    with pytest.raises(DataError, match=r"row 1: example\(row\) returned 'q', not a dict"):
+    with pytest.raises(DataError, match=r"row 1: example\(row\) returned 'q', neither a dict nor None"):
         load_converted(path, lambda row: row["question"])
 
 
