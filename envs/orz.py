@@ -7,16 +7,18 @@ over what a model writes; so it works in processes that are killed when it does.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import Any
 
-from .gsm8k import behind_reasoning
+from .gsm8k import SEPARATOR, behind_reasoning
 from .workers import Workers
 
 if importlib.util.find_spec("math_verify") is None:
     raise ModuleNotFoundError("it needs math-verify: pip install 'rl2-spo[math]'")
 
 INSTRUCTION = "\nReason step by step. Give the final answer within \\boxed{}."
+PERCENT = re.compile(r"\s*\\?%\s*$")
 LONGEST = 500
 """Characters of an answer; what is longer is no answer."""
 
@@ -97,10 +99,17 @@ def make_grader() -> Callable[[str, str], bool]:
         return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
 
     def is_correct(gold: str, given: str) -> bool:
+        gold, given = SEPARATOR.sub(",", gold), SEPARATOR.sub(",", given)
         reference = parsed(gold)
         if not reference:
             raise ValueError(f"the answer {gold!r} of the data set cannot be read")
-        return verify(reference, parsed(given), timeout_seconds=None)
+        if bool(PERCENT.search(gold)) == bool(PERCENT.search(given)):
+            return verify(reference, parsed(given), timeout_seconds=None)
+        # 50% is 0.5, and the 50 of a question that asks for per cent
+        bare, percent = (given, gold) if PERCENT.search(gold) else (gold, given)
+        value = PERCENT.sub("", percent)
+        forms = (value, f"\\frac{{{value}}}{{100}}")
+        return any(verify(parsed(bare), parsed(form), timeout_seconds=None) for form in forms)
 
     is_correct("1", "1")  # parsers are made at their first use
     return is_correct

@@ -22,13 +22,17 @@ LOOPS = {
 
 
 def main(program: str) -> None:
-    """Run `program` with the overrides of the command line. Errors of the user end in one line and exit code 1."""
+    """Run `program` with the overrides of the command line, or `--dry-run`, short for `trainer.dry_run=true`.
+
+    Errors of the user end in one line and exit code 1.
+    """
     try:
         is_first = int(os.environ.get("RANK", 0)) == 0
-        notes = renamed(program, sys.argv[1:])
+        given = ["trainer.dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
+        notes = renamed(program, given)
         if is_first:
             print("".join(f"{note}\n" for note in notes), end="", flush=True)
-        config = load(program, sys.argv[1:])
+        config = load(program, given)
         check_here(config)
         if config.trainer.dry_run and not is_first:
             return

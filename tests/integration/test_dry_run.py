@@ -25,8 +25,8 @@ def dry_run(
     monkeypatch.setattr("torch.distributed.checkpoint.load", None)  # whoever reads weights fails
     monkeypatch.setenv("COLUMNS", "200")
 
-    def run(program: str, *overrides: str) -> str:
-        settings = [*world.settings(program), f"trainer.save_dir={tmp_path}/run", "trainer.dry_run=true", *overrides]
+    def run(program: str, *overrides: str, how: str = "trainer.dry_run=true") -> str:
+        settings = [*world.settings(program), f"trainer.save_dir={tmp_path}/run", how, *overrides]
         monkeypatch.setattr(sys, "argv", ["", *settings])
         main(program)
         assert not (tmp_path / "run").exists()
@@ -52,7 +52,7 @@ def test_all_is_looked_at(program: str, dry_run: DryRun) -> None:
 
 
 def test_the_environment_is_tried(dry_run: DryRun) -> None:
-    assert "tried with the first row and the response '42': reward 1" in dry_run("spo")
+    assert "tried with the first row and the response '42': reward 1" in dry_run("spo", how="--dry-run")
 
 
 def test_an_answer_in_the_prompt_is_named(dry_run: DryRun, tmp_path: Path) -> None:

@@ -48,6 +48,16 @@ def reward(action: str, gold: Any = "12") -> float:
         (r"\boxed{(1, 2)}", "(1,2)"),
         (r"\boxed{\text{A}}", "A"),
         (r"\boxed{1,234}", "1234"),
+        (r"\boxed{1{,}234}", "1234"),
+        (r"\boxed{1\,234}", "1234"),
+        (r"\boxed{1 234}", "1234"),
+        (r"\boxed{50\%}", "50"),
+        (r"\boxed{50\%}", "0.5"),
+        (r"\boxed{50\%}", r"\frac{1}{2}"),
+        (r"\boxed{50\%}", r"50\%"),
+        (r"\boxed{50}", r"50\%"),
+        (r"\boxed{\frac12}", r"50\%"),
+        (r"\boxed{12.5\%}", r"\frac{1}{8}"),
     ],
 )
 def test_right(action: str, gold: Any) -> None:
@@ -77,6 +87,19 @@ def test_right(action: str, gold: Any) -> None:
 )
 def test_wrong(action: str) -> None:
     assert reward(action) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("action", "gold"),
+    [
+        (r"\boxed{50\%}", "5"),
+        (r"\boxed{5000\%}", r"50\%"),
+        (r"\boxed{0.5}", "50"),
+        (r"\boxed{1 2}", "12"),
+    ],
+)
+def test_a_percentage_or_a_space_is_no_other_number(action: str, gold: str) -> None:
+    assert reward(action, gold) == 0.0
 
 
 def test_a_gold_answer_that_cannot_be_read_is_an_error() -> None:
