@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import BadRows
-from RL2.data.sft import Demonstration, Example, demonstration, encode_demonstrations
+from RL2.data.sft import Demonstration, Example, demonstration, encode_demonstrations, marked
 from RL2.data.source import DataError, Row, from_json, keys, shown
 from RL2.data.template import Template
 from RL2.types import Sequence, Trajectory
@@ -61,7 +61,19 @@ def load_pairs(
     bad.settle()
     if not pairs:
         raise DataError(f"{path}: no pair within data.max_length={max_length}; raise it")
+    if notes is not None:
+        notes += _oddities(path, pairs)
+        notes += [f"{path}, first pair, {side}: {marked(tokenizer, *pairs[0][n])}" for n, side in enumerate(SIDES)]
     return pairs, bad.total - bad.left_out - len(bad.found) - len(pairs)
+
+
+def _oddities(path: str, pairs: list[Pair]) -> list[str]:
+    """Return what there is to say of pairs that teach nothing, or something else than a preference."""
+    same = sum(first[0] == second[0] for first, second in pairs)
+    asked = [[ids[: mask.index(True)] for ids, mask in pair] for pair in pairs]
+    other = sum(first != second for first, second in asked)
+    said = [f"{path}: {same} pairs have the same response twice"] if same else []
+    return said + ([f"{path}: {other} pairs answer different prompts"] if other else [])
 
 
 def as_responses(pairs: list[Pair]) -> list[Trajectory]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from RL2.data.bad_rows import BadRows
 from RL2.data.chat import Message, encode, is_chat, messages_of, template_arguments, template_errors, unicode
 from RL2.data.source import DataError, Row, keys, shown
-from RL2.data.template import Chat, Template
+from RL2.data.template import Chat, Template, reasoning_of
 from RL2.data.turns import Piece, cut_at_turns
 from RL2.types import Sequence, Trajectory
 
@@ -24,6 +24,8 @@ TrainOn = Literal["all", "last", "weighted"]
 """Turns of the assistant: all, the last one, or those without `weight: 0`."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SHOWN = 600
+"""Characters of a row that is printed."""
 _BATCH = 1024
 """Texts encoded at once: offsets take much memory for the little while that they live."""
 
@@ -66,7 +68,21 @@ def load_examples(
     bad.settle()
     if not trajectories:
         raise DataError(f"{path}: no example within data.max_length={max_length}; raise it")
+    if notes is not None:
+        first = trajectories[0].sequences[0]
+        notes.append(f"{path}, row {trajectories[0].row + 1}: {marked(tokenizer, first.token_ids, first.action_mask)}")
     return trajectories, bad.total - bad.left_out - len(bad.found) - len(trajectories)
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], mask: list[bool]) -> str:
+    """Return the text of the tokens in one line, with [[ ]] around what trains; of a long one the end."""
+    text, start = "", 0
+    for is_trained, run in groupby(mask):
+        end = start + len(list(run))
+        piece = str(tokenizer.decode(token_ids[start:end], clean_up_tokenization_spaces=False))
+        text, start = text + (f"[[{piece}]]" if is_trained else piece), end
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= _SHOWN else f"...{text[-_SHOWN:]}"
 
 
 def encode_rows(path: str, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[Example]:
@@ -85,6 +101,8 @@ def _encode(
     for number, row in rows.items():
         with bad.row(number):
             demonstrations[number] = demonstration(row, train_on)
+    if notes is not None and (empty := sum(map(_says_nothing, demonstrations.values()))):
+        notes.append(f"{bad.path}: {empty} rows train a turn of the assistant that is empty, so its end token alone")
     return encode_demonstrations(Template(tokenizer), demonstrations, bad, notes)
 
 
@@ -103,6 +121,14 @@ def demonstration(row: Row, train_on: TrainOn) -> Demonstration:
         if not turns:
             raise DataError("every turn of the assistant has weight 0")
     return Demonstration(Chat(messages, template_arguments(row)), turns=turns)
+
+
+def _says_nothing(each: Demonstration) -> bool:
+    """Whether a turn that trains has no text, reasoning or call."""
+    if each.chat is None:
+        return not each.response.strip()
+    trained = [each.chat.messages[number] for number in each.turns]
+    return any(not (str(m.get("content") or "").strip() or m.get("tool_calls") or reasoning_of(m)) for m in trained)
 
 
 def encode_demonstrations(

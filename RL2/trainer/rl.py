@@ -18,6 +18,7 @@ from RL2.data.bad_rows import BadRows
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
+from RL2.data.sft import marked
 from RL2.data.source import Row, with_columns
 from RL2.engines.base import Engine
 from RL2.engines.embedded.compiled import refuse_no_compiler
@@ -255,7 +256,9 @@ def reader(
     def read(path: str, example: Example) -> list[Prompt]:
         bad = bad_rows(config, path)
         prompts = load_prompts(path, tokenizer, example, longest - 1, bad)
-        notes.extend(bad.notes(listing))
+        first = prompts[0]
+        shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
+        notes.extend([f"{path}, row {first.row + 1}: {shown}[[response]]", *bad.notes(listing)])
         return prompts
 
     return read

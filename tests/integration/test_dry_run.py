@@ -46,6 +46,7 @@ def test_all_is_looked_at(program: str, dry_run: DryRun) -> None:
         "checkpoints every 2 steps",
         "a GPU at the peak of an update",
         "sampling ends with <|im_end|>",
+        "[[response]]" if program == "spo" else "<|im_end|>]]",
     ):
         assert words in said
     assert said.endswith("dry run: all checks passed")

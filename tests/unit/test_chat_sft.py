@@ -126,7 +126,7 @@ def test_what_a_template_rewrites_later_does_not_train(tmp_path: Path, tokenizer
         ["[29<|im_end|>]"],
         ["[<think>hm</think>42<|im_end|>]"],
     ]
-    assert [note.partition("a.jsonl: ")[2][:50] for note in notes] == [
+    assert [note.partition("a.jsonl: ")[2][:50] for note in notes[:-1]] == [
         "1 earlier turns of the assistant do not train: the"
     ]
 
@@ -218,3 +218,28 @@ def test_a_raw_response_needs_an_eos(tmp_path: Path, tokenizer: PreTrainedTokeni
     endless.eos_token = endless.chat_template = None
     with pytest.raises(DataError, match="eos token"):
         load(tmp_path, endless, {"prompt": "q", "response": "a"})
+
+
+def test_a_row_is_shown_with_what_trains(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The first one that trains, in a line, and how many rows train nothing but the end of a turn."""
+    notes: list[str] = []
+    path = tmp_path / "a.jsonl"
+    long = {"prompt": "q" * 300, "response": "a"}
+    rows = [
+        long,
+        {"messages": turns("1", "2", "3", "4")},
+        {"messages": turns("1", "")},
+        {"prompt": "q", "response": " "},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    load_examples(str(path), tokenizer, None, 100, notes=notes)
+    header = "<|im_start|>assistant\\n"
+    assert notes == [
+        f"{path}: 2 rows train a turn of the assistant that is empty, so its end token alone",
+        f"{path}, row 2: <|im_start|>user\\n1<|im_end|>\\n{header}[[2<|im_end|>]]\\n"
+        f"<|im_start|>user\\n3<|im_end|>\\n{header}[[4<|im_end|>]]",
+    ]
+    notes.clear()
+    path.write_text(json.dumps({"prompt": "q" * 2000, "response": "a"}))
+    load_examples(str(path), tokenizer, None, 3000, notes=notes)
+    assert notes[0].endswith("qqq[[a<|im_end|>]]") and len(notes[0]) < 800

@@ -165,3 +165,22 @@ def test_a_bad_row_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, 
     good = {"prompt": "q", "chosen": "a", "rejected": "b"}
     with pytest.raises(DataError, match=f"a.jsonl, row 2: .*{message}"):
         load(tmp_path, tokenizer, good, row)
+
+
+def test_odd_pairs_are_counted_and_one_is_shown(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    notes: list[str] = []
+    rows = [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "a"},
+        {"chosen": turns("p", "a"), "rejected": turns("q", "b")},
+        {"chosen": turns("p", "a"), "rejected": turns("p", "b")},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    load_pairs(str(path), tokenizer, None, 100, notes)
+    assert notes == [
+        f"{path}: 1 pairs have the same response twice",
+        f"{path}: 1 pairs answer different prompts",
+        f"{path}, first pair, chosen: q[[a<|im_end|>]]",
+        f"{path}, first pair, rejected: q[[b<|im_end|>]]",
+    ]
