@@ -1107,8 +1107,8 @@ def num_shards(model: Trainable, world_size: int, group: str) -> int:
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def check_here(config: Config) -> None:
-    """Raise `ConfigError` for what is not here: files that are named, packages, processes to split a model over."""
+def missing_here(config: Config) -> list[str]:
+    """Return what a run on this machine would lack, a line each: packages, and the interpreter of its servers."""
     group, model = trained(config)
     packages = {
         "trainer.use_wandb": ("wandb", "wandb", config.trainer.use_wandb),
@@ -1118,22 +1118,34 @@ def check_here(config: Config) -> None:
     models: dict[str, Trainable] = {group: model}
     if isinstance(config, RLConfig) and config.adv.estimator == "gae":
         models["critic"] = config.critic
-    for each, sizes in models.items():
-        packages[f"{each}.use_liger_kernel"] = ("liger_kernel", "liger", sizes.use_liger_kernel)
-        if "WORLD_SIZE" in os.environ or not config.trainer.dry_run:  # a dry run may be for other machines
-            num_shards(sizes, int(os.environ.get("WORLD_SIZE", 1)), each)
+    packages |= {f"{k}.use_liger_kernel": ("liger_kernel", "liger", m.use_liger_kernel) for k, m in models.items()}
     if isinstance(model, TrainablePolicy):
         packages[f"{group}.lora.rank"] = ("peft", "lora", model.lora.rank > 0)
-    for key, (package, extra, wanted) in packages.items():
-        if wanted and not config.trainer.dry_run and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'")
+    missing = [
+        f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'"
+        for key, (package, extra, wanted) in packages.items()
+        if wanted and importlib.util.find_spec(package) is None
+    ]
+    servers = config.rollout.servers if isinstance(config, RLConfig) else None
+    if servers is not None and not servers.urls and shutil.which(servers.python) is None:
+        how = " (`make engine` builds .venv-vllm)" if servers.key == "vllm" else ""
+        missing.append(f"rollout.{servers.key}.python={servers.python}: there is no such interpreter{how}")
+    return missing
+
+
+def check_here(config: Config) -> None:
+    """Raise `ConfigError` for what is not here: files that are named, packages, processes to split a model over."""
+    group, model = trained(config)
+    if not config.trainer.dry_run and (missing := missing_here(config)):
+        raise ConfigError(missing[0])
+    models: dict[str, Trainable] = {group: model}
+    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
+        models["critic"] = config.critic
+    for each, sizes in models.items():
+        if "WORLD_SIZE" in os.environ or not config.trainer.dry_run:  # a dry run may be for other machines
+            num_shards(sizes, int(os.environ.get("WORLD_SIZE", 1)), each)
     named: dict[str, str | None] = {f"{group}.chat_template": model.chat_template}
     if isinstance(config, RLConfig):
-        servers = config.rollout.servers
-        launches = servers is not None and not servers.urls and not config.trainer.dry_run
-        if servers is not None and launches and shutil.which(servers.python) is None:
-            how = " (`make engine` builds .venv-vllm)" if servers.key == "vllm" else ""
-            raise ConfigError(f"rollout.{servers.key}.python={servers.python}: there is no such interpreter{how}")
         named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}
         named |= {"test_data.path": config.test_data.path}
     else:

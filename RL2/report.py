@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -44,6 +45,10 @@ CONSOLE = {
 """Metric -> its name in the console line and its format."""
 
 
+class RecordsFailed(UserError, RuntimeError):
+    """A record of the run could not be written: the disk is full or read-only, or the folder is gone."""
+
+
 class Dashboard(Protocol):
     """wandb, tensorboard: takes metrics."""
 
@@ -65,6 +70,10 @@ class Report:
         """
         if not self.is_first:
             return
+        with self._writing():
+            self._cut_back(step)
+
+    def _cut_back(self, step: int) -> None:
         metrics, samples, tokens = (self.folder / name for name in (*RECORDS, TOKENS))
         later = [row["step"] for row in read_metrics(self.folder) if row["step"] >= step]
         if later:
@@ -124,7 +133,6 @@ class Report:
         from pyarrow import parquet
 
         file = self.folder / TOKENS / f"{step:06d}_{split}.parquet"
-        file.parent.mkdir(exist_ok=True)
         schema = pa.schema(
             [("step", pa.int64()), ("split", pa.string())]
             + [(name, pa.int64()) for name in ("row", "group", "sample", "length")]
@@ -140,8 +148,10 @@ class Report:
             + [("top", pa.list_(pa.list_(pa.string()))), ("top_logp", pa.list_(pa.list_(pa.float32())))]
         )
         table = pa.Table.from_pylist([{"step": step, "split": split} | row for row in rows], schema)
-        parquet.write_table(table, partial := file.with_suffix(".partial"), compression="zstd")
-        partial.replace(file)  # whole, or not there
+        with self._writing():
+            file.parent.mkdir(exist_ok=True)
+            parquet.write_table(table, partial := file.with_suffix(".partial"), compression="zstd")
+            partial.replace(file)  # whole, or not there
 
     def say(self, *lines: str) -> None:
         if self.is_first and lines:
@@ -156,8 +166,20 @@ class Report:
             dashboard.finish()
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+        with self._writing(), (self.folder / name).open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Within it, an error of the disk becomes a `RecordsFailed`."""
+        try:
+            yield
+        except OSError as error:
+            raise RecordsFailed(
+                f"the records in {self.folder} could not be written ({first_line(error)}); when there is space and the "
+                "folder can be written, go on with trainer.load_ckpt_from=latest"
+            ) from error
 
 
 def _values(metrics: Metrics, names: list[str]) -> str:

@@ -32,6 +32,8 @@ from RL2.config import one_line
 from RL2.scripts import ScriptError, described, load_script, raise_in
 from RL2.types import Sampling
 
+LARGEST = 1e15
+"""Size of a reward or score beyond which sums of squares of them overflow in float32."""
 ATTEMPTS = 4
 """How often a call is handed in before it is given up because others blocked the loop each time."""
 PATIENCE = 1.25
@@ -315,6 +317,8 @@ def _number(result: dict[str, Any], name: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise Unscored(f"step returned {name}={number}; expected a finite number")
+    if abs(number) > LARGEST:
+        raise Unscored(f"step returned {name}={number}; expected a number of at most {LARGEST:g} in size")
     return number
 
 

@@ -32,6 +32,7 @@ from RL2.config import (
     TrainablePolicy,
     UserError,
     first_line,
+    missing_here,
     num_shards,
     trained,
 )
@@ -69,6 +70,7 @@ class Findings:
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []
         self.unseen: list[str] = []
+        self.warnings = 0
 
     def say(self, what: str, *found: str) -> None:
         self.lines += [(what if number == 0 else "", line) for number, line in enumerate(found)]
@@ -76,6 +78,11 @@ class Findings:
     def miss(self, what: str, why: str) -> None:
         self.say(what, f"{why}: not looked at")
         self.unseen.append(what)
+
+    def warn(self, what: str) -> None:
+        """Note what ends the run if it stays as it is; the machine that runs it may be another."""
+        self.say("WARNING", what)
+        self.warnings += 1
 
     def show(self) -> None:
         """Print the table, and in the last line whether all was looked at."""
@@ -85,6 +92,8 @@ class Findings:
         unseen = f"; not looked at: {', '.join(self.unseen)}" if self.unseen else ""
         console = Console(soft_wrap=True)
         console.print(table)
+        if self.warnings:
+            console.print(f"{self.warnings} WARNING(s), see above: the run would fail on this machine", highlight=False)
         console.print(f"dry run: all checks passed{unseen}", highlight=False)
 
 
@@ -92,6 +101,8 @@ def rehearse(program: str, config: Config) -> Findings:
     """Everything in the order in which the run would meet it. Raises a UserError for the first thing that is wrong."""
     found = Findings()
     found.say("program", program)
+    for missing in missing_here(config):
+        found.warn(missing)
     look_at_folder(config, found)
     group, model = trained(config)
     layout = layout_of(model, group)
@@ -349,10 +360,20 @@ def count_checkpoints(config: Config, lm: PreTrainedModel | None, steps: int | N
         found.say("checkpoints", "none (trainer.save_freq); only the model at the end")
         return
     number = None if steps is None else min(steps // frequency, keep or steps)
-    size = ""
+    size, num_bytes = "", 0
     if lm is not None and not (isinstance(trained(config)[1], TrainablePolicy) and lora_rank(config)):
-        size = f", {bytes_in_words((MASTER + MOMENTS) * sum(p.numel() for p in lm.parameters()))} each"
+        num_bytes = (MASTER + MOMENTS) * sum(p.numel() for p in lm.parameters())
+        size = f", {bytes_in_words(num_bytes)} each"
     found.say("checkpoints", f"every {frequency} steps{size}" + ("" if number is None else f"; {number} stay"))
+    save_dir = Path(config.trainer.save_dir)
+    free = shutil.disk_usage(next(x for x in (save_dir, *save_dir.absolute().parents) if x.exists())).free
+    # one more is written before an old one goes; `latest` is a third of one, and written beside the old one
+    needed = num_bytes * ((number or 1) + (config.trainer.keep is not None)) + 2 * num_bytes // 3
+    if needed > free:
+        found.warn(
+            f"checkpoints and model take {bytes_in_words(needed)}, and there are {bytes_in_words(free)} free in "
+            f"{save_dir}; set trainer.keep, raise trainer.save_freq, or choose another trainer.save_dir"
+        )
 
 
 def lora_rank(config: Config) -> int:

@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-from RL2.config import LostProcess, RLConfig, SFTConfig, UserError, check_here, load, renamed, show
+from RL2.config import LostProcess, RLConfig, SFTConfig, UserError, check_here, first_line, load, renamed, show
 
 LOOPS = {
     "sft": "RL2.trainer.sft_loop",
@@ -66,13 +66,26 @@ def main(program: str) -> None:
             _leave(f"{program}: {ended}", ended.exit_code)
     except KeyboardInterrupt:
         _leave(f"{program}: ended at once by Ctrl-C", 130)
-    except UserError as error:
+    except (MemoryError, RuntimeError, UserError) as error:
+        if not isinstance(error, UserError):
+            if not _is_out_of_memory(error):
+                raise
+            error = UserError(
+                f"out of memory ({first_line(error)}); lower max_length_per_device, logits_budget_mib or "
+                "rollout.max_running_requests, or take more processes"
+            )
         rank = os.environ.get("RANK")
         message = f"{program}{f' (rank {rank})' if rank else ''}: {error}"
         if isinstance(error, LostProcess):  # threads may wait for it too, and would hold the interpreter back
             print(message, file=sys.stderr, flush=True)
             os._exit(1)
         sys.exit(message)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of Python, of a CPU by torch, or of a GPU."""
+    kind, text = type(error).__name__, str(error)
+    return isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "DefaultCPUAllocator" in text
 
 
 def _leave(message: str, exit_code: int) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -50,6 +51,21 @@ def test_all_is_looked_at(program: str, dry_run: DryRun) -> None:
     ):
         assert words in said
     assert said.endswith("dry run: all checks passed")
+
+
+def test_what_would_fail_on_this_machine_is_warned_of(dry_run: DryRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    said = dry_run(
+        "spo",
+        *("rollout.engine=vllm", "rollout.vllm.python=/nowhere/python", "trainer.use_wandb=true"),
+        *("trainer.save_freq=1", "trainer.max_steps=1000000000"),
+    )
+    assert "WARNING rollout.vllm.python=/nowhere/python: there is no such interpreter" in said
+    assert "WARNING trainer.use_wandb needs a package that is not installed" in said
+    assert "WARNING checkpoints and model take " in said
+    assert "set trainer.keep, raise trainer.save_freq" in said
+    assert "3 WARNING(s), see above: the run would fail on this machine dry run: all checks passed" in said
 
 
 def test_the_environment_is_tried(dry_run: DryRun) -> None:

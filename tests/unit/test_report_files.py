@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import RL2
-from RL2.report import Report, TensorBoard, _backwards
+from RL2.report import RecordsFailed, Report, TensorBoard, _backwards
 from RL2.types import Trajectory
 
 
@@ -124,3 +125,30 @@ def test_a_run_that_begins_anew_sets_the_records_aside(tmp_path: Path, capsys: p
     assert '"actor/loss": 1.0' in (tmp_path / "metrics.jsonl.superseded").read_text()
     assert '"actor/loss": 2.0' in (tmp_path / "metrics.jsonl").read_text()
     assert (tmp_path / "samples.jsonl.superseded").exists()
+
+
+@pytest.mark.parametrize("what", ["metrics", "samples", "tokens", "cut"])
+def test_records_that_cannot_be_written_end_in_a_line(what: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    report = Report(folder, is_first=True, num_steps=9)
+    report.step(0, {"actor/loss": 0.5})
+    if what == "cut":  # its name is taken by a folder
+        (folder / "samples.jsonl").mkdir()
+    else:
+        shutil.rmtree(folder)  # while the run is at work
+    writes = {
+        "metrics": lambda: report.step(1, {"actor/loss": 0.5}),
+        "samples": lambda: report.samples(1, "train", [Trajectory(0, 0, 0)]),
+        "tokens": lambda: report.tokens(1, "train", [{"row": 1}]),
+        "cut": lambda: report.keep_before(1),
+    }
+    with pytest.raises(RecordsFailed, match=r"the records in .*/run could not be written \(.*load_ckpt_from=latest$"):
+        writes[what]()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_ends_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RecordsFailed, match="No space left on device"):
+        Report(tmp_path, is_first=True, num_steps=9).step(1, {"actor/loss": 0.5})

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from RL2 import digests
 from RL2.config import ConfigError, load, show
 from RL2.run_lock import RunLock
 from RL2.trainer.inputs import changed
+from RL2.trainer.launch import _is_out_of_memory
 from RL2.trainer.run import LAUNCHERS, launcher, models, start
 
 LORA = ("actor.lora.rank=4", "actor.lora.alpha=8")
@@ -147,3 +149,12 @@ def test_settings_that_changed_are_found(tmp_path: Path) -> None:
     assert changed(file, show(before)) == []
     file.write_text("a: [")
     assert changed(file, now) == []
+
+
+def test_memory_that_ran_out_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as on_a_cpu:
+        torch.empty(10**15)
+    assert _is_out_of_memory(on_a_cpu.value)
+    assert _is_out_of_memory(MemoryError())
+    assert _is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not _is_out_of_memory(RuntimeError("shapes differ"))

@@ -50,6 +50,10 @@ class OutOfMemory(UserError, RuntimeError):
     """Not even one request fits into the memory that the engine may take."""
 
 
+class BrokenWeights(UserError, RuntimeError):
+    """The model's probabilities are not numbers."""
+
+
 @dataclass(eq=False)
 class _Request:
     prompt: list[int]
@@ -327,7 +331,7 @@ class EmbeddedEngine:
         finished = []
         for i, request, token, logp in zip(rows, requests, ids.tolist(), logps.tolist(), strict=True):
             if not math.isfinite(logp):
-                raise RuntimeError(f"the log-probability of token {token} is {logp}: the weights are broken")
+                raise BrokenWeights(f"the log-probability of token {token} is {logp}: the weights are broken")
             request.tokens.append(token)
             request.logps.append(logp)
             request.versions.append(self.version)
