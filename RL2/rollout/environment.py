@@ -36,6 +36,8 @@ ATTEMPTS = 4
 """How often a call is handed in before it is given up because others blocked the loop each time."""
 PATIENCE = 1.25
 """Limits without progress after which a loop is taken for blocked. Above 1: a live loop stops a slow call itself."""
+LARGEST = 1e30
+"""Of rewards and scores, without sign. Training has rewards in float32, where sums of larger ones overflow."""
 
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
 State = str | list[dict[str, Any]]
@@ -307,6 +309,8 @@ def _number(result: dict[str, Any], name: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise Unscored(f"step returned {name}={number}; expected a finite number")
+    if abs(number) > LARGEST:
+        raise Unscored(f"step returned {name}={number:g}; expected a number from {-LARGEST:g} to {LARGEST:g}")
     return number
 
 

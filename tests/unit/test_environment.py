@@ -128,6 +128,8 @@ def test_optional_functions(load: Load) -> None:
         ("{'reward': float('nan')}", "step returned reward=nan; expected a finite number"),
         ("{'score': float('-inf')}", "step returned score=-inf; expected a finite number"),
         ("{'reward': 10**400}", "step returned reward=inf; expected a finite number"),
+        ("{'reward': 1e39}", "step returned reward=1e+39; expected a number from -1e+30 to 1e+30"),
+        ("{'score': -1e200}", "step returned score=-1e+200; expected a number from -1e+30 to 1e+30"),
         ("{'done': 1}", "step returned done=a int; expected a bool"),
         ("{'done': False}", "step returned next_state=None with done=False"),
         ("{'next_state': 3}", "step returned next_state=a int; expected a str, a list of messages or None"),
