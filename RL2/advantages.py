@@ -25,8 +25,8 @@ def reinforce(
 
     Dr. GRPO (arXiv 2503.20783). `global_norm` takes the mean of the whole rollout instead, as do groups of one member,
     which have no mean to compare with; `group_size` is how many a group had when it was sampled, before filters, and
-    None counts those that are here. `norm_var` divides by a standard deviation, n - 1 in its denominator. Over what
-    the mean was taken over it is that of GRPO (2402.03300), and with `global_norm` that of RL2; with
+    None counts those that are here. `norm_var` divides by a standard deviation, n - 1 in its denominator, plus
+    1e-6. Over what the mean was taken over it is that of GRPO (2402.03300), and with `global_norm` that of RL2; with
     `std_over=rollout` it is that of the rewards of the whole rollout (TRL's `scale_rewards="batch"`); with
     `std_over=tokens` the advantages are whitened over all action tokens, as in REINFORCE++ (2501.03262, equation 10).
 

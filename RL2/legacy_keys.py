@@ -233,7 +233,7 @@ def _of_value(override: str, rule: dict[str, str], said: str) -> list[str]:
 
 
 def _refuse_idle_estimators(given: dict[str, Given]) -> None:
-    """RL2 has an estimator for each place that a KL divergence may be in, and only one is read."""
+    """Raise LegacyKeyError if the estimator of a place is given where the KL divergence is not in that place."""
     kinds = [_value(setting) for one in given.values() for setting in one.settings if _key(setting) == "actor.kl.type"]
     for key, places in NEEDED.items():
         if key in given and (not kinds or kinds[-1] not in places):
@@ -241,7 +241,7 @@ def _refuse_idle_estimators(given: dict[str, Given]) -> None:
 
 
 def _refuse_two_values(given: list[Given]) -> None:
-    """One key here may be several there: those that are given must agree, tests with training too."""
+    """Raise LegacyKeyError if keys that are one key here have different values, or if only that of tests is given."""
     by_key: dict[str, list[tuple[Given, str]]] = {}
     for one in given:
         for setting in one.settings:
@@ -267,7 +267,7 @@ def _equal(first: str, second: str) -> bool:
 
 
 def _with_rank_cap(program: str, given: dict[str, Given]) -> dict[str, Given]:
-    """The fork has a rank_cap for all objectives, which two of them read, and another default for it."""
+    """Return `given` with the fork's default of rank_cap for the objectives that read it, and without it for others."""
     settings = {_key(setting): _value(setting) for one in given.values() for setting in one.settings}
     is_fork = program == "path" or "actor.path.objective" in given
     objective = settings.get("actor.objective", "rank_jsd" if program == "path" else "")

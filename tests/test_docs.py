@@ -280,6 +280,15 @@ def resolved(program: str) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.create(show(load(program, minimal(program)))))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("program", ["sft", "rm", "dpo"])
+def test_defaults_on_the_page_of_a_program_are_its_own(program: str) -> None:
+    page = (ROOT / "docs" / f"{program}.md").read_text()
+    said = re.findall(r"^\| `([\w.]+)` \|.*?([\d.e-]+) unless set", page, re.MULTILINE)
+    assert said
+    for key, value in said:
+        assert float(value) == reduce(lambda of, name: of[name], key.split("."), resolved(program)), key
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     """The site's own build checks those between its pages once more."""

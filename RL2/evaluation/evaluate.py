@@ -31,7 +31,7 @@ from RL2.rollout.episode import decode
 from RL2.types import Prompt, Sampling, Trajectory
 from RL2.workers.worker import compute_dtype
 
-RECORDS, SUMMARY = "records.jsonl", "summary.json"
+QUESTION, RECORDS, SUMMARY = "question.json", "records.jsonl", "summary.json"
 WAVE = 512
 """Responses that are at work together; their records are written when all are done."""
 MOST = 1e100
@@ -89,7 +89,7 @@ def evaluate(
     prompts = load_prompts(question.data, tokenizer, environment.example, longest - 1)[: question.limit]
     folder = Path(question.out) / key(question, prompts)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "question.json").write_text(json.dumps(asdict(question), indent=1))
+    (folder / QUESTION).write_text(json.dumps(asdict(question), indent=1))
     done = keep_whole_problems(folder, question.samples + question.greedy)
     left = [prompt for prompt in prompts if prompt.row not in done]
     progress(len(done), len(prompts))
@@ -274,6 +274,7 @@ def compared(methods: Sequence[str], by: str) -> list[str]:
     if len(methods) < 2:
         raise ConfigError("there is nothing to compare with: give two methods at least, NAME=FOLDER[,FOLDER...]")
     runs: dict[str, list[dict[str, float]]] = {}
+    read_folders: list[str] = []
     for number, method in enumerate(methods):
         name, equals, folders = method.partition("=")
         if not equals:
@@ -285,8 +286,10 @@ def compared(methods: Sequence[str], by: str) -> list[str]:
                     f"{folder} has no {by} scores: it is not the folder of an evaluation with such responses"
                 )
             runs.setdefault(name, []).append(of)
+            read_folders.append(folder)
         if len(runs) != number + 1:
             raise ConfigError(f"{name} is named twice")
+    _refuse_other_problems(read_folders)
     (first, baseline), *others = runs.items()
     means = ", ".join(f"{fmean(run.values()):.4f}" for run in baseline)
     lines = [f"{first}: {by} score {means}"]
@@ -296,8 +299,38 @@ def compared(methods: Sequence[str], by: str) -> list[str]:
         except ValueError as error:
             raise ConfigError(f"{first} and {name}: {error}") from error
         means = ", ".join(f"{fmean(run.values()):.4f}" for run in others_of)
-        lines.append(f"{name}: {by} score {means}; against {first} {comparison.words}")
+        line = f"{name}: {by} score {means}; against {first} {comparison.words}"
+        if missing := len(set[str]().union(*baseline, *others_of)) - comparison.problems:
+            line += f"; {missing} problems have no score in some of these runs, and the difference leaves them out"
+        lines.append(line)
     return lines
+
+
+def _refuse_other_problems(folders: Sequence[str]) -> None:
+    """Raise ConfigError if evaluations differ in data or environment: they are compared row by row.
+
+    Two files are the same if they hold the same. A folder without question.json is taken as it is.
+    """
+    asked: list[tuple[str, dict[str, Any]]] = []
+    for folder in folders:
+        file = Path(folder) / QUESTION
+        if file.exists():
+            try:
+                asked.append((folder, dict(json.loads(file.read_bytes()))))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ConfigError(f"{file} is damaged: {first_line(error)}; give the evaluation again") from error
+    for folder, question in asked[1:]:
+        base, expected = asked[0]
+        for name in ("data", "env"):
+            if not _same_file(str(question.get(name)), str(expected.get(name))):
+                raise ConfigError(
+                    f"{folder} has {name}={question.get(name)} and {base} has {name}={expected.get(name)}; "
+                    "compare evaluations of the same problems by the same environment"
+                )
+
+
+def _same_file(a: str, b: str) -> bool:
+    return a == b or (Path(a).is_file() and Path(b).is_file() and Path(a).read_bytes() == Path(b).read_bytes())
 
 
 def scores(records: Sequence[dict[str, Any]], which: str) -> dict[str, float]:

@@ -128,7 +128,7 @@ def first_to_last(values: Sequence[float], edge: int, confidence: float = 0.95) 
     noise as a first-order autoregression: values k steps apart differ by a variance of V (1 - r^k) / (1 - r), with V
     the variance of the differences between neighbours and r = 1 + 2 (their lag-1 autocorrelation), which a slow trend
     hardly changes. Differences are cut off at 3 standard deviations: a collapse within a few steps is a change and no
-    noise. r is used one standard error, 1 / sqrt(n), above its estimate, and at most 1 (a random walk). The quantile
+    noise. r is used one standard error, 2 / sqrt(n), above its estimate, and at most 1 (a random walk). The quantile
     is Student's with 2 (edge - 1) degrees of freedom. The interval says nothing of other seeds.
     Raises ValueError for edge < 2, or edges that overlap.
     """
@@ -143,7 +143,7 @@ def first_to_last(values: Sequence[float], edge: int, confidence: float = 0.95) 
     squared = float((deviation**2).sum())
     if squared <= 1e-24 * float((series**2).sum()):  # a straight line has no noise
         return Estimate(difference, difference, difference)
-    r = 1 + 2 * float((deviation[1:] * deviation[:-1]).sum()) / squared + len(series) ** -0.5
+    r = 1 + 2 * float((deviation[1:] * deviation[:-1]).sum()) / squared + 2 * len(series) ** -0.5
     r = min(1.0, max(0.0, r))
     # half the variance of the difference of two values k steps apart
     apart_k = squared / (len(steps) - 1) / 2 * np.concatenate([[0.0], (r ** np.arange(len(series) - 1)).cumsum()])

@@ -168,6 +168,8 @@ def run_config(run: Path, folder: Path, title: str) -> RLConfig:
     config: RLConfig = build(RLConfig, values, "")
     on_all = reads_advantages(configured(config.actor))
     fitting = {"train_on": "all", "average_over": "all"} if on_all else {"train_on": "correct"}
+    if on_all and not config.actor.select.is_on:  # then all tokens are kept
+        fitting["regularize_on"] = "kept"
     values["actor"] |= {key: value for key, value in fitting.items() if f"actor.{key}" not in keys}
     return build(RLConfig, values, "")
 

@@ -38,7 +38,6 @@ ATTEMPTS = 4
 """How often a call is handed in before it is given up because others blocked the loop each time."""
 PATIENCE = 1.25
 """Limits without progress after which a loop is taken for blocked. Above 1: a live loop stops a slow call itself."""
-
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
 State = str | list[dict[str, Any]]
 """What a script shows to the model: text as it stands, or messages that go through the chat template."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from RL2.config import ConfigError
 from RL2.evaluation.compare import compare, student
+from RL2.evaluation.evaluate import compared
 
 
 @pytest.mark.parametrize(
@@ -117,3 +122,38 @@ def test_the_smallest_difference_is_found_in_four_of_five() -> None:
 def test_runs_of_other_problems_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="fewer than two problems in common"):
         compare([{"1": 1.0, "2": 0.0}], [{"3": 1.0, "2": 0.0}])
+
+
+def evaluation(folder: Path, scores: dict[int, float], **question: str) -> str:
+    """Write a folder as `rl2 eval` leaves it, with the greedy score of each row."""
+    folder.mkdir()
+    (folder / "question.json").write_text(json.dumps({"data": "d", "env": "e.py"} | question))
+    record = {"sample": -1, "answer": None, "tokens": 3, "truncated": False}
+    lines = [json.dumps(record | {"row": row, "score": score}) for row, score in scores.items()]
+    (folder / "records.jsonl").write_text("".join(line + "\n" for line in lines))
+    return f"{folder.name}={folder}"
+
+
+@pytest.mark.parametrize("key", ["data", "env"])
+def test_rows_of_other_data_or_another_environment_are_not_paired(key: str, tmp_path: Path) -> None:
+    scores = dict.fromkeys(range(8), 1.0)
+    for name, text in (("one", "1"), ("copy", "1"), ("other", "2")):
+        (tmp_path / name).write_text(text)
+    base, copy, other = (
+        evaluation(tmp_path / f"of_{name}", scores, **{key: str(tmp_path / name)}) for name in ("one", "copy", "other")
+    )
+    assert "cannot tell" in compared([base, copy], "greedy")[1]
+    with pytest.raises(ConfigError, match=rf"of_other has {key}=.*other and .*of_one has {key}=.*one; compare"):
+        compared([base, copy, other], "greedy")
+    (tmp_path / "of_copy" / "question.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"question\.json is damaged"):
+        compared([base, copy], "greedy")
+
+
+def test_problems_that_only_some_runs_have_are_counted(tmp_path: Path) -> None:
+    base = evaluation(tmp_path / "a", dict.fromkeys(range(10), 1.0))
+    fewer = evaluation(tmp_path / "b", dict.fromkeys(range(2, 11), 1.0))
+    line = compared([base, fewer], "greedy")[1]
+    assert "on 8 problems" in line
+    assert "3 problems have no score in some of these runs, and the difference leaves them out" in line
+    assert "leaves them out" not in compared([base, base.replace("a=", "c=", 1)], "greedy")[1]

@@ -136,7 +136,7 @@ def test_no_change_is_known_as_well_as_the_problems_allow() -> None:
     assert estimate.high == pytest.approx(0.06, abs=0.005)
 
 
-@pytest.mark.parametrize(("r", "most"), [(0.0, 0.05), (0.6, 0.06)])
+@pytest.mark.parametrize(("r", "most"), [(0.0, 0.05), (0.6, 0.06), (0.9, 0.06)])
 def test_steps_that_resemble_their_neighbours_are_no_change(r: float, most: float) -> None:
     rng, moved = np.random.default_rng(0), 0
     for _ in range(150):

@@ -1,0 +1,27 @@
+"""The configuration of a replayed step: every objective can be replayed from every run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from RL2.config import load, show
+from RL2.evaluation.replay import run_config
+
+REQUIRED = """actor.model_name=m actor.max_length_per_device=64 train_data.path=x train_data.prompts_per_rollout=2
+    train_data.responses_per_prompt=3 rollout.env_path=x trainer.experiment_name=x
+    rollout.train_sampling_params.max_new_tokens=8 actor.entropy.coef=0.1"""
+
+
+@pytest.mark.parametrize("select", [[], ["actor.select.not_mode=true"]], ids=["all", "selected"])
+@pytest.mark.parametrize("average_over", ["all", "kept", "correct"])
+def test_an_objective_on_all_tokens_fits_a_run_on_correct_ones(
+    average_over: str, select: list[str], tmp_path: Path
+) -> None:
+    given = [*REQUIRED.split(), *select, f"actor.average_over={average_over}", "actor.regularize_on=all"]
+    (tmp_path / "config.yaml").write_text(show(load("spo", given)))
+    on_all = run_config(tmp_path, tmp_path, "ppo").actor
+    assert (on_all.train_on, on_all.average_over) == ("all", "all")
+    assert on_all.regularize_on == ("all" if select else "kept")
+    assert run_config(tmp_path, tmp_path, "spo_0p5").actor.regularize_on == "all"
