@@ -58,6 +58,7 @@ def build(auto: type, model_name: str, key: str, **settings: object) -> PreTrain
 
     `key` named the model, for errors. Raises ConfigError if there is none, or one that is not known to be exact.
     """
+    refuse_no_model(model_name, key)
     config = configuration(model_name, key, **settings)
     refuse_inexact(auto, config, model_name, key)
     lm = empty(auto, config, torch.float32)

@@ -118,7 +118,7 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path: Path) -> None:
         assert said.startswith(f"actor.model_name={folder}") and "\n" not in said
         return said.removeprefix(f"actor.model_name={folder}")
 
-    assert "no folder" in message("no folder")
+    assert message("no folder").startswith(": there is no such folder")
     assert message("no weights").startswith(" has no weights in safetensors format (no *.safetensors in ")
     assert message("cut off").startswith(": model.safetensors is broken (")
     assert message("no safetensors").startswith(": model.safetensors is broken (")
