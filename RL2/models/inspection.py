@@ -22,8 +22,8 @@ from RL2.config import ConfigError, first_line
 
 INSPECTED = "rl2_inspected"
 """Attention implementation that checks and records its arguments."""
-TOKENS = (37, 41, 43, 47, 53)
-"""Tokens of the inspected forward: the first that is no size of the model, so that a shape tells the tokens."""
+TOKENS = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127)
+"""Numbers of tokens of the inspected forward: the first that divides no size of the model, to be told by shapes."""
 # fmt: off
 RESHAPES = {
     "view", "_unsafe_view", "reshape", "transpose", "permute", "t", "expand", "unsqueeze", "squeeze", "alias",
@@ -55,6 +55,7 @@ def refuse_inexact(auto: type, config: PretrainedConfig, name: str, key: str) ->
     try:
         _refuse_quantised(config)
         lm = _tried(lambda: _build(auto, config), "cannot be built")
+        _refuse_more_than_text(config, lm)
         _tried(lambda: _refuse_structure(lm), "is of an unknown structure")
         _refuse_forward(lm)
         _refuse_unset_buffers(lm)
@@ -82,13 +83,18 @@ def _build(auto: type, config: PretrainedConfig) -> PreTrainedModel:
         return auto.from_config(config, dtype=torch.float32, attn_implementation=INSPECTED)  # type: ignore[attr-defined]
 
 
-def _refuse_structure(lm: PreTrainedModel) -> None:
-    if type(lm.config).sub_configs:
+def _refuse_more_than_text(config: PretrainedConfig, lm: PreTrainedModel) -> None:
+    """Refuse what holds a text model among others, also where transformers would take that alone out of it."""
+    if type(config).sub_configs or type(lm.config).sub_configs:
         raise Unsupported(f"({type(lm).__name__}) is a model of text and more, which is not supported")
+
+
+def _refuse_structure(lm: PreTrainedModel) -> None:
     layers = getattr(lm.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(lm.config, "num_key_value_heads"):
         raise Unsupported(f"({type(lm).__name__}) is not built like Llama or Qwen, which is what is supported")
-    if getattr(lm.config, "sliding_window", None):
+    has_window = set(getattr(lm.config, "layer_types", None) or ["all"]) != {"full_attention"}
+    if getattr(lm.config, "sliding_window", None) and has_window:
         raise Unsupported("uses a sliding window, which packed attention does not have")
     experts = next((name for name, p in layers.named_parameters() if p.ndim == 3 and "conv" not in name), None)
     if experts is not None:
@@ -98,8 +104,11 @@ def _refuse_structure(lm: PreTrainedModel) -> None:
 def _refuse_forward(lm: PreTrainedModel) -> None:
     """Run it on tokens without values, and refuse what attention, layers or head do beyond the packed forward."""
     calls: list[int] = []
-    sizes = {size for p in lm.parameters() for size in p.shape}
-    tokens = next(number for number in TOKENS if number not in sizes)
+    # heads, their sizes and halves of these divide a size of a parameter
+    sizes = {size for x in (*lm.parameters(), *lm.buffers()) for size in x.shape}
+    tokens = next((number for number in TOKENS if all(size % number for size in sizes)), None)
+    if tokens is None:
+        raise Unsupported("has sizes among which no number of tokens can be told")
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     positions = torch.arange(tokens, device="meta")[None]
     seen: dict[str, Any] = {}
@@ -139,8 +148,14 @@ def _refuse_forward(lm: PreTrainedModel) -> None:
 
 def _refuse_unset_buffers(lm: PreTrainedModel) -> None:
     lm.apply(_buffers_to_cpu)
-    reset_buffers(lm)
-    unset = [name for name, x in lm.named_buffers() if bool((x != x).any()) and name not in stored_buffers(lm)]
+    found = []
+    for before in (0, 1):  # what nothing sets is then what it was
+        for buffer in lm.buffers():
+            buffer.fill_(before)
+        reset_buffers(lm)
+        found.append({name: buffer.clone() for name, buffer in lm.named_buffers()})
+    stored = stored_buffers(lm)
+    unset = [name for name, x in found[0].items() if name not in stored and not torch.equal(x, found[1][name])]
     if unset:
         raise Unsupported(f"has buffers that nothing sets, among them {unset[0]}")
 

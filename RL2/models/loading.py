@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,9 +18,11 @@ from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from RL2.config import ConfigError, first_line
 from RL2.models.inspection import refuse_inexact, reset_buffers, stored_buffers
@@ -56,15 +58,41 @@ def build(auto: type, model_name: str, key: str, **settings: object) -> PreTrain
 
     `key` named the model, for errors. Raises ConfigError if there is none, or one that is not known to be exact.
     """
-    try:
-        config = AutoConfig.from_pretrained(model_name, **settings)
-    except Exception as error:  # transformers has an error of its own for every kind of damage
-        raise ConfigError(f"{key}={model_name}: its configuration cannot be read: {first_line(error)}") from error
+    refuse_no_model(model_name, key)
+    config = configuration(model_name, key, **settings)
     refuse_inexact(auto, config, model_name, key)
     lm = empty(auto, config, torch.float32)
-    with suppress(OSError):  # most models bring one; without it the tokenizer alone says what ends a response
-        lm.generation_config = GenerationConfig.from_pretrained(model_name)
+    if (generation := _generation(model_name, key)) is not None:
+        lm.generation_config = generation
     return lm
+
+
+def configuration(model_name: str, key: str, **settings: object) -> PretrainedConfig:
+    """Return the configuration of a hub name or folder; raise ConfigError, which names `key`, if it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(model_name, **settings)
+    except Exception as error:  # transformers has an error of its own for every kind of damage
+        raise ConfigError(f"{key}={model_name}: its configuration cannot be read: {first_line(error)}") from error
+
+
+def _generation(model_name: str, key: str) -> GenerationConfig | None:
+    """Return the generation configuration that most models bring, which says what ends a response; None without one.
+
+    Raises ConfigError for one that is damaged.
+    """
+    try:
+        found = GenerationConfig.from_pretrained(model_name)
+    except Exception as error:
+        here = folder_here(model_name)
+        if isinstance(error, OSError) and not (here and (here / GENERATION_CONFIG_NAME).is_file()):
+            return None
+        raise ConfigError(
+            f"{key}={model_name}: its {GENERATION_CONFIG_NAME} cannot be read: {first_line(error)}"
+        ) from error
+    ends = found.eos_token_id
+    if not all(isinstance(token, int) for token in (ends if isinstance(ends, list) else [ends or 0])):
+        raise ConfigError(f"{key}={model_name}: eos_token_id={ends!r} in its {GENERATION_CONFIG_NAME} is no token id")
+    return found
 
 
 def empty(auto: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -96,12 +124,14 @@ def read_weights(
     """
     folder = weights_folder(model_name, key)
     stored = stored_tensors(folder, model_name, key)
+    reader = HuggingFaceStorageReader(str(folder))
+    reader.fs = _Listing({one.file for one in stored.values()})
     state, values = match_weights(lm, stored, model_name, key, initial, unread)
     for tensor, value in values:
         _set(tensor, value)
     try:
         with warnings.catch_warnings(action="ignore"):  # that it reads without the other processes, which is the idea
-            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+            dcp.load(state, storage_reader=reader, no_dist=True)
     except (dcp.CheckpointException, ValueError, SafetensorError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise ConfigError(f"{key}={model_name}: its weights cannot be read: {first_line(cause)}") from error
@@ -194,36 +224,65 @@ def _equal(name: str, one: Stored, other_name: str, other: Stored) -> bool:
 def stored_tensors(folder: Path, model_name: str, key: str) -> dict[str, Stored]:
     """Return the tensors in a folder's safetensors by name; only the headers are read.
 
-    Raises ConfigError, which names the file, if one is broken or one of those in the index is not there.
+    Raises ConfigError, which names the file, if one is broken, one of those in the index is not there, or two have a
+    tensor of the same name.
     """
     found: dict[str, Stored] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _weight_files(folder, f"{key}={model_name}"):
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - safe_open is no dictionary
                     part = opened.get_slice(name)
-                    found[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
+                    stored = Stored(file, part.get_dtype(), tuple(part.get_shape()))
+                    if name in found:
+                        raise ConfigError(
+                            f"{key}={model_name}: {name} is stored in {found[name].file.name} and in {file.name}; "
+                            "leave only the files of one checkpoint in the folder"
+                        )
+                    found[name] = stored
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"{key}={model_name}: {file.name} is broken ({first_line(error)}); was a download or a copy cut off? "
                 "Take it out and fetch it again"
             ) from error
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{key}={model_name}: {index.name} is broken ({first_line(error)})") from error
-        if missing := sorted(file for file in named if not (folder / file).is_file()):
-            raise ConfigError(
-                f"{key}={model_name}: {missing[0]} is missing, which {index.name} names (with it {len(missing)} of "
-                f"{len(named)} files); fetch the model again"
-            )
     if not found:
         why = f"no *.safetensors in {folder}"
         if begun := list(folder.glob("../../blobs/*.incomplete")):  # the hub's cache, of which `folder` is a snapshot
             why = f"the download was cut off at {begun[0].name}; fetch it again"
         raise ConfigError(f"{key}={model_name} has no weights in safetensors format ({why})")
     return found
+
+
+def _weight_files(folder: Path, where: str) -> list[Path]:
+    """Return the files that transformers would load: `model.safetensors`, else those of the index, else all.
+
+    Beside them a folder may have the weights in a layout of another library, an adapter, or old shards.
+    """
+    if (whole := folder / SAFE_WEIGHTS_NAME).is_file():
+        return [whole]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        named = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{where}: {index.name} is broken ({first_line(error)})") from error
+    if missing := [file for file in named if not (folder / file).is_file()]:
+        raise ConfigError(
+            f"{where}: {missing[0]} is missing, which {index.name} names (with it {len(missing)} of {len(named)} "
+            "files); fetch the model again"
+        )
+    return [folder / file for file in named]
+
+
+class _Listing(FileSystem):
+    """A file system whose folders have these files alone."""
+
+    def __init__(self, files: set[Path]) -> None:
+        self.files = files
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [str(file) for file in self.files]
 
 
 def _parameters(lm: PreTrainedModel) -> list[tuple[list[str], Tensor]]:

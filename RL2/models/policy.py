@@ -13,7 +13,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -24,7 +23,7 @@ from transformers import (
 from RL2.config import ConfigError, first_line
 from RL2.data.template import Template, change_template
 from RL2.models.inspection import length_limit, stored_buffers
-from RL2.models.loading import build, empty, materialise, refuse_no_model
+from RL2.models.loading import build, configuration, empty, materialise, refuse_no_model
 from RL2.models.lora import is_adapter, merge, merged_name
 from RL2.models.packed import PackedModel, backbone
 from RL2.ops.token_stats import VocabularyShard, token_stats
@@ -102,9 +101,10 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a hub name or folder, which `key` named, with another chat template if one is given."""
     refuse_no_model(model_name, key)
+    configuration(model_name, key)  # which the tokenizer is looked up by: the error is then of what is damaged
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers has an error of its own for every kind of damage
         raise ConfigError(f"{key}={model_name}: its tokenizer cannot be read: {first_line(error)}") from error
     if not tokenizer.encode("a 1", add_special_tokens=False):  # what transformers makes of a configuration alone
         raise ConfigError(f"{key}={model_name} has no tokenizer: there is no tokenizer.json in it")
@@ -123,19 +123,12 @@ def refuse_unknown_tokens(lm: PreTrainedModel, token_ids: Iterable[int], key: st
 
 def max_length(model_name: str, key: str = "actor.model_name") -> int:
     """Return how many tokens a sequence may have, as `positions`; read from the model's configuration alone."""
-    return positions(_config(model_name, key))
+    return positions(configuration(model_name, key))
 
 
 def rotary_limit(model_name: str, key: str) -> int | None:
     """Return `length_limit` of a model, read from its configuration alone."""
-    return length_limit(_config(model_name, key))
-
-
-def _config(model_name: str, key: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(model_name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={model_name}: {first_line(error)}") from error
+    return length_limit(configuration(model_name, key))
 
 
 def positions(config: PretrainedConfig) -> int:

@@ -107,11 +107,12 @@ def rehearse(program: str, config: Config) -> Findings:
     group, model = trained(config)
     layout = layout_of(model, group)
     lm, tokenizer = look_at_model(model, group, found)
-    look_at_other_models(config, found)
+    readers = {f"{group}.model_name": lm} if lm is not None else {}
+    readers |= look_at_other_models(config, found)
     if isinstance(config, RLConfig):
-        steps = look_at_tasks(config, lm, tokenizer, found)
+        steps = look_at_tasks(config, readers, tokenizer, found)
     else:
-        steps = look_at_rows(config, lm, tokenizer, found)
+        steps = look_at_rows(config, readers, tokenizer, found)
     count_checkpoints(config, lm, steps, found)
     if lm is not None:
         check_sizes(lm, layout.tp, layout.sp, group)
@@ -141,16 +142,11 @@ def look_at_model(
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """The model without memory, and the tokenizer, if they are on this machine."""
     key, name = f"{group}.model_name", model.model_name
-    try:
-        folder = folder_here(name)
-    except ValueError:
-        refuse_no_model(name, key)
-        raise
-    if folder is None:
+    if (folder := folder_of(name, key)) is None:
         found.miss("model", f"{name}, on the hub")
         return None, None
     tokenizer = load_tokenizer(str(folder), key, model.chat_template, model.chat_template_kwargs)
-    lm = build_and_match(folder, name, key, Policy if isinstance(model, TrainablePolicy) else ValueModel)
+    lm = look_at_weights(Policy if isinstance(model, TrainablePolicy) else ValueModel, folder, name, key)
     said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
     found.say("model", name, said)
     if model.gradient_checkpointing:
@@ -162,37 +158,53 @@ def look_at_model(
     return lm, tokenizer
 
 
-def build_and_match(folder: Path, name: str, key: str, kind: type[PackedModel]) -> PreTrainedModel:
-    """Return the model of `folder` without memory, compared with the headers of its weights where they are here."""
+def folder_of(name: str, key: str) -> Path | None:
+    """Return `folder_here` of a model; raise ConfigError, which names `key`, for a name that can be no model."""
+    try:
+        return folder_here(name)
+    except ValueError:
+        refuse_no_model(name, key)
+        raise
+
+
+def look_at_weights(kind: type[PackedModel], folder: Path, name: str, key: str) -> PreTrainedModel:
+    """Build the model of `folder` without memory, and match its weights, if they are there, by their headers."""
     lm = kind.build(name if folder == Path(name) else str(folder), key)
     if folder == Path(name) or any(folder.glob("*.safetensors")):  # otherwise they are still to be fetched
         match_weights(lm, stored_tensors(folder, name, key), name, key, kind(lm).initial, kind.UNREAD)
     return lm
 
 
-def look_at_other_models(config: Config, found: Findings) -> None:
-    """Look at reference and critic, where the run loads them from another folder or as another kind of model."""
-    others: list[tuple[str, str, type[PackedModel]]] = []
+def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTrainedModel]:
+    """Look at the reference and the critic, where the run loads them; return those on this machine by key."""
+    used: list[tuple[str, str, type[PackedModel], Trainable]] = []  # with the one whose layout it has
     if isinstance(config, RLConfig | DPOConfig):
-        reads = config.actor.kl.coef > 0 if isinstance(config, RLConfig) else not config.actor.reference_free
-        if reads and config.ref_actor.model_name != config.actor.model_name:
-            others.append(("ref_actor.model_name", config.ref_actor.model_name, Policy))
+        has_reference = config.actor.kl.coef > 0 if isinstance(config, RLConfig) else not config.actor.reference_free
+        if has_reference and config.ref_actor.model_name != config.actor.model_name:
+            used.append(("ref_actor", config.ref_actor.model_name, Policy, config.actor))
     if isinstance(config, RLConfig) and config.adv.estimator == "gae":
-        others.append(("critic.model_name", config.critic.model_name, ValueModel))
-    for key, name, kind in others:
-        refuse_no_model(name, key)
-        folder = folder_here(name)
-        if folder is None:
-            found.miss(key, f"{name}, on the hub")
+        used.append(("critic", config.critic.model_name, ValueModel, config.critic))
+    models = {}
+    for group, name, kind, model in used:
+        key = f"{group}.model_name"
+        if (folder := folder_of(name, key)) is None:
+            found.miss(group, f"{name}, on the hub")
             continue
-        lm = build_and_match(folder, name, key, kind)
-        found.say(key.partition(".")[0], name, f"{type(lm).__name__}")
+        lm = models[key] = look_at_weights(kind, folder, name, key)
+        check_sizes(lm, model.tp_size, model.sp_size, group)
+        if kind is ValueModel and model.gradient_checkpointing:
+            refuse_no_recomputation(lm, group)
+        found.say(group, f"{name}, {type(lm).__name__}")
+    return models
 
 
 def look_at_tasks(
-    config: RLConfig, lm: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, found: Findings
+    config: RLConfig, readers: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, found: Findings
 ) -> int | None:
-    """Data and environment of reinforcement learning; returns the steps, if they can be known."""
+    """Data and environment of reinforcement learning; returns the steps, if they can be known.
+
+    `readers` are the models that read its tokens, by key.
+    """
     rollout, train, trainer = config.rollout, config.train_data, config.trainer
     environment = load_environment(rollout.env_path, rollout.env_timeout_s)
     longest = config.actor.max_length + 1
@@ -218,11 +230,11 @@ def look_at_tasks(
 
     try:
         prompts, tests = tasks(config, environment, load)
-        if lm is not None:
-            given = chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests])
-            refuse_unknown_tokens(lm, given, "actor.model_name")
-        if lm is not None and tokenizer is not None:
-            stop_tokens(lm, tokenizer)
+        given = list(chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests]))
+        if tokenizer is not None:
+            given += stop_tokens(readers["actor.model_name"], tokenizer)
+        for key, lm in readers.items():
+            refuse_unknown_tokens(lm, given, key)
         for what, path in (("train data", train.path), ("test data", config.test_data.path if config.tests else None)):
             if what == "test data" and not config.tests:
                 found.say(what, "none")
@@ -304,11 +316,11 @@ def try_environment(
 
 def look_at_rows(
     config: Config,
-    lm: PreTrainedModel | None,
+    readers: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase | None,
     found: Findings,
 ) -> int | None:
-    """Data of supervised programs; returns the steps, if they can be known."""
+    """Data of supervised programs, which `readers` read; returns the steps, if they can be known."""
     assert not isinstance(config, RLConfig)
     data, trainer = config.data, config.trainer
     what = "examples" if isinstance(config, SFTConfig) else "pairs"
@@ -323,9 +335,9 @@ def look_at_rows(
         else:
             read = pairs_reader(config, tokenizer, notes, as_responses if isinstance(config, DPOConfig) else as_scored)
         rows, tests = train_and_test(data, read)
-        assert lm is not None
         for each in filter(None, (rows, tests)):
-            refuse_unknown_tokens(lm, [each.batch.largest_token_id], f"{trained(config)[0]}.model_name")
+            for key, lm in readers.items():
+                refuse_unknown_tokens(lm, [each.batch.largest_token_id], key)
         found.say("data", told["data"], *notes)
         found.say("test data", told["test data"])
     else:

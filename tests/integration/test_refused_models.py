@@ -92,20 +92,27 @@ def test_a_row_beyond_the_limit_of_rotary_frequencies_is_refused(program: str, w
     assert lines[0].endswith("which is not supported; lower data.max_length=128 to 4")
 
 
-@pytest.mark.parametrize(
-    ("program", "key", "needed"),
-    [
-        ("dpo", "ref_actor.model_name", []),
-        ("ppo", "ref_actor.model_name", ["actor.kl.coef=0.1"]),
-        ("ppo", "critic.model_name", ["adv.estimator=gae"]),
-    ],
-)
-def test_reference_and_critic_are_looked_at_too(
-    program: str, key: str, needed: list[str], world: World, tmp_path: Path
+BESIDE = {
+    "reference of dpo": ("dpo", "ref_actor", []),
+    "reference of ppo": ("ppo", "ref_actor", ["actor.kl.coef=0.1"]),
+    "critic of ppo": ("ppo", "critic", ["adv.estimator=gae", "critic.max_length_per_device=256"]),
+}
+
+
+@pytest.mark.parametrize("fault", ["quantised", "no folder", "too few tokens"])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_models_beside_the_trained_one_are_refused_as_it_is(
+    beside: str, fault: str, world: World, tmp_path: Path
 ) -> None:
-    shutil.copytree(world.model, tmp_path / "model")
-    quantised(tmp_path / "model")
-    settings = [*world.settings(program), *needed, f"{key}={tmp_path}/model", f"trainer.save_dir={tmp_path}/run"]
-    lines = [last_line(program, [*settings, f"trainer.dry_run={dry}"]) for dry in ("true", "false")]
+    program, group, more = BESIDE[beside]
+    if fault != "no folder":
+        shutil.copytree(world.model, tmp_path / "model")
+    if fault == "quantised":
+        quantised(tmp_path / "model")
+    elif fault == "too few tokens":
+        tiny_model(tiny_config("qwen3", {"vocab_size": 20})).save_pretrained(tmp_path / "model")
+    overrides = [*world.settings(program), *more, f"{group}.model_name={tmp_path}/model"]
+    overrides += [f"trainer.save_dir={tmp_path}/run"]
+    lines = [last_line(program, [*overrides, f"trainer.dry_run={dry}"]) for dry in ("true", "false")]
     assert lines[0] == lines[1]
-    assert lines[0].startswith(f"{program}: {key}={tmp_path}/model: qwen3 is quantised (fp8)")
+    assert lines[0].startswith(f"{program}: {group}.model_name={tmp_path}/model")

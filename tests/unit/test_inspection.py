@@ -82,6 +82,21 @@ def test_what_acts_on_each_token_alone_is_not_refused() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {"head_dim": 74}),
+        ("llama", {"head_dim": 2 * 37 * 41}),
+        ("qwen3", {"num_attention_heads": 37, "num_key_value_heads": 37}),
+        ("qwen3", {"vocab_size": 37, "hidden_size": 74, "head_dim": 82}),
+        ("llama", {"num_key_value_heads": 1}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    ],
+)
+def test_sizes_and_settings_without_effect_are_no_reason(model_type: str, settings: dict[str, Any]) -> None:
+    refuse_inexact(AutoModelForCausalLM, tiny_config(model_type, settings), "F", "k")
+
+
 def attention_with(**arguments: Any) -> Change:
     """Let every attention pass these on to transformers' attention interface."""
 
@@ -117,6 +132,14 @@ def attention_with(**arguments: Any) -> Change:
         (
             lambda lm: lm.model.register_buffer("offset", torch.zeros(4), persistent=False),
             "has buffers that nothing sets",
+        ),
+        (
+            lambda lm: lm.model.register_buffer("order", torch.arange(4), persistent=False),
+            "has buffers that nothing sets, among them model.order",
+        ),
+        (
+            lambda lm: lm.model.register_buffer("is_known", torch.ones(4, dtype=torch.bool), persistent=False),
+            "has buffers that nothing sets, among them model.is_known",
         ),
         (lambda lm: setattr(lm.model, "vision", nn.Linear(2, 2)), "has weights that text does not pass through"),
         (lambda lm: setattr(lm.model.layers[0], "experts", Experts()), "is a mixture of experts"),

@@ -11,11 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from RL2.config import ConfigError
 from RL2.models.loading import match_weights, stored_tensors
-from RL2.models.policy import Policy, export, load_model, load_tokenizer
+from RL2.models.policy import Policy, export, load_model, load_tokenizer, max_length
 from RL2.models.value import ValueModel
 
 SHAPE = {
@@ -111,7 +118,7 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path: Path) -> None:
         assert said.startswith(f"actor.model_name={folder}") and "\n" not in said
         return said.removeprefix(f"actor.model_name={folder}")
 
-    assert "no folder" in message("no folder")
+    assert message("no folder").startswith(": there is no such folder")
     assert message("no weights").startswith(" has no weights in safetensors format (no *.safetensors in ")
     assert message("cut off").startswith(": model.safetensors is broken (")
     assert message("no safetensors").startswith(": model.safetensors is broken (")
@@ -214,3 +221,90 @@ def test_a_tied_head_that_is_stored_with_other_values_is_refused(tmp_path: Path)
 
 def test_a_value_model_reads_a_language_model_but_for_its_head(tmp_path: Path) -> None:
     ValueModel.load(str(saved(tmp_path, lambda t: None)), "k")
+
+
+def half_and_stale(folder: Path) -> None:
+    """Write shards with an index, and beside them a file that the index does not name, of the same tensors."""
+    stale = {name: torch.zeros_like(x) for name, x in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    make(folder, "untied", max_shard_size="10KB")
+    for name in ("a-old.safetensors", "z-old.safetensors"):
+        save_file(stale, folder / name)
+
+
+def whole_and_stale(folder: Path) -> None:
+    """Write `model.safetensors`, and beside it shards with an index, of the same tensors with other values."""
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    lm = MODELS["untied"]()
+    lm.save_pretrained(folder, max_shard_size="10KB")
+    (folder / "model.safetensors").write_bytes(whole)
+
+
+def another_layout(folder: Path) -> None:
+    """Write beside the model what Mistral's checkpoints and peft's have."""
+    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, folder / "consolidated.safetensors")
+    save_file({"base_model.model.lora_A.weight": torch.ones(2)}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("beside", [half_and_stale, whole_and_stale, another_layout])
+def test_of_several_files_those_are_read_that_transformers_reads(
+    tmp_path: Path, beside: Callable[[Path], None]
+) -> None:
+    make(tmp_path, "untied")
+    beside(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    headers(tmp_path)
+    ours = load_model(str(tmp_path), torch.float32)
+    assert all(torch.equal(p, theirs.get_parameter(n)) for n, p in ours.named_parameters())
+
+
+def test_a_tensor_that_two_files_have_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, "untied")
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "two.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
+    with pytest.raises(ConfigError, match=r"^k=.* is stored in one.safetensors and in two.safetensors; leave only"):
+        stored_tensors(tmp_path, str(tmp_path), "k")
+
+
+DAMAGED = [
+    ("config.json", "["),
+    ("config.json", "[]"),
+    ("config.json", "null"),
+    ("config.json", {"hidden_size": "wide"}),
+    ("config.json", {"num_hidden_layers": None}),
+    ("config.json", {"layer_types": ["full_attention"]}),
+    ("config.json", {"rope_parameters": [1]}),
+    ("config.json", {"dtype": "float99"}),
+    ("config.json", {"quantization_config": "fp8"}),
+    ("tokenizer.json", "{}"),
+    ("tokenizer_config.json", "[]"),
+    ("generation_config.json", "{"),
+    ("generation_config.json", "[]"),
+    ("generation_config.json", '{"eos_token_id": "</s>"}'),
+    ("generation_config.json", '{"max_new_tokens": -1}'),
+    ("model.safetensors.index.json", "[]"),
+    ("model.safetensors.index.json", '{"weight_map": {"model.norm.weight": null}}'),
+]
+
+
+@pytest.mark.parametrize(("file", "content"), DAMAGED, ids=str)
+def test_a_damaged_file_is_named_in_one_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, file: str, content: str | dict[str, object]
+) -> None:
+    make(tmp_path, "untied", max_shard_size="10KB")
+    tokenizer.save_pretrained(tmp_path)
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((tmp_path / file).read_text()), **content})
+    (tmp_path / file).write_text(content)
+    for read in (
+        lambda: (load_tokenizer(str(tmp_path), "k"), headers(tmp_path)),
+        lambda: (max_length(str(tmp_path), "k"), Policy.load(str(tmp_path), "k"), load_tokenizer(str(tmp_path), "k")),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            read()
+        assert str(caught.value).startswith(f"k={tmp_path}")
+        assert "\n" not in str(caught.value)
+        what = {"config.json": "its configuration", "model.safetensors.index.json": "null"}.get(file, file)
+        assert what.split("_")[0].removesuffix(".json") in str(caught.value) or file in str(caught.value)
+        assert not str(caught.value).endswith(":")
