@@ -190,8 +190,8 @@ class KL:
     and k3 is not that of KL(policy || reference) there. loss: k2, as null, or k3; k1 has an expected gradient of 0."""
     importance_weight: bool
     """loss: each token's term is weighted by p / p_old, p_old being the probability under the policy that sampled it
-    (update_per_rollout, rollout.max_staleness). false: no weight, as in GRPO's paper: k2 is biased off-policy, and the
-    gradient of k3 is that of KL(reference || policy)."""
+    (update_per_rollout, rollout.max_staleness). false: no weight, as in GRPO's paper: both are biased off-policy, and
+    on-policy the gradient of k3 is that of KL(reference || policy)."""
 
     @property
     def used_estimator(self) -> Literal["k1", "k2", "k3"]:
