@@ -133,7 +133,7 @@ class Worker:
                 ]
             self._reshard()
         alone_A = torch.cat([value for of_one in lone for value in of_one.values()])
-        gap = float(((packed_A - alone_A).abs() / alone_A.abs().clamp(min=1)).mean())
+        gap = float((packed_A - alone_A).abs().mean() / alone_A.abs().mean().clamp(min=1))
         most = PACKING_SLACK[self.dtype]
         if not gap <= most:
             raise BrokenLaw(

@@ -35,11 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(folder: Path, processes: Processes, kind: type[PackedModel]) -> Worker:
+def make(folder: Path, processes: Processes, kind: type[PackedModel], dtype: str = "float32") -> Worker:
     overrides = f"""data.path=x.jsonl data.max_length=99 data.batch_size=1 actor.model_name={folder}
         actor.max_length_per_device=4096 trainer.experiment_name=x"""
     _, config = trained(load("sft", overrides.split()))
-    return Worker(str(folder), "float32", Mesh.make(processes, config), processes, "actor.model_name", kind)
+    return Worker(str(folder), dtype, Mesh.make(processes, config), processes, "actor.model_name", kind)
 
 
 def batch_of(lengths: list[int]) -> TokenBatch:
@@ -87,3 +87,11 @@ def test_numbers_that_are_none_stop_the_run_too(folder: Path, processes: Process
         next(worker.lm.parameters())[5] = float("nan")
     with pytest.raises(BrokenLaw, match="differ by nan"):
         worker.stats(pack_tokens([[5, 6, 7], [8, 9, 5, 5]]), StatsRequest(("logp",)), 4096)
+
+
+def test_rounding_in_a_deep_value_model_is_no_leak(tmp_path: Path, processes: Processes) -> None:
+    """Values near 0 are rounded like large ones: their error is a share of the usual value, not of their own."""
+    settings = {"num_hidden_layers": 28, "hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.25}
+    tiny_model(tiny_config("qwen3", settings)).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    make(tmp_path, processes, ValueModel, "bfloat16").stats(batch_of([30, 20, 90]), ValueModel.CHECKED, 4096)
