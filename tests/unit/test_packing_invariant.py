@@ -85,7 +85,7 @@ def test_numbers_that_are_none_stop_the_run_too(folder: Path, processes: Process
     worker = make(folder, processes, Policy)
     with torch.no_grad():
         next(worker.lm.parameters())[5] = float("nan")
-    with pytest.raises(BrokenLaw, match="differ by nan"):
+    with pytest.raises(BrokenLaw, match="the model's own numbers are not finite; look for NaN in its weights"):
         worker.stats(pack_tokens([[5, 6, 7], [8, 9, 5, 5]]), StatsRequest(("logp",)), 4096)
 
 
