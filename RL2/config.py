@@ -50,7 +50,7 @@ MAX_ERROR = 1000
 
 
 def first_line(error: BaseException) -> str:
-    """What `error` says, or is, in one line: its first, and the next where this one only announces it."""
+    """Return what `error` says, or is, in one line: its first, with the next where this one only announces it."""
     lines = str(error).strip().splitlines()
     if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] = f"{lines[0]} {lines[1].strip()}"

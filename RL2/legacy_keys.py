@@ -160,7 +160,7 @@ NEEDS = {"KL.reward_estimator": ("reward", "advantage"), "KL.loss_estimator": ("
 
 RANKED = ("rank_jsd", "rank_kl")
 FORK_RANK_CAP = "actor.objective_args.rank_cap=64"
-"""What the fork's objectives on ranks have unless told otherwise; here the default is 32."""
+"""Default of the fork's objectives on ranks; here it is 32."""
 
 
 class LegacyKeyError(ValueError):

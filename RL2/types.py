@@ -172,7 +172,7 @@ class TokenBatch:
     advantage_T: Tensor | None = None
     weight_T: Tensor | None = None
     objective_factor_T: Tensor | None = None
-    """What the objective, but not the KL divergence or the entropy, is multiplied by; absent: 1."""
+    """Factor of the objective, but not of the KL divergence or the entropy; absent: 1."""
 
     @property
     def num_sequences(self) -> int:

@@ -14,7 +14,7 @@ INSTRUCTION = "\nReason step by step. End with '#### ' and the answer as a numbe
 # thousands separators count only where they are well-formed: "12,00" leaves digits over and is no number
 NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+")
 SEPARATOR = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,; !]|,\\!|[ \u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
-"""What stands between thousands in LaTeX, 1{,}000 and 1\\,000, and in many languages, 1 000."""
+"""Separators of thousands in LaTeX, 1{,}000 and 1\\,000, and in many languages, 1 000."""
 ANNOTATION = re.compile(r"<<[^<>]*>>")
 """The calculator annotations of the data set, as in 48/2=<<48/2=24>>24."""
 

@@ -19,7 +19,7 @@ LONGEST = 160
 
 
 class FatalDataError(DataError):
-    """What is wrong with every row, or takes too long to look for in others."""
+    """A fault of every row, or one that takes too long to look for in others."""
 
 
 class BadRows:

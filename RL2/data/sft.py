@@ -124,7 +124,7 @@ def demonstration(row: Row, train_on: TrainOn) -> Demonstration:
 
 
 def _says_nothing(each: Demonstration) -> bool:
-    """Whether a turn that trains has no text, reasoning or call."""
+    """Return whether a turn that trains has no text, reasoning or call."""
     if each.chat is None:
         return not each.response.strip()
     trained = [each.chat.messages[number] for number in each.turns]

@@ -29,7 +29,7 @@ class DataError(UserError, ValueError):
 
 
 class BadLine(DataError):
-    """What is wrong with a line of a file that holds no row."""
+    """Fault of a line of a file that holds no row."""
 
     def __init__(self, line: int, text: str) -> None:
         self.line = line

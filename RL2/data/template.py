@@ -22,7 +22,7 @@ from RL2.data.chat import Message, render
 from RL2.data.source import DataError
 
 MARK, NAME, VALUE, CALL_ID = "zqxmark", "zqxname", "zqxvalue", "zqx123456"
-"""What is looked for in the rendered text; no template writes these by itself."""
+"""Marks that are looked for in the rendered text; no template writes them by itself."""
 ASK: Message = {"role": "user", "content": "."}
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which templates, and data sets, carry the reasoning of a turn."""
@@ -43,17 +43,17 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.parts = False
-        """Whether it reads contents as lists of parts only."""
+        """Return whether it reads contents as lists of parts only."""
         self.empty: str | None = ""
         """The content that it wants beside calls without a text."""
         self.text_arguments = False
-        """Whether it wants the arguments of calls as JSON text."""
+        """Return whether it wants the arguments of calls as JSON text."""
         self.reasoning: str | None = None
         """The key that it reads the reasoning from."""
         self.end, self.call_end = "", ""
         """What it ends a turn, and one with calls, with; empty if with nothing that can be sampled as one token."""
         self.ends_with_next = False
-        """Whether the first token of the next turn is what ends a turn (GLM)."""
+        """Return whether the first token of the next turn ends a turn (GLM)."""
         self.ends: tuple[str, ...] = tuple(filter(None, [str(tokenizer.eos_token or "")]))
         """Texts of all tokens that end a turn."""
         self.header = ""

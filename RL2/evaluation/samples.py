@@ -26,7 +26,7 @@ class Sample:
 
     @property
     def is_right(self) -> bool:
-        """Whether its reward is above 0, as in training; a score may give partial credit. Without one, the score is."""
+        """Return whether its reward (without one, its score) is above 0; a score may give partial credit."""
         return (self.score if self.reward is None else self.reward) > 0
 
 

@@ -23,11 +23,11 @@ class Interrupted(Exception):
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
         self.exit_code = 128 + number
-        """As shells give it to a program that the signal `number` has ended."""
+        """Exit code that shells give to a program that the signal `number` has ended."""
 
 
 class Interrupt:
-    """Whether the run was asked to end, and by which signal."""
+    """Request to end the run by a signal, if there was one."""
 
     def __init__(self) -> None:
         self.asked: int | None = None

@@ -83,7 +83,7 @@ def main(program: str) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Of Python, of a CPU by torch, or of a GPU."""
+    """Return whether memory ran out: Python's, torch's on a CPU, or a GPU's."""
     kind, text = type(error).__name__, str(error)
     return isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "DefaultCPUAllocator" in text
 
