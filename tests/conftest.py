@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from chatml import CHATML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -16,15 +17,6 @@ if not torch.cuda.is_available():
 # models this small gain nothing from threads, and lose much where cores are busy
 torch.set_num_threads(1)
 
-CHATML = """\
-{%- for message in messages -%}
-<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif -%}
-"""
 LINES = [
     "Tom has 12 apples and buys 30 more. How many apples does Tom have?",
     "Anna starts with 48 books. She gives away 19 of them. How many are left?",

@@ -23,7 +23,7 @@ from transformers import (
 from RL2.config import ConfigError, first_line
 from RL2.data.template import Template, change_template
 from RL2.models.inspection import length_limit, stored_buffers
-from RL2.models.loading import build, configuration, empty, materialise, refuse_no_model
+from RL2.models.loading import build, configuration, empty, folder_here, materialise, refuse_no_model
 from RL2.models.lora import is_adapter, merge, merged_name
 from RL2.models.packed import PackedModel, backbone
 from RL2.ops.token_stats import VocabularyShard, token_stats
@@ -127,8 +127,8 @@ def max_length(model_name: str, key: str = "actor.model_name") -> int:
 
 
 def rotary_limit(model_name: str, key: str) -> int | None:
-    """Return `length_limit` of a model, read from its configuration alone."""
-    return length_limit(configuration(model_name, key))
+    """Return `length_limit` of a model, read from its configuration, if that is on this machine; else None."""
+    return None if folder_here(model_name) is None else length_limit(configuration(model_name, key))
 
 
 def positions(config: PretrainedConfig) -> int:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from programs import World
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner, Result
 
@@ -75,6 +75,9 @@ def test_export_is_the_model_of_a_checkpoint(world: World) -> None:
     layers = config["num_hidden_layers"] - 1
     config |= {"num_hidden_layers": layers, "layer_types": config["layer_types"][:layers]}
     (other / "config.json").write_text(json.dumps(config))
+    weights = load_file(other / "model.safetensors")
+    fewer = {name: x for name, x in weights.items() if f".layers.{layers}." not in name}
+    save_file(fewer, other / "model.safetensors", metadata={"format": "pt"})
     failed = str(export(2, "--model", str(other)).exception)
     assert f"is of another kind of model: only the checkpoint has lm.model.layers.{layers}." in failed
     assert not (run / "of_2").exists()

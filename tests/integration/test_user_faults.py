@@ -146,6 +146,9 @@ def smaller_model(world: World, folder: Path) -> list[str]:
         number = config["num_hidden_layers"] - 1
         config |= {"num_hidden_layers": number, "layer_types": config["layer_types"][:number]}
         (model / "config.json").write_text(json.dumps(config))
+        weights = load_file(model / "model.safetensors")
+        fewer = {name: x for name, x in weights.items() if f".layers.{number}." not in name}
+        save_file(fewer, model / "model.safetensors", metadata={"format": "pt"})
 
     source = checkpoint(world, folder)
     notes = json.loads((source / "notes.json").read_text())
@@ -185,27 +188,29 @@ FAULTS = [
         "broken JSON",
         "spo",
         data('{"prompt": "a", "extra_info": {}}', '{"prompt": '),
-        "spo: DIR/data.jsonl, row 2 (line 2): Expecting value (column 1)",
+        "spo: DIR/data.jsonl, row 2: line 2: Expecting value (column 1); train_data.on_bad_row=skip goes on "
+        "without such rows",
     ),
     Fault(
         "wrong columns",
         "spo",
         data('{"question": "a"}'),
         "spo: DIR/data.jsonl, row 1: neither 'prompt' nor 'messages'; its keys are question; example(row) in the "
-        "environment script (rollout.env_path, in SFT data.env_path) can make them of others",
+        "environment script (rollout.env_path, in SFT data.env_path) can make them of others; "
+        "train_data.on_bad_row=skip goes on without such rows",
     ),
     Fault(
         "an empty prompt",
         "spo",
         data('{"prompt": "", "extra_info": {}}'),
-        "spo: DIR/data.jsonl, row 1: 'prompt' is empty",
+        "spo: DIR/data.jsonl, row 1: 'prompt' is empty; train_data.on_bad_row=skip goes on without such rows",
     ),
     Fault(
         "a prompt that is too long",
         "spo",
         data(json.dumps({"prompt": "7 " * 200, "extra_info": {}})),
         "spo: DIR/data.jsonl, row 1: its prompt has 400 tokens, the limit is 256; raise actor.max_length_per_device or "
-        "take the row out",
+        "take the row out; train_data.on_bad_row=skip goes on without such rows",
     ),
     Fault(
         "a misspelt key",
@@ -332,7 +337,7 @@ FAULTS = [
         "an end token that the model does not have, in data",
         "dpo",
         model(another_end),
-        "dpo: ref_actor.model_name=DIR/model: its tokenizer makes token 454 of the data, and the model knows 454; the "
+        "dpo: actor.model_name=DIR/model: its tokenizer makes token 454 of the data, and the model knows 454; the "
         "tokenizer is of another model, or the model was not resized for new tokens",
     ),
     Fault(
@@ -429,7 +434,8 @@ FAULTS = [
         "rows nested too deep",
         "spo",
         data('{"prompt": "a", "extra_info": ' + "[" * 100_000),
-        "spo: DIR/data.jsonl, row 1 (line 1): lists or objects are nested too deeply",
+        "spo: DIR/data.jsonl, row 1: line 1: lists or objects are nested too deeply; "
+        "train_data.on_bad_row=skip goes on without such rows",
     ),
     Fault(
         "a setting that has no effect",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,18 @@ Result = dict[str, Any]
 
 def in_pool(run: Callable[[Path, Processes], Any], folder: Path, size: int) -> list[Any]:
     """What `run(folder, processes)`, a function at the top of a module, gives on each of `size` new processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.spawn(_member, args=(run, folder, size, port), nprocs=size)
     return [torch.load(folder / f"results_{size}_{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def free_port() -> int:
+    """Return a port that is free, below those that the system hands out by itself and may take in the meantime."""
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as candidate, suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 def _member(rank: int, run: Callable[[Path, Processes], Any], folder: Path, size: int, port: int) -> None:

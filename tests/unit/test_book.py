@@ -105,11 +105,13 @@ def test_it_follows_a_run_and_its_resumption(tmp_path: Path) -> None:
 def test_what_is_no_number_is_left_out(tmp_path: Path) -> None:
     report = run(tmp_path / "run")
     report.step(1, {"train/score": float("nan"), "actor/loss": float("inf")})
-    report.samples(1, "train", [trajectory(1, "whole"), trajectory(2, "no number", reward=float("nan"))])
+    report.samples(1, "train", [trajectory(1, "whole"), trajectory(2, "no number", reward=0.25)])
     lists = ("logp", "max_logp", "entropy", "engine_logp", "loss_T", "pull_T")
     row = {"row": 1, "group": 1, "sample": 0, "length": 2, "tokens": ["Q", "a", "b"], "sampled": [False, True, True]}
     broken = {key: [float("nan"), -1.0] for key in lists} | {"rank": [0, 1], "top": [[], []], "top_logp": [[], []]}
     report.tokens(1, "train", [row | broken | {"loss": float("nan")}])
+    samples = tmp_path / "run" / "samples.jsonl"  # as older runs wrote it
+    samples.write_text(samples.read_text().replace('"reward": 0.25', '"reward": NaN'))
     book = Book([str(tmp_path / "run")])
     [item] = unpacked(dict(book.chunks())["token-0"])
     assert item["logp"] == item["pull"] == [None, -1.0]

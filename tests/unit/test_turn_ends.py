@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML
+from chatml import CHATML
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
