@@ -32,7 +32,7 @@ class Prompt:
     extra_info: dict[str, Any]
     """Handed to the environment: answers, tests, tool settings."""
     template_arguments: dict[str, Any] = field(default_factory=dict)
-    """What went to the chat template beside the messages: `tools` and settings of its own."""
+    """Arguments of the chat template beside the messages: `tools` and settings of its own."""
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,13 @@ class Template:
         self.reasoning: str | None = None
         """The key that it reads the reasoning from."""
         self.end, self.call_end = "", ""
-        """What it ends a turn, and one with calls, with; empty if with nothing that can be sampled as one token."""
+        """Tokens that end a turn, and one with calls; empty if nothing that can be sampled as one token does."""
         self.ends_with_next = False
         """Return whether the first token of the next turn ends a turn (GLM)."""
         self.ends: tuple[str, ...] = tuple(filter(None, [str(tokenizer.eos_token or "")]))
         """Texts of all tokens that end a turn."""
         self.header = ""
-        """What it writes where the assistant is to begin."""
+        """Text that opens the assistant's turn."""
         if tokenizer.chat_template is not None:
             self._find_out()
 
