@@ -43,17 +43,17 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.parts = False
-        """Return whether it reads contents as lists of parts only."""
+        """True if it reads contents as lists of parts only."""
         self.empty: str | None = ""
         """The content that it wants beside calls without a text."""
         self.text_arguments = False
-        """Return whether it wants the arguments of calls as JSON text."""
+        """True if it wants the arguments of calls as JSON text."""
         self.reasoning: str | None = None
         """The key that it reads the reasoning from."""
         self.end, self.call_end = "", ""
         """Tokens that end a turn, and one with calls; empty if nothing that can be sampled as one token does."""
         self.ends_with_next = False
-        """Return whether the first token of the next turn ends a turn (GLM)."""
+        """True if the first token of the next turn ends a turn (GLM)."""
         self.ends: tuple[str, ...] = tuple(filter(None, [str(tokenizer.eos_token or "")]))
         """Texts of all tokens that end a turn."""
         self.header = ""
