@@ -6,6 +6,7 @@
 has `make_grader()` of that script make a function elsewhere, once in each process and without that limit, for libraries
 take their time to load. Then it is called there, in the main thread, as libraries with limits of their own want it;
 what it takes and returns is JSON. A process that takes too long is killed, whatever it does, and the call raises here.
+The limit is of processor time, so that a busy machine makes no right answer unscored; behind it is a wider one of time.
 Processes are kept for later calls. An idle one ends when its parent does, however that ended; a busy one soon after.
 """
 
@@ -31,6 +32,8 @@ MEMORY = 4 << 30
 """Bytes of address space that a worker may have."""
 START_S = 120
 """Seconds for libraries to load."""
+PATIENCE = 10
+"""How much longer than its limit of processor time a call may take, by default: others want the processors too."""
 
 
 class WorkerError(RuntimeError):
@@ -38,15 +41,19 @@ class WorkerError(RuntimeError):
 
 
 class Workers:
-    """What `make()` of the file `script` returns, called in up to `number` processes, at most `limit_s` s a call.
+    """What `make()` of the file `script` returns, called in up to `number` processes.
 
-    By default there are as many as this process's share of the cores, up to 8.
+    By default there are as many as this process's share of the cores, up to 8. A call has `limit_s` seconds of
+    processor time, and ends after `wall_s` seconds whatever it does (`PATIENCE` times as many by default).
     """
 
-    def __init__(self, script: str, make: str, limit_s: float, number: int | None = None) -> None:
+    def __init__(
+        self, script: str, make: str, limit_s: float, number: int | None = None, wall_s: float | None = None
+    ) -> None:
         # -P: neither this folder nor the working directory may shadow a library
         self.command = [sys.executable, "-P", __file__, script, make, str(limit_s)]
         self.limit_s = limit_s
+        self.wall_s = limit_s * PATIENCE if wall_s is None else wall_s
         trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's word for processes on this machine
         self.number = number or max(1, min(8, (os.cpu_count() or 1) // trainers))
         self._threads: ThreadPoolExecutor | None = None
@@ -73,7 +80,7 @@ class Workers:
         with contextlib.suppress(BrokenPipeError):  # how it died is found out below
             process.stdin.write(request)
             process.stdin.flush()
-        reply = self._read(process, self.limit_s)
+        reply = self._read(process, self.wall_s)
         self._idle.append(process)
         if "error" in reply:
             raise WorkerError(reply["error"])
@@ -109,6 +116,8 @@ class Workers:
         code = process.wait()
         if is_late:
             raise WorkerError(f"took longer than {limit_s:g} s and was killed")
+        if code == -signal.SIGPROF:
+            raise WorkerError(f"took longer than {self.limit_s:g} s of processor time and was killed")
         raise WorkerError(f"its process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})")
 
 
@@ -122,8 +131,8 @@ def serve(script: str, make: str, limit_s: float) -> None:
     replies.write("{}\n")  # ready
     replies.flush()
     for line in sys.stdin:
-        # the parent kills by the clock; this clock counts work, and kills where the parent is gone
-        signal.setitimer(signal.ITIMER_PROF, limit_s + 1)
+        # the parent kills by the clock; this one counts work, and kills where the parent is gone too
+        signal.setitimer(signal.ITIMER_PROF, limit_s)
         try:
             reply = json.dumps({"value": call(*json.loads(line))})
         except BaseException as error:

@@ -54,7 +54,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         monkeypatch.setenv("VERIFIERS_TASKSET", "sums")
         monkeypatch.setenv("VERIFIERS_CONFIG", '{"num_tasks": 3}')
         monkeypatch.setattr(
-            verifiers_env, "taskset", Workers(verifiers_env.__file__, "make_taskset", limit_s=2, number=1)
+            verifiers_env, "taskset", Workers(verifiers_env.__file__, "make_taskset", limit_s=2, number=1, wall_s=2)
         )
 
     yield load
