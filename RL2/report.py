@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Protocol
 from tqdm import tqdm
 
 from RL2.config import UserError, first_line
+from RL2.durable import write_text
 from RL2.printing import printable
 from RL2.types import Trajectory
 
@@ -26,6 +27,10 @@ SUPERSEDED = ".superseded"
 """Suffix of the records of an earlier run that was begun anew."""
 TOKENS = "tokens"
 """Folder of the statistics of tokens."""
+FIRST_ROWS = "first_rows.json"
+"""The first rows that a run trains on, with what trains marked."""
+NUM_SHOWN = 5
+"""How many they are."""
 
 CONSOLE = {
     "test/score": ("test", "{:.3f}"),
@@ -116,6 +121,15 @@ class Report:
         self._append("metrics.jsonl", [{"step": step} | metrics])
         for dashboard in self.dashboards:
             dashboard.log(metrics, step)
+
+    def first_rows(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Keep the rows that a run begins with, for `rl2 view`.
+
+        `name`: what a row is called. `pieces`: its text in runs, each with whether it trains.
+        """
+        if self.is_first:
+            with self._writing():
+                write_text(self.folder / FIRST_ROWS, json.dumps(list(rows), ensure_ascii=False) + "\n")
 
     def samples(self, step: int, split: str, trajectories: Iterable[Trajectory]) -> None:
         """Trajectories to read, a line each in samples.jsonl."""

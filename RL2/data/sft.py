@@ -74,14 +74,21 @@ def load_examples(
     return trajectories, bad.total - bad.left_out - len(bad.found) - len(trajectories)
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], mask: list[bool]) -> str:
-    """Return the text of the tokens in one line, with [[ ]] around what trains; of a long one the end."""
-    text, start = "", 0
+def pieces(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], mask: list[bool]) -> list[tuple[str, bool]]:
+    """Return the text of the tokens in runs, each with whether it trains."""
+    found, start = list[tuple[str, bool]](), 0
     for is_trained, run in groupby(mask):
         end = start + len(list(run))
-        piece = str(tokenizer.decode(token_ids[start:end], clean_up_tokenization_spaces=False))
-        text, start = text + (f"[[{piece}]]" if is_trained else piece), end
-    text = text.replace("\n", "\\n")
+        text = tokenizer.decode(token_ids[start:end], clean_up_tokenization_spaces=False)
+        found.append((str(text), is_trained))
+        start = end
+    return found
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], mask: list[bool]) -> str:
+    """Return the text of the tokens in one line, with [[ ]] around what trains; of a long one the end."""
+    found = pieces(tokenizer, token_ids, mask)
+    text = "".join(f"[[{piece}]]" if is_trained else piece for piece, is_trained in found).replace("\n", "\\n")
     return text if len(text) <= _SHOWN else f"...{text[-_SHOWN:]}"
 
 

@@ -18,7 +18,7 @@ from RL2.data.bad_rows import BadRows
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
-from RL2.data.sft import marked
+from RL2.data.sft import marked, pieces
 from RL2.data.source import Row, with_columns
 from RL2.engines.base import Engine
 from RL2.engines.embedded.compiled import refuse_no_compiler
@@ -29,7 +29,7 @@ from RL2.engines.vllm import kind as vllm
 from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
-from RL2.report import Metrics, Report
+from RL2.report import NUM_SHOWN, Metrics, Report
 from RL2.rollout.collect import (
     groups,
     made_up,
@@ -88,6 +88,7 @@ def train(config: RLConfig, run: Run) -> None:
     )
     report = run.report(num_steps)
     report.say(*notes)
+    report.first_rows(first_rows(prompts, tokenizer))
     microscope = Microscope(config, actor, tokenizer, report)
     supply = Supply(prompts, cursor, rollouts, config, num_steps)
     run.closing.callback(supply.close)  # a thread may be at work
@@ -262,6 +263,16 @@ def reader(
         return prompts
 
     return read
+
+
+def first_rows(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Return the texts of the first prompts that are not made up by the environment, with where a response trains."""
+    shown = [prompt for prompt in prompts[:NUM_SHOWN] if prompt.token_ids]
+    responses = [("[the response]", True)]
+    return [
+        {"name": f"row {p.row + 1}", "pieces": pieces(tokenizer, p.token_ids, [False] * len(p.token_ids)) + responses}
+        for p in shown
+    ]
 
 
 def bad_rows(config: RLConfig, path: str) -> BadRows:

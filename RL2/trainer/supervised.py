@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from RL2.config import ConfigError, DPOConfig, RMConfig, SFTConfig, SupervisedData, times_sp, trained
 from RL2.data.bad_rows import BadRows
 from RL2.data.cursor import Cursor
-from RL2.data.preference import Pair, load_pairs
+from RL2.data.preference import SIDES, Pair, load_pairs
+from RL2.data.sft import pieces
 from RL2.data.source import DataError, Row, with_columns
 from RL2.models.policy import refuse_unknown_tokens, rotary_limit
 from RL2.objectives.declare import Loss
 from RL2.packing import pack
-from RL2.report import Metrics
+from RL2.report import NUM_SHOWN, Metrics
 from RL2.rollout.environment import load_example
 from RL2.trainer.inputs import of_tensors, spread
 from RL2.trainer.run import Run
@@ -74,6 +76,7 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
     report = run.report(num_steps)
     for note in task.notes:
         report.say(note)
+    report.first_rows(first_rows(task.train, tokenizer))
     first_step = run.resume(learner, cursor, report)
 
     for step in range(first_step, num_steps):
@@ -94,6 +97,20 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
         report.step(num_steps, test(task))
     run.export(learner, tokenizer)
     report.close()
+
+
+def first_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Return the texts of the first `NUM_SHOWN` rows, with what trains marked."""
+    batch, found = rows.draw(list(range(min(NUM_SHOWN, len(rows))))), []
+    for n in range(batch.num_sequences):
+        start, end = batch.cu_seqlens[n], batch.cu_seqlens[n + 1]
+        token_ids = [*batch.token_ids_T[start:end].tolist(), int(batch.labels_T[end - 1])]
+        side = f", {SIDES[n % 2]}" if rows.per_row == 2 else ""
+        name = f"row {n // rows.per_row + 1} of those that train{side}"
+        found.append(
+            {"name": name, "pieces": pieces(tokenizer, token_ids, [False, *batch.action_T[start:end].tolist()])}
+        )
+    return found
 
 
 def of_rows(rows: Rows) -> str:

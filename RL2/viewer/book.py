@@ -28,7 +28,7 @@ from pyarrow import parquet
 from safetensors.numpy import load_file
 
 from RL2.config import UserError, first_line
-from RL2.report import TOKENS, parsed
+from RL2.report import FIRST_ROWS, TOKENS, parsed
 
 CHUNK = 1 << 17
 """Characters after which a chunk is full."""
@@ -44,6 +44,8 @@ COLUMNS = ("run", "step", "split", "row", "group", "sample", "reward", "length",
 """Of the index: a number for each rollout, or null."""
 SPLITS = ("train", "test")
 LARGEST = sys.float_info.max
+LONGEST = 20_000
+"""Characters of a run of text in the first rows that are shown."""
 TRUNCATED, UNSCORED = 1, 2
 """Bits of the column `mark`."""
 
@@ -132,6 +134,8 @@ class RunFiles:
     rollouts: dict[tuple[int, ...], int] = field(default_factory=dict)
     """(step, split, row, group, sample) -> number in the index."""
     token_files: set[str] = field(default_factory=set)
+    first_rows: list[dict[str, Any]] = field(default_factory=list)
+    """Rows that it trains on: a name, and runs of text with whether they train."""
     replays: dict[int, dict[bytes, dict[str, list[float]]]] = field(default_factory=dict)
     """Step -> token ids of a sequence -> objective -> a number for each action."""
 
@@ -186,6 +190,10 @@ class Book:
                     steps, values = run.curves.setdefault(name, [[], []])
                     steps.append(step)
                     values.append(_short(value, 6))
+        if not run.first_rows and (run.folder / FIRST_ROWS).exists():
+            with _readable(run.folder / FIRST_ROWS):
+                run.first_rows = _first_rows(run.folder / FIRST_ROWS)
+                found = True
         for row in run.samples.new():
             found = True
             with _readable(run.samples.file):
@@ -271,7 +279,10 @@ class Book:
             {
                 "version": self.version,
                 "methods": self.methods,
-                "runs": [{"name": run.name, "method": run.method, "curves": run.curves} for run in self.runs],
+                "runs": [
+                    {"name": run.name, "method": run.method, "curves": run.curves, "rows": run.first_rows}
+                    for run in self.runs
+                ],
                 "settings": _differences({run.name: _flat(_config(run.folder)) for run in self.runs}),
                 "replays": [
                     {"run": number, **table}
@@ -335,6 +346,20 @@ def _token_item(row: dict[str, Any], replayed: dict[str, list[float]]) -> dict[s
         "top_logp": [_shorts(top, 3) for top in row["top_logp"]],
         "replay": {title: _shorts(values) for title, values in replayed.items()},
     }
+
+
+def _first_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of the file; of a long run of text the middle is left out."""
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return [
+        {"name": str(row["name"]), "pieces": [[_abridged(str(text)), bool(trains)] for text, trains in row["pieces"]]}
+        for row in rows
+    ]
+
+
+def _abridged(text: str) -> str:
+    left_out = len(text) - LONGEST
+    return text if left_out <= 0 else f"{text[: LONGEST // 2]} [{left_out} characters] {text[-LONGEST // 2 :]}"
 
 
 def _replay(file: Path) -> dict[bytes, dict[str, list[float]]]:

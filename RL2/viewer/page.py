@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from RL2.viewer.book import Book
 from RL2.viewer.report import COLOURS, DASHES, PLOT_CONFIG, PLOT_LAYOUT
 
-SCRIPTS = ("data.js", "curves.js", "list.js", "reader.js", "start.js")
+SCRIPTS = ("data.js", "curves.js", "list.js", "reader.js", "rows.js", "start.js")
 """Of RL2/viewer/view, in this order one script."""
 EVERY_S = 2.0
 """Files are looked at again after so long, if somebody asks."""

@@ -69,6 +69,8 @@ def write_run(folder: Path, *, seed: int, objective: str, steps: int = 4, rows: 
         f"actor: {{objective: {objective}}}\ntrainer: {{seed: {seed}, save_dir: {folder}}}\n"
     )
     rng, report = Random(seed), Report(folder, is_first=True, num_steps=steps)
+    answer = f"answer {seed}" + hostile * HOSTILE
+    report.first_rows({"name": f"row {n}", "pieces": [(f"Question {n}?", False), (answer, True)]} for n in range(1, 6))
     for step in range(steps):
         write_step(report, step, rng, rows=rows, hostile=hostile)
 

@@ -200,6 +200,17 @@ def test_objectives_side_by_side(page: Page, file: Path) -> None:
     expect(page.locator("#replays tbody tr").first.locator("td")).to_have_text(row)
 
 
+def test_the_rows_that_a_run_trains_on(page: Page, file: Path) -> None:
+    page.goto(file.as_uri())
+    page.get_by_role("tab", name="Data").click()
+    expect(page.locator("#data h2")).to_have_text(["spo-0", "spo-1", "grpo"])
+    expect(page.locator("#data article")).to_have_count(15)
+    expect(page.locator("#data article").nth(5)).to_contain_text("Question 1?answer 1")
+    expect(page.locator("#data .trains").nth(5)).to_have_text("answer 1")
+    page.reload()
+    expect(page.locator("#data")).to_be_visible()
+
+
 def test_the_keyboard_is_enough(page: Page, file: Path) -> None:
     page.goto(file.as_uri())
     expect(page.locator(".plot .scatterlayer").first).to_be_visible()
@@ -235,8 +246,12 @@ def test_the_keyboard_is_enough(page: Page, file: Path) -> None:
     expect(page.locator(".pane h2")).to_have_text("spo-0, step 1")
     press("?")
     expect(page.get_by_role("dialog")).to_be_visible()
-    press("Escape", "1")
+    press("Escape", "3")
+    expect(page.locator("#data")).to_be_visible()
+    press("1")
     expect(page.locator("#curves")).to_be_visible()
+    page.get_by_role("tab", name="Curves").press("ArrowLeft")
+    expect(page.locator("#data")).to_be_visible()
 
 
 def test_what_a_model_writes_does_not_run(page: Page, tmp_path: Path) -> None:
@@ -250,6 +265,8 @@ def test_what_a_model_writes_does_not_run(page: Page, tmp_path: Path) -> None:
     expect(page.get_by_role("tooltip")).to_contain_text("onerror")
     page.locator(".row").nth(0).click()
     expect(page.locator(".facts")).to_contain_text(HOSTILE)
+    page.get_by_role("tab", name="Data").click()
+    expect(page.locator("#data .trains").first).to_contain_text(HOSTILE)
     page.get_by_role("tab", name="Curves").click()
     expect(page.locator("#settings td").first).to_contain_text("onerror")
     expect(page.locator("#legend")).to_contain_text("<b onclick=alert(1)>")
@@ -296,6 +313,11 @@ def test_it_reads_well(browser: Browser, file: Path, scheme: str) -> None:
     assert page.evaluate(CONTRAST, [ink, card]) >= 7
     assert page.evaluate(CONTRAST, [muted, card]) >= 4.5
     assert min(page.evaluate(CONTRAST, [ink, card, tint]) for tint in tints) >= 4.5
+    page.get_by_role("tab", name="Data").click()
+    ink, tint = page.locator("#data .trains").first.evaluate(style)
+    muted, _ = page.locator("#data .given").first.evaluate(style)
+    assert page.evaluate(CONTRAST, [ink, card, tint]) >= 7
+    assert page.evaluate(CONTRAST, [muted, card]) >= 4.5
     context.close()
 
 

@@ -16,7 +16,7 @@ from RL2.types import Sequence, Trajectory
 
 pytest.importorskip("plotly")
 
-from RL2.viewer.book import CHUNK, Book
+from RL2.viewer.book import CHUNK, LONGEST, Book
 from RL2.viewer.page import Server, render
 
 
@@ -78,6 +78,18 @@ def test_every_rollout_is_in_some_chunk(tmp_path: Path) -> None:
     assert book.chunk("text-1") == chunks["text-1"]
     assert book.chunk("text-2") == chunks["text-2"]
     assert [book.chunk(name) for name in ("text-3", "text--1", "text-x", "../head", "text-²")] == [None] * 5
+
+
+def test_the_rows_that_a_run_begins_with_are_in_the_head(tmp_path: Path) -> None:
+    report = run(tmp_path / "run")
+    pieces = [["q" * 2 * LONGEST, False], ["a", True]]
+    report.first_rows([{"name": "row 1", "pieces": pieces}])
+    [row] = head(Book([str(tmp_path / "run")]))["runs"][0]["rows"]
+    assert row["name"] == "row 1" and row["pieces"][1] == ["a", True]
+    assert LONGEST < len(row["pieces"][0][0]) < LONGEST + 50 and f"[{LONGEST} characters]" in row["pieces"][0][0]
+    (tmp_path / "run" / "first_rows.json").write_text('[{"name": 1}]')
+    with pytest.raises(UserError, match=r"first_rows.json is not as a run writes it"):
+        Book([str(tmp_path / "run")])
 
 
 def test_it_follows_a_run_and_its_resumption(tmp_path: Path) -> None:

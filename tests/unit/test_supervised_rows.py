@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from RL2.config import ConfigError, SupervisedData, load
 from RL2.data.source import DataError
 from RL2.packing import pack
-from RL2.trainer.supervised import Rows, refuse_long, train_and_test
+from RL2.trainer.supervised import Rows, first_rows, refuse_long, train_and_test
 from RL2.types import Sequence, Trajectory
 
 
@@ -37,6 +38,18 @@ def test_a_row_that_is_drawn_twice_is_two_pairs() -> None:
     batch = rows.draw([2, 0, 2])
     assert batch.token_ids_T[::2].tolist() == [200, 201, 0, 1, 200, 201]
     assert batch.group_B.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_first_rows_are_shown_with_what_trains(tokenizer: PreTrainedTokenizerBase) -> None:
+    asked, said = tokenizer("48-19=").input_ids, tokenizer("29\n#### 29").input_ids
+    mask = [False] * len(asked) + [True] * len(said)
+    ids = [*asked, *said]
+    one = Trajectory(0, 0, 0, [Sequence(ids, mask, [0.0] * len(ids), [0.0] * len(ids))])
+    shown = [["48-19=", False], ["29\n#### 29", True]]
+    rows = first_rows(Rows(pack([one] * 7), per_row=1), tokenizer)
+    assert [[list(piece) for piece in row["pieces"]] for row in rows] == [shown] * 5
+    rows = first_rows(Rows(pack([one] * 4), per_row=2), tokenizer)
+    assert [row["name"].rpartition(", ")[2] for row in rows] == ["chosen", "rejected"] * 2
 
 
 def test_tests_are_another_file_or_rows_that_are_not_trained_on() -> None:

@@ -72,6 +72,7 @@ async function item(kind, starts, i) {
 const textOf = (i) => item("text", data.texts, i);
 const tokensOf = (i) => (data.token[i] < 0 ? Promise.resolve(null) : item("token", data.tokens, data.token[i]));
 
+const VIEWS = ["curves", "rollouts", "data"];
 const SPLITS = ["train", "test"];
 const TRUNCATED = 1;
 const UNSCORED = 2;
@@ -130,7 +131,7 @@ function remember() {
 
 function recall() {
   const parts = new URLSearchParams(location.hash.slice(1));
-  if (parts.get("view") === "rollouts") state.view = "rollouts";
+  if (VIEWS.includes(parts.get("view"))) state.view = parts.get("view");
   state.chosen = find(parts.get("at"));
   state.beside = find(parts.get("with"));
   const by = (parts.get("by") ?? "").split("|");
@@ -139,7 +140,7 @@ function recall() {
 
 function show(view) {
   state.view = view;
-  for (const name of ["curves", "rollouts"]) {
+  for (const name of VIEWS) {
     $(name).hidden = name !== view;
     $(`tab-${name}`).setAttribute("aria-selected", name === view);
     $(`tab-${name}`).tabIndex = name === view ? 0 : -1;

@@ -37,6 +37,7 @@ document.addEventListener("keydown", (event) => {
       show("rollouts");
       $("list").focus();
     },
+    3: () => show("data"),
     "?": () => $("help").showModal(),
     "/": () => (inRollouts ? $("search") : $("metric-filter")).focus(),
     ...(inRollouts && state.chosen >= 0
@@ -75,8 +76,9 @@ $("list").addEventListener("keydown", (event) => {
 for (const tab of document.querySelectorAll("[role=tab]")) {
   tab.onclick = () => show(tab.dataset.view);
   tab.onkeydown = (event) => {
-    if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
-    show(state.view === "curves" ? "rollouts" : "curves");
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by) return;
+    show(VIEWS[(VIEWS.indexOf(state.view) + by + VIEWS.length) % VIEWS.length]);
     $(`tab-${state.view}`).focus();
   };
 }
@@ -114,6 +116,7 @@ async function follow() {
       [state.chosen, state.beside] = names.map(find);
       const { scrollTop } = $("curves");
       drawCurves();
+      drawData();
       $("curves").scrollTop = scrollTop;
       drawFilters();
       if (state.query) await search();
@@ -136,6 +139,7 @@ async function start() {
   list();
   show(state.view);
   drawCurves();
+  drawData();
   $("live").hidden = !isLive;
   if (isLive) setTimeout(follow, 3000);
 }
