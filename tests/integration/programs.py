@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 LIMIT_S = 120
 """No run may take longer; one that does hangs."""
 
@@ -167,6 +169,33 @@ class World:
         script = self.root / f"environment_{crc32(rule.encode()):08x}.py"
         script.write_text(ENVIRONMENT.format(rule=rule))
         return f"rollout.env_path={script}"
+
+
+def taught_to_answer(world: World, folder: Path) -> Run:
+    """Return six steps of `sft` on a base model: its eos ends texts, its chat template ends turns with another token.
+
+    `folder` gets the base model and the row, `Name a colour.` and `Green.`
+    """
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    tokenizer.eos_token = "<|endoftext|>"
+    lm = AutoModelForCausalLM.from_pretrained(world.model)
+    lm.config.eos_token_id = lm.generation_config.eos_token_id = tokenizer.eos_token_id
+    lm.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    asked = {"role": "user", "content": "Name a colour."}
+    row = {"messages": [asked, {"role": "assistant", "content": "Green."}]}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "asked.jsonl").write_text(json.dumps({"messages": [asked]}) + "\n")
+    settings = (f"data.path={folder}/rows.jsonl", "data.batch_size=1", "trainer.max_steps=6", "trainer.n_epochs=6")
+    return world.run("sft", f"actor.model_name={folder}/base", "actor.lr=1e-2", "actor.scheduler=constant", *settings)
+
+
+def answered(world: World, learnt: Run, folder: Path, *settings: str) -> list[dict[str, Any]]:
+    """Return the greedy answers of what `learnt` left to what `folder` asks, from the engine of `settings`."""
+    asked = (f"train_data.path={folder}/asked.jsonl", f"test_data.path={folder}/asked.jsonl", "trainer.eval_only=true")
+    greedy = ("rollout.test_sampling_params.temperature=0", "rollout.test_sampling_params.max_new_tokens=40")
+    model = f"actor.model_name={learnt.save_dir}/latest"
+    return world.run("ppo", model, *asked, *greedy, *settings).succeeded().samples
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

@@ -9,10 +9,11 @@ import termios
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
-from programs import NUM_ROWS, Run, World, without_times
+from programs import NUM_ROWS, Run, World, answered, taught_to_answer, without_times
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -88,6 +89,20 @@ def test_sft_memorises(runs: Runs, world: World) -> None:
         out = lm.generate(torch.tensor([prompt]), max_new_tokens=len(response), do_sample=False)
         right += out[0, start:].tolist() == response
     assert right >= 0.9 * len(trajectories)
+
+
+def test_a_base_model_learns_to_end_its_turns(world: World, tmp_path: Path) -> None:
+    """By the token that its chat template ends them with: in our engine, and in transformers from the export."""
+    learnt = taught_to_answer(world, tmp_path).succeeded()
+    folder = learnt.save_dir / "latest"
+    tokenizer, lm = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    asked = [{"role": "user", "content": "Name a colour."}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt").input_ids
+    answer = lm.generate(prompt, max_new_tokens=40, do_sample=False)[0, prompt.shape[1] :]
+    said, end = tokenizer.decode(answer[:-1]), tokenizer.decode(answer[-1:])
+    assert said and (end, len(answer) < 40) == ("<|im_end|>", True)
+    (sample,) = answered(world, learnt, tmp_path)
+    assert (sample["texts"][1], sample["truncated"]) == (said, False)
 
 
 def test_another_objective_is_compared_by_the_negative_log_likelihood(runs: Runs) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from programs import Run, World
+from programs import Run, World, answered, taught_to_answer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.vllm
@@ -56,6 +56,14 @@ def test_with_a_head_of_its_own(world: World, tmp_path: Path) -> None:
     untied.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(world.model).save_pretrained(tmp_path)
     check_gaps(world.run("spo", *SETTINGS, f"actor.model_name={tmp_path}").succeeded())
+
+
+def test_a_base_model_ends_its_turns_there_too(world: World, tmp_path: Path) -> None:
+    """After six steps of `sft` on a template that ends turns with another token than the model's eos."""
+    learnt = taught_to_answer(world, tmp_path).succeeded()
+    there, here = (answered(world, learnt, tmp_path, *settings) for settings in (SETTINGS[:3], ()))
+    assert [sample["truncated"] for sample in there] == [False]
+    assert [sample["texts"] for sample in there] == [sample["texts"] for sample in here]
 
 
 def test_a_compiled_server_gets_new_weights_too(world: World) -> None:
