@@ -1,4 +1,4 @@
-"""Chat templates of real models, as the package trl carries them: what trains, and where a turn ends."""
+"""Chat templates of real models, as the package trl carries them, and SmolLM2's: what trains, and where a turn ends."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from RL2.data.template import Template
 FOUND = importlib.util.find_spec("trl")  # not imported: that takes seconds
 FOLDER = Path(FOUND.submodule_search_locations[0] if FOUND and FOUND.submodule_search_locations else ".")
 FILES = {file.stem: file for file in sorted((FOLDER / "chat_templates").glob("*.jinja"))}
+FILES |= {"smollm2": Path(__file__).parents[1] / "templates" / "smollm2.jinja"} if FILES else {}
 pytestmark = pytest.mark.skipif(not FILES, reason="trl is not installed")
 
 SPECIAL = re.compile(
@@ -203,6 +204,7 @@ EXPECTED: dict[str, tuple[list[str], list[str] | None]] = {
         ["Green.<|im_end|>", "Blue.<|im_end|>"],
         [f"{TOOL_CALL}</tool_call><|im_end|>", "At 06:12.<|im_end|>"],
     ),
+    "smollm2": (["Green.<|im_end|>", "Blue.<|im_end|>"], None),
     "smolvlm": ([" Green.<end_of_utterance>", " Blue.<end_of_utterance>"], None),
 }
 
