@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import warm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LIMIT_S = 120
@@ -35,7 +36,7 @@ async def step(state, action, extra_info):
 class Run:
     """A program at work, or done."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | warm.Program
     settings: list[str]
     save_dir: Path
     log: Path
@@ -106,14 +107,23 @@ class World:
         save_dir: Path | None = None,
         max_restarts: int = 0,
         preexec: Callable[[], None] | None = None,
+        cold: bool = False,
     ) -> Run:
-        """`save_dir`: a new folder if None. `preexec` is called in the new process before the program."""
+        """`save_dir`: a new folder if None. `preexec` is called in the new process before the program.
+
+        `cold`: begin with a new interpreter, which has hashes of its own; more processes than one always do.
+        """
         name = f"{next(self.numbers):02d}_{program}"
         save_dir, log = save_dir or self.root / name, self.root / f"{name}.log"
+        settings = [*self.settings(program), f"trainer.save_dir={save_dir}", *overrides]
+        if nproc == 1 and not max_restarts and preexec is None and not cold:
+            errors = log.with_suffix(".err")
+            return Run(
+                warm.Program(f"RL2.trainer.{program}", settings, log, errors, None, os.environ), settings, save_dir, log
+            )
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
         launcher += [f"--max-restarts={max_restarts}"] if max_restarts else []
-        settings = [*self.settings(program), f"trainer.save_dir={save_dir}", *overrides]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | warm.ENVIRONMENT
         with log.open("wb") as out, log.with_suffix(".err").open("wb") as err:
             process = subprocess.Popen(
                 [sys.executable, *launcher, "-m", f"RL2.trainer.{program}", *settings],

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from programs import NUM_ROWS, World
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,8 +33,7 @@ def vote(action):
 
 
 def rl2(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "RL2.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **how)
+    return warm.run("RL2.cli", *arguments, **how)
 
 
 @pytest.fixture(scope="module")

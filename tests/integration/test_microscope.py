@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from programs import Run, World, without_times
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -90,8 +89,7 @@ def test_rows_are_those_of_samples_and_tests_are_the_same_at_every_step(run: Run
 
 def test_the_viewer_finds_the_replay_of_a_rollout(run: Run) -> None:
     """The run's own objective again: the pull, but for a minibatch's divisor instead of the step's."""
-    command = [sys.executable, "-m", "RL2.cli", "replay", str(run.save_dir), "--step", "0", "--objectives", "ppo, sft"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    warm.run("RL2.cli", "replay", str(run.save_dir), "--step", "0", "--objectives", "ppo, sft").check_returncode()
     chunks = dict(Book([str(run.save_dir)]).chunks())
     items = json.loads(zlib.decompress(base64.b64decode(chunks["token-0"]), -15))
     replayed = [item for item in items if item["replay"]]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from programs import Run, World
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,8 +28,7 @@ def run(world: World) -> Run:
 
 
 def rl2(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "RL2.cli", "replay", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return warm.run("RL2.cli", "replay", *arguments)
 
 
 @pytest.fixture(scope="module")

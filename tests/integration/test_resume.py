@@ -64,7 +64,7 @@ CASES = {
 def test_a_killed_run_ends_as_an_uninterrupted_one(case: str, world: World) -> None:
     program = case.split()[0]
     settings = (*CASES[case], "trainer.max_steps=8", f"test_data.path={world.root}/rl.jsonl")
-    whole, killed = world.start(program, *settings), world.start(program, *settings)
+    whole, killed = world.start(program, *settings, cold=True), world.start(program, *settings)
 
     first = json.loads(wait_for_line(killed.save_dir / "metrics.jsonl", killed))
     delay = random.uniform(0, 5 * first["time/step_s"])  # anywhere in a rollout, an update, a save

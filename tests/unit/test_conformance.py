@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
@@ -93,9 +93,7 @@ def test_every_objective_has_a_card_with_its_defaults(name: str) -> None:
 
 
 def rl2(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "RL2.cli", *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return warm.run("RL2.cli", *arguments, cwd=cwd, env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"})
 
 
 @pytest.mark.slow
