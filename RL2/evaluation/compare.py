@@ -56,9 +56,10 @@ def compare(first: Sequence[Scores], second: Sequence[Scores], confidence: float
     the sampling twice, so the interval is rather too wide.
 
     With several runs of both, the variances add up, and the quantile is Student's with Satterthwaite's degrees of
-    freedom. With several of one, the method with a single run is taken to vary between seeds as the other does, and
-    the half-widths of both sources add up as squares: Satterthwaite's degrees of freedom would be too many for a spread
-    of so few runs that counts so much. With one run each the answer is about these two runs.
+    freedom. With several of one, the method with a single run is taken to vary between seeds as the other does, and the
+    half-widths of both sources add up: Satterthwaite's degrees of freedom would be too many for a spread of so few runs
+    that counts so much, and means of scores are skewed where seeds differ widely. With one run each the answer is about
+    these two runs.
 
     Raises ValueError where they have fewer than two problems in common.
     """
@@ -80,7 +81,7 @@ def compare(first: Sequence[Scores], second: Sequence[Scores], confidence: float
     elif several:
         error = math.sqrt(variance(several[0]) * (1 / len(first) + 1 / len(second)))
         half = student(confidence, len(several[0]) - 1) * error
-        below, above = math.hypot(below, half), math.hypot(above, half)
+        below, above = below + half, above + half
     z, z_power = NormalDist().inv_cdf((1 + confidence) / 2), NormalDist().inv_cdf(POWER)
     smallest = min(span, max(below, above) * (1 + z_power / z))
     seeds = len(first), len(second)
