@@ -256,7 +256,7 @@ def test_a_file_that_is_not_there_is_named() -> None:
 def test_a_mistake_ends_a_program_in_one_line() -> None:
     before = cpu_seconds_of_children()
     command = [sys.executable, "-m", "RL2.trainer.spo", *RL, "actor.kl.estimator=k9"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "spo: actor.kl.estimator='k9'; choose one of k1, k2, k3\n"

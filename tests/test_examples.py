@@ -33,7 +33,7 @@ def run(example: Path, bin_folder: Path) -> subprocess.CompletedProcess[str]:
     path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "NPROC": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", str(example), *DRY]
-    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=600)
 
 
 def check(program: str, output: str) -> None:
@@ -128,7 +128,7 @@ def test_the_slurm_script_runs_torchrun_on_every_node(tmp_path: Path, monkeypatc
     sft = ["sft", "data.path=train@openai/gsm8k:main", "data.env_path=envs/gsm8k.py", "data.max_length=1024"]
     sft += ["data.batch_size=64", "actor.model_name=Qwen/Qwen3-0.6B", "actor.max_length_per_device=16384"]
     script = ["bash", str(ROOT / "examples" / "launch" / "slurm.sh")]
-    done = subprocess.run([*script, *sft], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([*script, *sft], env=environment, capture_output=True, text=True, timeout=600, check=True)
     check_launch(done.stdout.splitlines(), "node7:29500", monkeypatch)
 
 
@@ -143,7 +143,7 @@ def test_the_sky_file_runs_torchrun_on_every_node(rank: int, tmp_path: Path, mon
         "SKYPILOT_NODE_RANK": str(rank),
     }
     done = subprocess.run(
-        ["bash", "-eu", "-c", task["run"]], env=environment, capture_output=True, text=True, timeout=60, check=True
+        ["bash", "-eu", "-c", task["run"]], env=environment, capture_output=True, text=True, timeout=600, check=True
     )
     arguments = done.stdout.splitlines()
     assert f"--rdzv-conf=is_host={1 - rank}" in arguments

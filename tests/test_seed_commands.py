@@ -147,7 +147,7 @@ def test_a_command_on_two_processes_says_once_what_its_keys_became(world: Path) 
     command += ["-m", f"RL2.trainer.{program}", *overrides, "trainer.dry_run=true"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_DATASETS_CACHE": str(world / "cache"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if " -> " in line] == renamed(program, overrides)

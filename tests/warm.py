@@ -91,7 +91,7 @@ def run(
     *arguments: str,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    timeout_s: float = 120,
+    timeout_s: float = 600,
 ) -> subprocess.CompletedProcess[str]:
     """Return what `python -m module arguments` came to. Raise TimeoutExpired after `timeout_s` seconds."""
     with tempfile.TemporaryDirectory() as folder:

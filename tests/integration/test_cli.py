@@ -25,7 +25,7 @@ RL2 = [str(Path(sys.executable).with_name("rl2"))]
 
 def test_train_is_the_program_and_says_how_it_is_called(world: World) -> None:
     settings = [*world.settings("sft"), f"trainer.save_dir={world.root}/by_cli", "trainer.max_steps=1"]
-    done = subprocess.run([*RL2, "train", "sft", *settings], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*RL2, "train", "sft", *settings], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{sys.executable} -m RL2.trainer.sft data.path=")
     assert "step 0/1" in done.stdout
@@ -35,7 +35,7 @@ def test_train_is_the_program_and_says_how_it_is_called(world: World) -> None:
 @pytest.mark.parametrize("nproc", ["1", "2"])
 def test_errors_and_exit_codes_are_the_programs(nproc: str) -> None:
     done = subprocess.run(
-        [*RL2, "train", "spo", "--nproc", nproc, "--dry-run"], capture_output=True, text=True, timeout=120
+        [*RL2, "train", "spo", "--nproc", nproc, "--dry-run"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1
     assert "train_data.prompts_per_rollout is not set" in done.stderr
@@ -54,7 +54,7 @@ def test_a_program_that_is_not_there() -> None:
 def test_export_is_the_model_of_a_checkpoint(world: World) -> None:
     run = world.root / "exported"
     settings = [*world.settings("sft"), f"trainer.save_dir={run}", "trainer.max_steps=2", "trainer.save_freq=1"]
-    done = subprocess.run([*RL2, "train", "sft", *settings], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*RL2, "train", "sft", *settings], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
     def export(step: int, *more: str) -> Result:
@@ -139,7 +139,7 @@ def test_export_on_a_full_disk_leaves_nothing(world: World, tmp_path: Path) -> N
         [*RL2, "export", str(checkpoint), str(tmp_path / "out")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         preexec_fn=no_large_file,
     )
     assert done.returncode == 1
@@ -163,7 +163,7 @@ def test_a_place_that_cannot_be_written_is_said_in_a_line(world: World, tmp_path
 )
 def test_a_package_that_is_not_installed(missing: str, command: list[str]) -> None:
     without = f"import sys; sys.modules[{missing!r}] = None; from RL2.cli import app; app()"
-    done = subprocess.run([sys.executable, "-c", without, *command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", without, *command], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"rl2 {command[0]}: ")

@@ -23,7 +23,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     left = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "ckpts", "evals")
     shutil.copytree(ROOT, tree, symlinks=True, ignore=left)
     shutil.copy(ROOT / ".dockerignore", tree)
-    done = subprocess.run([sys.executable, "-c", BUILD], cwd=tree, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", BUILD], cwd=tree, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return tree / "dist"
 

@@ -19,6 +19,6 @@ def test_ppo_is_that_of_trl() -> None:
     assert OLDER_TRL.is_dir(), f"make setup, or: pip install --no-deps --target {OLDER_TRL} trl==1.12.0"
     path = os.pathsep.join(filter(None, [str(OLDER_TRL), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(COMPARISON)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout

@@ -261,5 +261,5 @@ def test_workers_end_with_their_parent_even_if_it_is_killed(script: str) -> None
         time.sleep(0.1)
         parent.send_signal(signal.SIGKILL)
     assert len(workers) == 2
-    _, alive = psutil.wait_procs(workers, timeout=5)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []

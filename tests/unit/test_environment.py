@@ -194,10 +194,10 @@ def test_calls_share_one_loop_beside_the_callers(load: Load) -> None:
 
 
 def test_waiting_calls_overlap(load: Load) -> None:
-    environment = load("import asyncio\n" + body("await asyncio.sleep(0.05)", f"return {RESULT}"))
+    environment = load("import asyncio\n" + body("await asyncio.sleep(0.2)", f"return {RESULT}"), timeout_s=60)
     start = time.perf_counter()
     assert asyncio.run(outcomes(environment, ["a"] * 50)) == [1.0] * 50
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 5
 
 
 OVERTIME = f"step took longer than rollout.env_timeout_s={LIMIT}"
@@ -319,6 +319,6 @@ def test_close_ends_the_thread(load: Load) -> None:
 
 def test_a_call_costs_little(load: Load) -> None:
     environment = load(body(f"return {RESULT}"), timeout_s=60)
-    start = time.perf_counter()
+    start = time.process_time()
     assert asyncio.run(outcomes(environment, ["a"] * 512)) == [1.0] * 512
-    assert time.perf_counter() - start < 2, "0.05 s on an idle machine"
+    assert time.process_time() - start < 2, "0.05 s on an idle machine"

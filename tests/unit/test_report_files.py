@@ -44,7 +44,7 @@ for folder, step in (("a", 0), ("a", 1), ("b", 0)):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "kept"), "PYTHONPATH": str(Path(RL2.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=600)
     with sqlite3.connect(tmp_path / "kept" / "RL2.db") as db:
         rows = db.execute("select run_id, run_name, step, metrics from metrics order by id").fetchall()
     assert [(name, step, json.loads(metrics)) for _, name, step, metrics in rows] == [
