@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ipaddress
 import json
 import re
+import socket
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -27,6 +29,8 @@ MAX_REQUEST = 1 << 20
 MAX_WORDS = 200
 """Words of one query that count."""
 MAX_TOPK = 100
+MAX_QUERIES = 64
+"""Queries of one request, which bound its work: a query takes time with the corpus."""
 
 
 class BM25:
@@ -86,10 +90,21 @@ class Service(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024  # a whole rollout may ask at once
 
-    def __init__(self, address: tuple[str, int], documents: list[dict[str, str]]) -> None:
+    def __init__(self, address: tuple[str, int], documents: list[dict[str, str]], names: Iterable[str] = ()) -> None:
+        """`names`: under which it may be called, beside addresses, `localhost` and the name of this machine."""
         super().__init__(address, Handler)
         self.documents = documents
+        self.names = {"localhost", address[0], socket.gethostname(), *names}
         self.index = BM25(document["contents"] for document in documents)
+
+    def knows(self, host: str) -> bool:
+        """Return whether a request's `Host` is an address, or a name of the service."""
+        name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return name in self.names
+        return True
 
     def retrieve(self, request: Any) -> dict[str, Any]:
         """The reply to a request. Raises ValueError that says what is wrong with it."""
@@ -98,6 +113,8 @@ class Service(ThreadingHTTPServer):
         queries, topk, with_scores = request.get("queries"), request.get("topk") or 3, request.get("return_scores")
         if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
             raise ValueError("'queries' must be a list of strings")
+        if len(queries) > MAX_QUERIES:
+            raise ValueError(f"{len(queries)} queries are more than the {MAX_QUERIES} of one request; send several")
         if not isinstance(topk, int) or not 0 < topk <= MAX_TOPK:
             raise ValueError(f"'topk' must be a number from 1 to {MAX_TOPK}")
         found = [self.index.search(query, topk) for query in queries]
@@ -122,6 +139,9 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # what follows is not read
             return self.reply(413, {"error": f"a request needs a Content-Length of at most {MAX_REQUEST} bytes"})
         body = self.rfile.read(int(length))
+        # a page in a browser that has its own name point to this machine (DNS rebinding) reads no corpus
+        if not self.server.knows(self.headers.get("Host", "")):
+            return self.reply(403, {"error": "the service is not known under this name; --name adds one"})
         if self.path != "/retrieve":
             return self.reply(404, {"error": "the service is at /retrieve"})
         try:
@@ -146,12 +166,13 @@ def main() -> None:
     parser.add_argument("--corpus", required=True, help='JSONL file of {"id", "contents"}')
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--name", action="append", default=[], help="name that others call this machine by; repeatable")
     options = parser.parse_args()
     try:
         documents = load_corpus(options.corpus)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    with Service((options.host, options.port), documents) as service:
+    with Service((options.host, options.port), documents, options.name) as service:
         url = f"http://{options.host}:{service.server_port}/retrieve"
         print(f"{len(documents)} documents at {url}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

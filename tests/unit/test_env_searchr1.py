@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,6 +207,29 @@ def test_bm25_is_the_formula() -> None:
         assert list(found.values()) == sorted(found.values(), reverse=True)
     assert len(index.search("b c", 1)) == 1
     assert index.search("nothing", 3) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "is_known"),
+    [
+        *(("127.0.0.1:80", True), ("localhost", True), ("[::1]:80", True), ("10.0.0.7:1", True)),
+        *(("evil.example", False), ("localhost.evil.example:80", False), ("", False)),
+    ],
+)
+def test_only_those_who_know_its_name_are_answered(host: str, is_known: bool, service: str) -> None:
+    """Not pages in a browser whose own name was made to point to this machine."""
+    request = urllib.request.Request(service, json.dumps({"queries": ["capital"]}).encode(), {"Host": host})
+    if is_known:
+        assert len(json.loads(searchr1.OPENER.open(request, timeout=60).read())["result"][0]) == 2
+    else:
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            searchr1.OPENER.open(request, timeout=60)
+
+
+def test_a_request_asks_for_no_more_than_it_may(service: str) -> None:
+    assert len(post(service, {"queries": ["capital"] * 64})["result"]) == 64
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        post(service, {"queries": ["capital"] * 65})
 
 
 def test_a_corpus_that_cannot_be_read_is_named(tmp_path: Path) -> None:
