@@ -325,6 +325,12 @@ def refuse_no_model(model_name: str, key: str) -> None:
     if Path(model_name).is_dir():
         if not (Path(model_name) / "config.json").is_file():
             raise ConfigError(f"{key}={model_name} is no model: there is no config.json in it")
+        for path in Path(model_name).iterdir():
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise ConfigError(
+                    f"{key}={model_name}: {path.name} is no file but a pipe, a socket or a device, and to read it may "
+                    "wait for ever; remove it"
+                )
         return
     try:
         here = folder_here(model_name)

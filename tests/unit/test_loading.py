@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from RL2.config import ConfigError
-from RL2.models.loading import match_weights, stored_tensors
+from RL2.models.loading import match_weights, refuse_no_model, stored_tensors
 from RL2.models.policy import Policy, export, load_model, load_tokenizer, max_length
 from RL2.models.value import ValueModel
 
@@ -124,6 +125,14 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path: Path) -> None:
     assert message("no safetensors").startswith(": model.safetensors is broken (")
     assert message("a layer more").startswith(" lacks 11 of the tensors of Qwen3ForCausalLM, among them ")
     assert "proj.weight has shape [48, 32] in model.safetensors, and [64, 32] by config.json" in message("wider")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_a_pipe_in_the_folder_is_named_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=f"{name} is no file but a pipe, a socket or a device"):
+        refuse_no_model(str(tmp_path), "actor.model_name")
 
 
 def test_a_download_that_was_cut_off_is_named(tmp_path: Path) -> None:
