@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,8 +38,7 @@ from RL2.config import (
 from RL2.data.bad_rows import BadRows
 from RL2.data.chat import is_chat, question_of
 from RL2.data.cursor import Cursor
-from RL2.data.preference import as_responses, as_scored
-from RL2.data.prompts import given_away
+from RL2.data.prompts import given_away, largest_token_id
 from RL2.data.source import describe, from_json, is_here
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.loading import folder_here, match_weights, refuse_no_model, stored_tensors
@@ -53,7 +51,7 @@ from RL2.printing import printable
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
 from RL2.run_lock import refuse_if_running
-from RL2.trainer.rl import Example, actor_updates, bad_rows, make_cursor, reader, tasks
+from RL2.trainer.rl import Example, actor_updates, bad_rows, make_cursor, reader, sizes, tasks
 from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
 from RL2.types import Prompt, Sampling
@@ -212,25 +210,23 @@ def look_at_tasks(
         longest = min(longest, max_length(tokenizer.name_or_path))
     notes: dict[str, list[str]] = {}
 
-    def load(path: str, example: Example) -> list[Prompt]:
+    def load(path: str, example: Example) -> Sequence[Prompt]:
         if not is_here(path):
             return []
         if tokenizer is None:
             bad = bad_rows(config, path)
-            prompts = formatted(bad, example)
-            notes[path] = [f"{len(prompts)} rows, in the right format", *bad.notes(None), *warn_of_answers(prompts)]
-            return prompts
+            rows = formatted(bad, example)
+            notes[path] = [f"{len(rows)} rows, in the right format", *bad.notes(None), *warn_of_answers(rows)]
+            return rows
         said_of_rows: list[str] = []
         prompts = reader(config, tokenizer, longest, said_of_rows)(path, example)
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        mean = f"{sum(lengths) / len(lengths):.0f}"
-        said = f"{len(prompts)} rows; prompts of {mean} tokens in the mean, at most {max(lengths)}"
+        said = sizes(prompts)
         notes[path] = [said, *said_of_rows, *warn_of_answers(prompts)]
         return prompts
 
     try:
         prompts, tests = tasks(config, environment, load)
-        given = list(chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests]))
+        given = [largest_token_id(prompts), largest_token_id(tests)]
         if tokenizer is not None:
             given += stop_tokens(readers["actor.model_name"], tokenizer)
         for key, lm in readers.items():
@@ -280,7 +276,7 @@ def formatted(bad: BadRows, example: Example) -> list[Prompt]:
     return prompts
 
 
-def warn_of_answers(prompts: list[Prompt]) -> list[str]:
+def warn_of_answers(prompts: Sequence[Prompt]) -> list[str]:
     """Return a line that names the first prompt with its own right answer in it, if there is one."""
     found = [(p.row, given) for p in prompts if (given := given_away(p.text, p.extra_info.get("answer")))]
     if not found:
@@ -333,11 +329,11 @@ def look_at_rows(
         if isinstance(config, SFTConfig):
             read = import_module("RL2.trainer.sft_loop").reader(config, tokenizer, notes)
         else:
-            read = pairs_reader(config, tokenizer, notes, as_responses if isinstance(config, DPOConfig) else as_scored)
+            read = pairs_reader(config, tokenizer, notes)
         rows, tests = train_and_test(data, read)
         for each in filter(None, (rows, tests)):
             for key, lm in readers.items():
-                refuse_unknown_tokens(lm, [each.batch.largest_token_id], key)
+                refuse_unknown_tokens(lm, [each.largest_token_id], key)
         found.say("data", told["data"], *notes)
         found.say("test data", told["test data"])
     else:
@@ -351,7 +347,7 @@ def look_at_rows(
     steps = trainer.max_steps
     if rows is not None:
         steps = number_of_steps(trainer, Cursor(len(rows), data.batch_size, trainer.seed))
-        mean = len(rows.batch.token_ids_T) / len(rows)
+        mean = int(rows.lengths_B.sum()) / len(rows)
         found.say("steps", f"{steps} on {len(rows)} {what}, about {count(steps * data.batch_size * mean)} tokens")
     else:
         found.say("steps", "not known without the rows" if steps is None else str(steps))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from RL2.config import ConfigError, RLConfig, SGLang, Transport
 from RL2.data.bad_rows import BadRows
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
-from RL2.data.prompts import load_prompts
+from RL2.data.prompts import Prompts, largest_token_id, load_prompts
 from RL2.data.sft import marked
 from RL2.data.source import Row, with_columns
 from RL2.engines.base import Engine
@@ -29,6 +28,7 @@ from RL2.engines.vllm import kind as vllm
 from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
+from RL2.progress import Progress
 from RL2.report import Metrics, Report
 from RL2.rollout.collect import (
     groups,
@@ -63,13 +63,13 @@ def train(config: RLConfig, run: Run) -> None:
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
-    prompts, tests = tasks(config, environment, reader(config, tokenizer, longest, notes, run.listing()))
+    prompts, tests = tasks(config, environment, reader(config, tokenizer, longest, notes, run.listing(), run.progress))
     run.know_rows({"train_data": of_prompts(prompts), "test_data": of_prompts(tests)})
     cursor = make_cursor(len(prompts), config)
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
 
     actor, ref_actor, critic = make_workers(config, run, num_steps)
-    given = list(chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests]))
+    given = [largest_token_id(prompts), largest_token_id(tests)]
     stop_token_ids = stop_tokens(actor.lm, tokenizer)
     readers = {"actor.model_name": actor.lm}
     readers |= {"ref_actor.model_name": ref_actor.lm} if isinstance(ref_actor, RefActor) else {}
@@ -250,18 +250,25 @@ def reader(
     longest: int,
     notes: list[str],
     listing: Path | None = None,
-) -> Callable[[str, Example], list[Prompt]]:
+    progress: Progress | None = None,
+) -> Callable[[str, Example], Prompts]:
     """Reads the prompts of a path; what there is to say of them is added to `notes`, skipped rows to `listing`."""
 
-    def read(path: str, example: Example) -> list[Prompt]:
+    def read(path: str, example: Example) -> Prompts:
         bad = bad_rows(config, path)
-        prompts = load_prompts(path, tokenizer, example, longest - 1, bad)
+        prompts = load_prompts(path, tokenizer, example, longest - 1, bad, progress)
         first = prompts[0]
         shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
         notes.extend([f"{path}, row {first.row + 1}: {shown}[[response]]", *bad.notes(listing)])
         return prompts
 
     return read
+
+
+def sizes(prompts: Prompts) -> str:
+    """Return the number of prompts and their lengths in words."""
+    mean, most = prompts.lengths.mean(), prompts.lengths.max()
+    return f"{len(prompts)} rows; prompts of {mean:.0f} tokens in the mean, at most {most}"
 
 
 def bad_rows(config: RLConfig, path: str) -> BadRows:
@@ -271,12 +278,12 @@ def bad_rows(config: RLConfig, path: str) -> BadRows:
 
 
 def tasks(
-    config: RLConfig, environment: Environment, load: Callable[[str, Example], list[Prompt]]
-) -> tuple[list[Prompt], list[Prompt]]:
+    config: RLConfig, environment: Environment, load: Callable[[str, Example], Seq[Prompt]]
+) -> tuple[Seq[Prompt], Seq[Prompt]]:
     """Return what is trained on and what is tested on: rows by `load`, or tasks that the environment makes up."""
     train, test, trainer = config.train_data, config.test_data, config.trainer
 
-    def read(path: str | None, number: int, seed: int | None, group: str) -> list[Prompt]:
+    def read(path: str | None, number: int, seed: int | None, group: str) -> Seq[Prompt]:
         if path is not None:
             columns = train.columns if group == "train_data" else train.columns | test.columns
             return load(path, with_columns(columns, environment.example))
@@ -287,6 +294,7 @@ def tasks(
             )
         return made_up(number, seed)
 
+    prompts: Seq[Prompt]
     if train.path is None and trainer.eval_only:
         prompts = made_up(train.prompts_per_rollout)  # of which none is played
     else:
@@ -317,7 +325,7 @@ def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[
 
 
 def test(
-    tests: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report, microscope: Microscope
+    tests: Seq[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report, microscope: Microscope
 ) -> Metrics:
     """Metrics of the present weights on the test set. The seed is the same at every step: only the weights differ."""
     number, wave = config.test_data.responses_per_prompt, config.test_data.prompts_per_rollout or len(tests)

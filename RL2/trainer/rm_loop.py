@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from RL2.config import RMConfig
 from RL2.data.cursor import Cursor
-from RL2.data.preference import as_scored
 from RL2.models.policy import load_tokenizer
 from RL2.models.value import VALUE, ValueModel, mark_padding
 from RL2.objectives.preference import bradley_terry
@@ -21,7 +20,7 @@ def train(config: RMConfig, run: Run) -> None:
         critic.model_name, "critic.model_name", critic.chat_template, critic.chat_template_kwargs
     )
     notes: list[str] = []
-    rows, tests = train_and_test(data, pairs_reader(config, tokenizer, notes, as_scored, run.listing()))
+    rows, tests = train_and_test(data, pairs_reader(config, tokenizer, notes, run.listing(), run.progress))
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = number_of_steps(config.trainer, cursor)
     learner = Learner(critic, run.processes, num_steps, run.save_dir, "critic.model_name", ValueModel)

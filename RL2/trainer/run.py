@@ -27,6 +27,7 @@ from RL2.data.cursor import Cursor
 from RL2.parallel.agree import refuse_differences
 from RL2.parallel.processes import Processes
 from RL2.printing import masked, printable
+from RL2.progress import Progress
 from RL2.report import Dashboard, Report, TensorBoard, Trackio, Wandb
 from RL2.run_lock import RunLock
 from RL2.trainer import inputs
@@ -63,6 +64,8 @@ class Run:
     """The configuration as YAML."""
     source: Path | None
     """The checkpoint that the run goes on from."""
+    progress: Progress
+    """What the run says while it works."""
 
     def report(self, num_steps: int) -> Report:
         dashboards: list[Dashboard] = []
@@ -206,7 +209,7 @@ def start(config: Config) -> Iterator[Run]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     processes = Processes.start(trainer.timeout_s)
-    lock = RunLock(save_dir)
+    lock, progress = RunLock(save_dir), Progress(processes.is_first)
     try:
         random.seed(trainer.seed)
         torch.manual_seed(trainer.seed)
@@ -237,6 +240,7 @@ def start(config: Config) -> Iterator[Run]:
                 lock,
                 show(config),
                 source,
+                progress,
             )
             checkpoints.finish()
     except LostProcess:

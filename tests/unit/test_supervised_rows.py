@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from RL2.config import ConfigError, SupervisedData, load
 from RL2.data.source import DataError
-from RL2.packing import pack
+from RL2.data.table import Ragged
 from RL2.trainer.supervised import Rows, refuse_long, train_and_test
-from RL2.types import Sequence, Trajectory
 
 
 def pairs(number: int, first: int = 0) -> Rows:
     """Token ids tell which row and side it is."""
-    trajectories = [
-        Trajectory(n, n, side, [Sequence([100 * (first + n) + side] * 3, [False, True, True], [0.0] * 3, [0.0] * 3)])
-        for n in range(number)
-        for side in (0, 1)
-    ]
-    return Rows(pack(trajectories), per_row=2)
+    return of([[100 * (first + n) + side] * 3 for n in range(number) for side in (0, 1)], per_row=2)
+
+
+def of(sequences: list[list[int]], per_row: int) -> Rows:
+    """All tokens but the first of each sequence train."""
+    trains = [[False] + [True] * (len(ids) - 1) for ids in sequences]
+    return Rows(Ragged.of(sequences, np.int32), Ragged.of(trains, np.bool_), per_row)
 
 
 def rows_of(rows: Rows) -> set[int]:
-    return {token // 100 for token in rows.batch.token_ids_T.tolist()}
+    return {token // 100 for token in rows.draw(range(len(rows))).token_ids_T.tolist()}
 
 
 def data(test_path: str | None = None, test_ratio: float = 0.0) -> SupervisedData:
@@ -71,8 +72,7 @@ def model(group: str, tokens: int, sp_size: int = 1) -> tuple[str, ...]:
 
 def single(*lengths: int) -> Rows:
     """Examples that take so many places each."""
-    sequences = [Sequence([7] * (n + 1), [False] + [True] * n, [0.0] * (n + 1), [0.0] * (n + 1)) for n in lengths]
-    return Rows(pack([Trajectory(n, n, 0, [sequence]) for n, sequence in enumerate(sequences)]), per_row=1)
+    return of([[7] * (n + 1) for n in lengths], per_row=1)
 
 
 def test_a_limit_above_a_microbatch_is_nothing_to_refuse_but_a_row_is() -> None:
