@@ -36,6 +36,10 @@ class Phase:
         """Count `done` units as done in all."""
         self.update(done - self.done)
 
+    def resize(self, total: float) -> None:
+        """Change the number of units in all."""
+        self.total = self.bar.total = total
+
     def __str__(self) -> str:
         seconds = time.monotonic() - self.begun
         said = f"{duration(seconds)} so far"

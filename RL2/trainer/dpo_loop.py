@@ -16,6 +16,7 @@ from RL2.packing import sequence_weights
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.progress import Progress
+from RL2.trainer.announce import of_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import Rows, Task, fit, pairs_reader, train_and_test
 from RL2.types import StatsRequest
@@ -38,11 +39,14 @@ def train(config: DPOConfig, run: Run) -> None:
     rows, tests = train_and_test(data, read)
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = number_of_steps(config.trainer, cursor)
-    learner = Learner(actor, run.processes, num_steps, run.save_dir)
+    run.progress.say(*notes)
+    with run.progress.phase("loading the model"):
+        learner = Learner(actor, run.processes, num_steps, run.save_dir)
+    run.progress.say(of_model("actor", learner))
     loss = partial(ipo, beta=actor.beta)
     if actor.loss == "sigmoid":
         loss = partial(dpo, beta=actor.beta, label_smoothing=actor.label_smoothing)
-    task = Task("actor", learner, rows, tests, sequence_weights, loss, logps(config), notes)
+    task = Task("actor", learner, rows, tests, sequence_weights, loss, logps(config))
     fit(task, cursor, num_steps, tokenizer, run)
 
 
@@ -58,10 +62,11 @@ def with_reference(pairs: Rows, config: DPOConfig, processes: Processes, progres
     reference, actor = config.ref_actor, config.actor
     mesh = Mesh.make(processes, actor)
     key = "actor.model_name" if reference.model_name == actor.model_name else "ref_actor.model_name"
-    worker = Worker(reference.model_name, actor.dtype, mesh, processes, key)
+    progress = progress or Progress(speaks=False)
+    with progress.phase("loading the reference"):
+        worker = Worker(reference.model_name, actor.dtype, mesh, processes, key)
     refuse_unknown_tokens(worker.lm, [pairs.largest_token_id], key)
     limit, found = reference.max_inference_length_per_device, np.empty(starts[-1], np.float32)
-    progress = progress or Progress(speaks=False)
     with progress.phase("log-probabilities of the reference", 2 * len(pairs), "sequences") as phase:
         for first in range(0, len(pairs), AT_ONCE):
             last = min(first + AT_ONCE, len(pairs))

@@ -48,10 +48,12 @@ from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
 from RL2.printing import printable
+from RL2.progress import Progress
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
 from RL2.run_lock import refuse_if_running
-from RL2.trainer.rl import Example, actor_updates, bad_rows, make_cursor, reader, sizes, tasks
+from RL2.trainer.announce import count
+from RL2.trainer.rl import Example, actor_updates, bad_rows, make_cursor, reader, tasks
 from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
 from RL2.types import Prompt, Sampling
@@ -65,7 +67,8 @@ RESPONSE = "42"
 class Findings:
     """Lines of the table, and what could not be looked at here."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
         self.lines: list[tuple[str, str]] = []
         self.unseen: list[str] = []
         self.warnings = 0
@@ -95,9 +98,9 @@ class Findings:
         console.print(f"dry run: all checks passed{unseen}", highlight=False)
 
 
-def rehearse(program: str, config: Config) -> Findings:
+def rehearse(program: str, config: Config, progress: Progress) -> Findings:
     """Everything in the order in which the run would meet it. Raises a UserError for the first thing that is wrong."""
-    found = Findings()
+    found = Findings(progress)
     found.say("program", program)
     for missing in missing_here(config):
         found.warn(missing)
@@ -219,9 +222,8 @@ def look_at_tasks(
             notes[path] = [f"{len(rows)} rows, in the right format", *bad.notes(None), *warn_of_answers(rows)]
             return rows
         said_of_rows: list[str] = []
-        prompts = reader(config, tokenizer, longest, said_of_rows)(path, example)
-        said = sizes(prompts)
-        notes[path] = [said, *said_of_rows, *warn_of_answers(prompts)]
+        prompts = reader(config, tokenizer, longest, said_of_rows, progress=found.progress)(path, example)
+        notes[path] = [*said_of_rows, *warn_of_answers(prompts)]
         return prompts
 
     try:
@@ -327,9 +329,9 @@ def look_at_rows(
     if tokenizer is not None and is_here(data.path) and is_here(data.test_path):
         read: Callable[[str], Rows]
         if isinstance(config, SFTConfig):
-            read = import_module("RL2.trainer.sft_loop").reader(config, tokenizer, notes)
+            read = import_module("RL2.trainer.sft_loop").reader(config, tokenizer, notes, progress=found.progress)
         else:
-            read = pairs_reader(config, tokenizer, notes)
+            read = pairs_reader(config, tokenizer, notes, progress=found.progress)
         rows, tests = train_and_test(data, read)
         for each in filter(None, (rows, tests)):
             for key, lm in readers.items():
@@ -432,11 +434,3 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
 
 def bytes_in_words(number: float) -> str:
     return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / 2**20:.1f} MiB"
-
-
-def count(number: float) -> str:
-    """1234567 as 1.23 million."""
-    for unit, name in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.0f}"

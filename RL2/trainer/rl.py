@@ -43,6 +43,7 @@ from RL2.rollout.episode import decode
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.rollout.supply import Supply
+from RL2.trainer.announce import of_engine, of_model, of_rollouts
 from RL2.trainer.inputs import of_prompts
 from RL2.trainer.microscope import Microscope
 from RL2.trainer.run import Run, number_of_steps
@@ -51,12 +52,12 @@ from RL2.trainer.watch import Watch
 from RL2.types import Prompt, TokenBatch, Trajectory
 from RL2.workers.actor import Actor, Base, RefActor, Reference
 from RL2.workers.critic import Critic
-from RL2.workers.worker import compute_dtype
+from RL2.workers.worker import Worker, compute_dtype
 
 
 def train(config: RLConfig, run: Run) -> None:
     """Roll out, judge, update, until the data has been seen `n_epochs` times."""
-    trainer = config.trainer
+    trainer, progress = config.trainer, run.progress
     template = config.actor.chat_template, config.actor.chat_template_kwargs
     tokenizer = load_tokenizer(config.actor.model_name, "actor.model_name", *template)
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
@@ -64,11 +65,15 @@ def train(config: RLConfig, run: Run) -> None:
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
     prompts, tests = tasks(config, environment, reader(config, tokenizer, longest, notes, run.listing(), run.progress))
+    progress.say(*notes)
     run.know_rows({"train_data": of_prompts(prompts), "test_data": of_prompts(tests)})
     cursor = make_cursor(len(prompts), config)
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
 
-    actor, ref_actor, critic = make_workers(config, run, num_steps)
+    with progress.phase("loading the models"):
+        actor, ref_actor, critic = make_workers(config, run, num_steps)
+    workers = {"actor": actor, "ref_actor": ref_actor, "critic": critic}
+    progress.say(*(of_model(name, worker) for name, worker in workers.items() if isinstance(worker, Worker)))
     given = [largest_token_id(prompts), largest_token_id(tests)]
     stop_token_ids = stop_tokens(actor.lm, tokenizer)
     readers = {"actor.model_name": actor.lm}
@@ -76,7 +81,9 @@ def train(config: RLConfig, run: Run) -> None:
     readers |= {"critic.model_name": critic.lm} if critic is not None else {}
     for key, lm in readers.items():
         refuse_unknown_tokens(lm, [*given, *stop_token_ids], key)
-    engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
+    with progress.phase("starting the engine"):
+        engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
+    progress.say(of_engine(config))
     rollouts = Rollouts(
         config.rollout,
         engine=engine,
@@ -87,24 +94,33 @@ def train(config: RLConfig, run: Run) -> None:
         processes=run.processes,
     )
     report = run.report(num_steps)
-    report.say(*notes)
     microscope = Microscope(config, actor, tokenizer, report)
     supply = Supply(prompts, cursor, rollouts, config, num_steps)
     run.closing.callback(supply.close)  # a thread may be at work
     first_step = run.resume(actor, supply, report, critic)
+    report.say(of_rollouts(config, first_step, num_steps))
 
     scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))
     num_tests = max(1, len(tests) * config.test_data.responses_per_prompt)
     num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
     watch = Watch(num_tests, trainer.save_dir, report.rows(), num_train)
     last_step = first_step if trainer.eval_only else max(first_step, num_steps)
+    report.begin(first_step)
 
     for step in range(first_step, last_step + 1):
         clock = Clock()
-        engine.load_weights(actor.weights(), version=step)
+        with progress.phase("giving the weights to the engine"):
+            engine.load_weights(actor.weights(), version=step)
         metrics: Metrics = {}
         if tests and (step == last_step or run.due(trainer.test_freq, step)):
+            if step == first_step:
+                report.say(
+                    f"first test: {len(tests)} prompts x {config.test_data.responses_per_prompt} responses of at most "
+                    f"{config.rollout.test_sampling_params.max_new_tokens} tokens"
+                )
             metrics = test(tests, rollouts, config, step, report, microscope)
+            if step == first_step:
+                report.say(f"first test: score {metrics['test/score']:.3f}, at {time.strftime('%H:%M:%S')}")
             scores.add(metrics["test/score"])
             if trainer.keep_best and scores.newest_is_best:
                 run.export_to("best", actor, tokenizer)
@@ -122,16 +138,16 @@ def train(config: RLConfig, run: Run) -> None:
         batch = pack(trainable(trajectories, config.rollout), step)
         for key, lm in readers.items():
             refuse_unknown_tokens(lm, [batch.largest_token_id], key)
-        batch = judge(batch, config, actor, ref_actor, critic)
+        batch = judge(batch, config, actor, ref_actor, critic, progress)
         microscope.look(step, trajectories, batch)
         if run.due(trainer.replay_freq, step):
             run.keep_for_replay(step, batch, actor, tokenizer)
         if critic is not None:
-            with report.bar(batch.num_sequences, "critic") as bar:
-                metrics |= critic.update(batch, bar.update)
+            with progress.phase("update of the critic", batch.num_sequences, "sequences") as phase:
+                metrics |= critic.update(batch, phase.update)
         if step >= config.actor.freeze_steps:
-            with report.bar(batch.num_sequences, "update") as bar:
-                metrics |= actor.update(batch, bar.update)
+            with progress.phase(f"update of step {step}", batch.num_sequences, "sequences") as phase:
+                metrics |= actor.update(batch, phase.update)
         clock.lap("update")
 
         report.step(step, metrics | clock.metrics(trajectories))
@@ -259,7 +275,8 @@ def reader(
         prompts = load_prompts(path, tokenizer, example, longest - 1, bad, progress)
         first = prompts[0]
         shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
-        notes.extend([f"{path}, row {first.row + 1}: {shown}[[response]]", *bad.notes(listing)])
+        said = [f"{path}: {sizes(prompts)}", f"{path}, row {first.row + 1}: {shown}[[response]]"]
+        notes.extend([*said, *bad.notes(listing)])
         return prompts
 
     return read
@@ -307,15 +324,15 @@ def tasks(
 def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[Trajectory]:
     """The rollout of one step, with replacements of filtered groups; some of it goes to samples.jsonl."""
     number, wanted = config.train_data.responses_per_prompt, config.train_data.prompts_per_rollout
-    with report.bar(wanted * number, "rollout") as bar:
-        trajectories = supply.rollout(step, bar.update)
+    with report.progress.phase(f"rollout of step {step}", wanted * number, "responses") as phase:
+        trajectories = supply.rollout(step, phase.update)
     for _ in range(1, config.rollout.dynamic_filtering_rounds):
         # equal on all processes, as all have all trajectories
         missing = wanted - len(groups(with_signal(trajectories, config.rollout)))
         if not missing:
             break
-        with report.bar(missing * number, "rollout") as bar:
-            trajectories += supply.more(missing, step, len(groups(trajectories)), bar.update)
+        with report.progress.phase(f"more rollouts of step {step}", missing * number, "responses") as phase:
+            trajectories += supply.more(missing, step, len(groups(trajectories)), phase.update)
     supply.cursor.learn(success_rates(trajectories))
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
@@ -331,10 +348,10 @@ def test(
     number, wave = config.test_data.responses_per_prompt, config.test_data.prompts_per_rollout or len(tests)
     params = config.rollout.test_sampling_params
     trajectories: list[Trajectory] = []
-    with report.bar(len(tests) * number, "test") as bar:
+    with report.progress.phase(f"test before step {step}", len(tests) * number, "responses") as phase:
         for start in range(0, len(tests), wave):
             trajectories += rollouts.collect(
-                tests[start : start + wave], params, number, config.trainer.seed + start, bar.update
+                tests[start : start + wave], params, number, config.trainer.seed + start, phase.update
             )
     raise_if_all_unscored(trajectories)
     shown = trajectories[: config.trainer.samples_per_step]
@@ -344,16 +361,24 @@ def test(
 
 
 def judge(
-    batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: Reference | None, critic: Critic | None = None
+    batch: TokenBatch,
+    config: RLConfig,
+    actor: Actor,
+    ref_actor: Reference | None,
+    critic: Critic | None = None,
+    progress: Progress | None = None,
 ) -> TokenBatch:
     """The rollout with what the update reads beside it: old and reference log-probabilities, values, advantages."""
+    progress, number = progress or Progress(speaks=False), batch.num_sequences
     kl, adv, select = config.actor.kl, config.adv, config.actor.select
     kl_in_advantage = ref_actor is not None and kl.type != "loss"
     selects = select.not_mode or select.entropy_quantile > 0
     if config.actor.update_per_rollout > 1 or kl_in_advantage or selects:
-        batch = actor.stats_at_arrival(batch)
+        with progress.phase("log-probabilities before the update", number, "sequences") as phase:
+            batch = actor.stats_at_arrival(batch, phase.update)
     if ref_actor is not None:
-        batch = batch.with_(ref_logp_T=ref_actor.logp(batch))
+        with progress.phase("log-probabilities of the reference", number, "sequences") as phase:
+            batch = batch.with_(ref_logp_T=ref_actor.logp(batch, phase.update))
 
     # costs count for the advantages only: which sequences are correct is the environment's word
     reward_T, cost_T = batch.reward_T, torch.zeros_like(batch.reward_T)
@@ -379,7 +404,8 @@ def judge(
     if critic is None:
         advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
     else:
-        value_T = critic.values(batch)
+        with progress.phase("values of the critic", number, "sequences") as phase:
+            value_T = critic.values(batch, phase.update)
         ahead_T = gae(batch.with_(reward_T=reward_T, value_T=value_T), gamma=adv.gamma, lamda=adv.lamda)
         batch = batch.with_(value_T=value_T, return_T=ahead_T + value_T)
         advantage_T = whitened(batch, ahead_T, **knobs)

@@ -16,6 +16,7 @@ from RL2.objectives.declare import Loss
 from RL2.objectives.table import bind
 from RL2.packing import loss_weights
 from RL2.progress import Progress
+from RL2.trainer.announce import of_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import Rows, Task, bad_rows, converter, fit, refuse_long, train_and_test
 from RL2.types import StatsRequest, TokenBatch, TokenStats
@@ -39,11 +40,14 @@ def train(config: SFTConfig, run: Run) -> None:
     rows, tests = train_and_test(data, reader(config, tokenizer, notes, run.listing(), run.progress))
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = number_of_steps(config.trainer, cursor)
-    learner = Learner(actor, run.processes, num_steps, run.save_dir)
+    run.progress.say(*notes)
+    with run.progress.phase("loading the model"):
+        learner = Learner(actor, run.processes, num_steps, run.save_dir)
+    run.progress.say(of_model("actor", learner))
     objective.check(learner.lm.config.vocab_size)
     fields = tuple(dict.fromkeys((*objective.fields, "logp")))
     request = StatsRequest(fields, objective.top_k, budget_mib=actor.logits_budget_mib)
-    task = Task("actor", learner, rows, tests, weights, loss, request, notes)
+    task = Task("actor", learner, rows, tests, weights, loss, request)
     fit(task, cursor, num_steps, tokenizer, run)
 
 

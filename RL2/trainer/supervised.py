@@ -23,8 +23,9 @@ from RL2.models.policy import refuse_unknown_tokens, rotary_limit
 from RL2.objectives.declare import Loss
 from RL2.packing import pack_arrays
 from RL2.progress import Progress
-from RL2.report import Metrics
+from RL2.report import Metrics, Report
 from RL2.rollout.environment import load_example
+from RL2.trainer.announce import of_rows as of_rows_plan
 from RL2.trainer.inputs import of_tensors, spread
 from RL2.trainer.run import Run
 from RL2.types import StatsRequest, TokenBatch, TokenStats
@@ -97,8 +98,6 @@ class Task:
     """weight_T of a global minibatch."""
     loss: Callable[[TokenStats, TokenBatch], Loss]
     request: StatsRequest
-    notes: list[str]
-    """What is said before the first step."""
 
     def minibatch(self, rows: Rows, drawn: list[int]) -> TokenBatch:
         batch = rows.draw(drawn)
@@ -112,16 +111,17 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
         refuse_unknown_tokens(learner.lm, [rows.largest_token_id], f"{task.name}.model_name")
     run.know_rows({name: of_rows(rows) for name, rows in (("data", task.train), ("test data", task.test)) if rows})
     report = run.report(num_steps)
-    for note in task.notes:
-        report.say(note)
     first_step = run.resume(learner, cursor, report)
+    what, tokens = ("examples", "pairs")[task.train.per_row - 1], float(task.train.lengths_B.sum()) / len(task.train)
+    report.say(of_rows_plan(cursor.batch_size, what, tokens, trainer, first_step, num_steps))
+    report.begin(first_step)
 
     for step in range(first_step, num_steps):
         start = time.perf_counter()
-        metrics = test(task) if run.due(trainer.test_freq, step) else {}
+        metrics = test(task, report, step) if run.due(trainer.test_freq, step) else {}
         batch = task.minibatch(task.train, cursor.next())
-        with report.bar(batch.num_sequences, "update") as bar:
-            updated = learner.step(batch, task.loss, task.request, bar.update)
+        with report.progress.phase(f"update of step {step}", batch.num_sequences, "sequences") as phase:
+            updated = learner.step(batch, task.loss, task.request, phase.update)
         if task.train.per_row == 2:
             updated["pairs"] = updated.pop("tokens") / 2
         metrics |= {f"{task.name}/{name}": value for name, value in updated.items()}
@@ -131,7 +131,7 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
         run.save_if_due(step + 1, learner, cursor, tokenizer)
 
     if trainer.test_freq is not None:
-        report.step(num_steps, test(task))
+        report.step(num_steps, test(task, report, num_steps))
     run.export(learner, tokenizer)
     report.close()
 
@@ -142,11 +142,13 @@ def of_rows(rows: Rows) -> str:
     return of_tensors(len(rows), {"token_ids": batch.token_ids_T, "action": batch.action_T, "cut": batch.cu_seqlens})
 
 
-def test(task: Task) -> Metrics:
+def test(task: Task, report: Report, step: int) -> Metrics:
     """Loss and metrics of the present weights on the whole test set."""
     assert task.test is not None
     batch = task.minibatch(task.test, list(range(len(task.test))))
-    return {f"test/{name}": value for name, value in task.learner.measure(batch, task.loss, task.request).items()}
+    with report.progress.phase(f"test before step {step}", batch.num_sequences, "sequences") as phase:
+        found = task.learner.measure(batch, task.loss, task.request, phase.update)
+    return {f"test/{name}": value for name, value in found.items()}
 
 
 def bad_rows(data: SupervisedData, path: str) -> BadRows:
