@@ -221,13 +221,13 @@ def eval_(
     from rich.console import Console
 
     from RL2.evaluation.evaluate import Question, evaluate, table
-    from RL2.report import progress_bar
+    from RL2.progress import Progress
 
-    with ending("eval"), progress_bar(0, "problems", is_first=True) as bar:
+    with ending("eval"), Progress().phase("evaluating", 0, "problems") as phase:
 
         def progress(done: int, total: int) -> None:
-            bar.total, bar.n = total, done
-            bar.refresh()
+            phase.resize(total)
+            phase.to(done)
 
         folder, summary = evaluate(Question.of(settings), progress)
     Console().print(table(summary))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence as Seq
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,29 @@ def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatc
         truncated_B=truncated_B if truncated_B.any() else None,
         engine_logp_T=joined("logps", torch.float32, 1),
         age_T=age_T if age_T is not None and age_T.any() else None,
+    )
+
+
+def pack_arrays(
+    ids_B: Seq[np.ndarray], action_B: Seq[np.ndarray], reward_B: Seq[float], group_B: Seq[int]
+) -> TokenBatch:
+    """Pack one sequence per trajectory, as `pack` does; no engine sampled them.
+
+    `action_B`: bool, which of the tokens `ids_B` are actions; `reward_B`: reward at the last token.
+    """
+    lengths = np.array([len(ids) - 1 for ids in ids_B])
+    reward_T = torch.zeros(int(lengths.sum()))
+    reward_T[torch.from_numpy(lengths.cumsum() - 1)] = torch.tensor(reward_B, dtype=torch.float32)
+    return TokenBatch(
+        token_ids_T=torch.from_numpy(np.concatenate([ids[:-1] for ids in ids_B]).astype(np.int64)),
+        labels_T=torch.from_numpy(np.concatenate([ids[1:] for ids in ids_B]).astype(np.int64)),
+        position_ids_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        action_T=torch.from_numpy(np.concatenate([action[1:] for action in action_B])),
+        reward_T=reward_T,
+        cu_seqlens=torch.tensor([0, *lengths.tolist()]).cumsum(0),
+        trajectory_B=torch.arange(len(ids_B)),
+        group_B=torch.tensor(group_B),
+        engine_logp_T=torch.zeros_like(reward_T),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line a step, a bar within it, files of metrics, samples and tokens, dashboards."""
+"""What a person sees of a run: a line a step, files of metrics, samples and tokens, dashboards."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import json
 import math
 import os
 import shutil
-import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from tqdm import tqdm
-
 from RL2.config import UserError, first_line
 from RL2.durable import write_text
-from RL2.printing import printable
+from RL2.progress import Progress, clock, duration
 from RL2.types import Trajectory
 
 Metrics = dict[str, float]
@@ -65,8 +63,22 @@ class Dashboard(Protocol):
 class Report:
     """Writes on the first process; on the others every method does nothing."""
 
-    def __init__(self, folder: Path, is_first: bool, num_steps: int, dashboards: Iterable[Dashboard] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        is_first: bool,
+        num_steps: int,
+        dashboards: Iterable[Dashboard] = (),
+        progress: Progress | None = None,
+    ) -> None:
         self.folder, self.is_first, self.num_steps, self.dashboards = folder, is_first, num_steps, list(dashboards)
+        self.progress = progress or Progress(is_first)
+        self.begun: tuple[int, float] | None = None
+        """First step of this start, and when it began."""
+
+    def begin(self, step: int) -> None:
+        """Note that `step` begins now, the first of this start."""
+        self.begun = step, time.monotonic()
 
     def keep_before(self, step: int) -> None:
         """Cut the records back to what they say of the steps before `step`, and say so; the rest is written again.
@@ -114,6 +126,11 @@ class Report:
         shown = [f"{name} {form.format(metrics[key])}" for key, (name, form) in CONSOLE.items() if key in metrics]
         if metrics.get("train/unscored"):
             shown.append(f"UNSCORED {metrics['train/unscored']:.0f}")
+        shown.append(f"at {clock()}")
+        if self.begun is not None and self.begun[0] <= step < self.num_steps - 1:
+            first, begun = self.begun
+            left = (time.monotonic() - begun) / (step + 1 - first) * (self.num_steps - 1 - step)
+            shown.append(f"left {duration(left)}")
         self.say(f"step {step}/{max(step, self.num_steps)}  " + "  ".join(shown))
         if odd := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
             self.say(f"step {step}: WARNING: not recorded, as JSON has no such numbers: {_values(metrics, odd)}")
@@ -168,12 +185,7 @@ class Report:
             partial.replace(file)  # whole, or not there
 
     def say(self, *lines: str) -> None:
-        if self.is_first and lines:
-            tqdm.write(printable("\n".join(lines)))
-            sys.stdout.flush()  # a file or pipe would hold back many lines
-
-    def bar(self, total: int, what: str) -> tqdm[Any]:
-        return progress_bar(total, what, self.is_first)
+        self.progress.say(*lines)
 
     def close(self) -> None:
         for dashboard in self.dashboards:
@@ -198,11 +210,6 @@ class Report:
 
 def _values(metrics: Metrics, names: list[str]) -> str:
     return ", ".join(f"{name}={metrics[name]}" for name in names)
-
-
-def progress_bar(total: int, what: str, is_first: bool) -> tqdm[Any]:
-    """A progress bar on a terminal; nothing where the output is a file, or on other processes."""
-    return tqdm(total=total, desc=what, leave=False, disable=None if is_first else True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

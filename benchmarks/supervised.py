@@ -92,13 +92,13 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     from functools import partial
 
     from RL2.config import load
-    from RL2.data.preference import as_responses, load_pairs
+    from RL2.data.preference import load_pairs
     from RL2.data.sft import load_examples
     from RL2.models.policy import load_tokenizer
     from RL2.objectives.path import cross_entropy
     from RL2.objectives.preference import dpo
     from RL2.ops.attention import PackedAttention
-    from RL2.packing import loss_weights, microbatches, pack, sequence_weights
+    from RL2.packing import loss_weights, microbatches, sequence_weights
     from RL2.parallel.processes import Processes
     from RL2.trainer import supervised
     from RL2.trainer.dpo_loop import with_reference
@@ -124,11 +124,12 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     loss: Callable[..., Any]
     weights: Callable[[TokenBatch], torch.Tensor]
     if options.case == "sft":
-        rows = supervised.Rows(pack(load_examples(config.data.path, tokenizer, None, 512)[0]), per_row=1)
+        examples, _ = load_examples(config.data.path, tokenizer, None, 512)
+        rows = supervised.Rows(examples.ids, examples.trains, per_row=1)
         loss, weights = cross_entropy, partial(loss_weights, train_on="all", level="token", average_over="all")
     else:
         pairs, _ = load_pairs(config.data.path, tokenizer, None, 512)
-        rows = supervised.Rows(with_reference(pack(as_responses(pairs)), config, processes), per_row=2)
+        rows = with_reference(supervised.Rows(pairs.ids, pairs.trains, per_row=2), config, processes)
         loss, weights = partial(dpo, beta=0.1), sequence_weights
     learner = Learner(config.actor, processes, 1000, folder)
     computed = Positions(learner.lm)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     ("legacy_keys",),
-    ("types", "config", "scripts", "durable", "digests", "run_lock", "printing"),
+    ("types", "config", "scripts", "durable", "digests", "run_lock", "printing", "progress"),
     ("ops", "parallel", "objectives", "advantages", "packing", "report"),
     ("models", "data", "engines", "rollout", "checkpoint", "checkpoint_reader", "checkpoint_writer"),
     ("workers",),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from RL2.data.formats import canonical
-from RL2.data.source import BadLine, DataError, Row, keys, read_rows, shown
+from RL2.data.source import BadLine, DataError, Place, Row, Source, keys, shown
 
 SHOWN = 5
 """Bad rows that an error quotes."""
+PIECE = 1024
+"""Rows in memory at a time: the encodings of texts take much memory for the little while that they live."""
 LONGEST = 160
 """Characters of what is wrong with one of several rows."""
 
@@ -28,6 +30,7 @@ class BadRows:
     def __init__(self, path: str, *, skip: bool = False, key: str = "") -> None:
         """`skip`: the run goes on without them. `key`: the setting that says so, for the error."""
         self.path, self.skip, self.key = path, skip, key
+        self.source = Source(path)
         self.found: dict[int, str] = {}
         self.total = 0
         """Rows that the file has."""
@@ -36,13 +39,39 @@ class BadRows:
         self.left_out = 0
         """Rows that the script's `example` left out."""
 
+    def state(self) -> dict[str, Any]:
+        """Return what was found, as JSON."""
+        return {
+            "found": {str(number): error for number, error in self.found.items()},
+            "total": self.total,
+            "formats": self.formats,
+            "left_out": self.left_out,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned; after an empty one nothing was read."""
+        self.found = {int(number): error for number, error in state.get("found", {}).items()}
+        self.total, self.left_out = state.get("total", 0), state.get("left_out", 0)
+        self.formats = Counter(state.get("formats", {}))
+
     def load(self, example: Callable[[Row], Any] | None) -> dict[int, Row]:
-        """Return the file's rows by number, each through an environment script's `example(row)` if there is one.
+        """Return all rows of `pieces`."""
+        return {number: row for piece in self.pieces(example) for number, row in piece.items()}
+
+    def pieces(
+        self, example: Callable[[Row], Any] | None, tell: Callable[[float], None] = lambda share: None
+    ) -> Iterator[dict[int, Row]]:
+        """Yield the file's rows by number, each through an environment script's `example(row)` if there is one.
 
         Where that returns None the row is left out. Rows of a format that is known (data/formats.py) become our own.
+        `tell` is told the share of the data that was read.
         """
-        rows = dict[int, Row]()
-        for number, row in enumerate(read_rows(self.path)):
+        place, rows = Place(), dict[int, Row]()
+        for number, row in enumerate(self.source.rows(place)):
+            if number and number % PIECE == 0:
+                yield rows
+                tell(place.share)
+                rows = {}
             self.total += 1
             with self.row(number):
                 if isinstance(row, BadLine):
@@ -53,7 +82,7 @@ class BadRows:
                 else:
                     rows[number], name = canonical(converted)
                     self.formats[name] += 1
-        return rows
+        yield rows
 
     @contextmanager
     def row(self, number: int) -> Iterator[None]:

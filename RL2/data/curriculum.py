@@ -60,7 +60,8 @@ class Curriculum(Cursor):
         return batch
 
     def _weights(self) -> np.ndarray:
-        rates = np.array([self.rates.get(row, 0.5) for row in range(self.num_rows)])
+        rates = np.full(self.num_rows, 0.5)
+        rates[list(self.rates)] = list(self.rates.values())
         weights = FLOOR + (1 - rates if self.rule == "failures" else 4 * rates * (1 - rates))
         return weights / weights.sum()
 

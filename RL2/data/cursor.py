@@ -20,7 +20,7 @@ class Cursor:
             raise ValueError(f"num_rows={num_rows} and batch_size={batch_size} must be at least 1")
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
         self.drawn = 0
-        self._epoch, self._order = -1, list[int]()
+        self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def next(self, number: int | None = None) -> list[int]:
         """The next batch; or `number` rows, where some are to be replaced."""
@@ -60,6 +60,6 @@ class Cursor:
         """The row that is drawn as number `n`."""
         epoch, position = divmod(n, self.num_rows)
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows).tolist()
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
             self._epoch = epoch
-        return self._order[position]
+        return int(self._order[position])

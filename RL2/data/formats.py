@@ -34,12 +34,16 @@ HUMAN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 def canonical(row: Row) -> tuple[Row, str]:
     """Return the row in the library's own format, and the name of the format it had; empty if it was our own."""
-    names = list[str]()
+    names, given = list[str](), _without_nulls(row)
     for name, convert in FORMATS.items():
-        made = convert({key: value for key, value in row.items() if value is not None})
+        made = convert(given)
         if made is not None:
-            row, names = made, [*names, name]
+            row, names, given = made, [*names, name], _without_nulls(made)
     return with_answer(row), " + ".join(names)
+
+
+def _without_nulls(row: Row) -> Row:
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def with_answer(row: Row) -> Row:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import BadRows
-from RL2.data.sft import Demonstration, Example, demonstration, encode_demonstrations, marked
+from RL2.data.cache import key, table
+from RL2.data.sft import Demonstration, Example, demonstration, encode_demonstrations, marked, said_of
 from RL2.data.source import DataError, Row, from_json, keys, shown
+from RL2.data.table import Table, Writer
 from RL2.data.template import Template
-from RL2.types import Sequence, Trajectory
+from RL2.progress import Progress
 
 Pair = tuple[Example, Example]
 """Chosen and rejected: token ids up to the end of the response, and which of them are the response."""
 SIDES = ("chosen", "rejected")
+COLUMNS = ("ids", "trains")
+"""Columns of a table of pairs, two rows each."""
+SAME, OTHER = "have the same response twice", "answer different prompts"
+"""What is odd about pairs, for counts and messages."""
 MAY_FOLLOW = {
     "assistant": ("user", "tool", "system", "developer"),
     "user": ("system", "developer"),
@@ -27,6 +35,28 @@ MAY_FOLLOW = {
 on or begin another conversation, so that is not taken."""
 
 
+class Pairs(Seq[Pair]):
+    """Pairs of a data set, made of the table when they are asked for: row 2 n is the chosen side of pair n."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.ids, self.trains = (table.columns[name] for name in COLUMNS)
+
+    def __len__(self) -> int:
+        return len(self.table) // 2
+
+    @overload
+    def __getitem__(self, number: int) -> Pair: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Pair]: ...
+    def __getitem__(self, number: int | slice) -> Pair | list[Pair]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        first = 2 * range(len(self))[number]
+        chosen, rejected = ((self.ids[n].tolist(), self.trains[n].tolist()) for n in (first, first + 1))
+        return chosen, rejected
+
+
 def load_pairs(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -34,7 +64,8 @@ def load_pairs(
     max_length: int,
     notes: list[str] | None = None,
     bad: BadRows | None = None,
-) -> tuple[list[Pair], int]:
+    progress: Progress | None = None,
+) -> tuple[Pairs, int]:
     """Return the pairs of which both sequences have at most `max_length` tokens, and how many others were left out.
 
     Rows are {"prompt", "chosen", "rejected"}, three texts, or {"chosen", "rejected"}, two lists of messages that end
@@ -42,61 +73,59 @@ def load_pairs(
     into these. What there is to say of them is added to `notes`. Rows that cannot be used go to `bad`; by default a
     DataError names them.
     """
-    bad = bad or BadRows(path)
-    sides: tuple[dict[int, Demonstration], ...] = ({}, {})
-    for number, row in bad.load(example).items():
-        with bad.row(number):
-            pair = _pair(row)
-            for side, each in zip(sides, pair, strict=True):
-                side[number] = each
-    template = Template(tokenizer)
-    chosen, rejected = (encode_demonstrations(template, side, bad, notes) for side in sides)
+    bad, template = bad or BadRows(path), Template(tokenizer)
 
+    def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
+        counts = {side: Counter[str]() for side in SIDES}
+        odd = Counter[str]()
+        for rows in bad.pieces(example, tell):
+            pairs = _encoded(template, rows, bad, counts, max_length)
+            _count(odd, pairs)
+            sides = [side for pair in pairs for side in pair]
+            writer.add(ids=[ids for ids, _ in sides], trains=[mask for _, mask in sides])
+        bad.settle()
+        if not writer.rows:
+            raise DataError(f"{path}: no pair within data.max_length={max_length}; raise it")
+        return {"counts": counts, "odd": odd}
+
+    settings = {"kind": "pairs", "max_length": max_length, "skip": bad.skip}
+    found = table(
+        bad, key(bad.source, tokenizer, example, settings), COLUMNS, build, progress or Progress(speaks=False)
+    )
+    pairs = Pairs(found)
+    if notes is not None:
+        for side in SIDES:
+            notes += said_of(path, found.about["counts"][side])
+        odd = found.about["odd"]
+        notes += [f"{path}: {odd[what]} pairs {what}" for what in (SAME, OTHER) if odd.get(what)]
+        notes += [f"{path}, first pair, {side}: {marked(tokenizer, *pairs[0][n])}" for n, side in enumerate(SIDES)]
+    return pairs, bad.total - bad.left_out - len(bad.found) - len(pairs)
+
+
+def _encoded(
+    template: Template, rows: dict[int, Row], bad: BadRows, counts: dict[str, Counter[str]], max_length: int
+) -> list[Pair]:
+    """Return the pairs of those rows that can be used and are short enough."""
+    sides: dict[str, dict[int, Demonstration]] = {side: {} for side in SIDES}
+    for number, row in rows.items():
+        with bad.row(number):
+            for side, each in zip(SIDES, _pair(row), strict=True):
+                sides[side][number] = each
+    chosen, rejected = (encode_demonstrations(template, sides[side], bad, counts[side]) for side in SIDES)
     pairs = list[Pair]()
     for number in sorted(chosen.keys() & rejected.keys()):
         with bad.row(number):
             first, second = _response(chosen[number]), _response(rejected[number])
             if max(len(first[0]), len(second[0])) <= max_length:
                 pairs.append((first, second))
-    bad.settle()
-    if not pairs:
-        raise DataError(f"{path}: no pair within data.max_length={max_length}; raise it")
-    if notes is not None:
-        notes += _oddities(path, pairs)
-        notes += [f"{path}, first pair, {side}: {marked(tokenizer, *pairs[0][n])}" for n, side in enumerate(SIDES)]
-    return pairs, bad.total - bad.left_out - len(bad.found) - len(pairs)
+    return pairs
 
 
-def _oddities(path: str, pairs: list[Pair]) -> list[str]:
-    """Return what there is to say of pairs that teach nothing, or something else than a preference."""
-    same = sum(first[0] == second[0] for first, second in pairs)
+def _count(odd: Counter[str], pairs: list[Pair]) -> None:
+    """Count pairs that teach nothing, or something else than a preference."""
+    odd[SAME] += sum(first[0] == second[0] for first, second in pairs)
     asked = [[ids[: mask.index(True)] for ids, mask in pair] for pair in pairs]
-    other = sum(first != second for first, second in asked)
-    said = [f"{path}: {same} pairs have the same response twice"] if same else []
-    return said + ([f"{path}: {other} pairs answer different prompts"] if other else [])
-
-
-def as_responses(pairs: list[Pair]) -> list[Trajectory]:
-    """Two sequences a pair, whose actions are the tokens of the response."""
-    return [_trajectory(n, i, ids, mask) for n, pair in enumerate(pairs) for i, (ids, mask) in enumerate(pair)]
-
-
-def as_scored(pairs: list[Pair]) -> list[Trajectory]:
-    """Two sequences a pair, whose only action comes after the last token: there a reward model has read all of it.
-
-    The label of that action is a token that nothing reads.
-    """
-    return [
-        _trajectory(n, i, [*ids, ids[-1]], [False] * len(ids) + [True])
-        for n, pair in enumerate(pairs)
-        for i, (ids, _) in enumerate(pair)
-    ]
-
-
-def _trajectory(pair: int, side: int, token_ids: list[int], mask: list[bool]) -> Trajectory:
-    zeros = [0.0] * len(token_ids)
-    reward = [*zeros[1:], float(SIDES[side] == "chosen")]
-    return Trajectory(row=pair, group=pair, sample=side, sequences=[Sequence(token_ids, mask, zeros, reward)])
+    odd[OTHER] += sum(first != second for first, second in asked)
 
 
 def _side(row: Row, side: str) -> Row:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, overload
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import BadRows
+from RL2.data.cache import key, table
 from RL2.data.chat import encode, is_chat, question_of, template_arguments
 from RL2.data.source import DataError, Row, from_json, shown
+from RL2.data.table import Table, Writer, is_json
 from RL2.data.template import Chat, Template
+from RL2.progress import Progress
 from RL2.types import Prompt
+
+COLUMNS = ("ids", "text", "rest", "row")
+"""Columns of a table of prompts; `rest` is JSON of `extra_info` and the arguments of the template."""
 
 ANSWERS = (
     r"####\s*{}(?!\w|[.,]\d)",
@@ -36,20 +45,69 @@ def given_away(prompt: str, answer: Any) -> str | None:
     return None
 
 
+class Prompts(Sequence[Prompt]):
+    """The prompts of a data set: each is made of the table when it is asked for."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.ids, self.texts, self.rest, self.rows = (table.columns[name] for name in COLUMNS)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, number: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Prompt]: ...
+    def __getitem__(self, number: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        rest = bytes(self.rest[number])
+        extra_info, arguments = json.loads(rest) if rest else self.table.objects[number]
+        text = bytes(self.texts[number]).decode()
+        return Prompt(int(self.rows[number][0]), text, self.ids[number].tolist(), extra_info, arguments)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each."""
+        return self.ids.lengths
+
+
+def largest_token_id(prompts: Sequence[Prompt]) -> int:
+    """Return the largest id of a token of any prompt; -1 without tokens."""
+    if isinstance(prompts, Prompts):
+        return int(prompts.ids.values.max(initial=-1))
+    return max(chain.from_iterable(prompt.token_ids for prompt in prompts), default=-1)
+
+
 def load_prompts(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     example: Callable[[Row], Row | None] | None,
     max_length: int,
     bad: BadRows | None = None,
-) -> list[Prompt]:
+    progress: Progress | None = None,
+) -> Prompts:
     """Return rows {"prompt" | "messages", "extra_info"}, or what `example` makes into these, as prompts.
 
     Rows that cannot be used, among them prompts of more than `max_length` tokens, go to `bad`; by default a DataError
     names them.
     """
     bad, template = bad or BadRows(path), Template(tokenizer)
-    rows = bad.load(example)
+
+    def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
+        for rows in bad.pieces(example, tell):
+            _write(writer, rows, template, max_length, bad)
+        bad.settle()
+        return {}
+
+    name = key(bad.source, tokenizer, example, {"kind": "prompts", "max_length": max_length, "skip": bad.skip})
+    return Prompts(table(bad, name, COLUMNS, build, progress or Progress(speaks=False)))
+
+
+def _write(writer: Writer, rows: dict[int, Row], template: Template, max_length: int, bad: BadRows) -> None:
+    """Write those of `rows` that can be used."""
     texts, arguments = dict[bool, dict[int, str]]({True: {}, False: {}}), dict[int, dict[str, Any]]()
     for number, row in rows.items():
         with bad.row(number):
@@ -61,9 +119,9 @@ def load_prompts(
             texts[chat][number] = text
     token_ids = dict[int, list[int]]()
     for chat, part in texts.items():
-        token_ids |= zip(part, encode(tokenizer, list(part.values()), begins=not chat), strict=True)
+        token_ids |= zip(part, encode(template.tokenizer, list(part.values()), begins=not chat), strict=True)
 
-    prompts = list[Prompt]()
+    found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     for number, text in sorted((texts[True] | texts[False]).items()):
         with bad.row(number):
             length = len(token_ids[number])
@@ -74,9 +132,14 @@ def load_prompts(
                     f"its prompt has {length} tokens, the limit is {max_length}; "
                     "raise actor.max_length_per_device or take the row out"
                 )
-            prompts.append(Prompt(number, text, token_ids[number], _extra_info(rows[number]), arguments[number]))
-    bad.settle()
-    return prompts
+            rest = [_extra_info(rows[number]), arguments[number]]
+            if not (stored := is_json(rest)):
+                writer.keep(writer.rows + len(found["row"]), rest)
+            found["ids"].append(token_ids[number])
+            found["text"].append(text.encode())
+            found["rest"].append(json.dumps(rest).encode() if stored else b"")
+            found["row"].append([number])
+    writer.add(**found)
 
 
 def _extra_info(row: Row) -> dict[str, Any]:

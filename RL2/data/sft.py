@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import BadRows
+from RL2.data.cache import key, table
 from RL2.data.chat import Message, encode, is_chat, messages_of, template_arguments, template_errors, unicode
 from RL2.data.source import DataError, Row, keys, shown
+from RL2.data.table import Table, Writer
 from RL2.data.template import Chat, Template, reasoning_of
 from RL2.data.turns import Piece, cut_at_turns
+from RL2.progress import Progress
 from RL2.types import Sequence, Trajectory
 
 Example = tuple[list[int], list[bool]]
@@ -26,8 +31,10 @@ TrainOn = Literal["all", "last", "weighted"]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SHOWN = 600
 """Characters of a row that is printed."""
-_BATCH = 1024
-"""Texts encoded at once: offsets take much memory for the little while that they live."""
+COLUMNS = ("ids", "trains", "row")
+"""Columns of a table of examples."""
+EMPTY, LOST = "empty turns", "rewritten turns"
+"""Names of what is counted."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,29 @@ class Demonstration:
     """Numbers of the messages that train."""
 
 
+class Examples(Seq[Trajectory]):
+    """Trajectories of demonstrations: each is made of the table when it is asked for."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.ids, self.trains, self.rows = (table.columns[name] for name in COLUMNS)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, number: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Trajectory]: ...
+    def __getitem__(self, number: int | slice) -> Trajectory | list[Trajectory]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        row, zeros = int(self.rows[number][0]), [0.0] * len(self.ids[number])
+        sequence = Sequence(self.ids[number].tolist(), self.trains[number].tolist(), zeros, zeros.copy())
+        return Trajectory(row=row, group=row, sample=0, sequences=[sequence])
+
+
 def load_examples(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -49,29 +79,55 @@ def load_examples(
     train_on: TrainOn = "weighted",
     notes: list[str] | None = None,
     bad: BadRows | None = None,
-) -> tuple[list[Trajectory], int]:
+    progress: Progress | None = None,
+) -> tuple[Examples, int]:
     """Return one trajectory for each row of at most `max_length` tokens, and how many rows were left out as longer.
 
     Rows are {"prompt", "response"}, {"messages"} or {"messages", "response"}, or what `example` makes into these. What
     there is to tell of them is added to `notes`. Rows that cannot be used go to `bad`; else a DataError names them.
     """
-    bad = bad or BadRows(path)
-    rows = bad.load(example)
-    examples = _encode(tokenizer, rows, bad, train_on, notes)
-    trajectories = list[Trajectory]()
-    for number, (token_ids, mask) in examples.items():
-        with bad.row(number):
-            if not any(mask):
-                raise DataError("no token to train on")
-            if len(token_ids) <= max_length:
-                trajectories.append(_trajectory(number, token_ids, mask))
-    bad.settle()
-    if not trajectories:
-        raise DataError(f"{path}: no example within data.max_length={max_length}; raise it")
+    bad, template = bad or BadRows(path), Template(tokenizer)
+
+    def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
+        counts = Counter[str]()
+        for rows in bad.pieces(example, tell):
+            found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+            for number, (token_ids, mask) in _encode(template, rows, bad, train_on, counts).items():
+                with bad.row(number):
+                    if not any(mask):
+                        raise DataError("no token to train on")
+                    if len(token_ids) <= max_length:
+                        for column, values in zip(found.values(), (token_ids, mask, [number]), strict=True):
+                            column.append(values)
+            writer.add(**found)
+        bad.settle()
+        if not writer.rows:
+            raise DataError(f"{path}: no example within data.max_length={max_length}; raise it")
+        return {"counts": counts}
+
+    settings = {"kind": "examples", "max_length": max_length, "train_on": train_on, "skip": bad.skip}
+    found = table(
+        bad, key(bad.source, tokenizer, example, settings), COLUMNS, build, progress or Progress(speaks=False)
+    )
+    examples = Examples(found)
     if notes is not None:
-        first = trajectories[0].sequences[0]
-        notes.append(f"{path}, row {trajectories[0].row + 1}: {marked(tokenizer, first.token_ids, first.action_mask)}")
-    return trajectories, bad.total - bad.left_out - len(bad.found) - len(trajectories)
+        first = examples[0].sequences[0]
+        notes += said_of(path, found.about["counts"])
+        notes.append(f"{path}, row {examples[0].row + 1}: {marked(tokenizer, first.token_ids, first.action_mask)}")
+    return examples, bad.total - bad.left_out - len(bad.found) - len(examples)
+
+
+def said_of(path: str, counts: Mapping[str, int]) -> list[str]:
+    """Return what there is to say of rows that were encoded."""
+    said = []
+    if empty := counts.get(EMPTY):
+        said.append(f"{path}: {empty} rows train a turn of the assistant that is empty, so its end token alone")
+    if lost := counts.get(LOST):
+        said.append(
+            f"{path}: {lost} earlier turns of the assistant do not train: the chat template writes them otherwise once "
+            "others follow (data.train_on=last leaves out all but the last)"
+        )
+    return said
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], mask: list[bool]) -> list[tuple[str, bool]]:
@@ -96,21 +152,20 @@ def encode_rows(path: str, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) 
     """Return token ids of rows in one of the formats above, and where the assistant speaks; `path` is for errors."""
     bad = BadRows(path)
     bad.total = len(rows)
-    examples = _encode(tokenizer, dict(enumerate(rows)), bad, "all", None)
+    examples = _encode(Template(tokenizer), dict(enumerate(rows)), bad, "all", Counter())
     bad.settle()
     return [examples[number] for number in range(len(rows))]
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, rows: dict[int, Row], bad: BadRows, train_on: TrainOn, notes: list[str] | None
+    template: Template, rows: dict[int, Row], bad: BadRows, train_on: TrainOn, counts: Counter[str]
 ) -> dict[int, Example]:
     demonstrations = dict[int, Demonstration]()
     for number, row in rows.items():
         with bad.row(number):
             demonstrations[number] = demonstration(row, train_on)
-    if notes is not None and (empty := sum(map(_says_nothing, demonstrations.values()))):
-        notes.append(f"{bad.path}: {empty} rows train a turn of the assistant that is empty, so its end token alone")
-    return encode_demonstrations(Template(tokenizer), demonstrations, bad, notes)
+    counts[EMPTY] += sum(map(_says_nothing, demonstrations.values()))
+    return encode_demonstrations(template, demonstrations, bad, counts)
 
 
 def demonstration(row: Row, train_on: TrainOn) -> Demonstration:
@@ -139,9 +194,12 @@ def _says_nothing(each: Demonstration) -> bool:
 
 
 def encode_demonstrations(
-    template: Template, demonstrations: dict[int, Demonstration], bad: BadRows, notes: list[str] | None = None
+    template: Template, demonstrations: dict[int, Demonstration], bad: BadRows, counts: Counter[str]
 ) -> dict[int, Example]:
-    """Return token ids of demonstrations, and which of them train, by number; what cannot be used goes to `bad`."""
+    """Return token ids of demonstrations, and which of them train, by number; what cannot be used goes to `bad`.
+
+    Turns that do not train, as the template writes them otherwise once others follow, are added to `counts`.
+    """
     tokenizer = template.tokenizer
     raw = {number: each for number, each in demonstrations.items() if each.chat is None}
     chats = {number: each for number, each in demonstrations.items() if each.chat is not None}
@@ -149,13 +207,8 @@ def encode_demonstrations(
     if chats and tokenizer.is_fast and _GENERATION.search(str(tokenizer.chat_template)):
         examples |= _encode_marked(template, chats, bad)
     else:
-        examples |= _encode_by_prefix(template, chats, bad, [] if notes is None else notes)
+        examples |= _encode_by_prefix(template, chats, bad, counts)
     return {number: examples[number] for number in sorted(examples)}
-
-
-def _trajectory(row: int, token_ids: list[int], mask: list[bool]) -> Trajectory:
-    zeros = [0.0] * len(token_ids)
-    return Trajectory(row=row, group=row, sample=0, sequences=[Sequence(token_ids, mask, zeros, zeros.copy())])
 
 
 def _response(row: Row) -> str:
@@ -217,7 +270,7 @@ def _encode_marked(template: Template, chats: dict[int, Demonstration], bad: Bad
         with bad.row(number):
             chat = each.chat
             template.refuse_lost_around(chat, template.render(chat))
-            with template_errors():
+            with template_errors(template.watchdog):
                 out: Any = template.tokenizer.apply_chat_template(
                     template.as_read(chat.messages),
                     return_dict=True,
@@ -280,27 +333,19 @@ def _sampled(
 
 
 def _encode_by_prefix(
-    template: Template, chats: dict[int, Demonstration], bad: BadRows, notes: list[str]
+    template: Template, chats: dict[int, Demonstration], bad: BadRows, counts: Counter[str]
 ) -> dict[int, Example]:
     """Encode where the assistant's text is what the template adds to the prompt before it."""
-    rows, lost = dict[int, list[Piece]](), 0
+    rows = dict[int, list[Piece]]()
     for number, each in chats.items():
         assert each.chat is not None
         with bad.row(number):
             rows[number], rewritten = cut_at_turns(template, each.chat, each.turns)
-            lost += rewritten
-    if lost:
-        notes.append(
-            f"{bad.path}: {lost} earlier turns of the assistant do not train: the chat template writes them otherwise "
-            "once others follow (data.train_on=last leaves out all but the last)"
-        )
-    numbers = list(rows)
-    examples = dict[int, Example]()
+            counts[LOST] += rewritten
+    if not rows:
+        return {}
     encode_pieces = _encode_whole if template.tokenizer.is_fast else _encode_apart
-    for start in range(0, len(numbers), _BATCH):
-        part = numbers[start : start + _BATCH]
-        examples |= zip(part, encode_pieces(template.tokenizer, [rows[number] for number in part]), strict=True)
-    return examples
+    return dict(zip(rows, encode_pieces(template.tokenizer, list(rows.values())), strict=True))
 
 
 def _encode_whole(tokenizer: PreTrainedTokenizerBase, rows: list[list[Piece]]) -> list[Example]:

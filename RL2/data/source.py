@@ -6,19 +6,30 @@ JSON and CSV are parsed here, so that an error can name the file, the row (from 
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from RL2.config import UserError, one_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow import RecordBatch
 
 Row = dict[str, Any]
 
 DEFAULT_SPLIT = "train"
 """Split of a data set that is named without one, as in RL2."""
+AT_ONCE = 1024
+"""Rows of an Arrow table that are in memory at a time."""
 
 
 class DataError(UserError, ValueError):
@@ -45,57 +56,113 @@ def in_row(path: str, row: int) -> Iterator[None]:
         raise DataError(f"{path}, row {row + 1}: {error}") from error
 
 
+@dataclass
+class Place:
+    """How far a reader is."""
+
+    share: float = 0.0
+    """Part of the data that has been read, from 0 to 1."""
+
+
+class Source:
+    """A .json, .jsonl, .csv, .parquet or .arrow file, a folder that `datasets` saved, or `split@name:subset`: a hub
+    data set or a local folder. `:subset` may be left out; without `split@` it is `train`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @cached_property
+    def is_file(self) -> bool:
+        return _is_file(self.path)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The rows, where they are not in a file of their own."""
+        return _load_dataset(self.path)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
+        return sum(file.stat().st_size for file in self._files())
+
+    def content(self) -> str | None:
+        """Return a digest of all rows; None if they are not in files."""
+        found, files = hashlib.sha256(), self._files()
+        found.update(b"" if self.is_file else str(self.dataset._fingerprint).encode())  # of rows chosen from the files
+        for file in files:
+            with file.open("rb") as content:
+                found.update(file.suffix.encode() + hashlib.file_digest(content, "sha256").digest())
+        return found.hexdigest() if files else None
+
+    def rows(self, place: Place | None = None) -> Iterator[Row | BadLine]:
+        """Yield all rows, and tell `place` how far it is.
+
+        A line that holds no row, but does not keep the others from being read, stands in its place.
+        """
+        place, number = place or Place(), 0
+        try:
+            readers = _READERS[Path(self.path).suffix](self.path, place) if self.is_file else self._dataset_rows(place)
+            for row in readers:
+                number += 1
+                yield row
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path}: not UTF-8 at byte {error.start}") from error
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror or error}") from error
+        if not number:
+            raise DataError(f"{self.path}: no rows")
+
+    def _files(self) -> list[Path]:
+        if self.is_file:
+            return [Path(self.path)]
+        return [Path(each["filename"]) for each in self.dataset.cache_files]
+
+    def _dataset_rows(self, place: Place) -> Iterator[Row]:
+        number = len(self.dataset)
+        for start in range(0, number, AT_ONCE):
+            place.share = start / number
+            yield from without_filled(self.dataset.select(range(start, min(start + AT_ONCE, number))).to_list())
+
+
 def load_rows(path: str) -> list[Row]:
     """Return all rows of a file, folder or hub data set. Raise DataError if one of them cannot be read."""
     rows = list[Row]()
-    for number, row in enumerate(read_rows(path)):
+    for number, row in enumerate(Source(path).rows()):
         if isinstance(row, BadLine):
             raise DataError(f"{path}, row {number + 1} (line {row.line}): {row}")
         rows.append(row)
     return rows
 
 
-def read_rows(path: str) -> list[Row | BadLine]:
-    """Return all rows of a .json, .jsonl, .csv, .parquet or .arrow file, a folder that `datasets` saved, or
-    `split@name:subset`: a hub data set or a local folder. `:subset` may be left out; without `split@` it is `train`.
+@dataclass(frozen=True)
+class Renamed:
+    """`example` for rows whose columns have other names; `columns` maps our name to theirs, or to None.
 
-    A line that holds no row, but does not keep the others from being read, stands in its place.
+    A name that maps to None is left out, of the row and of what `example` makes of it. A row that has none of the named
+    columns raises DataError.
     """
-    read = _READERS[Path(path).suffix] if _is_file(path) else _read_dataset
-    try:
-        rows = read(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
-    if not rows:
-        raise DataError(f"{path}: no rows")
-    return rows
+
+    columns: Mapping[str, str | None]
+    example: Callable[[Row], Row | None] | None
+
+    def __call__(self, row: Row) -> Row | None:
+        theirs = {name: ours for ours, name in self.columns.items() if name is not None}
+        if theirs and not theirs.keys() & row.keys():
+            raise DataError(f"no column {' or '.join(map(repr, theirs))}; its columns are {keys(row)}")
+        kept = {name: value for name, value in row.items() if name not in self.columns and name not in theirs}
+        kept |= {ours: row[name] for name, ours in theirs.items() if name in row}
+        converted = kept if self.example is None else self.example(kept)
+        if not isinstance(converted, dict):
+            return converted
+        return {name: value for name, value in converted.items() if self.columns.get(name, name) is not None}
 
 
 def with_columns(
     columns: Mapping[str, str | None], example: Callable[[Row], Row | None] | None
 ) -> Callable[[Row], Row | None] | None:
-    """Return `example` for rows whose columns have other names: `columns` maps our name to theirs.
-
-    A name that maps to None is left out, of the row and of what `example` makes of it. A row that has none of the named
-    columns raises DataError.
-    """
-    if not columns:
-        return example
-    theirs = {name: ours for ours, name in columns.items() if name is not None}
-
-    def renamed(row: Row) -> Row | None:
-        if theirs and not theirs.keys() & row.keys():
-            raise DataError(f"no column {' or '.join(map(repr, theirs))}; its columns are {keys(row)}")
-        kept = {name: value for name, value in row.items() if name not in columns and name not in theirs}
-        kept |= {ours: row[name] for name, ours in theirs.items() if name in row}
-        converted = kept if example is None else example(kept)
-        if not isinstance(converted, dict):
-            return converted
-        return {name: value for name, value in converted.items() if columns.get(name, name) is not None}
-
-    return renamed
+    """Return `example` for rows whose columns are renamed as in `Renamed`; without `columns` itself."""
+    return Renamed(columns, example) if columns else example
 
 
 def from_json(value: Any) -> Any:
@@ -160,23 +227,23 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} GB"
 
 
-def _read_json(path: str) -> list[Row | BadLine]:
+def _read_json(path: str, place: Place) -> Iterator[Row | BadLine]:
     # element by element instead of json.load: a broken one is then known by its number
     text = Path(path).read_text(encoding="utf-8-sig")
-    decode, rows = json.JSONDecoder().raw_decode, list[Row | BadLine]()
+    decode, number = json.JSONDecoder().raw_decode, 0
 
     def wrong(what: str, position: int) -> DataError:
         line = text.count("\n", 0, position) + 1
-        return DataError(f"{path}, row {len(rows) + 1} (line {line}): {what}")
+        return DataError(f"{path}, row {number + 1} (line {line}): {what}")
 
     at = _skip_space(text, 0)
     if at == len(text):
-        return rows
+        return
     if text[at] != "[":
         raise DataError(f"{path}: not an array of objects; with one object a line it is a .jsonl file")
     at = _skip_space(text, at + 1)
     while text[at : at + 1] != "]":
-        if rows:
+        if number:
             if text[at : at + 1] != ",":
                 raise wrong("expected ',' before it, or ']'", at)
             at = _skip_space(text, at + 1)
@@ -187,11 +254,12 @@ def _read_json(path: str) -> list[Row | BadLine]:
         except (ValueError, RecursionError) as error:
             raise wrong(_beyond(error), at) from error
         is_row = isinstance(value, dict)
-        rows.append(value if is_row else BadLine(text.count("\n", 0, at) + 1, _not_an_object(value)))
+        yield value if is_row else BadLine(text.count("\n", 0, at) + 1, _not_an_object(value))
+        number += 1
         at = _skip_space(text, end)
+        place.share = at / len(text)
     if _skip_space(text, at + 1) != len(text):
         raise DataError(f"{path}: more text after the end of the array")
-    return rows
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -214,43 +282,47 @@ def _beyond(error: Exception) -> str:
     return "a number has too many digits"
 
 
-def _read_jsonl(path: str) -> list[Row | BadLine]:
-    rows = list[Row | BadLine]()
+def _read_jsonl(path: str, place: Place) -> Iterator[Row | BadLine]:
     with open(path, "rb") as file:
-        at = 0
+        at, size = 0, os.fstat(file.fileno()).st_size
         for line, data in enumerate(file, 1):
+            row: Row | BadLine | None = None
             try:
                 text = data.decode("utf-8-sig" if line == 1 else "utf-8")
                 if text.strip():
                     value = json.loads(text)
-                    rows.append(value if isinstance(value, dict) else BadLine(line, _not_an_object(value)))
+                    row = value if isinstance(value, dict) else BadLine(line, _not_an_object(value))
             except UnicodeDecodeError as error:
-                rows.append(BadLine(line, f"not UTF-8 at byte {at + error.start}"))
+                row = BadLine(line, f"not UTF-8 at byte {at + error.start}")
             except json.JSONDecodeError as error:
-                rows.append(BadLine(line, f"{error.msg} (column {error.colno})"))
+                row = BadLine(line, f"{error.msg} (column {error.colno})")
             except (ValueError, RecursionError) as error:
-                rows.append(BadLine(line, _beyond(error)))
+                row = BadLine(line, _beyond(error))
             at += len(data)
-    return rows
+            if row is not None:
+                place.share = at / size
+                yield row
 
 
-def _read_csv(path: str) -> list[Row | BadLine]:
-    rows = list[Row | BadLine]()
-    with open(path, encoding="utf-8-sig", newline="") as file:
+def _read_csv(path: str, place: Place) -> Iterator[Row | BadLine]:
+    number = 0
+    with open(path, "rb") as data, io.TextIOWrapper(data, encoding="utf-8-sig", newline="") as file:
+        size = os.fstat(data.fileno()).st_size
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: two columns have the same name: {', '.join(header)}")
             for fields in filter(None, reader):
+                number += 1
+                place.share = data.tell() / size
                 if len(fields) == len(header):
-                    rows.append(dict(zip(header, fields, strict=True)))
+                    yield dict(zip(header, fields, strict=True))
                 else:
                     said = f"{len(fields)} fields, the header has {len(header)}"
-                    rows.append(BadLine(reader.line_num, said))
+                    yield BadLine(reader.line_num, said)
         except csv.Error as error:
-            raise DataError(f"{path}, row {len(rows) + 1} (line {reader.line_num}): {error}") from error
-    return rows
+            raise DataError(f"{path}, row {number + 1} (line {reader.line_num}): {error}") from error
 
 
 TOOL_KEYS = ("tools", "tool_calls")
@@ -275,19 +347,18 @@ def without_filled(value: Any, *, in_tools: bool = False) -> Any:
 # pyarrow and datasets take up to seconds to import, so only who needs them does
 
 
-def _read_parquet(path: str) -> list[Row | BadLine]:
+def _read_parquet(path: str, place: Place) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
-        table = pa.parquet.read_table(path)
-        table.validate(full=True)
-        return without_filled(table.to_pylist())
+        with pa.parquet.ParquetFile(path) as file:
+            yield from _rows_of(file.iter_batches(AT_ONCE), file.metadata.num_rows, place)
     except pa.ArrowException as error:
         raise DataError(f"{path}: {error}") from error
 
 
-def _read_arrow(path: str) -> list[Row | BadLine]:
+def _read_arrow(path: str, place: Place) -> Iterator[Row]:
     import pyarrow as pa
 
     with open(path, "rb") as file:
@@ -296,13 +367,22 @@ def _read_arrow(path: str) -> list[Row | BadLine]:
         with pa.memory_map(path) as source:
             reader = pa.ipc.open_stream(source) if is_stream else pa.ipc.open_file(source)
             table = reader.read_all()
-            table.validate(full=True)  # what a damaged file says of lengths would be read beyond its end
-            return without_filled(table.to_pylist())
+            yield from _rows_of(table.to_batches(AT_ONCE), table.num_rows, place)
     except pa.ArrowException as error:
         raise DataError(f"{path}: {error}") from error
 
 
-_READERS: dict[str, Callable[[str], list[Row | BadLine]]] = {
+def _rows_of(batches: Iterable[RecordBatch], number: int, place: Place) -> Iterator[Row]:
+    """Yield the rows of batches of `number` rows in all, each checked before it is read."""
+    done = 0
+    for batch in batches:
+        batch.validate(full=True)  # what a damaged file says of lengths would be read beyond its end
+        yield from without_filled(batch.to_pylist())
+        done += batch.num_rows
+        place.share = done / number
+
+
+_READERS: dict[str, Callable[[str, Place], Iterator[Row | BadLine]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
@@ -331,7 +411,7 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _read_dataset(path: str) -> list[Row | BadLine]:
+def _load_dataset(path: str) -> Dataset:
     import datasets
 
     split, name, subset = _parse(path)
@@ -350,4 +430,4 @@ def _read_dataset(path: str) -> list[Row | BadLine]:
         data = data[split]
     elif "@" in path and _is_saved(Path(name)):
         raise DataError(f"{path}: this folder holds one data set without splits; write {name}")
-    return without_filled(data.to_list())
+    return data

@@ -20,7 +20,10 @@ from RL2.config import ConfigError, first_line
 from RL2.data.bad_rows import FatalDataError
 from RL2.data.chat import Message, render
 from RL2.data.source import DataError
+from RL2.data.watchdog import Watchdog
 
+TEMPLATE_LIMIT_S = 10.0
+"""Limit of one rendering. Templates come with models, and jinja's sandbox keeps them from all but taking time."""
 MARK, NAME, VALUE, CALL_ID = "zqxmark", "zqxname", "zqxvalue", "zqx123456"
 """Marks that are looked for in the rendered text; no template writes them by itself."""
 ASK: Message = {"role": "user", "content": "."}
@@ -40,8 +43,10 @@ class Chat:
 class Template:
     """The chat template of a tokenizer, or the lack of one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit_s: float = TEMPLATE_LIMIT_S) -> None:
+        """`limit_s` is the time that one rendering may take."""
         self.tokenizer = tokenizer
+        self.watchdog = Watchdog(limit_s)
         self.parts = False
         """True if it reads contents as lists of parts only."""
         self.empty: str | None = ""
@@ -71,7 +76,9 @@ class Template:
     def render(self, chat: Chat, number: int | None = None, *, add_generation_prompt: bool = False) -> str:
         """Return the text of the conversation's first `number` messages, of all by default."""
         messages = self.as_read(chat.messages[:number])
-        return render(self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **chat.arguments)
+        return render(
+            self.tokenizer, messages, self.watchdog, add_generation_prompt=add_generation_prompt, **chat.arguments
+        )
 
     def ask(self, chat: Chat) -> str:
         """Return the text after which the assistant is to speak. Raise DataError if it lacks what was said to it."""

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
-import torch
+import numpy as np
 
 from RL2.config import DPOConfig
 from RL2.data.cursor import Cursor
-from RL2.data.preference import as_responses
+from RL2.data.table import Ragged
 from RL2.models.policy import load_tokenizer, refuse_unknown_tokens
 from RL2.objectives.preference import dpo, ipo
 from RL2.packing import sequence_weights
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
-from RL2.report import progress_bar
+from RL2.progress import Progress
+from RL2.trainer.announce import of_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import Rows, Task, fit, pairs_reader, train_and_test
-from RL2.types import StatsRequest, TokenBatch
+from RL2.types import StatsRequest
 from RL2.workers.worker import Learner, Worker
+
+AT_ONCE = 8192
+"""Pairs that are packed at a time for the reference."""
 
 
 def train(config: DPOConfig, run: Run) -> None:
@@ -26,19 +31,22 @@ def train(config: DPOConfig, run: Run) -> None:
     data, actor = config.data, config.actor
     tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
     notes: list[str] = []
-    pairs_of = pairs_reader(config, tokenizer, notes, as_responses, run.listing())
+    pairs_of = pairs_reader(config, tokenizer, notes, run.listing(), run.progress)
 
     def read(path: str) -> Rows:
-        return Rows(with_reference(pairs_of(path).batch, config, run.processes), per_row=2)
+        return with_reference(pairs_of(path), config, run.processes, run.progress)
 
     rows, tests = train_and_test(data, read)
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = number_of_steps(config.trainer, cursor)
-    learner = Learner(actor, run.processes, num_steps, run.save_dir)
+    run.progress.say(*notes)
+    with run.progress.phase("loading the model"):
+        learner = Learner(actor, run.processes, num_steps, run.save_dir)
+    run.progress.say(of_model("actor", learner))
     loss = partial(ipo, beta=actor.beta)
     if actor.loss == "sigmoid":
         loss = partial(dpo, beta=actor.beta, label_smoothing=actor.label_smoothing)
-    task = Task("actor", learner, rows, tests, sequence_weights, loss, logps(config), notes)
+    task = Task("actor", learner, rows, tests, sequence_weights, loss, logps(config))
     fit(task, cursor, num_steps, tokenizer, run)
 
 
@@ -46,16 +54,22 @@ def logps(config: DPOConfig) -> StatsRequest:
     return StatsRequest(("logp",), budget_mib=config.actor.logits_budget_mib)
 
 
-def with_reference(pairs: TokenBatch, config: DPOConfig, processes: Processes) -> TokenBatch:
+def with_reference(pairs: Rows, config: DPOConfig, processes: Processes, progress: Progress | None = None) -> Rows:
     """With the reference's log-probabilities of all data, computed once; its model is then let go."""
+    starts = np.concatenate([[0], pairs.lengths_B.cumsum(0)])
     if config.actor.reference_free:
-        return pairs.with_(ref_logp_T=torch.zeros_like(pairs.reward_T))
+        return replace(pairs, ref_logp=Ragged(np.broadcast_to(np.float32(0), starts[-1]), starts))
     reference, actor = config.ref_actor, config.actor
     mesh = Mesh.make(processes, actor)
     key = "actor.model_name" if reference.model_name == actor.model_name else "ref_actor.model_name"
-    worker = Worker(reference.model_name, actor.dtype, mesh, processes, key)
+    progress = progress or Progress(speaks=False)
+    with progress.phase("loading the reference"):
+        worker = Worker(reference.model_name, actor.dtype, mesh, processes, key)
     refuse_unknown_tokens(worker.lm, [pairs.largest_token_id], key)
-    limit = reference.max_inference_length_per_device
-    with progress_bar(pairs.num_sequences, "reference", processes.is_first) as bar:
-        stats = worker.stats(pairs, logps(config), limit, bar.update)
-    return pairs.with_(ref_logp_T=stats.logp)
+    limit, found = reference.max_inference_length_per_device, np.empty(starts[-1], np.float32)
+    with progress.phase("log-probabilities of the reference", 2 * len(pairs), "sequences") as phase:
+        for first in range(0, len(pairs), AT_ONCE):
+            last = min(first + AT_ONCE, len(pairs))
+            stats = worker.stats(pairs.draw(range(first, last)), logps(config), limit, phase.update)
+            found[starts[2 * first] : starts[2 * last]] = stats.logp
+    return replace(pairs, ref_logp=Ragged(found, starts))

@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,8 +38,7 @@ from RL2.config import (
 from RL2.data.bad_rows import BadRows
 from RL2.data.chat import is_chat, question_of
 from RL2.data.cursor import Cursor
-from RL2.data.preference import as_responses, as_scored
-from RL2.data.prompts import given_away
+from RL2.data.prompts import given_away, largest_token_id
 from RL2.data.source import describe, from_json, is_here
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.loading import folder_here, match_weights, refuse_no_model, stored_tensors
@@ -50,9 +48,11 @@ from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
 from RL2.printing import printable
+from RL2.progress import Progress
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
 from RL2.run_lock import refuse_if_running
+from RL2.trainer.announce import count
 from RL2.trainer.rl import Example, actor_updates, bad_rows, make_cursor, reader, tasks
 from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
@@ -67,7 +67,8 @@ RESPONSE = "42"
 class Findings:
     """Lines of the table, and what could not be looked at here."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
         self.lines: list[tuple[str, str]] = []
         self.unseen: list[str] = []
         self.warnings = 0
@@ -97,9 +98,9 @@ class Findings:
         console.print(f"dry run: all checks passed{unseen}", highlight=False)
 
 
-def rehearse(program: str, config: Config) -> Findings:
+def rehearse(program: str, config: Config, progress: Progress) -> Findings:
     """Everything in the order in which the run would meet it. Raises a UserError for the first thing that is wrong."""
-    found = Findings()
+    found = Findings(progress)
     found.say("program", program)
     for missing in missing_here(config):
         found.warn(missing)
@@ -212,25 +213,22 @@ def look_at_tasks(
         longest = min(longest, max_length(tokenizer.name_or_path))
     notes: dict[str, list[str]] = {}
 
-    def load(path: str, example: Example) -> list[Prompt]:
+    def load(path: str, example: Example) -> Sequence[Prompt]:
         if not is_here(path):
             return []
         if tokenizer is None:
             bad = bad_rows(config, path)
-            prompts = formatted(bad, example)
-            notes[path] = [f"{len(prompts)} rows, in the right format", *bad.notes(None), *warn_of_answers(prompts)]
-            return prompts
+            rows = formatted(bad, example)
+            notes[path] = [f"{len(rows)} rows, in the right format", *bad.notes(None), *warn_of_answers(rows)]
+            return rows
         said_of_rows: list[str] = []
-        prompts = reader(config, tokenizer, longest, said_of_rows)(path, example)
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        mean = f"{sum(lengths) / len(lengths):.0f}"
-        said = f"{len(prompts)} rows; prompts of {mean} tokens in the mean, at most {max(lengths)}"
-        notes[path] = [said, *said_of_rows, *warn_of_answers(prompts)]
+        prompts = reader(config, tokenizer, longest, said_of_rows, progress=found.progress)(path, example)
+        notes[path] = [*said_of_rows, *warn_of_answers(prompts)]
         return prompts
 
     try:
         prompts, tests = tasks(config, environment, load)
-        given = list(chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests]))
+        given = [largest_token_id(prompts), largest_token_id(tests)]
         if tokenizer is not None:
             given += stop_tokens(readers["actor.model_name"], tokenizer)
         for key, lm in readers.items():
@@ -280,7 +278,7 @@ def formatted(bad: BadRows, example: Example) -> list[Prompt]:
     return prompts
 
 
-def warn_of_answers(prompts: list[Prompt]) -> list[str]:
+def warn_of_answers(prompts: Sequence[Prompt]) -> list[str]:
     """Return a line that names the first prompt with its own right answer in it, if there is one."""
     found = [(p.row, given) for p in prompts if (given := given_away(p.text, p.extra_info.get("answer")))]
     if not found:
@@ -331,13 +329,13 @@ def look_at_rows(
     if tokenizer is not None and is_here(data.path) and is_here(data.test_path):
         read: Callable[[str], Rows]
         if isinstance(config, SFTConfig):
-            read = import_module("RL2.trainer.sft_loop").reader(config, tokenizer, notes)
+            read = import_module("RL2.trainer.sft_loop").reader(config, tokenizer, notes, progress=found.progress)
         else:
-            read = pairs_reader(config, tokenizer, notes, as_responses if isinstance(config, DPOConfig) else as_scored)
+            read = pairs_reader(config, tokenizer, notes, progress=found.progress)
         rows, tests = train_and_test(data, read)
         for each in filter(None, (rows, tests)):
             for key, lm in readers.items():
-                refuse_unknown_tokens(lm, [each.batch.largest_token_id], key)
+                refuse_unknown_tokens(lm, [each.largest_token_id], key)
         found.say("data", told["data"], *notes)
         found.say("test data", told["test data"])
     else:
@@ -351,7 +349,7 @@ def look_at_rows(
     steps = trainer.max_steps
     if rows is not None:
         steps = number_of_steps(trainer, Cursor(len(rows), data.batch_size, trainer.seed))
-        mean = len(rows.batch.token_ids_T) / len(rows)
+        mean = int(rows.lengths_B.sum()) / len(rows)
         found.say("steps", f"{steps} on {len(rows)} {what}, about {count(steps * data.batch_size * mean)} tokens")
     else:
         found.say("steps", "not known without the rows" if steps is None else str(steps))
@@ -436,11 +434,3 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
 
 def bytes_in_words(number: float) -> str:
     return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / 2**20:.1f} MiB"
-
-
-def count(number: float) -> str:
-    """1234567 as 1.23 million."""
-    for unit, name in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.0f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def changed(before: Path, shown: str) -> list[str]:
     ]
 
 
-def of_prompts(prompts: list[Prompt]) -> str:
+def of_prompts(prompts: Sequence[Prompt]) -> str:
     """Return the number of some prompts and a digest of a part of them."""
     chosen = [prompts[i] for i in spread(len(prompts))]
     content = [(prompt.text, list(map(int, prompt.token_ids)), prompt.extra_info) for prompt in chosen]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from importlib import import_module
 from typing import NoReturn
 
 from RL2.config import LostProcess, RLConfig, SFTConfig, UserError, check_here, first_line, load, renamed, show
+from RL2.progress import INTERVAL_S, Progress
 
 LOOPS = {
     "sft": "RL2.trainer.sft_loop",
@@ -21,10 +23,10 @@ LOOPS = {
 """Program -> the module whose `train(config, run)` is its loop."""
 
 
-def main(program: str) -> None:
+def main(program: str, interval_s: float = INTERVAL_S) -> None:
     """Run `program` with the overrides of the command line, or `--dry-run`, short for `trainer.dry_run=true`.
 
-    Errors of the user end in one line and exit code 1.
+    The first process is never silent for longer than `interval_s`. Errors of the user end in one line and exit code 1.
     """
     try:
         is_first = int(os.environ.get("RANK", 0)) == 0
@@ -41,27 +43,33 @@ def main(program: str) -> None:
         # and a small model takes twice as long. Read by OpenMP when torch is first imported, which is below
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-        if isinstance(config, RLConfig):
-            from RL2.objectives.probe import probe
+        progress = Progress(is_first, interval_s)
+        if not config.trainer.dry_run:
+            progress.say(f"{program} begins on {time.strftime('%Y-%m-%d at %H:%M:%S')}")
+        with progress.phase("checking the objective"):
+            if isinstance(config, RLConfig):
+                from RL2.objectives.probe import probe
 
-            probe(config)
-        elif isinstance(config, SFTConfig):
-            from RL2.objectives.probe import probe_supervised
+                probe(config)
+            elif isinstance(config, SFTConfig):
+                from RL2.objectives.probe import probe_supervised
 
-            probe_supervised(config.actor)
+                probe_supervised(config.actor)
         if config.trainer.dry_run:
             from RL2.trainer.dry_run import rehearse
 
-            found = rehearse(program, config)
+            found = rehearse(program, config, progress)
             print(show(config))
             found.show()
             return
-        from RL2.trainer.interrupt import Interrupted
-        from RL2.trainer.run import start
+        with progress.phase("loading the libraries"):
+            from RL2.trainer.interrupt import Interrupted
+            from RL2.trainer.run import start
 
+            loop = import_module(LOOPS[program])
         try:
-            with start(config) as run:
-                import_module(LOOPS[program]).train(config, run)
+            with start(config, progress) as run:
+                loop.train(config, run)
         except Interrupted as ended:
             _leave(f"{program}: {ended}", ended.exit_code)
     except KeyboardInterrupt:

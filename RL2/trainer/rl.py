@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from RL2.config import ConfigError, RLConfig, SGLang, Transport
 from RL2.data.bad_rows import BadRows
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
-from RL2.data.prompts import load_prompts
+from RL2.data.prompts import Prompts, largest_token_id, load_prompts
 from RL2.data.sft import marked, pieces
 from RL2.data.source import Row, with_columns
 from RL2.engines.base import Engine
@@ -29,6 +28,7 @@ from RL2.engines.vllm import kind as vllm
 from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
+from RL2.progress import Progress
 from RL2.report import NUM_SHOWN, Metrics, Report
 from RL2.rollout.collect import (
     groups,
@@ -43,6 +43,7 @@ from RL2.rollout.episode import decode
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.rollout.supply import Supply
+from RL2.trainer.announce import of_engine, of_model, of_rollouts
 from RL2.trainer.inputs import of_prompts
 from RL2.trainer.microscope import Microscope
 from RL2.trainer.run import Run, number_of_steps
@@ -51,32 +52,38 @@ from RL2.trainer.watch import Watch
 from RL2.types import Prompt, TokenBatch, Trajectory
 from RL2.workers.actor import Actor, Base, RefActor, Reference
 from RL2.workers.critic import Critic
-from RL2.workers.worker import compute_dtype
+from RL2.workers.worker import Worker, compute_dtype
 
 
 def train(config: RLConfig, run: Run) -> None:
     """Roll out, judge, update, until the data has been seen `n_epochs` times."""
-    trainer = config.trainer
+    trainer, progress = config.trainer, run.progress
     template = config.actor.chat_template, config.actor.chat_template_kwargs
     tokenizer = load_tokenizer(config.actor.model_name, "actor.model_name", *template)
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
-    prompts, tests = tasks(config, environment, reader(config, tokenizer, longest, notes, run.listing()))
+    prompts, tests = tasks(config, environment, reader(config, tokenizer, longest, notes, run.listing(), run.progress))
+    progress.say(*notes)
     run.know_rows({"train_data": of_prompts(prompts), "test_data": of_prompts(tests)})
     cursor = make_cursor(len(prompts), config)
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
 
-    actor, ref_actor, critic = make_workers(config, run, num_steps)
-    given = list(chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests]))
+    with progress.phase("loading the models"):
+        actor, ref_actor, critic = make_workers(config, run, num_steps)
+    workers = {"actor": actor, "ref_actor": ref_actor, "critic": critic}
+    progress.say(*(of_model(name, worker) for name, worker in workers.items() if isinstance(worker, Worker)))
+    given = [largest_token_id(prompts), largest_token_id(tests)]
     stop_token_ids = stop_tokens(actor.lm, tokenizer)
     readers = {"actor.model_name": actor.lm}
     readers |= {"ref_actor.model_name": ref_actor.lm} if isinstance(ref_actor, RefActor) else {}
     readers |= {"critic.model_name": critic.lm} if critic is not None else {}
     for key, lm in readers.items():
         refuse_unknown_tokens(lm, [*given, *stop_token_ids], key)
-    engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
+    with progress.phase("starting the engine"):
+        engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
+    progress.say(of_engine(config))
     rollouts = Rollouts(
         config.rollout,
         engine=engine,
@@ -87,25 +94,34 @@ def train(config: RLConfig, run: Run) -> None:
         processes=run.processes,
     )
     report = run.report(num_steps)
-    report.say(*notes)
     report.first_rows(first_rows(prompts, tokenizer))
     microscope = Microscope(config, actor, tokenizer, report)
     supply = Supply(prompts, cursor, rollouts, config, num_steps)
     run.closing.callback(supply.close)  # a thread may be at work
     first_step = run.resume(actor, supply, report, critic)
+    report.say(of_rollouts(config, first_step, num_steps))
 
     scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))
     num_tests = max(1, len(tests) * config.test_data.responses_per_prompt)
     num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
     watch = Watch(num_tests, trainer.save_dir, report.rows(), num_train)
     last_step = first_step if trainer.eval_only else max(first_step, num_steps)
+    report.begin(first_step)
 
     for step in range(first_step, last_step + 1):
         clock = Clock()
-        engine.load_weights(actor.weights(), version=step)
+        with progress.phase("giving the weights to the engine"):
+            engine.load_weights(actor.weights(), version=step)
         metrics: Metrics = {}
         if tests and (step == last_step or run.due(trainer.test_freq, step)):
+            if step == first_step:
+                report.say(
+                    f"first test: {len(tests)} prompts x {config.test_data.responses_per_prompt} responses of at most "
+                    f"{config.rollout.test_sampling_params.max_new_tokens} tokens"
+                )
             metrics = test(tests, rollouts, config, step, report, microscope)
+            if step == first_step:
+                report.say(f"first test: score {metrics['test/score']:.3f}, at {time.strftime('%H:%M:%S')}")
             scores.add(metrics["test/score"])
             if trainer.keep_best and scores.newest_is_best:
                 run.export_to("best", actor, tokenizer)
@@ -123,16 +139,16 @@ def train(config: RLConfig, run: Run) -> None:
         batch = pack(trainable(trajectories, config.rollout), step)
         for key, lm in readers.items():
             refuse_unknown_tokens(lm, [batch.largest_token_id], key)
-        batch = judge(batch, config, actor, ref_actor, critic)
+        batch = judge(batch, config, actor, ref_actor, critic, progress)
         microscope.look(step, trajectories, batch)
         if run.due(trainer.replay_freq, step):
             run.keep_for_replay(step, batch, actor, tokenizer)
         if critic is not None:
-            with report.bar(batch.num_sequences, "critic") as bar:
-                metrics |= critic.update(batch, bar.update)
+            with progress.phase("update of the critic", batch.num_sequences, "sequences") as phase:
+                metrics |= critic.update(batch, phase.update)
         if step >= config.actor.freeze_steps:
-            with report.bar(batch.num_sequences, "update") as bar:
-                metrics |= actor.update(batch, bar.update)
+            with progress.phase(f"update of step {step}", batch.num_sequences, "sequences") as phase:
+                metrics |= actor.update(batch, phase.update)
         clock.lap("update")
 
         report.step(step, metrics | clock.metrics(trajectories))
@@ -251,21 +267,23 @@ def reader(
     longest: int,
     notes: list[str],
     listing: Path | None = None,
-) -> Callable[[str, Example], list[Prompt]]:
+    progress: Progress | None = None,
+) -> Callable[[str, Example], Prompts]:
     """Reads the prompts of a path; what there is to say of them is added to `notes`, skipped rows to `listing`."""
 
-    def read(path: str, example: Example) -> list[Prompt]:
+    def read(path: str, example: Example) -> Prompts:
         bad = bad_rows(config, path)
-        prompts = load_prompts(path, tokenizer, example, longest - 1, bad)
+        prompts = load_prompts(path, tokenizer, example, longest - 1, bad, progress)
         first = prompts[0]
         shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
-        notes.extend([f"{path}, row {first.row + 1}: {shown}[[response]]", *bad.notes(listing)])
+        said = [f"{path}: {sizes(prompts)}", f"{path}, row {first.row + 1}: {shown}[[response]]"]
+        notes.extend([*said, *bad.notes(listing)])
         return prompts
 
     return read
 
 
-def first_rows(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def first_rows(prompts: Seq[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Return the texts of the first prompts that are not made up by the environment, with where a response trains."""
     shown = [prompt for prompt in prompts[:NUM_SHOWN] if prompt.token_ids]
     responses = [("[the response]", True)]
@@ -275,6 +293,12 @@ def first_rows(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> lis
     ]
 
 
+def sizes(prompts: Prompts) -> str:
+    """Return the number of prompts and their lengths in words."""
+    mean, most = prompts.lengths.mean(), prompts.lengths.max()
+    return f"{len(prompts)} rows; prompts of {mean:.0f} tokens in the mean, at most {most}"
+
+
 def bad_rows(config: RLConfig, path: str) -> BadRows:
     group = "train_data" if path == config.train_data.path else "test_data"
     on_bad_row = config.train_data.on_bad_row if group == "train_data" else config.test_data.on_bad_row
@@ -282,12 +306,12 @@ def bad_rows(config: RLConfig, path: str) -> BadRows:
 
 
 def tasks(
-    config: RLConfig, environment: Environment, load: Callable[[str, Example], list[Prompt]]
-) -> tuple[list[Prompt], list[Prompt]]:
+    config: RLConfig, environment: Environment, load: Callable[[str, Example], Seq[Prompt]]
+) -> tuple[Seq[Prompt], Seq[Prompt]]:
     """Return what is trained on and what is tested on: rows by `load`, or tasks that the environment makes up."""
     train, test, trainer = config.train_data, config.test_data, config.trainer
 
-    def read(path: str | None, number: int, seed: int | None, group: str) -> list[Prompt]:
+    def read(path: str | None, number: int, seed: int | None, group: str) -> Seq[Prompt]:
         if path is not None:
             columns = train.columns if group == "train_data" else train.columns | test.columns
             return load(path, with_columns(columns, environment.example))
@@ -298,6 +322,7 @@ def tasks(
             )
         return made_up(number, seed)
 
+    prompts: Seq[Prompt]
     if train.path is None and trainer.eval_only:
         prompts = made_up(train.prompts_per_rollout)  # of which none is played
     else:
@@ -310,15 +335,15 @@ def tasks(
 def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[Trajectory]:
     """The rollout of one step, with replacements of filtered groups; some of it goes to samples.jsonl."""
     number, wanted = config.train_data.responses_per_prompt, config.train_data.prompts_per_rollout
-    with report.bar(wanted * number, "rollout") as bar:
-        trajectories = supply.rollout(step, bar.update)
+    with report.progress.phase(f"rollout of step {step}", wanted * number, "responses") as phase:
+        trajectories = supply.rollout(step, phase.update)
     for _ in range(1, config.rollout.dynamic_filtering_rounds):
         # equal on all processes, as all have all trajectories
         missing = wanted - len(groups(with_signal(trajectories, config.rollout)))
         if not missing:
             break
-        with report.bar(missing * number, "rollout") as bar:
-            trajectories += supply.more(missing, step, len(groups(trajectories)), bar.update)
+        with report.progress.phase(f"more rollouts of step {step}", missing * number, "responses") as phase:
+            trajectories += supply.more(missing, step, len(groups(trajectories)), phase.update)
     supply.cursor.learn(success_rates(trajectories))
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
@@ -328,16 +353,16 @@ def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[
 
 
 def test(
-    tests: list[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report, microscope: Microscope
+    tests: Seq[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report, microscope: Microscope
 ) -> Metrics:
     """Metrics of the present weights on the test set. The seed is the same at every step: only the weights differ."""
     number, wave = config.test_data.responses_per_prompt, config.test_data.prompts_per_rollout or len(tests)
     params = config.rollout.test_sampling_params
     trajectories: list[Trajectory] = []
-    with report.bar(len(tests) * number, "test") as bar:
+    with report.progress.phase(f"test before step {step}", len(tests) * number, "responses") as phase:
         for start in range(0, len(tests), wave):
             trajectories += rollouts.collect(
-                tests[start : start + wave], params, number, config.trainer.seed + start, bar.update
+                tests[start : start + wave], params, number, config.trainer.seed + start, phase.update
             )
     raise_if_all_unscored(trajectories)
     shown = trajectories[: config.trainer.samples_per_step]
@@ -347,16 +372,24 @@ def test(
 
 
 def judge(
-    batch: TokenBatch, config: RLConfig, actor: Actor, ref_actor: Reference | None, critic: Critic | None = None
+    batch: TokenBatch,
+    config: RLConfig,
+    actor: Actor,
+    ref_actor: Reference | None,
+    critic: Critic | None = None,
+    progress: Progress | None = None,
 ) -> TokenBatch:
     """The rollout with what the update reads beside it: old and reference log-probabilities, values, advantages."""
+    progress, number = progress or Progress(speaks=False), batch.num_sequences
     kl, adv, select = config.actor.kl, config.adv, config.actor.select
     kl_in_advantage = ref_actor is not None and kl.type != "loss"
     selects = select.not_mode or select.entropy_quantile > 0
     if config.actor.update_per_rollout > 1 or kl_in_advantage or selects:
-        batch = actor.stats_at_arrival(batch)
+        with progress.phase("log-probabilities before the update", number, "sequences") as phase:
+            batch = actor.stats_at_arrival(batch, phase.update)
     if ref_actor is not None:
-        batch = batch.with_(ref_logp_T=ref_actor.logp(batch))
+        with progress.phase("log-probabilities of the reference", number, "sequences") as phase:
+            batch = batch.with_(ref_logp_T=ref_actor.logp(batch, phase.update))
 
     # costs count for the advantages only: which sequences are correct is the environment's word
     reward_T, cost_T = batch.reward_T, torch.zeros_like(batch.reward_T)
@@ -382,7 +415,8 @@ def judge(
     if critic is None:
         advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
     else:
-        value_T = critic.values(batch)
+        with progress.phase("values of the critic", number, "sequences") as phase:
+            value_T = critic.values(batch, phase.update)
         ahead_T = gae(batch.with_(reward_T=reward_T, value_T=value_T), gamma=adv.gamma, lamda=adv.lamda)
         batch = batch.with_(value_T=value_T, return_T=ahead_T + value_T)
         advantage_T = whitened(batch, ahead_T, **knobs)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from RL2.config import RMConfig
 from RL2.data.cursor import Cursor
-from RL2.data.preference import as_scored
 from RL2.models.policy import load_tokenizer
 from RL2.models.value import VALUE, ValueModel, mark_padding
 from RL2.objectives.preference import bradley_terry
 from RL2.packing import sequence_weights
+from RL2.trainer.announce import of_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import Task, fit, pairs_reader, train_and_test
 from RL2.workers.worker import Learner
@@ -21,10 +21,13 @@ def train(config: RMConfig, run: Run) -> None:
         critic.model_name, "critic.model_name", critic.chat_template, critic.chat_template_kwargs
     )
     notes: list[str] = []
-    rows, tests = train_and_test(data, pairs_reader(config, tokenizer, notes, as_scored, run.listing()))
+    rows, tests = train_and_test(data, pairs_reader(config, tokenizer, notes, run.listing(), run.progress))
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = number_of_steps(config.trainer, cursor)
-    learner = Learner(critic, run.processes, num_steps, run.save_dir, "critic.model_name", ValueModel)
+    run.progress.say(*notes)
+    with run.progress.phase("loading the model"):
+        learner = Learner(critic, run.processes, num_steps, run.save_dir, "critic.model_name", ValueModel)
+    run.progress.say(of_model("critic", learner))
     mark_padding(learner.lm, tokenizer)
-    task = Task("critic", learner, rows, tests, sequence_weights, bradley_terry, VALUE, notes)
+    task = Task("critic", learner, rows, tests, sequence_weights, bradley_terry, VALUE)
     fit(task, cursor, num_steps, tokenizer, run)

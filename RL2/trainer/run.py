@@ -26,7 +26,8 @@ from RL2.config import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
 from RL2.parallel.agree import refuse_differences
 from RL2.parallel.processes import Processes
-from RL2.printing import masked, printable
+from RL2.printing import masked
+from RL2.progress import Progress
 from RL2.report import Dashboard, Report, TensorBoard, Trackio, Wandb
 from RL2.run_lock import RunLock
 from RL2.trainer import inputs
@@ -63,6 +64,8 @@ class Run:
     """The configuration as YAML."""
     source: Path | None
     """The checkpoint that the run goes on from."""
+    progress: Progress
+    """What the run says while it works."""
 
     def report(self, num_steps: int) -> Report:
         dashboards: list[Dashboard] = []
@@ -72,7 +75,7 @@ class Run:
             dashboards.append(Trackio(self.save_dir, self.config.project, self.config.experiment_name, self.settings))
         if self.processes.is_first and self.config.use_tensorboard:
             dashboards.append(TensorBoard(self.save_dir))
-        return Report(self.save_dir, self.processes.is_first, num_steps, dashboards)
+        return Report(self.save_dir, self.processes.is_first, num_steps, dashboards, self.progress)
 
     def listing(self) -> Path | None:
         """Return where rows that are skipped are listed, a new file; None on processes that do not write it."""
@@ -91,7 +94,10 @@ class Run:
             if each is not None:
                 inputs.refuse_other_replicas(self.processes, each, name)
         if source is not None:
-            with self.processes.expecting("the others in loading a checkpoint"):
+            with (
+                self.progress.phase(f"loading {source}"),
+                self.processes.expecting("the others in loading a checkpoint"),
+            ):
                 try:
                     step = checkpoint.load(source, learner, cursor, self.processes, critic)
                 except ConfigError as error:
@@ -131,10 +137,11 @@ class Run:
         self.processes.of_first(self.lock.refuse_if_lost, "whether the folder is still this run's")
         asked = self._asked()
         if asked or self.due(self.config.save_freq, step):
-            self.checkpoints.save(step, learner, cursor, critic)
+            with self.progress.phase(f"saving the checkpoint of step {step}"):
+                self.checkpoints.save(step, learner, cursor, critic)
             self.export(learner, tokenizer, critic)
         if asked:
-            self.checkpoints.finish()
+            self.finish()
             raise Interrupted(
                 f"ended by {_name(asked)} after step {step - 1}; go on with trainer.save_dir={self.save_dir} "
                 "trainer.load_ckpt_from=latest",
@@ -164,7 +171,8 @@ class Run:
             if self.processes.is_first:
                 shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
                 durable.recover(target)
-            learner.export(tokenizer, partial)
+            with self.progress.phase(f"writing the model into {target}"):
+                learner.export(tokenizer, partial)
             if self.processes.is_first:
                 if batch is not None:
                     batch.save(partial / REPLAY_BATCH)
@@ -188,44 +196,51 @@ class Run:
         self.checkpoints.rows |= rows
         before = checkpoint.rows(self.source) if self.source is not None else {}
         for name, digest in rows.items():
-            if self.processes.is_first and before.get(name, digest) != digest:
+            if before.get(name, digest) != digest:
                 text = f"{name} has other rows than before: {digest}, and {self.source} was made with {before[name]}"
-                print(printable(f"WARNING: {text}"), flush=True)
+                self.progress.say(f"WARNING: {text}")
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk."""
+        with self.progress.phase("writing the last checkpoint"):
+            self.checkpoints.finish()
 
     def due(self, frequency: int | None, step: int) -> bool:
         return frequency is not None and step % frequency == 0
 
 
 @contextmanager
-def start(config: Config) -> Iterator[Run]:
-    """Join the other processes, seed, and make the run's folder; leave in order."""
+def start(config: Config, progress: Progress) -> Iterator[Run]:
+    """Join the other processes, seed, and make the run's folder; leave in order. `progress` says what goes on."""
     trainer = config.trainer
     save_dir = Path(trainer.save_dir)
     # denormals are slow on CPUs and train nothing
     torch.set_flush_denormal(True)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    processes = Processes.start(trainer.timeout_s)
+    with progress.phase("waiting for all processes to join"):
+        processes = Processes.start(trainer.timeout_s)
+    progress.say(f"{processes.world_size} process(es), {processes.device.type}; the run writes into {save_dir}")
     lock = RunLock(save_dir)
     try:
         random.seed(trainer.seed)
         torch.manual_seed(trainer.seed)
         settings = masked(asdict(config))
         if processes.world_size > 1:
-            refuse_differences(processes, inputs.facts(settings, files=processes.is_first_here))
+            with progress.phase("comparing what the processes were given"):
+                refuse_differences(processes, inputs.facts(settings, files=processes.is_first_here))
         launchers = sorted(set(processes.gather(launcher(), "all processes to say who started them")))
         wanted = processes.of_first(
-            lambda: take_folder(trainer, save_dir, launchers, lock), "the first process to take trainer.save_dir"
+            lambda: take_folder(trainer, save_dir, launchers, lock, progress),
+            "the first process to take trainer.save_dir",
         )
         source, damaged = checkpoint.choose(wanted, save_dir, processes)
-        if processes.is_first:
-            for fault in damaged:
-                print(printable(f"WARNING: {fault}; the checkpoint before it is taken"), flush=True)
+        progress.say(*(f"WARNING: {fault}; the checkpoint before it is taken" for fault in damaged))
         if source is not None:
             refuse_another_base(source, settings)
         checkpoints = Checkpoints(save_dir, processes, trainer.keep, models(settings))
         with ExitStack() as closing, listening() as interrupt:
-            yield Run(
+            run = Run(
                 trainer,
                 save_dir,
                 processes,
@@ -237,8 +252,10 @@ def start(config: Config) -> Iterator[Run]:
                 lock,
                 show(config),
                 source,
+                progress,
             )
-            checkpoints.finish()
+            yield run
+            run.finish()
     except LostProcess:
         raise  # and leave: whoever still waits for this process will see that it has gone
     except BaseException:
@@ -249,7 +266,9 @@ def start(config: Config) -> Iterator[Run]:
     processes.stop()
 
 
-def take_folder(trainer: TrainerConfig, save_dir: Path, launchers: list[str], lock: RunLock) -> str | None:
+def take_folder(
+    trainer: TrainerConfig, save_dir: Path, launchers: list[str], lock: RunLock, progress: Progress
+) -> str | None:
     """Take the lock on `save_dir`; returns what to go on from, as in `trainer.load_ckpt_from`.
 
     Processes that torchrun has started again take the newest checkpoint that the first ones wrote. Raises ConfigError,
@@ -266,7 +285,7 @@ def take_folder(trainer: TrainerConfig, save_dir: Path, launchers: list[str], lo
         return trainer.load_ckpt_from
 
     look()
-    lock.acquire(lambda line: print(printable(line), flush=True))
+    lock.acquire(progress.say)
     return look()  # again: another run may have ended in between
 
 

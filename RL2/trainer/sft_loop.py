@@ -14,7 +14,9 @@ from RL2.data.sft import load_examples
 from RL2.models.policy import load_tokenizer
 from RL2.objectives.declare import Loss
 from RL2.objectives.table import bind
-from RL2.packing import loss_weights, pack
+from RL2.packing import loss_weights
+from RL2.progress import Progress
+from RL2.trainer.announce import of_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import Rows, Task, bad_rows, converter, fit, refuse_long, train_and_test
 from RL2.types import StatsRequest, TokenBatch, TokenStats
@@ -35,29 +37,38 @@ def train(config: SFTConfig, run: Run) -> None:
         loss_T, metrics = objective.loss(stats, batch)
         return loss_T, metrics | {"nll": -stats.logp.detach()}  # whatever is minimised, by this runs can be compared
 
-    rows, tests = train_and_test(data, reader(config, tokenizer, notes, run.listing()))
+    rows, tests = train_and_test(data, reader(config, tokenizer, notes, run.listing(), run.progress))
     cursor = Cursor(len(rows), data.batch_size, config.trainer.seed)
     num_steps = number_of_steps(config.trainer, cursor)
-    learner = Learner(actor, run.processes, num_steps, run.save_dir)
+    run.progress.say(*notes)
+    with run.progress.phase("loading the model"):
+        learner = Learner(actor, run.processes, num_steps, run.save_dir)
+    run.progress.say(of_model("actor", learner))
     objective.check(learner.lm.config.vocab_size)
     fields = tuple(dict.fromkeys((*objective.fields, "logp")))
     request = StatsRequest(fields, objective.top_k, budget_mib=actor.logits_budget_mib)
-    task = Task("actor", learner, rows, tests, weights, loss, request, notes)
+    task = Task("actor", learner, rows, tests, weights, loss, request)
     fit(task, cursor, num_steps, tokenizer, run)
 
 
 def reader(
-    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, notes: list[str], listing: Path | None = None
+    config: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    notes: list[str],
+    listing: Path | None = None,
+    progress: Progress | None = None,
 ) -> Callable[[str], Rows]:
     """Reads the rows of a path; what there is to say of them is added to `notes`, skipped rows to `listing`."""
     data, example = config.data, converter(config.data)
 
     def read(path: str) -> Rows:
         said, bad = list[str](), bad_rows(data, path)
-        examples, num_left_out = load_examples(path, tokenizer, example, data.max_length, data.train_on, said, bad)
+        examples, num_left_out = load_examples(
+            path, tokenizer, example, data.max_length, data.train_on, said, bad, progress
+        )
         left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
         notes.extend([f"{path}: {len(examples)} examples, {left_out}", *said, *bad.notes(listing)])
-        rows = Rows(pack(examples), per_row=1)
+        rows = Rows(examples.ids, examples.trains, per_row=1)
         refuse_long(config, rows, path)
         return rows
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,74 @@ from transformers import PreTrainedTokenizerBase
 from RL2.config import ConfigError, DPOConfig, RMConfig, SFTConfig, SupervisedData, times_sp, trained
 from RL2.data.bad_rows import BadRows
 from RL2.data.cursor import Cursor
-from RL2.data.preference import SIDES, Pair, load_pairs
+from RL2.data.preference import SIDES, load_pairs
 from RL2.data.sft import pieces
 from RL2.data.source import DataError, Row, with_columns
+from RL2.data.table import Ragged
 from RL2.models.policy import refuse_unknown_tokens, rotary_limit
 from RL2.objectives.declare import Loss
-from RL2.packing import pack
-from RL2.report import NUM_SHOWN, Metrics
+from RL2.packing import pack_arrays
+from RL2.progress import Progress
+from RL2.report import NUM_SHOWN, Metrics, Report
 from RL2.rollout.environment import load_example
+from RL2.trainer.announce import of_rows as of_rows_plan
 from RL2.trainer.inputs import of_tensors, spread
 from RL2.trainer.run import Run
-from RL2.types import StatsRequest, TokenBatch, TokenStats, Trajectory
+from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import Learner
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set, packed: each row is one sequence, or the two of a pair."""
+    """Rows of a data set, which may lie in files: each is one sequence, or the two of a pair."""
 
-    batch: TokenBatch
+    ids: Ragged
+    """Token ids of all sequences."""
+    trains: Ragged
+    """Which of the tokens are actions."""
     per_row: int
+    scored: bool = False
+    """True: the only action of a sequence comes after its last token; there a reward model has read all of it."""
+    ref_logp: Ragged | None = None
+    """Log-probabilities of a reference, at every position of every sequence."""
+    chosen: np.ndarray | None = None
+    """Numbers of these rows in the data set; None: all."""
 
     def __len__(self) -> int:
-        return self.batch.num_sequences // self.per_row
+        return len(self.ids) // self.per_row if self.chosen is None else len(self.chosen)
 
-    def draw(self, rows: list[int]) -> TokenBatch:
+    def draw(self, rows: Seq[int]) -> TokenBatch:
         """The sequences of `rows`; a row that comes twice is two groups."""
-        ids = [self.per_row * row + i for row in rows for i in range(self.per_row)]
-        return self.batch.sequences(ids).with_(group_B=torch.arange(len(rows)).repeat_interleave(self.per_row))
+        numbers = self.sequences(rows)
+        ids, actions = [self.ids[n] for n in numbers], [self.trains[n] for n in numbers]
+        if self.scored:  # the label of that action is a token that nothing reads
+            ids = [np.append(each, each[-1]) for each in ids]
+            actions = [np.append(np.zeros(len(each), bool), True) for each in actions]
+        rewards = [float(self.per_row == 2 and n % 2 == 0) for n in numbers]
+        groups = [place // self.per_row for place in range(len(numbers))]
+        batch = pack_arrays(ids, actions, rewards, groups)
+        if self.ref_logp is None:
+            return batch
+        return batch.with_(ref_logp_T=torch.from_numpy(np.concatenate([self.ref_logp[n] for n in numbers])))
+
+    def subset(self, rows: Seq[int]) -> Rows:
+        return replace(self, chosen=np.array(rows) if self.chosen is None else self.chosen[rows])
+
+    @property
+    def lengths_B(self) -> torch.Tensor:
+        """int64: positions of each sequence."""
+        lengths = self.ids.lengths if self.chosen is None else self.ids.lengths[self.sequences(range(len(self)))]
+        return torch.from_numpy(lengths - 1 + self.scored)
+
+    @property
+    def largest_token_id(self) -> int:
+        """Largest token id of the data set."""
+        return int(self.ids.values.max(initial=-1))
+
+    def sequences(self, rows: Seq[int]) -> np.ndarray:
+        """Return the numbers of the sequences of `rows`."""
+        numbers = np.asarray(rows, np.int64) if self.chosen is None else self.chosen[np.asarray(rows, np.int64)]
+        return (self.per_row * numbers[:, None] + np.arange(self.per_row)).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -59,8 +100,6 @@ class Task:
     """weight_T of a global minibatch."""
     loss: Callable[[TokenStats, TokenBatch], Loss]
     request: StatsRequest
-    notes: list[str]
-    """What is said before the first step."""
 
     def minibatch(self, rows: Rows, drawn: list[int]) -> TokenBatch:
         batch = rows.draw(drawn)
@@ -71,20 +110,21 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
     """One optimizer step on every batch of the cursor."""
     trainer, learner = run.config, task.learner
     for rows in filter(None, (task.train, task.test)):
-        refuse_unknown_tokens(learner.lm, [rows.batch.largest_token_id], f"{task.name}.model_name")
+        refuse_unknown_tokens(learner.lm, [rows.largest_token_id], f"{task.name}.model_name")
     run.know_rows({name: of_rows(rows) for name, rows in (("data", task.train), ("test data", task.test)) if rows})
     report = run.report(num_steps)
-    for note in task.notes:
-        report.say(note)
     report.first_rows(first_rows(task.train, tokenizer))
     first_step = run.resume(learner, cursor, report)
+    what, tokens = ("examples", "pairs")[task.train.per_row - 1], float(task.train.lengths_B.sum()) / len(task.train)
+    report.say(of_rows_plan(cursor.batch_size, what, tokens, trainer, first_step, num_steps))
+    report.begin(first_step)
 
     for step in range(first_step, num_steps):
         start = time.perf_counter()
-        metrics = test(task) if run.due(trainer.test_freq, step) else {}
+        metrics = test(task, report, step) if run.due(trainer.test_freq, step) else {}
         batch = task.minibatch(task.train, cursor.next())
-        with report.bar(batch.num_sequences, "update") as bar:
-            updated = learner.step(batch, task.loss, task.request, bar.update)
+        with report.progress.phase(f"update of step {step}", batch.num_sequences, "sequences") as phase:
+            updated = learner.step(batch, task.loss, task.request, phase.update)
         if task.train.per_row == 2:
             updated["pairs"] = updated.pop("tokens") / 2
         metrics |= {f"{task.name}/{name}": value for name, value in updated.items()}
@@ -94,22 +134,21 @@ def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokeniz
         run.save_if_due(step + 1, learner, cursor, tokenizer)
 
     if trainer.test_freq is not None:
-        report.step(num_steps, test(task))
+        report.step(num_steps, test(task, report, num_steps))
     run.export(learner, tokenizer)
     report.close()
 
 
 def first_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Return the texts of the first `NUM_SHOWN` rows, with what trains marked."""
-    batch, found = rows.draw(list(range(min(NUM_SHOWN, len(rows))))), []
-    for n in range(batch.num_sequences):
-        start, end = batch.cu_seqlens[n], batch.cu_seqlens[n + 1]
-        token_ids = [*batch.token_ids_T[start:end].tolist(), int(batch.labels_T[end - 1])]
-        side = f", {SIDES[n % 2]}" if rows.per_row == 2 else ""
-        name = f"row {n // rows.per_row + 1} of those that train{side}"
-        found.append(
-            {"name": name, "pieces": pieces(tokenizer, token_ids, [False, *batch.action_T[start:end].tolist()])}
-        )
+    found = []
+    for place, n in enumerate(rows.sequences(range(min(NUM_SHOWN, len(rows))))):
+        token_ids = rows.ids[n].tolist()
+        # a score is taken at the last token
+        trains = [False] * (len(token_ids) - 1) + [True] if rows.scored else rows.trains[n].tolist()
+        side = f", {SIDES[place % 2]}" if rows.per_row == 2 else ""
+        name = f"row {place // rows.per_row + 1} of those that train{side}"
+        found.append({"name": name, "pieces": pieces(tokenizer, token_ids, trains)})
     return found
 
 
@@ -119,11 +158,13 @@ def of_rows(rows: Rows) -> str:
     return of_tensors(len(rows), {"token_ids": batch.token_ids_T, "action": batch.action_T, "cut": batch.cu_seqlens})
 
 
-def test(task: Task) -> Metrics:
+def test(task: Task, report: Report, step: int) -> Metrics:
     """Loss and metrics of the present weights on the whole test set."""
     assert task.test is not None
     batch = task.minibatch(task.test, list(range(len(task.test))))
-    return {f"test/{name}": value for name, value in task.learner.measure(batch, task.loss, task.request).items()}
+    with report.progress.phase(f"test before step {step}", batch.num_sequences, "sequences") as phase:
+        found = task.learner.measure(batch, task.loss, task.request, phase.update)
+    return {f"test/{name}": value for name, value in found.items()}
 
 
 def bad_rows(data: SupervisedData, path: str) -> BadRows:
@@ -139,18 +180,18 @@ def pairs_reader(
     config: RMConfig | DPOConfig,
     tokenizer: PreTrainedTokenizerBase,
     notes: list[str],
-    as_trajectories: Callable[[list[Pair]], list[Trajectory]],
     listing: Path | None = None,
+    progress: Progress | None = None,
 ) -> Callable[[str], Rows]:
     """Reads the pairs of a path; what there is to say of them is added to `notes`, skipped rows to `listing`."""
     data, example = config.data, converter(config.data)
 
     def read(path: str) -> Rows:
         said, bad = list[str](), bad_rows(data, path)
-        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length, said, bad)
+        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length, said, bad, progress)
         left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
         notes.extend([f"{path}: {len(pairs)} pairs, {left_out}", *said, *bad.notes(listing)])
-        rows = Rows(pack(as_trajectories(pairs)), per_row=2)
+        rows = Rows(pairs.ids, pairs.trains, per_row=2, scored=isinstance(config, RMConfig))
         refuse_long(config, rows, path)
         return rows
 
@@ -163,7 +204,7 @@ def refuse_long(config: SFTConfig | RMConfig | DPOConfig, rows: Rows, path: str)
     Nor may it be so long that it would change the rotary frequencies of the rows beside it.
     """
     group, model = trained(config)
-    length_B = rows.batch.lengths_B
+    length_B = rows.lengths_B
     limit = rotary_limit(model.model_name, f"{group}.model_name")
     if limit is not None and int(length_B.max()) > limit:
         raise DataError(
@@ -195,5 +236,4 @@ def train_and_test(data: SupervisedData, read: Callable[[str], Rows]) -> tuple[R
     if not 0 < number < len(rows):
         raise ConfigError(f"data.test_ratio={data.test_ratio} of {len(rows)} rows leaves none to test or to train on")
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
-    train, test = (Rows(rows.draw(sorted(part)), rows.per_row) for part in (order[number:], order[:number]))
-    return train, test
+    return rows.subset(sorted(order[number:])), rows.subset(sorted(order[:number]))

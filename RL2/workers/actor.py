@@ -51,12 +51,12 @@ class Actor(Learner):
         self.request = wanted_stats(config)
         self.objective.check(self.lm.config.vocab_size)
 
-    def stats_at_arrival(self, batch: TokenBatch) -> TokenBatch:
+    def stats_at_arrival(self, batch: TokenBatch, progress: Progress = lambda done: None) -> TokenBatch:
         """`batch` with the policy's log-probabilities, and what token selection looks at."""
         select = self.config.select
         fields = ["logp"] + ["entropy"] * (select.entropy_quantile > 0) + ["max_logp"] * select.not_mode
         request = replace(self.request, fields=tuple(fields), top_k=0)
-        stats = self.stats(batch, request, self.config.max_inference_length_per_device)
+        stats = self.stats(batch, request, self.config.max_inference_length_per_device, progress)
         batch = batch.with_(old_logp_T=stats.logp)
         if select.entropy_quantile > 0:
             batch = batch.with_(old_entropy_T=stats.entropy)
@@ -100,7 +100,7 @@ class Actor(Learner):
 class Reference(Protocol):
     """The frozen policy that the KL divergence is measured from."""
 
-    def logp(self, batch: TokenBatch) -> Tensor:
+    def logp(self, batch: TokenBatch, progress: Progress = lambda done: None) -> Tensor:
         """Log-probability of every sampled token under it, [T]."""
         ...
 
@@ -113,9 +113,9 @@ class Base:
         self.request = replace(actor.request, fields=("logp",), top_k=0)
         self.limit = config.max_inference_length_per_device
 
-    def logp(self, batch: TokenBatch) -> Tensor:
+    def logp(self, batch: TokenBatch, progress: Progress = lambda done: None) -> Tensor:
         with adapters_off(self.actor.lm):
-            return self.actor.stats(batch, self.request, self.limit).logp
+            return self.actor.stats(batch, self.request, self.limit, progress).logp
 
 
 class RefActor(Worker):
@@ -130,5 +130,5 @@ class RefActor(Worker):
         self.request = StatsRequest(("logp",), temperature=actor.temperature, budget_mib=actor.logits_budget_mib)
         self.limit = config.max_inference_length_per_device
 
-    def logp(self, batch: TokenBatch) -> Tensor:
-        return self.stats(batch, self.request, self.limit).logp
+    def logp(self, batch: TokenBatch, progress: Progress = lambda done: None) -> Tensor:
+        return self.stats(batch, self.request, self.limit, progress).logp

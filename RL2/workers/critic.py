@@ -26,9 +26,9 @@ class Critic(Learner):
     def __init__(self, config: CriticConfig, processes: Processes, total_steps: int, save_dir: Path) -> None:
         super().__init__(config, processes, total_steps, save_dir, "critic.model_name", ValueModel)
 
-    def values(self, batch: TokenBatch) -> Tensor:
+    def values(self, batch: TokenBatch, progress: Progress = lambda done: None) -> Tensor:
         """The estimate of the rewards to come before every action, [T]."""
-        return self.stats(batch, VALUE, self.config.max_inference_length_per_device).value
+        return self.stats(batch, VALUE, self.config.max_inference_length_per_device, progress).value
 
     def update(self, batch: TokenBatch, progress: Progress = lambda done: None) -> dict[str, float]:
         """`update_per_rollout` optimizer steps on one rollout; returns their mean metrics."""

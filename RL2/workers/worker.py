@@ -302,10 +302,14 @@ class Learner(Worker):
             torch._foreach_copy_(grads, whole.split([len(grad) for grad in grads]))
 
     def measure(
-        self, batch: TokenBatch, loss: Callable[[TokenStats, TokenBatch], Loss], request: StatsRequest
+        self,
+        batch: TokenBatch,
+        loss: Callable[[TokenStats, TokenBatch], Loss],
+        request: StatsRequest,
+        progress: Progress = lambda done: None,
     ) -> dict[str, float]:
         """The loss of `batch` under the present weights, and its metrics, as `step` counts them; nothing is learnt."""
-        stats = self.stats(batch, request, self.config.max_length_per_device)
+        stats = self.stats(batch, request, self.config.max_length_per_device, progress)
         actions = batch.positions(batch.action_T)
         assert actions.weight_T is not None
         at_actions = {name: x[batch.action_T] for name, x in vars(stats).items()}

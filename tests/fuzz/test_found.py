@@ -22,13 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from RL2 import checkpoint
 from RL2.checkpoint import NOTES
 from RL2.config import ConfigError, RLConfig, UserError, build, load, show
-from RL2.data import chat
 from RL2.data.chat import render
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import load_prompts
 from RL2.data.sft import load_examples
 from RL2.data.source import DataError, load_rows
+from RL2.data.template import Template
+from RL2.data.watchdog import Watchdog
 from RL2.engines.scripted import ScriptedEngine
 from RL2.engines.served.client import ServerError
 from RL2.engines.sglang.client import SGLangClient
@@ -113,18 +114,17 @@ def test_a_template_that_fails_in_its_own_way(
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(DataError, match="the chat template refuses the messages"):
-        render(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+        render(tokenizer, [{"role": "user", "content": "a"}], Watchdog(10), add_generation_prompt=True)
 
 
 def test_a_template_that_never_ends_is_interrupted(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "TEMPLATE_LIMIT_S", 0.2)
     loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
     monkeypatch.setattr(tokenizer, "chat_template", loops)
     begun = time.monotonic()
     with pytest.raises(DataError, match=r"it takes longer than 0\.2 s"):
-        render(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+        Template(tokenizer, limit_s=0.2)
     assert time.monotonic() - begun < 10
     time.sleep(0.3)  # nothing is thrown into what comes after
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from RL2.config import load, show
-from RL2.data.preference import as_responses, load_pairs
+from RL2.data.preference import load_pairs
 from RL2.data.sft import load_examples
-from RL2.packing import pack
+from RL2.trainer.supervised import Rows
 
 Runs = dict[str, Future[Run]]
 TESTS = ("trainer.test_freq=10", "trainer.save_freq=20")
@@ -204,7 +204,7 @@ def test_a_policy_loads_in_transformers_with_equal_outputs(runs: Runs, world: Wo
     policy = AutoModelForCausalLM.from_pretrained(run.save_dir / "latest").eval()
     reference = AutoModelForCausalLM.from_pretrained(world.model).eval()
     pairs, _ = load_pairs(f"{world.root}/pairs.jsonl", tokenizer, None, 128)
-    batch = pack(as_responses([pairs[i] for i in held_out(len(pairs))]))
+    batch = Rows(pairs.ids, pairs.trains, per_row=2).draw(held_out(len(pairs)))
     rewards = []
     for b in range(batch.num_sequences):
         own = batch.sequences([b])

@@ -8,18 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pools import Result, assert_same, in_pool, whole
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from RL2.config import load, trained
-from RL2.data.preference import Pair, as_responses, as_scored
+from RL2.data.table import Ragged
 from RL2.models.policy import Policy, named_weights
 from RL2.models.value import VALUE, ValueModel
 from RL2.objectives.preference import bradley_terry, dpo, ipo
-from RL2.packing import microbatches, pack, sequence_weights
+from RL2.packing import microbatches, sequence_weights
 from RL2.parallel.processes import Processes
+from RL2.trainer.supervised import Rows
 from RL2.types import StatsRequest, TokenBatch
 from RL2.workers.worker import Learner
 
@@ -34,13 +36,13 @@ LOSSES: dict[str, Any] = {
 def make_batch(loss: str, number: int) -> TokenBatch:
     """Ragged pairs that begin alike, with made-up log-probabilities of a reference."""
     draw = random.Random(0)
-    pairs: list[Pair] = []
+    sides: list[tuple[list[int], list[bool]]] = []
     for _ in range(number):
         prompt = [draw.randrange(50) for _ in range(draw.randint(1, 20))]
         responses = [[draw.randrange(50) for _ in range(draw.randint(1, 40))] for _ in range(2)]
-        chosen, rejected = ((prompt + r, [False] * len(prompt) + [True] * len(r)) for r in responses)
-        pairs.append((chosen, rejected))
-    batch = pack(as_scored(pairs) if loss == "rm" else as_responses(pairs))
+        sides += [(prompt + r, [False] * len(prompt) + [True] * len(r)) for r in responses]
+    ids, trains = Ragged.of([ids for ids, _ in sides], np.int32), Ragged.of([mask for _, mask in sides], np.bool_)
+    batch = Rows(ids, trains, per_row=2, scored=loss == "rm").draw(range(number))
     g = torch.Generator().manual_seed(0)
     ref_T = -5 * torch.rand(len(batch.labels_T), generator=g) * batch.action_T
     return batch.with_(weight_T=sequence_weights(batch), ref_logp_T=ref_T)

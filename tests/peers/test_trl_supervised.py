@@ -30,7 +30,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from RL2.config import load
-from RL2.data.preference import as_responses, as_scored, load_pairs
+from RL2.data.preference import load_pairs
 from RL2.data.sft import load_examples
 from RL2.models.value import VALUE, ValueModel
 from RL2.objectives.path import cross_entropy
@@ -202,7 +202,7 @@ def test_sft(world: World) -> None:
 def test_rm(world: World) -> None:
     pairs, _ = load_pairs(world.rows(two=True), world.tokenizer, None, 128)
     _, learner = world.learner("rm")
-    data = Rows(pack(as_scored(pairs)), per_row=2)
+    data = Rows(pairs.ids, pairs.trains, per_row=2, scored=True)
     ours: Answers = []
     for step in range(STEPS):
         batch = data.draw(list(range(step * BATCH, (step + 1) * BATCH)))
@@ -228,7 +228,7 @@ def test_dpo(loss: str, world: World) -> None:
     # TRL has no label smoothing of this kind: its `robust` loss divides by 1 - 2 e besides, which is a scale
     pairs, _ = load_pairs(world.rows(two=True), world.tokenizer, None, 128)
     config, learner = world.learner("dpo", f"actor.loss={loss}", f"actor.beta={BETA}")
-    data = Rows(with_reference(pack(as_responses(pairs)), config, world.processes), per_row=2)
+    data = with_reference(Rows(pairs.ids, pairs.trains, per_row=2), config, world.processes)
     function = partial(dpo if loss == "sigmoid" else ipo, beta=BETA)
     ours: Answers = []
     for step in range(STEPS):

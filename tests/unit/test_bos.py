@@ -13,12 +13,13 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
-from RL2.data.preference import as_scored, load_pairs
+from RL2.data.preference import load_pairs
 from RL2.data.prompts import load_prompts
 from RL2.data.sft import load_examples
 from RL2.engines.scripted import ScriptedEngine
 from RL2.rollout.environment import load_environment
 from RL2.rollout.episode import run_episode
+from RL2.trainer.supervised import Rows
 from RL2.types import Prompt, Sampling
 
 BOS = "<|endoftext|>"
@@ -108,8 +109,8 @@ def test_a_reward_model_reads_what_it_was_trained_on(tmp_path: Path, own: Any, m
     environment = load_environment(Path(__file__).parents[2] / "envs" / "reward_model.py", 60)
     for question in ({"prompt": "hi"}, {"prompt": f"{BOS}hi"}, {"messages": USER}):
         path = rows(tmp_path, {**question, "chosen": "yes", "rejected": "no"})
-        ((pair,), _) = load_pairs(path, own, None, 100)
-        *read, _ = as_scored([pair])[0].sequences[0].token_ids
+        pairs, _ = load_pairs(path, own, None, 100)
+        read = Rows(pairs.ids, pairs.trains, per_row=2, scored=True).draw([0]).sequences([0]).token_ids_T.tolist()
         (prompt,) = load_prompts(path, own, None, 100)
         with torch.no_grad():
             expected = model.score(model.model(torch.tensor([read])).last_hidden_state[0, -1]).item()

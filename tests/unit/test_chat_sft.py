@@ -89,7 +89,7 @@ def test_encoding_apart_agrees(tmp_path: Path, tokenizer: PreTrainedTokenizerBas
     rows = [{"messages": turns("12+30", "42", "48-19", "29")}, {"messages": turns("Tom has 12 apples", "#### 12")}]
     whole, _ = load(tmp_path, tokenizer, *rows)
     monkeypatch.setattr(sft, "_encode_whole", sft._encode_apart)
-    assert load(tmp_path, tokenizer, *rows)[0] == whole
+    assert list(load(tmp_path, tokenizer, *rows)[0]) == list(whole)
 
 
 @pytest.mark.parametrize(

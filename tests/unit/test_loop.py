@@ -90,10 +90,10 @@ class Fixed:
 
     value: float
 
-    def logp(self, batch: TokenBatch) -> Tensor:
+    def logp(self, batch: TokenBatch, progress: object = None) -> Tensor:
         return torch.full(batch.labels_T.shape, self.value) * batch.action_T
 
-    def stats_at_arrival(self, batch: TokenBatch) -> TokenBatch:
+    def stats_at_arrival(self, batch: TokenBatch, progress: object = None) -> TokenBatch:
         return batch.with_(old_logp_T=self.logp(batch))
 
 
@@ -103,7 +103,7 @@ class FixedCritic:
 
     value: float
 
-    def values(self, batch: TokenBatch) -> Tensor:
+    def values(self, batch: TokenBatch, progress: object = None) -> Tensor:
         return torch.full(batch.labels_T.shape, self.value) * batch.action_T
 
 

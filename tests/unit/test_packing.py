@@ -2,11 +2,12 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from RL2.advantages import reinforce, spo
-from RL2.packing import cost, loss_weights, microbatches, minibatches, pack, plan, units
+from RL2.packing import cost, loss_weights, microbatches, minibatches, pack, pack_arrays, plan, units
 from RL2.types import Sequence, TokenBatch, Trajectory
 
 
@@ -35,6 +36,26 @@ def batch() -> TokenBatch:
             trajectory(1, 1.0, ((1, 1),)),
         ]
     )
+
+
+def test_arrays_are_packed_like_trajectories() -> None:
+    draw = random.Random(0)
+    ids = [[draw.randrange(99) for _ in range(draw.randint(2, 9))] for _ in range(7)]
+    masks = [[draw.random() < 0.5 for _ in each] for each in ids]
+    rewards = [float(n % 2) for n in range(len(ids))]
+    trajectories = [
+        Trajectory(
+            n, n // 2, 0, [Sequence(ids[n], masks[n], [0.0] * len(ids[n]), [0.0] * (len(ids[n]) - 1) + [reward])]
+        )
+        for n, reward in enumerate(rewards)
+    ]
+    expected = pack(trajectories).tensors()
+    arrays = [np.array(each, np.int32) for each in ids], [np.array(each) for each in masks]
+    found = pack_arrays(*arrays, rewards, [n // 2 for n in range(len(ids))]).tensors()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
 
 
 def test_labels_are_shifted_once(batch: TokenBatch) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from RL2.data.preference import Pair, as_responses, as_scored, load_pairs
+from RL2.data.preference import Pair, Pairs, load_pairs
 from RL2.data.source import DataError
-from RL2.packing import pack
+from RL2.trainer.supervised import Rows
 
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_start|>assistant\n"
 
@@ -18,7 +18,7 @@ def turns(*contents: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
 
 
-def load(folder: Path, tokenizer: PreTrainedTokenizerBase, *rows: Any, max_length: int = 200) -> tuple[list[Pair], int]:
+def load(folder: Path, tokenizer: PreTrainedTokenizerBase, *rows: Any, max_length: int = 200) -> tuple[Pairs, int]:
     path = folder / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return load_pairs(str(path), tokenizer, None, max_length)
@@ -82,7 +82,7 @@ def test_one_whole_side_as_messages_is_no_context(
     alone, _ = load(tmp_path, tokenizer, {"chosen": chosen, "rejected": rejected})
     for messages in (chosen, rejected):
         row = {"prompt": "1+1", "messages": messages, "chosen": chosen, "rejected": rejected}
-        assert load(tmp_path, tokenizer, row)[0] == alone
+        assert list(load(tmp_path, tokenizer, row)[0]) == list(alone)
 
 
 def test_a_text_as_prompt_is_the_question_of_sides_without_one(
@@ -131,13 +131,13 @@ def test_as_sequences(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Non
     pairs, _ = load(tmp_path, tokenizer, *rows)
     lengths = [len(ids) for pair in pairs for ids, _ in pair]
 
-    responses = pack(as_responses(pairs))
+    responses = Rows(pairs.ids, pairs.trains, per_row=2).draw([0, 1])
     assert responses.lengths_B.tolist() == [length - 1 for length in lengths]
     assert responses.labels_T[responses.action_T].tolist() == [
         i for pair in pairs for ids, mask in pair for i, trained in zip(ids, mask, strict=True) if trained
     ]
 
-    scored = pack(as_scored(pairs))
+    scored = Rows(pairs.ids, pairs.trains, per_row=2, scored=True).draw([0, 1])
     assert scored.lengths_B.tolist() == lengths  # a reward model reads the last token too
     assert scored.action_T.nonzero()[:, 0].tolist() == (scored.cu_seqlens[1:] - 1).tolist()
     assert scored.token_ids_T.tolist() == [i for pair in pairs for ids, _ in pair for i in ids]

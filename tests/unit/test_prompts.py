@@ -35,7 +35,7 @@ def test_prompts_and_messages(tmp_path: Path, tokenizer: PreTrainedTokenizerBase
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    assert load_prompts(path, tokenizer, None, 100) == [
+    assert list(load_prompts(path, tokenizer, None, 100)) == [
         Prompt(0, "12+30=", ids("12+30="), {"answer": "42"}),
         Prompt(1, chat, ids(chat), {"answer": 1}),
         Prompt(2, "48-19=", ids("48-19="), {}),

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -22,7 +23,8 @@ def test_a_step_is_a_line_here_and_there(tmp_path: Path, capsys: pytest.CaptureF
     report = Report(tmp_path, is_first=True, num_steps=9, dashboards=[TensorBoard(tmp_path)])
     report.step(3, {"train/score": 0.5, "actor/loss": -0.25, "train/unscored": 2.0, "other": 7.0})
     report.close()
-    assert capsys.readouterr().out == "step 3/9  score 0.500  loss -0.2500  UNSCORED 2\n"
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"step 3/9  score 0\.500  loss -0\.2500  UNSCORED 2  at \d\d:\d\d:\d\d\n", said)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row == {"step": 3, "train/score": 0.5, "actor/loss": -0.25, "train/unscored": 2.0, "other": 7.0}
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -52,6 +54,18 @@ for folder, step in (("a", 0), ("a", 1), ("b", 0)):
     ]
     first, resumed, other = (run_id for run_id, *_ in rows)
     assert first == resumed != other
+
+
+def test_a_step_says_how_much_time_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(tmp_path, is_first=True, num_steps=9)
+    report.begin(5)
+    assert report.begun is not None
+    report.begun = (5, report.begun[1] - 120)
+    for step in (6, 8, 9):
+        report.step(step, {"actor/loss": 0.0})
+    first, last, test = capsys.readouterr().out.splitlines()
+    assert first.endswith("  left 2:00"), "two steps of a minute each remain"
+    assert "left" not in last + test
 
 
 def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config import ConfigError, SupervisedData, load
 from RL2.data.source import DataError
-from RL2.packing import pack
+from RL2.data.table import Ragged
 from RL2.trainer.supervised import Rows, first_rows, refuse_long, train_and_test
-from RL2.types import Sequence, Trajectory
 
 
 def pairs(number: int, first: int = 0) -> Rows:
     """Token ids tell which row and side it is."""
-    trajectories = [
-        Trajectory(n, n, side, [Sequence([100 * (first + n) + side] * 3, [False, True, True], [0.0] * 3, [0.0] * 3)])
-        for n in range(number)
-        for side in (0, 1)
-    ]
-    return Rows(pack(trajectories), per_row=2)
+    return of([[100 * (first + n) + side] * 3 for n in range(number) for side in (0, 1)], per_row=2)
+
+
+def of(sequences: list[list[int]], per_row: int) -> Rows:
+    """All tokens but the first of each sequence train."""
+    trains = [[False] + [True] * (len(ids) - 1) for ids in sequences]
+    return Rows(Ragged.of(sequences, np.int32), Ragged.of(trains, np.bool_), per_row)
 
 
 def rows_of(rows: Rows) -> set[int]:
-    return {token // 100 for token in rows.batch.token_ids_T.tolist()}
+    return {token // 100 for token in rows.draw(range(len(rows))).token_ids_T.tolist()}
 
 
 def data(test_path: str | None = None, test_ratio: float = 0.0) -> SupervisedData:
@@ -42,14 +43,14 @@ def test_a_row_that_is_drawn_twice_is_two_pairs() -> None:
 
 def test_the_first_rows_are_shown_with_what_trains(tokenizer: PreTrainedTokenizerBase) -> None:
     asked, said = tokenizer("48-19=").input_ids, tokenizer("29\n#### 29").input_ids
-    mask = [False] * len(asked) + [True] * len(said)
-    ids = [*asked, *said]
-    one = Trajectory(0, 0, 0, [Sequence(ids, mask, [0.0] * len(ids), [0.0] * len(ids))])
+    ids = Ragged.of([[*asked, *said]] * 8, np.int32)
+    trains = Ragged.of([[False] * len(asked) + [True] * len(said)] * 8, np.bool_)
     shown = [["48-19=", False], ["29\n#### 29", True]]
-    rows = first_rows(Rows(pack([one] * 7), per_row=1), tokenizer)
+    rows = first_rows(Rows(ids, trains, per_row=1), tokenizer)
     assert [[list(piece) for piece in row["pieces"]] for row in rows] == [shown] * 5
-    rows = first_rows(Rows(pack([one] * 4), per_row=2), tokenizer)
-    assert [row["name"].rpartition(", ")[2] for row in rows] == ["chosen", "rejected"] * 2
+    rows = first_rows(Rows(ids, trains, per_row=2, scored=True), tokenizer)
+    assert [row["name"].rpartition(", ")[2] for row in rows] == ["chosen", "rejected"] * 4
+    assert [list(piece) for piece in rows[0]["pieces"]] == [["48-19=29\n####", False], [" 29", True]]
 
 
 def test_tests_are_another_file_or_rows_that_are_not_trained_on() -> None:
@@ -84,8 +85,7 @@ def model(group: str, tokens: int, sp_size: int = 1) -> tuple[str, ...]:
 
 def single(*lengths: int) -> Rows:
     """Examples that take so many places each."""
-    sequences = [Sequence([7] * (n + 1), [False] + [True] * n, [0.0] * (n + 1), [0.0] * (n + 1)) for n in lengths]
-    return Rows(pack([Trajectory(n, n, 0, [sequence]) for n, sequence in enumerate(sequences)]), per_row=1)
+    return of([[7] * (n + 1) for n in lengths], per_row=1)
 
 
 def test_a_limit_above_a_microbatch_is_nothing_to_refuse_but_a_row_is() -> None:

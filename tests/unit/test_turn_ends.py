@@ -19,13 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from RL2.data.preference import as_scored, load_pairs
+from RL2.data.preference import load_pairs
 from RL2.data.sft import load_examples
 from RL2.data.template import Template
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.policy import end_tokens, export, load_model
 from RL2.rollout.environment import load_environment
 from RL2.rollout.episode import run_episode
+from RL2.trainer.supervised import Rows
 from RL2.types import Prompt, Sampling
 
 EOS, START, END = 0, 1, 2
@@ -136,10 +137,10 @@ def test_a_reward_model_reads_its_value_where_training_did(
     environment = load_environment(Path(__file__).parents[2] / "envs" / "reward_model.py", 60)
     chat, text = {"messages": ROW["messages"][:1]}, {"prompt": "How many?"}
     for question, state, end in ((chat, HEADER, END), (text, "How many?", EOS)):
-        ((pair,), _) = load_pairs(rows(tmp_path, {**question, "chosen": "42", "rejected": "4"}), base, None, 100)
-        chosen, _ = as_scored([pair])
-        *read, label = chosen.sequences[0].token_ids
-        assert read[-1] == label == end
+        pairs, _ = load_pairs(rows(tmp_path, {**question, "chosen": "42", "rejected": "4"}), base, None, 100)
+        chosen = Rows(pairs.ids, pairs.trains, per_row=2, scored=True).draw([0]).sequences([0])
+        read = chosen.token_ids_T.tolist()
+        assert read[-1] == chosen.labels_T[-1] == end
         with torch.no_grad():
             expected = model.score(model.model(torch.tensor([read])).last_hidden_state[0, -1]).item()
         reward = asyncio.run(environment.step(state, "42", {})).reward

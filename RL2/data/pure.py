@@ -1,0 +1,110 @@
+"""What the result of a script's function depends on, read off its source: for tables that outlive the process."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from RL2.data.source import Renamed
+
+PURE = re.compile(
+    "__future__|ast|base64|binascii|bisect|collections|copy|dataclasses|decimal|enum|fractions|functools|hashlib|heapq|"
+    "html|itertools|json|math|numbers|operator|re|statistics|string|textwrap|types|typing|unicodedata|zlib"
+)
+"""Modules of the standard library whose functions depend on nothing but their arguments."""
+IMPURE = re.compile("__import__|breakpoint|compile|eval|exec|globals|hash|id|input|locals|open|vars")
+"""Builtins that may read what is not in the source."""
+
+
+def digest_of(function: Callable[..., Any]) -> str | None:
+    """Return a digest of all code that decides what `function` returns; None if it may depend on anything else.
+
+    That is the function, what it uses of its file and of files beside that, and modules of `PURE`.
+    """
+    if isinstance(function, Renamed):
+        inner = "" if function.example is None else digest_of(function.example)
+        return None if inner is None else _hash(json.dumps(sorted(function.columns.items(), key=str)).encode(), inner)
+    code = getattr(function, "__code__", None)
+    if code is None or function.__qualname__ != function.__name__:
+        return None  # of a class, or within another function, whose variables it may read
+    files: dict[Path, bytes] = {}
+    try:
+        known = _is_known(Path(code.co_filename), function.__name__, files, set())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return None
+    return _hash(*(files[file] for file in sorted(files)), platform.python_version()) if known else None
+
+
+def _is_known(file: Path, name: str, files: dict[Path, bytes], seen: set[tuple[Path, str]]) -> bool:
+    """Return whether all that the name of a file's top level leads to is in `files`, which grows, or in `PURE`."""
+    if (file, name) in seen:
+        return True
+    seen.add((file, name))
+    if file not in files:
+        files[file] = file.read_bytes()
+    bound = [statement for statement in ast.parse(files[file]).body if name in _binds(statement)]
+    if not bound:
+        return hasattr(builtins, name) and not IMPURE.fullmatch(name)
+    return all(_statement_is_known(statement, name, file, files, seen) for statement in bound)
+
+
+def _statement_is_known(
+    statement: ast.stmt, name: str, file: Path, files: dict[Path, bytes], seen: set[tuple[Path, str]]
+) -> bool:
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return _import_is_known(statement, name, file, files, seen)
+    if not isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign):
+        return False  # it depends on a condition, or is changed
+    read, own = set[str](), set[str]()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Global | ast.Nonlocal):
+            return False
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            if not all(_import_is_known(node, each, file, files, seen) for each in _binds(node)):
+                return False
+            own |= _binds(node)
+        elif isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else own).add(node.id)
+        elif isinstance(node, ast.arg):
+            own.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler) and node is not statement:
+            own.add(str(node.name))
+    return all(_is_known(file, each, files, seen) for each in read - own)
+
+
+def _import_is_known(
+    statement: ast.Import | ast.ImportFrom, name: str, file: Path, files: dict[Path, bytes], seen: set[tuple[Path, str]]
+) -> bool:
+    if isinstance(statement, ast.Import):
+        return all(PURE.fullmatch(alias.name.partition(".")[0]) for alias in statement.names)
+    module = statement.module or ""
+    if statement.level == 0:
+        return PURE.fullmatch(module.partition(".")[0]) is not None
+    theirs = next(alias.name for alias in statement.names if (alias.asname or alias.name) == name)
+    if statement.level > 1 or not module or theirs == "*":
+        return False
+    return _is_known(file.parent.joinpath(*module.split(".")).with_suffix(".py"), theirs, files, seen)
+
+
+def _binds(node: ast.AST) -> set[str]:
+    """Return the names that a statement binds where it stands."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load)}
+
+
+def _hash(*parts: bytes | str) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        found.update(hashlib.sha256(data).digest())
+    return found.hexdigest()

@@ -1,0 +1,156 @@
+"""Rows of a data set as flat arrays: in memory, or in files that the processes of a machine map and share."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from RL2 import digests
+
+ABOUT = "about.json"
+"""File of what is known of a table beside its columns."""
+DTYPES: dict[str, type[np.generic]] = {"ids": np.int32, "trains": np.bool_, "row": np.int64}
+"""Column -> type of its values; the others are bytes."""
+STARTS = "starts"
+
+
+class NotStorable(ValueError):
+    """A value that no file holds, so that the table has to stay in memory."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Arrays of different lengths, end to end."""
+
+    values: np.ndarray
+    starts: np.ndarray
+    """int64 [rows + 1]: array i is values[starts[i]:starts[i + 1]]."""
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]], dtype: type[np.generic]) -> Ragged:
+        """Return `rows` as arrays of `dtype`."""
+        starts = np.cumsum([0, *map(len, rows)])
+        return Ragged(np.fromiter(chain.from_iterable(rows), dtype, int(starts[-1])), starts)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self.values[self.starts[number] : self.starts[number + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns with the same number of rows."""
+
+    columns: Mapping[str, Ragged]
+    about: Mapping[str, Any]
+    """What is said of all rows; JSON."""
+    objects: Mapping[int, Any]
+    """Row -> what only memory holds of it."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+
+class Writer:
+    """Takes rows piece by piece, into memory or into a folder; nothing else of them stays in memory."""
+
+    def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
+        self.names, self.folder = names, folder
+        self.files: dict[str, BinaryIO] = {}
+        self.hashes = {name: hashlib.sha256() for name in (*names, *(f"{name}.{STARTS}" for name in names))}
+        for name in self.hashes:
+            self.files[name] = io.BytesIO() if folder is None else (folder / name).open("wb")
+        self.ends = dict.fromkeys(names, 0)
+        self.rows = 0
+        self.objects: dict[int, Any] = {}
+        for name in names:
+            self._write(f"{name}.{STARTS}", np.zeros(1, np.int64))
+
+    def add(self, **columns: Sequence[Sequence[int]] | Sequence[bytes]) -> None:
+        """Add rows: of each column as many, each a list of numbers or bytes."""
+        for name, rows in columns.items():
+            lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+            ends = self.ends[name] + lengths.cumsum()
+            if name in DTYPES:
+                self._write(name, np.fromiter(chain.from_iterable(rows), DTYPES[name], int(lengths.sum())))
+            else:
+                self._write(name, b"".join(rows))  # type: ignore[arg-type]
+            self._write(f"{name}.{STARTS}", ends)
+            self.ends[name] = int(ends[-1]) if len(ends) else self.ends[name]
+        self.rows += len(next(iter(columns.values())))
+
+    def keep(self, number: int, value: Any) -> None:
+        """Keep an object of row `number` in memory. Raise NotStorable if the table is for a folder."""
+        if self.folder is not None:
+            raise NotStorable
+        self.objects[number] = value
+
+    def finish(self, about: Mapping[str, Any]) -> Table | None:
+        """Return the table; None if it is in the folder, complete and with its digests."""
+        if self.folder is None:
+            columns = {}
+            for name in self.names:
+                values, starts = (
+                    np.frombuffer(self.files[each].getbuffer(), dtype)  # type: ignore[attr-defined]
+                    for each, dtype in ((name, DTYPES.get(name, np.uint8)), (f"{name}.{STARTS}", np.int64))
+                )
+                columns[name] = Ragged(values, starts)
+            return Table(columns, about, self.objects)
+        text = json.dumps(about).encode()
+        (self.folder / ABOUT).write_bytes(text)
+        self.close()
+        found = {name: found.hexdigest() for name, found in self.hashes.items()}
+        digests.write(self.folder, found | {ABOUT: hashlib.sha256(text).hexdigest()})
+        return None
+
+    def close(self) -> None:
+        for file in self.files.values():
+            if self.folder is not None:
+                file.close()
+
+    def _write(self, name: str, data: Any) -> None:
+        self.files[name].write(data)
+        if self.folder is not None:
+            self.hashes[name].update(data)
+
+
+def open_table(folder: Path, names: Iterable[str]) -> Table:
+    """Map the table in `folder`. Raise ValueError if it is incomplete or damaged, OSError if it cannot be read."""
+    names = list(names)
+    known = digests.read(folder, [ABOUT, *names, *(f"{name}.{STARTS}" for name in names)])
+    if faults := digests.faults(folder, known):
+        raise ValueError("; ".join(faults))
+    about = json.loads((folder / ABOUT).read_bytes())
+    columns = {
+        name: Ragged(_mapped(folder / name, DTYPES.get(name, np.uint8)), _mapped(folder / f"{name}.{STARTS}", np.int64))
+        for name in names
+    }
+    return Table(columns, about, {})
+
+
+def _mapped(file: Path, dtype: type[np.generic]) -> np.ndarray:
+    return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
+
+
+def is_json(value: Any) -> bool:
+    """Return whether JSON gives back exactly this value, with the same types."""
+    kind = type(value)
+    if value is None or kind in (str, int, float, bool):
+        return True
+    if kind is list:
+        return all(map(is_json, value))
+    return kind is dict and all(type(key) is str for key in value) and all(map(is_json, value.values()))

@@ -1,0 +1,63 @@
+"""A time limit for Python code in any thread, for many short pieces of it one after the other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from RL2.scripts import raise_in
+
+LOOKS = 20
+"""Number of looks within one limit, which is exceeded by one interval at most."""
+
+
+class Watchdog:
+    """One thread that interrupts whatever takes longer than `limit_s`; it ends when nothing is watched."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._lock = threading.Lock()
+        self._watched: dict[int, float] = {}
+        """Number of a thread -> when its limit is over."""
+        self._interrupted: set[int] = set()
+        self._number = 0
+        """Pieces that were watched so far."""
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Raise TimeoutError in the Python code that runs within, once it takes longer than the limit."""
+        thread = threading.get_ident()
+        with self._lock:
+            self._watched[thread] = time.monotonic() + self.limit_s
+            self._number += 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        except TimeoutError as error:
+            raise TimeoutError(f"it takes longer than {self.limit_s:g} s") from error
+        finally:
+            with self._lock:
+                del self._watched[thread]
+                if thread in self._interrupted:
+                    self._interrupted.discard(thread)
+                    raise_in(thread, None)  # one that came too late
+
+    def _look(self) -> None:
+        seen = -1
+        while True:
+            time.sleep(self.limit_s / LOOKS)
+            with self._lock:
+                now = time.monotonic()
+                for thread, end in self._watched.items():
+                    if end < now and thread not in self._interrupted:
+                        self._interrupted.add(thread)
+                        raise_in(thread, TimeoutError)
+                if not self._watched and seen == self._number:
+                    self._thread = None
+                    return
+                seen = self._number

@@ -1,0 +1,74 @@
+"""What a run says of itself before the first step, a line each: models, engine, plan."""
+
+from __future__ import annotations
+
+from RL2.config import RLConfig
+from RL2.config import Trainer as TrainerConfig
+from RL2.workers.worker import Worker
+
+
+def count(number: float) -> str:
+    """1234567 as 1.23 million."""
+    for unit, name in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.0f}"
+
+
+def of_model(name: str, worker: Worker) -> str:
+    """Return what the model called `name` is, how large, in which precision and where."""
+    parameters = list(worker.policy.parameters())
+    size = count(sum(parameter.numel() for parameter in parameters))
+    if worker.has_adapters:
+        size += f" parameters, of which adapters of {count(sum(p.numel() for p in parameters if p.requires_grad))}"
+    else:
+        size += " parameters"
+    dtype, device = str(worker.dtype).removeprefix("torch."), worker.processes.device.type
+    number = worker.processes.world_size
+    where = f"on {device}" if number == 1 else f"on {number} processes ({device})"
+    return f"{name}: {worker.lm.name_or_path}: {type(worker.lm).__name__}, {size}, {dtype}, {where}"
+
+
+def of_engine(config: RLConfig) -> str:
+    """Return which engine samples."""
+    rollout = config.rollout
+    if (servers := rollout.servers) is None:
+        return f"engine: {rollout.engine}, in the processes that train"
+    if servers.urls:
+        return f"engine: {rollout.engine} at {', '.join(servers.urls)}"
+    return f"engine: {rollout.engine}, {servers.num_servers} server(s) of this run; their logs are in trainer.save_dir"
+
+
+def of_rollouts(config: RLConfig, first_step: int, num_steps: int) -> str:
+    """Return the plan of a run of reinforcement learning."""
+    data, trainer, rollout = config.train_data, config.trainer, config.rollout
+    if trainer.eval_only or first_step >= num_steps:
+        return "plan: one test, and no training"
+    most = rollout.train_sampling_params.max_new_tokens * rollout.max_turns
+    number = data.prompts_per_rollout * data.responses_per_prompt
+    left = num_steps - first_step
+    return (
+        f"plan: {_steps(first_step, num_steps)}, each of {data.prompts_per_rollout} prompts x "
+        f"{data.responses_per_prompt} responses of at most {count(most)} tokens: at most {count(left * number * most)} "
+        f"tokens in all; {_frequencies(trainer)}"
+    )
+
+
+def of_rows(batch_size: int, what: str, tokens_per_row: float, trainer: TrainerConfig, first: int, steps: int) -> str:
+    """Return the plan of a supervised run."""
+    left = steps - first
+    return (
+        f"plan: {_steps(first, steps)}, each of {batch_size} {what}: about "
+        f"{count(left * batch_size * tokens_per_row)} tokens in all; {_frequencies(trainer)}"
+    )
+
+
+def _steps(first: int, number: int) -> str:
+    done = f" ({first} are done)" if first else ""
+    return f"{number} step{'s' * (number != 1)}{done}"
+
+
+def _frequencies(trainer: TrainerConfig) -> str:
+    tests = "no tests" if trainer.test_freq is None else f"a test every {trainer.test_freq} steps"
+    saves = "no checkpoints" if trainer.save_freq is None else f"a checkpoint every {trainer.save_freq} steps"
+    return f"{tests}, {saves}, the model at the end"

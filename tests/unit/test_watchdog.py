@@ -1,0 +1,53 @@
+"""A time limit for code: one thread for all that is watched, and none when nothing is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from RL2.data.watchdog import Watchdog
+
+
+def names() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "watchdog"]
+
+
+def loop_for(watchdog: Watchdog, seconds: float) -> str:
+    end = time.monotonic() + seconds
+    try:
+        with watchdog.watching():
+            while time.monotonic() < end:
+                pass
+    except TimeoutError as error:
+        return str(error)
+    return "done"
+
+
+def test_any_number_of_pieces_has_one_thread_which_ends() -> None:
+    watchdog, most = Watchdog(0.2), 0
+    for _ in range(2000):
+        with watchdog.watching():
+            most = max(most, len(names()))
+    assert most == 1
+    end = time.monotonic() + 10
+    while names() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert names() == []
+    assert loop_for(watchdog, 30) == "it takes longer than 0.2 s", "it begins again when it is needed"
+
+
+def test_what_takes_too_long_is_interrupted_in_its_own_thread() -> None:
+    watchdog = Watchdog(0.3)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda seconds: loop_for(watchdog, seconds), [30, 0, 30, 0.01]))
+    assert found == ["it takes longer than 0.3 s", "done"] * 2
+
+
+def test_an_error_of_the_code_is_its_own() -> None:
+    watchdog = Watchdog(10)
+    with pytest.raises(KeyError), watchdog.watching():
+        raise KeyError
+    assert loop_for(watchdog, 0) == "done"
