@@ -67,6 +67,7 @@ class Report:
 
     def __init__(self, folder: Path, is_first: bool, num_steps: int, dashboards: Iterable[Dashboard] = ()) -> None:
         self.folder, self.is_first, self.num_steps, self.dashboards = folder, is_first, num_steps, list(dashboards)
+        self.said: set[str] = set()
 
     def keep_before(self, step: int) -> None:
         """Cut the records back to what they say of the steps before `step`, and say so; the rest is written again.
@@ -136,8 +137,11 @@ class Report:
         if not self.is_first:
             return
         keys = ("row", "group", "sample", "texts", "reward", "score", "truncated", "unscored", "num_tokens")
+        named = ("parts", "metrics")  # only where there are some
         rows = [
-            {"step": step, "split": split} | {k: getattr(t, k) for k in keys} | ({"parts": t.parts} if t.parts else {})
+            {"step": step, "split": split}
+            | {k: getattr(t, k) for k in keys}
+            | {k: getattr(t, k) for k in named if getattr(t, k)}
             for t in trajectories
         ]
         self._append("samples.jsonl", rows)
@@ -174,6 +178,12 @@ class Report:
         if self.is_first and lines:
             tqdm.write(printable("\n".join(lines)))
             sys.stdout.flush()  # a file or pipe would hold back many lines
+
+    def say_once(self, subject: str, line: str) -> None:
+        """Say a line, the first of its `subject`."""
+        if subject not in self.said:
+            self.said.add(subject)
+            self.say(line)
 
     def bar(self, total: int, what: str) -> tqdm[Any]:
         return progress_bar(total, what, self.is_first)
