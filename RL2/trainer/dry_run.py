@@ -53,9 +53,10 @@ from RL2.printing import printable
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
 from RL2.run_lock import refuse_if_running
-from RL2.trainer.rl import Example, actor_updates, bad_rows, make_cursor, reader, tasks
+from RL2.trainer.rl import actor_updates, make_cursor
 from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
+from RL2.trainer.tasks import Example, Source, TestTasks, reader, test_tasks, train_tasks
 from RL2.types import Prompt, Sampling
 from RL2.workers.worker import compute_dtype, refuse_no_recomputation
 
@@ -212,43 +213,55 @@ def look_at_tasks(
         longest = min(longest, max_length(tokenizer.name_or_path))
     notes: dict[str, list[str]] = {}
 
-    def load(path: str, example: Example) -> list[Prompt]:
-        if not is_here(path):
+    def load(source: Source, example: Example) -> list[Prompt]:
+        if not is_here(source.path):
             return []
         if tokenizer is None:
-            bad = bad_rows(config, path)
+            bad = source.bad_rows()
             prompts = formatted(bad, example)
-            notes[path] = [f"{len(prompts)} rows, in the right format", *bad.notes(None), *warn_of_answers(prompts)]
-            return prompts
-        said_of_rows: list[str] = []
-        prompts = reader(config, tokenizer, longest, said_of_rows)(path, example)
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        mean = f"{sum(lengths) / len(lengths):.0f}"
-        said = f"{len(prompts)} rows; prompts of {mean} tokens in the mean, at most {max(lengths)}"
-        notes[path] = [said, *said_of_rows, *warn_of_answers(prompts)]
+            said = [f"{len(prompts)} rows, in the right format", *bad.notes(None)]
+        else:
+            said = []
+            prompts = reader(config, tokenizer, longest, said)(source, example)
+            lengths = [len(prompt.token_ids) for prompt in prompts]
+            mean = f"{sum(lengths) / len(lengths):.0f}"
+            said.insert(0, f"{len(prompts)} rows; prompts of {mean} tokens in the mean, at most {max(lengths)}")
+        notes[source.key] = [*said, *warn_of_answers(prompts)]
         return prompts
 
+    tests: list[TestTasks] = []
     try:
-        prompts, tests = tasks(config, environment, load)
-        given = list(chain.from_iterable(prompt.token_ids for prompt in [*prompts, *tests]))
+        prompts, tests = train_tasks(config, environment, load), test_tasks(config, environment, load)
+        every = chain(prompts, *(each.prompts for each in tests))
+        given = list(chain.from_iterable(prompt.token_ids for prompt in every))
         if tokenizer is not None:
             given += stop_tokens(readers["actor.model_name"], tokenizer)
         for key, lm in readers.items():
             refuse_unknown_tokens(lm, given, key)
-        for what, path in (("train data", train.path), ("test data", config.test_data.path if config.tests else None)):
-            if what == "test data" and not config.tests:
-                found.say(what, "none")
-            elif is_here(path):
-                found.say(what, describe(path), *notes.get(path or "", []))
+        sources = {"train data": ("train_data", train.path)}
+        sources |= {f"test data {each.name}".strip(): (each.key, each.path) for each in config.test_sets}
+        for what, (key, path) in sources.items():
+            if is_here(path):
+                found.say(what, describe(path), *notes.get(key, []))
             else:
                 found.miss(what, describe(path))
+        if not config.test_sets:
+            found.say("test data", "none")
         found.say("environment", f"{rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode")
-        if prompts and tokenizer is not None:
-            found.say("", *try_environment(config, environment, tokenizer, prompts[0], longest))
-        else:
-            found.unseen.append("step of the environment")
+        tried = {environment: ("rollout.env_path", prompts)}
+        for each in tests:
+            if each.environment not in tried:
+                tried[each.environment] = f"{each.settings.key}.env_path", each.prompts
+        for each_environment, (key, of) in tried.items():
+            if each_environment is not environment:
+                found.say("", f"{key}: {each_environment.path}")
+            if of and tokenizer is not None:
+                found.say("", *try_environment(config, each_environment, key, tokenizer, of[0], longest))
+            else:
+                found.unseen.append("step of the environment")
     finally:
-        environment.close()
+        for each_environment in {environment, *(each.environment for each in tests)}:
+            each_environment.close()
     found.say("engine", rollout.engine)
     found.say("objective", f"{config.actor.objective}, advantages {config.adv.estimator}")
     number = train.prompts_per_rollout * train.responses_per_prompt
@@ -290,7 +303,12 @@ def warn_of_answers(prompts: list[Prompt]) -> list[str]:
 
 
 def try_environment(
-    config: RLConfig, environment: Environment, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, longest: int
+    config: RLConfig,
+    environment: Environment,
+    key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    longest: int,
 ) -> list[str]:
     """One turn with a response that is always the same; says what came of it. Raises UserError if it has no reward."""
     engine = ScriptedEngine(lambda token_ids, sampling: tokenizer.encode(RESPONSE, add_special_tokens=False))
@@ -310,7 +328,7 @@ def try_environment(
     )
     of = f"the first row and the response {RESPONSE!r}"
     if trajectory.unscored is not None:
-        raise UserError(f"rollout.env_path={environment.path}, tried with {of}: {trajectory.unscored}")
+        raise UserError(f"{key}={environment.path}, tried with {of}: {trajectory.unscored}")
     parts = ", ".join(f"{name} {value:g}" for name, value in trajectory.parts.items())
     said = [f"tried with {of}: reward {trajectory.reward:g}" + (f", of {parts}" if parts else "")]
     if idle := sorted(config.reward.weights.keys() - trajectory.parts.keys()):
