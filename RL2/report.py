@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -48,6 +49,10 @@ CONSOLE = {
 """Metric -> its name in the console line and its format."""
 
 
+SCORE_OF_SET = re.compile(r"test/(?!reward/|env/)([^/]+)/score")
+"""Metric with the score of a test set that has a name."""
+
+
 class RecordsFailed(UserError, RuntimeError):
     """A record of the run could not be written: the disk is full or read-only, or the folder is gone."""
 
@@ -75,6 +80,7 @@ class Report:
         self.progress = progress or Progress(is_first)
         self.begun: tuple[int, float] | None = None
         """First step of this start, and when it began."""
+        self.said: set[str] = set()
 
     def begin(self, step: int) -> None:
         """Note that `step` begins now, the first of this start."""
@@ -124,6 +130,7 @@ class Report:
         if not self.is_first:
             return
         shown = [f"{name} {form.format(metrics[key])}" for key, (name, form) in CONSOLE.items() if key in metrics]
+        shown += [f"{found[1]} {metrics[key]:.3f}" for key in metrics if (found := SCORE_OF_SET.fullmatch(key))]
         if metrics.get("train/unscored"):
             shown.append(f"UNSCORED {metrics['train/unscored']:.0f}")
         shown.append(f"at {clock()}")
@@ -148,12 +155,19 @@ class Report:
             with self._writing():
                 write_text(self.folder / FIRST_ROWS, json.dumps(list(rows), ensure_ascii=False) + "\n")
 
-    def samples(self, step: int, split: str, trajectories: Iterable[Trajectory]) -> None:
-        """Trajectories to read, a line each in samples.jsonl."""
+    def samples(self, step: int, split: str, trajectories: Iterable[Trajectory], test_set: str = "") -> None:
+        """Write trajectories to read, a line each in samples.jsonl; `test_set` is the name of theirs, if it has one."""
         if not self.is_first:
             return
         keys = ("row", "group", "sample", "texts", "reward", "score", "truncated", "unscored", "num_tokens")
-        rows = [{"step": step, "split": split} | {k: getattr(t, k) for k in keys} for t in trajectories]
+        named = ("parts", "metrics")  # only where there are some
+        rows = [
+            {"step": step, "split": split}
+            | ({"set": test_set} if test_set else {})
+            | {k: getattr(t, k) for k in keys}
+            | {k: getattr(t, k) for k in named if getattr(t, k)}
+            for t in trajectories
+        ]
         self._append("samples.jsonl", rows)
 
     def tokens(self, step: int, split: str, rows: list[dict[str, Any]]) -> None:
@@ -186,6 +200,12 @@ class Report:
 
     def say(self, *lines: str) -> None:
         self.progress.say(*lines)
+
+    def say_once(self, subject: str, line: str) -> None:
+        """Say a line, the first of its `subject`."""
+        if subject not in self.said:
+            self.said.add(subject)
+            self.say(line)
 
     def close(self) -> None:
         for dashboard in self.dashboards:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+import torch
+
+from RL2.advantages import decoupled
 from RL2.config import UserError
 from RL2.data.template import Template
 from RL2.engines.base import Engine
+from RL2.packing import part_rewards
 from RL2.rollout.environment import Environment
 from RL2.rollout.episode import request_seed, run_episode
 from RL2.types import ROUNDING, Prompt, Sampling, Trajectory
@@ -130,13 +134,16 @@ class NothingScored(UserError, RuntimeError):
     """Not one trajectory of a rollout has a reward."""
 
 
-def raise_if_all_unscored(trajectories: Seq[Trajectory]) -> None:
-    """Nothing to learn from or report on: the environment is broken, and the run must not go on."""
+def raise_if_all_unscored(trajectories: Seq[Trajectory], of: str = "") -> None:
+    """Raise NothingScored if there is nothing to learn from or report on: the environment is broken.
+
+    `of` names the test set.
+    """
     if trajectories and not scored(trajectories):
         causes = unscored_causes(trajectories).most_common(5)
         listed = "".join(f"\n  {count} times: {cause}" for cause, count in causes)
         raise NothingScored(
-            f"none of the {len(trajectories)} trajectories has a reward; the most common causes:{listed}"
+            f"none of the {len(trajectories)} trajectories{of} has a reward; the most common causes:{listed}"
         )
 
 
@@ -152,12 +159,26 @@ def drop_equal_groups(trajectories: Seq[Trajectory]) -> list[Trajectory]:
     return [trajectory for trajectory in trajectories if trajectory.group in unequal]
 
 
+def drop_groups_of_equal_parts(trajectories: Seq[Trajectory], weights: Mapping[str, float]) -> list[Trajectory]:
+    """Return those of groups where GDPO's advantages are not all 0; `trajectories` are scored.
+
+    Parts of the rewards may differ where their sums are equal, and cancel where these differ.
+    """
+    if not trajectories:
+        return []
+    group_N = torch.tensor([trajectory.group for trajectory in trajectories]).unique(return_inverse=True)[1]
+    sum_N = decoupled(*part_rewards(trajectories, weights), group_N)
+    kept = {trajectory.group for trajectory, value in zip(trajectories, sum_N.tolist(), strict=True) if value}
+    return [trajectory for trajectory in trajectories if trajectory.group in kept]
+
+
 def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, float]:
     """What a rollout did; means over trajectories unless said otherwise. A mean over nothing is left out.
 
-    score, reward: of the scored trajectories. length: sampled tokens. turns: responses. truncated: share. tokens,
-    unscored: counts. entropy: mean of -logp over all sampled tokens, in nats; when sampling at temperature 1 from all
-    tokens that is an unbiased estimate of the policy's entropy, otherwise a cross-entropy of no meaning but its trend.
+    score, reward: of the scored trajectories. reward/NAME: a part of it, env/NAME: what the environment measured; of
+    those that have it. length: sampled tokens. turns: responses. truncated: share. tokens, unscored: counts.
+    entropy: mean of -logp over all sampled tokens, in nats; when sampling at temperature 1 from all tokens that is an
+    unbiased estimate of the policy's entropy, otherwise a cross-entropy of no meaning but its trend.
     """
     rated = scored(trajectories)
     surprise = [
@@ -175,9 +196,20 @@ def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, flo
         "truncated": [trajectory.truncated for trajectory in trajectories],
         "turns": [len(trajectory.texts) // 2 for trajectory in trajectories],
     }
+    values |= {f"reward/{name}": each for name, each in by_name(trajectory.parts for trajectory in rated).items()}
+    values |= {f"env/{name}": each for name, each in by_name(trajectory.metrics for trajectory in trajectories).items()}
     metrics = {f"{prefix}/{name}": fmean(each) for name, each in values.items() if each}
     counts = {"tokens": sum(values["length"]), "unscored": len(trajectories) - len(rated)}
     return metrics | {f"{prefix}/{name}": float(count) for name, count in counts.items()}
+
+
+def by_name(measured: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Return name -> the values of those that have one, in order of names."""
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for each in measured:
+        for name, value in each.items():
+            values[name].append(value)
+    return dict(sorted(values.items()))
 
 
 def staleness(trajectories: Seq[Trajectory], step: int, bound: int) -> dict[str, float]:

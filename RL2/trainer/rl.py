@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from RL2.advantages import ADVANTAGES, gae, whitened
 from RL2.config import ConfigError, RLConfig, SGLang, Transport
-from RL2.data.bad_rows import BadRows
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
-from RL2.data.prompts import Prompts, largest_token_id, load_prompts
-from RL2.data.sft import marked, pieces
-from RL2.data.source import Row, with_columns
+from RL2.data.prompts import largest_token_id
 from RL2.engines.base import Engine
 from RL2.engines.embedded.compiled import refuse_no_compiler
 from RL2.engines.embedded.engine import EmbeddedEngine
@@ -27,18 +26,17 @@ from RL2.engines.sglang import kind as sglang
 from RL2.engines.vllm import kind as vllm
 from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.objectives.terms import kl_estimate, overlong_penalty
-from RL2.packing import pack
+from RL2.packing import pack, part_rewards
 from RL2.progress import Progress
-from RL2.report import NUM_SHOWN, Metrics, Report
+from RL2.report import Metrics, Report
 from RL2.rollout.collect import (
     groups,
-    made_up,
     raise_if_all_unscored,
     rollout_metrics,
     staleness,
     unscored_causes,
 )
-from RL2.rollout.environment import Environment, load_environment
+from RL2.rollout.environment import load_environment
 from RL2.rollout.episode import decode
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.spread import Rollouts
@@ -48,8 +46,9 @@ from RL2.trainer.inputs import of_prompts
 from RL2.trainer.microscope import Microscope
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.scores import Scores
+from RL2.trainer.tasks import TestTasks, first_rows, reader, test_tasks, train_tasks
 from RL2.trainer.watch import Watch
-from RL2.types import Prompt, TokenBatch, Trajectory
+from RL2.types import TokenBatch, Trajectory
 from RL2.workers.actor import Actor, Base, RefActor, Reference
 from RL2.workers.critic import Critic
 from RL2.workers.worker import Worker, compute_dtype
@@ -60,13 +59,15 @@ def train(config: RLConfig, run: Run) -> None:
     trainer, progress = config.trainer, run.progress
     template = config.actor.chat_template, config.actor.chat_template_kwargs
     tokenizer = load_tokenizer(config.actor.model_name, "actor.model_name", *template)
-    environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
+    environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s, config.reward.weights)
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
-    prompts, tests = tasks(config, environment, reader(config, tokenizer, longest, notes, run.listing(), run.progress))
+    read = reader(config, tokenizer, longest, notes, run.listing(), progress)
+    prompts, tests = train_tasks(config, environment, read), test_tasks(config, environment, read)
     progress.say(*notes)
-    run.know_rows({"train_data": of_prompts(prompts), "test_data": of_prompts(tests)})
+    tested = {each.settings.key: of_prompts(each.prompts) for each in tests}
+    run.know_rows({"train_data": of_prompts(prompts), "test_data": of_prompts([])} | tested)
     cursor = make_cursor(len(prompts), config)
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
 
@@ -74,7 +75,7 @@ def train(config: RLConfig, run: Run) -> None:
         actor, ref_actor, critic = make_workers(config, run, num_steps)
     workers = {"actor": actor, "ref_actor": ref_actor, "critic": critic}
     progress.say(*(of_model(name, worker) for name, worker in workers.items() if isinstance(worker, Worker)))
-    given = [largest_token_id(prompts), largest_token_id(tests)]
+    given = [largest_token_id(prompts), *(largest_token_id(each.prompts) for each in tests)]
     stop_token_ids = stop_tokens(actor.lm, tokenizer)
     readers = {"actor.model_name": actor.lm}
     readers |= {"ref_actor.model_name": ref_actor.lm} if isinstance(ref_actor, RefActor) else {}
@@ -102,9 +103,9 @@ def train(config: RLConfig, run: Run) -> None:
     report.say(of_rollouts(config, first_step, num_steps))
 
     scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))
-    num_tests = max(1, len(tests) * config.test_data.responses_per_prompt)
+    num_tests = max(1, sum(each.num_responses for each in decisive(tests, config)))
     num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
-    watch = Watch(num_tests, trainer.save_dir, report.rows(), num_train)
+    watch = Watch(num_tests, trainer.save_dir, report.rows(), num_train, config.reward.weights)
     last_step = first_step if trainer.eval_only else max(first_step, num_steps)
     report.begin(first_step)
 
@@ -130,16 +131,17 @@ def train(config: RLConfig, run: Run) -> None:
             break
 
         trajectories = sample(supply, config, step, report)
-        metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config.rollout)
+        metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config)
         metrics |= cursor.metrics() | engine.metrics() | staleness(trajectories, step, config.rollout.max_staleness)
         if not config.rollout.runs_beside_training:
             engine.sleep()
         clock.lap("rollout")
 
-        batch = pack(trainable(trajectories, config.rollout), step)
+        trained = trainable(trajectories, config)
+        batch = pack(trained, step)
         for key, lm in readers.items():
             refuse_unknown_tokens(lm, [batch.largest_token_id], key)
-        batch = judge(batch, config, actor, ref_actor, critic, progress)
+        batch = judge(batch, config, actor, ref_actor, critic, trained, progress)
         microscope.look(step, trajectories, batch)
         if run.due(trainer.replay_freq, step):
             run.keep_for_replay(step, batch, actor, tokenizer)
@@ -165,7 +167,8 @@ def train(config: RLConfig, run: Run) -> None:
         report.say(f"step {step}: the test score fell twice in a row, which is where trainer.early_stop ends the run")
     if not trainer.eval_only:
         run.export(actor, tokenizer, critic)
-    environment.close()
+    for each in {environment, *(each.environment for each in tests)}:
+        each.close()
     report.close()
 
 
@@ -257,81 +260,6 @@ def make_engine(
     )
 
 
-Example = Callable[[Row], Row | None] | None
-"""What makes a row of the formats out of a raw one, or None of one that is left out."""
-
-
-def reader(
-    config: RLConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    notes: list[str],
-    listing: Path | None = None,
-    progress: Progress | None = None,
-) -> Callable[[str, Example], Prompts]:
-    """Reads the prompts of a path; what there is to say of them is added to `notes`, skipped rows to `listing`."""
-
-    def read(path: str, example: Example) -> Prompts:
-        bad = bad_rows(config, path)
-        prompts = load_prompts(path, tokenizer, example, longest - 1, bad, progress)
-        first = prompts[0]
-        shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
-        said = [f"{path}: {sizes(prompts)}", f"{path}, row {first.row + 1}: {shown}[[response]]"]
-        notes.extend([*said, *bad.notes(listing)])
-        return prompts
-
-    return read
-
-
-def first_rows(prompts: Seq[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Return the texts of the first prompts that are not made up by the environment, with where a response trains."""
-    shown = [prompt for prompt in prompts[:NUM_SHOWN] if prompt.token_ids]
-    responses = [("[the response]", True)]
-    return [
-        {"name": f"row {p.row + 1}", "pieces": pieces(tokenizer, p.token_ids, [False] * len(p.token_ids)) + responses}
-        for p in shown
-    ]
-
-
-def sizes(prompts: Prompts) -> str:
-    """Return the number of prompts and their lengths in words."""
-    mean, most = prompts.lengths.mean(), prompts.lengths.max()
-    return f"{len(prompts)} rows; prompts of {mean:.0f} tokens in the mean, at most {most}"
-
-
-def bad_rows(config: RLConfig, path: str) -> BadRows:
-    group = "train_data" if path == config.train_data.path else "test_data"
-    on_bad_row = config.train_data.on_bad_row if group == "train_data" else config.test_data.on_bad_row
-    return BadRows(path, skip=on_bad_row == "skip", key=f"{group}.on_bad_row")
-
-
-def tasks(
-    config: RLConfig, environment: Environment, load: Callable[[str, Example], Seq[Prompt]]
-) -> tuple[Seq[Prompt], Seq[Prompt]]:
-    """Return what is trained on and what is tested on: rows by `load`, or tasks that the environment makes up."""
-    train, test, trainer = config.train_data, config.test_data, config.trainer
-
-    def read(path: str | None, number: int, seed: int | None, group: str) -> Seq[Prompt]:
-        if path is not None:
-            columns = train.columns if group == "train_data" else train.columns | test.columns
-            return load(path, with_columns(columns, environment.example))
-        if not environment.has_reset:
-            raise ConfigError(
-                f"{group}.path is not set, and {environment.path} has no `reset` that makes up tasks; "
-                f"pass {group}.path=..."
-            )
-        return made_up(number, seed)
-
-    prompts: Seq[Prompt]
-    if train.path is None and trainer.eval_only:
-        prompts = made_up(train.prompts_per_rollout)  # of which none is played
-    else:
-        prompts = read(train.path, train.prompts_per_rollout, None, "train_data")
-    if trainer.test_freq is None and not trainer.eval_only:
-        return prompts, []
-    return prompts, read(test.path, test.prompts_per_rollout or 0, trainer.seed, "test_data")
-
-
 def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[Trajectory]:
     """The rollout of one step, with replacements of filtered groups; some of it goes to samples.jsonl."""
     number, wanted = config.train_data.responses_per_prompt, config.train_data.prompts_per_rollout
@@ -339,7 +267,7 @@ def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[
         trajectories = supply.rollout(step, phase.update)
     for _ in range(1, config.rollout.dynamic_filtering_rounds):
         # equal on all processes, as all have all trajectories
-        missing = wanted - len(groups(with_signal(trajectories, config.rollout)))
+        missing = wanted - len(groups(with_signal(trajectories, config)))
         if not missing:
             break
         with report.progress.phase(f"more rollouts of step {step}", missing * number, "responses") as phase:
@@ -348,27 +276,69 @@ def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")
+    say_of_metrics(trajectories, step, report)
     report.samples(step, "train", trajectories[: config.trainer.samples_per_step])
     return trajectories
 
 
 def test(
-    tests: Seq[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report, microscope: Microscope
+    tests: list[TestTasks], rollouts: Rollouts, config: RLConfig, step: int, report: Report, microscope: Microscope
 ) -> Metrics:
-    """Metrics of the present weights on the test set. The seed is the same at every step: only the weights differ."""
-    number, wave = config.test_data.responses_per_prompt, config.test_data.prompts_per_rollout or len(tests)
-    params = config.rollout.test_sampling_params
+    """Return metrics of the present weights on every test set, among them `test/score`.
+
+    The seed is the same at every step: only the weights differ.
+    """
+    metrics: Metrics = {}
+    before = 0
+    for each in tests:
+        settings = each.settings
+        trajectories = test_one(each, rollouts, config, step, report, before)
+        raise_if_all_unscored(trajectories, f" of {settings.key}" if settings.name else "")
+        say_of_metrics(trajectories, step, report)
+        metrics |= rollout_metrics(trajectories, settings.prefix)
+        before += len(each.prompts)
+        shown = trajectories[: config.trainer.samples_per_step]
+        report.samples(step, "test", shown, settings.name)
+        microscope.tests.append((shown, settings.sampling))
+    score = fmean(metrics[f"{each.settings.prefix}/score"] for each in decisive(tests, config)) if tests else 0.0
+    return metrics | {"test/score": score}
+
+
+def test_one(
+    each: TestTasks, rollouts: Rollouts, config: RLConfig, step: int, report: Report, before: int
+) -> list[Trajectory]:
+    """Return the trajectories of one test set; their groups are numbered behind the `before` groups of other sets."""
+    settings, prompts = each.settings, each.prompts
+    wave = settings.prompts_per_rollout or len(prompts)
+    episodes = replace(rollouts.episodes, environment=each.environment, max_turns=settings.max_turns)
     trajectories: list[Trajectory] = []
-    with report.progress.phase(f"test before step {step}", len(tests) * number, "responses") as phase:
-        for start in range(0, len(tests), wave):
-            trajectories += rollouts.collect(
-                tests[start : start + wave], params, number, config.trainer.seed + start, phase.update
+    what = f"test {settings.name}".strip()
+    with report.progress.phase(f"{what} before step {step}", each.num_responses, "responses") as phase:
+        for start in range(0, len(prompts), wave):
+            of_wave = rollouts.collect(
+                prompts[start : start + wave],
+                settings.sampling,
+                settings.responses_per_prompt,
+                config.trainer.seed + start,
+                phase.update,
+                episodes,
             )
-    raise_if_all_unscored(trajectories)
-    shown = trajectories[: config.trainer.samples_per_step]
-    report.samples(step, "test", shown)
-    microscope.tests = shown
-    return rollout_metrics(trajectories, "test")
+            trajectories += [replace(trajectory, group=before + start + trajectory.group) for trajectory in of_wave]
+    return trajectories
+
+
+def decisive(tests: list[TestTasks], config: RLConfig) -> list[TestTasks]:
+    """Return the sets whose mean score is `test/score`: `test_data` itself, else the one that is named, else all."""
+    if config.test_data.has_own:
+        return tests[:1]
+    return [each for each in tests if config.test_data.best_by in (None, each.settings.name)]
+
+
+def say_of_metrics(trajectories: Seq[Trajectory], step: int, report: Report) -> None:
+    """Name each metric of the environment that is no number, once in a run."""
+    for trajectory in trajectories:
+        for name, why in trajectory.left_out.items():
+            report.say_once(f"metric {name}", f"step {step}: WARNING: a metric of the environment is left out: {why}")
 
 
 def judge(
@@ -377,9 +347,13 @@ def judge(
     actor: Actor,
     ref_actor: Reference | None,
     critic: Critic | None = None,
+    trajectories: Seq[Trajectory] = (),
     progress: Progress | None = None,
 ) -> TokenBatch:
-    """The rollout with what the update reads beside it: old and reference log-probabilities, values, advantages."""
+    """The rollout with what the update reads beside it: old and reference log-probabilities, values, advantages.
+
+    `trajectories` are those that were packed into `batch`.
+    """
     progress, number = progress or Progress(speaks=False), batch.num_sequences
     kl, adv, select = config.actor.kl, config.adv, config.actor.select
     kl_in_advantage = ref_actor is not None and kl.type != "loss"
@@ -398,19 +372,16 @@ def judge(
         cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.used_estimator) * batch.action_T
     if kl.type == "reward":
         reward_T, cost_T = reward_T - cost_T, torch.zeros_like(cost_T)
-    if adv.overlong_buffer:
-        reward_T = reward_T - overlong_penalty(
-            batch,
-            max_new_tokens=config.rollout.train_sampling_params.max_new_tokens,
-            buffer=adv.overlong_buffer,
-            penalty=adv.overlong_penalty,
-        )
     knobs: dict[str, Any] = {}
+    if adv.estimator == "gdpo":
+        knobs |= gdpo_parts(batch, trajectories, config)
+    elif adv.overlong_buffer:
+        reward_T = reward_T - overlong(batch, config, adv.overlong_penalty)
     if adv.estimator in ("reinforce", "gae"):
         knobs |= {"global_norm": adv.global_norm, "norm_var": adv.norm_var}
     if adv.estimator == "reinforce":
         knobs |= {"std_over": adv.std_over}
-    if adv.estimator in ("reinforce", "rloo"):
+    if adv.estimator in ("reinforce", "gdpo", "rloo"):
         knobs |= {"group_size": config.train_data.responses_per_prompt}
     if critic is None:
         advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
@@ -421,6 +392,23 @@ def judge(
         batch = batch.with_(value_T=value_T, return_T=ahead_T + value_T)
         advantage_T = whitened(batch, ahead_T, **knobs)
     return batch.with_(advantage_T=advantage_T - cost_T)
+
+
+def gdpo_parts(batch: TokenBatch, trajectories: Seq[Trajectory], config: RLConfig) -> dict[str, Tensor]:
+    """Return the parts of the rewards and their weights; a penalty for length is one more part, with its own weight."""
+    part_NP, weight_P = part_rewards(trajectories, config.reward.weights)
+    if config.adv.overlong_buffer:
+        cost_T = overlong(batch, config, penalty=1.0).double()
+        cost_N = part_NP.new_zeros(len(trajectories)).index_add_(0, batch.trajectory_B[batch.sequence_T], cost_T)
+        part_NP = torch.cat([part_NP, cost_N[:, None]], 1)
+        weight_P = torch.cat([weight_P, weight_P.new_tensor([-config.adv.overlong_penalty])])
+    return {"part_NP": part_NP, "weight_P": weight_P}
+
+
+def overlong(batch: TokenBatch, config: RLConfig, penalty: float) -> Tensor:
+    """Return what each response pays for its length, at its last token, [T]."""
+    limit = config.rollout.train_sampling_params.max_new_tokens
+    return overlong_penalty(batch, max_new_tokens=limit, buffer=config.adv.overlong_buffer, penalty=penalty)
 
 
 class Clock:
