@@ -58,7 +58,8 @@ def test_a_name_that_is_no_environment_is_an_error(mixed: Environment) -> None:
 @pytest.mark.parametrize("script", sorted(path.stem for path in ENVS.glob("*.py")))
 def test_every_script_loads_or_says_what_it_needs(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REWARD_MODEL", raising=False)
-    helpers = {"arithmetic", "workers", "local_search_service"}
+    helpers = {"arithmetic", "workers", "local_search_service", "sandbox", "sandbox_child", "sandbox_kernel"}
+    helpers |= {"solution_calls", "plain"}
     libraries = {"gem": "gem", "reasoning_gym": "reasoning_gym", "verifiers_env": "verifiers", "orz": "math_verify"}
     library = libraries.get(script)
     if script in helpers:
