@@ -74,7 +74,7 @@ class Programs(Workers):
         number: int | None = None,
     ) -> None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        super().__init__("", "", WALL * limit_s + GRACE_S, number or max(1, cores))
+        super().__init__("", "", limit_s, number or max(1, cores), wall_s=WALL * limit_s + GRACE_S)
         base = [python] if python else [os.path.realpath(getattr(sys, "_base_executable", sys.executable)), "-S"]
         self.memory_bytes = memory_bytes
         self.command = [*base, "-P", "-s", str(CHILD), mode, str(limit_s), str(memory_bytes)]
