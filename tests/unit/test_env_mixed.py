@@ -69,6 +69,11 @@ def test_every_script_loads_or_says_what_it_needs(script: str, monkeypatch: pyte
     elif library is not None and find_spec(library) is None:
         with pytest.raises(ScriptError, match=r"pip install 'rl2-spo\[(gem|reasoning-gym|verifiers|math)\]'"):
             load_environment(ENVS / f"{script}.py", 5)
+    elif script == "code":
+        try:
+            load_environment(ENVS / f"{script}.py", 5).close()
+        except ScriptError as error:
+            assert "programs cannot be locked down here" in str(error)  # noqa: PT017
     elif script == "judge":
         with pytest.raises(ScriptError, match="JUDGE_URL is not set; it names the server"):
             load_environment(ENVS / f"{script}.py", 5)

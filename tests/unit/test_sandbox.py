@@ -280,6 +280,23 @@ def test_a_program_that_gets_no_processor_is_unscored_and_not_wrong(tmp_path: Pa
         busy.close()
 
 
+def test_without_namespaces_programs_are_held_by_landlock() -> None:
+    """A user namespace that allows no further one stands for a container."""
+    if not shutil.which("unshare") or not shutil.which("setpriv"):
+        pytest.skip("this machine has no util-linux")
+    inside = Programs(1, MEMORY, number=1)
+    shut = 'echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-all --inh-caps=-all "$@"'
+    inside.command = ["unshare", "-Ur", "sh", "-c", shut, "sh", *inside.command]
+    try:
+        assert inside.check() == "landlock"
+    except ValueError as error:
+        if "a program here" in str(error):  # it can do what it must not
+            raise
+        pytest.skip(f"this machine has no Landlock, or no user namespaces: {error}")
+    finally:
+        inside.close()
+
+
 def test_processes_end_with_their_parent() -> None:
     script = (
         "import asyncio, sys\nfrom envs.sandbox import Programs\nprograms = Programs(5, 1 << 28, number=1)\n"
