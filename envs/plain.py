@@ -56,6 +56,8 @@ def encode(value: Any, encode_object: Callable[[Any], int]) -> Any:
             return {"date": value.isoformat()}
         case timedelta():
             return {"timedelta": [value.days, value.seconds, value.microseconds]}
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return encode(value.item(), encode_object)  # a number of NumPy
     return {"object": encode_object(value)}
 
 

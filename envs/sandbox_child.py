@@ -217,6 +217,7 @@ def run_program(size: int, output: int, fork: Fork) -> int:
     for number, mode in enumerate(("r", "w", "w")):
         file = open(number, mode, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
         setattr(sys, ("stdin", "stdout", "stderr")[number], file)
+    sys.argv[:] = ["main.py"]
     module = sys.modules["__main__"] = ModuleType("__main__")
     code = 0
     try:
@@ -297,8 +298,8 @@ def is_busy(proc: int, process: int) -> bool:
     """Return whether a thread of it runs or would if there were a processor, or waits for a disk."""
     try:
         folder = os.open(f"{process}/task", os.O_RDONLY, dir_fd=proc)
-    except OSError:
-        return False
+    except OSError:  # it cannot be told: there is no /proc, or it does not show all processes
+        return True
     try:
         for thread in os.listdir(folder):
             with open(os.open(f"{thread}/stat", os.O_RDONLY, dir_fd=folder), "rb") as file:

@@ -16,7 +16,6 @@ import struct
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 TMP_BYTES = 16 << 20
 """Size of the private /tmp."""
@@ -178,8 +177,7 @@ def unshare_pids() -> None:
 
 def folders_of_python() -> Iterable[str]:
     """Yield what the interpreter has to read: its libraries and those of the system, without links in the paths."""
-    shared = map(str, Path(sys.base_prefix, "lib").glob("libpython*"))
-    wanted = [*SYSTEM_FOLDERS, *SYSTEM_FILES, *sys.path, *shared]
+    wanted = [*SYSTEM_FOLDERS, *SYSTEM_FILES, *sys.path, os.path.join(sys.base_prefix, "lib")]
     real = {os.path.realpath(path) for path in wanted if path and os.path.exists(path)}
     for path in sorted(real):
         if not any(path.startswith(f"{other}/") for other in real):

@@ -61,10 +61,7 @@ class Solution:
             raise Died
         kind, value, changed = json.loads(line)
         if kind == "raised":
-            name, text = map(str, value)
-            known = getattr(builtins, name, None)
-            is_error = isinstance(known, type) and issubclass(known, Exception)
-            raise known(text) if is_error else RuntimeError(f"{name}: {text}")  # type: ignore[misc]
+            raise exception(*value)
         for position, now in changed:
             update(args[position], decode(now, self.remote))
         return decode(value, self.remote)
@@ -129,6 +126,18 @@ class Remote:
 
     def __repr__(self) -> str:
         return str(ask_of(self, "repr"))
+
+
+def exception(names: list[str], text: str) -> Exception:
+    """Return an exception of Python's own with this text: of the first of the classes that is one."""
+    for name in names:
+        known = getattr(builtins, str(name), None)
+        if isinstance(known, type) and issubclass(known, Exception) and known is not Exception:
+            try:
+                return known.__new__(known, str(text))  # not all can be called with a text
+            except TypeError:
+                continue
+    return RuntimeError(f"{names[0]}: {text}")
 
 
 def ask_of(remote: Remote, what: str, *args: Any, **named: Any) -> Any:
@@ -240,6 +249,8 @@ def serve(sources: list[str], questions: int, answers: int) -> None:
                                 changed.append([position, after])
                 sent = json.dumps(["value", encode(value, number_of), changed])
             except BaseException as error:
-                sent = json.dumps(["raised", [type(error).__name__, str(error)[:300]], []])
+                names = [cls.__name__ for cls in type(error).__mro__]
+                text = str(error.args[0] if len(error.args) == 1 else error)
+                sent = json.dumps(["raised", [names, text[:300]], []])
             writer.write(sent.encode() + b"\n")
             writer.flush()

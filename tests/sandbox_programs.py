@@ -195,6 +195,11 @@ HONEST = [
         ["try: f(1)\nexcept ValueError as e: assert str(e) == 'no'\nelse: assert False"],
     ),
     (
+        "import json\nclass E(KeyError): pass\ndef f(x):\n  if x: json.loads('{')\n  raise E('k')",
+        ["try: f(1)\nexcept ValueError: pass", "try: f(0)\nexcept KeyError as e: assert e.args == ('k',)"],
+    ),
+    ("def f(x): return x.decode()", ["try: f(b'\\xff')\nexcept UnicodeDecodeError: pass\nelse: assert False"]),
+    (
         "from dataclasses import dataclass\n@dataclass\nclass P:\n  x: 'int'\ndef f(x): return P(x).x",
         ["assert f(2) == 2"],
     ),

@@ -230,6 +230,17 @@ def test_subclasses_arrive_as_what_they_extend(programs: Programs) -> None:
     assert asyncio.run(programs.test([code], TESTS | {"tests": [test]}))["passed"] == [True]
 
 
+def test_an_interpreter_of_ones_own_brings_its_packages(programs: Programs) -> None:
+    mine = Programs(5, 1 << 30, programs.mode, sys.executable, number=1)
+    code = "import numpy\ndef f(x): return numpy.int64(x), numpy.float32(x), numpy.bool_(x), numpy.ones(2)"
+    test = "import numpy\na, b, c, d = f(1)\nassert (a, b, c) == (1, 1.0, True) and type(a) is int and d != [1, 1]"
+    try:
+        assert asyncio.run(mine.test([code], TESTS | {"tests": [test]})) == {"passed": [True], "why": None}
+        assert asyncio.run(programs.test([code], TESTS | {"tests": [test]}))["why"].startswith("ModuleNotFoundError")
+    finally:
+        mine.close()
+
+
 @pytest.mark.parametrize(
     ("tests", "cause"),
     [
