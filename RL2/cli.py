@@ -384,5 +384,27 @@ def audit_env(
         sys.exit(f"rl2 audit-env: {env} is wrong about {len(found.findings)} responses{of}")
 
 
+@app.command()
+def audit_judge(
+    env: Annotated[Path, typer.Argument(help="An environment script that judges by a model, as envs/judge.py.")],
+    data: Annotated[str, typer.Option(help="Rows with responses; pairs (chosen, rejected) show position bias.")],
+    limit: Annotated[int, typer.Option(help="Rows that are tried.")] = 50,
+    repeats: Annotated[int, typer.Option(help="Times that each response is judged.")] = 3,
+) -> None:
+    """Ask a judge again, and with pairs in both orders: how far it agrees with itself, with 95% intervals.
+
+    Example: rl2 audit-judge envs/judge.py --data pairs.jsonl
+    """
+    from rich.console import Console
+
+    from RL2.evaluation.judging import audit, notes, table
+
+    with ending("audit-judge"):
+        found = audit(env, data, limit, repeats)
+    Console().print(table(found))
+    for note in notes(found):
+        print(note)
+
+
 if __name__ == "__main__":
     app()

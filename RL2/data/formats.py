@@ -154,6 +154,22 @@ def _question(row: Row) -> Row | None:
     return _asked(row, [*_system(row), {"role": "user", "content": row[key]}])
 
 
+def _human_eval(row: Row) -> Row | None:
+    """`prompt`, the beginning of a function, and `canonical_solution`, its rest."""
+    if "entry_point" not in row or not isinstance(row.get("canonical_solution"), str) or "response" in row:
+        return None
+    return row | {"response": row["canonical_solution"]}
+
+
+def _mbpp(row: Row) -> Row | None:
+    """`text`, or `prompt` where it was sanitized, with `code` and `test_list`."""
+    asked = row.get("text", row.get("prompt"))
+    if "test_list" not in row or not isinstance(row.get("code"), str) or not isinstance(asked, str):
+        return None
+    made = {key: value for key, value in row.items() if key != "prompt"}
+    return made | {"messages": [{"role": "user", "content": asked}], "response": row["code"]}
+
+
 def _asked(row: Row, messages: list[dict[str, Any]]) -> Row:
     """Return the row with `messages`, and the response that it has under whatever name."""
     response = next((row[key] for key in RESPONSES if key in row), None)
@@ -210,6 +226,8 @@ FORMATS = {
     "HH-RLHF (Human:, Assistant:)": _hh,
     "verl (reward_model.ground_truth)": _verl,
     "Alpaca (instruction)": _alpaca,
+    "HumanEval (canonical_solution)": _human_eval,
+    "MBPP (test_list)": _mbpp,
     "questions with responses": _question,
     "prompt and completion (TRL)": _prompt_completion,
     "prompt as a list of messages": _prompt_list,

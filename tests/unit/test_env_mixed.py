@@ -58,7 +58,9 @@ def test_a_name_that_is_no_environment_is_an_error(mixed: Environment) -> None:
 @pytest.mark.parametrize("script", sorted(path.stem for path in ENVS.glob("*.py")))
 def test_every_script_loads_or_says_what_it_needs(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REWARD_MODEL", raising=False)
-    helpers = {"arithmetic", "workers", "local_search_service"}
+    monkeypatch.delenv("JUDGE_URL", raising=False)
+    helpers = {"arithmetic", "workers", "local_search_service", "sandbox", "sandbox_child", "sandbox_kernel"}
+    helpers |= {"solution_calls", "plain", "judge_client"}
     libraries = {"gem": "gem", "reasoning_gym": "reasoning_gym", "verifiers_env": "verifiers", "orz": "math_verify"}
     library = libraries.get(script)
     if script in helpers:
@@ -66,6 +68,14 @@ def test_every_script_loads_or_says_what_it_needs(script: str, monkeypatch: pyte
             load_environment(ENVS / f"{script}.py", 5)
     elif library is not None and find_spec(library) is None:
         with pytest.raises(ScriptError, match=r"pip install 'rl2-spo\[(gem|reasoning-gym|verifiers|math)\]'"):
+            load_environment(ENVS / f"{script}.py", 5)
+    elif script == "code":
+        try:
+            load_environment(ENVS / f"{script}.py", 5).close()
+        except ScriptError as error:
+            assert "programs cannot be locked down here" in str(error)  # noqa: PT017
+    elif script == "judge":
+        with pytest.raises(ScriptError, match="JUDGE_URL is not set; it names the server"):
             load_environment(ENVS / f"{script}.py", 5)
     elif script == "reward_model":
         with pytest.raises(ScriptError, match="REWARD_MODEL is not set; it names the reward model"):

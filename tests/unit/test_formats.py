@@ -53,6 +53,15 @@ GSM8K = (
     f"{H}[1+1=2\n#### 2<|im_end|>]"
 )
 
+HEAD, BODY = 'def two():\n    """Two."""\n', "    return 1 + 1\n"
+HUMAN_EVAL = {"task_id": "T/0", "prompt": HEAD, "canonical_solution": BODY, "entry_point": "two"}
+HUMAN_EVAL["test"] = "def check(candidate):\n    assert candidate() == 2\n"
+MBPP = {"task_id": 1, "text": "Write two.", "code": HEAD + BODY, "test_list": ["assert two() == 2"]}
+MBPP |= {"test_setup_code": "", "challenge_test_list": []}
+SANITIZED = {"source_file": "f", "task_id": 1, "prompt": "Write two.", "code": HEAD + BODY, "test_imports": []}
+SANITIZED |= {"test_list": ["assert two() == 2"]}
+IN_AND_OUT = json.dumps({"inputs": ["1 1\n"], "outputs": ["2\n"]})
+
 CASES: dict[str, list[tuple[str, str, dict[str, Any], Any]]] = {
     # rows as in: (program, script, row, what it trains on, or prompt and answer, or why it is refused)
     "Alpaca": [("sft", "", {"instruction": "Name one.", "input": Q, "output": A}, ONE.replace(Q, f"Name one.\n{Q}"))],
@@ -186,6 +195,29 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], Any]]] = {
         )
     ],
     "Countdown": [("ppo", "countdown", {"target": 3, "nums": [1, 2]}, ("equals 3", None))],
+    "HumanEval": [
+        ("ppo", "code", HUMAN_EVAL, ("Complete this function.", None)),
+        ("sft", "", HUMAN_EVAL, f"{HEAD}[{BODY}<|im_end|>]"),
+    ],
+    "MBPP": [
+        ("ppo", "code", MBPP, ("Write two.\nThe code should pass tests such as\nassert two() == 2\n", None)),
+        ("sft", "", MBPP, f"{u('Write two.')}{H}[{HEAD}{BODY}<|im_end|>]"),
+    ],
+    "MBPP sanitized": [
+        ("ppo", "code", SANITIZED, ("Write two.\nThe code should pass tests such as\nassert two() == 2\n", None)),
+        ("sft", "", SANITIZED, f"{u('Write two.')}{H}[{HEAD}{BODY}<|im_end|>]"),
+    ],
+    "APPS": [
+        (
+            "ppo",
+            "code",
+            {"problem_id": 0, "question": Q, "solutions": "[]", "input_output": IN_AND_OUT, "difficulty": "d"},
+            (Q, None),
+        )
+    ],
+    "PRIME's code, verl": [
+        ("ppo", "code", VERL | {"prompt": [user()], "reward_model": {"ground_truth": IN_AND_OUT}}, (Q, None))
+    ],
     "TRL prompts": [("ppo", "", {"prompt": [user("1+1?")], "answer": "2"}, SUM)],
     "OpenR1-Math without a script": [
         (
@@ -238,7 +270,9 @@ def test_what_becomes_of_a_row(
     expected: Any,
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("CODE_ALLOW_UNSAFE", "true")  # nothing is run here, on whatever machine
     if isinstance(expected, DataError):
         with pytest.raises(DataError, match=re.escape(str(expected))) as error:
             read(program, script, row, tmp_path, tokenizer)

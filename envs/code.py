@@ -1,0 +1,263 @@
+"""Python programs, run and tested in a locked-down process: HumanEval, MBPP, or inputs with expected outputs.
+
+    CODE_LIMIT_S=5          seconds of processor time for all tests of a response
+    CODE_MEMORY_MB=1024     memory
+    CODE_REWARD=all         1 if all tests pass; "fraction": the share of them that does. The score is always "all"
+    CODE_FORM=chat          of HumanEval's prompts; "completion": the text that a base model goes on with
+    CODE_SHOWN_TESTS=1      tests of MBPP that the prompt shows
+    CODE_PYTHON=            an interpreter with packages for programs to import; by default the standard library alone
+    CODE_SANDBOX=auto       or "namespaces", "landlock"
+    CODE_ALLOW_UNSAFE=false "true": where the machine allows neither, programs run with your rights, unconfined
+
+A program that fails or takes too much earns 0; a machine that fails leaves the response unscored. docs/code.md says
+what holds the programs and what a test can be deceived about.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from .gsm8k import behind_reasoning
+from .sandbox import Programs
+
+
+def setting(name: str, default: str, *choices: str) -> str:
+    """Return the environment variable. Raises ValueError for one that is none of `choices`, or no positive number."""
+    value = os.environ.get(name, default)
+    if choices and value not in choices:
+        raise ValueError(f"{name}={value!r}: choose {' or '.join(choices)}")
+    if not choices and not (value.isdecimal() and value.isascii()):
+        raise ValueError(f"{name}={value!r}: expected a whole number")
+    return value
+
+
+LIMIT_S = max(1, int(setting("CODE_LIMIT_S", "5")))
+MEMORY_BYTES = max(64, int(setting("CODE_MEMORY_MB", "1024"))) << 20
+IS_FRACTION = setting("CODE_REWARD", "all", "all", "fraction") == "fraction"
+IS_CHAT = setting("CODE_FORM", "chat", "chat", "completion") == "chat"
+SHOWN_TESTS = int(setting("CODE_SHOWN_TESTS", "1"))
+SANDBOX = setting("CODE_SANDBOX", "auto", "auto", "namespaces", "landlock")
+IS_UNSAFE = setting("CODE_ALLOW_UNSAFE", "false", "true", "false") == "true"
+LONGEST = 100_000
+"""Characters of a program; what is longer earns nothing."""
+
+COMPLETE = "Complete this function. Give all of its code in one block that begins with ```python.\n\n```python\n{}\n```"
+ANSWER = "\nGive the code in one block that begins with ```python."
+PYTHON = ("", "python", "python3", "py")
+"""What may stand behind the backticks of a block of code."""
+
+
+def make_programs() -> Programs:
+    """Return the processes that hold programs. Raises ValueError where this machine cannot hold them."""
+    made = Programs(LIMIT_S, MEMORY_BYTES, SANDBOX, os.environ.get("CODE_PYTHON") or None)
+    try:
+        made.check()
+        return made
+    except ValueError as error:
+        if not IS_UNSAFE:
+            raise ValueError(
+                f"programs cannot be locked down here: {str(error)[:80]}; docs/code.md says what they need, and "
+                "CODE_ALLOW_UNSAFE=true does without"
+            ) from None
+        made.close()
+        warnings.warn(f"CODE_ALLOW_UNSAFE: programs of the model run with your rights ({error})", stacklevel=2)
+        return Programs(LIMIT_S, MEMORY_BYTES, "none", os.environ.get("CODE_PYTHON") or None)
+
+
+programs = make_programs()
+
+
+async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+    why: str | None
+    parts = program(behind_reasoning(action, state), extra_info.get("optional", ""), extra_info.get("entry_point", ""))
+    if parts is None or sum(map(len, parts)) > LONGEST:
+        share, why = 0.0, "no program" if parts is None else "the program is too long"
+    elif "inputs" in extra_info:
+        share, why = await share_of_outputs("\n".join(parts), extra_info["inputs"], extra_info["outputs"])
+    else:
+        tests = request(extra_info)
+        found = await programs.test(parts, tests)
+        share, why = sum(found["passed"]) / len(tests["tests"]), found["why"]
+    score = float(share == 1)
+    return {
+        "next_state": None,
+        "reward": share if IS_FRACTION else score,
+        "score": score,
+        "done": True,
+        "extra_info": extra_info | {"verdict": why or "passed"},
+        "metrics": {"tests_passed": share},
+    }
+
+
+def example(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a row of HumanEval, MBPP, APPS or PRIME as a prompt, with its tests in `extra_info`.
+
+    With `tests`, or `inputs` and `outputs`, in its `extra_info` a row stays as it is.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    extra_info = row.get("extra_info") or {}
+    extra_info = json.loads(extra_info) if isinstance(extra_info, str) else extra_info
+    if "tests" in extra_info or "inputs" in extra_info:
+        return row
+    if "entry_point" in row and "test" in row:
+        return human_eval(row)
+    if "test_list" in row:
+        return mbpp(row)
+    truth = row["input_output"] if "input_output" in row else (row.get("reward_model") or {}).get("ground_truth")
+    tests = json.loads(truth) if isinstance(truth, str) else truth
+    if not isinstance(tests, dict) or not tests.get("inputs"):
+        raise ValueError("it has no tests: neither test_list, nor test and entry_point, nor inputs and outputs")
+    made = {"extra_info": extra_info | in_and_out(tests)}
+    if "prompt" in row or "messages" in row:
+        return {key: value for key, value in row.items() if key != "reward_model"} | made
+    question = "\n\n".join(text for text in (row["question"], row.get("starter_code")) if text)
+    return {"messages": [{"role": "user", "content": question + ANSWER}]} | made
+
+
+def human_eval(row: dict[str, Any]) -> dict[str, Any]:
+    prompt, entry_point = row["prompt"], row["entry_point"]
+    tests = {
+        "optional": prompt,  # its helpers serve the tests, and its imports the program
+        "before": row["test"],
+        "names": [f"candidate={entry_point}", entry_point],
+        "tests": [f"check({entry_point})"],
+        "entry_point": entry_point,
+    }
+    solution = row.get("canonical_solution", "")
+    if not IS_CHAT:
+        return {"prompt": prompt, "response": solution, "extra_info": tests}
+    messages = [{"role": "user", "content": COMPLETE.format(prompt.strip("\n"))}]
+    return {"messages": messages, "response": f"```python\n{prompt}{solution}\n```", "extra_info": tests}
+
+
+def mbpp(row: dict[str, Any]) -> dict[str, Any]:
+    tests = [*row["test_list"], *(row.get("challenge_test_list") or [])]
+    shown = "\n".join(tests[:SHOWN_TESTS])
+    question = row["text"] if "text" in row else row["prompt"]
+    question += f"\nThe code should pass tests such as\n{shown}\n" if shown else "\n"
+    extra_info = {
+        "before": "\n".join(row.get("test_imports") or []),
+        "setup": row.get("test_setup_code", ""),
+        "tests": tests,
+    }
+    extra_info["names"] = wanted(extra_info, row.get("code"))
+    return {
+        "messages": [{"role": "user", "content": question + ANSWER[1:]}],
+        "response": f"```python\n{row.get('code', '').strip()}\n```",
+        "extra_info": extra_info,
+    }
+
+
+def in_and_out(tests: dict[str, Any]) -> dict[str, Any]:
+    """Return tests of inputs and outputs: of a program's standard streams, or of the function `fn_name`."""
+    inputs, outputs, name = tests["inputs"], tests["outputs"], tests.get("fn_name")
+    if len(inputs) != len(outputs):
+        raise ValueError(f"it has {len(inputs)} inputs and {len(outputs)} outputs")
+    if not name:
+        as_text = [
+            ["\n".join(item) if isinstance(item, list) else str(item) for item in of] for of in (inputs, outputs)
+        ]
+        return {"inputs": as_text[0], "outputs": as_text[1]}
+    results = [out[0] if isinstance(out, list) and len(out) == 1 else out for out in outputs]  # APPS wraps some
+    checks = [
+        f"result = {name}(*{given!r})\nassert result in ({out!r}, {result!r})"
+        for given, out, result in zip(inputs, outputs, results, strict=True)
+    ]
+    return {"tests": checks, "names": [name]}
+
+
+def request(extra_info: dict[str, Any]) -> dict[str, Any]:
+    """Return what `Programs.test` takes. Raises ValueError for data without a test."""
+    if not extra_info.get("tests"):
+        raise ValueError("extra_info has no tests")
+    made = {name: extra_info.get(name) or "" for name in ("optional", "before", "setup")}
+    names = extra_info.get("names") or wanted(extra_info, None)
+    return made | {"tests": list(extra_info["tests"]), "names": list(names), "stop": not IS_FRACTION}
+
+
+def wanted(tests: dict[str, Any], reference: str | None) -> list[str]:
+    """Return the names that the tests take from the solution: those that the reference defines, if there is one.
+
+    Without one, all that the tests use and neither make themselves nor find in Python.
+    """
+    used, made = set[str](), set[str]()
+    for text in [tests.get("before") or "", tests.get("setup") or "", *tests["tests"]]:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Name):
+                (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
+            else:
+                made |= set(defined(node))
+    if reference is None:
+        return sorted(used - made - set(dir(builtins)))
+    return sorted(used & {name for node in ast.parse(reference).body for name in defined(node)})
+
+
+def defined(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+        for alias in node.names:
+            yield alias.asname or alias.name.partition(".")[0]
+    elif isinstance(node, ast.arg):
+        yield node.arg
+
+
+async def share_of_outputs(code: str, inputs: list[str], outputs: list[str]) -> tuple[float, str | None]:
+    """Return the share of inputs for which the program prints what is expected, and the first failure."""
+    right, why = 0, None
+    for number, (given, expected) in enumerate(zip(inputs, outputs, strict=True), 1):
+        found = await programs.run(code, given)
+        if found["why"] is None and lines(found["output"]) == lines(expected):
+            right += 1
+            continue
+        why = why or f"test {number}: {found['why'] or 'another output'}"
+        if not IS_FRACTION:
+            break
+    return right / len(inputs), why
+
+
+def lines(text: str) -> list[str]:
+    """Return the lines of an output, without what cannot be seen at their ends and at its end."""
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def program(answer: str, prefix: str, entry_point: str) -> list[str] | None:
+    """Return the parts of the program that a response holds, to be run one after the other; None if there is none.
+
+    It is the last closed block of Python, else the whole response. `prefix` is the beginning of a function that either
+    goes on with, unless it has the function itself; then the prefix still gives it its imports.
+    """
+    code: str | None = answer
+    if "```" in answer:
+        code = last_block(answer)
+    if not code or not code.strip():
+        return None
+    if not prefix:
+        return [code]
+    is_whole = re.search(rf"^(?:async[ \t]+)?def[ \t]+{re.escape(entry_point)}[ \t]*\(", code, re.MULTILINE)
+    return [prefix, code] if is_whole else [prefix + code]
+
+
+def last_block(text: str) -> str | None:
+    """Return the last block of Python between lines of backticks, closed; None if there is none."""
+    found, inside, fence = None, list[str](), ""
+    is_python = False
+    for line in text.splitlines(keepends=True):
+        bare = line.strip()
+        ticks = bare[: len(bare) - len(bare.lstrip("`"))]
+        if fence and bare == ticks and len(ticks) >= len(fence):
+            found = "".join(inside) if is_python else found
+            fence = ""
+        elif fence:
+            inside.append(line)
+        elif len(ticks) >= 3:
+            fence, inside = ticks, []
+            is_python = bare[len(ticks) :].strip().lower().partition(" ")[0] in PYTHON
+    return found

@@ -1,0 +1,220 @@
+"""Chat completions of an OpenAI-compatible server: with retries, a cache of replies on disk, and a budget.
+
+    client = Client("http://127.0.0.1:8000/v1", "NAME", folder=Path("judged"), most_requests=1000)
+    text = await client.ask(messages, {"temperature": 0, "max_tokens": 512})
+
+Requests run in threads, at most `concurrency` at once, so that any event loop may ask. Raises JudgeError where there is
+no reply, and BudgetError, which is one, where there may be no more requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+MOST_REPLY = 4 << 20
+"""Bytes of a reply."""
+LONGEST_WAIT_S = 60.0
+"""Between two attempts, whatever the server asks for."""
+AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+"""Status codes after which it is tried again."""
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+class JudgeError(RuntimeError):
+    """There is no reply to be had."""
+
+
+class BudgetError(JudgeError):
+    """There may be no more requests."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of what all processes with the same folder spend, in this run and before; None: no limit."""
+
+    requests: int | None = None
+    tokens: int | None = None
+    cost: float | None = None
+    price_in: float = 0.0
+    """Of a million tokens that are read."""
+    price_out: float = 0.0
+    """Of a million tokens that are written."""
+
+
+class Client:
+    """A server, a model of it, and what has been spent on it."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key: str | None = None,
+        folder: Path | None = None,
+        budget: Budget | None = None,
+        timeout_s: float = 60.0,
+        attempts: int = 6,
+        concurrency: int = 32,
+    ) -> None:
+        self.url, self.model, self.folder, self.attempts = url.rstrip("/"), model, folder, attempts
+        self.timeout_s, self._key = timeout_s, key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # a proxy that the machine uses for the internet is not asked about this machine
+        outside = httpx.URL(self.url).host not in LOCAL
+        limits = httpx.Limits(max_connections=concurrency)
+        self._http = httpx.Client(headers=headers, timeout=timeout_s, trust_env=outside, limits=limits)
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
+        self._account = None if folder is None else Account(folder, budget or Budget())
+
+    async def ask(self, messages: list[dict[str, str]], sampling: dict[str, Any], key: Any) -> str:
+        """Return the reply's text. `key` names the request in the cache, with the model and `sampling`.
+
+        Raises JudgeError.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._ask, messages, sampling, key)
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._http.close()
+
+    def _ask(self, messages: list[dict[str, str]], sampling: dict[str, Any], key: Any) -> str:
+        path = None
+        if self.folder is not None:
+            name = hashlib.sha256(json.dumps([self.model, sampling, key], sort_keys=True).encode()).hexdigest()
+            path = self.folder / "replies" / name[:2] / f"{name}.json"
+            if (kept := read(path)) is not None:
+                return kept
+        body = {"model": self.model, "messages": messages} | sampling
+        reply = self._post(body)
+        try:
+            text = reply["choices"][0]["message"]["content"]
+        except (LookupError, TypeError):
+            raise JudgeError("the judge's reply has no choices[0].message.content") from None
+        if not isinstance(text, str):
+            raise JudgeError("the judge's reply has no text")
+        if path is not None:
+            write(path, text)
+        return text
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the reply. Raises JudgeError after the last attempt, with what was wrong with it."""
+        cause = ""
+        for attempt in range(self.attempts):
+            if self._account is not None:
+                self._account.begin()
+            wait_s = min(LONGEST_WAIT_S, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
+            try:
+                status, headers, text = self._send(body)
+            except httpx.HTTPError as error:
+                cause = f"{type(error).__name__} at {self.url}"
+            else:
+                if status == 200:
+                    return self._counted(body, text)
+                cause = f"HTTP {status} from {self.url}"
+                if status not in AGAIN:
+                    detail = "" if status in (401, 403) else f": {self._without_key(text)[:200]}"
+                    raise JudgeError(f"{cause}{detail}")
+                asked = headers.get("retry-after", "")
+                if asked.isdecimal():
+                    wait_s = min(LONGEST_WAIT_S, float(asked)) + random.uniform(0, 0.1)
+            if attempt + 1 < self.attempts:
+                time.sleep(wait_s)
+        raise JudgeError(f"{cause}, {self.attempts} times")
+
+    def _send(self, body: dict[str, Any]) -> tuple[int, httpx.Headers, str]:
+        text, start = b"", time.monotonic()
+        with self._http.stream("POST", f"{self.url}/chat/completions", json=body) as reply:
+            for piece in reply.iter_bytes():
+                text += piece
+                if time.monotonic() - start > self.timeout_s:
+                    raise httpx.ReadTimeout("the reply trickles in")
+                if len(text) > MOST_REPLY:
+                    raise JudgeError(f"the judge's reply is longer than {MOST_REPLY >> 20} MiB")
+            return reply.status_code, reply.headers, text.decode("utf-8", "replace")
+
+    def _counted(self, body: dict[str, Any], text: str) -> dict[str, Any]:
+        try:
+            reply = json.loads(text)
+        except ValueError:
+            raise JudgeError(f"the judge's reply is no JSON: {self._without_key(text)[:100]!r}") from None
+        usage = reply.get("usage") if isinstance(reply, dict) else None
+        if self._account is not None:
+            found = [
+                usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")
+            ]
+            # without a count, the most that it can be: a token is a byte at least
+            most = (len(json.dumps(body["messages"], ensure_ascii=False).encode()), len(text.encode()))
+            tokens = [n if isinstance(n, int) and n >= 0 else m for n, m in zip(found, most, strict=True)]
+            self._account.add(*tokens)
+        return reply
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+class Account:
+    """What has been spent, in a file that all processes share."""
+
+    def __init__(self, folder: Path, budget: Budget) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.budget = folder / "spent.json", budget
+
+    def begin(self) -> None:
+        """Count a request. Raises BudgetError if it would be one too many, or if tokens or cost are used up."""
+        self._change(1, 0, 0)
+
+    def add(self, tokens_in: int, tokens_out: int) -> None:
+        self._change(0, tokens_in, tokens_out)
+
+    def _change(self, requests: int, tokens_in: int, tokens_out: int) -> None:
+        with open(self.path, "a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+            file.seek(0)
+            spent = json.loads(file.read() or "{}")
+            if requests:
+                self._refuse_beyond(spent)
+            for name, number in {"requests": requests, "tokens_in": tokens_in, "tokens_out": tokens_out}.items():
+                spent[name] = spent.get(name, 0) + number
+            file.seek(0)
+            file.truncate()
+            file.write(json.dumps(spent))
+
+    def _refuse_beyond(self, spent: dict[str, int]) -> None:
+        limit, tokens_in, tokens_out = self.budget, spent.get("tokens_in", 0), spent.get("tokens_out", 0)
+        cost = (tokens_in * limit.price_in + tokens_out * limit.price_out) / 1e6
+        for name, most, used in (
+            ("requests", limit.requests, spent.get("requests", 0)),
+            ("tokens", limit.tokens, tokens_in + tokens_out),
+            ("cost", limit.cost, cost),
+        ):
+            if most is not None and used >= most:
+                raise BudgetError(f"the judge's budget of {most:g} {name} is used up ({self.path})")
+
+
+def read(path: Path) -> str | None:
+    """Return the text that was kept in this file; None if there is none, or none that is whole."""
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return text if isinstance(text, str) else None
+
+
+def write(path: Path, text: str) -> None:
+    """Keep a text, so that other processes see it whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}.{random.getrandbits(32):x}")
+    new.write_text(json.dumps(text), encoding="utf-8")
+    os.replace(new, path)
