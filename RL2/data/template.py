@@ -21,6 +21,7 @@ from RL2.data.bad_rows import FatalDataError
 from RL2.data.chat import Message, render
 from RL2.data.source import DataError
 from RL2.data.watchdog import Watchdog
+from RL2.printing import printable
 
 TEMPLATE_LIMIT_S = 10.0
 """Limit of one rendering. Templates come with models, and jinja's sandbox keeps them from all but taking time."""
@@ -46,7 +47,12 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limit_s: float = TEMPLATE_LIMIT_S) -> None:
         """`limit_s` is the time that one rendering may take."""
         self.tokenizer = tokenizer
-        self.watchdog = Watchdog(limit_s)
+        name = printable(str(tokenizer.name_or_path))
+        self.watchdog = Watchdog(
+            limit_s,
+            f"the chat template of {name} takes longer than {limit_s:g} s over one conversation, or 4 GiB of memory, "
+            "and cannot be interrupted; the process is killed",
+        )
         self.parts = False
         """True if it reads contents as lists of parts only."""
         self.empty: str | None = ""

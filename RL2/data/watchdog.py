@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from RL2.data.last_resort import LastResort
 from RL2.scripts import raise_in
 
 LOOKS = 20
@@ -14,10 +15,14 @@ LOOKS = 20
 
 
 class Watchdog:
-    """One thread that interrupts whatever takes longer than `limit_s`; it ends when nothing is watched."""
+    """One thread that interrupts whatever takes longer than `limit_s`; it ends when nothing is watched.
 
-    def __init__(self, limit_s: float) -> None:
+    C code that holds the interpreter cannot be interrupted: another process then prints `words` and kills this one.
+    """
+
+    def __init__(self, limit_s: float, words: str) -> None:
         self.limit_s = limit_s
+        self._last_resort = LastResort(limit_s, words)
         self._lock = threading.Lock()
         self._watched: dict[int, float] = {}
         """Number of a thread -> when its limit is over."""
@@ -33,6 +38,7 @@ class Watchdog:
         with self._lock:
             self._watched[thread] = time.monotonic() + self.limit_s
             self._number += 1
+            self._last_resort.now(self._number, len(self._watched))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
                 self._thread.start()
@@ -43,6 +49,7 @@ class Watchdog:
         finally:
             with self._lock:
                 del self._watched[thread]
+                self._last_resort.now(self._number, len(self._watched))
                 if thread in self._interrupted:
                     self._interrupted.discard(thread)
                     raise_in(thread, None)  # one that came too late

@@ -114,7 +114,7 @@ def test_a_template_that_fails_in_its_own_way(
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(DataError, match="the chat template refuses the messages"):
-        render(tokenizer, [{"role": "user", "content": "a"}], Watchdog(10), add_generation_prompt=True)
+        render(tokenizer, [{"role": "user", "content": "a"}], Watchdog(10, ""), add_generation_prompt=True)
 
 
 def test_a_template_that_never_ends_is_interrupted(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +30,7 @@ def loop_for(watchdog: Watchdog, seconds: float) -> str:
 
 
 def test_any_number_of_pieces_has_one_thread_which_ends() -> None:
-    watchdog, most = Watchdog(0.2), 0
+    watchdog, most = Watchdog(0.2, ""), 0
     for _ in range(2000):
         with watchdog.watching():
             most = max(most, len(names()))
@@ -40,14 +43,36 @@ def test_any_number_of_pieces_has_one_thread_which_ends() -> None:
 
 
 def test_what_takes_too_long_is_interrupted_in_its_own_thread() -> None:
-    watchdog = Watchdog(0.3)
+    watchdog = Watchdog(0.3, "")
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda seconds: loop_for(watchdog, seconds), [30, 0, 30, 0.01]))
     assert found == ["it takes longer than 0.3 s", "done"] * 2
 
 
 def test_an_error_of_the_code_is_its_own() -> None:
-    watchdog = Watchdog(10)
+    watchdog = Watchdog(10, "")
     with pytest.raises(KeyError), watchdog.watching():
         raise KeyError
     assert loop_for(watchdog, 0) == "done"
+
+
+UNSTOPPABLE = """
+import sys, time
+from RL2.data.watchdog import Watchdog
+watchdog = Watchdog(0.3, "these words")
+for _ in range(3):
+    with watchdog.watching():
+        time.sleep(0.2)
+print("begins", flush=True)
+with watchdog.watching():
+    {code}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["pow(7, 10**9)", "'a' * (6 << 30)"])
+def test_what_cannot_be_interrupted_ends_with_the_process(code: str) -> None:
+    """C code that holds the interpreter, for long or for much memory; the last words are all that is printed."""
+    command = [sys.executable, "-c", UNSTOPPABLE.format(code=code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "begins\n", "these words\n")
