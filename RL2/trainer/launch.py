@@ -88,6 +88,13 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
             print(message, file=sys.stderr, flush=True)
             os._exit(1)
         sys.exit(message)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of libraries in Rust, none of which gives its class a name
+            raise
+        sys.exit(
+            f"{program}: the tokenizer's library gave up ({first_line(error)}); the model's tokenizer.json asks for "
+            "what it cannot do, such as a regular expression that does not end on some text"
+        )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

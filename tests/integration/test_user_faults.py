@@ -135,6 +135,19 @@ def another_end(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def endless_expression(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    split = {"type": "Split", "pattern": {"Regex": r"^(?:(a+)+)\1b"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
+    file.write_text(json.dumps(tokenizer))
+
+
+def endless_row(world: World, folder: Path) -> list[str]:
+    row = data(json.dumps({"prompt": "a" * 40 + "!", "extra_info": {}}))
+    return model(endless_expression)(world, folder) + row(world, folder)
+
+
 def checkpoint(world: World, folder: Path) -> Path:
     run = world.run("sft", "trainer.max_steps=1", "trainer.save_freq=1", save_dir=folder / "before").succeeded()
     return run.save_dir / "step_000001"
@@ -332,6 +345,13 @@ FAULTS = [
         more_tokens,
         "spo: actor.model_name=DIR/model: its tokenizer makes token 653 of the data, and the model knows 454; the "
         "tokenizer is of another model, or the model was not resized for new tokens",
+    ),
+    Fault(
+        "a tokenizer whose regular expression does not end",
+        "spo",
+        endless_row,
+        "spo: the tokenizer's library gave up (Onig: Regex search error: retry-limit-in-match over); the model's "
+        "tokenizer.json asks for what it cannot do, such as a regular expression that does not end on some text",
     ),
     Fault(
         "an end token that the model does not have, in data",
