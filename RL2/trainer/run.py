@@ -210,8 +210,9 @@ class Run:
 
 
 @contextmanager
-def start(config: Config, progress: Progress) -> Iterator[Run]:
+def start(config: Config, progress: Progress | None = None) -> Iterator[Run]:
     """Join the other processes, seed, and make the run's folder; leave in order. `progress` says what goes on."""
+    progress = progress or Progress(int(os.environ.get("RANK", 0)) == 0)
     trainer = config.trainer
     save_dir = Path(trainer.save_dir)
     # denormals are slow on CPUs and train nothing

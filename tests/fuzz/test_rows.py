@@ -21,6 +21,7 @@ from RL2.data.preference import load_pairs
 from RL2.data.prompts import load_prompts
 from RL2.data.sft import load_examples
 from RL2.data.source import load_rows
+from RL2.data.watchdog import Watchdog
 
 CHAT = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7 \u00e9"}]
 ROWS: list[dict[str, Any]] = [
@@ -131,14 +132,14 @@ PIECES = [
 
 def test_chat_templates(tokenizer: PreTrainedTokenizerBase) -> None:
     """Of any content: they come with the model."""
-    own = tokenizer.chat_template
+    own, watchdog = tokenizer.chat_template, Watchdog(10)
 
     @inputs(0.04)
     @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=6), shaken(CHAT))
     def use(pieces: list[str], messages: Any) -> None:
         tokenizer.chat_template = "".join(pieces)
         with clear():
-            text = render(tokenizer, messages_of({"messages": messages}), add_generation_prompt=True)
+            text = render(tokenizer, messages_of({"messages": messages}), watchdog, add_generation_prompt=True)
             text.encode()
             assert "subclasses" not in text and "<module" not in text
 
