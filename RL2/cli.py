@@ -213,8 +213,9 @@ def eval_(
 
     model: a folder or hub name. data: as train_data.path. env: an environment script. samples (0): responses to each
     problem at temperature (1.0), top_p (1.0), top_k (0), beside the greedy one (greedy=true). max_new_tokens (1024),
-    max_turns (1). limit: the first so many problems. seed (0). out (evals): where the folder of the evaluation comes;
-    what was interrupted goes on there, and what is done is read back.
+    max_turns (1). limit: the first so many problems. seed (0). weights.NAME: as reward.weights.NAME
+    in training. out (evals): where the folder of the evaluation comes; what was interrupted goes on there, and what is
+    done is read back.
 
     Example: rl2 eval model=ckpts/spo/latest data=test@openai/gsm8k:main env=envs/gsm8k.py samples=8
     """
@@ -359,6 +360,10 @@ def audit_env(
     data: Annotated[str, typer.Option(help="As train_data.path; rows carry the right answer in extra_info.")],
     key: Annotated[str, typer.Option(help="Its name there.")] = "answer",
     limit: Annotated[int, typer.Option(help="Rows that are tried.")] = 50,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="A part of the reward that is about correctness, if `step` returns a dict; may be repeated."),
+    ] = None,
 ) -> None:
     """Try an environment's reward: right answers must earn it, near misses and tricks must not; exit code 1 otherwise.
 
@@ -369,10 +374,14 @@ def audit_env(
     from RL2.evaluation.audit import audit, table
 
     with ending("audit-env"):
-        found = audit(env, data, key, limit)
+        found = audit(env, data, key, limit, parts=part or ())
     Console().print(table(found))
+    for note in found.notes:
+        print(note)
     if found.findings:
-        sys.exit(f"rl2 audit-env: {env} is wrong about {len(found.findings)} responses")
+        parts = sorted({finding.part for finding in found.findings} - {""})
+        of = f" (reward: {', '.join(parts)})" if parts else ""
+        sys.exit(f"rl2 audit-env: {env} is wrong about {len(found.findings)} responses{of}")
 
 
 if __name__ == "__main__":

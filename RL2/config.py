@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 import shutil
 import types
 import typing
@@ -77,6 +78,10 @@ class Range:
         high = f"at most {self.high:g}" if self.high < math.inf else ""
         return " and ".join(filter(None, [low, high]))
 
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+"""What names are like that stand in keys and in metrics: parts of a reward, metrics of an environment, test sets."""
+NAME_RULE = "a name has letters, digits, _ and -, and begins with a letter or _"
 
 Count = Annotated[int, Range(1)]
 Index = Annotated[int, Range(0)]
@@ -633,6 +638,29 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reward:
+    weights: dict[str, Any]
+    """Weights of the parts of a reward, where `step` returns a dict of them: `weights.format=0.1`. A part without one
+    counts once; 0 only watches a part, and below 0 it is a cost."""
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights, "reward.weights")
+
+
+MAX_WEIGHT = 1e6
+"""Size of a weight beyond which it is no weight but a mistake."""
+
+
+def check_weights(weights: dict[str, Any], key: str) -> None:
+    """Raise ConfigError unless each of `weights`, by the name of a part of a reward, is a number."""
+    for name, weight in weights.items():
+        if not NAME.fullmatch(str(name)):
+            raise ConfigError(f"{key}.{name}: no part of a reward has this name; {NAME_RULE}")
+        if type(weight) not in (int, float) or not abs(weight) <= MAX_WEIGHT:
+            raise ConfigError(f"{key}.{name}={weight!r}; expected a number of at most {MAX_WEIGHT:g} in size")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Advantage:
     estimator: Literal["reinforce", "rloo", "spo", "gae"]
     """reinforce: reward minus the group's mean (Dr. GRPO). rloo: minus the mean of the group's others. spo: the reward
@@ -726,6 +754,7 @@ class RLConfig:
     ref_actor: RefActor
     critic: Critic
     rollout: Rollout
+    reward: Reward
     adv: Advantage
     trainer: RLTrainer
 
@@ -1011,6 +1040,7 @@ FREE_GROUPS = (
     "rollout.sglang.env.",
     "actor.chat_template_kwargs.",
     "critic.chat_template_kwargs.",
+    "reward.weights.",
     *COLUMNS,
 )
 

@@ -153,7 +153,10 @@ class Report:
         if not self.is_first:
             return
         keys = ("row", "group", "sample", "texts", "reward", "score", "truncated", "unscored", "num_tokens")
-        rows = [{"step": step, "split": split} | {k: getattr(t, k) for k in keys} for t in trajectories]
+        rows = [
+            {"step": step, "split": split} | {k: getattr(t, k) for k in keys} | ({"parts": t.parts} if t.parts else {})
+            for t in trajectories
+        ]
         self._append("samples.jsonl", rows)
 
     def tokens(self, step: int, split: str, rows: list[dict[str, Any]]) -> None:

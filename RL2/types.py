@@ -19,6 +19,12 @@ ROUNDING = 2.0**-22
 exact, and those of a batch are float32, with a relative error of up to 2^-24 each."""
 
 
+def summed(rewards: Seq[float]) -> float:
+    """Return the sum, rounded once, and exactly 0 where the rewards cancel but for rounding."""
+    total, size = math.fsum(rewards), math.fsum(map(abs, rewards))
+    return total if abs(total) > ROUNDING * size else 0.0
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One row of a data set, ready for the engine."""
@@ -99,13 +105,19 @@ class Trajectory:
     """The last completion ran into `max_new_tokens` or the length limit."""
     unscored: str | None = None
     """Why there is no reward. An unscored trajectory does not train and has no score."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Part of the reward -> its sum over the turns, not weighted; empty where rewards are numbers."""
+    weighted: float = 0.0
+    """`parts` times their weights, summed and rounded once."""
 
     @property
     def reward(self) -> float:
-        """Sum of its rewards, exactly 0 where they cancel but for rounding. Above 0: the trajectory is correct."""
-        rewards = list(chain.from_iterable(sequence.rewards for sequence in self.sequences))
-        total, size = math.fsum(rewards), math.fsum(map(abs, rewards))
-        return total if abs(total) > ROUNDING * size else 0.0
+        """Sum of its rewards, exactly 0 where they cancel but for rounding. Above 0: the trajectory is correct.
+
+        With parts it is the sum of these, each times its weight; rewards of turns have been rounded on their own.
+        """
+        by_token = summed(list(chain.from_iterable(sequence.rewards for sequence in self.sequences)))
+        return self.weighted if self.parts and by_token else by_token
 
     @property
     def num_tokens(self) -> int:

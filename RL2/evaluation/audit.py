@@ -3,16 +3,21 @@
 For one-turn environments whose rows carry the right answer as a string or number. Responses are made from a response
 that is known to be right (a demonstration in the data, or a template around the answer): every audit needs one that
 earns the reward, and every other is that one with a fault in it.
+
+Of a reward in parts, those are audited that are about correctness, each as a reward of its own: they pay the right
+answer more than other answers in the same form. A format or a length pays them alike, and is no hole.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from rich.markup import escape
@@ -23,7 +28,8 @@ from RL2.data.bad_rows import load_converted
 from RL2.data.chat import is_chat, question_of
 from RL2.data.prompts import given_away
 from RL2.data.source import from_json, in_row
-from RL2.rollout.environment import Environment, Unscored, load_environment
+from RL2.rollout.environment import Environment, load_environment
+from RL2.rollout.step_result import Unscored
 
 TEMPLATES = ("#### {answer}", "<answer>{answer}</answer>", "\\boxed{{{answer}}}", "The answer is {answer}.", "{answer}")
 """Tried in this order where the data have no demonstrations."""
@@ -31,6 +37,11 @@ OTHERS = 3
 """Answers of other problems that each problem is offered."""
 NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 UNSCORED = "unscored: "
+COMPARED = 16
+"""Rows on which parts of a reward are compared."""
+TELLING = 3 / 4
+"""Share of other answers that a part about correctness pays less than the right one; a length does so with half."""
+OTHER = "another problem's answer"
 COPIED = "the data's own prompt gives the answer"
 DIGITS = str.maketrans("0123456789", "".join(chr(0x0660 + d) for d in range(10)))
 """Arabic-Indic digits: `str.isdigit` and `int` take them for digits, a grader of ASCII text should not."""
@@ -55,6 +66,22 @@ class Finding:
     response: str
     said: str
     """What the environment made of it."""
+    part: str = ""
+    """Part of the reward that is wrong; empty where the reward is a number, or where there is none."""
+
+
+Values = dict[str, float]
+"""Part of the reward -> its value; a reward that is a number is the part WHOLE."""
+WHOLE = ""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What right and wrong answers earn of a part."""
+
+    right: float
+    wrong: float
+    """The most that a wrong answer may earn."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +90,21 @@ class Audit:
     tried: dict[str, int]
     """Kind -> number of responses."""
     findings: list[Finding]
+    notes: list[str]
+    """What there is to say of a reward in parts."""
 
 
-def audit(env: str | Path, data: str, key: str = "answer", limit: int = 50, timeout_s: float = 10.0) -> Audit:
+def audit(
+    env: str | Path,
+    data: str,
+    key: str = "answer",
+    limit: int = 50,
+    timeout_s: float = 10.0,
+    parts: Sequence[str] = (),
+) -> Audit:
     """Try the environment on the first `limit` rows of `data`; `extra_info[key]` is the right answer.
 
+    `parts` of the reward are audited where it has parts; without them those that tell right answers from others.
     Raises UserError where no response is known that earns a reward, for then nothing can be said.
     """
     environment = load_environment(env, timeout_s)
@@ -80,48 +117,152 @@ def audit(env: str | Path, data: str, key: str = "answer", limit: int = 50, time
     if missing := [n for n, info in enumerate(infos, 1) if key not in info]:
         has = ", ".join(map(str, infos[missing[0] - 1])) or "nothing"
         raise UserError(f"{data}, row {missing[0]}: extra_info has no {key!r} (it has {has}); --key names another")
+    problems = [Problem(_prompt(row), row.get("response"), info) for row, info in zip(rows, infos, strict=True)]
     try:
-        return asyncio.run(_audit(environment, data, rows, infos, key))
+        return asyncio.run(_audit(environment, data, problems, key, parts))
     finally:
         environment.close()
 
 
-async def _audit(
-    environment: Environment, data: str, rows: list[dict[str, Any]], infos: list[dict[str, Any]], key: str
-) -> Audit:
-    answers = [str(info[key]) for info in infos]
-    template = await _template(environment, data, rows[0], infos[0], answers[0])
+@dataclass(frozen=True)
+class Problem:
+    """A row of the data."""
+
+    prompt: str
+    demonstration: str | None
+    info: dict[str, Any]
+
+
+async def _audit(environment: Environment, data: str, problems: list[Problem], key: str, parts: Sequence[str]) -> Audit:
+    answers = [str(problem.info[key]) for problem in problems]
+    others = [_others(answers, n) for n in range(len(answers))]
+    template, norms, notes = await _norms(environment, data, problems, answers, others, parts)
     tried: dict[str, int] = {}
     findings = []
-    for n, (row, info, answer) in enumerate(zip(rows, infos, answers, strict=True)):
-        others = [other for other in answers[n + 1 :] + answers[:n] if not _same(other, answer)]
-        prompt = _prompt(row)
-        tried[COPIED] = n + 1
-        if found := given_away(prompt, info[key]):
-            findings.append(Finding(n + 1, COPIED, answer, found, "into the prompt"))
-        for case in cases(template, answer, list(dict.fromkeys(others))[:OTHERS], row.get("response"), prompt):
+    most = 0.0
+    for n, (problem, answer) in enumerate(zip(problems, answers, strict=True), 1):
+        tried[COPIED] = n
+        if found := given_away(problem.prompt, problem.info[key]):
+            findings.append(Finding(n, COPIED, answer, found, "into the prompt"))
+        for case in cases(template, answer, others[n - 1], problem.demonstration, problem.prompt):
             tried[case.kind] = tried.get(case.kind, 0) + 1
-            said = await _reward(environment, prompt + case.in_prompt, case.response, info)
-            if said != ("1" if case.is_right else "0"):
-                findings.append(Finding(n + 1, case.kind, answer, case.response, said))
-    response = template.format(answer=answers[0])
-    without = {name: value for name, value in infos[0].items() if name != key}
-    for kind, info in (("data without a right answer", without), ("an empty right answer", infos[0] | {key: None})):
+            values = await _values(environment, problem.prompt + case.in_prompt, case.response, problem.info)
+            for part, said in _wrong(values, norms, is_right=case.is_right).items():
+                findings.append(Finding(n, case.kind, answer, case.response, said, part))
+            if case.kind == OTHER and isinstance(values, dict):
+                most = max(most, sum(values.values()))
+    if most > 0 and WHOLE not in norms:
+        notes.append(
+            f"with weights of 1 a wrong answer earns up to {most:g} in all, and what earns more than 0 counts as "
+            "correct (actor.train_on=correct, pass@k): reward.weights.NAME weighs a part"
+        )
+    response, first = template.format(answer=answers[0]), problems[0]
+    without = {name: value for name, value in first.info.items() if name != key}
+    for kind, info in (("data without a right answer", without), ("an empty right answer", first.info | {key: None})):
         tried[kind] = 1
-        said = await _reward(environment, _prompt(rows[0]), response, info)
-        if not said.startswith(UNSCORED):  # a failure of the environment is not a failure of the model
-            findings.append(Finding(1, kind, "none", response, said))
-    return Audit(len(rows), tried, findings)
+        values = await _values(environment, first.prompt, response, info)
+        if isinstance(values, dict):  # a failure of the environment is not a failure of the model
+            findings.append(Finding(1, kind, "none", response, _shown(values)))
+    return Audit(len(problems), tried, findings, notes)
 
 
-async def _template(environment: Environment, data: str, row: dict[str, Any], info: dict[str, Any], answer: str) -> str:
+async def _norms(
+    environment: Environment,
+    data: str,
+    problems: list[Problem],
+    answers: list[str],
+    others: list[list[str]],
+    parts: Sequence[str],
+) -> tuple[str, dict[str, Norm], list[str]]:
+    """Return the first template whose right answers earn the reward, what is earned by part, and what to say of parts.
+
+    Raises UserError if there is none.
+    """
+    seen: list[str] = []
     for template in TEMPLATES:
-        if await _reward(environment, _prompt(row), template.format(answer=answer), info) == "1":
-            return template
-    raise UserError(
-        f"{environment.path} gives {data}, row 1, no reward for its own answer {answer!r} in any of these forms: "
-        f"{'; '.join(template.format(answer=answer) for template in TEMPLATES)}"
-    )
+        first = await _values(environment, problems[0].prompt, template.format(answer=answers[0]), problems[0].info)
+        if not isinstance(first, dict):
+            continue
+        seen = list(dict.fromkeys([*seen, *first]))
+        if WHOLE in first:
+            if first[WHOLE] == 1 and not parts:
+                return template, {WHOLE: Norm(1.0, 0.0)}, []
+            continue
+        compared = await _comparison(environment, template, problems, answers, others)
+        if parts:
+            chosen = list(parts) if all(first.get(part, 0.0) > 0 for part in parts) else []
+        else:
+            chosen = [part for part in first if _tells(compared, part)]
+        if chosen:
+            notes = [f"audited for correctness: {', '.join(chosen)}"]
+            if left := [part for part in first if part not in chosen]:
+                why = "other parts were named" if parts else "pays right answers no more than others"
+                notes.append(f"not audited: {', '.join(left)} ({why}; --part names what is about correctness)")
+            return template, {part: _norm(compared, part) for part in chosen}, notes
+    raise UserError(_nothing_earned(environment, data, answers[0], seen, parts))
+
+
+def _nothing_earned(environment: Environment, data: str, answer: str, seen: Sequence[str], parts: Sequence[str]) -> str:
+    """Return the message where no template earns the reward; `seen` are the parts that the reward had."""
+    forms = f"any of these forms: {'; '.join(template.format(answer=answer) for template in TEMPLATES)}"
+    named = ", ".join(part for part in seen if part != WHOLE)
+    if parts:
+        has = f"its parts are {named}" if named else "its reward has no parts"
+        of = ", ".join(parts)
+        return f"{environment.path} gives {data}, row 1, nothing of {of} for its own answer in {forms}; {has}"
+    if named:
+        return (
+            f"{environment.path}: no part of its reward ({named}) pays right answers more than others in {forms}; "
+            "--part NAME says which is about correctness"
+        )
+    return f"{environment.path} gives {data}, row 1, no reward for its own answer {answer!r} in {forms}"
+
+
+async def _comparison(
+    environment: Environment, template: str, problems: list[Problem], answers: list[str], others: list[list[str]]
+) -> list[list[Values]]:
+    """Return, for each of the first rows, what the right answer earns, others in the same form, and no answer, last."""
+    compared = []
+    for problem, answer, other in list(zip(problems, answers, others, strict=True))[:COMPARED]:
+        # one is made up where all problems have the same answer
+        texts = [template.format(answer=text) for text in (answer, *(other or [f"{answer}1"]))]
+        earned = [await _values(environment, problem.prompt, text, problem.info) for text in (*texts, "")]
+        compared.append([values if isinstance(values, dict) else {} for values in earned])
+    return compared
+
+
+def _tells(compared: list[list[Values]], part: str) -> bool:
+    """Return whether a part pays the right answer, the first of each row, more than most others; the last is none."""
+    pairs = [(row[0].get(part, 0.0), other.get(part, 0.0)) for row in compared for other in row[1:-1]]
+    return sum(right > other for right, other in pairs) > TELLING * len(pairs)
+
+
+def _norm(compared: list[list[Values]], part: str) -> Norm:
+    """Return what a part pays as a rule. A wrong answer may earn what most of them do, or what no answer does."""
+    right = mode(row[0].get(part, 0.0) for row in compared)
+    usual = mode(other.get(part, 0.0) for row in compared for other in row[1:-1])
+    none = mode(row[-1].get(part, 0.0) for row in compared)
+    return Norm(right, max((value for value in (usual, none) if value < right), default=-math.inf))
+
+
+def _wrong(values: Values | str, norms: dict[str, Norm], *, is_right: bool) -> dict[str, str]:
+    """Return part -> what the environment said, for each part that it is wrong about."""
+    if isinstance(values, str):
+        return {WHOLE: values}
+    found = {}
+    for part, norm in norms.items():
+        value = values.get(part, 0.0)
+        unpaid = not math.isclose(value, norm.right, rel_tol=1e-6)
+        overpaid = value > norm.wrong or (part == WHOLE and value != norm.wrong)
+        if unpaid if is_right else overpaid:
+            found[part] = f"{value:g}"
+    return found
+
+
+def _others(answers: list[str], n: int) -> list[str]:
+    """Return the right answers of some other problems that are wrong for problem `n`."""
+    found = [other for other in answers[n + 1 :] + answers[:n] if not _same(other, answers[n])]
+    return list(dict.fromkeys(found))[:OTHERS]
 
 
 def cases(template: str, answer: str, others: Sequence[str], demonstration: str | None, prompt: str) -> Iterator[Case]:
@@ -135,7 +276,7 @@ def cases(template: str, answer: str, others: Sequence[str], demonstration: str 
     if isinstance(demonstration, str):
         yield Case("the demonstration", demonstration, True)
     for other in others:
-        yield Case("another problem's answer", written(other), False)
+        yield Case(OTHER, written(other), False)
         yield Case("first right, then another answer", f"{written(answer)}\nNo, wait.\n{written(other)}", False)
         yield Case(
             "another answer, corrected to the right one", f"{written(other)}\nNo, wait.\n{written(answer)}", True
@@ -176,12 +317,17 @@ def _prompt(row: dict[str, Any]) -> str:
     return "\n".join(str(message["content"]) for message in row["messages"])
 
 
-async def _reward(environment: Environment, prompt: str, response: str, info: dict[str, Any]) -> str:
-    """`0`, `1`, another number, or why there is none."""
+async def _values(environment: Environment, prompt: str, response: str, info: dict[str, Any]) -> Values | str:
+    """Return what the response earns, by part, or why there is no reward."""
     try:
-        return f"{(await environment.step(prompt, response, dict(info))).reward:g}"
+        result = await environment.step(prompt, response, dict(info))
     except Unscored as error:
         return f"{UNSCORED}{error.cause}"
+    return result.parts or {WHOLE: result.reward}
+
+
+def _shown(values: Values) -> str:
+    return ", ".join(f"{part} {value:g}".strip() for part, value in values.items())
 
 
 def table(found: Audit) -> Table:
@@ -190,8 +336,14 @@ def table(found: Audit) -> Table:
     for heading in ("response", "tried", "wrong", "for example"):
         shown.add_column(heading, justify="right" if heading in ("tried", "wrong") else "left")
     for kind, number in found.tried.items():
-        of = [finding for finding in found.findings if finding.kind == kind]
-        first = f"row {of[0].row}, answer {of[0].answer}: {of[0].response!r:.60} got {of[0].said}" if of else ""
-        mark = f"[bold red]{len(of)}[/]" if of else "0"
-        shown.add_row(kind, str(number), mark, escape(first))
+        by_part: dict[str, list[Finding]] = {}
+        for finding in found.findings:
+            if finding.kind == kind:
+                by_part.setdefault(finding.part, []).append(finding)
+        if not by_part:
+            shown.add_row(kind, str(number), "0", "")
+        for part, of in by_part.items():
+            first, said = of[0], f"{part} {of[0].said}".strip()
+            example = f"row {first.row}, answer {first.answer}: {first.response!r:.60} got {said}"
+            shown.add_row(kind, str(number), f"[bold red]{len(of)}[/]", escape(example))
     return shown

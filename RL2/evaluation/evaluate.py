@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from types import NoneType
@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from RL2.config import ConfigError, Count, Index, PositiveFloat, Seed, Share, build, first_line, words
+from RL2.config import ConfigError, Count, Index, PositiveFloat, Seed, Share, build, check_weights, first_line, words
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.evaluation.compare import compare
@@ -38,6 +38,8 @@ MOST = 1e100
 """More than any score or count of a record: means and variances of such are finite."""
 BY_SCORE = "judged_by_score"
 """Number of samples that have no reward, in a summary."""
+IDLE = "weights_without_part"
+"""Weights of parts that no response has, in a summary."""
 GREEDY = -1
 """Number of the greedy response among the samples of a problem."""
 
@@ -61,12 +63,16 @@ class Question:
     out: str = "evals"
     env_timeout_s: PositiveFloat = 60.0
     max_running_requests: Count = 256
+    weights: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights, "weights")
 
     @staticmethod
     def of(settings: Sequence[str]) -> Question:
         """Of `key=value` words. Raises ConfigError for one that is not there or no sensible value."""
         given = words(settings)
-        known = {f.name: f.default for f in fields(Question)}
+        known: dict[str, Any] = {f.name: {} if f.name == "weights" else f.default for f in fields(Question)}
         if missing := [name for name, default in known.items() if default is MISSING and name not in given]:
             raise ConfigError(f"{missing[0]}= is missing")
         question: Question = build(Question, {k: v for k, v in known.items() if v is not MISSING} | given, "")
@@ -84,7 +90,7 @@ def evaluate(
     """
     transformers_logging.disable_progress_bar()
     tokenizer = load_tokenizer(question.model, "model")
-    environment = load_environment(question.env, question.env_timeout_s)
+    environment = load_environment(question.env, question.env_timeout_s, question.weights)
     longest = max_length(question.model)
     prompts = load_prompts(question.data, tokenizer, environment.example, longest - 1)[: question.limit]
     folder = Path(question.out) / key(question, prompts)
@@ -149,6 +155,7 @@ def _record(trajectory: Trajectory, sample: int, vote: Callable[[str], str] | No
         "sample": sample,
         "score": None if trajectory.unscored is not None else trajectory.score,
         "reward": None if trajectory.unscored is not None else trajectory.reward,
+        "parts": trajectory.parts,
         "answer": given or None,
         "tokens": trajectory.num_tokens,
         "truncated": trajectory.truncated,
@@ -189,7 +196,10 @@ def _whole(record: Any) -> dict[str, Any]:
     }
     if not isinstance(record, dict):
         raise ValueError("not a record of a response")
-    if "reward" in record:  # records of older versions have none
+    parts = record.get("parts", {})  # records of older versions have none, and may have no reward
+    if not isinstance(parts, dict) or not all(type(value) in (int, float) for value in parts.values()):
+        raise ValueError("not a record of a response: it has no parts as `rl2 eval` writes them")
+    if "reward" in record:
         wanted["reward"] = wanted["score"]
     for name, types in wanted.items():
         value = record.get(name, ...)
@@ -242,11 +252,26 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
             summary[f"problems@{k}"] = len(enough)
     if by_score := sum(sample.reward is None for samples in sampled for sample in samples):
         summary[BY_SCORE] = by_score
+    parts = _parts(_which(records, "sampled" if sampled else "greedy"))
+    for name, problems_of in parts.items():
+        values = [fmean(of_problem) for of_problem in problems_of]
+        put(f"reward/{name}", over_problems(values, bounds=limits([v for of in problems_of for v in of])))
+    if idle := sorted(question.weights.keys() - parts.keys()):
+        summary[IDLE] = idle
     for name in ("greedy", "sampled"):
         if chosen := _which(records, name):
             summary[f"{name}_length"] = fmean(record["tokens"] for record in chosen)
             summary[f"{name}_truncated"] = fmean(record["truncated"] for record in chosen)
     return summary
+
+
+def _parts(records: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Return part of the reward -> its values, not weighted, in a list for each problem that has it."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        for name, value in record.get("parts", {}).items():
+            found[name][record["row"]].append(value)
+    return {name: list(of.values()) for name, of in sorted(found.items())}
 
 
 def table(summary: dict[str, Any]) -> Table:
@@ -257,12 +282,14 @@ def table(summary: dict[str, Any]) -> Table:
             f"{by_score} samples of an older version of RL2 have no reward: pass@k takes a score above 0 as right; "
             "remove the folder to sample anew"
         )
+    if idle := summary.get(IDLE):
+        shown.caption = f"{', '.join(f'weights.{name}' for name in idle)} weighs no part of any reward"
     for heading in ("", "value", "95% interval"):
         shown.add_column(heading)
     for name, value in summary.items():
         if isinstance(value, dict):
             shown.add_row(name, f"{value['value']:.4f}", f"{value['low']:.4f} to {value['high']:.4f}")
-        elif name not in ("problems", "unscored", BY_SCORE):
+        elif name not in ("problems", "unscored", BY_SCORE, IDLE):
             shown.add_row(name, f"{value:.4g}", "")
     return shown
 
@@ -355,6 +382,8 @@ def key(question: Question, prompts: Sequence[Prompt]) -> str:
     for prompt in prompts:
         digest.update(json.dumps([prompt.row, prompt.token_ids, prompt.extra_info], default=str).encode())
     sampling = {k: v for k, v in asdict(question).items() if k not in ("model", "data", "env", "out", "limit")}
+    if not question.weights:  # evaluations from before there were weights are found again
+        del sampling["weights"]
     digest.update(json.dumps(sampling, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 

@@ -16,57 +16,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import math
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from RL2.config import one_line
+from RL2.rollout.step_result import State, StepResult, Unscored, checked, is_state, name_of
 from RL2.scripts import ScriptError, described, load_script, raise_in
 from RL2.types import Sampling
 
-LARGEST = 1e15
-"""Size of a reward or score beyond which sums of squares of them overflow in float32."""
 ATTEMPTS = 4
 """How often a call is handed in before it is given up because others blocked the loop each time."""
 PATIENCE = 1.25
 """Limits without progress after which a loop is taken for blocked. Above 1: a live loop stops a slow call itself."""
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
-State = str | list[dict[str, Any]]
-"""What a script shows to the model: text as it stands, or messages that go through the chat template."""
 
 
-class Unscored(Exception):
-    """An episode has no reward, for this cause."""
+def load_environment(path: str | Path, timeout_s: float, weights: Mapping[str, float] | None = None) -> Environment:
+    """Load the script at `path`; a call of it that takes longer than `timeout_s` is unscored. Raises `ScriptError`.
 
-    def __init__(self, cause: str) -> None:
-        self.cause = one_line(cause)  # it may quote the script, and is printed and written down
-        super().__init__(self.cause)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What `step` gave back, checked."""
-
-    next_state: State | None
-    """A text is the whole next state; messages are added to the conversation so far. None only if done."""
-    reward: float
-    score: float
-    done: bool
-    extra_info: dict[str, Any]
-    train: bool = True
-    """False: nothing is learned about the tokens of this response itself."""
-
-
-def load_environment(path: str | Path, timeout_s: float) -> Environment:
-    """The script at `path`; a call of it that takes longer than `timeout_s` is unscored. Raises `ScriptError`."""
+    `weights` are those of the parts of its reward; a part without one counts once.
+    """
     module = load_script(path)
     step = _function(module, path, "step", ("state", "action", "extra_info"), is_async=True)
     if step is None:
@@ -74,7 +49,7 @@ def load_environment(path: str | Path, timeout_s: float) -> Environment:
     reset = _function(module, path, "reset", ("extra_info",), is_async=True)
     example = _function(module, path, "example", ("row",), is_async=False)
     vote = _function(module, path, "vote", ("action",), is_async=False)
-    return Environment(str(path), module.__file__, step, reset, example, vote, timeout_s)
+    return Environment(str(path), module.__file__, step, reset, example, vote, timeout_s, weights or {})
 
 
 def load_example(path: str | Path) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
@@ -97,6 +72,7 @@ class Environment:
         example: Callable[[dict[str, Any]], dict[str, Any] | None] | None,
         vote: Callable[[str], str] | None,
         timeout_s: float,
+        weights: Mapping[str, float],
     ) -> None:
         self.path = path
         self.example = example
@@ -104,6 +80,8 @@ class Environment:
         self.vote = vote
         """What a response answers, for majority votes; '' for none. None if the script has no such function."""
         self.timeout_s = timeout_s
+        self.weights = weights
+        """Weights of the parts of a reward."""
         self._file = file
         self._step = step
         self._reset = reset
@@ -117,15 +95,16 @@ class Environment:
         """The first state of an episode without a prompt. Raises `Unscored`."""
         assert self._reset is not None, "ask has_reset first"
         state = await self._call("reset", _told(self._reset, sampling), extra_info)
-        if not _is_state(state):
-            raise Unscored(f"reset returned {_name(state)}; expected a str or a list of messages")
+        if not is_state(state):
+            raise Unscored(f"reset returned {name_of(state)}; expected a str or a list of messages")
         return state
 
     async def step(
         self, state: str, action: str, extra_info: dict[str, Any], sampling: Sampling | None = None
     ) -> StepResult:
         """Raises `Unscored` where there is no reward to be had; never takes that for a reward of 0."""
-        return _checked(await self._call("step", _told(self._step, sampling), state, action, extra_info))
+        result = await self._call("step", _told(self._step, sampling), state, action, extra_info)
+        return checked(result, self.weights)
 
     def close(self) -> None:
         """Stop the script's thread. One that does not stop within a second is left to the end of the process."""
@@ -272,29 +251,6 @@ def _function(module: ModuleType, path: str | Path, name: str, parameters: tuple
     return function
 
 
-def _checked(result: Any) -> StepResult:
-    if not isinstance(result, dict):
-        raise Unscored(f"step returned {_name(result)}; expected a dict")
-    if missing := [f.name for f in fields(StepResult) if f.default is MISSING and f.name not in result]:
-        raise Unscored(f"step returned no {', '.join(missing)}")
-    next_state, done, extra_info = result["next_state"], result["done"], result["extra_info"]
-    train = result.get("train", True)
-    for name, value in (("done", done), ("train", train)):
-        if not isinstance(value, bool):
-            raise Unscored(f"step returned {name}={_name(value)}; expected a bool")
-    if not isinstance(extra_info, dict):
-        raise Unscored(f"step returned extra_info={_name(extra_info)}; expected a dict")
-    if next_state is not None and not _is_state(next_state):
-        raise Unscored(f"step returned next_state={_name(next_state)}; expected a str, a list of messages or None")
-    if next_state is None and not done:
-        raise Unscored("step returned next_state=None with done=False")
-    return StepResult(next_state, _number(result, "reward"), _number(result, "score"), done, extra_info, train)
-
-
-def _is_state(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(message, dict) for message in value))
-
-
 def _wants_sampling(function: Callable[..., Any]) -> bool:
     return "sampling" in inspect.signature(function).parameters
 
@@ -304,22 +260,3 @@ def _told(function: AsyncFunction, sampling: Sampling | None) -> AsyncFunction:
     return (
         function if sampling is None or not _wants_sampling(function) else partial(function, sampling=asdict(sampling))
     )
-
-
-def _number(result: dict[str, Any], name: str) -> float:
-    value = result[name]
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise Unscored(f"step returned {name}={_name(value)}; expected a number")
-    try:
-        number = float(value)
-    except Exception:  # too large, or a class of the script's own
-        number = math.inf
-    if not math.isfinite(number):
-        raise Unscored(f"step returned {name}={number}; expected a finite number")
-    if abs(number) > LARGEST:
-        raise Unscored(f"step returned {name}={number}; expected a number of at most {LARGEST:g} in size")
-    return number
-
-
-def _name(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"

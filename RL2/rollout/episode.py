@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
+from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,8 @@ from RL2.data.chat import encode, head_of, messages_of, unicode
 from RL2.data.source import DataError
 from RL2.data.template import Chat, Template
 from RL2.engines.base import Engine
-from RL2.rollout.environment import Environment, State, Unscored
+from RL2.rollout.environment import Environment
+from RL2.rollout.step_result import State, Unscored
 from RL2.types import Prompt, Sampling, Sequence, Trajectory
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ async def run_episode(
     """
     template = template or Template(tokenizer)
     trajectory = Trajectory(row=prompt.row, group=group, sample=sample)
+    parts: defaultdict[str, list[float]] = defaultdict(list)
     try:
         extra_info = copy.deepcopy(prompt.extra_info)  # samples of a prompt share it, and must not share changes to it
         state, added = prompt.text, prompt.token_ids
@@ -86,6 +90,8 @@ async def run_episode(
             result = await environment.step(state, action, extra_info, request)
             sequence.rewards[-1] = result.reward
             trajectory.score += result.score
+            for name, value in result.parts.items():
+                parts[name].append(value)
             if not result.train:
                 _take_as_given(sequence, len(completion.token_ids))
             if result.done or turn + 1 == max_turns:
@@ -107,6 +113,10 @@ async def run_episode(
         trajectory.score = 0.0
         for sequence in trajectory.sequences:
             sequence.rewards = [0.0] * len(sequence.rewards)
+        return trajectory
+    trajectory.parts = {name: math.fsum(values) for name, values in parts.items()}
+    weights = environment.weights
+    trajectory.weighted = math.fsum(weights.get(name, 1.0) * value for name, value in trajectory.parts.items())
     return trajectory
 
 

@@ -207,7 +207,7 @@ def look_at_tasks(
     `readers` are the models that read its tokens, by key.
     """
     rollout, train, trainer = config.rollout, config.train_data, config.trainer
-    environment = load_environment(rollout.env_path, rollout.env_timeout_s)
+    environment = load_environment(rollout.env_path, rollout.env_timeout_s, config.reward.weights)
     longest = config.actor.max_length + 1
     if tokenizer is not None:
         longest = min(longest, max_length(tokenizer.name_or_path))
@@ -242,7 +242,7 @@ def look_at_tasks(
                 found.miss(what, describe(path))
         found.say("environment", f"{rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode")
         if prompts and tokenizer is not None:
-            found.say("", try_environment(config, environment, tokenizer, prompts[0], longest))
+            found.say("", *try_environment(config, environment, tokenizer, prompts[0], longest))
         else:
             found.unseen.append("step of the environment")
     finally:
@@ -289,7 +289,7 @@ def warn_of_answers(prompts: Sequence[Prompt]) -> list[str]:
 
 def try_environment(
     config: RLConfig, environment: Environment, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, longest: int
-) -> str:
+) -> list[str]:
     """One turn with a response that is always the same; says what came of it. Raises UserError if it has no reward."""
     engine = ScriptedEngine(lambda token_ids, sampling: tokenizer.encode(RESPONSE, add_special_tokens=False))
     trajectory = asyncio.run(
@@ -309,7 +309,14 @@ def try_environment(
     of = f"the first row and the response {RESPONSE!r}"
     if trajectory.unscored is not None:
         raise UserError(f"rollout.env_path={environment.path}, tried with {of}: {trajectory.unscored}")
-    return f"tried with {of}: reward {trajectory.reward:g}"
+    parts = ", ".join(f"{name} {value:g}" for name, value in trajectory.parts.items())
+    said = [f"tried with {of}: reward {trajectory.reward:g}" + (f", of {parts}" if parts else "")]
+    if idle := sorted(config.reward.weights.keys() - trajectory.parts.keys()):
+        keys = ", ".join(f"reward.weights.{name}" for name in idle)
+        said.append(
+            f"CAUTION: {keys} weighs no part of this reward; {f'it has {parts}' if parts else 'it is a number'}"
+        )
+    return said
 
 
 def look_at_rows(

@@ -60,7 +60,7 @@ def train(config: RLConfig, run: Run) -> None:
     trainer, progress = config.trainer, run.progress
     template = config.actor.chat_template, config.actor.chat_template_kwargs
     tokenizer = load_tokenizer(config.actor.model_name, "actor.model_name", *template)
-    environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
+    environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s, config.reward.weights)
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
@@ -104,7 +104,7 @@ def train(config: RLConfig, run: Run) -> None:
     scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))
     num_tests = max(1, len(tests) * config.test_data.responses_per_prompt)
     num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
-    watch = Watch(num_tests, trainer.save_dir, report.rows(), num_train)
+    watch = Watch(num_tests, trainer.save_dir, report.rows(), num_train, config.reward.weights)
     last_step = first_step if trainer.eval_only else max(first_step, num_steps)
     report.begin(first_step)
 

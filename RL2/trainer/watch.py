@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 WINDOW = 5
@@ -24,6 +24,8 @@ SEEN = (
     *("actor/p_max", "actor/grad_norm", "actor/tokens"),
 )
 """Metrics that are looked at."""
+PART = "/reward/"
+"""What stands in the names of their metrics before parts of the reward."""
 FEW = 3
 """Steps in a row without a gradient, or without the score of before, that are no chance."""
 NO_GRADIENT = 1e-8
@@ -38,10 +40,20 @@ class Watch:
     """Sees each step's metrics in order, those of an interrupted run first."""
 
     def __init__(
-        self, num_tests: int, save_dir: str, before: Sequence[Mapping[str, float]] = (), num_train: int = 0
+        self,
+        num_tests: int,
+        save_dir: str,
+        before: Sequence[Mapping[str, float]] = (),
+        num_train: int = 0,
+        weights: Iterable[str] = (),
     ) -> None:
-        """`num_tests`, `num_train`: responses of a test, and of a step, which say how much a score moves by chance."""
-        self.num_tests, self.num_train, self.save_dir = num_tests, num_train, save_dir
+        """`num_tests`, `num_train`: responses of a test, and of a step, which say how much a score moves by chance.
+
+        `weights`: the parts of the reward that have one in the configuration.
+        """
+        self.num_tests, self.num_train, self.save_dir, self.weights = num_tests, num_train, save_dir, set(weights)
+        self.parts: set[str] = set()
+        """Parts of the reward that any response has had."""
         self.scores: dict[int, float] = {}
         """Test scores by step."""
         self.seen: dict[str, list[float]] = {name: [] for name in SEEN}
@@ -53,6 +65,7 @@ class Watch:
         """What there is to warn of after `step`."""
         if "test/score" in metrics:
             self.scores[step] = metrics["test/score"]
+        self.parts |= {name.split(PART)[1] for name in metrics if PART in name}
         for name, values in self.seen.items():
             if name in metrics:
                 values.append(metrics[name])
@@ -68,6 +81,7 @@ class Watch:
             "constant": "" if self._without_gradient() else self._constant(),
             "certain": self._certain(),
             "broken": self._broken(),
+            "weights": self._without_part(),
         }
         new = {name: text for name, text in found.items() if text and name not in self.said}
         self.said |= new.keys()
@@ -92,6 +106,15 @@ class Watch:
             why = f"the rewards within each group are equal (mean {fmean(rewards[-FEW:]) if rewards else 0:.3g})"
             what = "raise train_data.responses_per_prompt, or take rows that are solved sometimes"
         return f"nothing was learnt in the last {FEW} steps, the gradient is 0: {why}; {what}"
+
+    def _without_part(self) -> str:
+        """Weights of parts that no response has had, in most cases for a name that is written wrong."""
+        if not (idle := sorted(self.weights - self.parts)):
+            return ""
+        have = (
+            f"parts are {', '.join(sorted(self.parts))}" if self.parts else "it has no parts: `step` returns a number"
+        )
+        return f"{', '.join(f'reward.weights.{name}' for name in idle)} weighs no part of any reward so far; {have}"
 
     def _cut(self) -> str:
         shares = self.seen["train/truncated"][-WINDOW:]

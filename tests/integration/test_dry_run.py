@@ -72,6 +72,18 @@ def test_the_environment_is_tried(dry_run: DryRun) -> None:
     assert "tried with the first row and the response '42': reward 1" in dry_run("spo", how="--dry-run")
 
 
+def test_a_weight_without_a_part_is_named(dry_run: DryRun, tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(
+        "async def step(state, action, extra_info):\n"
+        "    return {'next_state': None, 'reward': {'correct': True, 'format': 2}, 'score': 1, 'done': True,\n"
+        "            'extra_info': extra_info}\n"
+    )
+    weights = "reward.weights.format=0.5", "reward.weights.corect=2"
+    said = dry_run("spo", f"rollout.env_path={tmp_path}/parts.py", *weights)
+    assert "reward 2, of correct 1, format 2 CAUTION: reward.weights.corect weighs no part of this reward" in said
+    assert "weighs no part of this reward; it is a number" in dry_run("spo", *weights)
+
+
 def test_an_answer_in_the_prompt_is_named(dry_run: DryRun, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": "7+7=", "extra_info": {"answer": "14"}}

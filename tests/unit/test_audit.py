@@ -126,3 +126,69 @@ def test_where_no_answer_is_rewarded_nothing_can_be_said(tmp_path: Path, plain: 
     never = script(tmp_path, CORRECT.replace("float(bool(found) and found[-1] == str(gold))", "0.0"))
     with pytest.raises(UserError, match="no reward for its own answer '12' in any of these forms"):
         audit(never, plain)
+
+
+PARTS = """{
+        "format": bool(found), "length": -len(action) / 100, "correct": SCALE, "words": 0.1 * ("think" in action)
+    }"""
+
+
+def composite(text: str, scale: str = "reward") -> str:
+    """The environment with its reward as one part among others, which are about form."""
+    return text.replace('"reward": reward', f'"reward": {PARTS.replace("SCALE", scale)}')
+
+
+@pytest.mark.parametrize("scale", ["reward", "bool(reward)", "2 * reward - 1", "3 * reward"])
+def test_parts_that_are_about_form_are_no_holes(scale: str, tmp_path: Path, plain: str) -> None:
+    found = audit(script(tmp_path, composite(CORRECT, scale)), plain)
+    assert not found.findings
+    assert found.notes[0] == "audited for correctness: correct"
+    assert found.notes[1].startswith("not audited: format, length, words (pays right answers no more than others")
+
+
+def test_form_that_makes_a_wrong_answer_correct_is_said(tmp_path: Path, plain: str) -> None:
+    found = audit(script(tmp_path, composite(CORRECT)), plain)
+    assert "a wrong answer earns up to 0.94 in all, and what earns more than 0 counts as correct" in found.notes[2]
+    alone = CORRECT.replace('"reward": reward', '"reward": {"correct": reward}')
+    assert audit(script(tmp_path, alone), plain).notes == ["audited for correctness: correct"]
+
+
+@pytest.mark.parametrize("scale", ["reward", "2 * reward - 1"])
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "exception counted as 0"])
+def test_a_hole_in_one_part_is_named(fault: str, scale: str, tmp_path: Path, plain: str) -> None:
+    right, wrong, kind = FAULTS[fault]
+    text = CORRECT.replace(right, wrong)
+    if fault == "unicode digits":
+        text = text.replace("found[-1] == str(gold)", "int(float(found[-1])) == float(found[-1]) == int(gold)")
+    found = audit(script(tmp_path, composite(text, scale)), plain)
+    assert {finding.part for finding in found.findings} == {"correct"}
+    assert any(finding.kind == kind and finding.row and finding.response for finding in found.findings)
+
+
+def test_of_two_correct_parts_the_one_with_the_hole_is_named(tmp_path: Path, plain: str) -> None:
+    both = CORRECT.replace('"reward": reward', '"reward": {"strict": reward, "lenient": float(str(gold) in action)}')
+    result = CliRunner().invoke(
+        app, ["audit-env", str(script(tmp_path, both)), "--data", plain], env={"COLUMNS": "300"}
+    )
+    assert result.exit_code == 1
+    assert "(reward: lenient)" in result.output
+    assert "row 1, answer 12: '#### 312' got lenient 1" in result.output
+    strict = ["audit-env", str(script(tmp_path, both)), "--data", plain, "--part", "strict"]
+    assert CliRunner().invoke(app, strict).exit_code == 0
+
+
+def test_a_part_that_pays_every_answer_has_to_be_named(tmp_path: Path, plain: str) -> None:
+    """It looks like a part that is about form."""
+    always = composite(CORRECT.replace("found[-1] == str(gold)", "True"))
+    with pytest.raises(UserError, match=r"no part of its reward \(format, length, correct, words\) pays right answers"):
+        audit(script(tmp_path, always), plain)
+    found = audit(script(tmp_path, always), plain, parts=["correct"])
+    assert {finding.part for finding in found.findings} == {"correct"}
+    assert (1, "another problem's answer", "#### 7") in {(f.row, f.kind, f.response) for f in found.findings}
+
+
+def test_a_part_that_is_not_there_is_refused(tmp_path: Path, plain: str) -> None:
+    with pytest.raises(UserError, match=r"nothing of corect .*; its parts are format, length, correct, words"):
+        audit(script(tmp_path, composite(CORRECT)), plain, parts=["corect"])
+    with pytest.raises(UserError, match="its reward has no parts"):
+        audit(script(tmp_path, CORRECT), plain, parts=["correct"])

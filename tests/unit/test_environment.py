@@ -122,9 +122,9 @@ def test_optional_functions(load: Load) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ("{'reward': '1'}", "step returned reward=a str; expected a number"),
-        ("{'reward': True}", "step returned reward=a bool; expected a number"),
-        ("{'score': None}", "step returned score=None; expected a number"),
+        ("{'reward': '1'}", "step returned reward=a str; expected a number or a bool"),
+        ("{'reward': [1]}", "step returned reward=a list; expected a number or a bool"),
+        ("{'score': None}", "step returned score=None; expected a number or a bool"),
         ("{'reward': float('nan')}", "step returned reward=nan; expected a finite number"),
         ("{'score': float('-inf')}", "step returned score=-inf; expected a finite number"),
         ("{'reward': 10**400}", "step returned reward=inf; expected a finite number"),

@@ -1,0 +1,113 @@
+"""The result of a script's `step`, checked, with the parts of its reward weighted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from RL2.config import NAME, NAME_RULE, one_line
+from RL2.types import summed
+
+LARGEST = 1e15
+"""Size of a reward or score beyond which sums of squares of them overflow in float32."""
+REQUIRED = ("next_state", "reward", "score", "done", "extra_info")
+State = str | list[dict[str, Any]]
+"""What a script shows to the model: text as it stands, or messages that go through the chat template."""
+
+
+class Unscored(Exception):
+    """An episode has no reward, for this cause."""
+
+    def __init__(self, cause: str) -> None:
+        self.cause = one_line(cause)  # it may quote the script, and is printed and written down
+        super().__init__(self.cause)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What `step` gave back, checked."""
+
+    next_state: State | None
+    """A text is the whole next state; messages are added to the conversation so far. None only if done."""
+    reward: float
+    """The number that `step` returned, or the weighted sum of `parts`."""
+    score: float
+    done: bool
+    extra_info: dict[str, Any]
+    train: bool = True
+    """False: nothing is learned about the tokens of this response itself."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Part of the reward -> its value, not weighted; empty where the reward is a number."""
+
+
+def checked(result: Any, weights: Mapping[str, float]) -> StepResult:
+    """Return what `step` returned. `weights` are those of the reward's parts; a part without one counts once.
+
+    Raises `Unscored` for a result that has not the right form.
+    """
+    if not isinstance(result, dict):
+        raise Unscored(f"step returned {name_of(result)}; expected a dict")
+    if missing := [name for name in REQUIRED if name not in result]:
+        raise Unscored(f"step returned no {', '.join(missing)}")
+    next_state, done, extra_info = result["next_state"], result["done"], result["extra_info"]
+    train = result.get("train", True)
+    for name, value in (("done", done), ("train", train)):
+        if not isinstance(value, bool):
+            raise Unscored(f"step returned {name}={name_of(value)}; expected a bool")
+    if not isinstance(extra_info, dict):
+        raise Unscored(f"step returned extra_info={name_of(extra_info)}; expected a dict")
+    if next_state is not None and not is_state(next_state):
+        raise Unscored(f"step returned next_state={name_of(next_state)}; expected a str, a list of messages or None")
+    if next_state is None and not done:
+        raise Unscored("step returned next_state=None with done=False")
+    parts = _parts(result["reward"]) if isinstance(result["reward"], dict) else {}
+    reward = _weighted(parts, weights) if parts else _number(result["reward"], "reward")
+    return StepResult(next_state, reward, _number(result["score"], "score"), done, extra_info, train, parts)
+
+
+def is_state(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(message, dict) for message in value))
+
+
+def name_of(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _parts(reward: dict[Any, Any]) -> dict[str, float]:
+    if not reward:
+        raise Unscored("step returned reward={}; expected a number, or a dict with one part at least")
+    for name in reward:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise Unscored(f"step returned a part of the reward named {name!r}; {NAME_RULE}")
+    return {name: _number(value, f"reward[{name!r}]") for name, value in reward.items()}
+
+
+def _weighted(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Return the sum of the parts, each times its weight."""
+    terms = {name: weights.get(name, 1.0) * value for name, value in parts.items()}
+    for name, term in terms.items():
+        if abs(term) > LARGEST:
+            raise Unscored(
+                f"step returned reward[{name!r}]={parts[name]}, with its weight {term:g}; expected at most {LARGEST:g} "
+                "in size"
+            )
+    return summed(list(terms.values()))
+
+
+def _number(value: Any, name: str) -> float:
+    if not isinstance(value, Real | np.bool_):
+        raise Unscored(f"step returned {name}={name_of(value)}; expected a number or a bool")
+    try:
+        number = float(value)
+    except Exception:  # too large, or a class of the script's own
+        number = math.inf
+    if not math.isfinite(number):
+        raise Unscored(f"step returned {name}={number}; expected a finite number")
+    if abs(number) > LARGEST:
+        raise Unscored(f"step returned {name}={number}; expected a number of at most {LARGEST:g} in size")
+    return number
