@@ -75,6 +75,7 @@ class Report:
         self.progress = progress or Progress(is_first)
         self.begun: tuple[int, float] | None = None
         """First step of this start, and when it began."""
+        self.said: set[str] = set()
 
     def begin(self, step: int) -> None:
         """Note that `step` begins now, the first of this start."""
@@ -153,8 +154,11 @@ class Report:
         if not self.is_first:
             return
         keys = ("row", "group", "sample", "texts", "reward", "score", "truncated", "unscored", "num_tokens")
+        named = ("parts", "metrics")  # only where there are some
         rows = [
-            {"step": step, "split": split} | {k: getattr(t, k) for k in keys} | ({"parts": t.parts} if t.parts else {})
+            {"step": step, "split": split}
+            | {k: getattr(t, k) for k in keys}
+            | {k: getattr(t, k) for k in named if getattr(t, k)}
             for t in trajectories
         ]
         self._append("samples.jsonl", rows)
@@ -189,6 +193,12 @@ class Report:
 
     def say(self, *lines: str) -> None:
         self.progress.say(*lines)
+
+    def say_once(self, subject: str, line: str) -> None:
+        """Say a line, the first of its `subject`."""
+        if subject not in self.said:
+            self.said.add(subject)
+            self.say(line)
 
     def close(self) -> None:
         for dashboard in self.dashboards:

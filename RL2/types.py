@@ -109,6 +109,10 @@ class Trajectory:
     """Part of the reward -> its sum over the turns, not weighted; empty where rewards are numbers."""
     weighted: float = 0.0
     """`parts` times their weights, summed and rounded once."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the environment measured: of each, the mean over the turns that gave it."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Metric that was no number in some turn -> what it was."""
 
     @property
     def reward(self) -> float:

@@ -156,6 +156,7 @@ def _record(trajectory: Trajectory, sample: int, vote: Callable[[str], str] | No
         "score": None if trajectory.unscored is not None else trajectory.score,
         "reward": None if trajectory.unscored is not None else trajectory.reward,
         "parts": trajectory.parts,
+        "metrics": trajectory.metrics,
         "answer": given or None,
         "tokens": trajectory.num_tokens,
         "truncated": trajectory.truncated,
@@ -196,9 +197,10 @@ def _whole(record: Any) -> dict[str, Any]:
     }
     if not isinstance(record, dict):
         raise ValueError("not a record of a response")
-    parts = record.get("parts", {})  # records of older versions have none, and may have no reward
-    if not isinstance(parts, dict) or not all(type(value) in (int, float) for value in parts.values()):
-        raise ValueError("not a record of a response: it has no parts as `rl2 eval` writes them")
+    for field_name in ("parts", "metrics"):  # records of older versions have none, and may have no reward
+        named = record.get(field_name, {})
+        if not isinstance(named, dict) or not all(type(value) in (int, float) for value in named.values()):
+            raise ValueError(f"not a record of a response: it has no {field_name} as `rl2 eval` writes them")
     if "reward" in record:
         wanted["reward"] = wanted["score"]
     for name, types in wanted.items():
@@ -252,10 +254,13 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
             summary[f"problems@{k}"] = len(enough)
     if by_score := sum(sample.reward is None for samples in sampled for sample in samples):
         summary[BY_SCORE] = by_score
-    parts = _parts(_which(records, "sampled" if sampled else "greedy"))
-    for name, problems_of in parts.items():
-        values = [fmean(of_problem) for of_problem in problems_of]
-        put(f"reward/{name}", over_problems(values, bounds=limits([v for of in problems_of for v in of])))
+    responses = _which(records, "sampled" if sampled else "greedy")
+    parts = _by_problem(responses, "parts")
+    for name, of_problems in parts.items():
+        every = [value for of in of_problems for value in of]
+        put(f"reward/{name}", over_problems([fmean(of) for of in of_problems], bounds=limits(every)))
+    for name, of_problems in _by_problem(responses, "metrics").items():
+        summary[f"env/{name}"] = fmean(fmean(of) for of in of_problems)
     if idle := sorted(question.weights.keys() - parts.keys()):
         summary[IDLE] = idle
     for name in ("greedy", "sampled"):
@@ -265,11 +270,11 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
     return summary
 
 
-def _parts(records: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    """Return part of the reward -> its values, not weighted, in a list for each problem that has it."""
+def _by_problem(records: Sequence[dict[str, Any]], field_name: str) -> dict[str, list[list[float]]]:
+    """Return name -> its values in a field of `records`, in a list for each problem that has it."""
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        for name, value in record.get("parts", {}).items():
+        for name, value in record.get(field_name, {}).items():
             found[name][record["row"]].append(value)
     return {name: list(of.values()) for name, of in sorted(found.items())}
 

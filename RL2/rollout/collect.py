@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -155,10 +155,10 @@ def drop_equal_groups(trajectories: Seq[Trajectory]) -> list[Trajectory]:
 def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, float]:
     """What a rollout did; means over trajectories unless said otherwise. A mean over nothing is left out.
 
-    score, reward: of the scored trajectories. reward/NAME: a part of it, of those that have it. length: sampled tokens.
-    turns: responses. truncated: share. tokens, unscored: counts. entropy: mean of -logp over all sampled tokens, in
-    nats; when sampling at temperature 1 from all tokens that is an unbiased estimate of the policy's entropy, otherwise
-    a cross-entropy of no meaning but its trend.
+    score, reward: of the scored trajectories. reward/NAME: a part of it, env/NAME: what the environment measured; of
+    those that have it. length: sampled tokens. turns: responses. truncated: share. tokens, unscored: counts.
+    entropy: mean of -logp over all sampled tokens, in nats; when sampling at temperature 1 from all tokens that is an
+    unbiased estimate of the policy's entropy, otherwise a cross-entropy of no meaning but its trend.
     """
     rated = scored(trajectories)
     surprise = [
@@ -176,17 +176,18 @@ def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, flo
         "truncated": [trajectory.truncated for trajectory in trajectories],
         "turns": [len(trajectory.texts) // 2 for trajectory in trajectories],
     }
-    values |= {f"reward/{name}": each for name, each in part_values(rated).items()}
+    values |= {f"reward/{name}": each for name, each in by_name(trajectory.parts for trajectory in rated).items()}
+    values |= {f"env/{name}": each for name, each in by_name(trajectory.metrics for trajectory in trajectories).items()}
     metrics = {f"{prefix}/{name}": fmean(each) for name, each in values.items() if each}
     counts = {"tokens": sum(values["length"]), "unscored": len(trajectories) - len(rated)}
     return metrics | {f"{prefix}/{name}": float(count) for name, count in counts.items()}
 
 
-def part_values(trajectories: Seq[Trajectory]) -> dict[str, list[float]]:
-    """Return part of the reward -> its values, not weighted, over the trajectories that have it; in order of names."""
+def by_name(measured: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Return name -> the values of those that have one, in order of names."""
     values: defaultdict[str, list[float]] = defaultdict(list)
-    for trajectory in trajectories:
-        for name, value in trajectory.parts.items():
+    for each in measured:
+        for name, value in each.items():
             values[name].append(value)
     return dict(sorted(values.items()))
 

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections import defaultdict
 from dataclasses import replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from RL2.data.chat import encode, head_of, messages_of, unicode
@@ -52,6 +53,7 @@ async def run_episode(
     template = template or Template(tokenizer)
     trajectory = Trajectory(row=prompt.row, group=group, sample=sample)
     parts: defaultdict[str, list[float]] = defaultdict(list)
+    metrics: defaultdict[str, list[float]] = defaultdict(list)
     try:
         extra_info = copy.deepcopy(prompt.extra_info)  # samples of a prompt share it, and must not share changes to it
         state, added = prompt.text, prompt.token_ids
@@ -90,8 +92,10 @@ async def run_episode(
             result = await environment.step(state, action, extra_info, request)
             sequence.rewards[-1] = result.reward
             trajectory.score += result.score
-            for name, value in result.parts.items():
-                parts[name].append(value)
+            for found, values in ((parts, result.parts), (metrics, result.metrics)):
+                for name, value in values.items():
+                    found[name].append(value)
+            trajectory.left_out |= result.left_out
             if not result.train:
                 _take_as_given(sequence, len(completion.token_ids))
             if result.done or turn + 1 == max_turns:
@@ -113,8 +117,9 @@ async def run_episode(
         trajectory.score = 0.0
         for sequence in trajectory.sequences:
             sequence.rewards = [0.0] * len(sequence.rewards)
-        return trajectory
-    trajectory.parts = {name: math.fsum(values) for name, values in parts.items()}
+        parts.clear()
+    trajectory.metrics = {name: fmean(each) for name, each in metrics.items()}
+    trajectory.parts = {name: math.fsum(each) for name, each in parts.items()}
     weights = environment.weights
     trajectory.weighted = math.fsum(weights.get(name, 1.0) * value for name, value in trajectory.parts.items())
     return trajectory

@@ -43,6 +43,10 @@ class StepResult:
     """False: nothing is learned about the tokens of this response itself."""
     parts: dict[str, float] = field(default_factory=dict)
     """Part of the reward -> its value, not weighted; empty where the reward is a number."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the script measured."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Metric that is no number -> what it is; one without a name is `metrics` itself."""
 
 
 def checked(result: Any, weights: Mapping[str, float]) -> StepResult:
@@ -67,7 +71,9 @@ def checked(result: Any, weights: Mapping[str, float]) -> StepResult:
         raise Unscored("step returned next_state=None with done=False")
     parts = _parts(result["reward"]) if isinstance(result["reward"], dict) else {}
     reward = _weighted(parts, weights) if parts else _number(result["reward"], "reward")
-    return StepResult(next_state, reward, _number(result["score"], "score"), done, extra_info, train, parts)
+    score = _number(result["score"], "score")
+    metrics, left_out = _metrics(result.get("metrics"))
+    return StepResult(next_state, reward, score, done, extra_info, train, parts, metrics, left_out)
 
 
 def is_state(value: Any) -> bool:
@@ -97,6 +103,25 @@ def _weighted(parts: Mapping[str, float], weights: Mapping[str, float]) -> float
                 "in size"
             )
     return summed(list(terms.values()))
+
+
+def _metrics(given: Any) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the metrics that are numbers, and why others are left out: no trajectory is lost for them."""
+    if given is None:
+        return {}, {}
+    if not isinstance(given, dict):
+        return {}, {"metrics": f"{name_of(given)}; expected a dict"}
+    metrics: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    for name, value in given.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            left_out["metrics"] = f"a metric named {name!r}; {NAME_RULE}"
+            continue
+        try:
+            metrics[name] = _number(value, f"metrics[{name!r}]")
+        except Unscored as error:
+            left_out[name] = error.cause
+    return metrics, left_out
 
 
 def _number(value: Any, name: str) -> float:

@@ -348,6 +348,7 @@ def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")
+    say_of_metrics(trajectories, step, report)
     report.samples(step, "train", trajectories[: config.trainer.samples_per_step])
     return trajectories
 
@@ -365,10 +366,18 @@ def test(
                 tests[start : start + wave], params, number, config.trainer.seed + start, phase.update
             )
     raise_if_all_unscored(trajectories)
+    say_of_metrics(trajectories, step, report)
     shown = trajectories[: config.trainer.samples_per_step]
     report.samples(step, "test", shown)
     microscope.tests = shown
     return rollout_metrics(trajectories, "test")
+
+
+def say_of_metrics(trajectories: Seq[Trajectory], step: int, report: Report) -> None:
+    """Name each metric of the environment that is no number, once in a run."""
+    for trajectory in trajectories:
+        for name, why in trajectory.left_out.items():
+            report.say_once(f"metric {name}", f"step {step}: WARNING: a metric of the environment is left out: {why}")
 
 
 def judge(

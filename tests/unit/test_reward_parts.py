@@ -21,6 +21,7 @@ from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
 from RL2.rollout.filters import success_rates
 from RL2.rollout.step_result import Unscored
+from RL2.trainer.rl import say_of_metrics
 from RL2.trainer.watch import Watch
 from RL2.types import Prompt, Sampling, Trajectory
 
@@ -30,7 +31,7 @@ async def step(state, action, extra_info):
     rewards = extra_info["rewards"]
     done = turn == len(rewards) - 1
     return {"next_state": state + action + ".", "reward": eval(rewards[turn]), "score": done, "done": done,
-            "extra_info": extra_info}
+            "extra_info": extra_info, "metrics": eval(extra_info["metrics"][turn]) if "metrics" in extra_info else None}
 """
 
 Play = Callable[..., Trajectory]
@@ -42,11 +43,11 @@ def play(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Play]:
     (tmp_path / "env.py").write_text(SCRIPT)
     environments: list[Environment] = []
 
-    def play(*rewards: str, weights: dict[str, float] | None = None, sample: int = 0) -> Trajectory:
+    def play(*rewards: str, weights: dict[str, float] | None = None, **more: Any) -> Trajectory:
         environments.append(load_environment(tmp_path / "env.py", 5, weights))
         return asyncio.run(
             run_episode(
-                Prompt(0, "hello", tokenizer.encode("hello"), {"rewards": list(rewards)}),
+                Prompt(0, "hello", tokenizer.encode("hello"), {"rewards": list(rewards)} | more),
                 engine=ScriptedEngine(lambda token_ids, sampling: [40, 41]),
                 environment=environments[-1],
                 tokenizer=tokenizer,
@@ -54,7 +55,7 @@ def play(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Play]:
                 max_turns=9,
                 max_length=None,
                 group=0,
-                sample=sample,
+                sample=0,
                 seed=0,
             )
         )
@@ -198,3 +199,50 @@ def test_an_environment_alone_weighs_too(tmp_path: Path) -> None:
     with pytest.raises(Unscored):
         asyncio.run(environment.step("s", "a", result.extra_info))
     environment.close()
+
+
+def test_metrics_of_the_environment_have_curves(play: Play, tmp_path: Path) -> None:
+    """The mean over turns, then over the trajectories that have it, scored or not."""
+    trajectories = [
+        play("0", "1", metrics=["{'tests': 3, 'compiles': False}", "{'tests': 5, 'compiles': True}"]),
+        play("0", "1", metrics=["None", "{'tests': 10}"]),
+        play("0", "None", metrics=["{'compiles': True}", "{}"]),
+        play("1"),
+    ]
+    metrics = rollout_metrics(trajectories, "test")
+    assert {name: value for name, value in metrics.items() if "/env/" in name} == {
+        "test/env/compiles": 0.75,
+        "test/env/tests": 7,
+    }
+    Report(tmp_path, is_first=True, num_steps=1).samples(0, "test", trajectories)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample.get("metrics") for sample in samples] == [
+        {"tests": 4, "compiles": 0.5},
+        {"tests": 10},
+        {"compiles": 1},
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "why"),
+    [
+        ("{'bad': float('nan'), 'good': 1}", "metrics['bad']=nan; expected a finite number"),
+        ("{'bad': 'much', 'good': 1}", "metrics['bad']=a str; expected a number or a bool"),
+        ("{'bad': 10**400, 'good': 1}", "metrics['bad']=inf; expected a finite number"),
+        ("{'a/b': 1, 'good': 1}", "a metric named 'a/b'; a name has letters, digits, _ and -"),
+        ("[1]", "a list; expected a dict"),
+    ],
+)
+def test_a_metric_that_is_no_number_costs_no_trajectory(
+    metrics: str, why: str, play: Play, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = play("0.5", "1", metrics=[metrics, "{'good': 3}"])
+    assert (found.unscored, found.reward) == (None, 1.5)
+    assert found.metrics == {"good": 3 if metrics == "[1]" else 2}
+    report = Report(tmp_path, is_first=True, num_steps=1)
+    for step in range(2):
+        say_of_metrics([found, found], step, report)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step 0: WARNING: a metric of the environment is left out: ")
+    assert why in line
