@@ -15,7 +15,7 @@ import shutil
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,6 +116,62 @@ class TrainData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TestSet:
+    """One of `test_data.sets`."""
+
+    path: str | None = None
+    """As `test_data.path`; null: `prompts_per_rollout` tasks that `reset` makes up."""
+    env_path: str | None = None
+    """Environment of the set; null: `rollout.env_path`."""
+    prompts_per_rollout: Count | None = None
+    """As `test_data.prompts_per_rollout`, from which it takes nothing."""
+    responses_per_prompt: Count | None = None
+    """Samples of each prompt; null: `test_data.responses_per_prompt`."""
+    max_turns: Count | None = None
+    """Responses of one episode at most; null: `rollout.max_turns`."""
+    on_bad_row: Literal["stop", "skip"] | None = None
+    """null: `test_data.on_bad_row`."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """As `test_data.columns`, which count here too."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Keys of `rollout.test_sampling_params` that are others in this set: `sampling.temperature=0.6`."""
+
+
+@dataclass(frozen=True)
+class TestSettings:
+    """A test set with all that holds for it: `test_data` itself, or one of its sets."""
+
+    name: str
+    """Name of the set; '' is `test_data` itself."""
+    path: str | None
+    """Where its rows are; null: tasks that `reset` makes up."""
+    env_path: str
+    """Script of its environment."""
+    prompts_per_rollout: int | None
+    """Prompts in flight at once, or tasks that are made up."""
+    responses_per_prompt: int
+    """Samples of each prompt."""
+    max_turns: int
+    """Responses of one episode at most."""
+    on_bad_row: Literal["stop", "skip"]
+    """What becomes of rows that cannot be used."""
+    columns: dict[str, Any]
+    """Names of the columns in its rows."""
+    sampling: SamplingParams
+    """How it is sampled."""
+
+    @property
+    def key(self) -> str:
+        """The group of its keys."""
+        return f"test_data.sets.{self.name}" if self.name else "test_data"
+
+    @property
+    def prefix(self) -> str:
+        """What its metrics begin with."""
+        return f"test/{self.name}" if self.name else "test"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TestData:
     path: str | None
     """As `train_data.path`; null: tasks that `reset` makes up, the same at each test."""
@@ -128,9 +184,40 @@ class TestData:
     """As `train_data.on_bad_row`."""
     columns: dict[str, Any]
     """As `train_data.columns`, which count here too."""
+    sets: dict[str, TestSet]
+    """Further test sets by name, each with its own rows, environment and sampling: `sets.aime.path=...`. The metrics of
+    a set begin with `test/NAME/`."""
+    best_by: str | None
+    """Without rows of `test_data` itself, `test/score` is the score of this set; null: the mean of the sets' scores.
+    `test/score` decides what trainer.keep_best, trainer.early_stop and trainer.load_ckpt_from=best take."""
 
     def __post_init__(self) -> None:
         _check_columns(self.columns, "test_data.columns", ("prompt", "messages", "extra_info"))
+        for name, each in self.sets.items():
+            key = f"test_data.sets.{name}"
+            if not NAME.fullmatch(name):
+                raise ConfigError(f"{key}: a test set cannot have this name; {NAME_RULE}")
+            if name in ("reward", "env"):
+                raise ConfigError(f"{key}: test/{name}/ is where other metrics are; choose another name")
+            _check_columns(each.columns, f"{key}.columns", ("prompt", "messages", "extra_info"))
+            if each.path is None and each.prompts_per_rollout is None:
+                raise ConfigError(
+                    f"{key} has nothing to test on: set {key}.path, or {key}.prompts_per_rollout for tasks that its "
+                    "environment makes up"
+                )
+        if self.best_by is not None and self.best_by not in self.sets:
+            have = ", ".join(self.sets) or "none"
+            raise ConfigError(f"test_data.best_by={self.best_by}: there is no such set in test_data.sets ({have})")
+        if self.best_by is not None and self.has_own:
+            raise ConfigError(
+                f"test_data.best_by={self.best_by} has no effect with rows of test_data itself, whose score decides; "
+                "make these a set too: test_data.sets.NAME.path"
+            )
+
+    @property
+    def has_own(self) -> bool:
+        """Return whether there is something to test on beside `sets`."""
+        return self.path is not None or self.prompts_per_rollout is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -618,16 +705,19 @@ class Rollout:
                     f"rollout.{servers.key}.urls, args and env have no effect with rollout.engine={self.engine}"
                 )
         for name in ("train_sampling_params", "test_sampling_params"):
-            sampling: SamplingParams = getattr(self, name)
-            if self.engine == "vllm" and 0 < sampling.temperature < 0.01:
-                raise ConfigError(f"rollout.{name}.temperature is below 0.01, which vLLM would silently make 0.01")
-            is_cut = sampling.temperature > 0 and sampling.is_cut
-            if self.engine == "sglang" and is_cut and not 0 < sampling.top_k <= SGLANG_MAX_TOP_K:
-                raise ConfigError(
-                    f"rollout.{name}: SGLang gives the log-probabilities of what was drawn from only with a top_k of 1 "
-                    f"to {SGLANG_MAX_TOP_K} (which top_p may cut further), or without top_k and top_p; here are "
-                    f"top_k={sampling.top_k} and top_p={sampling.top_p:g}"
-                )
+            self.check_sampling(getattr(self, name), f"rollout.{name}")
+
+    def check_sampling(self, sampling: SamplingParams, key: str) -> None:
+        """Raise ConfigError for what the engine cannot sample; `key` is the group of the settings."""
+        if self.engine == "vllm" and 0 < sampling.temperature < 0.01:
+            raise ConfigError(f"{key}.temperature is below 0.01, which vLLM would silently make 0.01")
+        is_cut = sampling.temperature > 0 and sampling.is_cut
+        if self.engine == "sglang" and is_cut and not 0 < sampling.top_k <= SGLANG_MAX_TOP_K:
+            raise ConfigError(
+                f"{key}: SGLang gives the log-probabilities of what was drawn from only with a top_k of 1 "
+                f"to {SGLANG_MAX_TOP_K} (which top_p may cut further), or without top_k and top_p; here are "
+                f"top_k={sampling.top_k} and top_p={sampling.top_p:g}"
+            )
 
     @property
     def servers(self) -> VLLM | SGLang | None:
@@ -764,9 +854,35 @@ class RLConfig:
         return math.inf if self.rollout.train_sampling_params.is_cut else self.trainer.max_logprob_gap
 
     @property
-    def tests(self) -> bool:
-        """There is something to test on."""
-        return self.test_data.path is not None or self.test_data.prompts_per_rollout is not None
+    def test_sets(self) -> list[TestSettings]:
+        """What there is to test on: `test_data` itself, if it has rows or tasks, and its sets."""
+        data, rollout = self.test_data, self.rollout
+        own = TestSettings(
+            name="",
+            path=data.path,
+            env_path=rollout.env_path,
+            prompts_per_rollout=data.prompts_per_rollout,
+            responses_per_prompt=data.responses_per_prompt,
+            max_turns=rollout.max_turns,
+            on_bad_row=data.on_bad_row,
+            columns=self.train_data.columns | data.columns,
+            sampling=rollout.test_sampling_params,
+        )
+        others = [
+            TestSettings(
+                name=name,
+                path=each.path,
+                env_path=each.env_path or own.env_path,
+                prompts_per_rollout=each.prompts_per_rollout,
+                responses_per_prompt=each.responses_per_prompt or own.responses_per_prompt,
+                max_turns=each.max_turns or own.max_turns,
+                on_bad_row=each.on_bad_row or own.on_bad_row,
+                columns=own.columns | each.columns,
+                sampling=_changed(own.sampling, each.sampling, f"test_data.sets.{name}.sampling"),
+            )
+            for name, each in data.sets.items()
+        ]
+        return [*([own] if data.has_own else []), *others]
 
     def __post_init__(self) -> None:
         actor, rollout = self.actor, self.rollout
@@ -788,11 +904,16 @@ class RLConfig:
                 f"actor.tis_coef={actor.tis_coef} compares with the engine's distribution, which top_p and top_k of "
                 "rollout.train_sampling_params cut; set actor.tis_coef=0 or sample from all tokens"
             )
-        for name in ("train", "test"):
-            new = getattr(rollout, f"{name}_sampling_params").max_new_tokens
-            if new > actor.max_length:
+        sampled = {
+            f"rollout.{name}": getattr(rollout, name) for name in ("train_sampling_params", "test_sampling_params")
+        }
+        of_sets = {f"{one.key}.sampling": one.sampling for one in self.test_sets if one.name}
+        for key, sampling in of_sets.items():
+            rollout.check_sampling(sampling, key)
+        for key, sampling in (sampled | of_sets).items():
+            if sampling.max_new_tokens > actor.max_length:
                 raise ConfigError(
-                    f"rollout.{name}_sampling_params.max_new_tokens={new} does not fit into "
+                    f"{key}.max_new_tokens={sampling.max_new_tokens} does not fit into "
                     f"actor.max_length_per_device={times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}"
                 )
         limits = [
@@ -873,18 +994,20 @@ class RLConfig:
                 f"rollout.dynamic_filtering_rounds={rollout.dynamic_filtering_rounds} has no effect with "
                 "rollout.dynamic_filtering=false"
             )
-        if self.trainer.test_freq and not self.tests:
+        if self.trainer.test_freq and not self.test_sets:
             raise ConfigError(
                 f"trainer.test_freq={self.trainer.test_freq} needs test_data.path, or test_data.prompts_per_rollout "
-                "tasks that the environment makes up"
+                "tasks that the environment makes up, or test_data.sets"
             )
         if self.trainer.eval_only and (source := self.trainer.load_ckpt_from) in ("latest", "best"):
             raise ConfigError(
                 f"trainer.load_ckpt_from={source} is of trainer.save_dir, and trainer.eval_only=true writes into a new "
                 "folder; name the checkpoint"
             )
-        if self.trainer.eval_only and not self.tests:
-            raise ConfigError("trainer.eval_only=true needs test_data.path or test_data.prompts_per_rollout")
+        if self.trainer.eval_only and not self.test_sets:
+            raise ConfigError(
+                "trainer.eval_only=true needs test_data.path, test_data.prompts_per_rollout or test_data.sets"
+            )
         for name in ("keep_best", "early_stop"):
             if getattr(self.trainer, name) and self.trainer.test_freq is None:
                 raise ConfigError(f"trainer.{name}=true has no effect without trainer.test_freq")
@@ -929,6 +1052,14 @@ class DPOConfig:
         _check_schedule("actor", self.actor)
         if self.actor.reference_free and self.ref_actor.model_name != self.actor.model_name:
             raise ConfigError("ref_actor.model_name has no effect with actor.reference_free=true")
+
+
+def _changed(sampling: SamplingParams, changes: dict[str, Any], key: str) -> SamplingParams:
+    """Return `sampling` with `changes`, which are the settings of the group `key`."""
+    values = asdict(sampling) | changes
+    values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+    changed: SamplingParams = build(SamplingParams, values, key)
+    return changed
 
 
 def _check_deviation(adv: Advantage, data: TrainData) -> None:
@@ -1041,6 +1172,7 @@ FREE_GROUPS = (
     "actor.chat_template_kwargs.",
     "critic.chat_template_kwargs.",
     "reward.weights.",
+    "test_data.sets.",
     *COLUMNS,
 )
 
@@ -1058,14 +1190,18 @@ def _in_the_users_words(program: str, overrides: Sequence[str], error: Exception
 
 
 def _keys(cls: type, prefix: str) -> list[str]:
-    hints = typing.get_type_hints(cls)
-    return [
-        key
-        for f in fields(cls)
-        for key in (
-            _keys(hints[f.name], f"{prefix}{f.name}.") if is_dataclass(hints[f.name]) else [f"{prefix}{f.name}"]
-        )
-    ]
+    """Return the keys of a group; NAME stands for a name of the user's own."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            keys += _keys(hint, f"{prefix}{name}.")
+            continue
+        keys.append(f"{prefix}{name}")
+        if typing.get_origin(hint) is dict and is_dataclass(member := typing.get_args(hint)[1]):
+            assert isinstance(member, type)
+            keys += _keys(member, f"{prefix}{name}.NAME.")
+    return keys
 
 
 def build(annotation: Any, value: Any, key: str) -> Any:
@@ -1078,7 +1214,7 @@ def build(annotation: Any, value: Any, key: str) -> Any:
         prefix = f"{key}." if key else ""
         if unknown := sorted(f"{prefix}{name}" for name in set(value) - set(hints)):
             raise ConfigError(f"nothing reads {', '.join(unknown)}")
-        if missing := [f.name for f in fields(annotation) if f.name not in value and f.default is MISSING]:
+        if missing := [f.name for f in fields(annotation) if f.name not in value and needs_value(f)]:
             raise ConfigError(f"{', '.join(prefix + name for name in missing)} missing in the YAML")
         given = [f.name for f in fields(annotation) if f.name in value]
         return annotation(**{name: build(hints[name], value[name], prefix + name) for name in given})
@@ -1102,6 +1238,8 @@ def build(annotation: Any, value: Any, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{key}={value!r}; {key} is a group: set {key}.NAME=value")
+        if is_dataclass(args[1]):
+            return {str(name): build(args[1], each, f"{key}.{name}") for name, each in value.items()}
         return value
     if origin is tuple:
         if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
@@ -1119,6 +1257,11 @@ def build(annotation: Any, value: Any, key: str) -> Any:
     if annotation is float and not math.isfinite(value):
         raise ConfigError(f"{key}={value!r}; expected a finite number")
     return value
+
+
+def needs_value(f: Field[Any]) -> bool:
+    """Return whether a field of a dataclass has no default."""
+    return f.default is MISSING and f.default_factory is MISSING
 
 
 def num_shards(model: Trainable, world_size: int, group: str) -> int:
@@ -1179,7 +1322,10 @@ def check_here(config: Config) -> None:
     named: dict[str, str | None] = {f"{group}.chat_template": model.chat_template}
     if isinstance(config, RLConfig):
         named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}
-        named |= {"test_data.path": config.test_data.path}
+        for test_set in config.test_sets:
+            named[f"{test_set.key}.path"] = test_set.path
+            if test_set.env_path != config.rollout.env_path:
+                named[f"{test_set.key}.env_path"] = test_set.env_path
     else:
         named |= {"data.path": config.data.path, "data.test_path": config.data.test_path}
         named |= {"data.env_path": config.data.env_path}

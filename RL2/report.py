@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -46,6 +47,10 @@ CONSOLE = {
     "time/step_s": ("s", "{:.1f}"),
 }
 """Metric -> its name in the console line and its format."""
+
+
+SCORE_OF_SET = re.compile(r"test/(?!reward/|env/)([^/]+)/score")
+"""Metric with the score of a test set that has a name."""
 
 
 class RecordsFailed(UserError, RuntimeError):
@@ -125,6 +130,7 @@ class Report:
         if not self.is_first:
             return
         shown = [f"{name} {form.format(metrics[key])}" for key, (name, form) in CONSOLE.items() if key in metrics]
+        shown += [f"{found[1]} {metrics[key]:.3f}" for key in metrics if (found := SCORE_OF_SET.fullmatch(key))]
         if metrics.get("train/unscored"):
             shown.append(f"UNSCORED {metrics['train/unscored']:.0f}")
         shown.append(f"at {clock()}")
@@ -149,14 +155,15 @@ class Report:
             with self._writing():
                 write_text(self.folder / FIRST_ROWS, json.dumps(list(rows), ensure_ascii=False) + "\n")
 
-    def samples(self, step: int, split: str, trajectories: Iterable[Trajectory]) -> None:
-        """Trajectories to read, a line each in samples.jsonl."""
+    def samples(self, step: int, split: str, trajectories: Iterable[Trajectory], test_set: str = "") -> None:
+        """Write trajectories to read, a line each in samples.jsonl; `test_set` is the name of theirs, if it has one."""
         if not self.is_first:
             return
         keys = ("row", "group", "sample", "texts", "reward", "score", "truncated", "unscored", "num_tokens")
         named = ("parts", "metrics")  # only where there are some
         rows = [
             {"step": step, "split": split}
+            | ({"set": test_set} if test_set else {})
             | {k: getattr(t, k) for k in keys}
             | {k: getattr(t, k) for k in named if getattr(t, k)}
             for t in trajectories

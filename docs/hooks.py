@@ -8,7 +8,7 @@ import re
 import typing
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,6 +98,10 @@ def _knobs(cls: type, prefix: str, tree: Any, meanings: dict[tuple[str, str], st
                 :1
             ]
             yield Knob(prefix + name, _values(hint), meaning), tree[name]
+            if typing.get_origin(hint) is dict and is_dataclass(member := typing.get_args(hint)[1]):
+                assert isinstance(member, type)
+                defaults = {f.name: {} if f.default is MISSING else f.default for f in fields(member)}
+                yield from _knobs(member, f"{prefix}{name}.NAME.", defaults, meanings)
 
 
 def _values(hint: Any) -> str:

@@ -121,12 +121,15 @@ MISTAKES = [
     (
         "trainer.test_freq=5",
         "trainer.test_freq=5 needs test_data.path, or test_data.prompts_per_rollout tasks that the environment "
-        "makes up",
+        "makes up, or test_data.sets",
     ),
     ("trainer.keep=2", "trainer.keep=2 has no effect without trainer.save_freq"),
     ("trainer.keep_best=true", "trainer.keep_best=true has no effect without trainer.test_freq"),
     ("trainer.early_stop=true", "trainer.early_stop=true has no effect without trainer.test_freq"),
-    ("trainer.eval_only=true", "trainer.eval_only=true needs test_data.path or test_data.prompts_per_rollout"),
+    (
+        "trainer.eval_only=true",
+        "trainer.eval_only=true needs test_data.path, test_data.prompts_per_rollout or test_data.sets",
+    ),
     ("adv.gamma=0.9", "adv.gamma=0.9 has no effect with adv.estimator=reinforce"),
     ("adv.lamda=0.9", "adv.lamda=0.9 has no effect with adv.estimator=reinforce"),
     ("actor.freeze_steps=3", "actor.freeze_steps=3 has no effect with adv.estimator=reinforce"),

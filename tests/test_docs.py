@@ -239,7 +239,7 @@ def what_is_wrong(span: str, page: Path) -> str | None:
     if re.match(r"(RL2|benchmarks|docs|envs|examples|requirements|tests)/", span) and not span.endswith("/"):
         path = span.split()[0].partition(":")[0]
         return None if any(ROOT.glob(path)) else "no such file"
-    if re.match(r"(actor|critic|ref_actor|rollout|adv|trainer|data|train_data|test_data)\.[a-z]", span):
+    if re.match(r"(actor|critic|ref_actor|rollout|reward|adv|trainer|data|train_data|test_data)\.[a-z]", span):
         return what_is_wrong_with_keys(span.split())
     return None
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from types import NoneType
@@ -17,7 +17,19 @@ import torch
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from RL2.config import ConfigError, Count, Index, PositiveFloat, Seed, Share, build, check_weights, first_line, words
+from RL2.config import (
+    ConfigError,
+    Count,
+    Index,
+    PositiveFloat,
+    Seed,
+    Share,
+    build,
+    check_weights,
+    first_line,
+    needs_value,
+    words,
+)
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.evaluation.compare import compare
@@ -72,10 +84,9 @@ class Question:
     def of(settings: Sequence[str]) -> Question:
         """Of `key=value` words. Raises ConfigError for one that is not there or no sensible value."""
         given = words(settings)
-        known: dict[str, Any] = {f.name: {} if f.name == "weights" else f.default for f in fields(Question)}
-        if missing := [name for name, default in known.items() if default is MISSING and name not in given]:
+        if missing := [f.name for f in fields(Question) if needs_value(f) and f.name not in given]:
             raise ConfigError(f"{missing[0]}= is missing")
-        question: Question = build(Question, {k: v for k, v in known.items() if v is not MISSING} | given, "")
+        question: Question = build(Question, given, "")
         if not (question.samples or question.greedy):
             raise ConfigError("samples=0 with greedy=false leaves nothing to do")
         return question

@@ -130,13 +130,16 @@ class NothingScored(UserError, RuntimeError):
     """Not one trajectory of a rollout has a reward."""
 
 
-def raise_if_all_unscored(trajectories: Seq[Trajectory]) -> None:
-    """Nothing to learn from or report on: the environment is broken, and the run must not go on."""
+def raise_if_all_unscored(trajectories: Seq[Trajectory], of: str = "") -> None:
+    """Raise NothingScored if there is nothing to learn from or report on: the environment is broken.
+
+    `of` names the test set.
+    """
     if trajectories and not scored(trajectories):
         causes = unscored_causes(trajectories).most_common(5)
         listed = "".join(f"\n  {count} times: {cause}" for cause, count in causes)
         raise NothingScored(
-            f"none of the {len(trajectories)} trajectories has a reward; the most common causes:{listed}"
+            f"none of the {len(trajectories)} trajectories{of} has a reward; the most common causes:{listed}"
         )
 
 

@@ -60,10 +60,19 @@ class Rollouts:
             self.thread.start()
 
     def collect(
-        self, prompts: Seq[Prompt], params: SamplingParams, responses_per_prompt: int, seed: int, progress: Progress
+        self,
+        prompts: Seq[Prompt],
+        params: SamplingParams,
+        responses_per_prompt: int,
+        seed: int,
+        progress: Progress,
+        episodes: Episodes | None = None,
     ) -> list[Trajectory]:
-        """`responses_per_prompt` trajectories of each prompt, in order, the same list on every process (collective)."""
-        return self.finish(self.begin(prompts, params, responses_per_prompt, seed), progress)
+        """`responses_per_prompt` trajectories of each prompt, in order, the same list on every process (collective).
+
+        `episodes` are played in place of the run's own.
+        """
+        return self.finish(self.begin(prompts, params, responses_per_prompt, seed, episodes=episodes), progress)
 
     def begin(
         self,
@@ -75,19 +84,20 @@ class Rollouts:
         first_group: int = 0,
         before: int = 0,
         version: int = 0,
+        episodes: Episodes | None = None,
     ) -> list[Group]:
         """Start the episodes of this process's share of `prompts`; returns that share's groups.
 
         `seed` and the group, counted from `first_group`, make their random numbers; `before` groups have other seeds.
         """
         rank, size = self.processes.rank, self.processes.world_size
-        sampling = self._sampling(params)
+        sampling, played = self._sampling(params), episodes or self.episodes
 
         async def start() -> list[Group]:
             groups = []
             for group, prompt in enumerate(prompts, first_group):
                 if group % size == rank:
-                    tasks = self.episodes.begin(prompt, sampling, number=responses_per_prompt, group=group, seed=seed)
+                    tasks = played.begin(prompt, sampling, number=responses_per_prompt, group=group, seed=seed)
                     groups.append(Group(tasks, before + group, version))
             return groups
 

@@ -53,9 +53,10 @@ from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
 from RL2.run_lock import refuse_if_running
 from RL2.trainer.announce import count
-from RL2.trainer.rl import Example, actor_updates, bad_rows, make_cursor, reader, tasks
+from RL2.trainer.rl import actor_updates, make_cursor
 from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
+from RL2.trainer.tasks import Example, Source, TestTasks, reader, test_tasks, train_tasks
 from RL2.types import Prompt, Sampling
 from RL2.workers.worker import compute_dtype, refuse_no_recomputation
 
@@ -213,40 +214,51 @@ def look_at_tasks(
         longest = min(longest, max_length(tokenizer.name_or_path))
     notes: dict[str, list[str]] = {}
 
-    def load(path: str, example: Example) -> Sequence[Prompt]:
-        if not is_here(path):
+    def load(source: Source, example: Example) -> Sequence[Prompt]:
+        if not is_here(source.path):
             return []
         if tokenizer is None:
-            bad = bad_rows(config, path)
+            bad = source.bad_rows()
             rows = formatted(bad, example)
-            notes[path] = [f"{len(rows)} rows, in the right format", *bad.notes(None), *warn_of_answers(rows)]
+            notes[source.key] = [f"{len(rows)} rows, in the right format", *bad.notes(None), *warn_of_answers(rows)]
             return rows
         said_of_rows: list[str] = []
-        prompts = reader(config, tokenizer, longest, said_of_rows, progress=found.progress)(path, example)
-        notes[path] = [*said_of_rows, *warn_of_answers(prompts)]
+        prompts = reader(config, tokenizer, longest, said_of_rows, progress=found.progress)(source, example)
+        notes[source.key] = [*said_of_rows, *warn_of_answers(prompts)]
         return prompts
 
+    tests: list[TestTasks] = []
     try:
-        prompts, tests = tasks(config, environment, load)
-        given = [largest_token_id(prompts), largest_token_id(tests)]
+        prompts, tests = train_tasks(config, environment, load), test_tasks(config, environment, load)
+        given = [largest_token_id(prompts), *(largest_token_id(each.prompts) for each in tests)]
         if tokenizer is not None:
             given += stop_tokens(readers["actor.model_name"], tokenizer)
         for key, lm in readers.items():
             refuse_unknown_tokens(lm, given, key)
-        for what, path in (("train data", train.path), ("test data", config.test_data.path if config.tests else None)):
-            if what == "test data" and not config.tests:
-                found.say(what, "none")
-            elif is_here(path):
-                found.say(what, describe(path), *notes.get(path or "", []))
+        sources = {"train data": ("train_data", train.path)}
+        sources |= {f"test data {each.name}".strip(): (each.key, each.path) for each in config.test_sets}
+        for what, (key, path) in sources.items():
+            if is_here(path):
+                found.say(what, describe(path), *notes.get(key, []))
             else:
                 found.miss(what, describe(path))
+        if not config.test_sets:
+            found.say("test data", "none")
         found.say("environment", f"{rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode")
-        if prompts and tokenizer is not None:
-            found.say("", *try_environment(config, environment, tokenizer, prompts[0], longest))
-        else:
-            found.unseen.append("step of the environment")
+        tried = {environment: ("rollout.env_path", prompts)}
+        for each in tests:
+            if each.environment not in tried:
+                tried[each.environment] = f"{each.settings.key}.env_path", each.prompts
+        for each_environment, (key, of) in tried.items():
+            if each_environment is not environment:
+                found.say("", f"{key}: {each_environment.path}")
+            if of and tokenizer is not None:
+                found.say("", *try_environment(config, each_environment, key, tokenizer, of[0], longest))
+            else:
+                found.unseen.append("step of the environment")
     finally:
-        environment.close()
+        for each_environment in {environment, *(each.environment for each in tests)}:
+            each_environment.close()
     found.say("engine", rollout.engine)
     found.say("objective", f"{config.actor.objective}, advantages {config.adv.estimator}")
     number = train.prompts_per_rollout * train.responses_per_prompt
@@ -288,7 +300,12 @@ def warn_of_answers(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def try_environment(
-    config: RLConfig, environment: Environment, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, longest: int
+    config: RLConfig,
+    environment: Environment,
+    key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    longest: int,
 ) -> list[str]:
     """One turn with a response that is always the same; says what came of it. Raises UserError if it has no reward."""
     engine = ScriptedEngine(lambda token_ids, sampling: tokenizer.encode(RESPONSE, add_special_tokens=False))
@@ -308,7 +325,7 @@ def try_environment(
     )
     of = f"the first row and the response {RESPONSE!r}"
     if trajectory.unscored is not None:
-        raise UserError(f"rollout.env_path={environment.path}, tried with {of}: {trajectory.unscored}")
+        raise UserError(f"{key}={environment.path}, tried with {of}: {trajectory.unscored}")
     parts = ", ".join(f"{name} {value:g}" for name, value in trajectory.parts.items())
     said = [f"tried with {of}: reward {trajectory.reward:g}" + (f", of {parts}" if parts else "")]
     if idle := sorted(config.reward.weights.keys() - trajectory.parts.keys()):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import RLConfig
+from RL2.config import RLConfig, SamplingParams
 from RL2.objectives.terms import by_token
 from RL2.packing import pack
 from RL2.report import Report
@@ -34,7 +34,8 @@ class Microscope:
     def __init__(self, config: RLConfig, actor: Actor, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
         self.config, self.actor, self.report = config, actor, report
         self.texts = TokenTexts(tokenizer)
-        self.tests: list[Trajectory] = []
+        self.tests: list[tuple[list[Trajectory], SamplingParams]] = []
+        """Trajectories of each test set since the last look, and how they were sampled."""
 
     def look(self, step: int, trajectories: Seq[Trajectory] = (), batch: TokenBatch | None = None) -> None:
         """At what was sampled since the last call, now that the engine is asleep: tests, and at some steps the rollout.
@@ -45,14 +46,16 @@ class Microscope:
         tests, self.tests = self.tests, []
         if trainer.token_stats_freq is None:
             return
-        if tests := [trajectory for trajectory in tests if trajectory.sequences]:
-            self.report.tokens(step, "test", self._of_tests(tests))
+        rows = []
+        for trajectories_of, sampling in tests:
+            if with_tokens := [trajectory for trajectory in trajectories_of if trajectory.sequences]:
+                rows += self._of_tests(with_tokens, sampling)
+        self.report.tokens(step, "test", rows)
         frequencies = [trainer.token_stats_freq, *filter(None, [trainer.replay_freq])]
         if batch is not None and any(step % frequency == 0 for frequency in frequencies):
             self.report.tokens(step, "train", self._of_rollout(trajectories, batch))
 
-    def _of_tests(self, trajectories: list[Trajectory]) -> list[dict[str, Any]]:
-        sampling = self.config.rollout.test_sampling_params
+    def _of_tests(self, trajectories: list[Trajectory], sampling: SamplingParams) -> list[dict[str, Any]]:
         batch = pack(trajectories)
         # the most likely token was taken, of the model's own distribution
         stats = self._stats(batch, sampling.temperature or 1.0)

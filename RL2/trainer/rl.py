@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from RL2.advantages import ADVANTAGES, gae, whitened
 from RL2.config import ConfigError, RLConfig, SGLang, Transport
-from RL2.data.bad_rows import BadRows
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
-from RL2.data.prompts import Prompts, largest_token_id, load_prompts
-from RL2.data.sft import marked, pieces
-from RL2.data.source import Row, with_columns
+from RL2.data.prompts import largest_token_id
 from RL2.engines.base import Engine
 from RL2.engines.embedded.compiled import refuse_no_compiler
 from RL2.engines.embedded.engine import EmbeddedEngine
@@ -29,27 +27,27 @@ from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_un
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack
 from RL2.progress import Progress
-from RL2.report import NUM_SHOWN, Metrics, Report
+from RL2.report import Metrics, Report
 from RL2.rollout.collect import (
     groups,
-    made_up,
     raise_if_all_unscored,
     rollout_metrics,
     staleness,
     unscored_causes,
 )
-from RL2.rollout.environment import Environment, load_environment
+from RL2.rollout.environment import load_environment
 from RL2.rollout.episode import decode
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.rollout.supply import Supply
-from RL2.trainer.announce import of_engine, of_model, of_rollouts
+from RL2.trainer.announce import of_engine, of_model, of_rollouts, of_test
 from RL2.trainer.inputs import of_prompts
 from RL2.trainer.microscope import Microscope
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.scores import Scores
+from RL2.trainer.tasks import TestTasks, first_rows, reader, test_tasks, train_tasks
 from RL2.trainer.watch import Watch
-from RL2.types import Prompt, TokenBatch, Trajectory
+from RL2.types import TokenBatch, Trajectory
 from RL2.workers.actor import Actor, Base, RefActor, Reference
 from RL2.workers.critic import Critic
 from RL2.workers.worker import Worker, compute_dtype
@@ -64,9 +62,11 @@ def train(config: RLConfig, run: Run) -> None:
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
-    prompts, tests = tasks(config, environment, reader(config, tokenizer, longest, notes, run.listing(), run.progress))
+    read = reader(config, tokenizer, longest, notes, run.listing(), progress)
+    prompts, tests = train_tasks(config, environment, read), test_tasks(config, environment, read)
     progress.say(*notes)
-    run.know_rows({"train_data": of_prompts(prompts), "test_data": of_prompts(tests)})
+    tested = {each.settings.key: of_prompts(each.prompts) for each in tests}
+    run.know_rows({"train_data": of_prompts(prompts), "test_data": of_prompts([])} | tested)
     cursor = make_cursor(len(prompts), config)
     num_steps = 0 if trainer.eval_only else number_of_steps(trainer, cursor)
 
@@ -74,7 +74,7 @@ def train(config: RLConfig, run: Run) -> None:
         actor, ref_actor, critic = make_workers(config, run, num_steps)
     workers = {"actor": actor, "ref_actor": ref_actor, "critic": critic}
     progress.say(*(of_model(name, worker) for name, worker in workers.items() if isinstance(worker, Worker)))
-    given = [largest_token_id(prompts), largest_token_id(tests)]
+    given = [largest_token_id(prompts), *(largest_token_id(each.prompts) for each in tests)]
     stop_token_ids = stop_tokens(actor.lm, tokenizer)
     readers = {"actor.model_name": actor.lm}
     readers |= {"ref_actor.model_name": ref_actor.lm} if isinstance(ref_actor, RefActor) else {}
@@ -102,7 +102,7 @@ def train(config: RLConfig, run: Run) -> None:
     report.say(of_rollouts(config, first_step, num_steps))
 
     scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))
-    num_tests = max(1, len(tests) * config.test_data.responses_per_prompt)
+    num_tests = max(1, sum(each.num_responses for each in decisive(tests, config)))
     num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
     watch = Watch(num_tests, trainer.save_dir, report.rows(), num_train, config.reward.weights)
     last_step = first_step if trainer.eval_only else max(first_step, num_steps)
@@ -115,10 +115,7 @@ def train(config: RLConfig, run: Run) -> None:
         metrics: Metrics = {}
         if tests and (step == last_step or run.due(trainer.test_freq, step)):
             if step == first_step:
-                report.say(
-                    f"first test: {len(tests)} prompts x {config.test_data.responses_per_prompt} responses of at most "
-                    f"{config.rollout.test_sampling_params.max_new_tokens} tokens"
-                )
+                report.say(*map(of_test, tests))
             metrics = test(tests, rollouts, config, step, report, microscope)
             if step == first_step:
                 report.say(f"first test: score {metrics['test/score']:.3f}, at {time.strftime('%H:%M:%S')}")
@@ -165,7 +162,8 @@ def train(config: RLConfig, run: Run) -> None:
         report.say(f"step {step}: the test score fell twice in a row, which is where trainer.early_stop ends the run")
     if not trainer.eval_only:
         run.export(actor, tokenizer, critic)
-    environment.close()
+    for each in {environment, *(each.environment for each in tests)}:
+        each.close()
     report.close()
 
 
@@ -257,81 +255,6 @@ def make_engine(
     )
 
 
-Example = Callable[[Row], Row | None] | None
-"""What makes a row of the formats out of a raw one, or None of one that is left out."""
-
-
-def reader(
-    config: RLConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    notes: list[str],
-    listing: Path | None = None,
-    progress: Progress | None = None,
-) -> Callable[[str, Example], Prompts]:
-    """Reads the prompts of a path; what there is to say of them is added to `notes`, skipped rows to `listing`."""
-
-    def read(path: str, example: Example) -> Prompts:
-        bad = bad_rows(config, path)
-        prompts = load_prompts(path, tokenizer, example, longest - 1, bad, progress)
-        first = prompts[0]
-        shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
-        said = [f"{path}: {sizes(prompts)}", f"{path}, row {first.row + 1}: {shown}[[response]]"]
-        notes.extend([*said, *bad.notes(listing)])
-        return prompts
-
-    return read
-
-
-def first_rows(prompts: Seq[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Return the texts of the first prompts that are not made up by the environment, with where a response trains."""
-    shown = [prompt for prompt in prompts[:NUM_SHOWN] if prompt.token_ids]
-    responses = [("[the response]", True)]
-    return [
-        {"name": f"row {p.row + 1}", "pieces": pieces(tokenizer, p.token_ids, [False] * len(p.token_ids)) + responses}
-        for p in shown
-    ]
-
-
-def sizes(prompts: Prompts) -> str:
-    """Return the number of prompts and their lengths in words."""
-    mean, most = prompts.lengths.mean(), prompts.lengths.max()
-    return f"{len(prompts)} rows; prompts of {mean:.0f} tokens in the mean, at most {most}"
-
-
-def bad_rows(config: RLConfig, path: str) -> BadRows:
-    group = "train_data" if path == config.train_data.path else "test_data"
-    on_bad_row = config.train_data.on_bad_row if group == "train_data" else config.test_data.on_bad_row
-    return BadRows(path, skip=on_bad_row == "skip", key=f"{group}.on_bad_row")
-
-
-def tasks(
-    config: RLConfig, environment: Environment, load: Callable[[str, Example], Seq[Prompt]]
-) -> tuple[Seq[Prompt], Seq[Prompt]]:
-    """Return what is trained on and what is tested on: rows by `load`, or tasks that the environment makes up."""
-    train, test, trainer = config.train_data, config.test_data, config.trainer
-
-    def read(path: str | None, number: int, seed: int | None, group: str) -> Seq[Prompt]:
-        if path is not None:
-            columns = train.columns if group == "train_data" else train.columns | test.columns
-            return load(path, with_columns(columns, environment.example))
-        if not environment.has_reset:
-            raise ConfigError(
-                f"{group}.path is not set, and {environment.path} has no `reset` that makes up tasks; "
-                f"pass {group}.path=..."
-            )
-        return made_up(number, seed)
-
-    prompts: Seq[Prompt]
-    if train.path is None and trainer.eval_only:
-        prompts = made_up(train.prompts_per_rollout)  # of which none is played
-    else:
-        prompts = read(train.path, train.prompts_per_rollout, None, "train_data")
-    if trainer.test_freq is None and not trainer.eval_only:
-        return prompts, []
-    return prompts, read(test.path, test.prompts_per_rollout or 0, trainer.seed, "test_data")
-
-
 def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[Trajectory]:
     """The rollout of one step, with replacements of filtered groups; some of it goes to samples.jsonl."""
     number, wanted = config.train_data.responses_per_prompt, config.train_data.prompts_per_rollout
@@ -354,23 +277,56 @@ def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[
 
 
 def test(
-    tests: Seq[Prompt], rollouts: Rollouts, config: RLConfig, step: int, report: Report, microscope: Microscope
+    tests: list[TestTasks], rollouts: Rollouts, config: RLConfig, step: int, report: Report, microscope: Microscope
 ) -> Metrics:
-    """Metrics of the present weights on the test set. The seed is the same at every step: only the weights differ."""
-    number, wave = config.test_data.responses_per_prompt, config.test_data.prompts_per_rollout or len(tests)
-    params = config.rollout.test_sampling_params
+    """Return metrics of the present weights on every test set, among them `test/score`.
+
+    The seed is the same at every step: only the weights differ.
+    """
+    metrics: Metrics = {}
+    before = 0
+    for each in tests:
+        settings = each.settings
+        trajectories = test_one(each, rollouts, config, step, report, before)
+        raise_if_all_unscored(trajectories, f" of {settings.key}" if settings.name else "")
+        say_of_metrics(trajectories, step, report)
+        metrics |= rollout_metrics(trajectories, settings.prefix)
+        before += len(each.prompts)
+        shown = trajectories[: config.trainer.samples_per_step]
+        report.samples(step, "test", shown, settings.name)
+        microscope.tests.append((shown, settings.sampling))
+    score = fmean(metrics[f"{each.settings.prefix}/score"] for each in decisive(tests, config)) if tests else 0.0
+    return metrics | {"test/score": score}
+
+
+def test_one(
+    each: TestTasks, rollouts: Rollouts, config: RLConfig, step: int, report: Report, before: int
+) -> list[Trajectory]:
+    """Return the trajectories of one test set; their groups are numbered behind the `before` groups of other sets."""
+    settings, prompts = each.settings, each.prompts
+    wave = settings.prompts_per_rollout or len(prompts)
+    episodes = replace(rollouts.episodes, environment=each.environment, max_turns=settings.max_turns)
     trajectories: list[Trajectory] = []
-    with report.progress.phase(f"test before step {step}", len(tests) * number, "responses") as phase:
-        for start in range(0, len(tests), wave):
-            trajectories += rollouts.collect(
-                tests[start : start + wave], params, number, config.trainer.seed + start, phase.update
+    what = f"test {settings.name} before step {step}" if settings.name else f"test before step {step}"
+    with report.progress.phase(what, each.num_responses, "responses") as phase:
+        for start in range(0, len(prompts), wave):
+            of_wave = rollouts.collect(
+                prompts[start : start + wave],
+                settings.sampling,
+                settings.responses_per_prompt,
+                config.trainer.seed + start,
+                phase.update,
+                episodes,
             )
-    raise_if_all_unscored(trajectories)
-    say_of_metrics(trajectories, step, report)
-    shown = trajectories[: config.trainer.samples_per_step]
-    report.samples(step, "test", shown)
-    microscope.tests = shown
-    return rollout_metrics(trajectories, "test")
+            trajectories += [replace(trajectory, group=before + start + trajectory.group) for trajectory in of_wave]
+    return trajectories
+
+
+def decisive(tests: list[TestTasks], config: RLConfig) -> list[TestTasks]:
+    """Return the sets whose mean score is `test/score`: `test_data` itself, else the one that is named, else all."""
+    if config.test_data.has_own:
+        return tests[:1]
+    return [each for each in tests if config.test_data.best_by in (None, each.settings.name)]
 
 
 def say_of_metrics(trajectories: Seq[Trajectory], step: int, report: Report) -> None:

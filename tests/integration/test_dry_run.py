@@ -84,6 +84,31 @@ def test_a_weight_without_a_part_is_named(dry_run: DryRun, tmp_path: Path) -> No
     assert "weighs no part of this reward; it is a number" in dry_run("spo", *weights)
 
 
+def test_every_test_set_is_looked_at(dry_run: DryRun, world: World, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text(
+        "async def step(state, action, extra_info):\n"
+        "    return {'next_state': None, 'reward': 0.25, 'score': 1, 'done': True, 'extra_info': extra_info}\n"
+    )
+    rows = tmp_path / "few.jsonl"
+    rows.write_text('{"prompt": "1?"}\n' * 3)
+    sets = (
+        *("trainer.test_freq=1", f"test_data.path={world.root}/rl.jsonl"),
+        *(f"test_data.sets.few.path={rows}", f"test_data.sets.few.env_path={tmp_path}/other.py"),
+    )
+    said = dry_run("spo", *sets)
+    assert f"test data {world.root}/rl.jsonl: jsonl file" in said
+    assert f"test data few {rows}: jsonl file" in said
+    assert "3 rows; prompts of" in said
+    assert f"test_data.sets.few.env_path: {tmp_path}/other.py tried with the first row" in said
+    assert "reward 0.25" in said
+    for key, value in (("path", "missing.jsonl"), ("env_path", "missing.py")):
+        with pytest.raises(SystemExit, match=f"test_data.sets.few.{key}={value}: there is no such file"):
+            dry_run("spo", *sets, f"test_data.sets.few.{key}={value}")
+    (tmp_path / "other.py").write_text("async def step(state, action, extra_info):\n    return 1\n")
+    with pytest.raises(SystemExit, match=r"test_data\.sets\.few\.env_path=.*step returned a int; expected a dict"):
+        dry_run("spo", *sets)
+
+
 def test_an_answer_in_the_prompt_is_named(dry_run: DryRun, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": "7+7=", "extra_info": {"answer": "14"}}

@@ -17,7 +17,9 @@ from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.filters import with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.rollout.supply import Supply
-from RL2.trainer.rl import sample, tasks
+from RL2.trainer import tasks
+from RL2.trainer.rl import sample
+from RL2.trainer.tasks import Example, Source, train_tasks
 from RL2.types import Prompt, Sampling
 
 EASY = 4
@@ -109,8 +111,8 @@ def test_dropped_groups_are_replaced_by_further_rows(
     assert len(signal) == 2 * kept
 
 
-def no_rows(path: str) -> list[Prompt]:
-    raise AssertionError(f"{path}: there is nothing to read")
+def no_rows(source: Source, example: Example) -> list[Prompt]:
+    raise AssertionError(f"{source.path}: there is nothing to read")
 
 
 def test_tasks_that_reset_makes_up(folder: Path) -> None:
@@ -118,13 +120,13 @@ def test_tasks_that_reset_makes_up(folder: Path) -> None:
         "train_data.path=null", "trainer.max_steps=2", "trainer.test_freq=1", "test_data.prompts_per_rollout=3"
     )
     environment = load_environment(folder / "reset.py", 5)
-    prompts, tests = tasks(settings, environment, no_rows)
-    assert [p.row for p in prompts] == [0, 1, 2, 3]
-    assert [p.row for p in tests] == [0, 1, 2]
-    assert len({p.extra_info["seed"] for p in tests}) == 3
+    assert [p.row for p in train_tasks(settings, environment, no_rows)] == [0, 1, 2, 3]
+    (tests,) = tasks.test_tasks(settings, environment, no_rows)
+    assert [p.row for p in tests.prompts] == [0, 1, 2]
+    assert len({p.extra_info["seed"] for p in tests.prompts}) == 3
     environment.close()
 
     environment = load_environment(folder / "env.py", 5)
     with pytest.raises(ConfigError, match=r"train_data.path is not set, and .*env.py has no `reset`"):
-        tasks(settings, environment, no_rows)
+        train_tasks(settings, environment, no_rows)
     environment.close()

@@ -1,0 +1,146 @@
+"""Rows and made-up tasks that reinforcement learning trains and tests on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from RL2.config import ConfigError, RLConfig, TestSettings
+from RL2.data.bad_rows import BadRows
+from RL2.data.prompts import Prompts, load_prompts
+from RL2.data.sft import marked, pieces
+from RL2.data.source import Row, with_columns
+from RL2.progress import Progress
+from RL2.report import NUM_SHOWN
+from RL2.rollout.collect import made_up
+from RL2.rollout.environment import Environment, load_environment
+from RL2.types import Prompt
+
+Example = Callable[[Row], Row | None] | None
+"""What makes a row of the formats out of a raw one, or None of one that is left out."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or data set of rows, and what the configuration says of it."""
+
+    path: str
+    key: str
+    """Group of its settings: `train_data`, `test_data` or `test_data.sets.NAME`."""
+    on_bad_row: Literal["stop", "skip"]
+
+    def bad_rows(self) -> BadRows:
+        return BadRows(self.path, skip=self.on_bad_row == "skip", key=f"{self.key}.on_bad_row")
+
+
+Load = Callable[[Source, Example], Seq[Prompt]]
+
+
+@dataclass(frozen=True)
+class TestTasks:
+    """A test set, with what is played on it."""
+
+    settings: TestSettings
+    environment: Environment
+    prompts: Seq[Prompt]
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.prompts) * self.settings.responses_per_prompt
+
+
+def reader(
+    config: RLConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    notes: list[str],
+    listing: Path | None = None,
+    progress: Progress | None = None,
+) -> Callable[[Source, Example], Prompts]:
+    """Return what reads the prompts of a source; what there is to say of them is added to `notes`.
+
+    Skipped rows go to `listing`. `longest` is the limit of a sequence in tokens.
+    """
+
+    def read(source: Source, example: Example) -> Prompts:
+        bad = source.bad_rows()
+        prompts = load_prompts(source.path, tokenizer, example, longest - 1, bad, progress)
+        first = prompts[0]
+        shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
+        said = [f"{source.path}: {sizes(prompts)}", f"{source.path}, row {first.row + 1}: {shown}[[response]]"]
+        notes.extend([*said, *bad.notes(listing)])
+        return prompts
+
+    return read
+
+
+def sizes(prompts: Prompts) -> str:
+    """Return the number of prompts and their lengths in words."""
+    mean, most = prompts.lengths.mean(), prompts.lengths.max()
+    return f"{len(prompts)} rows; prompts of {mean:.0f} tokens in the mean, at most {most}"
+
+
+def first_rows(prompts: Seq[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Return the texts of the first prompts that are not made up by the environment, with where a response trains."""
+    shown = [prompt for prompt in prompts[:NUM_SHOWN] if prompt.token_ids]
+    responses = [("[the response]", True)]
+    return [
+        {"name": f"row {p.row + 1}", "pieces": pieces(tokenizer, p.token_ids, [False] * len(p.token_ids)) + responses}
+        for p in shown
+    ]
+
+
+def train_tasks(config: RLConfig, environment: Environment, load: Load) -> Seq[Prompt]:
+    """Return what is trained on: rows by `load`, or tasks that the environment makes up."""
+    data = config.train_data
+    if data.path is None and config.trainer.eval_only:
+        return made_up(data.prompts_per_rollout)  # of which none is played
+    source = data.path and Source(data.path, "train_data", data.on_bad_row)
+    return _tasks(source or "train_data", data.columns, environment, load, data.prompts_per_rollout)
+
+
+def test_tasks(config: RLConfig, environment: Environment, load: Load) -> list[TestTasks]:
+    """Return what is tested on, set by set; nothing in a run without tests.
+
+    `environment` is that of `rollout.env_path`; sets with the same script share it.
+    """
+    if config.trainer.test_freq is None and not config.trainer.eval_only:
+        return []
+    environments = {config.rollout.env_path: environment}
+    found = []
+    for each in config.test_sets:
+        if each.env_path not in environments:
+            environments[each.env_path] = load_environment(
+                each.env_path, config.rollout.env_timeout_s, config.reward.weights
+            )
+        own = environments[each.env_path]
+        source = each.path and Source(each.path, each.key, each.on_bad_row)
+        prompts = _tasks(
+            source or each.key, each.columns, own, load, each.prompts_per_rollout or 0, config.trainer.seed
+        )
+        found.append(TestTasks(each, own, prompts))
+    return found
+
+
+def _tasks(
+    source: Source | str,
+    columns: dict[str, Any],
+    environment: Environment,
+    load: Load,
+    number: int,
+    seed: int | None = None,
+) -> Seq[Prompt]:
+    """Return the rows of a source or, where only the key of one is given, `number` tasks that `reset` makes up."""
+    if isinstance(source, Source):
+        return load(source, with_columns(columns, environment.example))
+    if not environment.has_reset:
+        raise ConfigError(
+            f"{source}.path is not set, and {environment.path} has no `reset` that makes up tasks; "
+            f"pass {source}.path=..."
+        )
+    return made_up(number, seed)
