@@ -44,9 +44,39 @@ def reinforce(
     if std_over == "rollout":
         compared_N = torch.zeros_like(compared_N)
         deviation_N = _less_the_mean(reward_N, size_N, compared_N)
-    count_N = torch.bincount(compared_N)[compared_N]
-    variance_N = _group_mean(deviation_N.square(), compared_N) * count_N / (count_N - 1).clamp(min=1)
-    return _on_actions(batch, (advantage_N / (variance_N.sqrt() + 1e-6))[number_B])
+    return _on_actions(batch, (advantage_N / (_std(deviation_N, compared_N) + 1e-6))[number_B])
+
+
+def gdpo(batch: TokenBatch, *, part_NP: Tensor, weight_P: Tensor, group_size: int | None = None) -> Tensor:
+    """Return the advantage of each trajectory, normalised part by part of its reward, on each of its action tokens.
+
+    GDPO, group reward-decoupled normalization (arXiv 2601.05242): `decoupled`, divided by its deviation over the whole
+    rollout (equation 6), n - 1 in its denominator, plus 1e-6. Its mean there, which equation 6 takes off, is 0, as it
+    is in every group.
+
+    `part_NP`: float64, the parts of each trajectory, in the order of `trajectory_B`. `group_size` is that of
+    `reinforce`.
+    """
+    _, group_N, number_B = _trajectories(batch)
+    assert len(part_NP) == len(group_N), "every trajectory has a sequence"
+    sum_N = decoupled(part_NP, weight_P, _compared(group_N, group_size))
+    return _on_actions(batch, (sum_N / (_std(sum_N, torch.zeros_like(group_N)) + 1e-6))[number_B])
+
+
+def decoupled(part_NP: Tensor, weight_P: Tensor, group_N: Tensor) -> Tensor:
+    """Return the weighted sum of the parts, each minus the mean of its group and divided by its deviation there, [N].
+
+    Equations 4, 5 and 7 of GDPO (arXiv 2601.05242), in float64. `group_N` numbers the groups from 0. Deviations have
+    n - 1 in the denominator. The scale of a part does not matter. The sum is exactly 0 where the parts are equal in a
+    group, or cancel.
+    """
+    sum_N, size_N = part_NP.new_zeros(len(group_N)), part_NP.new_zeros(len(group_N))
+    for value_N, weight in zip(part_NP.unbind(1), weight_P, strict=True):
+        advantage_N = _less_the_mean(value_N, value_N.abs(), group_N)
+        std_N = _std(advantage_N, group_N)
+        term_N = weight * torch.where(std_N > 0, advantage_N / std_N, 0.0)
+        sum_N, size_N = sum_N + term_N, size_N + term_N.abs()
+    return sum_N.masked_fill(sum_N.abs() <= ROUNDING * size_N, 0.0)
 
 
 def rloo(batch: TokenBatch, *, group_size: int | None = None) -> Tensor:
@@ -116,7 +146,7 @@ def spo(batch: TokenBatch) -> Tensor:
     return _on_actions(batch, reward_N[number_B])
 
 
-ADVANTAGES: dict[str, Callable[..., Tensor]] = {"reinforce": reinforce, "rloo": rloo, "spo": spo}
+ADVANTAGES: dict[str, Callable[..., Tensor]] = {"reinforce": reinforce, "gdpo": gdpo, "rloo": rloo, "spo": spo}
 
 
 def reward_of_sequences(batch: TokenBatch) -> Tensor:
@@ -155,6 +185,13 @@ def _less_the_mean(reward_N: Tensor, size_N: Tensor, group_N: Tensor) -> Tensor:
     largest = size_N.new_zeros(int(group_N.max()) + 1).scatter_reduce_(0, group_N, size_N, "amax")
     advantage_N = reward_N - _group_mean(reward_N, group_N)
     return advantage_N.masked_fill(advantage_N.abs() <= ROUNDING * largest[group_N], 0.0)
+
+
+def _std(deviation_N: Tensor, group_N: Tensor) -> Tensor:
+    """Return the standard deviation of each trajectory's group, given the deviations from its mean, [N]."""
+    count_N = torch.bincount(group_N)[group_N]
+    variance_N = _group_mean(deviation_N.square(), group_N) * count_N / (count_N - 1).clamp(min=1)
+    return variance_N.sqrt()
 
 
 def _group_mean(x_N: Tensor, group_N: Tensor) -> Tensor:

@@ -752,9 +752,10 @@ def check_weights(weights: dict[str, Any], key: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage:
-    estimator: Literal["reinforce", "rloo", "spo", "gae"]
-    """reinforce: reward minus the group's mean (Dr. GRPO). rloo: minus the mean of the group's others. spo: the reward
-    itself. gae: what lies ahead minus what the critic expected (PPO)."""
+    estimator: Literal["reinforce", "gdpo", "rloo", "spo", "gae"]
+    """reinforce: reward minus the group's mean (Dr. GRPO). gdpo: the parts of the reward, each normalised within the
+    group, weighted, summed, and normalised over the rollout (GDPO, arXiv 2601.05242). rloo: reward minus the mean of
+    the group's others. spo: the reward itself. gae: what lies ahead minus what the critic expected (PPO)."""
     gamma: Share
     """gae: what a reward is worth one token earlier."""
     lamda: Share
@@ -771,7 +772,8 @@ class Advantage:
     overlong_buffer: Index
     """Over its last so many tokens before max_new_tokens a response pays for its length, linearly (DAPO); 0: never."""
     overlong_penalty: PositiveFloat
-    """What a response of max_new_tokens pays, off its reward as the advantage sees it."""
+    """What a response of max_new_tokens pays, off its reward as the advantage sees it. gdpo: weight of this penalty,
+    which is a part of its own there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -942,6 +944,11 @@ class RLConfig:
                 f"adv.norm_var and adv.global_norm have no effect with adv.estimator={self.adv.estimator}"
             )
         _check_deviation(self.adv, self.train_data)
+        if self.adv.estimator == "gdpo" and actor.kl.coef > 0 and actor.kl.type == "reward":
+            raise ConfigError(
+                "actor.kl.type=reward with adv.estimator=gdpo: parts of a reward are normalised one by one, and a KL "
+                "divergence is none of them; set actor.kl.type=advantage or loss"
+            )
         if self.adv.estimator != "gae":
             for key, value, idle in (
                 ("adv.gamma", self.adv.gamma, 1),
@@ -979,7 +986,10 @@ class RLConfig:
         if actor.select.on_policy and not rollout.max_staleness:
             raise ConfigError("actor.select.on_policy has no effect with rollout.max_staleness=0: all tokens are")
         data = self.train_data
-        if self.adv.estimator in ("reinforce", "rloo") and data.prompts_per_rollout * data.responses_per_prompt == 1:
+        if (
+            self.adv.estimator in ("reinforce", "gdpo", "rloo")
+            and data.prompts_per_rollout * data.responses_per_prompt == 1
+        ):
             raise ConfigError(
                 f"adv.estimator={self.adv.estimator} compares a response with others, and there is one a step; raise "
                 "train_data.responses_per_prompt or train_data.prompts_per_rollout"

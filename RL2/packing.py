@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Literal
 
@@ -72,6 +73,17 @@ def pack_arrays(
         group_B=torch.tensor(group_B),
         engine_logp_T=torch.zeros_like(reward_T),
     )
+
+
+def part_rewards(trajectories: Seq[Trajectory], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+    """Return the parts of the reward of each trajectory, float64 [N, P], and their weights [P].
+
+    A trajectory that lacks a part of another one has 0 of it, as in the sum of its parts.
+    """
+    names = sorted({name for trajectory in trajectories for name in trajectory.by_part})
+    rows = [[trajectory.by_part.get(name, 0.0) for name in names] for trajectory in trajectories]
+    weight_P = torch.tensor([weights.get(name, 1.0) for name in names], dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(trajectories), len(names)), weight_P
 
 
 def pack_tokens(sequences: Seq[list[int]]) -> TokenBatch:

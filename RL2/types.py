@@ -124,6 +124,11 @@ class Trajectory:
         return self.weighted if self.parts and by_token else by_token
 
     @property
+    def by_part(self) -> dict[str, float]:
+        """Return `parts` or, without any, the reward as one part without a name."""
+        return self.parts or {"": self.reward}
+
+    @property
     def num_tokens(self) -> int:
         """Sampled tokens."""
         return sum(sum(sequence.action_mask) for sequence in self.sequences)

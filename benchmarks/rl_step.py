@@ -191,7 +191,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
         )
         metrics = rollout_metrics(trajectories, "train")
         rollout_s = time.perf_counter() - turns.begun
-        batch = judge(pack(trainable(trajectories, config.rollout)), config, actor, None)
+        batch = judge(pack(trainable(trajectories, config)), config, actor, None)
         metrics |= actor.update(batch)
         answer(turns, rollout_s, tokens=metrics["actor/tokens"], reward=metrics["train/reward"])
         step += 1

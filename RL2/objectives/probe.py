@@ -98,8 +98,8 @@ def terms(actor: Actor) -> Iterator[tuple[str, Actor]]:
 
 def advantage_settings(config: RLConfig) -> Iterator[str]:
     """Settings that only advantages see."""
-    if config.adv.estimator == "gae":
-        yield "adv.estimator=gae"
+    if config.adv.estimator in ("gae", "gdpo"):
+        yield f"adv.estimator={config.adv.estimator}"
     if config.adv.global_norm:
         yield "adv.global_norm=true"
     if config.adv.norm_var:

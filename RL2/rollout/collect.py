@@ -11,9 +11,13 @@ from functools import cached_property, partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+import torch
+
+from RL2.advantages import decoupled
 from RL2.config import UserError
 from RL2.data.template import Template
 from RL2.engines.base import Engine
+from RL2.packing import part_rewards
 from RL2.rollout.environment import Environment
 from RL2.rollout.episode import request_seed, run_episode
 from RL2.types import ROUNDING, Prompt, Sampling, Trajectory
@@ -153,6 +157,19 @@ def drop_equal_groups(trajectories: Seq[Trajectory]) -> list[Trajectory]:
         rewards[trajectory.group].append(trajectory.reward)
     unequal = {group for group, of in rewards.items() if max(of) - min(of) > ROUNDING * max(map(abs, of))}
     return [trajectory for trajectory in trajectories if trajectory.group in unequal]
+
+
+def drop_groups_of_equal_parts(trajectories: Seq[Trajectory], weights: Mapping[str, float]) -> list[Trajectory]:
+    """Return those of groups where GDPO's advantages are not all 0; `trajectories` are scored.
+
+    Parts of the rewards may differ where their sums are equal, and cancel where these differ.
+    """
+    if not trajectories:
+        return []
+    group_N = torch.tensor([trajectory.group for trajectory in trajectories]).unique(return_inverse=True)[1]
+    sum_N = decoupled(*part_rewards(trajectories, weights), group_N)
+    kept = {trajectory.group for trajectory, value in zip(trajectories, sum_N.tolist(), strict=True) if value}
+    return [trajectory for trajectory in trajectories if trajectory.group in kept]
 
 
 def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, float]:

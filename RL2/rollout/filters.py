@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence as Seq
 
-from RL2.config import Rollout
-from RL2.rollout.collect import NothingScored, drop_equal_groups, groups, scored
+from RL2.config import RLConfig
+from RL2.rollout.collect import NothingScored, drop_equal_groups, drop_groups_of_equal_parts, groups, scored
 from RL2.types import Trajectory
 
 
-def usable(trajectories: Seq[Trajectory], config: Rollout) -> list[Trajectory]:
+def usable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
     """Those whose reward says something: scored and, with overlong filtering, whole."""
-    return [t for t in scored(trajectories) if not (t.truncated and config.overlong_filtering)]
+    return [t for t in scored(trajectories) if not (t.truncated and config.rollout.overlong_filtering)]
 
 
-def with_signal(trajectories: Seq[Trajectory], config: Rollout) -> list[Trajectory]:
-    """Of these, with dynamic filtering, the groups whose rewards differ."""
+def with_signal(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
+    """Return those of groups whose rewards differ, with dynamic filtering: for GDPO in their parts."""
     kept = usable(trajectories, config)
-    return drop_equal_groups(kept) if config.dynamic_filtering else kept
+    if not config.rollout.dynamic_filtering:
+        return kept
+    if config.adv.estimator == "gdpo":
+        return drop_groups_of_equal_parts(kept, config.reward.weights)
+    return drop_equal_groups(kept)
 
 
 def success_rates(trajectories: Seq[Trajectory]) -> dict[int, float]:
@@ -29,7 +33,7 @@ def success_rates(trajectories: Seq[Trajectory]) -> dict[int, float]:
     return {row: sum(reward > 0 for reward in of_row) / len(of_row) for row, of_row in rewards.items()}
 
 
-def trainable(trajectories: Seq[Trajectory], config: Rollout) -> list[Trajectory]:
+def trainable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
     """What trains: the groups with a signal; if there are none, rather a step without signal than none."""
     if not (kept := usable(trajectories, config)):
         raise NothingScored(
@@ -40,8 +44,8 @@ def trainable(trajectories: Seq[Trajectory], config: Rollout) -> list[Trajectory
     return with_signal(kept, config) or kept
 
 
-def filter_metrics(trajectories: Seq[Trajectory], config: Rollout) -> dict[str, float]:
+def filter_metrics(trajectories: Seq[Trajectory], config: RLConfig) -> dict[str, float]:
     """With dynamic filtering, the share of the sampled groups that it dropped."""
-    if not config.dynamic_filtering:
+    if not config.rollout.dynamic_filtering:
         return {}
     return {"train/filtered": 1 - len(groups(with_signal(trajectories, config))) / len(groups(trajectories))}

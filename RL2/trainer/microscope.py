@@ -67,7 +67,7 @@ class Microscope:
         """Those of the first trajectories that train."""
         actor, sampling = self.actor, self.config.rollout.train_sampling_params
         shown = {id(trajectory) for trajectory in trajectories[: self.config.trainer.samples_per_step]}
-        trained = trainable(trajectories, self.config.rollout)
+        trained = trainable(trajectories, self.config)
         rows = []
         for ids, minibatch in actor.minibatches(batch):
             chosen = [i for i, b in enumerate(ids) if id(trained[int(batch.trajectory_B[b])]) in shown]

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from RL2.advantages import ADVANTAGES, gae, whitened
 from RL2.config import ConfigError, RLConfig, SGLang, Transport
@@ -25,7 +26,7 @@ from RL2.engines.sglang import kind as sglang
 from RL2.engines.vllm import kind as vllm
 from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.objectives.terms import kl_estimate, overlong_penalty
-from RL2.packing import pack
+from RL2.packing import pack, part_rewards
 from RL2.progress import Progress
 from RL2.report import Metrics, Report
 from RL2.rollout.collect import (
@@ -127,16 +128,17 @@ def train(config: RLConfig, run: Run) -> None:
             break
 
         trajectories = sample(supply, config, step, report)
-        metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config.rollout)
+        metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config)
         metrics |= cursor.metrics() | engine.metrics() | staleness(trajectories, step, config.rollout.max_staleness)
         if not config.rollout.runs_beside_training:
             engine.sleep()
         clock.lap("rollout")
 
-        batch = pack(trainable(trajectories, config.rollout), step)
+        trained = trainable(trajectories, config)
+        batch = pack(trained, step)
         for key, lm in readers.items():
             refuse_unknown_tokens(lm, [batch.largest_token_id], key)
-        batch = judge(batch, config, actor, ref_actor, critic, progress)
+        batch = judge(batch, config, actor, ref_actor, critic, progress, trajectories=trained)
         microscope.look(step, trajectories, batch)
         if run.due(trainer.replay_freq, step):
             run.keep_for_replay(step, batch, actor, tokenizer)
@@ -262,7 +264,7 @@ def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[
         trajectories = supply.rollout(step, phase.update)
     for _ in range(1, config.rollout.dynamic_filtering_rounds):
         # equal on all processes, as all have all trajectories
-        missing = wanted - len(groups(with_signal(trajectories, config.rollout)))
+        missing = wanted - len(groups(with_signal(trajectories, config)))
         if not missing:
             break
         with report.progress.phase(f"more rollouts of step {step}", missing * number, "responses") as phase:
@@ -343,8 +345,13 @@ def judge(
     ref_actor: Reference | None,
     critic: Critic | None = None,
     progress: Progress | None = None,
+    *,
+    trajectories: Seq[Trajectory] = (),
 ) -> TokenBatch:
-    """The rollout with what the update reads beside it: old and reference log-probabilities, values, advantages."""
+    """The rollout with what the update reads beside it: old and reference log-probabilities, values, advantages.
+
+    `trajectories` are those that were packed into `batch`.
+    """
     progress, number = progress or Progress(speaks=False), batch.num_sequences
     kl, adv, select = config.actor.kl, config.adv, config.actor.select
     kl_in_advantage = ref_actor is not None and kl.type != "loss"
@@ -363,19 +370,16 @@ def judge(
         cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.used_estimator) * batch.action_T
     if kl.type == "reward":
         reward_T, cost_T = reward_T - cost_T, torch.zeros_like(cost_T)
-    if adv.overlong_buffer:
-        reward_T = reward_T - overlong_penalty(
-            batch,
-            max_new_tokens=config.rollout.train_sampling_params.max_new_tokens,
-            buffer=adv.overlong_buffer,
-            penalty=adv.overlong_penalty,
-        )
     knobs: dict[str, Any] = {}
+    if adv.estimator == "gdpo":
+        knobs |= gdpo_parts(batch, trajectories, config)
+    elif adv.overlong_buffer:
+        reward_T = reward_T - overlong(batch, config, adv.overlong_penalty)
     if adv.estimator in ("reinforce", "gae"):
         knobs |= {"global_norm": adv.global_norm, "norm_var": adv.norm_var}
     if adv.estimator == "reinforce":
         knobs |= {"std_over": adv.std_over}
-    if adv.estimator in ("reinforce", "rloo"):
+    if adv.estimator in ("reinforce", "gdpo", "rloo"):
         knobs |= {"group_size": config.train_data.responses_per_prompt}
     if critic is None:
         advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
@@ -386,6 +390,23 @@ def judge(
         batch = batch.with_(value_T=value_T, return_T=ahead_T + value_T)
         advantage_T = whitened(batch, ahead_T, **knobs)
     return batch.with_(advantage_T=advantage_T - cost_T)
+
+
+def gdpo_parts(batch: TokenBatch, trajectories: Seq[Trajectory], config: RLConfig) -> dict[str, Tensor]:
+    """Return the parts of the rewards and their weights; a penalty for length is one more part, with its own weight."""
+    part_NP, weight_P = part_rewards(trajectories, config.reward.weights)
+    if config.adv.overlong_buffer:
+        cost_T = overlong(batch, config, penalty=1.0).double()
+        cost_N = part_NP.new_zeros(len(trajectories)).index_add_(0, batch.trajectory_B[batch.sequence_T], cost_T)
+        part_NP = torch.cat([part_NP, cost_N[:, None]], 1)
+        weight_P = torch.cat([weight_P, weight_P.new_tensor([-config.adv.overlong_penalty])])
+    return {"part_NP": part_NP, "weight_P": weight_P}
+
+
+def overlong(batch: TokenBatch, config: RLConfig, penalty: float) -> Tensor:
+    """Return what each response pays for its length, at its last token, [T]."""
+    limit = config.rollout.train_sampling_params.max_new_tokens
+    return overlong_penalty(batch, max_new_tokens=limit, buffer=config.adv.overlong_buffer, penalty=penalty)
 
 
 class Clock:

@@ -25,7 +25,8 @@ def run(world: World) -> Run:
     settings = (
         f"rollout.env_path={script}",
         *(f"reward.weights.{name}={weight}" for name, weight in WEIGHTS.items() if name != "digit"),
-        *("trainer.max_steps=1", "trainer.test_freq=1", "rollout.dynamic_filtering=true"),
+        *("trainer.max_steps=1", "trainer.test_freq=1", "adv.estimator=gdpo"),
+        "rollout.dynamic_filtering=true",
         *(f"test_data.sets.few.path={few}", "test_data.sets.few.responses_per_prompt=2"),
         *("test_data.sets.few.sampling.temperature=1", f"test_data.sets.whole.path={world.root}/rl.jsonl"),
         *(world.reward("len(action) % 2").replace("rollout.", "test_data.sets.whole."), "test_data.best_by=whole"),

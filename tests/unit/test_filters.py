@@ -106,7 +106,7 @@ def test_dropped_groups_are_replaced_by_further_rows(
     assert rows == expected.next(cursor.drawn)
     assert [t.group for t in trajectories] == [n // 2 for n in range(2 * len(rows))]
     assert len(rows) <= limit
-    signal = with_signal(trajectories, settings.rollout)
+    signal = with_signal(trajectories, settings)
     assert [t.row for t in signal if t.sample == 0] == [row for row in rows if row < EASY]
     assert len(signal) == 2 * kept
 

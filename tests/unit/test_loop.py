@@ -61,23 +61,23 @@ def test_what_may_train() -> None:
     equal, mixed = [trajectory(0, 1.0), trajectory(0, 1.0)], [trajectory(1, 0.0), trajectory(1, 1.0)]
     failed = trajectory(1, 0.0, unscored="time-out")
     everything = [*equal, *mixed, failed]
-    assert trainable(everything, config().rollout) == [*equal, *mixed]
-    filtering = config("rollout.dynamic_filtering=true").rollout
+    assert trainable(everything, config()) == [*equal, *mixed]
+    filtering = config("rollout.dynamic_filtering=true")
     assert trainable(everything, filtering) == mixed
     assert trainable(equal, filtering) == equal  # rather a step without signal than none
     assert filter_metrics(everything, filtering) == {"train/filtered": 0.5}
-    assert filter_metrics(everything, config().rollout) == {}
+    assert filter_metrics(everything, config()) == {}
 
 
 def test_truncated_trajectories_are_left_out_on_request() -> None:
     whole, cut = trajectory(0, 1.0), replace(trajectory(0, 0.0), truncated=True)
-    assert trainable([whole, cut], config().rollout) == [whole, cut]
-    filtering = config("rollout.overlong_filtering=true").rollout
+    assert trainable([whole, cut], config()) == [whole, cut]
+    filtering = config("rollout.overlong_filtering=true")
     assert trainable([whole, cut], filtering) == [whole]
     with pytest.raises(NothingScored, match="overlong_filtering=true leaves none to train on"):
         trainable([cut], filtering)
     # a group whose rewards differ only in what was cut says nothing
-    both = config("rollout.overlong_filtering=true", "rollout.dynamic_filtering=true").rollout
+    both = config("rollout.overlong_filtering=true", "rollout.dynamic_filtering=true")
     assert trainable([whole, whole, cut, (other := trajectory(1, 0.0)), (best := trajectory(1, 1.0))], both) == [
         other,
         best,
