@@ -323,7 +323,7 @@ async def _values(environment: Environment, prompt: str, response: str, info: di
         result = await environment.step(prompt, response, dict(info))
     except Unscored as error:
         return f"{UNSCORED}{error.cause}"
-    return result.parts or {WHOLE: result.reward}
+    return result.parts or {WHOLE: result.total}
 
 
 def _shown(values: Values) -> str:

@@ -104,7 +104,7 @@ class Environment:
     ) -> StepResult:
         """Raises `Unscored` where there is no reward to be had; never takes that for a reward of 0."""
         result = await self._call("step", _told(self._step, sampling), state, action, extra_info)
-        return checked(result, self.weights)
+        return checked(result, self.weights, len(action))
 
     def close(self) -> None:
         """Stop the script's thread. One that does not stop within a second is left to the end of the process."""

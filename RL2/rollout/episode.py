@@ -6,7 +6,9 @@ import copy
 import hashlib
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,9 @@ from RL2.data.source import DataError
 from RL2.data.template import Chat, Template
 from RL2.engines.base import Engine
 from RL2.rollout.environment import Environment
-from RL2.rollout.step_result import State, Unscored
-from RL2.types import Prompt, Sampling, Sequence, Trajectory
+from RL2.rollout.spans import last_tokens
+from RL2.rollout.step_result import State, StepResult, Unscored
+from RL2.types import Prompt, Sampling, Sequence, Trajectory, summed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +93,7 @@ async def run_episode(
             action = decode(tokenizer, sampled)
             trajectory.texts += [state, action]
             result = await environment.step(state, action, extra_info, request)
-            sequence.rewards[-1] = result.reward
+            _pay(sequence, len(completion.token_ids), result, partial(decode, tokenizer), sampled)
             trajectory.score += result.score
             for found, values in ((parts, result.parts), (metrics, result.metrics)):
                 for name, value in values.items():
@@ -136,6 +139,22 @@ def _append(
     sequence.versions += [-1] * len(token_ids) if versions is None else versions
     assert len(sequence.logps) == len(sequence.token_ids), "an engine gives each token its log-probability"
     assert len(sequence.versions) == len(sequence.token_ids), "an engine gives each token its version"
+
+
+def _pay(
+    sequence: Sequence,
+    number: int,
+    result: StepResult,
+    decode_ids: Callable[[list[int]], str],
+    sampled: list[int],
+) -> None:
+    """Put the rewards of a turn at its tokens, the last `number`; `sampled` are those without the end token."""
+    at = {number - 1: [result.reward]}
+    places = last_tokens(decode_ids, sampled, [span.end for span in result.spans]) if result.spans else []
+    for place, span in zip(places, result.spans, strict=True):
+        at.setdefault(place, []).append(span.reward)
+    for place, rewards in at.items():
+        sequence.rewards[place - number] = summed(rewards)
 
 
 def _take_as_given(sequence: Sequence, number: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -29,30 +29,48 @@ class Unscored(Exception):
 
 
 @dataclass(frozen=True)
+class Span:
+    """A reward for a piece of the response."""
+
+    end: int
+    """Characters of the response up to the end of the piece."""
+    reward: float
+    """With the weight of its part."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What `step` gave back, checked."""
 
     next_state: State | None
     """A text is the whole next state; messages are added to the conversation so far. None only if done."""
     reward: float
-    """The number that `step` returned, or the weighted sum of `parts`."""
+    """The number that `step` returned, or the weighted sum of its parts; `spans` are not in it."""
     score: float
     done: bool
     extra_info: dict[str, Any]
     train: bool = True
     """False: nothing is learned about the tokens of this response itself."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Part of the reward -> its value, not weighted; empty where the reward is a number."""
+    """Part of the reward -> its value, with its spans and not weighted; empty where the reward is a number."""
+    spans: tuple[Span, ...] = ()
+    """Rewards for pieces of the response."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What the script measured."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Metric that is no number -> what it is; one without a name is `metrics` itself."""
 
+    @property
+    def total(self) -> float:
+        """The reward of the whole response."""
+        return summed([self.reward, *(span.reward for span in self.spans)])
 
-def checked(result: Any, weights: Mapping[str, float]) -> StepResult:
-    """Return what `step` returned. `weights` are those of the reward's parts; a part without one counts once.
 
-    Raises `Unscored` for a result that has not the right form.
+def checked(result: Any, weights: Mapping[str, float], length: int) -> StepResult:
+    """Return what `step` returned for a response of `length` characters.
+
+    `weights` are those of the reward's parts; a part without one counts once. Raises `Unscored` for a result that has
+    not the right form.
     """
     if not isinstance(result, dict):
         raise Unscored(f"step returned {name_of(result)}; expected a dict")
@@ -69,11 +87,20 @@ def checked(result: Any, weights: Mapping[str, float]) -> StepResult:
         raise Unscored(f"step returned next_state={name_of(next_state)}; expected a str, a list of messages or None")
     if next_state is None and not done:
         raise Unscored("step returned next_state=None with done=False")
-    parts = _parts(result["reward"]) if isinstance(result["reward"], dict) else {}
-    reward = _weighted(parts, weights) if parts else _number(result["reward"], "reward")
+    has_parts = isinstance(result["reward"], dict)
+    at_end = _parts(result["reward"]) if has_parts else {}
+    reward = (
+        summed([_weighted(name, value, weights) for name, value in at_end.items()])
+        if has_parts
+        else _number(result["reward"], "reward")
+    )
+    named = [_span(n, span, length, has_parts) for n, span in enumerate(_listed(result.get("spans")))]
+    spans = tuple(Span(end, _weighted(part, value, weights) if part else value) for end, part, value in named)
+    values = [*at_end.items(), *((part, value) for _, part, value in named if part)]
+    parts = {name: math.fsum(value for part, value in values if part == name) for name, _ in values}
     score = _number(result["score"], "score")
     metrics, left_out = _metrics(result.get("metrics"))
-    return StepResult(next_state, reward, score, done, extra_info, train, parts, metrics, left_out)
+    return StepResult(next_state, reward, score, done, extra_info, train, parts, spans, metrics, left_out)
 
 
 def is_state(value: Any) -> bool:
@@ -93,16 +120,48 @@ def _parts(reward: dict[Any, Any]) -> dict[str, float]:
     return {name: _number(value, f"reward[{name!r}]") for name, value in reward.items()}
 
 
-def _weighted(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Return the sum of the parts, each times its weight."""
-    terms = {name: weights.get(name, 1.0) * value for name, value in parts.items()}
-    for name, term in terms.items():
-        if abs(term) > LARGEST:
-            raise Unscored(
-                f"step returned reward[{name!r}]={parts[name]}, with its weight {term:g}; expected at most {LARGEST:g} "
-                "in size"
-            )
-    return summed(list(terms.values()))
+def _weighted(part: str, value: float, weights: Mapping[str, float]) -> float:
+    """Return the value of a part times its weight."""
+    term = weights.get(part, 1.0) * value
+    if abs(term) > LARGEST:
+        raise Unscored(
+            f"step returned reward[{part!r}]={value}, with its weight {term:g}; expected at most {LARGEST:g} in size"
+        )
+    return term
+
+
+def _listed(spans: Any) -> Sequence[Any]:
+    if spans is None:
+        return ()
+    if not isinstance(spans, list | tuple):
+        raise Unscored(f"step returned spans={name_of(spans)}; expected a list")
+    return spans
+
+
+def _span(number: int, span: Any, length: int, has_parts: bool) -> tuple[int, str, float]:
+    """Return where a span ends, the part of the reward that it belongs to ('' if there are none), and its value."""
+    where = f"spans[{number}]"
+    wanted = {"span", "reward", "part"} if has_parts else {"span", "reward"}
+    if not isinstance(span, dict) or span.keys() != wanted:
+        has = f"a dict with {', '.join(map(str, span)) or 'nothing'}" if isinstance(span, dict) else name_of(span)
+        why = "as the reward has parts" if has_parts else "and no part, as the reward is a number"
+        raise Unscored(f"step returned {where}={has}; expected a dict with {', '.join(sorted(wanted))}, {why}")
+    if has_parts and not (isinstance(span["part"], str) and NAME.fullmatch(span["part"])):
+        raise Unscored(f"step returned {where} of a part named {span['part']!r}; {NAME_RULE}")
+    place = span["span"]
+    if not isinstance(place, list | tuple) or len(place) != 2 or not all(map(_is_index, place)):
+        raise Unscored(f"step returned {where} at {place!r}; expected [start, end], two whole numbers")
+    start, end = place
+    if not 0 <= start < end <= length:
+        raise Unscored(
+            f"step returned {where} at [{start}, {end}]; expected 0 <= start < end <= {length}, the characters of the "
+            "response"
+        )
+    return int(end), span.get("part", ""), _number(span["reward"], f"{where}['reward']")
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _metrics(given: Any) -> tuple[dict[str, float], dict[str, str]]:
