@@ -57,14 +57,18 @@ def answer(text: str, state: str = "") -> str:
 
 
 def behind_reasoning(action: str, state: str = "") -> str:
-    """Return what `action` says behind its reasoning; empty if it never closes reasoning that it or `state` opened.
+    """Return what `action` says behind its reasoning; empty if it never closes reasoning that it or `state` opened."""
+    return "" if is_unclosed(action, state) else action.rpartition("</think>")[2]
+
+
+def is_unclosed(action: str, state: str = "") -> bool:
+    """Return whether `action` never closes reasoning that it or `state` opened.
 
     Chat templates of some models end the prompt, here `state`, with <think>.
     """
     if state.rstrip().endswith("<think>"):
         action = f"<think>{action}"
-    answer = action.rpartition("</think>")[2]
-    return "" if "<think>" in answer else answer
+    return "<think>" in action.rpartition("</think>")[2]
 
 
 def number(line: str) -> Decimal | None:

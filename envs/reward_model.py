@@ -1,40 +1,111 @@
 """A trained reward model judges the response: REWARD_MODEL=ckpts/rm/latest names its folder or hub name.
 
-It reads the text of the conversation and the token that ends a turn, as in training, and its value there is reward and
-score. So its tokenizer and chat template are those of the policy; a response that was cut is judged as if it had
-ended by itself. Each process holds the model once, on its own device, and asks it in a thread, one response at a time.
-Values have no natural scale: normalise advantages, and keep the policy near a reference (actor.kl.coef).
+A model of one value for a text reads the conversation and the token that ends a turn, as in training, and its value
+there is reward and score. So its tokenizer and chat template are those of the policy; a response that was cut is judged
+as if it had ended by itself. A response that never closes its reasoning has no answer to judge and is unscored: values
+have no natural scale, and a 0 may be better than what others earn. For the same reason normalise advantages, and keep
+the policy near a reference (actor.kl.coef).
+
+A process reward model, one that classifies tokens (as TRL's PRMTrainer trains them), judges every step of the response:
+REWARD_STEP separates steps, a blank line unless set. Behind each step it reads the separator, and its value there, with
+two labels the probability of the second, is the reward of that step's span. REWARD_STEPS says what the rewards are:
+`mean`, each step's value over their number; `gain`, by how much the value rose with the step, so that the total is the
+last one's; `sum`, the values themselves, which pays for more steps. The score is the mean of the values.
+
+Each process holds the model once, on its own device, and asks it in a thread, one response at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from .gsm8k import is_unclosed
 
 if "REWARD_MODEL" not in os.environ:
     raise ValueError("REWARD_MODEL is not set; it names the reward model, for example REWARD_MODEL=ckpts/rm/latest")
 
 NAME = os.environ["REWARD_MODEL"]
+STEP = os.environ.get("REWARD_STEP", "\n\n").replace("\\n", "\n")
+STEPS = os.environ.get("REWARD_STEPS", "mean")
 DEVICE = (
     torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 )
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 tokenizer = AutoTokenizer.from_pretrained(NAME)
-model = AutoModelForSequenceClassification.from_pretrained(NAME, num_labels=1, dtype=DTYPE).to(DEVICE).eval()
-model.config.pad_token_id = None  # one row needs no padding, and the value is then that of its last token
+config = AutoConfig.from_pretrained(NAME)
+JUDGES_STEPS = any(name.endswith("ForTokenClassification") for name in config.architectures or ())
+if JUDGES_STEPS and config.num_labels not in (1, 2):
+    raise ValueError(f"REWARD_MODEL={NAME} has {config.num_labels} labels; a process reward model has one or two")
+if STEPS not in ("mean", "gain", "sum"):
+    raise ValueError(f"REWARD_STEPS={STEPS}; choose mean, gain or sum")
+if not STEP:
+    raise ValueError("REWARD_STEP is empty; it is what separates steps, such as \\n")
+
+if JUDGES_STEPS:
+    model = AutoModelForTokenClassification.from_pretrained(NAME, dtype=DTYPE).to(DEVICE).eval()
+else:
+    model = AutoModelForSequenceClassification.from_pretrained(NAME, num_labels=1, dtype=DTYPE).to(DEVICE).eval()
+    model.config.pad_token_id = None  # one row needs no padding, and the value is then that of its last token
 LONGEST = model.config.max_position_embeddings
 thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
-    reward = await asyncio.get_running_loop().run_in_executor(thread, value, state, action)
-    return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
+    judged = in_steps if JUDGES_STEPS else as_a_whole
+    result = await asyncio.get_running_loop().run_in_executor(thread, judged, state, action)
+    return {"next_state": None, "done": True, "extra_info": extra_info, **result}
+
+
+def as_a_whole(state: str, action: str) -> dict[str, Any]:
+    """Return reward and score of a response by its last token."""
+    refuse_unclosed(state, action)
+    reward = value(state, action)
+    return {"reward": reward, "score": reward}
+
+
+def in_steps(state: str, action: str) -> dict[str, Any]:
+    """Return reward, score and spans of a response; without a step it earns nothing."""
+    if config.num_labels == 2 and is_unclosed(action, state):  # 0 is the least that a probability can be
+        return {"reward": 0.0, "score": 0.0}
+    refuse_unclosed(state, action)
+    places = list(steps(action))
+    values = step_values(state, [action[start:end] for start, end in places])
+    mean = sum(values) / max(1, len(values))
+    rewards = {
+        "mean": [each / len(values) for each in values],
+        "gain": [each - before for before, each in zip([0.0, *values], values, strict=False)],
+        "sum": values,
+    }[STEPS]
+    spans = [{"span": place, "reward": reward} for place, reward in zip(places, rewards, strict=True)]
+    return {"reward": 0.0, "score": mean, "spans": spans}
+
+
+def refuse_unclosed(state: str, action: str) -> None:
+    if is_unclosed(action, state):
+        raise ValueError("the response never closes its reasoning: there is no answer to judge")
+
+
+def steps(action: str) -> Iterator[tuple[int, int]]:
+    """Yield where the steps of a response begin and end, without the space around them; blank ones are none."""
+    start = 0
+    for piece in action.split(STEP):
+        if text := piece.strip():
+            first = start + piece.index(text)
+            yield first, first + len(text)
+        start += len(piece) + len(STEP)
 
 
 def find_end() -> tuple[str, int]:
@@ -55,13 +126,34 @@ HEAD = tokenizer("").input_ids[:1] if tokenizer.bos_token_id in tokenizer("").in
 """What a text begins with; the chat template writes it itself."""
 
 
-@torch.inference_mode()
 def value(state: str, action: str) -> float:
+    """Return the value of a response at the token that ends it."""
     is_chat = bool(HEADER) and state.endswith(HEADER)
     end = END if is_chat or str(tokenizer.convert_ids_to_tokens(END)) in state else tokenizer.eos_token_id
-    token_ids = [*tokenizer.encode(state + action, add_special_tokens=False), end]
+    return float(outputs(state, [*encode(state + action), end])[0])
+
+
+def step_values(state: str, texts: list[str]) -> list[float]:
+    """Return the value of each step at the last token of the separator behind it."""
+    token_ids, ends = encode(state), []
+    for text in texts:
+        token_ids += encode(text) + encode(STEP)
+        ends.append(len(token_ids))
+    logits = outputs(state, token_ids) if texts else torch.zeros(0, config.num_labels)
+    read = logits[[end - 1 - len(token_ids) for end in ends]]  # from the end: a token may come before the first
+    return (read.softmax(-1)[:, 1] if config.num_labels == 2 else read[:, 0]).tolist()
+
+
+def encode(text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+@torch.inference_mode()
+def outputs(state: str, token_ids: list[int]) -> torch.Tensor:
+    """Return the logits of a text, float32: a row for each token, or one value."""
+    is_chat = bool(HEADER) and state.endswith(HEADER)
     if not is_chat and token_ids[: len(HEAD)] != HEAD:
         token_ids = HEAD + token_ids
     if len(token_ids) > LONGEST:
         raise ValueError(f"{len(token_ids)} tokens, and the reward model reads {LONGEST}")
-    return float(model(torch.tensor([token_ids], device=DEVICE)).logits[0, 0])
+    return model(torch.tensor([token_ids], device=DEVICE)).logits[0].float().cpu()
