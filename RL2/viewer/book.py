@@ -224,7 +224,12 @@ class Book:
         }
         for name, column in self.columns.items():
             column.append(values[name])
-        item = {"texts": row["texts"], "unscored": row.get("unscored")}
+        named = {
+            name: {str(key): _finite(value) for key, value in dict(row[name]).items()}
+            for name in ("parts", "metrics")
+            if row.get(name)
+        }
+        item = {"texts": row["texts"], "unscored": row.get("unscored"), "set": str(row.get("set") or ""), **named}
         self.texts.add(item, sum(map(len, row["texts"])) + 32)
 
     def _add_tokens(self, run: RunFiles, file: Path) -> bool:

@@ -99,6 +99,7 @@ def write_step(report: Report, step: int, rng: Random, *, rows: int = 6, hostile
             found.append(trajectory(row, 0, text, float((row + step) % 2), row + 3))
         if hostile:
             found[0].unscored = HOSTILE
+            found[1].parts = {HOSTILE: 0.25}
         report.samples(step, split, found)
         if step % 2 == 0:
             tokens = [token_row(one, step, rng, trains=split == "train") for one in found]

@@ -261,6 +261,7 @@ def test_what_a_model_writes_does_not_run(page: Page, tmp_path: Path) -> None:
     open_rollouts(page, tmp_path / "view.html")
     page.locator(".row").nth(1).click()
     expect(page.locator(".said").last).to_have_text(HOSTILE)
+    expect(page.locator(".facts")).to_contain_text(f"{HOSTILE} 0.25 · ")
     page.locator(".said").first.hover()
     expect(page.get_by_role("tooltip")).to_contain_text("onerror")
     page.locator(".row").nth(0).click()

@@ -80,6 +80,18 @@ def test_every_rollout_is_in_some_chunk(tmp_path: Path) -> None:
     assert [book.chunk(name) for name in ("text-3", "text--1", "text-x", "../head", "text-²")] == [None] * 5
 
 
+def test_parts_of_a_reward_are_beside_the_texts(tmp_path: Path) -> None:
+    report = run(tmp_path / "run")
+    shown = trajectory(0, "a")
+    shown.parts, shown.metrics = {"correct": 1.0, "format": 0.5}, {"calls": 3.0}
+    report.samples(0, "test", [shown], "aime")
+    report.samples(0, "train", [trajectory(0, "b")])
+    book = Book([str(tmp_path / "run")])
+    parts, plain = unpacked(dict(book.chunks())["text-0"])
+    assert (parts["parts"], parts["metrics"], parts["set"]) == (shown.parts, shown.metrics, "aime")
+    assert (plain["set"], "parts" in plain) == ("", False)
+
+
 def test_the_rows_that_a_run_begins_with_are_in_the_head(tmp_path: Path) -> None:
     report = run(tmp_path / "run")
     pieces = [["q" * 2 * LONGEST, False], ["a", True]]

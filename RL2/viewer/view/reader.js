@@ -98,13 +98,19 @@ async function read() {
 function drawPane(pane, n) {
   const { i, tokens, texts } = pane;
   const run = data.runs[data.run[i]];
+  const named = (values) =>
+    Object.entries(values ?? {})
+      .map(([name, value]) => `${name} ${number(value)}`)
+      .join(", ");
   const facts = [
-    `${SPLITS[data.split[i]]} row ${data.row[i]}`,
+    named(texts.parts),
+    `${SPLITS[data.split[i]]} ${texts.set ? `set ${texts.set}, ` : ""}row ${data.row[i]}`,
     data.sample[i] < 0 ? null : `sample ${data.sample[i]}`,
     data.length[i] < 0 ? null : `${whole(data.length[i])} tokens`,
     Number.isNaN(data.loss[i]) ? null : `loss ${number(data.loss[i])}`,
     data.mark[i] & TRUNCATED ? "cut off at the length limit" : null,
     texts.unscored ? `unscored: ${texts.unscored}` : null,
+    named(texts.metrics),
   ];
   const bar = el("div", { className: "bar" });
   if (pane.choices.length) {
