@@ -223,7 +223,7 @@ def look_at_tasks(
             notes[source.key] = [f"{len(rows)} rows, in the right format", *bad.notes(None), *warn_of_answers(rows)]
             return rows
         said_of_rows: list[str] = []
-        prompts = reader(config, tokenizer, longest, said_of_rows, progress=found.progress)(source, example)
+        prompts = reader(tokenizer, longest, said_of_rows, progress=found.progress)(source, example)
         notes[source.key] = [*said_of_rows, *warn_of_answers(prompts)]
         return prompts
 

@@ -63,7 +63,7 @@ def train(config: RLConfig, run: Run) -> None:
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
-    read = reader(config, tokenizer, longest, notes, run.listing(), progress)
+    read = reader(tokenizer, longest, notes, run.listing(), progress)
     prompts, tests = train_tasks(config, environment, read), test_tasks(config, environment, read)
     progress.say(*notes)
     tested = {each.settings.key: of_prompts(each.prompts) for each in tests}

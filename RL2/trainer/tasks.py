@@ -55,7 +55,6 @@ class TestTasks:
 
 
 def reader(
-    config: RLConfig,
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
     notes: list[str],
