@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from RL2.config import RLConfig
 from RL2.config import Trainer as TrainerConfig
+from RL2.trainer.tasks import TestTasks
 from RL2.workers.worker import Worker
 
 
@@ -51,6 +52,16 @@ def of_rollouts(config: RLConfig, first_step: int, num_steps: int) -> str:
         f"plan: {_steps(first_step, num_steps)}, each of {data.prompts_per_rollout} prompts x "
         f"{data.responses_per_prompt} responses of at most {count(most)} tokens: at most {count(left * number * most)} "
         f"tokens in all; {_frequencies(trainer)}"
+    )
+
+
+def of_test(tasks: TestTasks) -> str:
+    """Return what the first test of a set is."""
+    settings = tasks.settings
+    of = f" of {settings.name}" if settings.name else ""
+    return (
+        f"first test{of}: {len(tasks.prompts)} prompts x {settings.responses_per_prompt} responses of at most "
+        f"{settings.sampling.max_new_tokens} tokens"
     )
 
 

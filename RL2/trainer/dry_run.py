@@ -222,9 +222,9 @@ def look_at_tasks(
             rows = formatted(bad, example)
             notes[source.key] = [f"{len(rows)} rows, in the right format", *bad.notes(None), *warn_of_answers(rows)]
             return rows
-        said: list[str] = []
-        prompts = reader(config, tokenizer, longest, said, progress=found.progress)(source, example)
-        notes[source.key] = [*said, *warn_of_answers(prompts)]
+        said_of_rows: list[str] = []
+        prompts = reader(tokenizer, longest, said_of_rows, progress=found.progress)(source, example)
+        notes[source.key] = [*said_of_rows, *warn_of_answers(prompts)]
         return prompts
 
     tests: list[TestTasks] = []

@@ -41,7 +41,7 @@ from RL2.rollout.episode import decode
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.rollout.supply import Supply
-from RL2.trainer.announce import of_engine, of_model, of_rollouts
+from RL2.trainer.announce import of_engine, of_model, of_rollouts, of_test
 from RL2.trainer.inputs import of_prompts
 from RL2.trainer.microscope import Microscope
 from RL2.trainer.run import Run, number_of_steps
@@ -63,7 +63,7 @@ def train(config: RLConfig, run: Run) -> None:
     # the last token of a sequence is only a label and takes no position
     longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
-    read = reader(config, tokenizer, longest, notes, run.listing(), progress)
+    read = reader(tokenizer, longest, notes, run.listing(), progress)
     prompts, tests = train_tasks(config, environment, read), test_tasks(config, environment, read)
     progress.say(*notes)
     tested = {each.settings.key: of_prompts(each.prompts) for each in tests}
@@ -116,10 +116,7 @@ def train(config: RLConfig, run: Run) -> None:
         metrics: Metrics = {}
         if tests and (step == last_step or run.due(trainer.test_freq, step)):
             if step == first_step:
-                report.say(
-                    f"first test: {len(tests)} prompts x {config.test_data.responses_per_prompt} responses of at most "
-                    f"{config.rollout.test_sampling_params.max_new_tokens} tokens"
-                )
+                report.say(*map(of_test, tests))
             metrics = test(tests, rollouts, config, step, report, microscope)
             if step == first_step:
                 report.say(f"first test: score {metrics['test/score']:.3f}, at {time.strftime('%H:%M:%S')}")
@@ -141,7 +138,7 @@ def train(config: RLConfig, run: Run) -> None:
         batch = pack(trained, step)
         for key, lm in readers.items():
             refuse_unknown_tokens(lm, [batch.largest_token_id], key)
-        batch = judge(batch, config, actor, ref_actor, critic, trained, progress)
+        batch = judge(batch, config, actor, ref_actor, critic, progress, trajectories=trained)
         microscope.look(step, trajectories, batch)
         if run.due(trainer.replay_freq, step):
             run.keep_for_replay(step, batch, actor, tokenizer)
@@ -312,8 +309,8 @@ def test_one(
     wave = settings.prompts_per_rollout or len(prompts)
     episodes = replace(rollouts.episodes, environment=each.environment, max_turns=settings.max_turns)
     trajectories: list[Trajectory] = []
-    what = f"test {settings.name}".strip()
-    with report.progress.phase(f"{what} before step {step}", each.num_responses, "responses") as phase:
+    what = f"test {settings.name} before step {step}" if settings.name else f"test before step {step}"
+    with report.progress.phase(what, each.num_responses, "responses") as phase:
         for start in range(0, len(prompts), wave):
             of_wave = rollouts.collect(
                 prompts[start : start + wave],
@@ -347,8 +344,9 @@ def judge(
     actor: Actor,
     ref_actor: Reference | None,
     critic: Critic | None = None,
-    trajectories: Seq[Trajectory] = (),
     progress: Progress | None = None,
+    *,
+    trajectories: Seq[Trajectory] = (),
 ) -> TokenBatch:
     """The rollout with what the update reads beside it: old and reference log-probabilities, values, advantages.
 

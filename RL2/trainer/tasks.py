@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +38,7 @@ class Source:
         return BadRows(self.path, skip=self.on_bad_row == "skip", key=f"{self.key}.on_bad_row")
 
 
-Load = Callable[[Source, Example], Sequence[Prompt]]
+Load = Callable[[Source, Example], Seq[Prompt]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class TestTasks:
 
     settings: TestSettings
     environment: Environment
-    prompts: Sequence[Prompt]
+    prompts: Seq[Prompt]
 
     @property
     def num_responses(self) -> int:
@@ -54,7 +55,6 @@ class TestTasks:
 
 
 def reader(
-    config: RLConfig,
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
     notes: list[str],
@@ -67,11 +67,11 @@ def reader(
     """
 
     def read(source: Source, example: Example) -> Prompts:
-        bad, path = source.bad_rows(), source.path
-        prompts = load_prompts(path, tokenizer, example, longest - 1, bad, progress)
+        bad = source.bad_rows()
+        prompts = load_prompts(source.path, tokenizer, example, longest - 1, bad, progress)
         first = prompts[0]
         shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
-        said = [f"{path}: {sizes(prompts)}", f"{path}, row {first.row + 1}: {shown}[[response]]"]
+        said = [f"{source.path}: {sizes(prompts)}", f"{source.path}, row {first.row + 1}: {shown}[[response]]"]
         notes.extend([*said, *bad.notes(listing)])
         return prompts
 
@@ -84,7 +84,7 @@ def sizes(prompts: Prompts) -> str:
     return f"{len(prompts)} rows; prompts of {mean:.0f} tokens in the mean, at most {most}"
 
 
-def first_rows(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def first_rows(prompts: Seq[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Return the texts of the first prompts that are not made up by the environment, with where a response trains."""
     shown = [prompt for prompt in prompts[:NUM_SHOWN] if prompt.token_ids]
     responses = [("[the response]", True)]
@@ -94,7 +94,7 @@ def first_rows(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) ->
     ]
 
 
-def train_tasks(config: RLConfig, environment: Environment, load: Load) -> Sequence[Prompt]:
+def train_tasks(config: RLConfig, environment: Environment, load: Load) -> Seq[Prompt]:
     """Return what is trained on: rows by `load`, or tasks that the environment makes up."""
     data = config.train_data
     if data.path is None and config.trainer.eval_only:
@@ -133,7 +133,7 @@ def _tasks(
     load: Load,
     number: int,
     seed: int | None = None,
-) -> Sequence[Prompt]:
+) -> Seq[Prompt]:
     """Return the rows of a source or, where only the key of one is given, `number` tasks that `reset` makes up."""
     if isinstance(source, Source):
         return load(source, with_columns(columns, environment.example))

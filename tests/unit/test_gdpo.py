@@ -155,7 +155,7 @@ def test_groups_with_a_signal_in_their_parts_are_kept() -> None:
 
 def judged(trajectories: list[Trajectory], settings: RLConfig) -> TokenBatch:
     kept = trainable(trajectories, settings)
-    batch = judge(pack(kept), settings, None, None, None, kept)  # type: ignore[arg-type]
+    batch = judge(pack(kept), settings, None, None, trajectories=kept)  # type: ignore[arg-type]
     return with_weights(batch, settings.actor)
 
 

@@ -81,7 +81,7 @@ class Examined:
         self.engine = ScriptedEngine(lambda token_ids, sampling: [40] * sampling.max_new_tokens)
         self.notes: list[str] = []
         self.microscope = Shown()
-        sets = tasks.test_tasks(settings, environment, tasks.reader(settings, tokenizer, 100, self.notes))
+        sets = tasks.test_tasks(settings, environment, tasks.reader(tokenizer, 100, self.notes))
         rollouts = Rollouts(
             settings.rollout,
             engine=self.engine,
