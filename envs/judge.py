@@ -30,6 +30,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import urlsplit
 
 from .gsm8k import behind_reasoning
 from .judge_client import Budget, Client, JudgeError
@@ -90,6 +91,21 @@ def read_scale(text: str) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
+def read_url() -> str:
+    """Return the server's address. Raises ValueError, without showing it, for one that is none or holds a password."""
+    text = required("JUDGE_URL", "names the server, for example http://127.0.0.1:8000/v1")
+    try:
+        url = urlsplit(text)
+        is_good = url.scheme in ("http", "https") and bool(url.hostname) and "@" not in url.netloc and not url.query
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise ValueError(
+            "JUDGE_URL is not http(s)://HOST:PORT/PATH; a key belongs into the variable that JUDGE_KEY names"
+        )
+    return text
+
+
 def read_key() -> str | None:
     """Return the key; None if the server wants none. Raises ValueError, which never shows it."""
     name = os.environ.get("JUDGE_KEY")
@@ -116,7 +132,7 @@ def make_client() -> Client:
     if budget.cost is not None and not budget.price_in + budget.price_out:
         raise ValueError("JUDGE_MOST_COST needs JUDGE_PRICE_IN and JUDGE_PRICE_OUT, the prices of a million tokens")
     return Client(
-        required("JUDGE_URL", "names the server, for example http://127.0.0.1:8000/v1"),
+        read_url(),
         required("JUDGE_MODEL", "names the model that judges"),
         read_key(),
         Path(folder) if folder else None,

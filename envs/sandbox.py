@@ -29,18 +29,21 @@ GRACE_S = 30
 """Beyond the wall-clock limit that the child keeps itself."""
 
 ATTEMPTS = r"""
-import ctypes, mmap, os, socket
+import ctypes, mmap, os, socket, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
 def fails_in_c(value):
     if value < 0: raise OSError(ctypes.get_errno(), "")
 def write():
     for folder in ("/", "/usr/lib", os.path.dirname(os.__file__)): open(folder + "/rl2-was-here", "w")
+def many_threads():
+    for _ in range(64): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
 attempts = {
     "opens sockets": lambda: socket.socket(),
     "reads files outside": lambda: open("/etc/passwd"),
     "reads /proc": lambda: os.listdir("/proc/1"),
     "writes files outside": write,
     "starts processes": lambda: os.fork() or os._exit(0),
+    "starts many threads": many_threads,
     "sends signals": lambda: os.kill(-1, 0),
     "traces processes": lambda: fails_in_c(libc.ptrace(16, os.getppid() or 2, 0, 0)),
     "mounts": lambda: fails_in_c(libc.unshare(0x10000000)),
@@ -48,7 +51,7 @@ attempts = {
 }
 for name, attempt in attempts.items():
     try: attempt()
-    except (OSError, MemoryError): continue
+    except (OSError, MemoryError, RuntimeError): continue
     print(name)
 """
 """What a program must not be able to do; prints what it can."""

@@ -36,6 +36,7 @@ HEADER = 64
 MOST_OUTPUT = 1 << 20
 """Bytes that a program may print."""
 MOST_VERDICT = 1 << 20
+NO_MEMORY = json.dumps({"passed": [], "why": "its answers take more memory than there is"})
 TICK_S = 0.1
 IDLE = 2
 """Times the limit of processor time that a program may do nothing."""
@@ -194,7 +195,11 @@ def run_tests(size: int, answers: int, questions: int, result: int, fork: Fork) 
     fork.confine(-1, -1, answers, questions, result)
     if os.read(answers, 1) != b"1":  # the solution's process could not be locked down
         return FAILED
-    write_all(result, json.dumps(calls.run_tests(json.loads(text), answers, questions)).encode())
+    try:
+        verdict = json.dumps(calls.run_tests(json.loads(text), answers, questions))
+    except MemoryError:  # answers of the solution fill it
+        verdict = NO_MEMORY
+    write_all(result, verdict.encode())
     os.close(result)
     signal.pause()  # its end would be that of the solution, whose own end may have to be looked at
     return FAILED

@@ -48,7 +48,7 @@ get_robust_list 274 100, rseq 334 293, futex 202 98, sched_yield 24 124, sched_g
 sched_getparam 143 121, sched_getscheduler 145 120, sched_get_priority_max 146 125, sched_get_priority_min 147 126,
 clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, gettimeofday 96 169,
 times 100 153, getrusage 98 165, getitimer 36 102, setitimer 38 103, getrandom 318 278, uname 63 160, sysinfo 99 179,
-getrlimit 97 163, setrlimit 160 164, ppoll 271 73, pselect6 270 72, epoll_create1 291 20, epoll_ctl 233 21,
+getrlimit 97 163, ppoll 271 73, pselect6 270 72, epoll_create1 291 20, epoll_ctl 233 21,
 epoll_pwait 281 22, eventfd2 290 19, sendto 44 206, recvfrom 45 207, shutdown 48 210, getsockopt 55 209,
 getsockname 51 204, getpeername 52 205, exit 60 93, exit_group 231 94, restart_syscall 219 128, wait4 61 260,
 waitid 247 95, getpriority 140 141, statfs 137 43, fstatfs 138 44, fadvise64 221 223, fallocate 285 47,
@@ -58,7 +58,7 @@ time 201, arch_prctl 158, alarm 37, pause 34, getpgrp 111
 """
 """System calls that are allowed whatever their arguments, with their numbers on x86-64 and aarch64."""
 LIMITED = {"fcntl": (72, 25), "ioctl": (16, 29), "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261)}
-LIMITED |= {"socketpair": (53, 199), "clone": (56, 220), "clone3": (435, 435)}
+LIMITED |= {"socketpair": (53, 199), "clone": (56, 220), "clone3": (435, 435), "setrlimit": (160, 164)}
 """Those whose arguments are looked at."""
 OTHERS = {"seccomp": (317, 277), "pivot_root": (155, 41), "capset": (126, 91), "mount_setattr": (442, 442)}
 OTHERS |= {"landlock_create": (444, 444), "landlock_add": (445, 445), "landlock_restrict": (446, 446)}
@@ -192,11 +192,13 @@ def filter_of(pid: int, threads: bool) -> bytes:
     for _, *numbers in rows:
         if column < len(numbers):
             code += [(EQUAL, 0, 1, int(numbers[column])), (RETURN, 0, 0, ALLOW)]
-    unstoppable = (9, 19)  # a program that kills itself so would look like one that the machine had no memory for
+    # a program that kills itself, or lowers its limit of processor time, would look like one that the machine killed
+    unstoppable, cpu = (9, 19), (0,)
     pthread = (0x3D0F00, 0x7D0F00)  # what glibc and musl start a thread with
     code += _allow_if("kill", (0, (pid,), True), (1, unstoppable, False))
     code += _allow_if("tgkill", (0, (pid,), True), (2, unstoppable, False))
-    code += _allow_if("prlimit64", (0, (0, pid), True))
+    code += _allow_if("prlimit64", (0, (0, pid), True), (1, cpu, False))
+    code += _allow_if("setrlimit", (0, cpu, False))
     code += _allow_if("fcntl", (1, (0, 1, 2, 3, 4, 1030, 1032), True))  # no locks, no owner, no size of pipes
     code += _allow_if("ioctl", (1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), True))
     # of streams alone: a pair of datagrams could be sent to a socket outside

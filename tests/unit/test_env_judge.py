@@ -363,6 +363,9 @@ def test_tokens_that_the_server_does_not_count_are_taken_as_the_most_that_they_c
     ("settings", "error"),
     [
         ({"URL": ""}, "JUDGE_URL is not set"),
+        ({"URL": f"http://me:{KEY}@host/v1"}, "JUDGE_URL is not http(s)://HOST:PORT/PATH"),
+        ({"URL": f"https://host/v1?key={KEY}"}, "JUDGE_URL is not http(s)://HOST:PORT/PATH"),
+        ({"URL": "host:8000/v1"}, "JUDGE_URL is not http(s)://HOST:PORT/PATH"),
         ({"MODEL": ""}, "JUDGE_MODEL is not set"),
         ({"RUBRIC": ""}, "JUDGE_RUBRIC is not set"),
         ({"RUBRIC": "no/such/rubric.md"}, "JUDGE_RUBRIC=no/such/rubric.md: there is no such file"),

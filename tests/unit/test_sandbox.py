@@ -175,7 +175,7 @@ def test_all_end_within_the_limit(held: Any) -> None:
 
 
 TESTS = {"optional": "", "before": "", "setup": "", "names": ["f"], "stop": False}
-SQUARES = TESTS | {"tests": ["assert f(2) == 4", "assert f(3) == 9"]}
+SQUARES = TESTS | {"tests": ["a, b, c = f(2), f(2), f(2)\nassert a == 4, a", "assert f(3) == 9, f(3)"]}
 
 
 @pytest.fixture(scope="module")
