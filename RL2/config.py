@@ -797,10 +797,12 @@ class Trainer:
     """Everything the run writes: metrics, samples, checkpoints, and the model in `latest`."""
     save_freq: Count | None
     """Checkpoint every so many steps; null: only the final model."""
-    keep: Count | None
-    """How many of the newest checkpoints stay; null: all."""
+    keep: Index | None
+    """How many of the newest checkpoints stay; null: three, 0: all."""
     samples_per_step: Index
     """Trajectories written to samples.jsonl at each step."""
+    records_mib: Count
+    """MiB that samples.jsonl and tokens/ may take on the disk; beyond, the oldest go."""
     use_wandb: bool
     """Metrics go to Weights & Biases too (pip install rl2-spo[wandb])."""
     use_trackio: bool
@@ -817,6 +819,11 @@ class Trainer:
             raise ConfigError("trainer.save_dir is empty; name a folder")
         if self.keep is not None and self.save_freq is None:
             raise ConfigError(f"trainer.keep={self.keep} has no effect without trainer.save_freq")
+
+    @property
+    def num_kept(self) -> int | None:
+        """How many of the newest checkpoints stay; None: all."""
+        return 3 if self.keep is None else self.keep or None
 
 
 @dataclass(frozen=True, kw_only=True)

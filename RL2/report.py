@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -22,6 +23,8 @@ Metrics = dict[str, float]
 
 RECORDS = ("metrics.jsonl", "samples.jsonl")
 """Files to which every step adds lines."""
+SAMPLES_BEFORE = "samples.before.jsonl"
+"""Older lines of samples.jsonl, once that has become too large."""
 SUPERSEDED = ".superseded"
 """Suffix of the records of an earlier run that was begun anew."""
 TOKENS = "tokens"
@@ -75,7 +78,10 @@ class Report:
         num_steps: int,
         dashboards: Iterable[Dashboard] = (),
         progress: Progress | None = None,
+        limit_bytes: int = 4 << 30,
     ) -> None:
+        """`limit_bytes` is the size of all samples and tokens on the disk."""
+        self.limit_bytes = limit_bytes
         self.folder, self.is_first, self.num_steps, self.dashboards = folder, is_first, num_steps, list(dashboards)
         self.progress = progress or Progress(is_first)
         self.begun: tuple[int, float] | None = None
@@ -97,7 +103,7 @@ class Report:
             self._cut_back(step)
 
     def _cut_back(self, step: int) -> None:
-        metrics, samples, tokens = (self.folder / name for name in (*RECORDS, TOKENS))
+        metrics, samples, before, tokens = (self.folder / name for name in (*RECORDS, SAMPLES_BEFORE, TOKENS))
         later = [row["step"] for row in read_metrics(self.folder) if row["step"] >= step]
         if later:
             self.say(
@@ -105,7 +111,7 @@ class Report:
                 + ("cut off; these steps are run again" if step else f"set aside, in files with {SUPERSEDED}")
             )
         if step == 0:
-            for path in filter(Path.exists, (metrics, samples, tokens)):
+            for path in filter(Path.exists, (metrics, samples, before, tokens)):
                 aside = path.with_name(path.name + SUPERSEDED)
                 if aside.is_dir():
                     shutil.rmtree(aside)
@@ -114,7 +120,7 @@ class Report:
         for file in tokens.glob("*.parquet"):
             if int(file.name.split("_")[0]) >= step:
                 file.unlink()
-        for file in filter(Path.exists, (metrics, samples)):
+        for file in filter(Path.exists, (metrics, samples, before)):
             cut_at(file, step)
 
     def rows(self) -> list[dict[str, float]]:
@@ -169,6 +175,11 @@ class Report:
             for t in trajectories
         ]
         self._append("samples.jsonl", rows)
+        samples = self.folder / "samples.jsonl"
+        with self._writing():
+            if samples.exists() and samples.stat().st_size > self.limit_bytes / 4:
+                samples.replace(self.folder / SAMPLES_BEFORE)
+                self._say_bound("older samples than those in samples.jsonl and " + SAMPLES_BEFORE)
 
     def tokens(self, step: int, split: str, rows: list[dict[str, Any]]) -> None:
         """Trajectories token by token, a row each in tokens/STEP_SPLIT.parquet (docs/viewer.md has the columns)."""
@@ -197,6 +208,16 @@ class Report:
             file.parent.mkdir(exist_ok=True)
             parquet.write_table(table, partial := file.with_suffix(".partial"), compression="zstd")
             partial.replace(file)  # whole, or not there
+            files = sorted(file.parent.glob("*.parquet"))
+            sizes = [each.stat().st_size for each in files]
+            for each, size in zip(files[:-1], list(accumulate(reversed(sizes)))[:0:-1], strict=True):
+                if size > self.limit_bytes / 2:  # it and all later ones
+                    each.unlink()
+                    self._say_bound(f"the oldest files of {TOKENS}/")
+
+    def _say_bound(self, what: str) -> None:
+        limit = f"trainer.records_mib={self.limit_bytes >> 20}"
+        self.say_once(what, f"{what} are removed from now on: {limit} bounds them")
 
     def say(self, *lines: str) -> None:
         self.progress.say(*lines)

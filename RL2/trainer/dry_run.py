@@ -389,24 +389,32 @@ def layout_of(model: Trainable, group: str) -> Layout:
 
 def count_checkpoints(config: Config, lm: PreTrainedModel | None, steps: int | None, found: Findings) -> None:
     """Their number and size on the disk."""
-    frequency, keep = config.trainer.save_freq, config.trainer.keep
-    if frequency is None:
-        found.say("checkpoints", "none (trainer.save_freq); only the model at the end")
-        return
-    number = None if steps is None else min(steps // frequency, keep or steps)
-    size, num_bytes = "", 0
+    trainer = config.trainer
+    frequency, keep = trainer.save_freq, trainer.num_kept
+    number, num_bytes = 0, 0
     if lm is not None and not (isinstance(trained(config)[1], TrainablePolicy) and lora_rank(config)):
         num_bytes = (MASTER + MOMENTS) * sum(p.numel() for p in lm.parameters())
-        size = f", {bytes_in_words(num_bytes)} each"
-    found.say("checkpoints", f"every {frequency} steps{size}" + ("" if number is None else f"; {number} stay"))
-    save_dir = Path(config.trainer.save_dir)
+    if frequency is None:
+        found.say("checkpoints", "none (trainer.save_freq); only the model at the end")
+    else:
+        size = f", {bytes_in_words(num_bytes)} each" if num_bytes else ""
+        stay = f"; {keep} stay" if keep else ""
+        if steps is not None:
+            number = min(steps // frequency, keep or steps)
+            stay = f"; {number} stay"
+        found.say("checkpoints", f"every {frequency} steps{size}{stay}")
+        number = (number or 1) + (keep is not None)  # one more is written before an old one goes
+    save_dir = Path(trainer.save_dir)
     free = shutil.disk_usage(next(x for x in (save_dir, *save_dir.absolute().parents) if x.exists())).free
-    # one more is written before an old one goes; `latest` is a third of one, and written beside the old one
-    needed = num_bytes * ((number or 1) + (config.trainer.keep is not None)) + 2 * num_bytes // 3
-    if needed > free:
+    # `latest` is a third of a checkpoint, and written beside the old one
+    needed = {"checkpoints and model": num_bytes * number + 2 * num_bytes // 3}
+    if isinstance(config, RLConfig):
+        needed["samples and tokens (trainer.records_mib)"] = trainer.records_mib << 20
+    if sum(needed.values()) > free:
+        named = ", ".join(f"{what} take up to {bytes_in_words(size)}" for what, size in needed.items())
         found.warn(
-            f"checkpoints and model take {bytes_in_words(needed)}, and there are {bytes_in_words(free)} free in "
-            f"{save_dir}; set trainer.keep, raise trainer.save_freq, or choose another trainer.save_dir"
+            f"{named}, and there are {bytes_in_words(free)} free in {save_dir}; lower trainer.keep or "
+            "trainer.records_mib, raise trainer.save_freq, or choose another trainer.save_dir"
         )
 
 

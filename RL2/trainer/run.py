@@ -75,7 +75,8 @@ class Run:
             dashboards.append(Trackio(self.save_dir, self.config.project, self.config.experiment_name, self.settings))
         if self.processes.is_first and self.config.use_tensorboard:
             dashboards.append(TensorBoard(self.save_dir))
-        return Report(self.save_dir, self.processes.is_first, num_steps, dashboards, self.progress)
+        limit = self.config.records_mib << 20
+        return Report(self.save_dir, self.processes.is_first, num_steps, dashboards, self.progress, limit)
 
     def listing(self) -> Path | None:
         """Return where rows that are skipped are listed, a new file; None on processes that do not write it."""
@@ -239,7 +240,7 @@ def start(config: Config, progress: Progress | None = None) -> Iterator[Run]:
         progress.say(*(f"WARNING: {fault}; the checkpoint before it is taken" for fault in damaged))
         if source is not None:
             refuse_another_base(source, settings)
-        checkpoints = Checkpoints(save_dir, processes, trainer.keep, models(settings))
+        checkpoints = Checkpoints(save_dir, processes, trainer.num_kept, models(settings))
         with ExitStack() as closing, listening() as interrupt:
             run = Run(
                 trainer,

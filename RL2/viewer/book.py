@@ -28,13 +28,13 @@ from pyarrow import parquet
 from safetensors.numpy import load_file
 
 from RL2.config import UserError, first_line
-from RL2.report import FIRST_ROWS, TOKENS, parsed
+from RL2.report import FIRST_ROWS, SAMPLES_BEFORE, TOKENS, parsed
 
 CHUNK = 1 << 17
 """Characters after which a chunk is full."""
 OWN = (
     *("seed", "project", "experiment_name", "load_ckpt_from", "save_dir", "save_freq", "keep", "keep_best"),
-    *("samples_per_step", "replay_freq", "token_stats_freq", "timeout_s", "dry_run"),
+    *("samples_per_step", "records_mib", "replay_freq", "token_stats_freq", "timeout_s", "dry_run"),
     *("use_wandb", "use_trackio", "use_tensorboard"),
 )
 """Keys of `trainer` in which runs of one method may differ: which of its seeds it is, and what it writes down."""
@@ -128,6 +128,8 @@ class RunFiles:
     folder: Path
     method: int
     metrics: Lines
+    before: Lines
+    """Older samples."""
     samples: Lines
     curves: dict[str, list[list[Any]]] = field(default_factory=dict)
     """Metric -> steps and values."""
@@ -161,7 +163,14 @@ class Book:
         folders = [folder for group in groups for folder in group]
         names = _names(folders)
         self.runs = [
-            RunFiles(names[folder], folder, method, Lines(folder / "metrics.jsonl"), Lines(folder / "samples.jsonl"))
+            RunFiles(
+                names[folder],
+                folder,
+                method,
+                Lines(folder / "metrics.jsonl"),
+                Lines(folder / SAMPLES_BEFORE),
+                Lines(folder / "samples.jsonl"),
+            )
             for method, group in enumerate(groups)
             for folder in group
         ]
@@ -172,7 +181,7 @@ class Book:
     def refresh(self) -> bool:
         """Read what is new; whether there was anything."""
         replays = {file for run in self.runs for file in run.replay_files}
-        cut_back = any(lines.is_another for run in self.runs for lines in (run.metrics, run.samples))
+        cut_back = any(lines.is_another for run in self.runs for lines in (run.metrics, run.before, run.samples))
         if cut_back or (self.version and replays != self.seen_replays):
             self._open()
         self.seen_replays = replays
@@ -194,10 +203,11 @@ class Book:
             with _readable(run.folder / FIRST_ROWS):
                 run.first_rows = _first_rows(run.folder / FIRST_ROWS)
                 found = True
-        for row in run.samples.new():
-            found = True
-            with _readable(run.samples.file):
-                self._add(number, run, row)
+        for samples in (run.before, run.samples):
+            for row in samples.new():
+                found = True
+                with _readable(samples.file):
+                    self._add(number, run, row)
         for file in sorted(run.folder.glob(f"{TOKENS}/*.parquet")):
             # samples.jsonl comes first: what it does not have yet is of a later look
             if file.name not in run.token_files:

@@ -59,12 +59,12 @@ def test_what_would_fail_on_this_machine_is_warned_of(dry_run: DryRun, monkeypat
     said = dry_run(
         "spo",
         *("rollout.engine=vllm", "rollout.vllm.python=/nowhere/python", "trainer.use_wandb=true"),
-        *("trainer.save_freq=1", "trainer.max_steps=1000000000"),
+        *("trainer.save_freq=1", "trainer.max_steps=1000000000", "trainer.keep=0"),
     )
     assert "WARNING rollout.vllm.python=/nowhere/python: there is no such interpreter" in said
     assert "WARNING trainer.use_wandb needs a package that is not installed" in said
-    assert "WARNING checkpoints and model take " in said
-    assert "set trainer.keep, raise trainer.save_freq" in said
+    assert "WARNING checkpoints and model take up to " in said
+    assert "samples and tokens (trainer.records_mib) take up to 4.0 GiB, and there are" in said
     assert "3 WARNING(s), see above: the run would fail on this machine dry run: all checks passed" in said
 
 

@@ -10,13 +10,15 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import RL2
-from RL2.report import RecordsFailed, Report, TensorBoard, _backwards
+from RL2.report import SAMPLES_BEFORE, RecordsFailed, Report, TensorBoard, _backwards
 from RL2.types import Trajectory
+from RL2.viewer.book import Book
 
 
 def test_a_step_is_a_line_here_and_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +68,28 @@ def test_a_step_says_how_much_time_is_left(tmp_path: Path, capsys: pytest.Captur
     first, last, test = capsys.readouterr().out.splitlines()
     assert first.endswith("  left 2:00"), "two steps of a minute each remain"
     assert "left" not in last + test
+
+
+def test_samples_and_tokens_take_no_more_than_they_may(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The oldest go, what is left has no hole, and a resumed run cuts both files of samples back."""
+    report = Report(tmp_path, is_first=True, num_steps=99, limit_bytes=40_000)
+    samples, before = tmp_path / "samples.jsonl", tmp_path / SAMPLES_BEFORE
+    for step in range(60):
+        report.samples(step, "train", [Trajectory(0, 0, 0, texts=["q" * 500, "a" * 500])])
+        report.tokens(step, "train", [{"row": 0, "token_ids": Random(step).choices(range(1 << 30), k=250)}])
+        sizes = [file.stat().st_size for file in (samples, before) if file.exists()]
+        assert sum(sizes) < 22_000
+        assert sum(file.stat().st_size for file in (tmp_path / "tokens").iterdir()) <= 20_000
+    steps = [row["step"] for file in (before, samples) for row in map(json.loads, file.open())]
+    assert steps == list(range(steps[0], 60)) and 10 < len(steps) < 25
+    kept = sorted(int(file.name[:6]) for file in (tmp_path / "tokens").iterdir())
+    assert kept == list(range(kept[0], 60)) and 1 < len(kept) < 20
+    said = capsys.readouterr().out
+    assert said.count("are removed from now on: trainer.records_mib") == 2
+    [run] = Book([str(tmp_path)]).runs
+    assert len(run.rollouts) == len(steps)
+    report.keep_before(steps[3])
+    assert [row["step"] for file in (before, samples) for row in map(json.loads, file.open())] == steps[:3]
 
 
 def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
