@@ -60,7 +60,7 @@ class Progress:
         self._phases: list[Phase] = []
         self._lock = threading.Lock()
         self._last = time.monotonic()
-        """When something was said, or the first phase began."""
+        """When something was said."""
         self._thread: threading.Thread | None = None
 
     def say(self, *lines: str) -> None:
@@ -77,8 +77,6 @@ class Progress:
         bar = tqdm(total=total, desc=what, leave=False, disable=None if self.speaks and total is not None else True)
         phase = Phase(what, total, unit, bar)
         with self._lock:
-            if not self._phases:
-                self._last = time.monotonic()
             self._phases.append(phase)
             if self.speaks and self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)

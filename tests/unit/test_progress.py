@@ -45,6 +45,13 @@ def test_long_work_gives_a_sign_of_life_with_how_far_it_is(capsys: pytest.Captur
     assert capsys.readouterr().out == "", "nothing goes on"
 
 
+def test_work_in_many_short_pieces_is_no_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(interval_s=8)
+    progress._last -= 8  # pieces of work before it, each shorter than the interval
+    with progress.phase("short"):
+        assert re.fullmatch("short: 0:0[0-6] so far", wait_for_life(capsys)[0])
+
+
 def test_where_enough_is_said_there_is_no_sign_of_life(capsys: pytest.CaptureFixture[str]) -> None:
     progress, end = Progress(interval_s=5), time.monotonic() + 0.3
     with progress.phase("rollout", 8, "responses"):
