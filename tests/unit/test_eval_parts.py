@@ -28,7 +28,7 @@ def test_parts_are_summed_up_by_problem() -> None:
     """Of the samples where there are some; a part counts where a response has it."""
     records = [
         record(0, -1, {"correct": 0.0}, {}),
-        record(0, 0, {"correct": 1.0, "format": 0.5}, {"calls": 2.0}),
+        record(0, 0, {"correct": 1.0, "format": 0.5, "length": -3.0}, {"calls": 2.0}),
         record(0, 1, {"correct": 0.0}, {"calls": 4.0}),
         record(1, 0, {"correct": 1.0}, {}),
         record(1, 1, {}, {"calls": 7.0}, unscored="broken"),
@@ -36,10 +36,11 @@ def test_parts_are_summed_up_by_problem() -> None:
     summary = summarise(Question.of([*GIVEN, "samples=2", "weights.format=0.5", "weights.corect=2"]), records)
     assert summary["reward/correct"]["value"] == 0.75
     assert summary["reward/format"]["value"] == 0.5
+    assert summary["reward/length"] == -3, "a number alone: its bounds are not known"
     assert summary["env/calls"] == 5
     shown = table(summary)
     assert shown.caption == "weights.corect weighs no part of any reward"
-    assert [*shown.columns[0].cells][-6:-4] == ["reward/format", "env/calls"]
+    assert {"reward/correct", "reward/length", "env/calls"} <= {*shown.columns[0].cells}
     greedy = summarise(Question.of(GIVEN), records[:1])
     assert greedy["reward/correct"]["value"] == 0
 
