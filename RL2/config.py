@@ -184,10 +184,10 @@ class TestData:
     """As `train_data.on_bad_row`."""
     columns: dict[str, Any]
     """As `train_data.columns`, which count here too."""
-    sets: dict[str, TestSet]
+    sets: dict[str, TestSet] = field(default_factory=dict)
     """Further test sets by name, each with its own rows, environment and sampling: `sets.aime.path=...`. The metrics of
     a set begin with `test/NAME/`."""
-    best_by: str | None
+    best_by: str | None = None
     """Without rows of `test_data` itself, `test/score` is the score of this set; null: the mean of the sets' scores.
     `test/score` decides what trainer.keep_best, trainer.early_stop and trainer.load_ckpt_from=best take."""
 
@@ -729,7 +729,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    weights: dict[str, Any]
+    weights: dict[str, Any] = field(default_factory=dict)
     """Weights of the parts of a reward, where `step` returns a dict of them: `weights.format=0.1`. A part without one
     counts once; 0 only watches a part, and below 0 it is a cost."""
 
@@ -853,7 +853,7 @@ class RLConfig:
     ref_actor: RefActor
     critic: Critic
     rollout: Rollout
-    reward: Reward
+    reward: Reward = field(default_factory=Reward)
     adv: Advantage
     trainer: RLTrainer
 

@@ -268,8 +268,11 @@ def summarise(question: Question, records: Sequence[dict[str, Any]]) -> dict[str
     responses = _which(records, "sampled" if sampled else "greedy")
     parts = _by_problem(responses, "parts")
     for name, of_problems in parts.items():
-        every = [value for of in of_problems for value in of]
-        put(f"reward/{name}", over_problems([fmean(of) for of in of_problems], bounds=limits(every)))
+        values = [fmean(of) for of in of_problems]
+        if all(0 <= value <= 1 for of in of_problems for value in of):
+            put(f"reward/{name}", over_problems(values))
+        else:  # what such a part can be is not known, and an interval needs it
+            summary[f"reward/{name}"] = fmean(values)
     for name, of_problems in _by_problem(responses, "metrics").items():
         summary[f"env/{name}"] = fmean(fmean(of) for of in of_problems)
     if idle := sorted(question.weights.keys() - parts.keys()):

@@ -299,7 +299,10 @@ def test_verifiers(mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_reward_model(
     mark: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every text has a value that is a number. Those that are too long for it are in tests/integration."""
+    """Every text has a value that is a number, but for reasoning that is never closed.
+
+    Those that are too long for it are in tests/integration.
+    """
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes = {"vocab_size": len(tokenizer), "intermediate_size": 16, "head_dim": 8, "max_position_embeddings": 4096}
     torch.manual_seed(0)
@@ -310,8 +313,13 @@ def test_a_reward_model(
 
     async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
         text = action.encode(errors="replace").decode()  # no tokenizer's text holds half a character
+        ended = {"next_state": None, "reward": 0.0, "score": 0.0, "done": True, "extra_info": extra_info}
+        if gsm8k.is_unclosed(text[:500], state):
+            with pytest.raises(ValueError, match="never closes its reasoning"):
+                await reward_model.step(state, text[:500], extra_info)
+            return ended
         result = await reward_model.step(state, text[:500], extra_info)
         assert math.isfinite(result["reward"])
-        return result | {"reward": 0.0, "score": 0.0}
+        return result | ended
 
     assert asyncio.run(attack(step, {}, mark)) == {"ended": NUMBER, "went on": 0, "unscored": 0}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from RL2.config import load, show
 from RL2.evaluation.replay import run_config
@@ -25,3 +27,11 @@ def test_an_objective_on_all_tokens_fits_a_run_on_correct_ones(
     assert (on_all.train_on, on_all.average_over) == ("all", "all")
     assert on_all.regularize_on == ("all" if select else "kept")
     assert run_config(tmp_path, tmp_path, "spo_0p5").actor.regularize_on == "all"
+
+
+def test_a_run_from_before_there_were_parts_and_sets_fits(tmp_path: Path) -> None:
+    values: Any = OmegaConf.to_container(OmegaConf.create(show(load("ppo", REQUIRED.split()))))
+    del values["reward"], values["test_data"]["sets"], values["test_data"]["best_by"]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(values))
+    config = run_config(tmp_path, tmp_path, "ppo")
+    assert (config.reward.weights, config.test_data.sets, config.test_data.best_by) == ({}, {}, None)
