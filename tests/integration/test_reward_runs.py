@@ -1,4 +1,4 @@
-"""A run on two processes whose reward has parts, whose environment measures, and which tests on several sets."""
+"""A run whose reward has parts, whose environment measures, and which tests on several sets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(world: World) -> Run:
         *(world.reward("len(action) % 2").replace("rollout.", "test_data.sets.whole."), "test_data.best_by=whole"),
         *("trainer.keep_best=true", "trainer.token_stats_freq=1"),
     )
-    return world.run("ppo", *settings, nproc=2).succeeded()
+    return world.run("ppo", *settings).succeeded()
 
 
 def test_parts_add_up_in_what_a_run_writes(run: Run) -> None:
