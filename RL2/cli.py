@@ -129,23 +129,23 @@ def check_objective(
     Example: rl2 check-objective mine.py:focal gamma=1.5
     """
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from RL2.config import words
     from RL2.objectives.conformance import check
+    from RL2.printing import in_table
 
     if unclear := [knob for knob in knobs or [] if "=" not in knob]:
         sys.exit(f"rl2 check-objective: {unclear[0]!r} is not a knob; write KNOB=VALUE")
     console = Console()
-    with ending("check-objective"), console.status(f"trying {escape(objective)}"):
+    with ending("check-objective"), console.status(f"trying {in_table(objective)}"):
         findings = check(objective, words(knobs or []))
-    table = Table(title=escape(" ".join([objective, *(knobs or [])])), title_justify="left")
+    table = Table(title=in_table(" ".join([objective, *(knobs or [])])), title_justify="left")
     for heading in ("check", "", "what was seen"):
         table.add_column(heading)
     for finding in findings:
         mark = "[green]pass[/]" if finding.passed else "[bold red]FAIL[/]"
-        table.add_row(finding.name, mark, escape(finding.reason))
+        table.add_row(finding.name, mark, in_table(finding.reason))
     console.print(table)
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
@@ -329,7 +329,7 @@ def reproduce(
     """
     import os
 
-    from rich.markup import escape
+    from RL2.printing import in_table
 
     with ending("reproduce"):
         from RL2.config import ConfigError
@@ -349,7 +349,7 @@ def reproduce(
         with board.progress:
             claims = thesis.reproduce(out, seeds, board)
         for claim in claims:
-            line = f"{claim.section}  {escape(claim.text)}: [b]{claim.verdict}[/b]; {escape(claim.measured)}"
+            line = f"{claim.section}  {in_table(claim.text)}: [b]{claim.verdict}[/b]; {in_table(claim.measured)}"
             board.console.print(line, highlight=False, soft_wrap=True)
         board.say(f"{out / 'thesis.html'} written")
 
@@ -372,12 +372,13 @@ def audit_env(
     from rich.console import Console
 
     from RL2.evaluation.audit import audit, table
+    from RL2.printing import printable
 
     with ending("audit-env"):
         found = audit(env, data, key, limit, parts=part or ())
     Console().print(table(found))
     for note in found.notes:
-        print(note)
+        print(printable(note))
     if found.findings:
         parts = sorted({finding.part for finding in found.findings} - {""})
         of = f" (reward: {', '.join(parts)})" if parts else ""
@@ -398,12 +399,13 @@ def audit_judge(
     from rich.console import Console
 
     from RL2.evaluation.judging import audit, notes, table
+    from RL2.printing import printable
 
     with ending("audit-judge"):
         found = audit(env, data, limit, repeats)
     Console().print(table(found))
     for note in notes(found):
-        print(note)
+        print(printable(note))
 
 
 if __name__ == "__main__":

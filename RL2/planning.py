@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from rich.console import ConsoleRenderable, Group
-from rich.markup import escape
 from rich.table import Table
 
 from RL2.config import ConfigError, UserError, first_line, words
 from RL2.parallel.choose import Plan, best
 from RL2.parallel.cost import PRESETS, Machine, Shape, Work, sync_traffic, traffic
+from RL2.printing import in_table
 
 GIB = 2**30
 KINDS = {"str": "a text", "int": "a whole number above 0", "float": "a number above 0", "bool": "true or false"}
@@ -88,12 +88,12 @@ def table(question: Question) -> tuple[Group, bool]:
     shape = question.shape
     plan, why = best(shape, question.gpus, question.work, question.machine)
     head = (
-        f"[bold]{escape(question.model)}[/], {shape.parameters / 1e9:.2f} billion parameters, on {question.gpus} x "
+        f"[bold]{in_table(question.model)}[/], {shape.parameters / 1e9:.2f} billion parameters, on {question.gpus} x "
         f"{question.memory_gib:g} GiB"
     )
     parts: list[ConsoleRenderable | str] = [_settings(plan), _memory(question, plan)]
     if why:
-        why = f"[bold red]does not fit:[/] {escape(why)}. The layout that comes closest:"
+        why = f"[bold red]does not fit:[/] {in_table(why)}. The layout that comes closest:"
         return Group(head, why, *parts), False
     return Group(head, *parts, _time(question, shape, plan)), True
 

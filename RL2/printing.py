@@ -19,6 +19,13 @@ def printable(text: str) -> str:
     return _DRIVES.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
+def in_table(text: str) -> str:
+    """Return `text` as rich shows it, as it stands: printable, and none of it markup."""
+    from rich.markup import escape
+
+    return escape(printable(text))
+
+
 def is_secret(name: str) -> bool:
     """Return whether an environment variable is named as secrets are: `*TOKEN*`, `*KEY*`, `*SECRET*`, `*PASSWORD*`."""
     return _SECRET.search(name) is not None and not name.upper().startswith("TOKENIZER")

@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import mode
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from RL2.config import UserError
@@ -28,6 +27,7 @@ from RL2.data.bad_rows import load_converted
 from RL2.data.chat import is_chat, question_of
 from RL2.data.prompts import given_away
 from RL2.data.source import from_json, in_row
+from RL2.printing import in_table
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.step_result import Unscored
 
@@ -345,5 +345,5 @@ def table(found: Audit) -> Table:
         for part, of in by_part.items():
             first, said = of[0], f"{part} {of[0].said}".strip()
             example = f"row {first.row}, answer {first.answer}: {first.response!r:.60} got {said}"
-            shown.add_row(kind, str(number), f"[bold red]{len(of)}[/]", escape(example))
+            shown.add_row(kind, str(number), f"[bold red]{len(of)}[/]", in_table(example))
     return shown

@@ -37,6 +37,7 @@ from RL2.evaluation.intervals import Estimate, limits, over_problems
 from RL2.evaluation.samples import Sample, majority_at, pass_at
 from RL2.models.loading import weights_folder
 from RL2.models.policy import load_model, load_tokenizer, max_length, stop_tokens
+from RL2.printing import in_table
 from RL2.rollout.collect import Episodes, Group, finish
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
@@ -307,9 +308,9 @@ def table(summary: dict[str, Any]) -> Table:
         shown.add_column(heading)
     for name, value in summary.items():
         if isinstance(value, dict):
-            shown.add_row(name, f"{value['value']:.4f}", f"{value['low']:.4f} to {value['high']:.4f}")
+            shown.add_row(in_table(name), f"{value['value']:.4f}", f"{value['low']:.4f} to {value['high']:.4f}")
         elif name not in ("problems", "unscored", BY_SCORE, IDLE):
-            shown.add_row(name, f"{value:.4g}", "")
+            shown.add_row(in_table(name), f"{value:.4g}", "")
     return shown
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -32,6 +31,7 @@ from RL2.objectives.table import configured
 from RL2.objectives.terms import by_token, total_loss, with_weights
 from RL2.parallel.fsdp import whole
 from RL2.parallel.processes import Processes
+from RL2.printing import in_table
 from RL2.trainer.run import REPLAY_BATCH, replay_folder
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.actor import Actor, wanted_stats
@@ -123,7 +123,7 @@ def table(replayed: Replay) -> Group:
         what.add_column(heading, justify="left" if heading == "objective" else "right")
     for number, one in enumerate(replayed.objectives, 1):
         changes = (f"{change:+.3g}" for change in (one.entropy, one.correct, one.wrong))
-        title = f"{number} {escape(one.title)}"
+        title = f"{number} {in_table(one.title)}"
         what.add_row(title, f"{one.loss:.4g}", f"{one.norm:.4g}", str(one.tokens), *changes)
     titles = [one.title for one in replayed.objectives]
     between = Table(title="cosines of the gradients", title_justify="left")
@@ -131,7 +131,7 @@ def table(replayed: Replay) -> Group:
         between.add_column(heading)
     for number, a in enumerate(titles, 1):
         found = [replayed.cosines.get((a, b), replayed.cosines.get((b, a), math.nan)) for b in titles]
-        between.add_row(f"{number} {escape(a)}", *(f"{cosine:+.4f}" for cosine in found))
+        between.add_row(f"{number} {in_table(a)}", *(f"{cosine:+.4f}" for cosine in found))
     return Group(what, between)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,7 +46,7 @@ from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, re
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
-from RL2.printing import printable
+from RL2.printing import in_table
 from RL2.progress import Progress
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
@@ -90,7 +89,7 @@ class Findings:
         """Print the table, and in the last line whether all was looked at."""
         table = Table(show_header=False)
         for what, line in self.lines:
-            table.add_row(f"[bold]{what}[/]", escape(printable(line)))
+            table.add_row(f"[bold]{what}[/]", in_table(line))
         unseen = f"; not looked at: {', '.join(self.unseen)}" if self.unseen else ""
         console = Console(soft_wrap=True)
         console.print(table)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from RL2.config import ConfigError, UserError, load, one_line, show
 from RL2.engines.served.server import Server
 from RL2.engines.vllm.kind import VLLM_SERVER
+from RL2.evaluation import audit, evaluate
+from RL2.evaluation.audit import Audit, Finding
 from RL2.printing import masked, printable
 from RL2.report import Report
 
@@ -36,6 +40,18 @@ def test_errors_and_reports_are_printable(tmp_path: Path, capsys: pytest.Capture
         assert not set(text) & set(CONTROLS)
         assert "\\x1b" in text
     assert one_line("\ud800") == "\\ud800"
+
+
+def test_tables_are_printable_and_have_no_markup_of_others() -> None:
+    hostile = "[bold]" + "".join(CONTROLS)
+    found = Audit(1, {"a kind": 1}, [Finding(1, "a kind", hostile, hostile, hostile)], [])
+    summary = {"problems": 1, "unscored": 0, hostile: 0.5}
+    for table in (audit.table(found), evaluate.table(summary)):
+        console = Console(file=io.StringIO(), width=2000)
+        console.print(table)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert not (set(text) - {"\n"}) & set(CONTROLS)
+        assert "[bold]" in text and "\\x1b" in text
 
 
 SECRETS = {
