@@ -142,13 +142,19 @@ def _on_disk(
                     tell(share)
 
                 writer.finish(_built(bad, build, writer, told))
-            with suppress(FileExistsError):  # another machine was faster, where locks do not reach
+            try:
                 partial.rename(place)
+            except OSError:
+                if not place.is_dir():  # if it is there, another machine was faster, where locks do not reach
+                    raise
         finally:
-            writer.close()
+            writer.abandon()
             shutil.rmtree(partial, ignore_errors=True)
         _prune(place)
-    return open_table(place, columns)
+        try:
+            return open_table(place, columns)
+        except ValueError as error:
+            raise OSError(f"{place} is not as it was written ({error})") from error
 
 
 def _ready(place: Path, columns: Sequence[str], progress: Progress) -> Table | None:

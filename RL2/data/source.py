@@ -165,9 +165,13 @@ def with_columns(
     return Renamed(columns, example) if columns else example
 
 
+_JSON_BEGINS = frozenset('{["-0123456789tfnNI')
+"""First characters of all JSON texts that Python reads; other texts are seen to be none without trying."""
+
+
 def from_json(value: Any) -> Any:
     """`value`, decoded if it is a text that holds JSON: CSV has no other way to carry lists and objects."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value.lstrip()[:1] in _JSON_BEGINS:
         try:
             return json.loads(value)
         except (ValueError, RecursionError):  # no JSON, or none that Python reads

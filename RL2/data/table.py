@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -119,7 +120,12 @@ class Writer:
 
     def close(self) -> None:
         for file in self.files.values():
-            if self.folder is not None:
+            file.close()
+
+    def abandon(self) -> None:
+        """Close what is still open; what a full disk did not take is lost."""
+        for file in self.files.values():
+            with suppress(OSError):
                 file.close()
 
     def _write(self, name: str, data: Any) -> None:

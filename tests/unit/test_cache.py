@@ -26,6 +26,7 @@ from RL2.data.preference import load_pairs
 from RL2.data.prompts import load_prompts
 from RL2.data.sft import load_examples
 from RL2.data.source import with_columns
+from RL2.data.table import Writer
 from RL2.progress import Phase, Progress
 from RL2.rollout.environment import load_example
 
@@ -249,7 +250,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, tokenizer: PreTrained
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
         assert prompts(path, tokenizer, progress=heard) == made
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -334,6 +335,25 @@ def test_of_several_processes_one_makes_the_table(
     assert [number for number, _, _ in found] == [NUMBER] * 4
     assert sum(was_read for _, was_read, _ in found) == 1
     assert all(not said for _, _, said in found)
+
+
+def test_a_table_that_another_machine_has_made_meanwhile_is_taken(tmp_path: Path, folder: Path) -> None:
+    """Where locks do not reach, as on some network file systems, two make the same table."""
+    bad, name = BadRows(write(tmp_path, rows())), "f" * 32
+
+    def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
+        if not (folder / name).exists():
+            (folder / name).mkdir()
+            theirs = Writer(("row",), folder / name)
+            theirs.add(row=[[1], [2]])
+            theirs.finish({"bad": {}})
+        writer.add(row=[[1], [2]])
+        return {}
+
+    heard = Heard()
+    assert len(cache.table(bad, name, ("row",), build, heard)) == 2
+    assert heard.said == []
+    assert [place.name for place in tables(folder)] == [name]
 
 
 def test_waiting_for_another_process_ends(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
