@@ -132,7 +132,7 @@ PIECES = [
 
 def test_chat_templates(tokenizer: PreTrainedTokenizerBase) -> None:
     """Of any content: they come with the model."""
-    own, watchdog = tokenizer.chat_template, Watchdog(10)
+    own, watchdog = tokenizer.chat_template, Watchdog(10, "the process is killed")
 
     @inputs(0.04)
     @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=6), shaken(CHAT))
