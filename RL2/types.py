@@ -107,8 +107,10 @@ class Trajectory:
     """Why there is no reward. An unscored trajectory does not train and has no score."""
     parts: dict[str, float] = field(default_factory=dict)
     """Part of the reward -> its sum over the turns, not weighted; empty where rewards are numbers."""
+    plain: float = 0.0
+    """Sum of the rewards of those turns that returned a number, where others returned parts."""
     weighted: float = 0.0
-    """`parts` times their weights, summed and rounded once."""
+    """`parts` times their weights, and `plain`, summed and rounded once."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What the environment measured: of each, the mean over the turns that gave it."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -125,8 +127,10 @@ class Trajectory:
 
     @property
     def by_part(self) -> dict[str, float]:
-        """Return `parts` or, without any, the reward as one part without a name."""
-        return self.parts or {"": self.reward}
+        """Return `parts`, with the rewards that are numbers as one part without a name."""
+        if not self.parts:
+            return {"": self.reward}
+        return self.parts | ({"": self.plain} if self.plain else {})
 
     @property
     def num_tokens(self) -> int:

@@ -49,7 +49,12 @@ def _is_known(file: Path, name: str, files: dict[Path, bytes], seen: set[tuple[P
     seen.add((file, name))
     if file not in files:
         files[file] = file.read_bytes()
-    bound = [statement for statement in ast.parse(files[file]).body if name in _binds(statement)]
+    tree = ast.parse(files[file])
+    if not all(map(_only_binds, tree.body)) or any(
+        isinstance(node, ast.Global) and name in node.names for node in ast.walk(tree)
+    ):
+        return False  # code that runs when the file is loaded may fill what the name stands for
+    bound = [statement for statement in tree.body if name in _binds(statement)]
     if not bound:
         return hasattr(builtins, name) and not IMPURE.fullmatch(name)
     return all(_statement_is_known(statement, name, file, files, seen) for statement in bound)
@@ -91,6 +96,28 @@ def _import_is_known(
     if statement.level > 1 or not module or theirs == "*":
         return False
     return _is_known(file.parent.joinpath(*module.split(".")).with_suffix(".py"), theirs, files, seen)
+
+
+def _only_binds(statement: ast.stmt) -> bool:
+    """Return whether a statement of the top level binds names and does nothing else when the file is loaded.
+
+    What is assigned counts as one that does nothing else.
+    """
+    if isinstance(statement, ast.If):
+        return ast.unparse(statement.test) == "__name__ == '__main__'" or all(
+            map(_only_binds, [*statement.body, *statement.orelse])
+        )
+    if isinstance(statement, ast.Try):
+        inner = [each for handler in statement.handlers for each in handler.body]
+        return all(map(_only_binds, [*statement.body, *inner, *statement.orelse, *statement.finalbody]))
+    if isinstance(statement, ast.Assign | ast.AnnAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        return all(isinstance(node, ast.Name | ast.Tuple | ast.expr_context) for t in targets for node in ast.walk(t))
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)
+    return isinstance(
+        statement, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Raise
+    )
 
 
 def _binds(node: ast.AST) -> set[str]:

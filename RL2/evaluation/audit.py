@@ -224,8 +224,7 @@ async def _comparison(
     """Return, for each of the first rows, what the right answer earns, others in the same form, and no answer, last."""
     compared = []
     for problem, answer, other in list(zip(problems, answers, others, strict=True))[:COMPARED]:
-        # one is made up where all problems have the same answer
-        texts = [template.format(answer=text) for text in (answer, *(other or [f"{answer}1"]))]
+        texts = [template.format(answer=text) for text in (answer, *(other or _made_up(answer)))]
         earned = [await _values(environment, problem.prompt, text, problem.info) for text in (*texts, "")]
         compared.append([values if isinstance(values, dict) else {} for values in earned])
     return compared
@@ -238,11 +237,14 @@ def _tells(compared: list[list[Values]], part: str) -> bool:
 
 
 def _norm(compared: list[list[Values]], part: str) -> Norm:
-    """Return what a part pays as a rule. A wrong answer may earn what most of them do, or what no answer does."""
+    """Return what a part pays as a rule. A wrong answer may earn what most of them do.
+
+    Where these pay a penalty it may also earn what no answer does, but nothing above 0.
+    """
     right = mode(row[0].get(part, 0.0) for row in compared)
     usual = mode(other.get(part, 0.0) for row in compared for other in row[1:-1])
     none = mode(row[-1].get(part, 0.0) for row in compared)
-    return Norm(right, max((value for value in (usual, none) if value < right), default=-math.inf))
+    return Norm(right, max((value for value in (usual, min(none, 0.0)) if value < right), default=-math.inf))
 
 
 def _wrong(values: Values | str, norms: dict[str, Norm], *, is_right: bool) -> dict[str, str]:
@@ -263,6 +265,11 @@ def _others(answers: list[str], n: int) -> list[str]:
     """Return the right answers of some other problems that are wrong for problem `n`."""
     found = [other for other in answers[n + 1 :] + answers[:n] if not _same(other, answers[n])]
     return list(dict.fromkeys(found))[:OTHERS]
+
+
+def _made_up(answer: str) -> list[str]:
+    """Return wrong answers where all problems have the same: a length pays one of them as much as the right one."""
+    return [f"{answer[:-1]}{'2' if answer[-1:] == '1' else '1'}", f"{answer}1"]
 
 
 def cases(template: str, answer: str, others: Sequence[str], demonstration: str | None, prompt: str) -> Iterator[Case]:

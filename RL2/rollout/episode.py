@@ -24,6 +24,8 @@ from RL2.types import Prompt, Sampling, Sequence, Trajectory, summed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PLAIN = ""
+"""Name of a reward that is a number, among parts."""
 RESPONSE = "[[response]]"
 """Stands for a response where the chat template is asked what it writes behind one."""
 
@@ -95,7 +97,7 @@ async def run_episode(
             result = await environment.step(state, action, extra_info, request)
             _pay(sequence, len(completion.token_ids), result, partial(decode, tokenizer), sampled)
             trajectory.score += result.score
-            for found, values in ((parts, result.parts), (metrics, result.metrics)):
+            for found, values in ((parts, result.parts or {PLAIN: result.total}), (metrics, result.metrics)):
                 for name, value in values.items():
                     found[name].append(value)
             trajectory.left_out |= result.left_out
@@ -122,9 +124,10 @@ async def run_episode(
             sequence.rewards = [0.0] * len(sequence.rewards)
         parts.clear()
     trajectory.metrics = {name: fmean(each) for name, each in metrics.items()}
-    trajectory.parts = {name: math.fsum(each) for name, each in parts.items()}
-    weights = environment.weights
-    trajectory.weighted = math.fsum(weights.get(name, 1.0) * value for name, value in trajectory.parts.items())
+    trajectory.plain = summed(parts.pop(PLAIN, []))
+    trajectory.parts = {name: summed(each) for name, each in parts.items()}
+    terms = [environment.weights.get(name, 1.0) * value for name, value in trajectory.parts.items()]
+    trajectory.weighted = math.fsum([*terms, trajectory.plain])
     return trajectory
 
 

@@ -97,7 +97,7 @@ def checked(result: Any, weights: Mapping[str, float], length: int) -> StepResul
     named = [_span(n, span, length, has_parts) for n, span in enumerate(_listed(result.get("spans")))]
     spans = tuple(Span(end, _weighted(part, value, weights) if part else value) for end, part, value in named)
     values = [*at_end.items(), *((part, value) for _, part, value in named if part)]
-    parts = {name: math.fsum(value for part, value in values if part == name) for name, _ in values}
+    parts = {name: summed([value for part, value in values if part == name]) for name, _ in values}
     score = _number(result["score"], "score")
     metrics, left_out = _metrics(result.get("metrics"))
     return StepResult(next_state, reward, score, done, extra_info, train, parts, spans, metrics, left_out)

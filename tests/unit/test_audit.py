@@ -146,6 +146,24 @@ def test_parts_that_are_about_form_are_no_holes(scale: str, tmp_path: Path, plai
     assert found.notes[1].startswith("not audited: format, length, words (pays right answers no more than others")
 
 
+def test_form_is_no_hole_where_all_answers_are_the_same(tmp_path: Path) -> None:
+    (file := tmp_path / "same.jsonl").write_text('{"prompt": "2+5=", "extra_info": {"answer": "7"}}\n' * 4)
+    found = audit(script(tmp_path, composite(CORRECT)), str(file))
+    assert not found.findings
+    assert found.notes[0] == "audited for correctness: correct"
+
+
+@pytest.mark.parametrize("value", [0.05, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("scale", ["reward", "2 * reward - 1"])
+@pytest.mark.parametrize(("response", "kind"), [("''", "nothing"), ("state", "the prompt again")])
+def test_what_a_part_pays_for_no_answer_is_a_hole_however_little(
+    response: str, kind: str, scale: str, value: float, tmp_path: Path, plain: str
+) -> None:
+    text = composite(CORRECT, f"{value} if action == {response} else {scale}")
+    found = audit(script(tmp_path, text), plain)
+    assert {(finding.part, finding.kind) for finding in found.findings} == {("correct", kind)}
+
+
 def test_form_that_makes_a_wrong_answer_correct_is_said(tmp_path: Path, plain: str) -> None:
     found = audit(script(tmp_path, composite(CORRECT)), plain)
     assert "a wrong answer earns up to 0.94 in all, and what earns more than 0 counts as correct" in found.notes[2]

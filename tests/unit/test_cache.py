@@ -198,6 +198,13 @@ def test_whatever_the_rows_depend_on_gives_another_table(
         "from .other import change\ndef example(row):\n    return change(row)",
         "class Reader:\n    def __call__(self, row):\n        return row\nexample = Reader()",
         "def outer(k):\n    def example(row):\n        return k and row\n    return example\nexample = outer(1)",
+        "A = {}\nfor line in open(__file__):\n    A[line] = 1\ndef example(row):\n    return A and row",
+        "A = []\nwith open(__file__) as file:\n    A.extend(file)\ndef example(row):\n    return A and row",
+        "A = {}\nA.update(x=open(__file__).read())\ndef example(row):\n    return A and row",
+        "A = {}\nA['x'] = open(__file__).read()\ndef example(row):\n    return A and row",
+        "def example(row):\n    return example.given and row\nexample.given = open(__file__).read()",
+        "def fill():\n    A[0] = open(__file__).read()\nA = {}\nfill()\ndef example(row):\n    return A and row",
+        "def fill():\n    global A\n    A = id(fill)\nA = 1\nX = fill()\ndef example(row):\n    return A and row",
     ],
 )
 def test_a_script_that_may_depend_on_more_has_no_table(

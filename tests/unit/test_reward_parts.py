@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.config import ConfigError, Reward, RLConfig, load
 from RL2.engines.scripted import ScriptedEngine
-from RL2.packing import pack
+from RL2.packing import pack, part_rewards
 from RL2.report import Report
 from RL2.rollout.collect import rollout_metrics
 from RL2.rollout.environment import Environment, load_environment
@@ -89,6 +89,22 @@ def test_parts_that_cancel_are_not_correct(play: Play, turns: list[str]) -> None
     found = play(*turns)
     assert found.reward == 0
     assert success_rates([found]) == {0: 0}
+
+
+@pytest.mark.parametrize("turns", [["0.5", "{'a': 1}"], ["{'a': 1}", "0.5"], ["-1", "{'a': 1}"], ["2", "{'a': -1}"]])
+def test_turns_with_a_number_count_beside_turns_with_parts(play: Play, turns: list[str]) -> None:
+    """The reward is that of the tokens, for every estimator and metric."""
+    found = play(*turns, weights={"a": 2})
+    by_token = sum(sum(sequence.rewards) for sequence in found.sequences)
+    assert found.reward == by_token
+    part_NP, weight_P = part_rewards([found], {"a": 2})
+    assert float((part_NP * weight_P).sum()) == by_token
+    assert found.parts.keys() == {"a"}
+
+
+def test_a_part_that_cancels_over_the_turns_is_0(play: Play) -> None:
+    """Rounding is no signal, not even for an estimator that divides by its deviation."""
+    assert play("{'a': 0.1}", "{'a': 0.2}", "{'a': -0.3, 'b': 1}").parts == {"a": 0, "b": 1}
 
 
 def test_a_weight_decides_what_is_correct(play: Play) -> None:
