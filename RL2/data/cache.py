@@ -5,6 +5,7 @@ A table has the name of what it is made of: the content of the data, the tokeniz
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import hashlib
 import json
@@ -77,6 +78,8 @@ def key(
             type(tokenizer).__qualname__,
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.chat_template,
+            # templates that write the date, such as Llama's, write another one tomorrow
+            datetime.date.today().isoformat() if "strftime_now" in str(tokenizer.chat_template) else "",
             {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             tokenizer.split_special_tokens,
         ],

@@ -170,7 +170,7 @@ def _encode(
 
 def demonstration(row: Row, train_on: TrainOn) -> Demonstration:
     """Return what a row demonstrates. Raise DataError for one that demonstrates nothing."""
-    if row.get("label") is False:
+    if _is_to_avoid(row):
         raise DataError("its 'label' is false: the completion is one to avoid, and no demonstration")
     if not is_chat(row):
         return Demonstration(None, row["prompt"], _response(row))
@@ -183,6 +183,15 @@ def demonstration(row: Row, train_on: TrainOn) -> Demonstration:
         if not turns:
             raise DataError("every turn of the assistant has weight 0")
     return Demonstration(Chat(messages, template_arguments(row)), turns=turns)
+
+
+def _is_to_avoid(row: Row) -> bool:
+    """Return whether a row of TRL's unpaired preferences (KTO) has a bad completion.
+
+    Its label may be text, as in CSV, or a number. Beside a `response`, such a label is an answer.
+    """
+    label = row.get("label")
+    return label is False or ("completion" in row and str(label).strip().lower() in ("false", "0", "0.0"))
 
 
 def _says_nothing(each: Demonstration) -> bool:

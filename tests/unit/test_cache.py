@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,6 +182,34 @@ def test_whatever_the_rows_depend_on_gives_another_table(
     ]
     for number, change in enumerate(changes, 1):
         change()
+        assert len(tables(folder)) == number
+
+
+@pytest.fixture
+def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets the time zone of the process."""
+
+    def zone(name: str) -> None:
+        monkeypatch.setenv("TZ", name)
+        time.tzset()
+
+    yield zone
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_a_template_that_writes_the_date_writes_the_present_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, zone: Callable[[str], None]
+) -> None:
+    """In the two time zones it is never the same day."""
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + str(tokenizer.chat_template)
+    path = write(tmp_path, rows())
+    for number, name in enumerate(("A-14", "B+12"), 1):
+        zone(name)
+        for _ in range(2):
+            chat = prompts(path, dated)[0][0]
+            assert chat.text.startswith(datetime.date.today().isoformat())
         assert len(tables(folder)) == number
 
 

@@ -312,6 +312,22 @@ def test_every_format_is_tried() -> None:
     assert seen | {"verl (reward_model.ground_truth)"} == set(FORMATS)
 
 
+@pytest.mark.parametrize("label", ["False", "false", " FALSE ", "0", 0, 0.0])
+def test_a_bad_completion_is_no_demonstration_however_its_label_is_written(
+    label: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """CSV has no booleans, and many tables have integers for them."""
+    with pytest.raises(DataError, match="its 'label' is false"):
+        read("sft", "", {"prompt": "q", "completion": "a", "label": label}, tmp_path, tokenizer)
+    for good in ("True", "true", "1", 1):
+        read("sft", "", {"prompt": "q", "completion": "a", "label": good}, tmp_path, tokenizer)
+
+
+def test_an_answer_of_0_is_no_label(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for answer in ("0", 0, "False"):
+        assert read("sft", "", {"prompt": "1-1=", "response": "0", "label": answer}, tmp_path, tokenizer)[0]
+
+
 def test_calls_in_share_gpt() -> None:
     row = {
         "conversations": [
