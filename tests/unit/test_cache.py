@@ -205,7 +205,7 @@ def test_a_template_that_writes_the_date_writes_the_present_one(
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + str(tokenizer.chat_template)
     path = write(tmp_path, rows())
-    for number, name in enumerate(("A-14", "B+12"), 1):
+    for number, name in enumerate(("EAST-14", "WEST+12"), 1):
         zone(name)
         for _ in range(2):
             chat = prompts(path, dated)[0][0]
