@@ -245,7 +245,8 @@ async def judge(question: str, response: str, answer: Any, name: str, repeat: in
     """Return a mark of the scale for one criterion. Raises JudgeError where there is none."""
     reference = "" if answer is None else REFERENCE
     fields = {"question": question, "response": response, "answer": "" if answer is None else str(answer)}
-    return await asked_for(GRADE.replace("{reference}", reference), CRITERIA[name], fields, repeat, mark_of)
+    form, wanted = GRADE.replace("{reference}", reference), f"mark from {LEAST:g} to {MOST:g}"
+    return await asked_for(form, CRITERIA[name], fields, repeat, mark_of, wanted)
 
 
 async def marks(question: str, response: str, answer: Any, repeat: int) -> dict[str, float]:
@@ -257,11 +258,14 @@ async def prefer(question: str, first: str, second: str, repeat: int = 0) -> str
     """Return which response the judge takes for the better one: A, the first, B or tie. Raises JudgeError."""
     rubric = "\n\n".join(CRITERIA.values())
     fields = {"question": question, "first": first, "second": second}
-    return await asked_for(COMPARE, rubric, fields, repeat, better_of)
+    return await asked_for(COMPARE, rubric, fields, repeat, better_of, "verdict (A, B or tie)")
 
 
-async def asked_for(form: str, rubric: str, fields: dict[str, str], repeat: int, read: Any) -> Any:
-    """Return what `read` finds in the judge's reply to the filled form; it is asked again where it finds nothing."""
+async def asked_for(form: str, rubric: str, fields: dict[str, str], repeat: int, read: Any, wanted: str) -> Any:
+    """Return what `read` finds in the judge's reply to the filled form.
+
+    The judge is asked again where it finds nothing. Raises JudgeError, which says what was `wanted`.
+    """
     key = [form, rubric, fields, LEAST, MOST]
     nonce = nonce_of(key)
     # a space keeps a server from taking what a text says for the end of a turn
@@ -278,7 +282,7 @@ async def asked_for(form: str, rubric: str, fields: dict[str, str], repeat: int,
         reply = await client.ask(messages, sampling, [key, seed])
         if (found := read(reply)) is not None:
             return found
-    raise JudgeError(f"the judge's reply has no mark from {LEAST:g} to {MOST:g}: {reply[-80:]!r}")
+    raise JudgeError(f"the judge's reply has no {wanted}: {reply[-80:]!r}")
 
 
 def nonce_of(key: Any) -> str:

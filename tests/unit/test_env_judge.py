@@ -448,6 +448,12 @@ def test_the_audit_counts_what_the_judge_does_not_answer(load: Any, server: Serv
     found = audit(ROOT / "envs" / "judge.py", str(data))
     assert (found.rows, found.agreement["judge"].value, found.flips) == (5, 1.0, None)
     assert "JudgeError: the judge's reply has no mark" in notes(found)[0]
+    data.write_text(json.dumps({"prompt": "Q", "chosen": "a", "rejected": "b"}) + "\n")
+    server.answer = lambda body: "Score: 5"
+    assert (
+        "the judge's reply has no verdict (A, B or tie): 'Score: 5'"
+        in notes(audit(ROOT / "envs" / "judge.py", str(data)))[0]
+    )
     server.answer = lambda body: (403, {}, "")
     with pytest.raises(UserError, match="the judge gave no marks; most often: JudgeError: HTTP 403"):
         audit(ROOT / "envs" / "judge.py", str(data))
