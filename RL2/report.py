@@ -127,10 +127,6 @@ class Report:
         """What metrics.jsonl has, oldest first; on the first process."""
         return read_metrics(self.folder) if self.is_first else []
 
-    def values(self, name: str) -> list[float]:
-        """What it has of one metric."""
-        return [row[name] for row in self.rows() if name in row]
-
     def step(self, step: int, metrics: Metrics) -> None:
         """One step's metrics: a console line, a line of metrics.jsonl, and the dashboards."""
         if not self.is_first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +102,7 @@ def train(config: RLConfig, run: Run) -> None:
     first_step = run.resume(actor, supply, report, critic)
     report.say(of_rollouts(config, first_step, num_steps))
 
-    scores = Scores(run.processes.gather(report.values("test/score"), "the scores so far"))
+    scores = Scores(run.processes.gather(scores_of(report.rows(), tests, config), "the scores so far"))
     num_tests = max(1, sum(each.num_responses for each in decisive(tests, config)))
     num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
     watch = Watch(num_tests, trainer.save_dir, report.rows(), num_train, config.reward.weights)
@@ -297,8 +297,7 @@ def test(
         shown = trajectories[: config.trainer.samples_per_step]
         report.samples(step, "test", shown, settings.name)
         microscope.tests.append((shown, settings.sampling))
-    score = fmean(metrics[f"{each.settings.prefix}/score"] for each in decisive(tests, config)) if tests else 0.0
-    return metrics | {"test/score": score}
+    return metrics | {"test/score": fmean(scores_of([metrics], tests, config))}
 
 
 def test_one(
@@ -322,6 +321,15 @@ def test_one(
             )
             trajectories += [replace(trajectory, group=before + start + trajectory.group) for trajectory in of_wave]
     return trajectories
+
+
+def scores_of(rows: Iterable[Metrics], tests: list[TestTasks], config: RLConfig) -> list[float]:
+    """Return `test/score` of each test in `rows`, as the present settings have it.
+
+    Rows without a test, and those of a run whose settings were others and that lack a set, are left out.
+    """
+    names = [f"{each.settings.prefix}/score" for each in decisive(tests, config)]
+    return [fmean(row[name] for name in names) for row in rows if names and all(name in row for name in names)]
 
 
 def decisive(tests: list[TestTasks], config: RLConfig) -> list[TestTasks]:

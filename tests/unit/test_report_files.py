@@ -125,7 +125,7 @@ def test_numbers_that_json_has_not_are_said_and_left_out(tmp_path: Path, capsys:
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "actor/loss": 0.5}
     assert "step 1: WARNING: not recorded" in (said := capsys.readouterr().out)
     assert "actor/kl=inf, train/entropy=nan" in said
-    assert report.values("actor/kl") == []
+    assert not any("actor/kl" in row for row in report.rows())
 
 
 def test_records_are_cut_back_from_their_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

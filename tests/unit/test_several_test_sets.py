@@ -222,3 +222,18 @@ def test_what_a_set_leaves_open_is_as_of_test_data(folder: Path) -> None:
     assert (one.responses_per_prompt, one.on_bad_row) == (3, "skip")
     assert one.columns == {"extra_info": None, "prompt": "question"}
     assert one.sampling == settings.rollout.test_sampling_params
+
+
+def test_scores_before_a_resume_are_those_of_the_sets_that_decide_now(folder: Path) -> None:
+    """A mean of two sets is no score of one of them: the best model would be another one."""
+    rows = [
+        {"train/score": 9.0},
+        {"test/score": 0.5, "test/a/score": 0.1, "test/b/score": 0.9},
+        {"test/score": 0.3, "test/a/score": 0.2, "test/b/score": 0.4},
+        {"test/score": 0.7, "test/a/score": 0.7},
+    ]
+    expected = {"null": [0.5, pytest.approx(0.3)], "a": [0.1, 0.2, 0.7], "b": [0.9, 0.4]}
+    for best_by, scores in expected.items():
+        settings = config(folder, "test_data.sets.a.path=x", "test_data.sets.b.path=x", f"test_data.best_by={best_by}")
+        sets = [tasks.TestTasks(each, None, []) for each in settings.test_sets]  # type: ignore[arg-type]
+        assert rl.scores_of(rows, sets, settings) == scores
