@@ -51,7 +51,7 @@ def with_answer(row: Row) -> Row:
     extra_info = from_json(row.get("extra_info")) or {}
     answer = next((row[key] for key in ANSWERS if row.get(key) is not None and not isinstance(row[key], bool)), None)
     asks = row.get("prompt") is not None or row.get("messages") is not None
-    if answer is None or not asks or not isinstance(extra_info, dict) or "answer" in extra_info:
+    if answer is None or not asks or not isinstance(extra_info, dict) or extra_info.get("answer") is not None:
         return row
     return row | {"extra_info": extra_info | {"answer": answer}}
 

@@ -323,6 +323,12 @@ def test_a_bad_completion_is_no_demonstration_however_its_label_is_written(
         read("sft", "", {"prompt": "q", "completion": "a", "label": good}, tmp_path, tokenizer)
 
 
+def test_an_answer_that_arrow_filled_in_with_null_is_none() -> None:
+    """Where some rows have it in extra_info and others in a column."""
+    row = {"prompt": "q", "extra_info": {"answer": None, "index": 3}, "answer": "2"}
+    assert canonical(row)[0]["extra_info"] == {"answer": "2", "index": 3}
+
+
 def test_an_answer_of_0_is_no_label(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     for answer in ("0", 0, "False"):
         assert read("sft", "", {"prompt": "1-1=", "response": "0", "label": answer}, tmp_path, tokenizer)[0]
