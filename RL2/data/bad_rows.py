@@ -15,13 +15,13 @@ from RL2.data.source import BadLine, DataError, Place, Row, Source, keys, shown
 SHOWN = 5
 """Bad rows that an error quotes."""
 PIECE = 1024
-"""Rows in memory at a time: the encodings of texts take much memory for the little while that they live."""
+"""Number of rows in memory at a time, which bounds the memory that their encodings take."""
 LONGEST = 160
-"""Characters of what is wrong with one of several rows."""
+"""Limit in characters of each row's message where several rows are bad."""
 
 
 class FatalDataError(DataError):
-    """A fault of every row, or one that takes too long to look for in others."""
+    """A fault of every row, or one for which checking the other rows would take too long."""
 
 
 class BadRows:
@@ -49,7 +49,7 @@ class BadRows:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned; after an empty one nothing was read."""
+        """Take over what `state` returned; an empty dict resets to the state before reading."""
         self.found = {int(number): error for number, error in state.get("found", {}).items()}
         self.total, self.left_out = state.get("total", 0), state.get("left_out", 0)
         self.formats = Counter(state.get("formats", {}))
@@ -86,7 +86,7 @@ class BadRows:
 
     @contextmanager
     def row(self, number: int) -> Iterator[None]:
-        """Note what is wrong with row `number` if a DataError is raised within."""
+        """Record what is wrong with row `number` if a DataError is raised within."""
         try:
             yield
         except FatalDataError as error:

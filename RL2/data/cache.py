@@ -33,9 +33,9 @@ from RL2.progress import Progress
 FOLDER = "RL2_CACHE"
 """Environment variable that names the folder."""
 FROM_BYTES = 4 * 2**20
-"""Size of data from which a table is kept on the disk; less is read anew each time, and nothing is written."""
+"""Least size of data, in bytes, for which a table is written to the disk. Smaller data are read at each start."""
 MOST_BYTES = 32 * 2**30
-"""Size of all tables, above which those that were used longest ago are removed."""
+"""Limit of the size of all tables, in bytes; above it the least recently used ones are removed."""
 WAIT_S = 3600.0
 """Limit of waiting for another process that makes the table."""
 LOOK_S = 0.2
@@ -59,7 +59,10 @@ def key(
     example: Callable[[Row], Row | None] | None,
     settings: Mapping[str, Any],
 ) -> str | None:
-    """Return the name of a table; None if it is not to be kept: it is small, or what it depends on is not all known."""
+    """Return the name of a table.
+
+    None: the table is not kept, as the data are small or as it is not known what the rows depend on.
+    """
     try:
         if source.num_bytes < FROM_BYTES or not tokenizer.is_fast:
             return None

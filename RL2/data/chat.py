@@ -126,7 +126,7 @@ def render(
 
 
 def unicode(text: str, what: str) -> str:
-    """`text`, unless it is none: JSON can write one half of a surrogate pair alone, which no tokenizer reads."""
+    """Return `text`. Raise DataError if it is no valid Unicode: JSON can hold one half of a surrogate pair alone."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -135,7 +135,7 @@ def unicode(text: str, what: str) -> str:
 
 
 def is_chat(row: Row) -> bool:
-    """Whether the row carries `messages`; if not, it carries a raw `prompt`, which is checked here."""
+    """Return whether the row has `messages`. If not, it has a raw `prompt`, which is checked here."""
     # a null is a column that other rows of the file use
     prompt, messages = row.get("prompt"), row.get("messages")
     if prompt is None and messages is None:

@@ -33,7 +33,7 @@ class Curriculum(Cursor):
         """Success rate of every row that has one."""
 
     def learn(self, success: Mapping[int, float]) -> None:
-        """The share of successes among the newest samples of some rows."""
+        """Return the share of successes among the newest samples of some rows."""
         for row, share in success.items():
             self.rates[row] = share + (1 - NEWEST) * (self.rates.get(row, share) - share)
 

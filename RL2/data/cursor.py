@@ -23,14 +23,14 @@ class Cursor:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def next(self, number: int | None = None) -> list[int]:
-        """The next batch; or `number` rows, where some are to be replaced."""
+        """Return the next batch, or `number` rows where some are to be replaced."""
         number = self.batch_size if number is None else number
         batch = [self._row(n) for n in range(self.drawn, self.drawn + number)]
         self.drawn += number
         return batch
 
     def batches(self, n_epochs: int) -> int:
-        """Whole batches in `n_epochs` passes over the rows."""
+        """Return the number of whole batches in `n_epochs` passes over the rows."""
         num_batches = n_epochs * self.num_rows // self.batch_size
         if num_batches == 0:
             raise ValueError(
@@ -57,7 +57,7 @@ class Cursor:
         self.drawn = drawn
 
     def _row(self, n: int) -> int:
-        """The row that is drawn as number `n`."""
+        """Return the row that is drawn as number `n`."""
         epoch, position = divmod(n, self.num_rows)
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)

@@ -179,7 +179,7 @@ def _said(message: Any) -> tuple[Any, ...]:
 
 
 def _decoded(value: Any) -> Any:
-    """Messages that were written as JSON, which not every text is that could be read as JSON: `2` is an answer."""
+    """Return messages that were written as JSON as a list. Other strings stay: `2` is JSON too, but an answer."""
     decoded = from_json(value)
     return decoded if isinstance(decoded, list) and decoded and all(isinstance(x, dict) for x in decoded) else value
 

@@ -170,7 +170,7 @@ _JSON_BEGINS = frozenset('{["-0123456789tfnNI')
 
 
 def from_json(value: Any) -> Any:
-    """`value`, decoded if it is a text that holds JSON: CSV has no other way to carry lists and objects."""
+    """Return `value`, decoded if it is a string that holds JSON: CSV cannot hold lists and objects otherwise."""
     if isinstance(value, str) and value.lstrip()[:1] in _JSON_BEGINS:
         try:
             return json.loads(value)
@@ -184,7 +184,7 @@ def keys(row: Row) -> str:
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value, for errors."""
+    """Return the beginning of a value, for error messages."""
     try:
         return f"{value!r:.60}"
     except (ValueError, RecursionError):  # a number with too many digits, lists in lists in lists
@@ -192,7 +192,7 @@ def shown(value: Any) -> str:
 
 
 def describe(path: str | None) -> str:
-    """What `load_rows(path)` would read, without reading it; null are tasks without rows."""
+    """Describe what `load_rows(path)` would read, without reading it. None stands for tasks without rows."""
     if path is None:
         return "none, tasks are made up by the environment"
     if _is_file(path):
@@ -205,12 +205,12 @@ def describe(path: str | None) -> str:
 
 
 def is_here(path: str | None) -> bool:
-    """Whether `load_rows(path)` would read from this machine, and not from the hub."""
+    """Return whether `load_rows(path)` would read from this machine, and not from the hub."""
     return path is None or _is_file(path) or Path(_parse(path)[1]).exists()
 
 
 def _is_file(path: str) -> bool:
-    """True for a file that can be read, False for what `datasets` loads; anything else is an error."""
+    """Return True for a file that can be read, False for what `datasets` loads. Raise DataError for anything else."""
     place = Path(path)
     if place.is_file() or (place.suffix in _READERS and "@" not in path):
         if not place.exists():
@@ -280,7 +280,7 @@ def _not_an_object(value: Any) -> str:
 
 
 def _beyond(error: Exception) -> str:
-    """What is wrong with JSON that is JSON, but more than Python reads."""
+    """Return what is wrong with valid JSON that Python cannot read."""
     if isinstance(error, RecursionError):
         return "lists or objects are nested too deeply"
     return "a number has too many digits"
@@ -411,7 +411,7 @@ def _parse(path: str) -> tuple[str, str, str | None]:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether `datasets` wrote this folder with `save_to_disk`."""
+    """Return whether `datasets` wrote this folder with `save_to_disk`."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 

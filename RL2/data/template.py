@@ -24,7 +24,7 @@ from RL2.data.watchdog import Watchdog
 from RL2.printing import printable
 
 TEMPLATE_LIMIT_S = 10.0
-"""Limit of one rendering. Templates come with models, and jinja's sandbox keeps them from all but taking time."""
+"""Time limit of one rendering. Templates come with models; jinja's sandbox does not bound the time that they take."""
 MARK, NAME, VALUE, CALL_ID = "zqxmark", "zqxname", "zqxvalue", "zqx123456"
 """Marks that are looked for in the rendered text; no template writes them by itself."""
 ASK: Message = {"role": "user", "content": "."}
@@ -62,7 +62,7 @@ class Template:
         self.reasoning: str | None = None
         """The key that it reads the reasoning from."""
         self.end, self.call_end = "", ""
-        """Tokens that end a turn, and one with calls; empty if nothing that can be sampled as one token does."""
+        """Tokens that end a turn, and a turn with calls; empty if no single token does."""
         self.ends_with_next = False
         """True if the first token of the next turn ends a turn (GLM)."""
         self.ends: tuple[str, ...] = tuple(filter(None, [str(tokenizer.eos_token or "")]))
@@ -87,7 +87,7 @@ class Template:
         )
 
     def ask(self, chat: Chat) -> str:
-        """Return the text after which the assistant is to speak. Raise DataError if it lacks what was said to it."""
+        """Return the rendered prompt of the assistant's next turn. Raise DataError if the template drops part of it."""
         text = self.render(chat, add_generation_prompt=True)
         self.refuse_lost_around(chat, text)
         for message in chat.messages:
@@ -96,7 +96,7 @@ class Template:
         return text
 
     def end_of_turn(self, text: str, start: int) -> int:
-        """Return where in `text` the turn that is its end, and begins at `start`, ends: behind its end token.
+        """Return the offset in `text` behind the end token of its last turn, which begins at `start`.
 
         Behind that a template may write a newline, or the token that ends a text; neither is sampled.
         """

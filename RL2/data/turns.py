@@ -39,7 +39,7 @@ def cut_at_turns(template: Template, chat: Chat, turns: list[int]) -> tuple[list
 
 
 def _turn(template: Template, chat: Chat, number: int) -> tuple[str, str]:
-    """Return the text before message `number`, where the assistant is to speak, and that text with what it says."""
+    """Return the rendered text up to message `number` of the assistant, and that text with the message."""
     message = chat.messages[number]
     prompt = template.render(chat, number, add_generation_prompt=True) if number else ""
     text = template.render(chat, number + 1)
@@ -66,7 +66,7 @@ def _turn(template: Template, chat: Chat, number: int) -> tuple[str, str]:
 
 
 def _within(template: Template, chat: Chat, number: int, whole: str) -> tuple[int, int] | None:
-    """Return where in `whole` message `number` stands as it was said; None if the template wrote it otherwise there."""
+    """Return where message `number` stands in `whole`; None if the template renders it differently there."""
     prompt, text = _turn(template, chat, number)
     end = template.end_of_turn(text, len(prompt))
     if not whole.startswith(text[:end]):

@@ -273,7 +273,7 @@ def _made_up(answer: str) -> list[str]:
 
 
 def cases(template: str, answer: str, others: Sequence[str], demonstration: str | None, prompt: str) -> Iterator[Case]:
-    """Responses to one problem."""
+    """Yield the responses to one problem."""
 
     def written(text: str) -> str:
         return template.format(answer=text)
@@ -338,7 +338,7 @@ def _shown(values: Values) -> str:
 
 
 def table(found: Audit) -> Table:
-    """What was tried, what came of it, and an example of each kind that went wrong."""
+    """Return a table of what was tried, what came of it, and an example of each kind that went wrong."""
     shown = Table(title=f"{sum(found.tried.values())} responses to {found.rows} problems", title_justify="left")
     for heading in ("response", "tried", "wrong", "for example"):
         shown.add_column(heading, justify="right" if heading in ("tried", "wrong") else "left")

@@ -86,7 +86,7 @@ async def _audit(module: ModuleType, questions: list[Question], repeats: int) ->
             return None
 
     def marked(question: Question) -> list[Awaitable[Any]]:
-        # one response of each row: those of one question may hang together
+        # one response of each row: those of one question may be correlated
         return [tried(module.marks(question.text, question.responses[0], question.answer, n)) for n in range(repeats)]
 
     found = await asyncio.gather(*(asyncio.gather(*marked(question)) for question in questions))

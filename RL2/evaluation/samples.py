@@ -31,7 +31,7 @@ class Sample:
 
 
 def pass_at(k: int, samples: Sequence[Sample]) -> float:
-    """Chance that at least one of k samples is right, without bias from n >= k of them.
+    """Return the chance that at least one of k samples is right, without bias from n >= k of them.
 
     1 - C(n - c, k) / C(n, k) with c right ones: M. Chen et al., "Evaluating large language models trained on code",
     arXiv 2107.03374, equation 1.
@@ -43,7 +43,7 @@ def pass_at(k: int, samples: Sequence[Sample]) -> float:
 
 
 def majority_at(k: int, samples: Sequence[Sample]) -> float:
-    """Mean score of the answer that most of k samples give, over the subsets of n >= k: without bias, as `pass_at`.
+    """Return the mean score of the answer that most of k samples give, over subsets of n >= k: unbiased, as `pass_at`.
 
     Answers that tie share the outcome. Samples without an answer do not vote; if none votes, the score is 0.
     """

@@ -1,4 +1,4 @@
-"""Many episodes at once, and what is said and done about them as groups."""
+"""Run episodes concurrently; filter and measure groups of them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Episodes:
 
 
 async def finish(groups: Seq[Group], progress: Callable[[int], None] | None = None) -> list[Trajectory]:
-    """All trajectories of `groups`, in order and under their numbers. `progress(1)` is called for each episode.
+    """Return all trajectories of `groups`, in order and under their numbers. `progress(1)` is called for each episode.
 
     If one raises, the others are cancelled.
     """
@@ -112,7 +112,10 @@ async def first_done(groups: Seq[Group], number: int, oldest: int) -> list[Group
 
 
 def made_up(number: int, seed: int | None = None) -> list[Prompt]:
-    """Prompts without a text, for tasks that `reset` makes up: new ones in each rollout, or always those of `seed`."""
+    """Return prompts without a text, for tasks that `reset` makes up.
+
+    Without a `seed` the tasks are new in each rollout; with one they are always the same.
+    """
     # rollouts have no seeds below 0, so what is tested on is not what was trained on
     seeds = [{} if seed is None else {"seed": request_seed(-1 - seed, n, 0, 0) % 2**32} for n in range(number)]
     return [Prompt(n, "", [], extra_info) for n, extra_info in enumerate(seeds)]
@@ -173,7 +176,7 @@ def drop_groups_of_equal_parts(trajectories: Seq[Trajectory], weights: Mapping[s
 
 
 def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, float]:
-    """What a rollout did; means over trajectories unless said otherwise. A mean over nothing is left out.
+    """Return metrics of a rollout, means over trajectories unless said otherwise. A mean over nothing is left out.
 
     score, reward: of the scored trajectories. reward/NAME: a part of it, env/NAME: what the environment measured; of
     those that have it. length: sampled tokens. turns: responses. truncated: share. tokens, unscored: counts.
@@ -213,7 +216,7 @@ def by_name(measured: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
 
 
 def staleness(trajectories: Seq[Trajectory], step: int, bound: int) -> dict[str, float]:
-    """How much older than those of `step` the weights were that sampled; nothing where `bound`, the limit, is 0.
+    """Return how many versions older than those of `step` the sampling weights were; nothing if `bound` is 0.
 
     staleness/0, /1, ...: share of the trajectories whose oldest token is of so many versions before. tokens: mean over
     all.

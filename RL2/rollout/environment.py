@@ -92,7 +92,7 @@ class Environment:
         return self._reset is not None
 
     async def reset(self, extra_info: dict[str, Any], sampling: Sampling | None = None) -> State:
-        """The first state of an episode without a prompt. Raises `Unscored`."""
+        """Return the first state of an episode without a prompt. Raise Unscored if there is none."""
         assert self._reset is not None, "ask has_reset first"
         state = await self._call("reset", _told(self._reset, sampling), extra_info)
         if not is_state(state):
@@ -102,7 +102,7 @@ class Environment:
     async def step(
         self, state: str, action: str, extra_info: dict[str, Any], sampling: Sampling | None = None
     ) -> StepResult:
-        """Raises `Unscored` where there is no reward to be had; never takes that for a reward of 0."""
+        """Return what `step` of the script returned. Raise Unscored if it has no reward, which is not a reward of 0."""
         result = await self._call("step", _told(self._step, sampling), state, action, extra_info)
         return checked(result, self.weights, len(action))
 
@@ -173,7 +173,7 @@ class _LoopThread(threading.Thread):
         self.start()
 
     def submit(self, function: AsyncFunction, args: tuple[Any, ...]) -> Future[Any]:
-        """Its result is (value, None) or (None, error). Cancelled: the function was not and will not be called."""
+        """Hand in a call, whose result is (value, None) or (None, error). Cancelled: the function is never called."""
         call: Future[Any] = Future()
         try:
             self._loop.call_soon_threadsafe(self._launch, call, function, args)
@@ -256,7 +256,7 @@ def _wants_sampling(function: Callable[..., Any]) -> bool:
 
 
 def _told(function: AsyncFunction, sampling: Sampling | None) -> AsyncFunction:
-    """`function` with the sampling arguments, as a dict, if it wants to know them."""
+    """Return `function` with the sampling arguments bound, as a dict, if it has a parameter for them."""
     return (
         function if sampling is None or not _wants_sampling(function) else partial(function, sampling=asdict(sampling))
     )

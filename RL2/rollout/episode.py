@@ -31,7 +31,7 @@ RESPONSE = "[[response]]"
 
 
 def request_seed(seed: int, group: int, sample: int, turn: int) -> int:
-    """63 bits that depend on these four numbers alone. Take another `seed` for each rollout."""
+    """Return 63 bits that depend on these four numbers alone. Take another `seed` for each rollout."""
     digest = hashlib.blake2b(repr((seed, group, sample, turn)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -134,7 +134,7 @@ async def run_episode(
 def _append(
     sequence: Sequence, token_ids: list[int], logps: list[float] | None = None, versions: list[int] | None = None
 ) -> None:
-    """Tokens with log-probabilities and versions were sampled; tokens without were given."""
+    """Append tokens: those with log-probabilities and versions were sampled, those without were given."""
     sequence.token_ids += token_ids
     sequence.action_mask += [logps is not None] * len(token_ids)
     sequence.logps += [0.0] * len(token_ids) if logps is None else logps
@@ -161,7 +161,7 @@ def _pay(
 
 
 def _take_as_given(sequence: Sequence, number: int) -> None:
-    """The last `number` tokens train no more than a prompt's do."""
+    """Exclude the last `number` tokens from training, as those of a prompt."""
     sequence.action_mask[-number:] = [False] * number
     sequence.logps[-number:] = [0.0] * number
     sequence.versions[-number:] = [-1] * number

@@ -1,4 +1,4 @@
-"""Which trajectories of a rollout train."""
+"""Selection of the trajectories of a rollout that train."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from RL2.types import Trajectory
 
 
 def usable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
-    """Those whose reward says something: scored and, with overlong filtering, whole."""
+    """Return the scored trajectories and, with overlong filtering, only those that were not truncated."""
     return [t for t in scored(trajectories) if not (t.truncated and config.rollout.overlong_filtering)]
 
 
@@ -26,7 +26,7 @@ def with_signal(trajectories: Seq[Trajectory], config: RLConfig) -> list[Traject
 
 
 def success_rates(trajectories: Seq[Trajectory]) -> dict[int, float]:
-    """Row -> the share of its scored trajectories whose reward is above 0."""
+    """Return row -> the share of its scored trajectories whose reward is above 0."""
     rewards: dict[int, list[float]] = defaultdict(list)
     for trajectory in scored(trajectories):
         rewards[trajectory.row].append(trajectory.reward)
@@ -34,7 +34,10 @@ def success_rates(trajectories: Seq[Trajectory]) -> dict[int, float]:
 
 
 def trainable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
-    """What trains: the groups with a signal; if there are none, rather a step without signal than none."""
+    """Return the trajectories of groups with a signal, or all usable ones if no group has a signal.
+
+    Raise NothingScored if none is usable.
+    """
     if not (kept := usable(trajectories, config)):
         raise NothingScored(
             f"each of the {len(trajectories)} trajectories is unscored or ran into a length limit, and "
@@ -45,7 +48,7 @@ def trainable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajector
 
 
 def filter_metrics(trajectories: Seq[Trajectory], config: RLConfig) -> dict[str, float]:
-    """With dynamic filtering, the share of the sampled groups that it dropped."""
+    """Return the share of the sampled groups that dynamic filtering dropped, if it is on."""
     if not config.rollout.dynamic_filtering:
         return {}
     return {"train/filtered": 1 - len(groups(with_signal(trajectories, config))) / len(groups(trajectories))}

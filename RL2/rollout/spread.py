@@ -68,7 +68,7 @@ class Rollouts:
         progress: Progress,
         episodes: Episodes | None = None,
     ) -> list[Trajectory]:
-        """`responses_per_prompt` trajectories of each prompt, in order, the same list on every process (collective).
+        """Return `responses_per_prompt` trajectories of each prompt, in order; on every process the same (collective).
 
         `episodes` are played in place of the run's own.
         """
@@ -111,7 +111,7 @@ class Rollouts:
         return sorted(everywhere, key=lambda trajectory: (trajectory.group, trajectory.sample))
 
     def first_done(self, groups: Seq[Group], number: int, oldest: int) -> list[Group]:
-        """See `collect.first_done`; of this process only."""
+        """Wait as `collect.first_done` does, for groups of this process only."""
         return self._run(first_done(groups, number, oldest))
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ class Supply:
         """Rows that were outstanding when a checkpoint was written; they come first."""
 
     def rollout(self, step: int, progress: Progress) -> list[Trajectory]:
-        """The trajectories that step trains on, the same on every process (collective)."""
+        """Return the trajectories that the step trains on, the same on every process (collective)."""
         self.begun = step * self.wanted if self.begun is None else self.begun
         end = min((step + 1) * self.wanted + self.ahead, self.num_groups)
         while self.begun < end:
@@ -61,7 +61,7 @@ class Supply:
         return trajectories
 
     def more(self, number: int, step: int, first_group: int, progress: Progress) -> list[Trajectory]:
-        """`number` groups beside those of `rollout`, in place of some that are not trained on (collective)."""
+        """Return `number` groups beside those of `rollout`, in place of some that are not trained on (collective)."""
         return self._finish(self._begin(number, step, first_group, step), progress)
 
     def close(self) -> None:

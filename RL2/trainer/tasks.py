@@ -22,7 +22,7 @@ from RL2.rollout.environment import Environment, load_environment
 from RL2.types import Prompt
 
 Example = Callable[[Row], Row | None] | None
-"""What makes a row of the formats out of a raw one, or None of one that is left out."""
+"""Function that converts a raw row into one of the known formats, or into None to leave it out."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ Load = Callable[[Source, Example], Seq[Prompt]]
 
 @dataclass(frozen=True)
 class TestTasks:
-    """A test set, with what is played on it."""
+    """A test set with its environment and prompts."""
 
     settings: TestSettings
     environment: Environment
@@ -61,9 +61,9 @@ def reader(
     listing: Path | None = None,
     progress: Progress | None = None,
 ) -> Callable[[Source, Example], Prompts]:
-    """Return what reads the prompts of a source; what there is to say of them is added to `notes`.
+    """Return a function that reads the prompts of a source and adds lines about them to `notes`.
 
-    Skipped rows go to `listing`. `longest` is the limit of a sequence in tokens.
+    Skipped rows go to the file `listing`. `longest` is the limit of a sequence in tokens.
     """
 
     def read(source: Source, example: Example) -> Prompts:
@@ -85,7 +85,7 @@ def sizes(prompts: Prompts) -> str:
 
 
 def first_rows(prompts: Seq[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Return the texts of the first prompts that are not made up by the environment, with where a response trains."""
+    """Return the texts of the first prompts of the data, each followed by a mark for the response that trains."""
     shown = [prompt for prompt in prompts[:NUM_SHOWN] if prompt.token_ids]
     responses = [("[the response]", True)]
     return [
