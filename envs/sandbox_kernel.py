@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 TMP_BYTES = 16 << 20
 """Size of the private /tmp."""
+SPARE = "/.libraries"
+"""Where libraries that lie in /tmp are mounted too: the private /tmp hides them, and they are mounted into it again."""
 TMP_FILES = 1024
 OPEN_FILES = 64
 THREADS = 32
@@ -130,6 +132,12 @@ def confine(lock: Lock, limits: Limits) -> None:
     if lock.mode == "namespaces":
         _call("unshare", libc.unshare, NEWNS)
         _mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, f"size={TMP_BYTES},nr_inodes={TMP_FILES},mode=0777")
+        for path in filter(_is_in_tmp, lock.readable):
+            _folder(path)
+            for depth in range(3, path.count("/") + 2):
+                os.chmod("/".join(path.split("/")[:depth]), 0o755)
+            _mount(SPARE + path, path, None, BIND | RECURSIVE)
+            _read_only(path, nodev=True)
         os.chdir("/tmp")
     elif lock.mode == "landlock":
         os.chdir("/")
@@ -296,8 +304,10 @@ def _enter(readable: Iterable[str]) -> bool:
         if os.path.islink(name):
             _folder(os.path.dirname(NEW_ROOT + name))
             os.symlink(os.path.realpath(name), NEW_ROOT + name)
-    for path in [*readable, *DEVICES]:
-        place = NEW_ROOT + path
+    mounted = [(path, path) for path in (*readable, *DEVICES)]
+    mounted += [(path, SPARE + path) for path in filter(_is_in_tmp, readable)]
+    for path, inside in mounted:
+        place = NEW_ROOT + inside
         if os.path.isdir(path):
             _folder(place)
         else:
@@ -312,6 +322,10 @@ def _enter(readable: Iterable[str]) -> bool:
     os.chdir("/")
     _read_only("/", nodev=True, recursive=False)
     return is_alone
+
+
+def _is_in_tmp(path: str) -> bool:
+    return path.startswith("/tmp/")
 
 
 def _folder(path: str) -> None:

@@ -30,6 +30,7 @@ def test_ppo_with_a_critic_solves_a_bandit(world: World, tmp_path: Path) -> None
         "train_data.responses_per_prompt=8",
         "trainer.max_steps=30",
         f"trainer.save_freq={FROZEN}",
+        "trainer.keep=0",
         world.reward("sum(character.isdigit() for character in action) / max(1, len(action))"),
     ).succeeded()
     steps = run.metrics

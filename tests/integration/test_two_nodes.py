@@ -105,7 +105,7 @@ def uninterrupted(world: World) -> Run:
 
 def rank_of(node: subprocess.Popen[bytes]) -> psutil.Process:
     children = psutil.Process(node.pid).children(recursive=True)
-    (rank,) = (child for child in children if "torch.distributed.run" not in child.cmdline())
+    (rank,) = (child for child in children if "RL2.trainer.spo" in child.cmdline()[:4])
     return rank
 
 

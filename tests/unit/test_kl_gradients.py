@@ -87,10 +87,10 @@ class Table:
         at_T = batch.position_ids_T
         return TokenStats(logp=logp_PV[at_T, batch.labels_T], entropy=entropy_P[at_T])
 
-    def logp(self, batch: TokenBatch) -> Tensor:
+    def logp(self, batch: TokenBatch, progress: object = None) -> Tensor:
         return self.stats(batch).logp
 
-    def stats_at_arrival(self, batch: TokenBatch) -> TokenBatch:
+    def stats_at_arrival(self, batch: TokenBatch, progress: object = None) -> TokenBatch:
         return batch.with_(old_logp_T=self.logp(batch))
 
 

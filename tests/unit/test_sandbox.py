@@ -8,8 +8,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import venv
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,6 +241,21 @@ def test_an_interpreter_of_ones_own_brings_its_packages(programs: Programs) -> N
         assert asyncio.run(programs.test([code], TESTS | {"tests": [test]}))["why"].startswith("ModuleNotFoundError")
     finally:
         mine.close()
+
+
+def test_packages_in_tmp_are_there_too(programs: Programs) -> None:
+    """The private /tmp hides what the machine has there, but not the interpreter's own libraries."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(folder, symlinks=True)
+        [packages] = Path(folder).glob("lib/python*/site-packages")
+        (packages / "only_here.py").write_text("number = 7")
+        mine = Programs(5, 1 << 30, programs.mode, f"{folder}/bin/python", number=1)
+        code = "import only_here\ndef f(x): return only_here.number"
+        try:
+            found = asyncio.run(mine.test([code], TESTS | {"tests": ["assert f(1) == 7"]}))
+        finally:
+            mine.close()
+    assert found == {"passed": [True], "why": None}
 
 
 @pytest.mark.parametrize(
