@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 IMPORTED = [
@@ -30,6 +31,20 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLI
 """Variables that libraries read when they are imported; programs have them too."""
 
 
+def start_server() -> ForkServerContext:
+    """Return what starts processes from the server, which takes its environment from this process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
 class Program:
     """`python -m module arguments`, as far as tests need what a `subprocess.Popen` can do."""
 
@@ -43,15 +58,7 @@ class Program:
         env: Mapping[str, str] | None = None,
     ) -> None:
         """`out`, `err`: files for what it prints. `env`: instead of the environment of the tests."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)
-        before = dict(os.environ)
-        os.environ.update(ENVIRONMENT)
-        try:
-            forkserver.ensure_running()  # takes the environment of its parent
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        context = start_server()
         whole = dict(os.environ if env is None else env) | ENVIRONMENT
         self.process = context.Process(target=_run, args=(module, arguments, str(out), str(err), cwd, whole))
         self.process.start()

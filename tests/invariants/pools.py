@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+import warm
 from torch import Tensor
 
 from RL2.parallel import fsdp
@@ -24,7 +25,8 @@ Result = dict[str, Any]
 def in_pool(run: Callable[[Path, Processes], Any], folder: Path, size: int) -> list[Any]:
     """What `run(folder, processes)`, a function at the top of a module, gives on each of `size` new processes."""
     port = free_port()
-    mp.spawn(_member, args=(run, folder, size, port), nprocs=size)
+    warm.start_server()
+    mp.start_processes(_member, args=(run, folder, size, port), nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"results_{size}_{rank}.pt", weights_only=True) for rank in range(size)]
 
 
