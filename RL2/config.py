@@ -120,11 +120,12 @@ class TestSet:
     """One of `test_data.sets`."""
 
     path: str | None = None
-    """As `test_data.path`; null: `prompts_per_rollout` tasks that `reset` makes up."""
+    """File or data set of its rows; null: `prompts_per_rollout` tasks that `reset` makes up."""
     env_path: str | None = None
     """Environment of the set; null: `rollout.env_path`."""
     prompts_per_rollout: Count | None = None
-    """As `test_data.prompts_per_rollout`, from which it takes nothing."""
+    """Prompts in flight at once, or tasks that are made up; null: all rows. `test_data.prompts_per_rollout` does not
+    count here."""
     responses_per_prompt: Count | None = None
     """Samples of each prompt; null: `test_data.responses_per_prompt`."""
     max_turns: Count | None = None
@@ -132,7 +133,7 @@ class TestSet:
     on_bad_row: Literal["stop", "skip"] | None = None
     """null: `test_data.on_bad_row`."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """As `test_data.columns`, which count here too."""
+    """Names of columns that differ from those of `test_data.columns`."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Keys of `rollout.test_sampling_params` that are others in this set: `sampling.temperature=0.6`."""
 
@@ -144,7 +145,7 @@ class TestSettings:
     name: str
     """Name of the set; '' is `test_data` itself."""
     path: str | None
-    """Where its rows are; null: tasks that `reset` makes up."""
+    """File or data set of its rows; None: tasks that `reset` makes up."""
     env_path: str
     """Script of its environment."""
     prompts_per_rollout: int | None
@@ -154,7 +155,7 @@ class TestSettings:
     max_turns: int
     """Responses of one episode at most."""
     on_bad_row: Literal["stop", "skip"]
-    """What becomes of rows that cannot be used."""
+    """Stop at rows that cannot be used, or leave them out."""
     columns: dict[str, Any]
     """Names of the columns in its rows."""
     sampling: SamplingParams
@@ -167,7 +168,7 @@ class TestSettings:
 
     @property
     def prefix(self) -> str:
-        """What its metrics begin with."""
+        """Prefix of the names of its metrics."""
         return f"test/{self.name}" if self.name else "test"
 
 
@@ -772,8 +773,8 @@ class Advantage:
     overlong_buffer: Index
     """Over its last so many tokens before max_new_tokens a response pays for its length, linearly (DAPO); 0: never."""
     overlong_penalty: PositiveFloat
-    """What a response of max_new_tokens pays, off its reward as the advantage sees it. gdpo: weight of this penalty,
-    which is a part of its own there."""
+    """Penalty of a response of max_new_tokens, taken off the reward that the advantage is computed from. gdpo: weight
+    of this penalty, which is a part of the reward there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -864,7 +865,7 @@ class RLConfig:
 
     @property
     def test_sets(self) -> list[TestSettings]:
-        """What there is to test on: `test_data` itself, if it has rows or tasks, and its sets."""
+        """Return the test sets: `test_data` itself, if it has rows or tasks, and those of `test_data.sets`."""
         data, rollout = self.test_data, self.rollout
         own = TestSettings(
             name="",

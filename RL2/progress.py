@@ -100,10 +100,10 @@ class Progress:
                 phase = self._phases[-1] if self._phases else None
             is_silent = time.monotonic() - self._last >= self.interval_s
             if phase is not None and phase.bar.disable and is_silent:
-                self.say(f"{clock()}  {phase}")
+                self.say(f"{time_of_day()}  {phase}")
 
 
-def clock() -> str:
+def time_of_day() -> str:
     """Return the time of day."""
     return time.strftime("%H:%M:%S")
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 
 from RL2.config import UserError, first_line
 from RL2.durable import write_text
-from RL2.progress import Progress, clock, duration
+from RL2.progress import Progress, duration, time_of_day
 from RL2.types import Trajectory
 
 Metrics = dict[str, float]
@@ -135,7 +135,7 @@ class Report:
         shown += [f"{found[1]} {metrics[key]:.3f}" for key in metrics if (found := SCORE_OF_SET.fullmatch(key))]
         if metrics.get("train/unscored"):
             shown.append(f"UNSCORED {metrics['train/unscored']:.0f}")
-        shown.append(f"at {clock()}")
+        shown.append(f"at {time_of_day()}")
         if self.begun is not None and self.begun[0] <= step < self.num_steps - 1:
             first, begun = self.begun
             left = (time.monotonic() - begun) / (step + 1 - first) * (self.num_steps - 1 - step)

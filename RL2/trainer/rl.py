@@ -27,7 +27,7 @@ from RL2.engines.vllm import kind as vllm
 from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.objectives.terms import kl_estimate, overlong_penalty
 from RL2.packing import pack, part_rewards
-from RL2.progress import Progress
+from RL2.progress import Progress, time_of_day
 from RL2.report import Metrics, Report
 from RL2.rollout.collect import (
     groups,
@@ -119,7 +119,7 @@ def train(config: RLConfig, run: Run) -> None:
                 report.say(*map(of_test, tests))
             metrics = test(tests, rollouts, config, step, report, microscope)
             if step == first_step:
-                report.say(f"first test: score {metrics['test/score']:.3f}, at {time.strftime('%H:%M:%S')}")
+                report.say(f"first test: score {metrics['test/score']:.3f}, at {time_of_day()}")
             scores.add(metrics["test/score"])
             if trainer.keep_best and scores.newest_is_best:
                 run.export_to("best", actor, tokenizer)
