@@ -11,16 +11,14 @@ not the program.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .workers import START_S, WorkerError, Workers
+from .workers import WorkerError, Workers
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 HEADER = 64
@@ -107,27 +105,15 @@ class Programs(Workers):
         return self.mode
 
     async def _ask(self, kind: str, tests: Any, solution: Any) -> dict[str, Any]:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self.number, thread_name_prefix="program")
-        text = request(kind, tests, solution)
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, self._call, text)
+        found = await self.hand_in(request(kind, tests, solution))
         if "unscored" in found:
             raise WorkerError(found["unscored"])
         return found
 
     def _start(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="ascii",
-            start_new_session=True,
-            cwd="/",
-            # nothing of this process's environment: it may hold secrets
-            env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8"},
-        )
-        said = self._read(process, START_S)
+        # nothing of this process's environment: it may hold secrets
+        env = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8"}
+        process, said = self._launch(env, cwd="/")
         if "refused" in said:
             process.communicate()
             raise Refused(said["refused"])

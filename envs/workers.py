@@ -22,7 +22,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -61,9 +61,13 @@ class Workers:
 
     async def __call__(self, *args: Any) -> Any:
         """The value. Raises `WorkerError` where there is none."""
+        return await self.hand_in(json.dumps(args) + "\n")
+
+    async def hand_in(self, request: str) -> Any:
+        """Return the answer of a process to `request`. Raise WorkerError where there is none."""
         if self._threads is None:  # one for each process, so that no more than `number` are under way
             self._threads = ThreadPoolExecutor(self.number, thread_name_prefix="worker")
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, json.dumps(args) + "\n")
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, request)
 
     def close(self) -> None:
         """End the processes; a later call starts them again."""
@@ -87,6 +91,11 @@ class Workers:
         return reply["value"]
 
     def _start(self) -> subprocess.Popen[str]:
+        # no worker iterates over a set in another order
+        return self._launch(os.environ | {"PYTHONHASHSEED": "0"})[0]
+
+    def _launch(self, env: Mapping[str, str], cwd: str | None = None) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+        """Start a process; return it, and what it says when it is ready. Raise WorkerError if it says nothing."""
         process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
@@ -94,10 +103,10 @@ class Workers:
             stderr=subprocess.DEVNULL,
             encoding="ascii",
             start_new_session=True,  # Ctrl-C is the parent's to handle
-            env=os.environ | {"PYTHONHASHSEED": "0"},  # no worker iterates over a set in another order
+            cwd=cwd,
+            env=env,
         )
-        self._read(process, START_S)
-        return process
+        return process, self._read(process, START_S)
 
     def _read(self, process: subprocess.Popen[str], limit_s: float) -> dict[str, Any]:
         """The next line from `process`; without one, the process is done with. Raises `WorkerError`."""
