@@ -22,7 +22,8 @@ class Watchdog:
 
     def __init__(self, limit_s: float, words: str) -> None:
         self.limit_s = limit_s
-        self._last_resort = LastResort(limit_s, words)
+        self._words = words
+        self._last_resort: LastResort | None = None
         self._lock = threading.Lock()
         self._watched: dict[int, float] = {}
         """Number of a thread -> when its limit is over."""
@@ -38,6 +39,8 @@ class Watchdog:
         with self._lock:
             self._watched[thread] = time.monotonic() + self.limit_s
             self._number += 1
+            if self._last_resort is None:
+                self._last_resort = LastResort(self.limit_s, self._words)
             self._last_resort.now(self._number, len(self._watched))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
@@ -49,6 +52,7 @@ class Watchdog:
         finally:
             with self._lock:
                 del self._watched[thread]
+                assert self._last_resort is not None
                 self._last_resort.now(self._number, len(self._watched))
                 if thread in self._interrupted:
                     self._interrupted.discard(thread)
