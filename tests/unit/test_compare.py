@@ -54,11 +54,12 @@ def test_a_method_rarely_differs_from_itself(first: int, second: int, spread: fl
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "second", "spread"), [(1, 1, 0.0), (1, 3, 0.3), (1, 3, 1.0), (3, 3, 0.1), (3, 3, 1.0), (2, 4, 0.1)]
+    ("first", "second", "spread"),
+    [(1, 1, 0.0), (1, 3, 0.1), (1, 3, 0.3), (1, 3, 1.0), (3, 3, 0.1), (3, 3, 0.3), (2, 4, 0.3)],
 )
 def test_a_method_rarely_differs_from_itself_in_many_comparisons(first: int, second: int, spread: float) -> None:
     """Two single runs are of equal models: the verdict on such is about the runs, and those of a spread differ."""
-    assert false_verdicts(first, second, 100, spread, 300) <= 0.05
+    assert false_verdicts(first, second, 100, spread, 500) <= 0.05
 
 
 @pytest.mark.parametrize("gained", [5, 6])
