@@ -98,6 +98,17 @@ def wait_until(happened: Callable[[], object], limit_s: float) -> None:
         time.sleep(0.05)
 
 
+def wait_for_steps(metrics: Path, launched: list[subprocess.Popen[bytes]]) -> None:
+    """Wait for three steps of a run whose nodes are all alive."""
+
+    def happened() -> bool:
+        ended = [rank for rank, node in enumerate(launched) if node.poll() is not None]
+        assert ended == [], said(metrics.parents[1], ended[0])
+        return metrics.exists() and metrics.read_text().count("\n") > 2
+
+    wait_until(happened, LIMIT_S)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(world: World) -> Run:
     return world.run("spo", *SETTINGS, nproc=2).succeeded()
@@ -121,7 +132,7 @@ def test_the_ranks_of_both_nodes_meet_again_when_one_was_killed(
 ) -> None:
     launched = start(nodes, world, tmp_path / "run", *SETTINGS, max_restarts=2)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, LIMIT_S)
+    wait_for_steps(metrics, launched)
     ranks = [rank_of(node) for node in launched]
     # the other is too slow to fail by itself: its torchrun starts it again, and does not count that as a restart
     ranks[1 - victim].suspend()
@@ -138,7 +149,7 @@ def test_a_node_that_is_cut_off_stops_the_other_and_the_run_resumes(
 ) -> None:
     launched = start(nodes, world, tmp_path / "run", *SETTINGS)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, LIMIT_S)
+    wait_for_steps(metrics, launched)
     ip("-n", nodes[1], "link", "set", "veth1", "down")
     began = time.monotonic()
     for rank, node in enumerate(launched):
