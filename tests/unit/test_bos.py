@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from episodes import one_episode
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
@@ -18,7 +19,6 @@ from RL2.data.prompts import load_prompts
 from RL2.data.sft import load_examples
 from RL2.engines.scripted import ScriptedEngine
 from RL2.rollout.environment import load_environment
-from RL2.rollout.episode import run_episode
 from RL2.trainer.supervised import Rows
 from RL2.types import Prompt, Sampling
 
@@ -75,19 +75,13 @@ def test_episodes(tmp_path: Path, own: Any, first: Any, rewritten: str) -> None:
     """What `reset` says is as the same in a row, and a rewritten history begins as the first one did."""
     (tmp_path / "env.py").write_text(SCRIPT.replace("FIRST", repr(first)).replace("REWRITTEN", repr(rewritten)))
     environment = load_environment(tmp_path / "env.py", 5)
-    trajectory = asyncio.run(
-        run_episode(
-            Prompt(0, "", [], {}),
-            engine=ScriptedEngine(lambda ids, sampling: [70]),
-            environment=environment,
-            tokenizer=own,
-            sampling=Sampling(4),
-            max_turns=2,
-            max_length=None,
-            group=0,
-            sample=0,
-            seed=0,
-        )
+    trajectory = one_episode(
+        Prompt(0, "", [], {}),
+        engine=ScriptedEngine(lambda ids, sampling: [70]),
+        environment=environment,
+        tokenizer=own,
+        sampling=Sampling(4),
+        max_turns=2,
     )
     environment.close()
     row = {"prompt": first} if isinstance(first, str) else {"messages": first}

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from episodes import one_episode
 from transformers import PreTrainedTokenizerBase
 
 from envs import calculator
 from RL2.engines.scripted import ScriptedEngine
 from RL2.rollout.environment import load_environment
-from RL2.rollout.episode import run_episode
 from RL2.types import Prompt, Sampling
 
 
@@ -78,19 +78,13 @@ def test_a_whole_episode(tokenizer: PreTrainedTokenizerBase) -> None:
         lambda token_ids, sampling: replies[len(engine.requests) - 1], lambda ids: [-1.0] * len(ids)
     )
     environment = load_environment(Path(calculator.__file__), 5)
-    trajectory = asyncio.run(
-        run_episode(
-            Prompt(0, "12*7?", tokenizer.encode("12*7?"), {"answer": "84"}),
-            engine=engine,
-            environment=environment,
-            tokenizer=tokenizer,
-            sampling=Sampling(max_new_tokens=64, stop=("</calc>",)),
-            max_turns=3,
-            max_length=None,
-            group=0,
-            sample=0,
-            seed=0,
-        )
+    trajectory = one_episode(
+        Prompt(0, "12*7?", tokenizer.encode("12*7?"), {"answer": "84"}),
+        engine=engine,
+        environment=environment,
+        tokenizer=tokenizer,
+        sampling=Sampling(max_new_tokens=64, stop=("</calc>",)),
+        max_turns=3,
     )
     environment.close()
     (sequence,) = trajectory.sequences

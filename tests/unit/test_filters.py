@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rl_settings import rl_config
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, RLConfig, load
+from RL2.config import ConfigError, RLConfig
 from RL2.data.cursor import Cursor
 from RL2.engines.scripted import ScriptedEngine
 from RL2.parallel.processes import Processes
@@ -48,21 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def config(*overrides: str) -> RLConfig:
-    return load(
-        "ppo",
-        [
-            "actor.model_name=m",
-            "actor.max_length_per_device=100",
-            "train_data.path=x.jsonl",
-            "train_data.prompts_per_rollout=4",
-            "train_data.responses_per_prompt=2",
-            "rollout.env_path=x.py",
-            "rollout.train_sampling_params.max_new_tokens=4",
-            "rollout.dynamic_filtering=true",
-            "trainer.experiment_name=x",
-            *overrides,
-        ],
-    )
+    return rl_config("train_data.prompts_per_rollout=4", "rollout.dynamic_filtering=true", *overrides)
 
 
 def one_long_one_short(token_ids: list[int], sampling: Sampling) -> list[int]:

@@ -7,9 +7,10 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from rl_settings import rl_config
 
 from RL2.advantages import decoupled, gdpo, reinforce
-from RL2.config import ConfigError, RLConfig, load
+from RL2.config import ConfigError, RLConfig
 from RL2.objectives.probe import probe
 from RL2.objectives.table import configured
 from RL2.objectives.terms import by_token, with_weights
@@ -115,20 +116,11 @@ def test_equal_parts_have_no_advantage() -> None:
     assert found(cancel + others, {})[:2] == [0, 0]
 
 
-OVERRIDES = [
-    "actor.model_name=m",
-    "actor.max_length_per_device=100",
-    "train_data.path=x.jsonl",
-    "train_data.prompts_per_rollout=2",
-    "train_data.responses_per_prompt=3",
-    "rollout.env_path=x.py",
-    "rollout.train_sampling_params.max_new_tokens=4",
-    "trainer.experiment_name=x",
-]
+SHAPE = ("train_data.prompts_per_rollout=2", "train_data.responses_per_prompt=3")
 
 
 def config(*overrides: str) -> RLConfig:
-    return load("ppo", [*OVERRIDES, "adv.estimator=gdpo", *overrides])
+    return rl_config(*SHAPE, "adv.estimator=gdpo", *overrides)
 
 
 def test_groups_with_a_signal_in_their_parts_are_kept() -> None:
@@ -149,7 +141,7 @@ def test_groups_with_a_signal_in_their_parts_are_kept() -> None:
         kept == {list(groups)[t.group] for t in trajectories if advantages[id(t)]} == {"equal sums", "unlike", "tilted"}
     )
     assert filter_metrics(trajectories, settings) == {"train/filtered": pytest.approx(2 / 5)}
-    summed = load("ppo", [*OVERRIDES, "rollout.dynamic_filtering=true", "reward.weights.watched=0"])
+    summed = rl_config(*SHAPE, "rollout.dynamic_filtering=true", "reward.weights.watched=0")
     assert {list(groups)[t.group] for t in with_signal(trajectories, summed)} == {"unlike", "cancelling"}
 
 

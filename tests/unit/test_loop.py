@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from rl_settings import rl_config
 from torch import Tensor
 
-from RL2.config import RLConfig, load
 from RL2.packing import pack
 from RL2.rollout.collect import NothingScored
 from RL2.rollout.filters import filter_metrics, trainable
@@ -15,24 +15,9 @@ from RL2.trainer.rl import judge
 from RL2.types import Sequence, TokenBatch, Trajectory
 from RL2.workers.worker import schedule
 
-OVERRIDES = [
-    "actor.model_name=m",
-    "actor.max_length_per_device=100",
-    "train_data.path=x.jsonl",
-    "train_data.prompts_per_rollout=1",
-    "train_data.responses_per_prompt=2",
-    "rollout.env_path=x.py",
-    "rollout.train_sampling_params.max_new_tokens=1",
-    "trainer.experiment_name=x",
-]
-
-
-def config(*overrides: str) -> RLConfig:
-    return load("ppo", [*OVERRIDES, *overrides])
-
 
 def rates(*overrides: str, total: int = 10) -> list[float]:
-    actor = config(*overrides).actor
+    actor = rl_config(*overrides).actor
     return [schedule(actor, step, total) for step in range(total)]
 
 
@@ -61,23 +46,23 @@ def test_what_may_train() -> None:
     equal, mixed = [trajectory(0, 1.0), trajectory(0, 1.0)], [trajectory(1, 0.0), trajectory(1, 1.0)]
     failed = trajectory(1, 0.0, unscored="time-out")
     everything = [*equal, *mixed, failed]
-    assert trainable(everything, config()) == [*equal, *mixed]
-    filtering = config("rollout.dynamic_filtering=true")
+    assert trainable(everything, rl_config()) == [*equal, *mixed]
+    filtering = rl_config("rollout.dynamic_filtering=true")
     assert trainable(everything, filtering) == mixed
     assert trainable(equal, filtering) == equal  # rather a step without signal than none
     assert filter_metrics(everything, filtering) == {"train/filtered": 0.5}
-    assert filter_metrics(everything, config()) == {}
+    assert filter_metrics(everything, rl_config()) == {}
 
 
 def test_truncated_trajectories_are_left_out_on_request() -> None:
     whole, cut = trajectory(0, 1.0), replace(trajectory(0, 0.0), truncated=True)
-    assert trainable([whole, cut], config()) == [whole, cut]
-    filtering = config("rollout.overlong_filtering=true")
+    assert trainable([whole, cut], rl_config()) == [whole, cut]
+    filtering = rl_config("rollout.overlong_filtering=true")
     assert trainable([whole, cut], filtering) == [whole]
     with pytest.raises(NothingScored, match="overlong_filtering=true leaves none to train on"):
         trainable([cut], filtering)
     # a group whose rewards differ only in what was cut says nothing
-    both = config("rollout.overlong_filtering=true", "rollout.dynamic_filtering=true")
+    both = rl_config("rollout.overlong_filtering=true", "rollout.dynamic_filtering=true")
     assert trainable([whole, whole, cut, (other := trajectory(1, 0.0)), (best := trajectory(1, 1.0))], both) == [
         other,
         best,
@@ -110,7 +95,7 @@ class FixedCritic:
 def test_gae_with_kl_in_the_rewards_and_the_returns_of_the_critic() -> None:
     """Each token pays 0.5 * 2 and is expected to earn 0.25."""
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
-    gae = config("adv.estimator=gae", "actor.kl.coef=0.5", "actor.kl.estimator=k1", "actor.kl.type=reward")
+    gae = rl_config("adv.estimator=gae", "actor.kl.coef=0.5", "actor.kl.estimator=k1", "actor.kl.type=reward")
     judged = judge(batch, gae, Fixed(-1.0), Fixed(-3.0), FixedCritic(0.25))  # type: ignore[arg-type]
     assert judged.return_T is not None
     assert judged.return_T[judged.action_T].tolist() == [-1, 0, -2, -1]
@@ -118,7 +103,7 @@ def test_gae_with_kl_in_the_rewards_and_the_returns_of_the_critic() -> None:
     assert judged.advantage_T[judged.action_T].tolist() == [-1.25, -0.25, -2.25, -1.25]
     assert torch.equal(judged.reward_T, batch.reward_T)
 
-    white = config("adv.estimator=gae", "adv.global_norm=true", "adv.norm_var=true")
+    white = rl_config("adv.estimator=gae", "adv.global_norm=true", "adv.norm_var=true")
     judged = judge(batch, white, Fixed(-1.0), None, FixedCritic(0.25))  # type: ignore[arg-type]
     assert judged.return_T is not None
     assert judged.return_T[judged.action_T].tolist() == [1, 1, 0, 0]
@@ -129,7 +114,7 @@ def test_gae_with_kl_in_the_rewards_and_the_returns_of_the_critic() -> None:
 
 def advantages(*overrides: str) -> tuple[Any, Tensor]:
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
-    with_kl = config("actor.kl.coef=0.5", *overrides)
+    with_kl = rl_config("actor.kl.coef=0.5", *overrides)
     judged = judge(batch, with_kl, Fixed(-1.0), Fixed(-3.0))  # type: ignore[arg-type]
     assert judged.advantage_T is not None
     assert torch.equal(judged.reward_T, batch.reward_T)
@@ -151,7 +136,7 @@ def test_overlong_responses_pay_off_their_advantage() -> None:
     """Two tokens of at most two, over a buffer of one: the whole penalty, at the last token of each."""
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
     knobs = ("rollout.train_sampling_params.max_new_tokens=2", "adv.overlong_buffer=1", "adv.overlong_penalty=0.5")
-    spo = load("ppo", [*OVERRIDES, *knobs, "adv.estimator=spo"])
+    spo = rl_config(*knobs, "adv.estimator=spo")
     judged = judge(batch, spo, Fixed(-1.0), None)  # type: ignore[arg-type]
     assert judged.advantage_T is not None
     assert judged.advantage_T[judged.action_T].tolist() == [0.5, 0.5, -0.5, -0.5]
@@ -166,7 +151,7 @@ def test_kl_in_the_loss_leaves_advantages_alone() -> None:
 
 
 def test_old_log_probabilities_are_there_for_a_second_update() -> None:
-    several = config("actor.update_per_rollout=2")
+    several = rl_config("actor.update_per_rollout=2")
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
     judged = judge(batch, replace(several), Fixed(-1.0), None)  # type: ignore[arg-type]
     assert judged.old_logp_T is not None
@@ -177,7 +162,7 @@ def test_the_baseline_follows_the_configuration_and_not_what_filters_left() -> N
     """Of each pair one is left, which has nothing to be compared with; of single responses all are compared."""
     batch = pack([trajectory(0, 1.0), trajectory(1, 0.0)])
     for responses, expected in ((2, [0.0] * 4), (1, [0.5, 0.5, -0.5, -0.5])):
-        settings = config(f"train_data.responses_per_prompt={responses}", "train_data.prompts_per_rollout=2")
+        settings = rl_config(f"train_data.responses_per_prompt={responses}", "train_data.prompts_per_rollout=2")
         judged = judge(batch, settings, Fixed(-1.0), None)  # type: ignore[arg-type]
         assert judged.advantage_T is not None
         assert judged.advantage_T[judged.action_T].tolist() == expected

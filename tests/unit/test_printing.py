@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rl_settings import rl_config
 
-from RL2.config import ConfigError, UserError, load, one_line, show
+from RL2.config import ConfigError, UserError, one_line, show
 from RL2.engines.served.server import Server
 from RL2.engines.vllm.kind import VLLM_SERVER
 from RL2.evaluation import audit, evaluate
@@ -84,18 +85,7 @@ def test_secrets_are_masked_wherever_settings_are_shown() -> None:
 
 
 def test_the_configuration_is_shown_without_secrets() -> None:
-    config = load(
-        "spo",
-        [
-            *("actor.model_name=m", "actor.max_length_per_device=100", "train_data.path=x.jsonl"),
-            *("train_data.prompts_per_rollout=2", "rollout.env_path=x.py", "trainer.experiment_name=x"),
-            *(
-                "rollout.train_sampling_params.max_new_tokens=4",
-                "rollout.engine=vllm",
-                "rollout.vllm.env.HF_TOKEN=hf_1",
-            ),
-        ],
-    )
+    config = rl_config("rollout.engine=vllm", "rollout.vllm.env.HF_TOKEN=hf_1", program="spo")
     assert config.rollout.vllm.env == {"HF_TOKEN": "hf_1"}
     assert "hf_1" not in show(config)
     assert "max_new_tokens: 4" in show(config)

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from episodes import one_episode
+from rl_settings import rl_config
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, Reward, RLConfig, load
+from RL2.config import ConfigError, Reward
 from RL2.engines.scripted import ScriptedEngine
 from RL2.packing import pack, part_rewards
 from RL2.report import Report
 from RL2.rollout.collect import rollout_metrics
 from RL2.rollout.environment import Environment, load_environment
-from RL2.rollout.episode import run_episode
 from RL2.rollout.filters import success_rates
 from RL2.rollout.step_result import Unscored
 from RL2.trainer.rl import say_of_metrics
@@ -45,19 +46,13 @@ def play(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Play]:
 
     def play(*rewards: str, weights: dict[str, float] | None = None, **more: Any) -> Trajectory:
         environments.append(load_environment(tmp_path / "env.py", 5, weights))
-        return asyncio.run(
-            run_episode(
-                Prompt(0, "hello", tokenizer.encode("hello"), {"rewards": list(rewards)} | more),
-                engine=ScriptedEngine(lambda token_ids, sampling: [40, 41]),
-                environment=environments[-1],
-                tokenizer=tokenizer,
-                sampling=Sampling(max_new_tokens=8),
-                max_turns=9,
-                max_length=None,
-                group=0,
-                sample=0,
-                seed=0,
-            )
+        return one_episode(
+            Prompt(0, "hello", tokenizer.encode("hello"), {"rewards": list(rewards)} | more),
+            engine=ScriptedEngine(lambda token_ids, sampling: [40, 41]),
+            environment=environments[-1],
+            tokenizer=tokenizer,
+            sampling=Sampling(max_new_tokens=8),
+            max_turns=9,
         )
 
     yield play
@@ -164,26 +159,9 @@ def test_each_part_has_its_curve(play: Play, tmp_path: Path) -> None:
     assert [sample.get("parts") for sample in samples] == [{"a": 1, "b": 0.5}, {"a": 0}, None, None]
 
 
-def config(*overrides: str) -> RLConfig:
-    return load(
-        "ppo",
-        [
-            "actor.model_name=m",
-            "actor.max_length_per_device=100",
-            "train_data.path=x.jsonl",
-            "train_data.prompts_per_rollout=1",
-            "train_data.responses_per_prompt=2",
-            "rollout.env_path=x.py",
-            "rollout.train_sampling_params.max_new_tokens=1",
-            "trainer.experiment_name=x",
-            *overrides,
-        ],
-    )
-
-
 def test_weights_are_settings() -> None:
-    assert config().reward.weights == {}
-    weighed = config("reward.weights.format=0.1", "reward.weights.length=-1")
+    assert rl_config().reward.weights == {}
+    weighed = rl_config("reward.weights.format=0.1", "reward.weights.length=-1")
     assert weighed.reward.weights == {"format": 0.1, "length": -1}
     with pytest.raises(ConfigError, match=r"reward\.weights\.a/b: no part of a reward has this name"):
         Reward(weights={"a/b": 1})

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rl_settings import rl_config
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, RLConfig, load
+from RL2.config import ConfigError, RLConfig
 from RL2.engines.scripted import ScriptedEngine
 from RL2.parallel.processes import Processes
 from RL2.report import Report
@@ -53,21 +54,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def config(folder: Path, *overrides: str) -> RLConfig:
-    return load(
-        "ppo",
-        [
-            "actor.model_name=m",
-            "actor.max_length_per_device=100",
-            f"train_data.path={folder}/three.jsonl",
-            "train_data.prompts_per_rollout=4",
-            "train_data.responses_per_prompt=2",
-            f"rollout.env_path={folder}/own.py",
-            "rollout.train_sampling_params.max_new_tokens=4",
-            "rollout.max_turns=2",
-            "trainer.experiment_name=x",
-            "trainer.test_freq=1",
-            *overrides,
-        ],
+    return rl_config(
+        f"train_data.path={folder}/three.jsonl",
+        "train_data.prompts_per_rollout=4",
+        f"rollout.env_path={folder}/own.py",
+        "rollout.max_turns=2",
+        "trainer.test_freq=1",
+        *overrides,
     )
 
 

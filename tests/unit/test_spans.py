@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from episodes import one_episode
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -19,7 +19,7 @@ from RL2.advantages import gae, reinforce
 from RL2.engines.scripted import ScriptedEngine
 from RL2.packing import pack
 from RL2.rollout.environment import Environment, load_environment
-from RL2.rollout.episode import decode, run_episode
+from RL2.rollout.episode import decode
 from RL2.rollout.spans import last_tokens
 from RL2.types import Prompt, Sampling, Trajectory
 
@@ -100,19 +100,13 @@ def play(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Play]:
 
     def play(spans: str, reward: str = "0", weights: dict[str, float] | None = None, **more: Any) -> Trajectory:
         environments.append(load_environment(tmp_path / "env.py", 5, weights))
-        return asyncio.run(
-            run_episode(
-                Prompt(0, "hello", tokenizer.encode("hello"), {"spans": spans, "reward": reward} | more),
-                engine=ScriptedEngine(lambda token_ids, sampling: tokens),
-                environment=environments[-1],
-                tokenizer=tokenizer,
-                sampling=Sampling(max_new_tokens=20, stop_token_ids=(tokenizer.eos_token_id,)),
-                max_turns=1,
-                max_length=None,
-                group=0,
-                sample=0,
-                seed=0,
-            )
+        return one_episode(
+            Prompt(0, "hello", tokenizer.encode("hello"), {"spans": spans, "reward": reward} | more),
+            engine=ScriptedEngine(lambda token_ids, sampling: tokens),
+            environment=environments[-1],
+            tokenizer=tokenizer,
+            sampling=Sampling(max_new_tokens=20, stop_token_ids=(tokenizer.eos_token_id,)),
+            max_turns=1,
         )
 
     yield play

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rl_settings import rl_config
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config import ConfigError, load
@@ -53,14 +54,12 @@ class World:
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes, overrides: tuple[str, ...]
     ) -> None:
         (folder / "env.py").write_text(SCRIPT)
-        self.config = load(
-            "spo",
-            [
-                *("actor.model_name=m", "actor.max_length_per_device=100", "train_data.path=x.jsonl"),
-                *(f"train_data.prompts_per_rollout={WANTED}", f"train_data.responses_per_prompt={SAMPLES}"),
-                *("rollout.env_path=x.py", "rollout.train_sampling_params.max_new_tokens=4", "rollout.max_turns=3"),
-                *("trainer.experiment_name=x", *overrides),
-            ],
+        self.config = rl_config(
+            f"train_data.prompts_per_rollout={WANTED}",
+            f"train_data.responses_per_prompt={SAMPLES}",
+            "rollout.max_turns=3",
+            *overrides,
+            program="spo",
         )
         self.engine = Turns(lambda token_ids, sampling: [9, 9])
         self.environment = load_environment(folder / "env.py", 5)

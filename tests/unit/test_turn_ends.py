@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from chatml import CHATML
+from episodes import one_episode
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -25,7 +26,6 @@ from RL2.data.template import Template
 from RL2.engines.scripted import ScriptedEngine
 from RL2.models.policy import end_tokens, export, load_model
 from RL2.rollout.environment import load_environment
-from RL2.rollout.episode import run_episode
 from RL2.trainer.supervised import Rows
 from RL2.types import Prompt, Sampling
 
@@ -160,19 +160,13 @@ def test_a_history_has_one_end_behind_a_response(
     )
     environment = load_environment(tmp_path / "env.py", 5)
     reply = base.encode("42") + ([] if sampled_end is None else [sampled_end])
-    trajectory = asyncio.run(
-        run_episode(
-            Prompt(0, HEADER, base.encode(HEADER), {}),
-            engine=ScriptedEngine(lambda ids, sampling: list(reply)),
-            environment=environment,
-            tokenizer=base,
-            sampling=Sampling(len(reply), stop_token_ids=(EOS, END)),
-            max_turns=2,
-            max_length=None,
-            group=0,
-            sample=0,
-            seed=0,
-        )
+    trajectory = one_episode(
+        Prompt(0, HEADER, base.encode(HEADER), {}),
+        engine=ScriptedEngine(lambda ids, sampling: list(reply)),
+        environment=environment,
+        tokenizer=base,
+        sampling=Sampling(len(reply), stop_token_ids=(EOS, END)),
+        max_turns=2,
     )
     environment.close()
     (sequence,) = trajectory.sequences
