@@ -1,6 +1,6 @@
 """How often `rl2 compare` finds a difference between a method and itself: the table of docs/evaluation.md.
 
-    python benchmarks/false_verdicts.py [--number 2000] [--problems 100] [--samples 4]
+    python benchmarks/false_verdicts.py [--number 2000] [--problems 100] [--samples 4] [--spreads 0 0.1 0.3 1]
 
 Problems differ in difficulty, alike for all runs; the log-odds of each run are shifted by a normal variable.
 """
@@ -14,8 +14,6 @@ import numpy as np
 from RL2.evaluation.compare import Scores, compare
 
 PAIRS = ((1, 1), (1, 3), (2, 2), (3, 3))
-SPREADS = (0.0, 0.1, 0.3, 1.0)
-"""Standard deviations between the seeds of a method, in log-odds."""
 
 
 def runs(rng: np.random.Generator, odds_P: np.ndarray, number: int, spread: float, samples: int) -> list[Scores]:
@@ -40,14 +38,19 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=2000)
     parser.add_argument("--problems", type=int, default=100)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument(
+        "--spreads", type=float, nargs="+", default=(0.0, 0.1, 0.3, 1.0), help="standard deviations between seeds"
+    )
     given = parser.parse_args()
-    print(f"| runs | {' | '.join(f'{spread:g}' for spread in SPREADS)} |")
-    print(f"|{'---|' * (1 + len(SPREADS))}")
+    print(f"| runs | {' | '.join(f'{spread:g}' for spread in given.spreads)} |")
+    print(f"|{'---|' * (1 + len(given.spreads))}")
     for pair in PAIRS:
-        # two single runs that differ by a spread are different models, and that is what the verdict is about
-        spreads = SPREADS[:1] if pair == (1, 1) else SPREADS
-        shares = [false_verdicts(pair, spread, given.number, given.problems, given.samples) for spread in spreads]
-        cells = [f"{share:.1%}" for share in shares] + [""] * (len(SPREADS) - len(shares))
+        cells = []
+        for spread in given.spreads:
+            # two single runs that differ by a spread are different models, and that is what the verdict is about
+            means_something = pair != (1, 1) or spread == 0
+            size = given.number, given.problems, given.samples
+            cells.append(f"{false_verdicts(pair, spread, *size):.1%}" if means_something else "")
         print(f"| {pair[0]} and {pair[1]} | {' | '.join(cells)} |", flush=True)
 
 
