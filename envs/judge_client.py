@@ -1,6 +1,6 @@
 """Chat completions of an OpenAI-compatible server: with retries, a cache of replies on disk, and a budget.
 
-    client = Client("http://127.0.0.1:8000/v1", "NAME", folder=Path("judged"), most_requests=1000)
+    client = Client("http://127.0.0.1:8000/v1", "NAME", folder=Path("judged"), budget=Budget(requests=1000))
     text = await client.ask(messages, {"temperature": 0, "max_tokens": 512})
 
 Requests run in threads, at most `concurrency` at once, so that any event loop may ask. Raises JudgeError where there is
