@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -49,8 +51,8 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 """Stored types that are numbers as they stand; the others need the scales of a quantised checkpoint."""
 FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 """Names that old checkpoints store and that are computed today."""
-COMPARED_AT_ONCE = 2**24
-"""Numbers of two stored tensors that are compared at a time."""
+READ_AT_ONCE = 2**24
+"""Numbers of a stored tensor that are looked at at a time."""
 
 
 def build(auto: type, model_name: str, key: str, **settings: object) -> PreTrainedModel:
@@ -135,6 +137,30 @@ def read_weights(
     except (dcp.CheckpointException, ValueError, SafetensorError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise ConfigError(f"{key}={model_name}: its weights cannot be read: {first_line(cause)}") from error
+    for name, tensor in state.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        _refuse_not_finite(name, local, stored[name], f"{key}={model_name}")
+
+
+def check_values(state: dict[str, Tensor], stored: dict[str, Stored], where: str) -> Iterator[int]:
+    """Read the stored tensors that fill `state`, piece by piece, and yield the number of bytes of each piece.
+
+    Raises ConfigError, which begins with `where`, for a value that is NaN or infinite.
+    """
+    for file in sorted({stored[name].file for name in state}):
+        with safe_open(file, framework="pt") as opened:
+            for name in (name for name in state if stored[name].file == file):
+                for piece in _pieces(opened.get_slice(name), stored[name].shape):
+                    _refuse_not_finite(name, piece, stored[name], where)
+                    yield piece.nbytes
+
+
+def _refuse_not_finite(name: str, values: Tensor, stored: Stored, where: str) -> None:
+    if values.numel() and values.is_floating_point() and not torch.stack(torch.aminmax(values)).isfinite().all():
+        raise ConfigError(
+            f"{where}: {name} in {stored.file.name} has values that are NaN or infinite: the weights are broken; "
+            "take another checkpoint"
+        )
 
 
 def match_weights(
@@ -215,10 +241,19 @@ def _equal(name: str, one: Stored, other_name: str, other: Stored) -> bool:
     """Compare two stored tensors piece by piece."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    rows = max(1, COMPARED_AT_ONCE // max(1, *one.shape[1:], 1)) if len(one.shape) > 1 else COMPARED_AT_ONCE
     with safe_open(one.file, framework="pt") as a, safe_open(other.file, framework="pt") as b:
-        left, right = a.get_slice(name), b.get_slice(other_name)
-        return all(torch.equal(left[i : i + rows], right[i : i + rows]) for i in range(0, one.shape[0], rows))
+        left, right = (_pieces(opened.get_slice(of), one.shape) for opened, of in ((a, name), (b, other_name)))
+        return all(map(torch.equal, left, right))
+
+
+def _pieces(stored: Any, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """Yield the rows of a slice of `safe_open`, as many at a time as `READ_AT_ONCE` allows."""
+    if not shape:
+        yield stored[...]
+        return
+    rows = max(1, READ_AT_ONCE // max(1, math.prod(shape[1:])))
+    for i in range(0, shape[0], rows):
+        yield stored[i : i + rows]
 
 
 def stored_tensors(folder: Path, model_name: str, key: str) -> dict[str, Stored]:

@@ -40,7 +40,7 @@ from RL2.data.cursor import Cursor
 from RL2.data.prompts import given_away, largest_token_id
 from RL2.data.source import describe, from_json, is_here
 from RL2.engines.scripted import ScriptedEngine
-from RL2.models.loading import folder_here, match_weights, refuse_no_model, stored_tensors
+from RL2.models.loading import check_values, folder_here, match_weights, refuse_no_model, stored_tensors
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.models.value import ValueModel
@@ -147,7 +147,9 @@ def look_at_model(
         found.miss("model", f"{name}, on the hub")
         return None, None
     tokenizer = load_tokenizer(str(folder), key, model.chat_template, model.chat_template_kwargs)
-    lm = look_at_weights(Policy if isinstance(model, TrainablePolicy) else ValueModel, folder, name, key)
+    lm = look_at_weights(
+        Policy if isinstance(model, TrainablePolicy) else ValueModel, folder, name, key, found.progress
+    )
     said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
     found.say("model", name, said)
     if model.gradient_checkpointing:
@@ -168,11 +170,16 @@ def folder_of(name: str, key: str) -> Path | None:
         raise
 
 
-def look_at_weights(kind: type[PackedModel], folder: Path, name: str, key: str) -> PreTrainedModel:
-    """Build the model of `folder` without memory, and match its weights, if they are there, by their headers."""
+def look_at_weights(kind: type[PackedModel], folder: Path, name: str, key: str, progress: Progress) -> PreTrainedModel:
+    """Build the model of `folder` without memory, and check its weights, if they are there: headers, then values."""
     lm = kind.build(name if folder == Path(name) else str(folder), key)
     if folder == Path(name) or any(folder.glob("*.safetensors")):  # otherwise they are still to be fetched
-        match_weights(lm, stored_tensors(folder, name, key), name, key, kind(lm).initial, kind.UNREAD)
+        stored = stored_tensors(folder, name, key)
+        state, _ = match_weights(lm, stored, name, key, kind(lm).initial, kind.UNREAD)
+        total = sum(file.stat().st_size for file in {each.file for each in stored.values()})
+        with progress.phase(f"looking through the weights of {name}", total / GIB, "GiB") as phase:
+            for num_bytes in check_values(state, stored, f"{key}={name}"):
+                phase.update(num_bytes / GIB)
     return lm
 
 
@@ -191,7 +198,7 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
         if (folder := folder_of(name, key)) is None:
             found.miss(group, f"{name}, on the hub")
             continue
-        lm = models[key] = look_at_weights(kind, folder, name, key)
+        lm = models[key] = look_at_weights(kind, folder, name, key, found.progress)
         check_sizes(lm, model.tp_size, model.sp_size, group)
         if kind is ValueModel and model.gradient_checkpointing:
             refuse_no_recomputation(lm, group)

@@ -1,4 +1,4 @@
-"""A dry run looks at everything but the weights, says what it found, and leaves nothing behind."""
+"""A dry run looks at everything, loads no model, says what it found, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from programs import NUM_ROWS, World
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from RL2.trainer.launch import main
@@ -23,7 +24,7 @@ def dry_run(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> DryRun:
     """Runs a program dry, and gives what it printed, in one line."""
-    monkeypatch.setattr("torch.distributed.checkpoint.load", None)  # whoever reads weights fails
+    monkeypatch.setattr("torch.distributed.checkpoint.load", None)  # whoever loads weights fails
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(program: str, *overrides: str, how: str = "trainer.dry_run=true") -> str:
@@ -174,6 +175,22 @@ def test_an_end_token_that_the_model_does_not_have_is_refused(
     assert f"{program}: {group}.model_name={folder}: " in str(ended.value.code)
     assert f"token {vocabulary}" in str(ended.value.code)
     assert f"the model knows {vocabulary}; the tokenizer is of another model" in str(ended.value.code)
+
+
+@pytest.mark.parametrize("program", ["sft", "rm", "dpo", "spo"])
+def test_weights_that_are_no_numbers_are_refused(program: str, world: World, dry_run: DryRun, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(world.model, folder)
+    tensors = load_file(world.weights)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    group = "critic" if program == "rm" else "actor"
+    with pytest.raises(SystemExit) as ended:
+        dry_run(program, f"{group}.model_name={folder}")
+    assert ended.value.code == (
+        f"{program}: {group}.model_name={folder}: model.norm.weight in model.safetensors has values that are NaN or "
+        "infinite: the weights are broken; take another checkpoint"
+    )
 
 
 BLOCKED = """

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from RL2.config import ConfigError
-from RL2.models.loading import match_weights, refuse_no_model, stored_tensors
+from RL2.models.loading import check_values, match_weights, refuse_no_model, stored_tensors
+from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, export, load_model, load_tokenizer, max_length
 from RL2.models.value import ValueModel
 
@@ -207,6 +208,37 @@ def test_what_a_checkpoint_has_and_lacks_is_read_or_refused(
 def headers(folder: Path) -> None:
     """Look at a checkpoint as a dry run does."""
     match_weights(Policy.build(str(folder), "k"), stored_tensors(folder, str(folder), "k"), str(folder), "k")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("program", [Policy, ValueModel])
+def test_a_value_that_is_no_number_is_refused(
+    tmp_path: Path, program: type[PackedModel], dtype: torch.dtype, value: float
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+        tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = value
+
+    folder = saved(tmp_path, spoil)
+    lm = program.build(str(folder), "k")
+    stored = stored_tensors(folder, str(folder), "k")
+    state, _ = match_weights(lm, stored, str(folder), "k", program(lm).initial, program.UNREAD)
+    for load in (lambda: program.load(str(folder), "k"), lambda: list(check_values(state, stored, f"k={folder}"))):
+        with pytest.raises(
+            ConfigError, match=r"^k=\S+: model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors has values that"
+        ):
+            load()
+
+
+def test_all_values_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("RL2.models.loading.READ_AT_ONCE", 100)  # so that tensors come in pieces, the last one smaller
+    folder = saved(tmp_path, lambda t: None)
+    stored = stored_tensors(folder, str(folder), "k")
+    state, _ = match_weights(Policy.build(str(folder), "k"), stored, str(folder), "k")
+    assert sum(check_values(state, stored, "k")) == sum(
+        t.nbytes for t in load_file(folder / "model.safetensors").values()
+    )
 
 
 def test_names_that_old_checkpoints_store_are_left_out(tmp_path: Path) -> None:
