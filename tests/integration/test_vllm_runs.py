@@ -112,8 +112,7 @@ def test_a_server_killed_in_mid_rollout_costs_time_and_nothing_else(world: World
     calls.unlink()
     run = world.start("spo", *settings)
     wait_until(run, lambda: calls.exists() and calls.stat().st_size >= 2 * 32 + 12)  # 32 a step, 16 of them first turns
-    (server,) = psutil.Process(run.process.pid).children()
-    os.killpg(server.pid, signal.SIGKILL)
+    os.killpg(server_of(run).pid, signal.SIGKILL)
     run.wait().succeeded()
     assert [row["engine/restarts"] for row in run.metrics] == [0, 0, 1, 1]
     assert [row["engine/retried"] > 0 for row in run.metrics] == [False, False, True, False]
@@ -149,10 +148,17 @@ def test_rollouts_ahead_and_in_parts(world: World, settings: tuple[str, ...], np
 def test_a_run_that_is_killed_takes_its_servers_along(world: World) -> None:
     run = world.start("spo", *SETTINGS, "trainer.max_steps=1000")
     wait_until(run, (run.save_dir / "metrics.jsonl").exists)
-    servers = psutil.Process(run.process.pid).children(recursive=True)
-    assert len(servers) == 2  # the API server and its engine
+    server = server_of(run)
+    processes = [server, *server.children(recursive=True)]
+    assert len(processes) == 2  # the API server and its engine
     run.kill()
-    assert psutil.wait_procs(servers, timeout=20)[1] == []
+    assert psutil.wait_procs(processes, timeout=20)[1] == []
+
+
+def server_of(run: Run) -> psutil.Process:
+    """Return the vLLM server that `run` launched; it has other children too."""
+    (server,) = (child for child in psutil.Process(run.process.pid).children() if child.cmdline()[0] == PYTHON)
+    return server
 
 
 def wait_until(run: Run, condition: Callable[[], bool]) -> None:
