@@ -35,7 +35,7 @@ demo-quick: setup ## the same with one method
 	$(BIN)/python -m RL2.demo.run --quick
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration tests/invariants tests/peers tests
 
 test-fast: setup ## what takes no processes of its own and no long simulation
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not vllm and not browser" tests/unit tests/test_*.py

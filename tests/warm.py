@@ -6,14 +6,19 @@ is the same but for the seed of Python's hashes, which is the server's.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -91,6 +96,73 @@ class Program:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+class Ranks:
+    """The ranks of `torchrun --nproc_per_node=N -m module arguments`, without torchrun; if one fails, all end."""
+
+    def __init__(self, nproc: int, module: str, arguments: list[str], out: Path, err: Path) -> None:
+        common = {
+            **{"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "GROUP_WORLD_SIZE": "1"},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+        }
+        self.ranks = [
+            Program(module, arguments, out, err, None, {**os.environ, **common, "RANK": str(i), "LOCAL_RANK": str(i)})
+            for i in range(nproc)
+        ]
+
+    @property
+    def pid(self) -> int:
+        return self.ranks[0].pid
+
+    @property
+    def returncode(self) -> int | None:
+        """1 if a rank has failed, as of torchrun."""
+        codes = [rank.returncode for rank in self.ranks]
+        return None if None in codes else int(any(codes))
+
+    def poll(self) -> int | None:
+        if any(rank.returncode for rank in self.ranks):
+            with suppress(subprocess.TimeoutExpired):
+                self._end(30)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        limit = time.monotonic() + (math.inf if timeout is None else timeout)
+        while (code := self.poll()) is None:
+            if time.monotonic() > limit:
+                assert timeout is not None
+                raise subprocess.TimeoutExpired(self.ranks[0].process.name, timeout)
+            time.sleep(0.05)
+        return code
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def send_signal(self, number: int) -> None:
+        for rank in self.ranks:
+            rank.send_signal(number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _end(self, patience_s: float) -> None:
+        """End what is left as torchrun does: SIGTERM, and SIGKILL for whoever does not go."""
+        self.terminate()
+        try:
+            for rank in self.ranks:
+                rank.wait(patience_s)
+        finally:
+            self.kill()
+
+
+def free_port() -> int:
+    """Return a port that is free, below those that the system hands out by itself and may take in the meantime."""
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as candidate, suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 def run(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import psutil
 import warm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +37,7 @@ async def step(state, action, extra_info):
 class Run:
     """A program at work, or done."""
 
-    process: subprocess.Popen[bytes] | warm.Program
+    process: subprocess.Popen[bytes] | warm.Program | warm.Ranks
     settings: list[str]
     save_dir: Path
     log: Path
@@ -111,16 +112,14 @@ class World:
     ) -> Run:
         """`save_dir`: a new folder if None. `preexec` is called in the new process before the program.
 
-        `cold`: begin with a new interpreter, which has hashes of its own; more processes than one always do.
+        `cold`: begin with a new interpreter, which has hashes of its own; under torchrun if there are several.
         """
         name = f"{next(self.numbers):02d}_{program}"
         save_dir, log = save_dir or self.root / name, self.root / f"{name}.log"
         settings = [*self.settings(program), f"trainer.save_dir={save_dir}", *overrides]
-        if nproc == 1 and not max_restarts and preexec is None and not cold:
-            errors = log.with_suffix(".err")
-            return Run(
-                warm.Program(f"RL2.trainer.{program}", settings, log, errors, None, os.environ), settings, save_dir, log
-            )
+        if not max_restarts and preexec is None and not cold:
+            what = f"RL2.trainer.{program}", settings, log, log.with_suffix(".err")
+            return Run(warm.Program(*what) if nproc == 1 else warm.Ranks(nproc, *what), settings, save_dir, log)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
         launcher += [f"--max-restarts={max_restarts}"] if max_restarts else []
         environment = os.environ | warm.ENVIRONMENT
@@ -206,6 +205,22 @@ def answered(world: World, learnt: Run, folder: Path, *settings: str) -> list[di
     greedy = ("rollout.test_sampling_params.temperature=0", "rollout.test_sampling_params.max_new_tokens=40")
     model = f"actor.model_name={learnt.save_dir}/latest"
     return world.run("ppo", model, *asked, *greedy, *settings).succeeded().samples
+
+
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """Return the processes of a run that a torchrun with this process id has started; none if it is gone."""
+    try:
+        children = psutil.Process(launcher).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [child for child in children if any(word.startswith("RL2.trainer.") for word in _command(child)[:4])]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # it has ended since, or nobody has asked for its exit status yet
+        return []
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ async def step(state, action, extra_info):
 def test_once_saves_and_says_how_to_go_on(
     world: World, program: str, nproc: int, number: signal.Signals, name: str
 ) -> None:
-    run = world.start(program, "trainer.max_steps=100000", nproc=nproc)
+    run = world.start(program, "trainer.max_steps=100000", nproc=nproc, cold=nproc > 1)
     wait_for_line(run.save_dir / "metrics.jsonl", run)
     run.process.send_signal(number)  # torchrun hands it on
     if number == signal.SIGTERM and nproc == 1:

@@ -17,9 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from programs import LIMIT_S, Run, World, wait_for_line, without_times
+from programs import LIMIT_S, Run, World, ranks_of, wait_for_line, without_times
 
 KILLS = int(os.environ.get("RL2_KILLS", 3))
 TIMEOUT_S = 6
@@ -42,15 +41,6 @@ def uninterrupted(world: World, settings: tuple[str, ...]) -> Run:
     return world.run("spo", *settings, nproc=2).succeeded()
 
 
-def workers(launcher: int) -> list[psutil.Process]:
-    """The ranks that torchrun has started."""
-    try:
-        children = psutil.Process(launcher).children(recursive=True)
-        return [child for child in children if "RL2.trainer.spo" in child.cmdline()]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def test_ranks_killed_at_random_moments_are_restarted_and_nothing_changes(
     world: World, settings: tuple[str, ...], uninterrupted: Run
 ) -> None:
@@ -58,18 +48,18 @@ def test_ranks_killed_at_random_moments_are_restarted_and_nothing_changes(
     draw, killed_at = random.Random(), []
     run = world.start("spo", *settings, nproc=2, max_restarts=KILLS)
     for _ in range(KILLS):
-        began, old = time.monotonic(), {worker.pid for worker in workers(run.process.pid)}
+        began, old = time.monotonic(), {worker.pid for worker in ranks_of(run.process.pid)}
         wait_for_line(run.save_dir / "metrics.jsonl", run)
         while run.process.poll() is None and not is_at_work(run, began):
             time.sleep(0.05)
         time.sleep(draw.uniform(0, 4))  # anywhere in a rollout, an update, a save or a test
-        if not (ranks := workers(run.process.pid)):
+        if not (ranks := ranks_of(run.process.pid)):
             break  # it has ended
         victim = draw.choice(ranks)
         victim.kill()
         killed_at.append(f"{len(run.metrics)} steps")
         limit = time.monotonic() + TIMEOUT_S + 60  # torchrun gives the others 30 s before it kills them
-        while run.process.poll() is None and not {w.pid for w in workers(run.process.pid)}.isdisjoint(
+        while run.process.poll() is None and not {w.pid for w in ranks_of(run.process.pid)}.isdisjoint(
             old | {rank.pid for rank in ranks}
         ):
             assert time.monotonic() < limit, "the other rank has not stopped"
@@ -96,7 +86,7 @@ def test_a_run_that_was_refused_is_not_gone_on_with(
 
 def is_at_work(run: Run, since: float) -> bool:
     """Its present processes have written something, or are old enough to be loading."""
-    ages = [time.time() - worker.create_time() for worker in workers(run.process.pid)]
+    ages = [time.time() - worker.create_time() for worker in ranks_of(run.process.pid)]
     return bool(ages) and min(ages) > 6
 
 

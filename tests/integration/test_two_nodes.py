@@ -14,9 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from programs import LIMIT_S, Run, World, rows, without_times
+from programs import LIMIT_S, Run, World, ranks_of, rows, without_times
 from safetensors.torch import load_file
 
 TIMEOUT_S = 8
@@ -28,6 +27,9 @@ SAID = (
     r"spo \(rank {rank}\): waited for .+, and another of the 2 processes has died or was not there within "
     rf"trainer.timeout_s={TIMEOUT_S}"
 )
+
+
+Start = Callable[..., list[subprocess.Popen[bytes]]]
 
 
 def ip(*arguments: str) -> None:
@@ -55,10 +57,25 @@ def nodes() -> Iterator[tuple[str, ...]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def start(
-    nodes: tuple[str, ...], world: World, save_dir: Path, *overrides: str, max_restarts: int = 0
+@pytest.fixture
+def start(nodes: tuple[str, ...], world: World) -> Iterator[Start]:
+    """Starts torchrun on both nodes; whatever it has left is killed in the end."""
+    launched: list[subprocess.Popen[bytes]] = []
+
+    def launch(save_dir: Path, *overrides: str, max_restarts: int = 0) -> list[subprocess.Popen[bytes]]:
+        launched.extend(new := start_on(nodes, world, save_dir, *overrides, max_restarts=max_restarts))
+        return new
+
+    yield launch
+    for node in launched:
+        for process in (*ranks_of(node.pid), node):
+            process.kill()
+        node.wait()
+
+
+def start_on(
+    nodes: tuple[str, ...], world: World, save_dir: Path, *overrides: str, max_restarts: int
 ) -> list[subprocess.Popen[bytes]]:
-    """torchrun on both nodes."""
     launched = []
     for i, name in enumerate(nodes):
         command = [
@@ -114,12 +131,6 @@ def uninterrupted(world: World) -> Run:
     return world.run("spo", *SETTINGS, nproc=2).succeeded()
 
 
-def rank_of(node: subprocess.Popen[bytes]) -> psutil.Process:
-    children = psutil.Process(node.pid).children(recursive=True)
-    (rank,) = (child for child in children if "RL2.trainer.spo" in child.cmdline()[:4])
-    return rank
-
-
 def assert_same(save_dir: Path, uninterrupted: Run) -> None:
     assert without_times(rows(save_dir / "metrics.jsonl")) == without_times(uninterrupted.metrics)
     ours, theirs = load_file(save_dir / "latest" / "model.safetensors"), load_file(uninterrupted.weights)
@@ -128,12 +139,13 @@ def assert_same(save_dir: Path, uninterrupted: Run) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_ranks_of_both_nodes_meet_again_when_one_was_killed(
-    victim: int, nodes: tuple[str, ...], world: World, uninterrupted: Run, tmp_path: Path
+    victim: int, start: Start, uninterrupted: Run, tmp_path: Path
 ) -> None:
-    launched = start(nodes, world, tmp_path / "run", *SETTINGS, max_restarts=2)
+    launched = start(tmp_path / "run", *SETTINGS, max_restarts=2)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for_steps(metrics, launched)
-    ranks = [rank_of(node) for node in launched]
+    (first,), (second,) = (ranks_of(node.pid) for node in launched)
+    ranks = [first, second]
     # the other is too slow to fail by itself: its torchrun starts it again, and does not count that as a restart
     ranks[1 - victim].suspend()
     ranks[victim].kill()
@@ -145,9 +157,9 @@ def test_the_ranks_of_both_nodes_meet_again_when_one_was_killed(
 
 
 def test_a_node_that_is_cut_off_stops_the_other_and_the_run_resumes(
-    nodes: tuple[str, ...], world: World, uninterrupted: Run, tmp_path: Path
+    nodes: tuple[str, ...], start: Start, uninterrupted: Run, tmp_path: Path
 ) -> None:
-    launched = start(nodes, world, tmp_path / "run", *SETTINGS)
+    launched = start(tmp_path / "run", *SETTINGS)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for_steps(metrics, launched)
     ip("-n", nodes[1], "link", "set", "veth1", "down")
@@ -163,7 +175,7 @@ def test_a_node_that_is_cut_off_stops_the_other_and_the_run_resumes(
     assert len(rows(metrics)) < STEPS
 
     ip("-n", nodes[1], "link", "set", "veth1", "up")
-    again = start(nodes, world, tmp_path / "run", *SETTINGS, "trainer.load_ckpt_from=latest")
+    again = start(tmp_path / "run", *SETTINGS, "trainer.load_ckpt_from=latest")
     for rank, node in enumerate(again):
         assert node.wait(LIMIT_S) == 0, said(tmp_path, rank)
     assert_same(tmp_path / "run", uninterrupted)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import random
-import socket
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +14,25 @@ import torch.multiprocessing as mp
 import warm
 from torch import Tensor
 
+from RL2.config import load
 from RL2.parallel import fsdp
 from RL2.parallel.processes import Processes
 
 Result = dict[str, Any]
 
 
+@functools.cache
+def loaded(program: str, overrides: str) -> Any:
+    """Return the configuration of a program; tests read the same one many times."""
+    return load(program, overrides.split())
+
+
 def in_pool(run: Callable[[Path, Processes], Any], folder: Path, size: int) -> list[Any]:
     """What `run(folder, processes)`, a function at the top of a module, gives on each of `size` new processes."""
-    port = free_port()
+    port = warm.free_port()
     warm.start_server()
     mp.start_processes(_member, args=(run, folder, size, port), nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"results_{size}_{rank}.pt", weights_only=True) for rank in range(size)]
-
-
-def free_port() -> int:
-    """Return a port that is free, below those that the system hands out by itself and may take in the meantime."""
-    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
-        with socket.socket() as candidate, suppress(OSError):
-            candidate.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no port is free")
 
 
 def _member(rank: int, run: Callable[[Path, Processes], Any], folder: Path, size: int, port: int) -> None:

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from pools import Result, assert_same, in_pool, whole
+from pools import Result, assert_same, in_pool, loaded, whole
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from RL2.advantages import reinforce
 from RL2.config import Actor as ActorConfig
-from RL2.config import load
 from RL2.models.policy import named_weights
 from RL2.packing import loss_weights, microbatches, pack
 from RL2.parallel.processes import Processes
@@ -37,8 +36,7 @@ def actor_config(program: str, model: str, **changes: Any) -> ActorConfig:
         actor.entropy.coef=0.01 train_data.path=x.jsonl train_data.prompts_per_rollout=2 rollout.env_path=x.py
         rollout.train_sampling_params.max_new_tokens=1 trainer.experiment_name=x"""
     name = "ppo" if program == "sft" else program
-    config = load(name, overrides.split()).actor
-    return replace(config, objective=program, tis_coef=2.0, **changes)
+    return replace(loaded(name, overrides).actor, objective=program, tis_coef=2.0, **changes)
 
 
 def make_batch(rewards: list[float]) -> TokenBatch:

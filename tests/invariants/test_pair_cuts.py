@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pools import Result, assert_same, in_pool, whole
+from pools import Result, assert_same, in_pool, loaded, whole
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
-from RL2.config import load, trained
+from RL2.config import trained
 from RL2.data.table import Ragged
 from RL2.models.policy import Policy, named_weights
 from RL2.models.value import VALUE, ValueModel
@@ -54,7 +54,7 @@ def make_learner(
     program = "rm" if loss == "rm" else "dpo"
     overrides = f"""actor.model_name={folder}/{"value" if loss == "rm" else "causal"} actor.max_length_per_device=4096
         actor.lr=1e-3 data.path=x.jsonl data.max_length=99 data.batch_size=1 trainer.experiment_name=x"""
-    key, config = trained(load(program, overrides.replace("actor", "critic" if loss == "rm" else "actor").split()))
+    key, config = trained(loaded(program, overrides.replace("actor", "critic" if loss == "rm" else "actor")))
     config = replace(config, dtype=dtype, **(sizes or {}))
     return Learner(config, processes, 10, folder, f"{key}.model_name", ValueModel if loss == "rm" else Policy)
 
