@@ -146,7 +146,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedPrefix:
     """T positions of which only U are different computations: samples of a prompt share its positions, exactly."""
 
     distinct_U: Tensor
@@ -154,8 +154,8 @@ class Shared:
     place_T: Tensor
     """int64: where among the U each position finds its result."""
 
-    def to(self, device: torch.device | str) -> Shared:
-        return Shared(self.distinct_U.to(device), self.place_T.to(device))
+    def to(self, device: torch.device | str) -> SharedPrefix:
+        return SharedPrefix(self.distinct_U.to(device), self.place_T.to(device))
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class TokenBatch:
     def with_(self, **changes: Tensor) -> TokenBatch:
         return replace(self, **changes)
 
-    def shared(self) -> Shared | None:
+    def shared(self) -> SharedPrefix | None:
         """Which positions are the same computation, because sequences of a group begin alike; None if none do.
 
         Every sequence is compared with the first of its group, so it is worth keeping groups together.
@@ -238,7 +238,7 @@ class TokenBatch:
         is_own_T = source_T == torch.arange(len(source_T))
         if bool(is_own_T.all()):
             return None
-        return Shared(distinct_U=is_own_T.nonzero()[:, 0], place_T=(is_own_T.cumsum(0) - 1)[source_T])
+        return SharedPrefix(distinct_U=is_own_T.nonzero()[:, 0], place_T=(is_own_T.cumsum(0) - 1)[source_T])
 
     def to(self, device: torch.device | str) -> TokenBatch:
         return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})

@@ -59,7 +59,6 @@ def load(options: argparse.Namespace, path: Path, results: Any, start: Any) -> N
     from RL2.data.prompts import load_prompts
     from RL2.data.sft import load_examples
     from RL2.models.policy import load_tokenizer
-    from RL2.packing import pack  # noqa: F401  # and torch with it, before memory is counted
 
     tokenizer = load_tokenizer(options.model)
     before, first, peak, ended = memory(), resident(), 0, threading.Event()

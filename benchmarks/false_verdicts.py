@@ -11,7 +11,7 @@ import argparse
 
 import numpy as np
 
-from RL2.evaluation.compare import Scores, compare
+from RL2.tools.eval.compare import Scores, compare
 
 PAIRS = ((1, 1), (1, 3), (2, 2), (3, 3))
 

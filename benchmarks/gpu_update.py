@@ -20,8 +20,8 @@ from statistics import median
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from RL2.config import load
-from RL2.packing import pack
+from RL2.batch.packing import pack
+from RL2.config.load import load
 from RL2.parallel.processes import Processes
 from RL2.types import Sequence, Trajectory
 from RL2.workers.actor import Actor

@@ -19,11 +19,11 @@ from statistics import fmean
 import torch
 import transformers
 
-from RL2.demo.run import (
+from RL2.reproduce.demo import (
     FULL,
-    Board,
     Method,
     Plan,
+    ProgressBoard,
     evaluate,
     find_environment,
     method_job,
@@ -87,7 +87,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
 
-    board, out, env_path = Board(), options.out, find_environment()
+    board, out, env_path = ProgressBoard(), options.out, find_environment()
     plan = Plan(FULL.warmup_steps, options.steps, test_freq=options.steps, methods=METHODS)
     with board.progress:
         warm = out / "warm-up"

@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from RL2.packing import Rounds, cost, fill_evenly, fill_in_turn, plan, time_of
+from RL2.batch.packing import Rounds, cost, fill_evenly, fill_in_turn, plan, time_of
 
 SEQUENCES, DRAWS = 512, 5
 RANKS = (2, 8, 64)

@@ -68,7 +68,7 @@ async def step(state, action, extra_info):
 
 
 def write_task(folder: Path, case: Case) -> None:
-    from RL2.demo.model import build_tokenizer
+    from RL2.reproduce.model import build_tokenizer
 
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(300)]
@@ -138,7 +138,8 @@ def answer(turns: Turns, rollout_s: float, **values: float) -> None:
 
 def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     """The body of RL2.trainer.rl.train, without its report."""
-    from RL2.config import RLConfig, load
+    from RL2.config.load import load
+    from RL2.config.programs import RLConfig
     from RL2.data.prompts import load_prompts
     from RL2.models.policy import end_tokens, load_tokenizer
     from RL2.parallel.processes import Processes

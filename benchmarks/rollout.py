@@ -152,9 +152,9 @@ def vllm(folder: Path, turns: Turns, python: str, compiles: bool) -> None:
     import psutil
     from transformers import AutoConfig
 
-    from RL2.config import load
+    from RL2.config.load import load
     from RL2.engines.served.server import Server
-    from RL2.engines.vllm.kind import VLLM_SERVER, server_arguments
+    from RL2.engines.vllm.server_spec import VLLM_SERVER, server_arguments
     from RL2.types import Sampling
 
     prompts, lengths = task()

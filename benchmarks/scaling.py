@@ -29,8 +29,8 @@ from traffic import Traffic
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from turns import memory_mb, parser
 
-from RL2.config import load
-from RL2.packing import loss_weights, pack
+from RL2.batch.packing import loss_weights, pack
+from RL2.config.load import load
 from RL2.parallel.cost import Layout, Shape, traffic
 from RL2.parallel.processes import Processes
 from RL2.types import Sequence, TokenBatch, Trajectory

@@ -42,7 +42,7 @@ CASES = ("sft", "dpo")
 
 
 def write_task(folder: Path, case: str) -> None:
-    from RL2.demo.model import build_tokenizer
+    from RL2.reproduce.model import build_tokenizer
 
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(300)]
@@ -91,14 +91,14 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     """The body of RL2.trainer.supervised.fit, without its report."""
     from functools import partial
 
-    from RL2.config import load
+    from RL2.batch.packing import loss_weights, microbatches, sequence_weights
+    from RL2.config.load import load
     from RL2.data.preference import load_pairs
     from RL2.data.sft import load_examples
     from RL2.models.policy import load_tokenizer
-    from RL2.objectives.path import cross_entropy
     from RL2.objectives.preference import dpo
+    from RL2.objectives.spo import cross_entropy
     from RL2.ops.attention import PackedAttention
-    from RL2.packing import loss_weights, microbatches, sequence_weights
     from RL2.parallel.processes import Processes
     from RL2.trainer import supervised
     from RL2.trainer.dpo_loop import with_reference

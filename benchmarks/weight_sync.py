@@ -28,9 +28,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from RL2.engines.served.folders import SHARED_MEMORY
-from RL2.engines.served.streams import Broadcast, SharedMemory, Stream, packed
+from RL2.engines.served.owned_dirs import SHARED_MEMORY
 from RL2.engines.served.weight_files import write
+from RL2.engines.served.weight_stream import Broadcast, SharedMemory, Stream, packed
 from RL2.engines.vllm.client import VLLMClient
 from RL2.engines.vllm.plugin.rl2_transfer import Group, bytes_of, opened, tensors
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 import typing
 from collections import defaultdict
@@ -15,8 +14,7 @@ from typing import Annotated, Any, Literal
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from RL2 import config as knobs_module
-from RL2.config import PROGRAMS
+from RL2.config.programs import PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = "<!-- every knob -->"
@@ -76,9 +74,10 @@ def reference() -> Iterator[str]:
 
 
 def texts() -> dict[tuple[str, str], str]:
-    """(class, field) -> what stands below the field in RL2/config.py."""
+    """(class, field) -> what stands below the field in RL2/config."""
     found = {}
-    for node in ast.parse(inspect.getsource(knobs_module)).body:
+    modules = sorted((ROOT / "RL2" / "config").glob("*.py"))
+    for node in (node for module in modules for node in ast.parse(module.read_text(encoding="utf-8")).body):
         if isinstance(node, ast.ClassDef):
             for field, below in zip(node.body, node.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):

@@ -15,7 +15,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from RL2.objectives.table import bind
+from RL2.objectives.registry import bind
 from RL2.ops.token_stats import reference_stats
 from RL2.types import TokenBatch
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from RL2.config import RLConfig, load
+from RL2.config.load import load
+from RL2.config.programs import RLConfig
 
 RL = [
     "actor.model_name=m",

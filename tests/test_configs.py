@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from RL2 import config
-from RL2.config import PROGRAMS, ConfigError, Range, check_here, load, show, trained
+from RL2.config import data, model, programs, rollout, trainer
+from RL2.config.here import check_here
+from RL2.config.load import load, show
+from RL2.config.programs import PROGRAMS, trained
+from RL2.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 YAMLS = ROOT / "RL2" / "trainer" / "config"
@@ -75,9 +78,10 @@ def test_every_program_has_a_yaml_and_a_module() -> None:
 def knobs() -> dict[str, bool]:
     """Class.field -> whether a text stands below it; without the fields that are groups of others."""
     found = {}
-    for node in ast.walk(ast.parse(inspect.getsource(config))):
-        cls = getattr(config, node.name, None) if isinstance(node, ast.ClassDef) else None
-        if cls is Range or not is_dataclass(cls):
+    modules = (data, model, programs, rollout, trainer)
+    for module, node in ((m, node) for m in modules for node in ast.walk(ast.parse(inspect.getsource(m)))):
+        cls = getattr(module, node.name, None) if isinstance(node, ast.ClassDef) else None
+        if not is_dataclass(cls):
             continue
         hints = typing.get_type_hints(cls)
         for statement, following in zip(node.body, [*node.body[1:], None], strict=True):

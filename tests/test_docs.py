@@ -27,14 +27,18 @@ from torch.distributed.run import get_args_parser
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase
 from typer.main import get_command
 
-from RL2.cli import app
-from RL2.config import FREE_GROUPS, PROGRAMS, ConfigError, RLConfig, SFTConfig, _keys, build, load, show
-from RL2.evaluation import evaluate, sweep
-from RL2.legacy_keys import RULES
-from RL2.objectives.conformance import check
-from RL2.objectives.probe import probe, probe_supervised
-from RL2.planning import Question as PlanQuestion
+from RL2.config.legacy_keys import RULES
+from RL2.config.load import FREE_GROUPS, _keys, load, show
+from RL2.config.programs import PROGRAMS, RLConfig, SFTConfig
+from RL2.config.values import build
+from RL2.errors import ConfigError
 from RL2.rollout.environment import load_environment
+from RL2.tools import sweep
+from RL2.tools.check_objective.main import check
+from RL2.tools.cli import app
+from RL2.tools.eval import evaluate
+from RL2.tools.plan.command import PlanRequest
+from RL2.trainer.unused_settings import probe, probe_supervised
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
@@ -207,11 +211,11 @@ def rl2(name: str, words: list[str]) -> None:
         knobs = {k: float(v) for k, _, v in (word.partition("=") for word in given["knobs"] or ())}
         assert all(finding.passed for finding in check(given["objective"], knobs))
     elif name == "eval":
-        assert Path(evaluate.Question.of(given["settings"]).env).is_file()
+        assert Path(evaluate.EvalConfig.of(given["settings"]).env).is_file()
     elif name == "audit-env":
         assert given["env"].is_file()
     elif name == "plan":
-        PlanQuestion.of(given["settings"])
+        PlanRequest.of(given["settings"])
 
 
 def targets_of_make() -> set[str]:

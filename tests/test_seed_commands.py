@@ -18,8 +18,9 @@ import yaml
 from test_docs import KEYS
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from RL2.config import FREE_GROUPS, ConfigError, load, renamed
-from RL2.legacy_keys import REASONS, RULES, TABLE, rows
+from RL2.config.legacy_keys import REASONS, RULES, TABLE, rows
+from RL2.config.load import FREE_GROUPS, load, renamed
+from RL2.errors import ConfigError
 from RL2.trainer.launch import main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 IMPORTED = [
-    *("RL2.cli", "RL2.trainer.run", "RL2.trainer.dry_run", "RL2.trainer.rl", "RL2.objectives.probe"),
+    *("RL2.tools.cli", "RL2.trainer.run", "RL2.trainer.dry_run", "RL2.trainer.rl", "RL2.trainer.unused_settings"),
     *(
         "RL2.trainer.sft_loop",
         "RL2.trainer.rm_loop",

@@ -23,12 +23,12 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import first_line
 from RL2.data.bad_rows import BadRows
 from RL2.data.pure import digest_of
 from RL2.data.source import Row, Source
 from RL2.data.table import ABOUT, NotStorable, Table, Writer, open_table
-from RL2.progress import Progress
+from RL2.errors import first_line
+from RL2.io.progress import Progress
 
 FOLDER = "RL2_CACHE"
 """Environment variable that names the folder."""

@@ -16,7 +16,7 @@ from RL2.data.sft import Demonstration, Example, demonstration, encode_demonstra
 from RL2.data.source import DataError, Row, from_json, keys, shown
 from RL2.data.table import Table, Writer
 from RL2.data.template import Template
-from RL2.progress import Progress
+from RL2.io.progress import Progress
 
 Pair = tuple[Example, Example]
 """Chosen and rejected: token ids up to the end of the response, and which of them are the response."""

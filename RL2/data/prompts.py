@@ -17,7 +17,7 @@ from RL2.data.chat import encode, is_chat, question_of, template_arguments
 from RL2.data.source import DataError, Row, from_json, shown
 from RL2.data.table import Table, Writer, is_json
 from RL2.data.template import Chat, Template
-from RL2.progress import Progress
+from RL2.io.progress import Progress
 from RL2.types import Prompt
 
 COLUMNS = ("ids", "text", "rest", "row")

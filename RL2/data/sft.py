@@ -20,7 +20,7 @@ from RL2.data.source import DataError, Row, keys, shown
 from RL2.data.table import Table, Writer
 from RL2.data.template import Chat, Template, reasoning_of
 from RL2.data.turns import Piece, cut_at_turns
-from RL2.progress import Progress
+from RL2.io.progress import Progress
 from RL2.types import Sequence, Trajectory
 
 Example = tuple[list[int], list[bool]]

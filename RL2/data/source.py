@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from RL2.config import UserError, one_line
+from RL2.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from RL2 import digests
+from RL2.io import digests
 
 ABOUT = "about.json"
 """File of what is known of a table beside its columns."""

@@ -16,12 +16,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, first_line
 from RL2.data.bad_rows import FatalDataError
 from RL2.data.chat import Message, render
 from RL2.data.source import DataError
 from RL2.data.watchdog import Watchdog
-from RL2.printing import printable
+from RL2.errors import ConfigError, first_line, printable
 
 TEMPLATE_LIMIT_S = 10.0
 """Time limit of one rendering. Templates come with models; jinja's sandbox does not bound the time that they take."""

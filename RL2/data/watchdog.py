@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from RL2.config.scripts import raise_in
 from RL2.data.last_resort import LastResort
-from RL2.scripts import raise_in
 
 LOOKS = 20
 """Number of looks within one limit, which is exceeded by one interval at most."""

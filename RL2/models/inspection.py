@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from RL2.config import ConfigError, first_line
+from RL2.errors import ConfigError, first_line
 
 INSPECTED = "rl2_inspected"
 """Attention implementation that checks and records its arguments."""

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from RL2.config import ConfigError, first_line
+from RL2.errors import ConfigError, first_line
 from RL2.models.inspection import refuse_inexact, reset_buffers, stored_buffers
 from RL2.models.lora import merged_name
 from RL2.ops.attention import IMPLEMENTATION

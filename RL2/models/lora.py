@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from RL2.config import ConfigError, Lora
+from RL2.config.model import Lora
+from RL2.errors import ConfigError
 from RL2.parallel.fsdp import whole
 
 ADAPTER = "default"

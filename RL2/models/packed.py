@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from RL2.config import ConfigError
+from RL2.errors import ConfigError
 from RL2.models.inspection import length_limit
 from RL2.models.loading import materialise, read_weights
 from RL2.models.lora import first_value
 from RL2.ops.attention import Attend, PackedAttention
 from RL2.parallel.ulysses import Ulysses, spread
-from RL2.types import Shared, StatsRequest, TokenBatch
+from RL2.types import SharedPrefix, StatsRequest, TokenBatch
 
 
 class PackedModel(nn.Module, ABC):
@@ -72,7 +72,7 @@ class PackedModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, batch: TokenBatch, shared: Shared | None, request: StatsRequest, alone: bool = False
+        self, batch: TokenBatch, shared: SharedPrefix | None, request: StatsRequest, alone: bool = False
     ) -> dict[str, Tensor]:
         """Return what `request` asks for, each [number of action tokens]. `shared` is `batch.shared()`.
 
@@ -80,7 +80,7 @@ class PackedModel(nn.Module, ABC):
         `CHECKED` of it, unpacked, under `transformers_attention`.
         """
 
-    def hidden_of_actions(self, batch: TokenBatch, shared: Shared | None) -> tuple[Tensor, Tensor]:
+    def hidden_of_actions(self, batch: TokenBatch, shared: SharedPrefix | None) -> tuple[Tensor, Tensor]:
         """The backbone's last hidden state at the actions that are computed here, and which of all these are.
 
         [number of them, D], and bool [number of actions]; without sequence parallelism they are all.

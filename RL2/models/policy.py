@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from RL2.config import ConfigError, first_line
 from RL2.data.template import Template, change_template
+from RL2.errors import ConfigError, first_line
 from RL2.models.inspection import length_limit, stored_buffers
 from RL2.models.loading import build, configuration, empty, folder_here, materialise, refuse_no_model
 from RL2.models.lora import is_adapter, merge, merged_name
@@ -29,7 +29,7 @@ from RL2.models.packed import PackedModel, backbone
 from RL2.ops.token_stats import VocabularyShard, token_stats
 from RL2.parallel.fsdp import local, whole
 from RL2.parallel.tp import first_row
-from RL2.types import Shared, StatsRequest, TokenBatch, TokenStats
+from RL2.types import SharedPrefix, StatsRequest, TokenBatch, TokenStats
 
 
 class Policy(PackedModel):
@@ -42,7 +42,7 @@ class Policy(PackedModel):
         return build(AutoModelForCausalLM, model_name, key)
 
     def forward(
-        self, batch: TokenBatch, shared: Shared | None, request: StatsRequest, alone: bool = False
+        self, batch: TokenBatch, shared: SharedPrefix | None, request: StatsRequest, alone: bool = False
     ) -> dict[str, Tensor]:
         """Return the token statistics by name."""
         if alone:

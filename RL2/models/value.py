@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from RL2.config import ConfigError
+from RL2.errors import ConfigError
 from RL2.models.loading import build
 from RL2.models.packed import PackedModel, backbone
-from RL2.types import Shared, StatsRequest, TokenBatch
+from RL2.types import SharedPrefix, StatsRequest, TokenBatch
 
 VALUE = StatsRequest(("value",))
 """What a value model is asked for."""
@@ -39,7 +39,7 @@ class ValueModel(PackedModel):
         return torch.randn(shape) * self.lm.config.initializer_range if name == "score.weight" else None
 
     def forward(
-        self, batch: TokenBatch, shared: Shared | None, request: StatsRequest, alone: bool = False
+        self, batch: TokenBatch, shared: SharedPrefix | None, request: StatsRequest, alone: bool = False
     ) -> dict[str, Tensor]:
         """Return `value`, float32; the request can only be VALUE."""
         assert request == VALUE

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from RL2.objectives.declare import Loss, needs
+from RL2.objectives.objective import Loss, needs
 from RL2.types import TokenBatch, TokenStats
 
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from RL2.config import Count, NonNegative
-from RL2.objectives.calculus import dlogp, js_summand
-from RL2.objectives.declare import Loss, needs
+from RL2.config.values import Count, NonNegative
+from RL2.objectives.closed_forms import dlogp, js_summand
+from RL2.objectives.objective import Loss, needs
 from RL2.types import TokenBatch, TokenStats
 
 RANK_CAP = 32

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from RL2.objectives.declare import Loss
+from RL2.objectives.objective import Loss
 from RL2.types import TokenBatch, TokenStats
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from RL2.types import Shared
+from RL2.types import SharedPrefix
 
 IMPLEMENTATION = "rl2_packed"
 IN_GRAPH = "rl2_packed_in_graph"
@@ -75,7 +75,7 @@ class PackedAttention:
     into padded blocks, which go through scaled_dot_product_attention.
     """
 
-    def __init__(self, cu_seqlens: Tensor, shared: Shared | None = None, max_padding: int = MAX_PADDING) -> None:
+    def __init__(self, cu_seqlens: Tensor, shared: SharedPrefix | None = None, max_padding: int = MAX_PADDING) -> None:
         """With `shared`, queries, keys and values of its U distinct positions come in, and their results go out."""
         self.shared = shared
         self.cu_seqlens = cu_seqlens.to(torch.int32)

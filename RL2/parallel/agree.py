@@ -6,7 +6,7 @@ import socket
 from collections import Counter
 from collections.abc import Mapping
 
-from RL2.config import ConfigError
+from RL2.errors import ConfigError
 from RL2.parallel.processes import Processes
 
 MOST = 3

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from RL2.config import UserError
+from RL2.errors import UserError
 
 MASTER = GRADIENT = 4
 """Bytes of a weight and of its gradient: float32."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from RL2.config import Trainable, num_shards
+from RL2.config.model import Trainable, num_shards
 from RL2.parallel.processes import Processes
 
 

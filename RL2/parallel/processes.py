@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from RL2.config import ConfigError, LostProcess, UserError
+from RL2.errors import ConfigError, LostProcess, UserError
 
 T = TypeVar("T")
 

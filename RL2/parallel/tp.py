@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
-from RL2.config import ConfigError
+from RL2.errors import ConfigError
 
 STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 """Of a plan's words those that split a layer."""

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from RL2.advantages import decoupled
-from RL2.config import UserError
+from RL2.batch.advantages import decoupled
+from RL2.batch.packing import part_rewards
 from RL2.data.template import Template
 from RL2.engines.base import Engine
-from RL2.packing import part_rewards
+from RL2.errors import UserError
 from RL2.rollout.environment import Environment
 from RL2.rollout.episode import request_seed, run_episode
 from RL2.types import ROUNDING, Prompt, Sampling, Trajectory
@@ -111,7 +111,7 @@ async def first_done(groups: Seq[Group], number: int, oldest: int) -> list[Group
         await asyncio.wait(open_tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
-def made_up(number: int, seed: int | None = None) -> list[Prompt]:
+def synthetic_prompts(number: int, seed: int | None = None) -> list[Prompt]:
     """Return prompts without a text, for tasks that `reset` makes up.
 
     Without a `seed` the tasks are new in each rollout; with one they are always the same.

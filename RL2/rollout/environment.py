@@ -26,8 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from RL2.config.scripts import ScriptError, described, load_script, raise_in
 from RL2.rollout.step_result import State, StepResult, Unscored, checked, is_state, name_of
-from RL2.scripts import ScriptError, described, load_script, raise_in
 from RL2.types import Sampling
 
 ATTEMPTS = 4

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import Rollout as RolloutConfig
-from RL2.config import SamplingParams
+from RL2.config.rollout import Rollout as RolloutConfig
+from RL2.config.rollout import SamplingParams
 from RL2.engines.base import Engine
 from RL2.parallel.processes import Processes
 from RL2.rollout.collect import Episodes, Group, finish, first_done
@@ -48,7 +48,7 @@ class Rollouts:
         self.episodes = Episodes(engine, environment, tokenizer, config.max_turns, max_length)
         self.runner = asyncio.Runner()
         self.thread: threading.Thread | None = None
-        if config.runs_beside_training:
+        if config.is_async:
             threads = torch.get_num_threads()  # shared, or they would take each other's cores
             torch.set_num_threads(max(1, threads // 2))
             self.thread = threading.Thread(

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from RL2.config import NAME, NAME_RULE, one_line
+from RL2.config.values import NAME, NAME_RULE
+from RL2.errors import one_line
 from RL2.types import summed
 
 LARGEST = 1e15

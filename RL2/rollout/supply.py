@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from RL2.config import RLConfig
+from RL2.config.programs import RLConfig
 from RL2.data.cursor import Cursor
 from RL2.rollout.collect import Group
 from RL2.rollout.spread import Progress, Rollouts

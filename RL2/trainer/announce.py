@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from RL2.config import RLConfig
-from RL2.config import Trainer as TrainerConfig
+from RL2.config.programs import RLConfig
+from RL2.config.trainer import Trainer as TrainerConfig
 from RL2.trainer.tasks import TestTasks
 from RL2.workers.worker import Worker
 

@@ -7,18 +7,18 @@ from functools import partial
 
 import numpy as np
 
-from RL2.config import DPOConfig
+from RL2.batch.packing import sequence_weights
+from RL2.config.programs import DPOConfig
 from RL2.data.cursor import Cursor
 from RL2.data.table import Ragged
+from RL2.io.progress import Progress
 from RL2.models.policy import load_tokenizer, refuse_unknown_tokens
 from RL2.objectives.preference import dpo, ipo
-from RL2.packing import sequence_weights
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
-from RL2.progress import Progress
 from RL2.trainer.announce import of_model
 from RL2.trainer.run import Run, number_of_steps
-from RL2.trainer.supervised import Rows, Task, fit, pairs_reader, train_and_test
+from RL2.trainer.supervised import Rows, SupervisedTask, fit, pairs_reader, train_and_test
 from RL2.types import StatsRequest
 from RL2.workers.worker import Learner, Worker
 
@@ -46,7 +46,7 @@ def train(config: DPOConfig, run: Run) -> None:
     loss = partial(ipo, beta=actor.beta)
     if actor.loss == "sigmoid":
         loss = partial(dpo, beta=actor.beta, label_smoothing=actor.label_smoothing)
-    task = Task("actor", learner, rows, tests, sequence_weights, loss, logps(config))
+    task = SupervisedTask("actor", learner, rows, tests, sequence_weights, loss, logps(config))
     fit(task, cursor, num_steps, tokenizer, run)
 
 

@@ -18,39 +18,27 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from RL2 import checkpoint
-from RL2.config import (
-    Config,
-    ConfigError,
-    DPOConfig,
-    RLConfig,
-    SFTConfig,
-    Trainable,
-    TrainableChat,
-    TrainablePolicy,
-    UserError,
-    first_line,
-    missing_here,
-    num_shards,
-    trained,
-)
+from RL2.config.here import missing_here
+from RL2.config.model import Trainable, TrainableChat, TrainablePolicy, num_shards
+from RL2.config.programs import Config, DPOConfig, RLConfig, SFTConfig, trained
 from RL2.data.bad_rows import BadRows
 from RL2.data.chat import is_chat, question_of
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import given_away, largest_token_id
 from RL2.data.source import describe, from_json, is_here
 from RL2.engines.scripted import ScriptedEngine
+from RL2.errors import ConfigError, UserError, first_line, in_table
+from RL2.io import checkpoint
+from RL2.io.progress import Progress
+from RL2.io.run_lock import refuse_if_running
 from RL2.models.loading import check_values, folder_here, match_weights, refuse_no_model, stored_tensors
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
-from RL2.printing import in_table
-from RL2.progress import Progress
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
-from RL2.run_lock import refuse_if_running
 from RL2.trainer.announce import count
 from RL2.trainer.rl import actor_updates, make_cursor
 from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run

@@ -8,8 +8,11 @@ import time
 from importlib import import_module
 from typing import NoReturn
 
-from RL2.config import LostProcess, RLConfig, SFTConfig, UserError, check_here, first_line, load, renamed, show
-from RL2.progress import INTERVAL_S, Progress
+from RL2.config.here import check_here
+from RL2.config.load import load, renamed, show
+from RL2.config.programs import RLConfig, SFTConfig
+from RL2.errors import LostProcess, UserError, first_line
+from RL2.io.progress import INTERVAL_S, Progress
 
 LOOPS = {
     "sft": "RL2.trainer.sft_loop",
@@ -48,11 +51,11 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
             progress.say(f"{program} begins on {time.strftime('%Y-%m-%d at %H:%M:%S')}")
         with progress.phase("checking the objective"):
             if isinstance(config, RLConfig):
-                from RL2.objectives.probe import probe
+                from RL2.trainer.unused_settings import probe
 
                 probe(config)
             elif isinstance(config, SFTConfig):
-                from RL2.objectives.probe import probe_supervised
+                from RL2.trainer.unused_settings import probe_supervised
 
                 probe_supervised(config.actor)
         if config.trainer.dry_run:

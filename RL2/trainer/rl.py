@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from RL2.advantages import ADVANTAGES, gae, whitened
-from RL2.config import ConfigError, RLConfig, SGLang, Transport
+from RL2.batch.advantages import ADVANTAGES, gae, whitened
+from RL2.batch.packing import pack, part_rewards
+from RL2.config.programs import RLConfig
+from RL2.config.rollout import SGLang, Transport
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import largest_token_id
@@ -22,13 +24,13 @@ from RL2.engines.base import Engine
 from RL2.engines.embedded.compiled import refuse_no_compiler
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.served.engine import ServedEngine
-from RL2.engines.sglang import kind as sglang
-from RL2.engines.vllm import kind as vllm
+from RL2.engines.sglang import server_spec as sglang
+from RL2.engines.vllm import server_spec as vllm
+from RL2.errors import ConfigError
+from RL2.io.progress import Progress, time_of_day
+from RL2.io.report import Metrics, Report
 from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
-from RL2.objectives.terms import kl_estimate, overlong_penalty
-from RL2.packing import pack, part_rewards
-from RL2.progress import Progress, time_of_day
-from RL2.report import Metrics, Report
+from RL2.objectives.loss import kl_estimate, overlong_penalty
 from RL2.rollout.collect import (
     groups,
     raise_if_all_unscored,
@@ -41,15 +43,15 @@ from RL2.rollout.episode import decode
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.spread import Rollouts
 from RL2.rollout.supply import Supply
+from RL2.trainer.alarms import Alarms
 from RL2.trainer.announce import of_engine, of_model, of_rollouts, of_test
+from RL2.trainer.early_stopping import Scores
 from RL2.trainer.inputs import of_prompts
-from RL2.trainer.microscope import Microscope
 from RL2.trainer.run import Run, number_of_steps
-from RL2.trainer.scores import Scores
 from RL2.trainer.tasks import TestTasks, first_rows, reader, test_tasks, train_tasks
-from RL2.trainer.watch import Watch
+from RL2.trainer.token_log import Microscope
 from RL2.types import TokenBatch, Trajectory
-from RL2.workers.actor import Actor, Base, RefActor, Reference
+from RL2.workers.actor import Actor, AdapterFreeReference, RefActor, Reference
 from RL2.workers.critic import Critic
 from RL2.workers.worker import Worker, compute_dtype
 
@@ -105,7 +107,7 @@ def train(config: RLConfig, run: Run) -> None:
     scores = Scores(run.processes.gather(scores_of(report.rows(), tests, config), "the scores so far"))
     num_tests = max(1, sum(each.num_responses for each in decisive(tests, config)))
     num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
-    watch = Watch(num_tests, trainer.save_dir, report.rows(), num_train, config.reward.weights)
+    watch = Alarms(num_tests, trainer.save_dir, report.rows(), num_train, config.reward.weights)
     last_step = first_step if trainer.eval_only else max(first_step, num_steps)
     report.begin(first_step)
 
@@ -130,7 +132,7 @@ def train(config: RLConfig, run: Run) -> None:
         trajectories = sample(supply, config, step, report)
         metrics |= rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config)
         metrics |= cursor.metrics() | engine.metrics() | staleness(trajectories, step, config.rollout.max_staleness)
-        if not config.rollout.runs_beside_training:
+        if not config.rollout.is_async:
             engine.sleep()
         clock.lap("rollout")
 
@@ -198,7 +200,7 @@ def actor_updates(config: RLConfig, num_steps: int) -> int:
 def make_reference(config: RLConfig, actor: Actor) -> Reference:
     """What the KL divergence is measured from; under LoRA the actor itself, without its adapters."""
     if actor.has_adapters and config.ref_actor.model_name == config.actor.model_name:
-        return Base(config.ref_actor, actor)
+        return AdapterFreeReference(config.ref_actor, actor)
     return RefActor(config.ref_actor, config.actor, actor.mesh, actor.processes)
 
 
@@ -241,7 +243,7 @@ def make_engine(
             log_folder=log_folder,
         )
     # what trains and samples at the same time needs a copy for each
-    shared = actor.holds_what_it_serves and dtype == actor.lm.dtype and not config.rollout.runs_beside_training
+    shared = actor.can_share_weights and dtype == actor.lm.dtype and not config.rollout.is_async
     compiles = device.type == "cuda" if config.rollout.compile is None else config.rollout.compile
     if device.type == "cuda":
         compiles = compiles and not shared
@@ -366,7 +368,7 @@ def judge(
     selects = select.not_mode or select.entropy_quantile > 0
     if config.actor.update_per_rollout > 1 or kl_in_advantage or selects:
         with progress.phase("log-probabilities before the update", number, "sequences") as phase:
-            batch = actor.stats_at_arrival(batch, phase.update)
+            batch = actor.add_old_logprobs(batch, phase.update)
     if ref_actor is not None:
         with progress.phase("log-probabilities of the reference", number, "sequences") as phase:
             batch = batch.with_(ref_logp_T=ref_actor.logp(batch, phase.update))

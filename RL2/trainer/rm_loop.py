@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from RL2.config import RMConfig
+from RL2.batch.packing import sequence_weights
+from RL2.config.programs import RMConfig
 from RL2.data.cursor import Cursor
 from RL2.models.policy import load_tokenizer
 from RL2.models.value import VALUE, ValueModel, mark_padding
 from RL2.objectives.preference import bradley_terry
-from RL2.packing import sequence_weights
 from RL2.trainer.announce import of_model
 from RL2.trainer.run import Run, number_of_steps
-from RL2.trainer.supervised import Task, fit, pairs_reader, train_and_test
+from RL2.trainer.supervised import SupervisedTask, fit, pairs_reader, train_and_test
 from RL2.workers.worker import Learner
 
 
@@ -29,5 +29,5 @@ def train(config: RMConfig, run: Run) -> None:
         learner = Learner(critic, run.processes, num_steps, run.save_dir, "critic.model_name", ValueModel)
     run.progress.say(of_model("critic", learner))
     mark_padding(learner.lm, tokenizer)
-    task = Task("critic", learner, rows, tests, sequence_weights, bradley_terry, VALUE)
+    task = SupervisedTask("critic", learner, rows, tests, sequence_weights, bradley_terry, VALUE)
     fit(task, cursor, num_steps, tokenizer, run)

@@ -19,17 +19,20 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from RL2 import checkpoint, durable
-from RL2.checkpoint import CheckpointFailed, Checkpoints, Resumable
-from RL2.config import Config, ConfigError, LostProcess, RLTrainer, first_line, show
-from RL2.config import Trainer as TrainerConfig
+from RL2.config.load import show
+from RL2.config.programs import Config
+from RL2.config.secrets import masked
+from RL2.config.trainer import RLTrainer
+from RL2.config.trainer import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
+from RL2.errors import ConfigError, LostProcess, first_line
+from RL2.io import checkpoint, durable
+from RL2.io.checkpoint import CheckpointFailed, Checkpoints, Resumable
+from RL2.io.progress import Progress
+from RL2.io.report import Dashboard, Report, TensorBoard, Trackio, Wandb
+from RL2.io.run_lock import RunLock
 from RL2.parallel.agree import refuse_differences
 from RL2.parallel.processes import Processes
-from RL2.printing import masked
-from RL2.progress import Progress
-from RL2.report import Dashboard, Report, TensorBoard, Trackio, Wandb
-from RL2.run_lock import RunLock
 from RL2.trainer import inputs
 from RL2.trainer.interrupt import Interrupt, Interrupted, listening
 from RL2.types import TokenBatch
@@ -185,7 +188,7 @@ class Run:
     def keep_for_replay(
         self, step: int, batch: TokenBatch, learner: Learner, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """The model, and the batch that it is going to train on, in `save_dir/replay_NNNNNN` (evaluation/replay.py)."""
+        """The model, and the batch that it is going to train on, in `save_dir/replay_NNNNNN` (tools/replay.py)."""
         self.export_to(replay_folder(self.save_dir, step).name, learner, tokenizer, batch)
 
     def know_rows(self, rows: dict[str, str]) -> None:

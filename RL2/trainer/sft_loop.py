@@ -8,17 +8,17 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import SFTConfig
+from RL2.batch.packing import loss_weights
+from RL2.config.programs import SFTConfig
 from RL2.data.cursor import Cursor
 from RL2.data.sft import load_examples
+from RL2.io.progress import Progress
 from RL2.models.policy import load_tokenizer
-from RL2.objectives.declare import Loss
-from RL2.objectives.table import bind
-from RL2.packing import loss_weights
-from RL2.progress import Progress
+from RL2.objectives.objective import Loss
+from RL2.objectives.registry import bind
 from RL2.trainer.announce import of_model
 from RL2.trainer.run import Run, number_of_steps
-from RL2.trainer.supervised import Rows, Task, bad_rows, converter, fit, refuse_long, train_and_test
+from RL2.trainer.supervised import Rows, SupervisedTask, bad_rows, converter, fit, refuse_long, train_and_test
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.worker import Learner
 
@@ -47,7 +47,7 @@ def train(config: SFTConfig, run: Run) -> None:
     objective.check(learner.lm.config.vocab_size)
     fields = tuple(dict.fromkeys((*objective.fields, "logp")))
     request = StatsRequest(fields, objective.top_k, budget_mib=actor.logits_budget_mib)
-    task = Task("actor", learner, rows, tests, weights, loss, request)
+    task = SupervisedTask("actor", learner, rows, tests, weights, loss, request)
     fit(task, cursor, num_steps, tokenizer, run)
 
 

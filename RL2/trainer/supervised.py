@@ -14,18 +14,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, DPOConfig, RMConfig, SFTConfig, SupervisedData, times_sp, trained
+from RL2.batch.packing import pack_arrays
+from RL2.config.data import SupervisedData
+from RL2.config.programs import DPOConfig, RMConfig, SFTConfig, times_sp, trained
 from RL2.data.bad_rows import BadRows
 from RL2.data.cursor import Cursor
 from RL2.data.preference import SIDES, load_pairs
 from RL2.data.sft import pieces
 from RL2.data.source import DataError, Row, with_columns
 from RL2.data.table import Ragged
+from RL2.errors import ConfigError
+from RL2.io.progress import Progress
+from RL2.io.report import NUM_SHOWN, Metrics, Report
 from RL2.models.policy import refuse_unknown_tokens, rotary_limit
-from RL2.objectives.declare import Loss
-from RL2.packing import pack_arrays
-from RL2.progress import Progress
-from RL2.report import NUM_SHOWN, Metrics, Report
+from RL2.objectives.objective import Loss
 from RL2.rollout.environment import load_example
 from RL2.trainer.announce import of_rows as of_rows_plan
 from RL2.trainer.inputs import of_tensors, spread
@@ -88,7 +90,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Task:
+class SupervisedTask:
     """What is learnt, and from what."""
 
     name: str
@@ -106,7 +108,7 @@ class Task:
         return batch.with_(weight_T=self.weights(batch))
 
 
-def fit(task: Task, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+def fit(task: SupervisedTask, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
     """One optimizer step on every batch of the cursor."""
     trainer, learner = run.config, task.learner
     for rows in filter(None, (task.train, task.test)):
@@ -158,7 +160,7 @@ def of_rows(rows: Rows) -> str:
     return of_tensors(len(rows), {"token_ids": batch.token_ids_T, "action": batch.action_T, "cut": batch.cu_seqlens})
 
 
-def test(task: Task, report: Report, step: int) -> Metrics:
+def test(task: SupervisedTask, report: Report, step: int) -> Metrics:
     """Loss and metrics of the present weights on the whole test set."""
     assert task.test is not None
     batch = task.minibatch(task.test, list(range(len(task.test))))

@@ -10,14 +10,16 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, RLConfig, TestSettings
+from RL2.config.data import TestSettings
+from RL2.config.programs import RLConfig
 from RL2.data.bad_rows import BadRows
 from RL2.data.prompts import Prompts, load_prompts
 from RL2.data.sft import marked, pieces
 from RL2.data.source import Row, with_columns
-from RL2.progress import Progress
-from RL2.report import NUM_SHOWN
-from RL2.rollout.collect import made_up
+from RL2.errors import ConfigError
+from RL2.io.progress import Progress
+from RL2.io.report import NUM_SHOWN
+from RL2.rollout.collect import synthetic_prompts
 from RL2.rollout.environment import Environment, load_environment
 from RL2.types import Prompt
 
@@ -98,7 +100,7 @@ def train_tasks(config: RLConfig, environment: Environment, load: Load) -> Seq[P
     """Return what is trained on: rows by `load`, or tasks that the environment makes up."""
     data = config.train_data
     if data.path is None and config.trainer.eval_only:
-        return made_up(data.prompts_per_rollout)  # of which none is played
+        return synthetic_prompts(data.prompts_per_rollout)  # of which none is played
     source = data.path and Source(data.path, "train_data", data.on_bad_row)
     return _tasks(source or "train_data", data.columns, environment, load, data.prompts_per_rollout)
 
@@ -142,4 +144,4 @@ def _tasks(
             f"{source}.path is not set, and {environment.path} has no `reset` that makes up tasks; "
             f"pass {source}.path=..."
         )
-    return made_up(number, seed)
+    return synthetic_prompts(number, seed)

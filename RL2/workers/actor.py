@@ -11,14 +11,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from RL2.config import Actor as ActorConfig
-from RL2.config import RefActor as RefActorConfig
+from RL2.batch.packing import minibatches, pack_tokens
+from RL2.config.model import Actor as ActorConfig
+from RL2.config.model import RefActor as RefActorConfig
 from RL2.models.lora import adapters_off
 from RL2.models.policy import Policy
-from RL2.objectives.declare import Loss
-from RL2.objectives.table import configured
-from RL2.objectives.terms import total_loss, with_weights
-from RL2.packing import minibatches, pack_tokens
+from RL2.objectives.loss import total_loss, with_weights
+from RL2.objectives.objective import Loss
+from RL2.objectives.registry import configured
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch, TokenStats
@@ -51,7 +51,7 @@ class Actor(Learner):
         self.request = wanted_stats(config)
         self.objective.check(self.lm.config.vocab_size)
 
-    def stats_at_arrival(self, batch: TokenBatch, progress: Progress = lambda done: None) -> TokenBatch:
+    def add_old_logprobs(self, batch: TokenBatch, progress: Progress = lambda done: None) -> TokenBatch:
         """`batch` with the policy's log-probabilities, and what token selection looks at."""
         select = self.config.select
         fields = ["logp"] + ["entropy"] * (select.entropy_quantile > 0) + ["max_logp"] * select.not_mode
@@ -105,7 +105,7 @@ class Reference(Protocol):
         ...
 
 
-class Base:
+class AdapterFreeReference:
     """An actor with adapters, without them: a reference that needs no memory."""
 
     def __init__(self, config: RefActorConfig, actor: Actor) -> None:

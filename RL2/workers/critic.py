@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import Critic as CriticConfig
+from RL2.batch.packing import loss_weights, minibatches
+from RL2.config.model import Critic as CriticConfig
 from RL2.models.value import VALUE, ValueModel, mark_padding
 from RL2.objectives.value import clipped_value
-from RL2.packing import loss_weights, minibatches
 from RL2.parallel.processes import Processes
 from RL2.types import TokenBatch
 from RL2.workers.worker import Learner, Progress
@@ -41,14 +41,14 @@ class Critic(Learner):
             for name, value in metrics.items():
                 history[name].append(value)
         means = {name: sum(values) / len(values) for name, values in history.items()}
-        return {f"critic/{name}": x for name, x in (means | foresight(batch)).items()}
+        return {f"critic/{name}": x for name, x in (means | explained_variance(batch)).items()}
 
     def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         mark_padding(self.lm, tokenizer)
         super().export(tokenizer, folder)
 
 
-def foresight(batch: TokenBatch) -> dict[str, float]:
+def explained_variance(batch: TokenBatch) -> dict[str, float]:
     """Share of the variance of the returns that the values at arrival explain: 1 is all, 0 what a constant does."""
     assert batch.value_T is not None
     assert batch.return_T is not None

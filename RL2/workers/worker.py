@@ -16,19 +16,20 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, Lora, Trainable, TrainablePolicy, UserError
+from RL2.batch.packing import microbatches, pack_tokens
+from RL2.config.model import Lora, Trainable, TrainablePolicy
+from RL2.errors import ConfigError, UserError
 from RL2.models.lora import add_adapters, export_adapter
 from RL2.models.packed import PackedModel, layers, transformers_attention
 from RL2.models.policy import Policy, export, named_weights
-from RL2.objectives.declare import Loss
-from RL2.ops.laws import first_breach
-from RL2.packing import microbatches, pack_tokens
+from RL2.objectives.objective import Loss
+from RL2.ops.invariants import first_breach
 from RL2.parallel.fsdp import by_mesh, clip_grad_norm, local, shard
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.parallel.tp import check_sizes, split
 from RL2.types import StatsRequest, TokenBatch, TokenStats
-from RL2.workers.ledger import Ledger
+from RL2.workers.update_stats import UpdateStats
 
 Progress = Callable[[int], object]
 """Told how many sequences more are done."""
@@ -40,7 +41,7 @@ PACKING_SLACK = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Mean difference of packed and lone log-probabilities that rounding explains, in nats, by compute dtype."""
 
 
-class BrokenLaw(UserError, RuntimeError):
+class InvariantError(UserError, RuntimeError):
     """Statistics that cannot be, or a loss or gradient that is not a number; the optimizer step was not taken."""
 
 
@@ -84,7 +85,7 @@ class Worker:
         return self.policy.lm
 
     @property
-    def holds_what_it_serves(self) -> bool:
+    def can_share_weights(self) -> bool:
         """An engine of this process may read the very tensors: whole, on the device, and nothing to merge."""
         return not (isinstance(self.policy, FSDPModule) or self.offload_model or self.has_adapters)
 
@@ -114,7 +115,7 @@ class Worker:
     def check_packing(self, batch: TokenBatch) -> None:
         """Compare sequences of `batch`, packed, with each alone through transformers' own forward; once for a model.
 
-        Raises BrokenLaw, on every process, if they differ by more than rounding: then nothing may be trained on them.
+        Raises InvariantError, on every process, if they differ by more than rounding; nothing may be trained then.
         """
         sequences = _some_sequences(batch)
         if self.packing_checked or len(sequences) < 2:
@@ -136,9 +137,9 @@ class Worker:
         gap = float((packed_A - alone_A).abs().mean() / alone_A.abs().mean().clamp(min=1))
         most = PACKING_SLACK[self.dtype]
         if not math.isfinite(float(alone_A.sum())):
-            raise BrokenLaw(f"{self.named}: the model's own numbers are not finite; look for NaN in its weights")
+            raise InvariantError(f"{self.named}: the model's own numbers are not finite; look for NaN in its weights")
         if not gap <= most:
-            raise BrokenLaw(
+            raise InvariantError(
                 f"{self.named}: in a packed batch its sequences get numbers that differ by {gap:.2g} in the mean from "
                 f"those that each gets alone through transformers' own forward (rounding explains {most:g}); "
                 f"{type(self.lm).__name__} is not computed exactly here, so nothing was trained"
@@ -210,7 +211,7 @@ class Learner(Worker):
             refuse_no_recomputation(self.lm, group)
             _recompute_activations(self.lm)
         self.optimizer = _adamw(self.policy, config)
-        self.ledger = Ledger(self.optimizer, self.dtype)
+        self.update_stats = UpdateStats(self.optimizer, self.dtype)
         self.steps = 0
         """Optimizer steps taken."""
         self.max_logprob_gap = math.inf
@@ -223,11 +224,11 @@ class Learner(Worker):
         request: StatsRequest,
         progress: Progress = lambda done: None,
     ) -> dict[str, float]:
-        """One optimizer step on (loss_T * weight_T).sum() over `batch`, the global minibatch.
+        """Take one optimizer step on (loss_T * weight_T).sum() over `batch`, the global minibatch.
 
-        Returns the loss, means over the tokens that train, gradient norm, learning rate and the ledger of the update.
-        Raises `BrokenLaw` on every process, before the optimizer step, if a law of ops/laws.py is broken, if trainer
-        and engine are further apart than `max_logprob_gap`, or if loss or gradient is not finite.
+        Returns the loss, means over the tokens that train, gradient norm, learning rate and the update's statistics.
+        Raises `InvariantError` on every process, before the optimizer step, if an invariant of ops/invariants.py does
+        not hold, if trainer and engine are further apart than `max_logprob_gap`, or if loss or gradient is not finite.
         """
         with self.at_work("an update"):
             means = self.backward(batch, loss, request, progress)
@@ -319,12 +320,12 @@ class Learner(Worker):
         return {"loss": float((loss_T * actions.weight_T).sum())} | means
 
     def _stop(self, what: str, why: str, batch: TokenBatch) -> NoReturn:
-        """Save the batch and raise `BrokenLaw`, on every process."""
+        """Save the batch and raise `InvariantError`, on every process."""
         file = self.save_dir / f"{what}_step_{self.steps}.safetensors"
         if self.processes.is_first:
             batch.save(file)
         self.processes.wait()  # torchrun ends all processes as soon as one has failed
-        raise BrokenLaw(f"optimizer step {self.steps}: {why}; the step was not taken, and its batch is in {file}")
+        raise InvariantError(f"optimizer step {self.steps}: {why}; the step was not taken, and its batch is in {file}")
 
     def _apply(self, loss: float, batch: TokenBatch) -> dict[str, float]:
         grad_norm = clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
@@ -333,11 +334,11 @@ class Learner(Worker):
         rate = self.config.lr * schedule(self.config, self.steps, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.ledger.open()
+        self.update_stats.open()
         if self.config.offload_optimizer:
             self._move_optimizer(self.processes.device)
         self.optimizer.step()
-        changes = self.ledger.close(self.processes)
+        changes = self.update_stats.close(self.processes)
         if self.config.offload_optimizer:
             self._move_optimizer(torch.device("cpu"))
         self.optimizer.zero_grad()

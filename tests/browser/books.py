@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from RL2.evaluation.replay import Replay, Replayed, save
-from RL2.packing import pack
-from RL2.report import Report
+from RL2.batch.packing import pack
+from RL2.io.report import Report
+from RL2.tools.replay import Replay, Replayed, save
 from RL2.trainer.run import REPLAY_BATCH, replay_folder
 from RL2.types import Sequence, Trajectory
 

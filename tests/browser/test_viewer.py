@@ -17,9 +17,9 @@ import pytest
 from books import HOSTILE, WORDS, token_row, trajectory, write_replay, write_run, write_step
 from playwright.sync_api import Browser, Page, expect
 
-from RL2.report import Report
-from RL2.viewer.book import Book
-from RL2.viewer.page import Server, write_page
+from RL2.io.report import Report
+from RL2.tools.view.page import Server, write_page
+from RL2.tools.view.run_index import RunIndex
 
 pytestmark = pytest.mark.browser
 
@@ -40,7 +40,7 @@ def file(runs: Path) -> Path:
     out = runs / "view.html"
     folders = [str(runs / name) for name in ("spo-0", "spo-1", "grpo")]
     done = subprocess.run(
-        [sys.executable, "-m", "RL2.cli", "view", *folders, "--out", str(out)],
+        [sys.executable, "-m", "RL2.tools.cli", "view", *folders, "--out", str(out)],
         capture_output=True,
         text=True,
         check=False,
@@ -257,7 +257,7 @@ def test_the_keyboard_is_enough(page: Page, file: Path) -> None:
 def test_what_a_model_writes_does_not_run(page: Page, tmp_path: Path) -> None:
     write_run(tmp_path / "<b onclick=alert(1)>", seed=0, objective=json.dumps(HOSTILE), hostile=True)
     write_run(tmp_path / "tame", seed=0, objective="spo")
-    write_page(Book([str(tmp_path / "<b onclick=alert(1)>"), str(tmp_path / "tame")]), tmp_path / "view.html")
+    write_page(RunIndex([str(tmp_path / "<b onclick=alert(1)>"), str(tmp_path / "tame")]), tmp_path / "view.html")
     open_rollouts(page, tmp_path / "view.html")
     page.locator(".row").nth(1).click()
     expect(page.locator(".said").last).to_have_text(HOSTILE)
@@ -325,7 +325,7 @@ def test_it_reads_well(browser: Browser, file: Path, scheme: str) -> None:
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Server, Path]]:
     write_run(tmp_path / "run", seed=0, objective="spo", steps=2)
-    server = Server(Book([str(tmp_path / "run")]), port=0)
+    server = Server(RunIndex([str(tmp_path / "run")]), port=0)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server, tmp_path / "run"
@@ -368,7 +368,7 @@ def test_a_hundred_thousand_rollouts(browser: Browser, tmp_path: Path) -> None:
         report.step(step, {"train/score": rng.random(), "actor/loss": rng.random()})
         if step % 100 == 0:
             report.tokens(step, "train", [token_row(one, step, rng, trains=True) for one in found])
-    write_page(Book([str(folder)]), out := tmp_path / "view.html")
+    write_page(RunIndex([str(folder)]), out := tmp_path / "view.html")
     seconds = []
     for _ in range(3):
         context = browser.new_context()

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from RL2.config import load
+from RL2.config.load import load
 from RL2.engines.base import Engine
 from RL2.engines.served.engine import ServedEngine
-from RL2.engines.served.keeper import Keeper
+from RL2.engines.served.server_pool import Keeper
 from RL2.engines.vllm.client import VLLMClient
 from RL2.parallel.processes import Processes
 from RL2.rollout.episode import decode

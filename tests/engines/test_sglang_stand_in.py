@@ -33,7 +33,7 @@ from served import (
 from transformers import PreTrainedTokenizerBase
 
 from RL2.engines.sglang.client import SGLangClient
-from RL2.engines.sglang.kind import SGLANG_SERVER
+from RL2.engines.sglang.server_spec import SGLANG_SERVER
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 

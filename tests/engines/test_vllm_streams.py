@@ -28,7 +28,7 @@ from served import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from RL2.engines.served import streams
+from RL2.engines.served import weight_stream as streams
 from RL2.engines.served.client import ServerError
 from RL2.engines.served.server import EngineFailed
 from RL2.engines.vllm.client import VLLMClient

@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-from RL2.config import UserError
+from RL2.errors import UserError
 
 TOTAL = int(os.environ.get("RL2_FUZZ", 4000))
 LIMIT_S = 20

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["RL2.config", "RL2.data", "RL2.report", "RL2.evaluation", "json"]):
-    from RL2.config import UserError
+with atheris.instrument_imports(include=["RL2.config", "RL2.data", "RL2.io.report", "RL2.tools", "json"]):
     from RL2.data.source import load_rows
-    from RL2.evaluation.evaluate import read
-    from RL2.report import read_metrics
+    from RL2.errors import UserError
+    from RL2.io.report import read_metrics
+    from RL2.tools.eval.evaluate import read
 
 TARGETS = {
     **{kind: (f"data.{kind}", lambda file: load_rows(str(file))) for kind in ("jsonl", "json", "csv")},

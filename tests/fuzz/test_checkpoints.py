@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from RL2 import checkpoint
-from RL2.checkpoint import NOTES, RANDOM, STATE, Checkpoints
-from RL2.config import ConfigError
 from RL2.data.curriculum import Curriculum
+from RL2.errors import ConfigError
+from RL2.io import checkpoint
+from RL2.io.checkpoint import NOTES, RANDOM, STATE, Checkpoints
 from RL2.parallel.processes import Processes
 from RL2.trainer.run import LAUNCHERS, begun_by
 

@@ -19,9 +19,9 @@ from test_served import SGLANG, VLLM
 from test_settings import needed
 from transformers import PreTrainedTokenizerBase
 
-from RL2 import checkpoint
-from RL2.checkpoint import NOTES
-from RL2.config import ConfigError, RLConfig, UserError, build, load, show
+from RL2.config.load import load, show
+from RL2.config.programs import RLConfig
+from RL2.config.values import build
 from RL2.data.chat import render
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
@@ -34,16 +34,19 @@ from RL2.engines.scripted import ScriptedEngine
 from RL2.engines.served.client import ServerError
 from RL2.engines.sglang.client import SGLangClient
 from RL2.engines.vllm.client import VLLMClient
-from RL2.evaluation import sweep
-from RL2.evaluation.evaluate import RECORDS, Question, compared, read, summarise
-from RL2.evaluation.replay import run_config
-from RL2.planning import Question as PlanQuestion
-from RL2.report import Report, read_metrics
+from RL2.errors import ConfigError, UserError
+from RL2.io import checkpoint
+from RL2.io.checkpoint import NOTES
+from RL2.io.report import Report, read_metrics
 from RL2.rollout.environment import load_environment
 from RL2.rollout.episode import run_episode
+from RL2.tools import sweep
+from RL2.tools.eval.evaluate import RECORDS, EvalConfig, compared, read, summarise
+from RL2.tools.plan.command import PlanRequest
+from RL2.tools.replay import run_config
+from RL2.tools.view.run_index import RunIndex
 from RL2.trainer.run import LAUNCHERS, begun_by
 from RL2.types import Prompt, Sampling
-from RL2.viewer.book import Book
 
 # rows
 
@@ -146,7 +149,7 @@ def test_keys_that_are_no_texts_and_numbers_that_are_no_floats() -> None:
         build(RLConfig, tree | {"actor": tree["actor"] | {"lr": 10**400}}, "")
 
 
-@pytest.mark.parametrize("of", [Question.of, PlanQuestion.of])
+@pytest.mark.parametrize("of", [EvalConfig.of, PlanRequest.of])
 def test_settings_that_are_no_yaml(of: Any) -> None:
     with pytest.raises(ConfigError, match=r"model=\[: "):
         of(["model=["])
@@ -154,7 +157,7 @@ def test_settings_that_are_no_yaml(of: Any) -> None:
 
 def test_a_plan_of_no_number() -> None:
     with pytest.raises(ConfigError, match="memory_gib=nan is not a number above 0"):
-        PlanQuestion.of(["model=Qwen/Qwen3-4B", "gpus=8", "memory_gib=.nan"])
+        PlanRequest.of(["model=Qwen/Qwen3-4B", "gpus=8", "memory_gib=.nan"])
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"[" * 5000])
@@ -280,7 +283,7 @@ def test_a_record_that_is_none(line: str, tmp_path: Path) -> None:
 
 def test_scores_that_are_no_shares(tmp_path: Path) -> None:
     """An environment may give any; a few problems, all of the same score, and many."""
-    question = Question(model="m", data="d", env="e", samples=1)
+    question = EvalConfig(model="m", data="d", env="e", samples=1)
     for scores in ([2.0], [2.0] * 5, [-1.0, 0.0, 3.0, 2.0]):
         places = [(row, sample, score) for row, score in enumerate(scores) for sample in (-1, 0)]
         records = [RECORD | {"row": row, "sample": sample, "score": score} for row, sample, score in places]
@@ -311,14 +314,14 @@ def test_pages_of_damaged_runs(name: str, content: bytes, tmp_path: Path) -> Non
     folder = run_folder(tmp_path / "run")
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=name.replace(".", r"\.").replace("batch", ".*").split("/")[0]):
-        list(Book([str(folder)]).chunks())
+        list(RunIndex([str(folder)]).chunks())
 
 
 def test_half_of_a_surrogate_pair_or_no_number_in_a_page(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     (folder / "metrics.jsonl").write_text(json.dumps(METRICS[0] | {"a\ud800": 1, "train/score": 10**400}) + "\n")
     (folder / "replay_000000" / "replay.json").write_text(json.dumps(REPLAY).replace('"norm": 1.0', '"norm": NaN'))
-    assert len(list(Book([str(folder)]).chunks())) == 3
+    assert len(list(RunIndex([str(folder)]).chunks())) == 3
 
 
 @pytest.mark.parametrize("line", [b"{\n", b"[]\n", b'{"step": "1"}\n'])

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_settings import needed
 
-from RL2.config import load, show
-from RL2.evaluation.evaluate import RECORDS, Question, compared, keep_whole_problems, read, summarise, table
-from RL2.evaluation.replay import read_batch, run_config
-from RL2.report import TOKENS, Report, read_metrics
+from RL2.config.load import load, show
+from RL2.io.report import TOKENS, Report, read_metrics
+from RL2.tools.eval.evaluate import RECORDS, EvalConfig, compared, keep_whole_problems, read, summarise, table
+from RL2.tools.replay import read_batch, run_config
+from RL2.tools.view.run_index import RunIndex
 from RL2.types import Sequence, Trajectory
-from RL2.viewer.book import Book
 
 RECORD = {"row": 0, "sample": -1, "score": 1.0, "answer": "7", "tokens": 3, "truncated": False, "unscored": None}
 RECORD |= {"token_ids": [[1, 2, 3]], "texts": ["3 + 4 =", "7"]}
@@ -63,7 +63,7 @@ def test_evaluations(tmp_path: Path) -> None:
     (whole := tmp_path / "whole").mkdir()
     (whole / RECORDS).write_bytes(as_lines(rows))
     (folder := tmp_path / "fuzzed").mkdir()
-    question = Question(model="m", data="d", env="e", samples=1)
+    question = EvalConfig(model="m", data="d", env="e", samples=1)
 
     @inputs(0.04)
     @given(records(rows))
@@ -128,7 +128,7 @@ def test_pages(name: str, share: float, tmp_path: Path) -> None:
     def use(data: bytes) -> None:
         (folder / name).write_bytes(data)
         with clear():
-            for _ in Book([str(folder)]).chunks():
+            for _ in RunIndex([str(folder)]).chunks():
                 pass
         if name == "metrics.jsonl":
             with clear():
@@ -144,7 +144,7 @@ def test_pages(name: str, share: float, tmp_path: Path) -> None:
 
     use()
     (folder / name).write_bytes(valid)
-    assert len(list(Book([str(folder)]).chunks())) == 3  # and as it was, all of it is read
+    assert len(list(RunIndex([str(folder)]).chunks())) == 3  # and as it was, all of it is read
 
 
 @inputs(0.01)

@@ -13,10 +13,12 @@ from fuzzing import NASTY, clear, inputs, mangled, shaken, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from RL2.config import PROGRAMS, build, load, show
-from RL2.evaluation import sweep
-from RL2.evaluation.evaluate import Question
-from RL2.planning import Question as PlanQuestion
+from RL2.config.load import load, show
+from RL2.config.programs import PROGRAMS
+from RL2.config.values import build
+from RL2.tools import sweep
+from RL2.tools.eval.evaluate import EvalConfig
+from RL2.tools.plan.command import PlanRequest
 
 NEEDED = {
     "rl": ["train_data.path=a", "train_data.prompts_per_rollout=4", "rollout.train_sampling_params.max_new_tokens=8"],
@@ -86,7 +88,7 @@ settings = st.lists(
 @inputs(0.01)
 @given(settings)
 def test_settings_of_commands(given_words: list[str]) -> None:
-    for question in (Question, PlanQuestion):
+    for question in (EvalConfig, PlanRequest):
         with clear():
             check(question.of(given_words))
 

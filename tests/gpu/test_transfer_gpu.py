@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from RL2.engines.served.streams import Bucket, SharedMemory, _listening, packed
+from RL2.engines.served.weight_stream import Bucket, SharedMemory, _listening, packed
 from RL2.engines.vllm.client import VLLMClient
 from RL2.engines.vllm.plugin.rl2_transfer import Group, bytes_of, entry, share
 
@@ -185,7 +185,7 @@ def test_nccl_does_not_wait_without_end_for_who_does_not_come() -> None:
     """In a process of its own, in case that it does."""
     script = """
 import torch
-from RL2.engines.served.streams import _listening
+from RL2.engines.served.weight_stream import _listening
 from RL2.engines.vllm.plugin.rl2_transfer import Group
 try:
     Group("nccl", _listening("127.0.0.1"), 0, 2, torch.device("cuda", 0), "127.0.0.1", 5)

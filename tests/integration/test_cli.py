@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner, Result
 
-from RL2 import doctor
-from RL2.cli import app
+from RL2.tools import doctor
+from RL2.tools.cli import app
 
 RL2 = [str(Path(sys.executable).with_name("rl2"))]
 
@@ -162,7 +162,7 @@ def test_a_place_that_cannot_be_written_is_said_in_a_line(world: World, tmp_path
     [("plotly", ["demo"]), ("hydra", ["train", "spo"]), ("transformers", ["reproduce", "thesis"])],
 )
 def test_a_package_that_is_not_installed(missing: str, command: list[str]) -> None:
-    without = f"import sys; sys.modules[{missing!r}] = None; from RL2.cli import app; app()"
+    without = f"import sys; sys.modules[{missing!r}] = None; from RL2.tools.cli import app; app()"
     done = subprocess.run([sys.executable, "-c", without, *command], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]

@@ -15,8 +15,8 @@ import warm
 from programs import NUM_ROWS, World
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from RL2.config import ConfigError
-from RL2.evaluation.evaluate import Question, compared, evaluate, read, summarise, table
+from RL2.errors import ConfigError
+from RL2.tools.eval.evaluate import EvalConfig, compared, evaluate, read, summarise, table
 
 SAMPLES = 4
 ENVIRONMENT = """
@@ -33,7 +33,7 @@ def vote(action):
 
 
 def rl2(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
-    return warm.run("RL2.cli", *arguments, **how)
+    return warm.run("RL2.tools.cli", *arguments, **how)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_what_was_interrupted_goes_on_and_what_is_done_is_read_back(folder: Path
 
 @pytest.mark.parametrize("score", [0.01, 0.5, 1.0])
 def test_old_records_without_rewards_are_judged_by_the_score_and_it_is_said(score: float, tmp_path: Path) -> None:
-    question = Question(model="m", data="d", env="e", samples=2, greedy=False)
+    question = EvalConfig(model="m", data="d", env="e", samples=2, greedy=False)
     old = [
         {"row": row, "sample": n, "score": score, "answer": None, "tokens": 3, "truncated": False}
         for row in range(4)
@@ -149,7 +149,7 @@ def test_compare_says_what_it_sees(folder: Path, settings: list[str]) -> None:
 )
 def test_mistakes_are_named(settings: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        evaluate(Question.of(settings.split()))
+        evaluate(EvalConfig.of(settings.split()))
 
 
 @pytest.mark.parametrize(

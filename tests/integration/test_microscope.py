@@ -15,7 +15,7 @@ from programs import Run, World, without_times
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from RL2.viewer.book import Book
+from RL2.tools.view.run_index import RunIndex
 
 STEPS = ("trainer.max_steps=2", "trainer.test_freq=1", "trainer.samples_per_step=6")
 
@@ -89,8 +89,8 @@ def test_rows_are_those_of_samples_and_tests_are_the_same_at_every_step(run: Run
 
 def test_the_viewer_finds_the_replay_of_a_rollout(run: Run) -> None:
     """The run's own objective again: the pull, but for a minibatch's divisor instead of the step's."""
-    warm.run("RL2.cli", "replay", str(run.save_dir), "--step", "0", "--objectives", "ppo, sft").check_returncode()
-    chunks = dict(Book([str(run.save_dir)]).chunks())
+    warm.run("RL2.tools.cli", "replay", str(run.save_dir), "--step", "0", "--objectives", "ppo, sft").check_returncode()
+    chunks = dict(RunIndex([str(run.save_dir)]).chunks())
     items = json.loads(zlib.decompress(base64.b64decode(chunks["token-0"]), -15))
     replayed = [item for item in items if item["replay"]]
     assert len(replayed) == 6

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from RL2.config import load, show
+from RL2.config.load import load, show
 from RL2.data.cursor import Cursor
 
 Runs = dict[str, Future[Run]]

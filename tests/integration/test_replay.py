@@ -28,7 +28,7 @@ def run(world: World) -> Run:
 
 
 def rl2(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return warm.run("RL2.cli", "replay", *arguments)
+    return warm.run("RL2.tools.cli", "replay", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ import torch
 from programs import World, wait_for_line, without_times
 from torch import nn
 
-from RL2 import checkpoint
-from RL2.checkpoint import Checkpoints
-from RL2.config import ConfigError
 from RL2.data.cursor import Cursor
+from RL2.errors import ConfigError
+from RL2.io import checkpoint
+from RL2.io.checkpoint import Checkpoints
+from RL2.io.report import Report
 from RL2.parallel.processes import Processes
-from RL2.report import Report
 from RL2.types import Trajectory
 
 # One turn an episode: with several, the moments at which the environment answers decide which requests are decoded

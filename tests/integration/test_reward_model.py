@@ -10,8 +10,8 @@ import torch
 from programs import Run, World
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from RL2.config.scripts import ScriptError
 from RL2.rollout.environment import Unscored, load_environment
-from RL2.scripts import ScriptError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "envs" / "reward_model.py"
 

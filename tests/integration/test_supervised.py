@@ -17,7 +17,7 @@ from programs import NUM_ROWS, Run, World, answered, taught_to_answer, without_t
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from RL2.config import load, show
+from RL2.config.load import load, show
 from RL2.data.preference import load_pairs
 from RL2.data.sft import load_examples
 from RL2.trainer.supervised import Rows

@@ -9,9 +9,9 @@ import pytest
 from programs import World
 from typer.testing import CliRunner
 
-from RL2.cli import app
-from RL2.config import ConfigError
-from RL2.evaluation.sweep import read
+from RL2.errors import ConfigError
+from RL2.tools.cli import app
+from RL2.tools.sweep import read
 
 SWEEP = """
 common:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from RL2.cli import app
-from RL2.demo import thesis
-from RL2.demo.run import Board, Plan
-from RL2.evaluation.claims import Claim
+from RL2.reproduce import thesis
+from RL2.reproduce.claims import Claim
+from RL2.reproduce.demo import Plan, ProgressBoard
+from RL2.tools.cli import app
 
 PLAN = Plan(warmup_steps=5, steps=5, test_freq=2, methods=thesis.METHODS, test_rows=8)
 
@@ -19,7 +19,7 @@ PLAN = Plan(warmup_steps=5, steps=5, test_freq=2, methods=thesis.METHODS, test_r
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Claim]]:
     out = tmp_path_factory.mktemp("thesis")
-    return out, thesis.reproduce(out, 1, Board(), PLAN)
+    return out, thesis.reproduce(out, 1, ProgressBoard(), PLAN)
 
 
 def test_the_page_has_every_claim_method_and_section(done: tuple[Path, list[Claim]]) -> None:
@@ -44,7 +44,7 @@ def test_what_is_done_is_not_done_again(done: tuple[Path, list[Claim]]) -> None:
     home = out / "seed-0"
     times = {of.name: (home / of.name / "metrics.jsonl").stat().st_mtime_ns for of in thesis.ALL}
     (home / "rank_jsd" / "done.json").unlink()
-    assert thesis.reproduce(out, 1, Board(), PLAN) == found
+    assert thesis.reproduce(out, 1, ProgressBoard(), PLAN) == found
     again = {of.name: (home / of.name / "metrics.jsonl").stat().st_mtime_ns for of in thesis.ALL}
     assert [name for name in times if times[name] != again[name]] == ["rank_jsd"]
 

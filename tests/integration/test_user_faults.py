@@ -22,7 +22,7 @@ from programs import World
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from RL2 import digests
+from RL2.io import digests
 from RL2.trainer.launch import main
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "faults.md"

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 import warm
 from torch import Tensor
 
-from RL2.config import load
+from RL2.config.load import load
 from RL2.parallel import fsdp
 from RL2.parallel.processes import Processes
 

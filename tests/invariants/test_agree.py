@@ -13,11 +13,12 @@ import torch
 from pools import in_pool
 from safetensors.torch import load_file, save_file
 
-from RL2.config import ConfigError, load
-from RL2.demo.model import build_model
-from RL2.demo.problems import Demonstrator, draw_problems
+from RL2.config.load import load
+from RL2.errors import ConfigError
 from RL2.parallel.agree import _difference, refuse_differences
 from RL2.parallel.processes import Processes
+from RL2.reproduce.model import build_model
+from RL2.reproduce.problems import Demonstrator, draw_problems
 from RL2.trainer.inputs import facts, of_prompts, of_tensors, refuse_other_replicas, spread
 from RL2.types import Prompt
 from RL2.workers.worker import Learner

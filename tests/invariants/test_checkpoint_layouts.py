@@ -13,8 +13,8 @@ from pools import Result, assert_same, in_pool, whole
 from test_cuts import actor_config, make_batch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from RL2.checkpoint import Checkpoints, load
 from RL2.data.cursor import Cursor
+from RL2.io.checkpoint import Checkpoints, load
 from RL2.parallel.processes import Processes
 from RL2.types import TokenBatch
 from RL2.workers.actor import Actor

@@ -16,7 +16,7 @@ from test_cuts import actor_config, make_batch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.traffic import Traffic
-from RL2.packing import loss_weights
+from RL2.batch.packing import loss_weights
 from RL2.parallel.cost import Layout, Shape, sync_traffic, traffic, training_memory
 from RL2.parallel.fsdp import local
 from RL2.parallel.processes import Processes
@@ -40,7 +40,7 @@ LAYOUTS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "sp 4": (Layout(sp=4), {}),
 }
 SMALL = 4096
-"""Bytes: metrics, norms and the ledger of an update, which the model leaves out."""
+"""Bytes: metrics, norms and the update_stats of an update, which the model leaves out."""
 
 Numbers = dict[str, dict[str, float]]
 

@@ -11,9 +11,9 @@ import torch
 from pools import in_pool, whole
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
-from RL2.advantages import gae
-from RL2.config import load
-from RL2.packing import microbatches, pack
+from RL2.batch.advantages import gae
+from RL2.batch.packing import microbatches, pack
+from RL2.config.load import load
 from RL2.parallel.processes import Processes
 from RL2.types import Sequence, TokenBatch, Trajectory
 from RL2.workers.critic import Critic

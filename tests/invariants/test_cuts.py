@@ -18,14 +18,14 @@ from pools import Result, assert_same, in_pool, loaded, whole
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from RL2.advantages import reinforce
-from RL2.config import Actor as ActorConfig
+from RL2.batch.advantages import reinforce
+from RL2.batch.packing import loss_weights, microbatches, pack
+from RL2.config.model import Actor as ActorConfig
 from RL2.models.policy import named_weights
-from RL2.packing import loss_weights, microbatches, pack
 from RL2.parallel.processes import Processes
 from RL2.types import Sequence, StatsRequest, TokenBatch, Trajectory
 from RL2.workers.actor import Actor
-from RL2.workers.worker import BrokenLaw
+from RL2.workers.worker import InvariantError
 
 TOLERANCE = 1e-6
 PROGRAMS = ("sft", "spo", "spo_0p5", "ppo")
@@ -91,7 +91,7 @@ def stopped(actor: Actor, batch: TokenBatch, processes: Processes) -> Result:
             before["model.norm.weight"].fill_(math.nan)
         try:
             actor.update(batch)
-        except BrokenLaw as error:
+        except InvariantError as error:
             said[what] = str(error)
         actor.optimizer.zero_grad()
     moved = sum(int((whole(w).nan_to_num() != before[n].nan_to_num()).sum()) for n, w in actor.weights())

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from test_cuts import actor_config, gradients, make_batch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from RL2.config import ConfigError, load
+from RL2.config.load import load
+from RL2.errors import ConfigError
 from RL2.models.policy import load_model
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest
-from RL2.workers.actor import Actor, Base, RefActor
+from RL2.workers.actor import Actor, AdapterFreeReference, RefActor
 
 TOLERANCE = 1e-5
 LAYOUTS: dict[str, dict[str, int]] = {"fsdp 2": {}, "sp 2": {"sp_size": 2}, "replicas 2": {"ddp_size": 2}}
@@ -51,9 +52,9 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, dict[str, Result]
     return results
 
 
-def base(folder: Path, actor: Actor) -> Base:
+def base(folder: Path, actor: Actor) -> AdapterFreeReference:
     config = load("ppo", settings(folder)).ref_actor
-    return Base(config, actor)
+    return AdapterFreeReference(config, actor)
 
 
 def settings(folder: Path) -> list[str]:

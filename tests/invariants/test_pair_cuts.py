@@ -14,12 +14,12 @@ import torch
 from pools import Result, assert_same, in_pool, loaded, whole
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
-from RL2.config import trained
+from RL2.batch.packing import microbatches, sequence_weights
+from RL2.config.programs import trained
 from RL2.data.table import Ragged
 from RL2.models.policy import Policy, named_weights
 from RL2.models.value import VALUE, ValueModel
 from RL2.objectives.preference import bradley_terry, dpo, ipo
-from RL2.packing import microbatches, sequence_weights
 from RL2.parallel.processes import Processes
 from RL2.trainer.supervised import Rows
 from RL2.types import StatsRequest, TokenBatch

@@ -1,6 +1,6 @@
 import torch.distributed as dist
 
-from RL2.objectives.declare import Loss, needs
+from RL2.objectives.objective import Loss, needs
 from RL2.types import TokenBatch, TokenStats
 
 

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from RL2.objectives.declare import Loss, needs
+from RL2.objectives.objective import Loss, needs
 from RL2.types import TokenBatch, TokenStats
 
 

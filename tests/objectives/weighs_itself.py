@@ -1,4 +1,4 @@
-from RL2.objectives.declare import Loss, needs
+from RL2.objectives.objective import Loss, needs
 from RL2.types import TokenBatch, TokenStats
 
 

@@ -1,7 +1,7 @@
 from torch import Tensor
 
-from RL2.objectives.calculus import dlogp
-from RL2.objectives.declare import Loss, needs
+from RL2.objectives.closed_forms import dlogp
+from RL2.objectives.objective import Loss, needs
 from RL2.types import TokenBatch, TokenStats
 
 

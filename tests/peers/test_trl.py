@@ -18,11 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from RL2.config import load
+from RL2.batch.packing import loss_weights, pack
+from RL2.config.load import load
 from RL2.models.policy import Policy, load_model
-from RL2.objectives.table import bind, configured
-from RL2.objectives.terms import total_loss, with_weights
-from RL2.packing import loss_weights, pack
+from RL2.objectives.loss import total_loss, with_weights
+from RL2.objectives.registry import bind, configured
 from RL2.types import Sequence, StatsRequest, TokenBatch, TokenStats, Trajectory
 
 TEMPERATURE, MAX_COMPLETION = 0.8, 16

@@ -29,13 +29,13 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from RL2.config import load
+from RL2.batch.packing import loss_weights, pack, sequence_weights
+from RL2.config.load import load
 from RL2.data.preference import load_pairs
 from RL2.data.sft import load_examples
 from RL2.models.value import VALUE, ValueModel
-from RL2.objectives.path import cross_entropy
 from RL2.objectives.preference import bradley_terry, dpo, ipo
-from RL2.packing import loss_weights, pack, sequence_weights
+from RL2.objectives.spo import cross_entropy
 from RL2.parallel.processes import Processes
 from RL2.trainer.dpo_loop import with_reference
 from RL2.trainer.supervised import Rows

@@ -25,12 +25,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from RL2.advantages import gae, whitened
-from RL2.config import RLConfig, load
+from RL2.batch.advantages import gae, whitened
+from RL2.batch.packing import loss_weights, pack
+from RL2.config.load import load
+from RL2.config.programs import RLConfig
 from RL2.models.value import VALUE
-from RL2.objectives.terms import kl_estimate
+from RL2.objectives.loss import kl_estimate
 from RL2.objectives.value import clipped_value
-from RL2.packing import loss_weights, pack
 from RL2.parallel.processes import Processes
 from RL2.trainer.rl import judge
 from RL2.types import Sequence, TokenBatch, Trajectory
@@ -200,7 +201,7 @@ def test_ppo_is_that_of_trl(
 
     value_T = critic.values(batch)
     policy_batch = batch.with_(action_T=sampled_T)
-    old_T, ref_T = actor.stats_at_arrival(policy_batch).old_logp_T, ref_actor.logp(policy_batch)
+    old_T, ref_T = actor.add_old_logprobs(policy_batch).old_logp_T, ref_actor.logp(policy_batch)
     assert old_T is not None
     reward_T = batch.reward_T - KL * kl_estimate(old_T, ref_T, "k1")
     raw_T = gae(batch.with_(reward_T=reward_T, value_T=value_T), gamma=GAMMA, lamda=LAMDA)

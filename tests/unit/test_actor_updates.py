@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from RL2.config import load
-from RL2.demo.model import build_model
-from RL2.demo.problems import Demonstrator, draw_problems
-from RL2.packing import pack
+from RL2.batch.packing import pack
+from RL2.config.load import load
 from RL2.parallel.processes import Processes
+from RL2.reproduce.model import build_model
+from RL2.reproduce.problems import Demonstrator, draw_problems
 from RL2.types import Sequence, TokenBatch, Trajectory
 from RL2.workers.actor import Actor
-from RL2.workers.worker import BrokenLaw
+from RL2.workers.worker import InvariantError
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,9 @@ def batch(actor: Actor, odd: dict[int, float], age: int) -> TokenBatch:
 @pytest.mark.parametrize("odd", [{5: math.nan}, dict.fromkeys(range(4, 10), math.nan)])
 def test_a_log_probability_that_is_no_number_stops_the_update(actor: Actor, odd: dict[int, float], age: int) -> None:
     before = [weight.detach().clone() for weight in actor.policy.parameters()]
-    with pytest.raises(BrokenLaw, match=r"trainer and engine are nan nats apart in the mean, .*the step was not taken"):
+    with pytest.raises(
+        InvariantError, match=r"trainer and engine are nan nats apart in the mean, .*the step was not taken"
+    ):
         actor.update(batch(actor, odd, age))
     actor.optimizer.zero_grad()
     assert all(map(torch.equal, before, actor.policy.parameters()))
@@ -68,14 +70,14 @@ def test_a_log_probability_that_is_no_number_stops_the_update(actor: Actor, odd:
     ("value", "said"), [(math.inf, "are inf nats.*the largest is inf"), (-30.0, r"are [0-9.]+ nats")]
 )
 def test_one_that_is_far_off_stops_it_too(actor: Actor, value: float, said: str) -> None:
-    with pytest.raises(BrokenLaw, match=said + r".*.* at action 1 \(token 10\) of sequence 0;"):
+    with pytest.raises(InvariantError, match=said + r".*.* at action 1 \(token 10\) of sequence 0;"):
         actor.update(batch(actor, {5: value}, 0))
     actor.optimizer.zero_grad()
 
 
 def test_without_a_limit_nothing_but_a_number_passes_either(actor: Actor) -> None:
     actor.max_logprob_gap = math.inf
-    with pytest.raises(BrokenLaw, match="nan nats"):
+    with pytest.raises(InvariantError, match="nan nats"):
         actor.update(batch(actor, {5: math.nan}, 0))
     actor.optimizer.zero_grad()
     actor.update(batch(actor, {5: -30.0}, 0))

@@ -8,8 +8,8 @@ from statistics import mean, stdev
 import pytest
 import torch
 
-from RL2.advantages import gae, reinforce, rloo, whitened
-from RL2.packing import pack
+from RL2.batch.advantages import gae, reinforce, rloo, whitened
+from RL2.batch.packing import pack
 from RL2.types import Sequence, TokenBatch, Trajectory
 
 BOTH = {"global_norm": True, "norm_var": True}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from RL2.cli import app
-from RL2.config import UserError
-from RL2.evaluation.audit import audit
+from RL2.errors import UserError
+from RL2.tools.audit import audit
+from RL2.tools.cli import app
 
 GSM8K = Path(__file__).parents[2] / "envs" / "gsm8k.py"
 

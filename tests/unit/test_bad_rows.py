@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from RL2.config.scripts import ScriptError
 from RL2.data.bad_rows import BadRows
 from RL2.data.preference import load_pairs
 from RL2.data.prompts import load_prompts
 from RL2.data.sft import load_examples
 from RL2.data.source import DataError
 from RL2.rollout.environment import load_example
-from RL2.scripts import ScriptError
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 GOOD: dict[str, Any] = {"prompt": "q", "response": "a", "chosen": "a", "rejected": "b"}

@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 
-from RL2.config import UserError
-from RL2.report import Report
+from RL2.errors import UserError
+from RL2.io.report import Report
 from RL2.types import Sequence, Trajectory
 
 pytest.importorskip("plotly")
 
-from RL2.viewer.book import CHUNK, LONGEST, Book
-from RL2.viewer.page import Server, render
+from RL2.tools.view.page import Server, render
+from RL2.tools.view.run_index import CHUNK, LONGEST, RunIndex
 
 
 def unpacked(chunk: str) -> Any:
     return json.loads(zlib.decompress(base64.b64decode(chunk), -15))
 
 
-def head(book: Book) -> Any:
+def head(book: RunIndex) -> Any:
     return unpacked(book.head())
 
 
@@ -44,7 +44,7 @@ def trajectory(row: int, text: str, reward: float = 1.0) -> Trajectory:
 
 def test_runs_that_differ_in_their_seed_are_one_method(tmp_path: Path) -> None:
     run(tmp_path / "spo-0"), run(tmp_path / "spo-1", seed=1, recorded=5), run(tmp_path / "ppo", objective="ppo")
-    found = head(Book([str(tmp_path / name) for name in ("spo-0", "ppo", "spo-1")]))
+    found = head(RunIndex([str(tmp_path / name) for name in ("spo-0", "ppo", "spo-1")]))
     assert found["methods"] == ["spo", "ppo"]
     assert [(one["name"], one["method"]) for one in found["runs"]] == [("spo-0", 0), ("spo-1", 0), ("ppo", 1)]
     assert found["settings"]["actor.objective"] == ["spo", "spo", "ppo"]
@@ -53,7 +53,7 @@ def test_runs_that_differ_in_their_seed_are_one_method(tmp_path: Path) -> None:
 
 def test_seeds_can_be_named(tmp_path: Path) -> None:
     run(tmp_path / "a" / "run"), run(tmp_path / "b" / "run", objective="ppo")
-    found = head(Book([f"mine={tmp_path}/a/run,{tmp_path}/b/run"]))
+    found = head(RunIndex([f"mine={tmp_path}/a/run,{tmp_path}/b/run"]))
     assert found["methods"] == ["mine"]
     assert [one["name"] for one in found["runs"]] == ["a/run", "b/run"]
 
@@ -61,16 +61,16 @@ def test_seeds_can_be_named(tmp_path: Path) -> None:
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     run(tmp_path / "spo")
     with pytest.raises(UserError, match=r"nowhere holds no run"):
-        Book([str(tmp_path / "spo"), str(tmp_path / "nowhere")])
+        RunIndex([str(tmp_path / "spo"), str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match=r"spo is named twice"):
-        Book([str(tmp_path / "spo"), f"x={tmp_path / 'spo'}"])
+        RunIndex([str(tmp_path / "spo"), f"x={tmp_path / 'spo'}"])
 
 
 def test_every_rollout_is_in_some_chunk(tmp_path: Path) -> None:
     report = run(tmp_path / "run")
     texts = [f"{row} " + "x" * (CHUNK // 3) for row in range(8)]
     report.samples(0, "train", [trajectory(row, text) for row, text in enumerate(texts)])
-    book = Book([str(tmp_path / "run")])
+    book = RunIndex([str(tmp_path / "run")])
     starts, chunks = head(book)["texts"], dict(book.chunks())
     found = [item["texts"][1] for n in range(len(starts)) for item in unpacked(chunks[f"text-{n}"])]
     assert found == texts
@@ -86,7 +86,7 @@ def test_parts_of_a_reward_are_beside_the_texts(tmp_path: Path) -> None:
     shown.parts, shown.metrics = {"correct": 1.0, "format": 0.5}, {"calls": 3.0}
     report.samples(0, "test", [shown], "aime")
     report.samples(0, "train", [trajectory(0, "b")])
-    book = Book([str(tmp_path / "run")])
+    book = RunIndex([str(tmp_path / "run")])
     parts, plain = unpacked(dict(book.chunks())["text-0"])
     assert (parts["parts"], parts["metrics"], parts["set"]) == (shown.parts, shown.metrics, "aime")
     assert (plain["set"], "parts" in plain) == ("", False)
@@ -96,17 +96,17 @@ def test_the_rows_that_a_run_begins_with_are_in_the_head(tmp_path: Path) -> None
     report = run(tmp_path / "run")
     pieces = [["q" * 2 * LONGEST, False], ["a", True]]
     report.first_rows([{"name": "row 1", "pieces": pieces}])
-    [row] = head(Book([str(tmp_path / "run")]))["runs"][0]["rows"]
+    [row] = head(RunIndex([str(tmp_path / "run")]))["runs"][0]["rows"]
     assert row["name"] == "row 1" and row["pieces"][1] == ["a", True]
     assert LONGEST < len(row["pieces"][0][0]) < LONGEST + 50 and f"[{LONGEST} characters]" in row["pieces"][0][0]
     (tmp_path / "run" / "first_rows.json").write_text('[{"name": 1}]')
     with pytest.raises(UserError, match=r"first_rows.json is not as a run writes it"):
-        Book([str(tmp_path / "run")])
+        RunIndex([str(tmp_path / "run")])
 
 
 def test_it_follows_a_run_and_its_resumption(tmp_path: Path) -> None:
     report = run(tmp_path / "run")
-    book = Book([str(tmp_path / "run")])
+    book = RunIndex([str(tmp_path / "run")])
     assert not book.refresh()
     for step in (1, 2):
         report.samples(step, "train", [trajectory(0, f"step {step}")])
@@ -136,7 +136,7 @@ def test_what_is_no_number_is_left_out(tmp_path: Path) -> None:
     report.tokens(1, "train", [row | broken | {"loss": float("nan")}])
     samples = tmp_path / "run" / "samples.jsonl"  # as older runs wrote it
     samples.write_text(samples.read_text().replace('"reward": 0.25', '"reward": NaN'))
-    book = Book([str(tmp_path / "run")])
+    book = RunIndex([str(tmp_path / "run")])
     [item] = unpacked(dict(book.chunks())["token-0"])
     assert item["logp"] == item["pull"] == [None, -1.0]
     assert head(book)["runs"][0]["curves"] == {"train/score": [[0], [0.5]]}
@@ -148,7 +148,7 @@ def test_samples_of_older_runs_have_no_length(tmp_path: Path) -> None:
     run(tmp_path / "run")
     old = {"step": 0, "split": "train", "row": 3, "texts": ["Q", "A"], "reward": 1.0, "score": 1.0, "truncated": True}
     (tmp_path / "run" / "samples.jsonl").write_text(json.dumps(old) + "\n")
-    columns = head(Book([str(tmp_path / "run")]))["columns"]
+    columns = head(RunIndex([str(tmp_path / "run")]))["columns"]
     assert {name: column[0] for name, column in columns.items() if column[0] is None} == dict.fromkeys(
         ("group", "sample", "length", "loss", "token")
     )
@@ -159,12 +159,12 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     run(tmp_path / "run")
     (tmp_path / "run" / "samples.jsonl").write_text("{}\n"[:1] + "oops\n")
     with pytest.raises(UserError, match=r"samples\.jsonl: the line that ends at byte 6 is not JSON"):
-        Book([str(tmp_path / "run")])
+        RunIndex([str(tmp_path / "run")])
 
 
 def test_the_server_gives_out_the_page_and_its_chunks_only(tmp_path: Path) -> None:
     run(tmp_path / "run")
-    book = Book([str(tmp_path / "run")])
+    book = RunIndex([str(tmp_path / "run")])
     server = Server(book, port=0)
     try:
         assert server.server_address[0] == "127.0.0.1"
@@ -180,6 +180,6 @@ def test_the_server_gives_out_the_page_and_its_chunks_only(tmp_path: Path) -> No
 def test_data_cannot_end_the_element_that_it_is_in(tmp_path: Path) -> None:
     report = run(tmp_path / "run")
     report.samples(0, "train", [trajectory(0, "</script><script>alert(2)")])
-    html = render(Book([f"</script><script>alert(1)={tmp_path}/run"]))
+    html = render(RunIndex([f"</script><script>alert(1)={tmp_path}/run"]))
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in html
     assert "<script>alert" not in html

@@ -28,7 +28,7 @@ from RL2.data.prompts import load_prompts
 from RL2.data.sft import load_examples
 from RL2.data.source import with_columns
 from RL2.data.table import Writer
-from RL2.progress import Phase, Progress
+from RL2.io.progress import Phase, Progress
 from RL2.rollout.environment import load_example
 
 PAD = "x" * 36_000

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, load
+from RL2.config.load import load
 from RL2.data.prompts import load_prompts
 from RL2.data.template import change_template
+from RL2.errors import ConfigError
 from RL2.models.policy import load_tokenizer
 
 THINKING = """\

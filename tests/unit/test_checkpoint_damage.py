@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from RL2 import checkpoint
-from RL2.checkpoint import Checkpoints
-from RL2.config import ConfigError
 from RL2.data.cursor import Cursor
+from RL2.errors import ConfigError
+from RL2.io import checkpoint
+from RL2.io.checkpoint import Checkpoints
 from RL2.parallel.processes import Processes
 
 DAMAGES = 200

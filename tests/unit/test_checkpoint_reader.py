@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from RL2.checkpoint_reader import Reader, TensorPlanner
+from RL2.io.checkpoint_reader import Reader, TensorPlanner
 
 
 def save(folder: Path, state: dict[str, Any]) -> Path:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from RL2.config import load
-from RL2.demo.thesis import ALL, gpu_commands
-from RL2.evaluation import claims
-from RL2.evaluation.claims import SeedRun, over_seeds, verdict
-from RL2.evaluation.intervals import Estimate
+from RL2.config.load import load
+from RL2.reproduce import claims
+from RL2.reproduce.claims import SeedRun, over_seeds, verdict
+from RL2.reproduce.thesis import ALL, gpu_commands
+from RL2.tools.eval.intervals import Estimate
 
 Of = Callable[[int], float]
 """A value of each step."""

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from RL2.config import ConfigError
-from RL2.evaluation.compare import compare, student
-from RL2.evaluation.evaluate import compared
+from RL2.errors import ConfigError
+from RL2.tools.eval.compare import compare, student
+from RL2.tools.eval.evaluate import compared
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ import warm
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
-from RL2.cli import app
-from RL2.config import ConfigError
-from RL2.objectives.conformance import assert_sound, check
-from RL2.objectives.declare import Loss, needs
-from RL2.objectives.pair import Pair
-from RL2.objectives.table import OBJECTIVES, knobs
+from RL2.errors import ConfigError
+from RL2.objectives.objective import Loss, needs
+from RL2.objectives.registry import OBJECTIVES, knobs
+from RL2.tools.check_objective.main import assert_sound, check
+from RL2.tools.check_objective.two_ranks import Pair
+from RL2.tools.cli import app
 from RL2.types import TokenBatch, TokenStats
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +93,7 @@ def test_every_objective_has_a_card_with_its_defaults(name: str) -> None:
 
 
 def rl2(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return warm.run("RL2.cli", *arguments, cwd=cwd, env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"})
+    return warm.run("RL2.tools.cli", *arguments, cwd=cwd, env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"})
 
 
 @pytest.mark.slow

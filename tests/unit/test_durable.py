@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from RL2 import durable
+from RL2.io import durable
 
 KILLS = 20
 

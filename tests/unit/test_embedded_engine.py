@@ -23,10 +23,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from RL2.config import ConfigError
 from RL2.engines.embedded.compiled import refuse_no_compiler
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.embedded.sampling import sample, uniforms
+from RL2.errors import ConfigError
 from RL2.ops.attention import IMPLEMENTATION
 from RL2.types import Completion, Sampling
 

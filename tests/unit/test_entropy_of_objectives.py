@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from RL2.objectives.table import bind
+from RL2.batch.packing import pack
+from RL2.objectives.registry import bind
 from RL2.ops.token_stats import reference_stats
-from RL2.packing import pack
 from RL2.types import Sequence, Trajectory
 
 N = 1000

@@ -414,7 +414,7 @@ def noisy(chances: dict[int, float], seed: int) -> Any:
 
 def test_the_audit_measures_a_judge_over_http(load: Any, server: Server, tmp_path: Path) -> None:
     """The whole way, with a judge that gives 3 or 4 by chance and prefers the first place to the better response."""
-    from RL2.evaluation.judging import audit, notes
+    from RL2.tools.audit_judge import audit, notes
 
     def answer(body: dict[str, Any]) -> str:
         text = body["messages"][1]["content"]
@@ -438,8 +438,8 @@ def test_the_audit_measures_a_judge_over_http(load: Any, server: Server, tmp_pat
 
 
 def test_the_audit_counts_what_the_judge_does_not_answer(load: Any, server: Server, tmp_path: Path) -> None:
-    from RL2.config import UserError
-    from RL2.evaluation.judging import audit, notes
+    from RL2.errors import UserError
+    from RL2.tools.audit_judge import audit, notes
 
     load(ATTEMPTS=1)
     data = tmp_path / "rows.jsonl"

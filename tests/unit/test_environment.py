@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from RL2.config.scripts import ScriptError
 from RL2.rollout.environment import ATTEMPTS, Environment, StepResult, Unscored, load_environment
-from RL2.scripts import ScriptError
 from RL2.types import Sampling
 
 LIMIT = 0.2

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from RL2.config import load
-from RL2.objectives.declare import Objective
+from RL2.batch.packing import pack
+from RL2.config.load import load
+from RL2.objectives.loss import by_token, importance_weight, kl_estimate
+from RL2.objectives.objective import Objective
 from RL2.objectives.preference import dpo, ipo
-from RL2.objectives.table import OBJECTIVES, configured
-from RL2.objectives.terms import by_token, importance_weight, kl_estimate
+from RL2.objectives.registry import OBJECTIVES, configured
 from RL2.ops.token_stats import reference_stats
-from RL2.packing import pack
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
 LOG_RATIOS = (-1e4, -200.0, -89.0, -50.0, -1.0, 0.0, 1.0, 50.0, 79.0, 89.0, 200.0, 1e4)

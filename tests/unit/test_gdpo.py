@@ -9,14 +9,15 @@ import pytest
 import torch
 from rl_settings import rl_config
 
-from RL2.advantages import decoupled, gdpo, reinforce
-from RL2.config import ConfigError, RLConfig
-from RL2.objectives.probe import probe
-from RL2.objectives.table import configured
-from RL2.objectives.terms import by_token, with_weights
-from RL2.packing import pack, part_rewards
+from RL2.batch.advantages import decoupled, gdpo, reinforce
+from RL2.batch.packing import pack, part_rewards
+from RL2.config.programs import RLConfig
+from RL2.errors import ConfigError
+from RL2.objectives.loss import by_token, with_weights
+from RL2.objectives.registry import configured
 from RL2.rollout.filters import filter_metrics, trainable, with_signal
 from RL2.trainer.rl import judge
+from RL2.trainer.unused_settings import probe
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
 Parts = dict[str, float]

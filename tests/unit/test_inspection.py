@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PretrainedConfig
 
-from RL2.config import ConfigError
+from RL2.batch.packing import pack_tokens
+from RL2.errors import ConfigError
 from RL2.models.inspection import length_limit, refuse_inexact
 from RL2.models.policy import Policy
 from RL2.ops.attention import IMPLEMENTATION
-from RL2.packing import pack_tokens
 from RL2.types import StatsRequest
 
 Change = Callable[[LlamaForCausalLM], None]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from RL2.evaluation.intervals import accuracy, first_to_last, over_problems, paired_difference
+from RL2.tools.eval.intervals import accuracy, first_to_last, over_problems, paired_difference
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 SLOW = pytest.mark.slow

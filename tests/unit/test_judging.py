@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from RL2.evaluation.judging import agreement, difference, flips, position_bias, preference
+from RL2.tools.audit_judge import agreement, difference, flips, position_bias, preference
 
 JUDGES = 120
 

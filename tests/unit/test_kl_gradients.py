@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from RL2.config import ConfigError, RLConfig, load
-from RL2.objectives.table import configured
-from RL2.objectives.terms import kl_in_the_loss, total_loss, with_weights
-from RL2.packing import pack
+from RL2.batch.packing import pack
+from RL2.config.load import load
+from RL2.config.programs import RLConfig
+from RL2.errors import ConfigError
+from RL2.objectives.loss import kl_in_the_loss, total_loss, with_weights
+from RL2.objectives.registry import configured
 from RL2.trainer.rl import judge
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
@@ -90,7 +92,7 @@ class Table:
     def logp(self, batch: TokenBatch, progress: object = None) -> Tensor:
         return self.stats(batch).logp
 
-    def stats_at_arrival(self, batch: TokenBatch, progress: object = None) -> TokenBatch:
+    def add_old_logprobs(self, batch: TokenBatch, progress: object = None) -> TokenBatch:
         return batch.with_(old_logp_T=self.logp(batch))
 
 

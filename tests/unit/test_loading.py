@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from RL2.config import ConfigError
+from RL2.errors import ConfigError
 from RL2.models.loading import check_values, match_weights, refuse_no_model, stored_tensors
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, export, load_model, load_tokenizer, max_length

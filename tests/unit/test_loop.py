@@ -8,7 +8,7 @@ import torch
 from rl_settings import rl_config
 from torch import Tensor
 
-from RL2.packing import pack
+from RL2.batch.packing import pack
 from RL2.rollout.collect import NothingScored
 from RL2.rollout.filters import filter_metrics, trainable
 from RL2.trainer.rl import judge
@@ -78,7 +78,7 @@ class Fixed:
     def logp(self, batch: TokenBatch, progress: object = None) -> Tensor:
         return torch.full(batch.labels_T.shape, self.value) * batch.action_T
 
-    def stats_at_arrival(self, batch: TokenBatch, progress: object = None) -> TokenBatch:
+    def add_old_logprobs(self, batch: TokenBatch, progress: object = None) -> TokenBatch:
         return batch.with_(old_logp_T=self.logp(batch))
 
 

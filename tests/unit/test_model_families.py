@@ -18,12 +18,12 @@ from tiny_models import VARIANTS, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from RL2.config import ConfigError
+from RL2.batch.packing import pack_tokens
 from RL2.engines.embedded.engine import EmbeddedEngine
+from RL2.errors import ConfigError
 from RL2.models.inspection import refuse_inexact
 from RL2.models.loading import match_weights, stored_tensors
 from RL2.models.policy import Policy, empty_model, export, named_weights
-from RL2.packing import pack_tokens
 from RL2.types import Sampling, StatsRequest
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"

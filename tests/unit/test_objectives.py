@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from RL2.objectives.policy import ppo
-from RL2.objectives.table import OBJECTIVES, Bound, bind
-from RL2.objectives.terms import kl_estimate
+from RL2.batch.packing import pack
+from RL2.objectives.loss import kl_estimate
+from RL2.objectives.policy_gradient import ppo
+from RL2.objectives.registry import OBJECTIVES, BoundObjective, bind
 from RL2.ops.token_stats import token_stats
-from RL2.packing import pack
 from RL2.types import Sequence, TokenBatch, Trajectory
 
 T, V = 60, 41
@@ -176,7 +176,7 @@ def test_every_objective_has_a_case() -> None:
     assert {name for name, _, _ in CASES.values()} == set(OBJECTIVES)
 
 
-def computed(bound: Bound, leaf_TV: Tensor, batch: TokenBatch, temperature: float = 1.0) -> tuple[Tensor, Any]:
+def computed(bound: BoundObjective, leaf_TV: Tensor, batch: TokenBatch, temperature: float = 1.0) -> tuple[Tensor, Any]:
     """The objective through the statistics seam, everything in the dtype of the logits."""
     dtype = leaf_TV.dtype
     batch = batch.with_(**{n: x.to(dtype) for n, x in batch.tensors().items() if x.is_floating_point()})

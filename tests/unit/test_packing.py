@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from RL2.advantages import reinforce, spo
-from RL2.packing import cost, loss_weights, microbatches, minibatches, pack, pack_arrays, plan, units
+from RL2.batch.advantages import reinforce, spo
+from RL2.batch.packing import cost, loss_weights, microbatches, minibatches, pack, pack_arrays, plan, units
 from RL2.types import Sequence, TokenBatch, Trajectory
 
 

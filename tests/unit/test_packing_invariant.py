@@ -10,15 +10,16 @@ import torch
 from tiny_models import tiny_config, tiny_model
 from torch import Tensor, nn
 
-from RL2.config import load, trained
+from RL2.batch.packing import pack_tokens
+from RL2.config.load import load
+from RL2.config.programs import trained
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy
 from RL2.models.value import ValueModel
-from RL2.packing import pack_tokens
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch
-from RL2.workers.worker import BrokenLaw, Worker
+from RL2.workers.worker import InvariantError, Worker
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_a_leak_between_sequences_stops_the_run(
     worker, batch = make(folder, processes, kind), batch_of(lengths)
     leak(worker)
     with pytest.raises(
-        BrokenLaw, match=r"^actor.model_name=.*: in a packed batch its sequences get numbers that differ"
+        InvariantError, match=r"^actor.model_name=.*: in a packed batch its sequences get numbers that differ"
     ):
         worker.stats(batch, kind.CHECKED, 4096)
 
@@ -85,7 +86,7 @@ def test_numbers_that_are_none_stop_the_run_too(folder: Path, processes: Process
     worker = make(folder, processes, Policy)
     with torch.no_grad():
         next(worker.lm.parameters())[5] = float("nan")
-    with pytest.raises(BrokenLaw, match="the model's own numbers are not finite; look for NaN in its weights"):
+    with pytest.raises(InvariantError, match="the model's own numbers are not finite; look for NaN in its weights"):
         worker.stats(pack_tokens([[5, 6, 7], [8, 9, 5, 5]]), StatsRequest(("logp",)), 4096)
 
 

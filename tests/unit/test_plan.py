@@ -9,11 +9,11 @@ import pytest
 from transformers import Qwen3Config
 from typer.testing import CliRunner
 
-from RL2.cli import app
-from RL2.config import UserError
-from RL2.parallel.choose import best, cost, layouts
+from RL2.errors import UserError
 from RL2.parallel.cost import PRESETS, Layout, Machine, Shape, Work, kv_bytes, operations, traffic, training_memory
-from RL2.planning import Question
+from RL2.tools.cli import app
+from RL2.tools.plan.command import PlanRequest
+from RL2.tools.plan.search import best, cost, layouts
 
 GIB = 2**30
 BILLIONS = dict(zip(PRESETS, (0.596, 1.721, 4.022, 8.191, 14.768, 32.762, 70.554), strict=True))
@@ -179,7 +179,7 @@ def test_settings_that_make_no_sense_are_refused(settings: tuple[str, ...], why:
 
 def test_the_shape_of_a_folder(tmp_path: Path) -> None:
     Qwen3Config(hidden_size=64, num_hidden_layers=3, vocab_size=100, tie_word_embeddings=True).save_pretrained(tmp_path)
-    shape = Question.of([f"model={tmp_path}", "gpus=2"]).shape
+    shape = PlanRequest.of([f"model={tmp_path}", "gpus=2"]).shape
     assert (shape.hidden, shape.layers, shape.vocabulary, shape.tied) == (64, 3, 100, True)
 
 

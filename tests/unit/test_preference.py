@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from RL2.objectives.declare import Loss
+from RL2.batch.packing import pack, sequence_weights
+from RL2.objectives.objective import Loss
 from RL2.objectives.preference import bradley_terry, dpo, ipo
-from RL2.packing import pack, sequence_weights
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
 LENGTHS = ((3, 1), (5, 5), (2, 7))

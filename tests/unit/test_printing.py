@@ -11,13 +11,15 @@ import pytest
 from rich.console import Console
 from rl_settings import rl_config
 
-from RL2.config import ConfigError, UserError, one_line, show
+from RL2.config.load import show
+from RL2.config.secrets import masked
 from RL2.engines.served.server import Server
-from RL2.engines.vllm.kind import VLLM_SERVER
-from RL2.evaluation import audit, evaluate
-from RL2.evaluation.audit import Audit, Finding
-from RL2.printing import masked, printable
-from RL2.report import Report
+from RL2.engines.vllm.server_spec import VLLM_SERVER
+from RL2.errors import ConfigError, UserError, one_line, printable
+from RL2.io.report import Report
+from RL2.tools import audit
+from RL2.tools.audit import Audit, Finding
+from RL2.tools.eval import evaluate
 
 BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 CONTROLS = [chr(n) for n in (*range(9), *range(11, 32), *range(127, 160))] + [*BIDIRECTIONAL, "\u2028", "\u2029"]

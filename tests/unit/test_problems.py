@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 
-from RL2.demo.model import build_tokenizer
-from RL2.demo.problems import LARGEST, Demonstrator, Problem, Step, draw_problems, misread, write_data
+from RL2.reproduce.model import build_tokenizer
+from RL2.reproduce.problems import LARGEST, Demonstrator, Problem, Step, draw_problems, misread, write_data
 
 CAREFUL = Demonstrator(traps=0.0, slip=0.0)
 

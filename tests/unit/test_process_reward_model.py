@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from RL2.config.scripts import ScriptError
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.step_result import StepResult, Unscored
-from RL2.scripts import ScriptError
 
 SCRIPT = Path(__file__).parents[2] / "envs" / "reward_model.py"
 Load = Callable[..., tuple[PreTrainedModel, Environment]]

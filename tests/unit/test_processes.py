@@ -2,7 +2,7 @@
 
 import pytest
 
-from RL2.config import ConfigError
+from RL2.errors import ConfigError
 from RL2.parallel.processes import Processes
 
 

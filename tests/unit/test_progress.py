@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from RL2.progress import Phase, Progress, duration
+from RL2.io.progress import Phase, Progress, duration
 
 LIFE = re.compile(r"\d\d:\d\d:\d\d  (.*)")
 

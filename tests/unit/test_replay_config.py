@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from RL2.config import load, show
-from RL2.evaluation.replay import run_config
+from RL2.config.load import load, show
+from RL2.tools.replay import run_config
 
 REQUIRED = """actor.model_name=m actor.max_length_per_device=64 train_data.path=x train_data.prompts_per_rollout=2
     train_data.responses_per_prompt=3 rollout.env_path=x trainer.experiment_name=x

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from RL2.viewer.report import Page, RunView, Scores, findings, headline, readings, summarise, summary_json, write_report
+from RL2.reproduce.demo_page import (
+    Page,
+    RunView,
+    Scores,
+    findings,
+    headline,
+    readings,
+    summarise,
+    summary_json,
+    write_report,
+)
 
 pytest.importorskip("plotly")
 

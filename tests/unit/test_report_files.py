@@ -16,9 +16,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import RL2
-from RL2.report import SAMPLES_BEFORE, RecordsFailed, Report, TensorBoard, _backwards
+from RL2.io.report import SAMPLES_BEFORE, RecordsFailed, Report, TensorBoard, _backwards
+from RL2.tools.view.run_index import RunIndex
 from RL2.types import Trajectory
-from RL2.viewer.book import Book
 
 
 def test_a_step_is_a_line_here_and_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ def test_samples_and_tokens_take_no_more_than_they_may(tmp_path: Path, capsys: p
     assert kept == list(range(kept[0], 60)) and 1 < len(kept) < 20
     said = capsys.readouterr().out
     assert said.count("are removed from now on: trainer.records_mib") == 2
-    [run] = Book([str(tmp_path)]).runs
+    [run] = RunIndex([str(tmp_path)]).runs
     assert len(run.rollouts) == len(steps)
     report.keep_before(steps[3])
     assert [row["step"] for file in (before, samples) for row in map(json.loads, file.open())] == steps[:3]

@@ -14,16 +14,17 @@ from episodes import one_episode
 from rl_settings import rl_config
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, Reward
+from RL2.batch.packing import pack, part_rewards
+from RL2.config.rollout import Reward
 from RL2.engines.scripted import ScriptedEngine
-from RL2.packing import pack, part_rewards
-from RL2.report import Report
+from RL2.errors import ConfigError
+from RL2.io.report import Report
 from RL2.rollout.collect import rollout_metrics
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.filters import success_rates
 from RL2.rollout.step_result import Unscored
+from RL2.trainer.alarms import Alarms
 from RL2.trainer.rl import say_of_metrics
-from RL2.trainer.watch import Watch
 from RL2.types import Prompt, Sampling, Trajectory
 
 SCRIPT = """
@@ -174,13 +175,13 @@ def test_what_is_no_weight_is_refused(value: Any) -> None:
 
 
 def test_a_weight_of_no_part_is_said_once() -> None:
-    watch = Watch(1, "x", weights=["format", "corect"])
+    watch = Alarms(1, "x", weights=["format", "corect"])
     said = watch.see(0, {"train/reward": 1.0, "train/reward/correct": 1.0, "train/reward/format": 1.0})
     assert said == [
         "step 0: WARNING: reward.weights.corect weighs no part of any reward so far; parts are correct, format"
     ]
     assert watch.see(1, {"train/reward/correct": 1.0}) == []
-    (without,) = Watch(1, "x", weights=["a"]).see(0, {"train/reward": 1.0})
+    (without,) = Alarms(1, "x", weights=["a"]).see(0, {"train/reward": 1.0})
     assert "it has no parts: `step` returns a number" in without
 
 

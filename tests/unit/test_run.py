@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from RL2 import digests
-from RL2.config import ConfigError, load, show
-from RL2.run_lock import RunLock
+from RL2.config.load import load, show
+from RL2.errors import ConfigError
+from RL2.io import digests
+from RL2.io.run_lock import RunLock
 from RL2.trainer.inputs import changed
 from RL2.trainer.launch import _is_out_of_memory
 from RL2.trainer.run import LAUNCHERS, launcher, models, start

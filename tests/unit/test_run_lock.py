@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from RL2.config import ConfigError, UserError
-from RL2.run_lock import RunLock, refuse_if_running
+from RL2.errors import ConfigError, UserError
+from RL2.io.run_lock import RunLock, refuse_if_running
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from RL2.config import ConfigError
-from RL2.run_lock import RunLock
+from RL2.errors import ConfigError
+from RL2.io.run_lock import RunLock
 try:
     RunLock(Path(sys.argv[1])).acquire()
     print("runs", flush=True)

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from RL2.evaluation.samples import Sample, majority_at, pass_at
+from RL2.tools.eval.samples import Sample, majority_at, pass_at
 
 
 def samples(text: str) -> list[Sample]:

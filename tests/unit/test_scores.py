@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from RL2 import checkpoint
-from RL2.report import Report
-from RL2.trainer.scores import Scores
+from RL2.io import checkpoint
+from RL2.io.report import Report
+from RL2.trainer.early_stopping import Scores
 
 
 @pytest.mark.parametrize(

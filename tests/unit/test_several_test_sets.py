@@ -11,10 +11,11 @@ import pytest
 from rl_settings import rl_config
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, RLConfig
+from RL2.config.programs import RLConfig
 from RL2.engines.scripted import ScriptedEngine
+from RL2.errors import ConfigError
+from RL2.io.report import Report
 from RL2.parallel.processes import Processes
-from RL2.report import Report
 from RL2.rollout.collect import NothingScored
 from RL2.rollout.environment import load_environment
 from RL2.rollout.spread import Rollouts

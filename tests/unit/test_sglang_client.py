@@ -15,10 +15,12 @@ import httpx
 import pytest
 import torch
 
-from RL2.config import ConfigError, check_here, load
+from RL2.config.here import check_here
+from RL2.config.load import load
 from RL2.engines.served.client import Answer, Refused, ServerError
 from RL2.engines.sglang.client import SGLangClient, request
-from RL2.engines.sglang.kind import SGLANG_SERVER, server_arguments
+from RL2.engines.sglang.server_spec import SGLANG_SERVER, server_arguments
+from RL2.errors import ConfigError
 from RL2.types import Sampling
 
 PIECE: dict[str, Any] = {

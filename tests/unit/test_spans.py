@@ -15,9 +15,9 @@ from episodes import one_episode
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from RL2.advantages import gae, reinforce
+from RL2.batch.advantages import gae, reinforce
+from RL2.batch.packing import pack
 from RL2.engines.scripted import ScriptedEngine
-from RL2.packing import pack
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
 from RL2.rollout.spans import last_tokens

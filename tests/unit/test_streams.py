@@ -18,14 +18,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from RL2.config import ConfigError, load
-from RL2.engines.served import streams
+from RL2.config.load import load
+from RL2.engines.served import weight_stream as streams
 from RL2.engines.served.client import ServerError
-from RL2.engines.served.streams import Broadcast, Calls, own_address, packed
 from RL2.engines.served.weight_files import write_bucket
+from RL2.engines.served.weight_stream import Broadcast, Calls, own_address, packed
 from RL2.engines.vllm.client import VLLMClient
 from RL2.engines.vllm.plugin import rl2_transfer
 from RL2.engines.vllm.plugin.rl2_transfer import Entry, Group, address_toward, bytes_of, tensors
+from RL2.errors import ConfigError
 from RL2.trainer.rl import make_engine
 
 CPU = torch.device("cpu")

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, SupervisedData, load
+from RL2.config.data import SupervisedData
+from RL2.config.load import load
 from RL2.data.source import DataError
 from RL2.data.table import Ragged
+from RL2.errors import ConfigError
 from RL2.trainer.supervised import Rows, first_rows, refuse_long, train_and_test
 
 

@@ -11,9 +11,10 @@ import pytest
 from rl_settings import rl_config
 from transformers import PreTrainedTokenizerBase
 
-from RL2.config import ConfigError, load
+from RL2.config.load import load
 from RL2.data.cursor import Cursor
 from RL2.engines.scripted import ScriptedEngine
+from RL2.errors import ConfigError
 from RL2.parallel.processes import Processes
 from RL2.rollout.environment import load_environment
 from RL2.rollout.spread import Rollouts

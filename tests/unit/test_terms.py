@@ -1,4 +1,4 @@
-"""What stands around objectives: importance weights, length, token selection, averages, laws, ledger, and the probe."""
+"""What surrounds objectives: importance weights, length, selection, averages, invariants, and update statistics."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from RL2.config import ConfigError, RLConfig, load
-from RL2.objectives.probe import made_up, probe, probe_supervised
-from RL2.objectives.terms import importance_weight, overlong_penalty
-from RL2.ops.laws import breaches, first_breach
-from RL2.packing import kept, loss_weights, pack
+from RL2.batch.packing import kept, loss_weights, pack
+from RL2.config.load import load
+from RL2.config.programs import RLConfig
+from RL2.errors import ConfigError
+from RL2.objectives.loss import importance_weight, overlong_penalty
+from RL2.ops.invariants import breaches, first_breach
 from RL2.parallel.processes import Processes
+from RL2.trainer.unused_settings import probe, probe_supervised, synthetic_prompts
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
-from RL2.workers.ledger import Ledger
+from RL2.workers.update_stats import UpdateStats
 
 
 def batch_of(*actions: int, rewards: tuple[float, ...] = ()) -> TokenBatch:
@@ -158,7 +160,7 @@ def test_no_statistics_break_no_law() -> None:
     assert first_breach(TokenStats(logp=torch.zeros(0)), 8) is None
 
 
-# ledger
+# update_stats
 
 
 @pytest.fixture
@@ -174,11 +176,11 @@ def test_the_ledger_sees_what_rounding_loses(dtype: torch.dtype, processes: Proc
     torch.manual_seed(0)
     weight = nn.Parameter((1 + torch.rand(100, 7)).to(dtype))
     optimizer = torch.optim.AdamW([weight], lr=1e-6, weight_decay=0.0)
-    ledger = Ledger(optimizer, torch.bfloat16)
+    update_stats = UpdateStats(optimizer, torch.bfloat16)
     weight.grad = torch.randn(100, 7).to(dtype)
-    ledger.open()
+    update_stats.open()
     optimizer.step()
-    metrics = ledger.close(processes)
+    metrics = update_stats.close(processes)
     if dtype == torch.bfloat16:
         assert metrics == {"changed_share": 0.0, "update_ratio": 0.0}
     else:
@@ -193,16 +195,16 @@ def test_the_ledger_asks_for_what_adamw_does(processes: Processes) -> None:
     matrix, vector = (nn.Parameter(torch.randn(*shape, dtype=torch.float64)) for shape in ((300, 300), (5,)))
     groups = [{"params": [matrix], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
-    ledger = Ledger(optimizer, torch.float64)
+    update_stats = UpdateStats(optimizer, torch.float64)
     for _ in range(3):
         matrix.grad, vector.grad = torch.randn_like(matrix), torch.randn_like(vector)
-        ledger.open()
+        update_stats.open()
         optimizer.step()
-        assert ledger.close(processes) == {"changed_share": 1.0, "update_ratio": pytest.approx(1.0, rel=1e-9)}
+        assert update_stats.close(processes) == {"changed_share": 1.0, "update_ratio": pytest.approx(1.0, rel=1e-9)}
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.0
-    ledger.open()
+    update_stats.open()
     optimizer.step()
-    assert ledger.close(processes) == {"changed_share": 0.0}
+    assert update_stats.close(processes) == {"changed_share": 0.0}
 
 
 # the probe
@@ -255,7 +257,7 @@ def test_settings_that_work_pass(settings: tuple[str, ...]) -> None:
 
 
 CONSTANT = """
-from RL2.objectives.declare import needs
+from RL2.objectives.objective import needs
 
 @needs("logp")
 def constant(stats, batch, *, scale: float = 1.0):
@@ -304,7 +306,7 @@ def test_what_reads_advantages_cannot(objective: str) -> None:
 
 
 def test_the_probe_has_something_of_everything() -> None:
-    _, batch = made_up(64)
+    _, batch = synthetic_prompts(64)
     assert batch.off_mode_T is not None and 0 < int(batch.off_mode_T.sum()) < len(batch.off_mode_T)
     assert {float(r) for r in batch.reward_T.unique()} == {0.0, 1.0}
     assert int(batch.lengths_B.min()) == 1

@@ -11,9 +11,9 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from RL2.config import ConfigError
+from RL2.batch.packing import pack
+from RL2.errors import ConfigError
 from RL2.models.value import VALUE, ValueModel
-from RL2.packing import pack
 from RL2.types import Sequence, TokenBatch, Trajectory
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from RL2.batch.packing import pack
 from RL2.objectives.value import clipped_value
-from RL2.packing import pack
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
-from RL2.workers.critic import foresight
+from RL2.workers.critic import explained_variance
 
 
 def a_batch(old_T: Tensor, return_T: Tensor) -> TokenBatch:
@@ -41,7 +41,7 @@ def test_value_loss_and_gradient_are_the_formula(clip: float) -> None:
 
 def test_explained_variance() -> None:
     returns = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    assert foresight(a_batch(returns, returns))["explained_variance"] == 1
-    assert foresight(a_batch(torch.full((4,), 7.0), returns))["explained_variance"] == 0
-    assert foresight(a_batch(-returns, returns))["explained_variance"] == -3
-    assert foresight(a_batch(returns, torch.ones(4))) == {}  # nothing to explain
+    assert explained_variance(a_batch(returns, returns))["explained_variance"] == 1
+    assert explained_variance(a_batch(torch.full((4,), 7.0), returns))["explained_variance"] == 0
+    assert explained_variance(a_batch(-returns, returns))["explained_variance"] == -3
+    assert explained_variance(a_batch(returns, torch.ones(4))) == {}  # nothing to explain

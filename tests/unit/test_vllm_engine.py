@@ -18,14 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from RL2.config import VLLM, ConfigError, check_here, load
+from RL2.config.here import check_here
+from RL2.config.load import load
+from RL2.config.rollout import VLLM
 from RL2.engines.served import engine as engine_module
 from RL2.engines.served import weight_files
 from RL2.engines.served.engine import ServedEngine
-from RL2.engines.served.folders import OwnFolder
+from RL2.engines.served.owned_dirs import OwnFolder
 from RL2.engines.served.router import Router
 from RL2.engines.served.server import EngineFailed, Server
-from RL2.engines.vllm.kind import VLLM_SERVER
+from RL2.engines.vllm.server_spec import VLLM_SERVER
+from RL2.errors import ConfigError
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 
@@ -331,7 +334,7 @@ def test_buckets_are_bounded_and_hold_everything(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_process_that_died_is_removed(tmp_path: Path) -> None:
     script = (
-        "from RL2.engines.served.folders import *; import sys\n"
+        "from RL2.engines.served.owned_dirs import *; import sys\n"
         f"own = OwnFolder(Path({str(tmp_path)!r}), 'own-'); print(own.path)"
     )
     wait = "; sys.stdout.flush(); sys.stdin.read()"

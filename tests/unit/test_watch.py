@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from RL2.trainer.watch import Watch
+from RL2.trainer.alarms import Alarms
 
 
 def rows(
@@ -22,7 +22,7 @@ def rows(
 
 
 def warnings(of: list[dict[str, float]], num_tests: int = 500) -> list[str]:
-    watch = Watch(num_tests, "ckpts/x")
+    watch = Alarms(num_tests, "ckpts/x")
     return [text for row in of for text in watch.see(int(row["step"]), row)]
 
 
@@ -62,7 +62,7 @@ def test_entropy_and_length() -> None:
 
 def test_a_resumed_run_does_not_repeat_itself() -> None:
     history = rows(scores=[0.9, 0.1])
-    watch = Watch(500, "ckpts/x", history)
+    watch = Alarms(500, "ckpts/x", history)
     assert not watch.see(2, {"test/score": 0.1})
     assert watch.see(3, {"test/score": 0.9}) == []
     assert len(watch.see(4, {"test/score": 0.1})) == 1
@@ -91,7 +91,7 @@ def course(steps: int, seed: int = 0, **changes: Callable[[int], float]) -> list
 
 
 def said(of: list[dict[str, float]]) -> list[str]:
-    watch = Watch(500, "ckpts/x", num_train=64)
+    watch = Alarms(500, "ckpts/x", num_train=64)
     return [text for row in of for text in watch.see(int(row["step"]), row)]
 
 

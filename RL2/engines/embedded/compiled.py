@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from RL2.config import ConfigError
 from RL2.engines.embedded.cache import Step
+from RL2.errors import ConfigError
 from RL2.ops.attention import Attend
 
 logger = logging.getLogger(__name__)

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from RL2.config import UserError
 from RL2.engines.embedded.cache import Cache, Piece, Step, bytes_per_position
 from RL2.engines.embedded.compiled import CompiledStep
 from RL2.engines.embedded.dense import DenseCache
 from RL2.engines.embedded.sampling import sample, uniforms
+from RL2.errors import UserError
 from RL2.models.inspection import stored_buffers
 from RL2.models.packed import backbone, layers
 from RL2.models.policy import head, positions

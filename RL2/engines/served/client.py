@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from RL2.config import first_line
+from RL2.errors import first_line
 from RL2.types import Sampling
 
 CONTROL_TIMEOUT_S = 600

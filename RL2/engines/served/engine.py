@@ -20,13 +20,13 @@ from typing import Literal
 import httpx
 from torch import Tensor
 
-from RL2.config import Servers, Transport
+from RL2.config.rollout import Servers, Transport
 from RL2.engines.served.client import ServerError
-from RL2.engines.served.keeper import Addresses, Keeper
-from RL2.engines.served.kind import Kind
 from RL2.engines.served.router import Router
 from RL2.engines.served.server import EngineFailed
-from RL2.engines.served.streams import make_stream
+from RL2.engines.served.server_pool import Addresses, Keeper
+from RL2.engines.served.server_spec import Kind
+from RL2.engines.served.weight_stream import make_stream
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from RL2.config import UserError
-from RL2.engines.served.kind import Kind
-from RL2.printing import is_secret
+from RL2.config.secrets import is_secret
+from RL2.engines.served.server_spec import Kind
+from RL2.errors import UserError
 
 POLL_S = 0.2
 TERM_S = 10

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from RL2.config import SGLANG_MAX_TOP_K
+from RL2.config.rollout import SGLANG_MAX_TOP_K
 from RL2.engines.served.client import Answer, Client, Refused, ServerError, checked, understood, versions_of
 from RL2.types import Sampling
 

@@ -1,0 +1,322 @@
+"""Trajectories into one packed batch, weights, and the plan of who computes what: pure functions, run on every rank."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from RL2.batch.advantages import reward_of_sequences
+from RL2.types import Sequence, TokenBatch, Trajectory
+
+Field = Literal["token_ids", "action_mask", "logps", "rewards", "versions"]
+
+
+def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatch:
+    """All sequences of `trajectories` end to end; labels are shifted here and never again.
+
+    `version`: of the weights that are going to train, to which the ages of tokens refer.
+    """
+    sequences = [(n, t.group, s) for n, t in enumerate(trajectories) for s in t.sequences]
+    if not sequences:
+        raise ValueError("nothing to pack: no trajectory has a sequence")
+    lengths = [len(s.token_ids) - 1 for _, _, s in sequences]
+
+    def joined(name: Field, dtype: torch.dtype, shift: int) -> Tensor:
+        parts = (getattr(s, name)[shift : len(s.token_ids) - 1 + shift] for _, _, s in sequences)
+        return torch.tensor([x for part in parts for x in part], dtype=dtype)
+
+    age_T = None
+    if version is not None and all(s.versions for _, _, s in sequences):
+        sampled_by_T = joined("versions", torch.long, 1)
+        age_T = torch.where(sampled_by_T < 0, 0, version - sampled_by_T)
+    truncated_B = torch.tensor([trajectories[n].truncated for n, _, _ in sequences])
+    return TokenBatch(
+        token_ids_T=joined("token_ids", torch.long, 0),
+        labels_T=joined("token_ids", torch.long, 1),
+        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
+        action_T=joined("action_mask", torch.bool, 1),
+        reward_T=joined("rewards", torch.float32, 1),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        trajectory_B=torch.tensor([n for n, _, _ in sequences]),
+        group_B=torch.tensor([group for _, group, _ in sequences]),
+        truncated_B=truncated_B if truncated_B.any() else None,
+        engine_logp_T=joined("logps", torch.float32, 1),
+        age_T=age_T if age_T is not None and age_T.any() else None,
+    )
+
+
+def pack_arrays(
+    ids_B: Seq[np.ndarray], action_B: Seq[np.ndarray], reward_B: Seq[float], group_B: Seq[int]
+) -> TokenBatch:
+    """Pack one sequence per trajectory, as `pack` does; no engine sampled them.
+
+    `action_B`: bool, which of the tokens `ids_B` are actions; `reward_B`: reward at the last token.
+    """
+    lengths = np.array([len(ids) - 1 for ids in ids_B])
+    reward_T = torch.zeros(int(lengths.sum()))
+    reward_T[torch.from_numpy(lengths.cumsum() - 1)] = torch.tensor(reward_B, dtype=torch.float32)
+    return TokenBatch(
+        token_ids_T=torch.from_numpy(np.concatenate([ids[:-1] for ids in ids_B]).astype(np.int64)),
+        labels_T=torch.from_numpy(np.concatenate([ids[1:] for ids in ids_B]).astype(np.int64)),
+        position_ids_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        action_T=torch.from_numpy(np.concatenate([action[1:] for action in action_B])),
+        reward_T=reward_T,
+        cu_seqlens=torch.tensor([0, *lengths.tolist()]).cumsum(0),
+        trajectory_B=torch.arange(len(ids_B)),
+        group_B=torch.tensor(group_B),
+        engine_logp_T=torch.zeros_like(reward_T),
+    )
+
+
+def part_rewards(trajectories: Seq[Trajectory], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+    """Return the parts of the reward of each trajectory, float64 [N, P], and their weights [P].
+
+    A trajectory that lacks a part of another one has 0 of it, as in the sum of its parts.
+    """
+    names = sorted({name for trajectory in trajectories for name in trajectory.by_part})
+    rows = [[trajectory.by_part.get(name, 0.0) for name in names] for trajectory in trajectories]
+    weight_P = torch.tensor([weights.get(name, 1.0) for name in names], dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(trajectories), len(names)), weight_P
+
+
+def pack_tokens(sequences: Seq[list[int]]) -> TokenBatch:
+    """Pack token ids of which every one but the first of its sequence is an action; each is a group of its own."""
+    return pack(
+        [
+            Trajectory(n, n, 0, [Sequence(ids, [False] + [True] * (len(ids) - 1), [0.0] * len(ids), [0.0] * len(ids))])
+            for n, ids in enumerate(sequences)
+        ]
+    )
+
+
+def loss_weights(
+    batch: TokenBatch,
+    *,
+    train_on: Literal["all", "correct"],
+    level: Literal["token", "sequence", "constant"],
+    average_over: Literal["all", "kept", "correct"],
+    length: int | None = None,
+    entropy_quantile: float = 0.0,
+    not_mode: bool = False,
+    on_policy: bool = False,
+    not_truncated: bool = False,
+) -> Tensor:
+    """weight_T of every token in the loss, float32 [T]; `(loss_T * weight_T).sum()` is then the mean that is asked for.
+
+    `batch` is the global minibatch of one optimizer step. What trains: the tokens that `kept` keeps. With
+    `level=token` each of them weighs 1 / (number of tokens); `sequence`: 1 / (tokens of its sequence) / (number of
+    sequences); `constant`: 1 / `length` / (number of sequences), as in Dr. GRPO (arXiv 2503.20783). The numbers
+    count every action (`average_over=all`, thesis 3.1), only what trains (`kept`, 3.2) or every action of the sequences
+    that `train_on` keeps (`correct`). With nothing kept all weights are 0.
+    """
+    sequence_T = batch.sequence_T
+    kept_T = kept(
+        batch,
+        train_on=train_on,
+        entropy_quantile=entropy_quantile,
+        not_mode=not_mode,
+        on_policy=on_policy,
+        not_truncated=not_truncated,
+    )
+    counted_T = {"all": batch.action_T, "kept": kept_T}.get(average_over)
+    if counted_T is None:
+        counted_T = kept(batch, train_on=train_on)
+    tokens_B = torch.zeros_like(batch.lengths_B).index_add_(0, sequence_T, counted_T.long())
+    num_sequences = max(1, int((tokens_B > 0).sum()))
+    if level == "token":
+        weight_B = torch.full(tokens_B.shape, 1 / max(1, int(tokens_B.sum())), dtype=torch.float64)
+    elif level == "sequence":
+        weight_B = 1 / tokens_B.clamp(min=1).double() / num_sequences
+    else:
+        assert length is not None
+        weight_B = torch.full(tokens_B.shape, 1 / (length * num_sequences), dtype=torch.float64)
+    return (weight_B[sequence_T] * kept_T).float()
+
+
+def sequence_weights(batch: TokenBatch) -> Tensor:
+    """weight_T of losses of whole sequences, float32 [T]: 1 / B at the last action of each of the B sequences, else 0.
+
+    Every sequence has an action. The trained tokens are then the sequences.
+    """
+    place = batch.action_T.nonzero()[:, 0]
+    sequence = batch.sequence_T[place]
+    last = place[sequence != torch.cat([sequence[1:], sequence.new_tensor([-1])])]
+    return torch.zeros_like(batch.reward_T).index_fill_(0, last, 1 / batch.num_sequences)
+
+
+def kept(
+    batch: TokenBatch,
+    *,
+    train_on: Literal["all", "correct"],
+    entropy_quantile: float = 0.0,
+    not_mode: bool = False,
+    on_policy: bool = False,
+    not_truncated: bool = False,
+) -> Tensor:
+    """bool [T]: the actions that train, chosen over the whole of `batch`.
+
+    `train_on=correct`: of sequences of trajectories whose total reward is above 0. Of these, `not_mode`: those that
+    were not the most likely token; `entropy_quantile`: those whose entropy is at or above this quantile (arXiv
+    2506.01939 trains on the top fifth, 0.8). Both as the policy was when the rollout arrived. `on_policy`: those that
+    the weights sampled that are going to train. `not_truncated`: those of trajectories that no length limit ended.
+    """
+    kept_T = batch.action_T
+    if on_policy and batch.age_T is not None:
+        kept_T = kept_T & (batch.age_T == 0)
+    if not_truncated and batch.truncated_B is not None:
+        kept_T = kept_T & ~batch.truncated_B[batch.sequence_T]
+    if train_on == "correct":
+        kept_T = kept_T & (reward_of_sequences(batch) > 0)[batch.sequence_T]
+    if entropy_quantile > 0 and kept_T.any():
+        assert batch.old_entropy_T is not None
+        ordered = batch.old_entropy_T[kept_T].sort().values
+        threshold = ordered[min(len(ordered) - 1, math.floor(entropy_quantile * len(ordered)))]
+        kept_T = kept_T & (batch.old_entropy_T >= threshold)
+    if not_mode:
+        assert batch.off_mode_T is not None
+        kept_T = kept_T & batch.off_mode_T
+    return kept_T
+
+
+def minibatches(batch: TokenBatch, number: int) -> list[list[int]]:
+    """The sequences of each of `number` optimizer steps on one rollout: trajectories in order, cut into even shares.
+
+    With fewer trajectories than steps (most were filtered out or unscored) there is one step a trajectory.
+    """
+    trajectory = batch.trajectory_B.tolist()
+    order = {t: i for i, t in enumerate(dict.fromkeys(trajectory))}
+    number = min(number, len(order))
+    shares: list[list[int]] = [[] for _ in range(number)]
+    for b, t in enumerate(trajectory):
+        shares[order[t] * number // len(order)].append(b)
+    return shares
+
+
+def units(batch: TokenBatch, ids: Seq[int], max_tokens: int) -> list[list[int]]:
+    """`ids` in lists that stay together: sequences of one group, as far as `max_tokens` allow.
+
+    They begin alike, and in one microbatch what they share is computed once. The two of a pair need one another there:
+    the losses of pairs compare them.
+    """
+    lengths, groups = batch.lengths_B.tolist(), batch.group_B.tolist()
+    found: list[list[int]] = []
+    room: dict[int, tuple[list[int], int]] = {}
+    for b in ids:
+        unit, left = room.get(groups[b], ([], 0))
+        if lengths[b] > left:
+            unit, left = [], max_tokens
+            found.append(unit)
+        unit.append(b)
+        room[groups[b]] = unit, left - lengths[b]
+    return found
+
+
+def microbatches(batch: TokenBatch, ids: Seq[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
+    """[rank][microbatch] -> which of the sequences `ids`: `plan` over their `units`."""
+    together = units(batch, ids, max_tokens)
+    length_B = batch.lengths_B.tolist()
+    lengths = [sum(length_B[b] for b in unit) for unit in together]
+    costs = [sum(cost(length_B[b]) for b in unit) for unit in together]
+    planned = plan(lengths, max_tokens, num_ranks, costs)
+    return [[[b for i in chosen for b in together[i]] for chosen in rank] for rank in planned]
+
+
+ATTENTION_EQUALS_REST = 16_384
+"""Length of a sequence whose attention takes as long as all else. In operations it is parameters / (layers x heads x
+head size): 10,000 for Qwen3 0.6B, 27,000 for 4B, 62,000 for 32B, 107,000 for Llama 70B; attention runs at about half
+the speed of other products."""
+
+
+def cost(length: int) -> float:
+    """Work of a sequence of `length` tokens, in tokens of a very short one: a linear part, and attention's square."""
+    return length + length * length / ATTENTION_EQUALS_REST
+
+
+def plan(lengths: Seq[int], max_tokens: int, num_ranks: int, costs: Seq[float] | None = None) -> list[list[list[int]]]:
+    """[rank][microbatch] -> ids of the sequences: at most `max_tokens` each, few, and alike in `costs` on all ranks.
+
+    Every rank gets the same number of microbatches (some may be empty), so every rank runs the same collectives. As
+    ranks meet in each of them, a step takes what the dearest of each index cost together: of two ways to fill them the
+    one where that is less is taken (benchmarks/packing.py compares them). `costs` are those of `cost` unless given.
+    Raises ValueError if one sequence alone is too long.
+    """
+    if lengths and max(lengths) > max_tokens:
+        raise ValueError(
+            f"a sequence of {max(lengths) + 1} tokens does not fit into a microbatch of {max_tokens}; "
+            "raise actor.max_length_per_device (and actor.max_inference_length_per_device)"
+        )
+    costs = [cost(length) for length in lengths] if costs is None else costs
+    number = max(1, math.ceil(sum(lengths) / (max_tokens * num_ranks)))
+    while True:
+        ways = [fill(lengths, costs, max_tokens, num_ranks, number) for fill in (fill_evenly, fill_in_turn)]
+        if found := [rounds for rounds in ways if rounds is not None]:
+            rounds = min(found, key=lambda rounds: time_of(rounds, costs))
+            return [[sorted(bins[rank]) for bins in rounds] for rank in range(num_ranks)]
+        number += 1
+
+
+Rounds = list[list[list[int]]]
+"""[microbatch][rank] -> ids"""
+
+
+def fill_evenly(lengths: Seq[int], costs: Seq[float], max_tokens: int, num_ranks: int, number: int) -> Rounds | None:
+    """All `number` microbatches of all ranks alike: the dearest first, each into the cheapest that has room.
+
+    Those that cost most then meet. None if they have no room for all.
+    """
+    bins, left = _spread(_dearest_first(costs), lengths, costs, max_tokens, num_ranks * number)
+    bins.sort(key=lambda ids: -sum(costs[i] for i in ids))
+    return None if left else [bins[i : i + num_ranks] for i in range(0, len(bins), num_ranks)]
+
+
+def fill_in_turn(lengths: Seq[int], costs: Seq[float], max_tokens: int, num_ranks: int, number: int) -> Rounds | None:
+    """One microbatch of all ranks after the other, each up to an even share or, if that is more, the dearest sequence.
+
+    What is much dearer than an even share then has its like beside it. None if the last have no room for the rest.
+    """
+    left, rounds = _dearest_first(costs), []
+    for remaining in range(number, 0, -1):
+        share = sum(costs[i] for i in left) / (num_ranks * remaining)
+        level = max([share, *(costs[i] for i in left[:1])]) if remaining > 1 else math.inf
+        bins, left = _spread(left, lengths, costs, max_tokens, num_ranks, level)
+        rounds.append(bins)
+    return None if left else rounds
+
+
+def time_of(rounds: Rounds, costs: Seq[float]) -> float:
+    """What the dearest rank of each microbatch costs, together."""
+    return sum(max(sum(costs[i] for i in ids) for ids in bins) for bins in rounds)
+
+
+def _spread(
+    ids: Seq[int], lengths: Seq[int], costs: Seq[float], max_tokens: int, number: int, level: float = math.inf
+) -> tuple[list[list[int]], list[int]]:
+    """`ids` in order, each into the cheapest of `number` bins with room, up to a cost of `level`; and what is left."""
+    bins: list[list[int]] = [[] for _ in range(number)]
+    tokens = [0] * number
+    heap, left = [(0.0, i) for i in range(number)], []
+    for sequence in ids:
+        full = []
+        while heap and tokens[heap[0][1]] + lengths[sequence] > max_tokens:
+            full.append(heapq.heappop(heap))
+        if heap and heap[0][0] + costs[sequence] <= level:
+            load, i = heap[0]
+            bins[i].append(sequence)
+            tokens[i] += lengths[sequence]
+            heapq.heapreplace(heap, (load + costs[sequence], i))
+        else:
+            left.append(sequence)
+        for entry in full:
+            heapq.heappush(heap, entry)
+    return bins, left
+
+
+def _dearest_first(costs: Seq[float]) -> list[int]:
+    return sorted(range(len(costs)), key=lambda i: (-costs[i], i))

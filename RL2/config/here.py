@@ -1,0 +1,69 @@
+"""What a run needs on this machine: files, packages, interpreters, processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from RL2.config.model import Trainable, TrainablePolicy, num_shards
+from RL2.config.programs import Config, RLConfig, trained
+from RL2.errors import ConfigError
+
+
+def missing_here(config: Config) -> list[str]:
+    """Return what a run on this machine would lack, a line each: packages, and the interpreter of its servers."""
+    group, model = trained(config)
+    packages = {
+        "trainer.use_wandb": ("wandb", "wandb", config.trainer.use_wandb),
+        "trainer.use_trackio": ("trackio", "trackio", config.trainer.use_trackio),
+        "trainer.use_tensorboard": ("tensorboard", "tensorboard", config.trainer.use_tensorboard),
+    }
+    models: dict[str, Trainable] = {group: model}
+    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
+        models["critic"] = config.critic
+    packages |= {f"{k}.use_liger_kernel": ("liger_kernel", "liger", m.use_liger_kernel) for k, m in models.items()}
+    if isinstance(model, TrainablePolicy):
+        packages[f"{group}.lora.rank"] = ("peft", "lora", model.lora.rank > 0)
+    missing = [
+        f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'"
+        for key, (package, extra, wanted) in packages.items()
+        if wanted and importlib.util.find_spec(package) is None
+    ]
+    servers = config.rollout.servers if isinstance(config, RLConfig) else None
+    if servers is not None and not servers.urls and shutil.which(servers.python) is None:
+        how = " (`make engine` builds .venv-vllm)" if servers.key == "vllm" else ""
+        missing.append(f"rollout.{servers.key}.python={servers.python}: there is no such interpreter{how}")
+    return missing
+
+
+def check_here(config: Config) -> None:
+    """Raise `ConfigError` for what is not here: files that are named, packages, processes to split a model over."""
+    group, model = trained(config)
+    if not config.trainer.dry_run and (missing := missing_here(config)):
+        raise ConfigError(missing[0])
+    models: dict[str, Trainable] = {group: model}
+    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
+        models["critic"] = config.critic
+    for each, sizes in models.items():
+        if "WORLD_SIZE" in os.environ or not config.trainer.dry_run:  # a dry run may be for other machines
+            num_shards(sizes, int(os.environ.get("WORLD_SIZE", 1)), each)
+    named: dict[str, str | None] = {f"{group}.chat_template": model.chat_template}
+    if isinstance(config, RLConfig):
+        named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}
+        for test_set in config.test_sets:
+            named[f"{test_set.key}.path"] = test_set.path
+            if test_set.env_path != config.rollout.env_path:
+                named[f"{test_set.key}.env_path"] = test_set.env_path
+    else:
+        named |= {"data.path": config.data.path, "data.test_path": config.data.test_path}
+        named |= {"data.env_path": config.data.env_path}
+    for key, path in named.items():
+        # a name without suffix may be a hub data set or a folder; scripts and templates are always files
+        if path is None:
+            continue
+        if key.endswith(("env_path", "chat_template")) and not Path(path).is_file():
+            raise ConfigError(f"{key}={path}: there is no such file")
+        if Path(path).suffix[1:].isalpha() and "@" not in path and not Path(path).exists():
+            raise ConfigError(f"{key}={path}: there is no such file")

@@ -1,0 +1,61 @@
+"""A user's own Python file: an environment or an objective, loaded from where it lies."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from RL2.errors import UserError, one_line
+
+
+class ScriptError(UserError, ValueError):
+    """The script cannot be used at all; found when it is loaded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
+
+
+def load_script(path: str | Path) -> ModuleType:
+    """The module of the file `path`, in a package made of its folder: it finds its siblings (`from .other import f`),
+    and other imports are as ever. Raises `ScriptError`, with the line in the script where it failed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ScriptError(f"{path}: there is no such file")
+    folder = str(path.resolve().parent)
+    package = f"rl2_scripts_{hashlib.blake2b(folder.encode(), digest_size=4).hexdigest()}"
+    if package not in sys.modules:
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [folder]
+    name = f"{package}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ScriptError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look up their module there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # a script that would end the program ends it with a reason
+        del sys.modules[name]
+        raise ScriptError(f"{path} cannot be imported: {described(error, str(path), spec.origin)}") from error
+    return module
+
+
+def described(error: BaseException, path: str, file: str | None) -> str:
+    """Type, first line of the message, and the last line of the script that the error passed through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno)
+    message = (str(error).splitlines() or [""])[0][:200]
+    return type(error).__name__ + (f": {message}" if message else "") + (f" ({path}:{lines[-1]})" if lines else "")
+
+
+def raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise `error` in the Python code that the thread of this number runs; None takes back what is not raised yet."""
+    cause = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), cause)

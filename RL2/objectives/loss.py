@@ -1,0 +1,166 @@
+"""What stands around every objective without a line in it: reference, engine-trainer gap, entropy, length."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from RL2.batch.packing import loss_weights
+from RL2.config.model import Actor
+from RL2.objectives.closed_forms import bounded
+from RL2.objectives.objective import Loss
+from RL2.objectives.registry import BoundObjective
+from RL2.types import TokenBatch, TokenStats
+
+
+def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Per-token estimate of KL(policy || reference) at the sampled token (Schulman, "Approximating KL divergence").
+
+    With d = log p_ref - log p: k1 = -d (unbiased), k2 = d^2 / 2 (biased), k3 = e^d - 1 - d (unbiased and never
+    negative). The expected gradient over p, in the loss: 0 of k1, that of KL(policy || reference) of k2, and that of
+    KL(reference || policy) of k3. As a constant in a reward or advantage: that of KL(policy || reference) of k1; of k2
+    and k3 it is of second order in d.
+    """
+    d_T = ref_logp_T - logp_T
+    if estimator == "k1":
+        return -d_T
+    if estimator == "k2":
+        return d_T.square() / 2
+    return torch.expm1(bounded(d_T)) - d_T
+
+
+def kl_in_the_loss(
+    logp_T: Tensor,
+    sampled_logp_T: Tensor,
+    ref_logp_T: Tensor,
+    estimator: Literal["k1", "k2", "k3"],
+    *,
+    weighted: bool,
+) -> Tensor:
+    """Return the KL term of each token: `kl_estimate`, if `weighted` times r = p / p_old.
+
+    `sampled_logp_T` is log p_old, of the policy that sampled the token. Weighted, k2 (r a constant) and k3 (r not, as
+    in TRL's `use_bias_correction_kl`) both have the gradient r (log p - log p_ref) dlog p, whose mean over p_old is the
+    gradient of KL(policy || reference).
+    """
+    kl_T = kl_estimate(logp_T, ref_logp_T, estimator)
+    if not weighted:
+        return kl_T
+    ratio_T = bounded(logp_T - sampled_logp_T).exp()
+    return kl_T * (ratio_T if estimator == "k3" else ratio_T.detach())
+
+
+def importance_weight(
+    logp_T: Tensor,
+    batch: TokenBatch,
+    *,
+    cap: float,
+    level: Literal["token", "sequence"],
+    mode: Literal["truncate", "mask"],
+) -> Tensor:
+    """p / p_engine, without gradient: corrects for tokens drawn from the engine's slightly other numbers.
+
+    `logp_T` is the trainer's log-probability when the rollout arrived. `level=sequence` takes the ratio of the whole
+    sequence, the product over its actions, at each of them. A ratio above `cap` becomes `cap` (`truncate`, truncated
+    importance sampling, Ionides 2008) or 0 (`mask`).
+    """
+    assert batch.engine_logp_T is not None
+    log_ratio_T = logp_T.detach() - batch.engine_logp_T
+    if level == "sequence":
+        log_ratio_T = log_ratio_T.new_zeros(batch.num_sequences).index_add_(0, batch.sequence_T, log_ratio_T)[
+            batch.sequence_T
+        ]
+    ratio_T = log_ratio_T.exp()  # inf for a long sequence, of which a product with 0 would be NaN
+    return ratio_T.clamp(max=cap) if mode == "truncate" else ratio_T.masked_fill(ratio_T > cap, 0.0)
+
+
+def overlong_penalty(batch: TokenBatch, *, max_new_tokens: int, buffer: int, penalty: float) -> Tensor:
+    """What a response pays for its length, at the last action of its sequence, [T].
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): nothing up to `max_new_tokens - buffer` tokens,
+    then linearly more, up to `penalty` at `max_new_tokens`.
+    """
+    sequence_T, action_T = batch.sequence_T, batch.action_T
+    tokens_B = torch.zeros_like(batch.lengths_B).index_add_(0, sequence_T, action_T.long())
+    cost_B = penalty * ((tokens_B - (max_new_tokens - buffer)) / buffer).clamp(0, 1)
+    number_T = action_T.long().cumsum(0)
+    last_B = torch.zeros_like(tokens_B).scatter_reduce_(0, sequence_T, number_T, "amax")
+    return cost_B[sequence_T] * (action_T & (number_T == last_B[sequence_T]))
+
+
+def with_weights(batch: TokenBatch, config: Actor) -> TokenBatch:
+    """Return the global minibatch of one optimizer step with its weights.
+
+    With `regularize_on=all` every action has a weight, that of an average over all, and `objective_factor_T` makes of
+    it the weight of the objective, which is 0 at tokens that do not train.
+    """
+    weight_T = loss_weights(
+        batch,
+        train_on=config.train_on,
+        level=config.avg_level,
+        average_over=config.average_over,
+        length=config.avg_length,
+        entropy_quantile=config.select.entropy_quantile,
+        not_mode=config.select.not_mode,
+        on_policy=config.select.on_policy,
+        not_truncated=config.select.not_truncated,
+    )
+    if config.regularize_on == "kept":
+        return batch.with_(weight_T=weight_T)
+    all_T = loss_weights(batch, train_on="all", level=config.avg_level, average_over="all", length=config.avg_length)
+    return batch.with_(weight_T=all_T, objective_factor_T=torch.where(all_T > 0, weight_T / all_T, 0.0))
+
+
+def total_loss(stats: TokenStats, batch: TokenBatch, config: Actor, objective: BoundObjective) -> Loss:
+    """The objective and what stands around it: importance weight, KL to the reference, entropy."""
+    logp_T, entropy_T = stats.logp, stats.entropy
+    loss_T, metrics = objective.loss(stats, batch)
+    # the policy's own log-probability when the rollout arrived
+    arrived_T = logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T
+    if config.tis_coef > 0:
+        weight_T = importance_weight(
+            arrived_T, batch, cap=config.tis_coef, level=config.tis_level, mode=config.tis_mode
+        )
+        loss_T, metrics = loss_T * weight_T, metrics | {"importance_weight": weight_T}
+    if batch.objective_factor_T is not None:
+        loss_T = loss_T * batch.objective_factor_T
+    if batch.ref_logp_T is not None:
+        kl = config.kl
+        metrics = metrics | {"kl": kl_estimate(logp_T, batch.ref_logp_T, kl.used_estimator)}
+        if kl.type == "loss":
+            sampled_T = arrived_T
+            if batch.age_T is not None:  # older weights sampled it, and what they said is the engine's word
+                assert batch.engine_logp_T is not None
+                sampled_T = torch.where(batch.age_T > 0, batch.engine_logp_T, arrived_T)
+            loss_T = loss_T + kl.coef * kl_in_the_loss(
+                logp_T, sampled_T, batch.ref_logp_T, kl.used_estimator, weighted=kl.importance_weight
+            )
+    if config.entropy.coef != 0:
+        loss_T = loss_T - config.entropy.coef * entropy_T
+    if "max_logp" in vars(stats):
+        metrics = metrics | {"p_max": stats.max_logp.detach().exp()}
+    return loss_T, metrics | {"entropy": entropy_T}
+
+
+def by_token(stats: TokenStats, actions: TokenBatch, config: Actor, objective: BoundObjective) -> tuple[Tensor, Tensor]:
+    """What each action adds to the loss of a step, and asks of its own log-probability; both [T], without gradient.
+
+    `actions` is what an objective sees, with `weight_T`. The first is loss_T. The second is the derivative of
+    -(loss_T * weight_T).sum() by logp: by how much the loss falls as the sampled token's log-probability rises.
+    log(1 - p) moves with it; the other statistics stand still.
+    """
+    assert actions.weight_T is not None
+    logp_T = stats.logp.detach().clone().requires_grad_()
+    leaves = vars(stats) | {"logp": logp_T}
+    if "log1mp" in leaves:
+        # its value as it is, its slope that of log(1 - exp(logp))
+        slope_T = -bounded(logp_T.detach() - stats.log1mp).exp()
+        leaves["log1mp"] = stats.log1mp + slope_T * (logp_T - logp_T.detach())
+    loss_T, _ = total_loss(TokenStats(**leaves), actions, config, objective)
+    loss = (loss_T * actions.weight_T).sum()
+    if not loss.requires_grad:
+        return loss_T, torch.zeros_like(loss_T)
+    (gradient_T,) = torch.autograd.grad(loss, logp_T, allow_unused=True, materialize_grads=True)
+    return loss_T.detach(), -gradient_T

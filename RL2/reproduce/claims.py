@@ -1,0 +1,226 @@
+"""What a thesis claims of its methods, judged by runs that were made anew: holds, does not hold, or cannot tell.
+
+A claim holds if the 95% interval over seeds of everything that it speaks of lies on the claimed side of 0, and does
+not hold if one lies on the other side. Intervals over seeds are Student's; where problems were answered, those of
+`compare`. With few seeds they are wide, and "cannot tell" is the honest answer then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any, Literal, NamedTuple
+
+from RL2.tools.eval.compare import compare
+from RL2.tools.eval.intervals import Estimate, student
+
+Verdict = Literal["holds", "does not hold", "cannot tell"]
+Scores = Mapping[str, float]
+
+EDGE_STEPS = 10
+"""First and last values of noisy series are means over so many steps."""
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """One method under one seed."""
+
+    metrics: Sequence[Mapping[str, Any]]
+    """The rows of metrics.jsonl."""
+    before: Scores
+    """Greedy score of each held-out problem before the run."""
+    after: Scores
+
+
+class Claim(NamedTuple):
+    section: str
+    text: str
+    verdict: Verdict
+    measured: str
+
+
+def verdict(estimates: Sequence[Estimate]) -> Verdict:
+    """All of `estimates` are claimed to be above 0."""
+    if any(estimate.high < 0 for estimate in estimates):
+        return "does not hold"
+    return "holds" if all(estimate.low > 0 for estimate in estimates) else "cannot tell"
+
+
+def over_seeds(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """Mean with Student's interval; without bounds for a single value."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return Estimate(mean, -math.inf, math.inf)
+    half = student(confidence, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def rise_together(section: str, title: str, runs: Sequence[SeedRun]) -> Claim:
+    accuracy = _accuracy([run.before for run in runs], [run.after for run in runs])
+    entropy = over_seeds([change(run, "train/entropy") for run in runs])
+    return Claim(
+        section,
+        f"{title}: accuracy and entropy rise together",
+        verdict([accuracy, entropy]),
+        f"greedy accuracy {_points(accuracy)}; entropy {_nats(entropy)}",
+    )
+
+
+def rises_then_collapses(section: str, title: str, runs: Sequence[SeedRun]) -> Claim:
+    """The rise is that of the best test in the first half of the steps; collapsed is below half of the best test."""
+    curves = [by_step(run) for run in runs]
+    half = max(curves[0]) / 2
+    early = max((step for step in curves[0] if 0 < step <= half), key=lambda step: fmean(c[step] for c in curves))
+    rise = over_seeds([curve[early] - curve[0] for curve in curves])
+    fall = over_seeds([max(curve.values()) / 2 - curve[max(curve)] for curve in curves])
+    ends = fmean(curve[max(curve)] for curve in curves)
+    return Claim(
+        section,
+        f"{title} rises fast, then collapses",
+        verdict([rise, fall]),
+        f"test accuracy at step {early}, the best early one, {_points(rise)}; at the end {ends:.1%}",
+    )
+
+
+def fewer_tokens(section: str, title: str, runs: Sequence[SeedRun], baseline: Sequence[SeedRun], name: str) -> Claim:
+    """Tokens sampled in training until a test reaches the lower of the two methods' best scores."""
+    ratios = []
+    for run, other in zip(runs, baseline, strict=True):
+        mine, theirs = (sampled_until(each, step) for each, step in _at_equal_accuracy(run, other))
+        # neither has trained at all if both begin there
+        ratios.append(math.log((mine + 1) / (theirs + 1)))
+    saved = over_seeds([-ratio for ratio in ratios])
+    mean, low, high = (math.exp(-x) for x in (saved.value, saved.high, saved.low))
+    return Claim(
+        section,
+        f"{title} needs fewer sampled tokens than {name} to equal accuracy",
+        verdict([saved]),
+        f"{mean:.2f} times as many ({low:.2f} to {high:.2f})",
+    )
+
+
+def shorter_answers(section: str, title: str, runs: Sequence[SeedRun], baseline: Sequence[SeedRun], name: str) -> Claim:
+    """Length of the rollouts where a test first reaches the lower of the two methods' best scores."""
+    saved = []
+    for run, other in zip(runs, baseline, strict=True):
+        mine, theirs = (length_at(each, step) for each, step in _at_equal_accuracy(run, other))
+        saved.append(theirs - mine)
+    estimate = over_seeds(saved)
+    return Claim(
+        section,
+        f"{title} answers with fewer tokens than {name} at equal accuracy",
+        verdict([estimate]),
+        f"{_signed(-estimate.value, 2)} tokens a response ({_range(estimate, 2, -1)})",
+    )
+
+
+def loss_grows(section: str, title: str, runs: Sequence[SeedRun]) -> Claim:
+    loss = over_seeds([change(run, "actor/loss") for run in runs])
+    return Claim(
+        section,
+        f"{title}: the loss grows",
+        verdict([loss]),
+        f"{_signed(loss.value, 5)} ({_range(loss, 5)})",
+    )
+
+
+def lowers_entropy(section: str, title: str, runs: Sequence[SeedRun], without: Sequence[SeedRun]) -> Claim:
+    """Entropy at the end against the same method, seed by seed."""
+    lower = over_seeds(
+        [last(b, "train/entropy") - last(a, "train/entropy") for a, b in zip(runs, without, strict=True)]
+    )
+    accuracy = _accuracy([run.after for run in without], [run.after for run in runs])
+    return Claim(
+        section,
+        f"{title}: lower entropy than without",
+        verdict([lower]),
+        f"entropy {_signed(-lower.value, 3)} nats ({_range(lower, 3, -1)}); accuracy {_points(accuracy)}",
+    )
+
+
+def more_accurate(section: str, title: str, runs: Sequence[SeedRun], baseline: Sequence[SeedRun], name: str) -> Claim:
+    difference = _accuracy([run.after for run in baseline], [run.after for run in runs])
+    return Claim(section, f"{title} is more accurate than {name}", verdict([difference]), _points(difference))
+
+
+def better_likelihood(
+    section: str, title: str, runs: Sequence[SeedRun], baseline: Sequence[SeedRun], name: str
+) -> Claim:
+    """Held-out negative log-likelihood at the same budget of tokens."""
+    saved = over_seeds(
+        [
+            list(by_step(b, "test/nll").values())[-1] - list(by_step(a, "test/nll").values())[-1]
+            for a, b in zip(runs, baseline, strict=True)
+        ]
+    )
+    return Claim(
+        section,
+        f"{title} predicts held-out tokens better than {name}, at equal tokens",
+        verdict([saved]),
+        f"negative log-likelihood {_signed(-saved.value, 4)} nats ({_range(saved, 4, -1)})",
+    )
+
+
+def by_step(run: SeedRun, key: str = "test/score") -> dict[int, float]:
+    """Step -> what the test after so many steps found."""
+    return {row["step"]: row[key] for row in run.metrics if key in row}
+
+
+def values(run: SeedRun, key: str) -> list[float]:
+    return [row[key] for row in run.metrics if key in row]
+
+
+def change(run: SeedRun, key: str) -> float:
+    """Mean of the last steps less that of the first ones."""
+    return last(run, key) - fmean(values(run, key)[:EDGE_STEPS])
+
+
+def last(run: SeedRun, key: str) -> float:
+    return fmean(values(run, key)[-EDGE_STEPS:])
+
+
+def sampled_until(run: SeedRun, step: int) -> float:
+    """Tokens of all rollouts before `step`."""
+    return sum(row["train/tokens"] for row in run.metrics if "train/tokens" in row and row["step"] < step)
+
+
+def length_at(run: SeedRun, step: int) -> float:
+    """Mean length of the rollouts over ten steps from `step` on, or the last ten."""
+    lengths = [(row["step"], row["train/length"]) for row in run.metrics if "train/length" in row]
+    start = min(step, lengths[-1][0] - EDGE_STEPS + 1)
+    return fmean(length for at, length in lengths if start <= at < start + EDGE_STEPS)
+
+
+def _at_equal_accuracy(*runs: SeedRun) -> Iterator[tuple[SeedRun, int]]:
+    """Each run, and the step at which a test of it first reaches the lowest of the runs' best scores."""
+    level = min(max(by_step(run).values()) for run in runs)
+    for run in runs:
+        yield run, next(step for step, score in by_step(run).items() if score >= level)
+
+
+def _accuracy(first: Sequence[Scores], second: Sequence[Scores]) -> Estimate:
+    found = compare(first, second)
+    if found.seeds == (1, 1):  # an interval of these two runs, which says nothing of the methods
+        return Estimate(found.difference, -math.inf, math.inf)
+    return Estimate(found.difference, found.low, found.high)
+
+
+def _points(x: Estimate) -> str:
+    return f"{_signed(100 * x.value, 1)} points ({_range(Estimate(*(100 * y for y in x)), 1)})"
+
+
+def _nats(x: Estimate) -> str:
+    return f"{_signed(x.value, 3)} nats ({_range(x, 3)})"
+
+
+def _signed(x: float, digits: int) -> str:
+    return f"{x:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _range(x: Estimate, digits: int, sign: int = 1) -> str:
+    if math.isinf(x.low):
+        return "one seed, no interval"
+    low, high = sorted((sign * x.low, sign * x.high))
+    return f"{_signed(low, digits)} to {_signed(high, digits)}"

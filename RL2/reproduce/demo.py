@@ -1,0 +1,463 @@
+"""The pictures of the thesis in miniature, on a laptop's CPU: python -m RL2.reproduce.demo [--quick]
+
+A model of 245,000 parameters learns to solve word problems from a careless demonstrator, then from rewards, by Dr.
+GRPO and by SPO 3.1, 3.2 and 3.3, all from the same warm start and through the programs that train large models. What
+comes out stands in OUT/report.html and OUT/summary.json, whatever it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from RL2.errors import UserError
+from RL2.reproduce.demo_page import Page, RunView, Scores, findings, headline, summary_json, write_report
+from RL2.reproduce.model import build_model
+from RL2.reproduce.problems import write_data
+from RL2.tools.eval import evaluate as evaluation
+
+MAX_NEW_TOKENS = 36
+SEQUENCES_PER_STEP = 256
+WARMUP_BATCH = 32
+WARMUP = "warm-up"
+DONE = "done.json"
+"""In the folder of a job that has ended well: its command, and the seconds that it took."""
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    title: str
+    program: str
+    responses_per_prompt: int
+    settings: tuple[str, ...]
+
+
+# Each method at a learning rate that suits it; they are 50 to 100 times those of a model with billions of parameters.
+METHODS = (
+    Method("dr_grpo", "Dr. GRPO", "ppo", 4, ("actor.lr=1e-4",)),
+    Method("spo_3_1", "SPO 3.1", "spo", 1, ("actor.lr=5e-5",)),
+    Method("spo_3_2", "SPO 3.2", "spo", 1, ("actor.average_over=kept", "actor.lr=1e-4", "actor.scheduler=linear")),
+    Method("spo_3_3", "SPO 3.3", "spo_0p5", 1, ("actor.lr=5e-5",)),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    warmup_steps: int
+    steps: int
+    test_freq: int
+    methods: tuple[Method, ...]
+    test_rows: int = 512
+
+
+FULL = Plan(warmup_steps=1000, steps=80, test_freq=10, methods=METHODS)
+QUICK = Plan(warmup_steps=500, steps=40, test_freq=10, methods=METHODS[2:3])
+
+
+class DemoError(UserError):
+    """Something that the demo started has failed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program to run."""
+
+    title: str
+    program: str
+    overrides: tuple[str, ...]
+    folder: Path
+    steps: int
+    threads: int
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", f"RL2.trainer.{self.program}", *self.overrides]
+
+    @property
+    def shown(self) -> str:
+        """The command as one would type it."""
+        return shlex.join(["python", *self.command[1:]])
+
+    @property
+    def is_done(self) -> bool:
+        """This very command has ended well."""
+        file = self.folder / DONE
+        return file.exists() and json.loads(file.read_text())["command"] == self.shown
+
+    @property
+    def seconds(self) -> float:
+        """That it took, where it is done."""
+        return float(json.loads((self.folder / DONE).read_text())["seconds"])
+
+
+def warmup_job(
+    plan: Plan, out: Path, seed: int, *, name: str = WARMUP, settings: tuple[str, ...] = (), threads: int | None = None
+) -> Job:
+    """Training from scratch on the demonstrations, with all cores unless `threads` says how many."""
+    folder = out / name
+    overrides = (
+        f"data.path={out}/data/warmup.jsonl",
+        "data.max_length=256",
+        f"data.batch_size={WARMUP_BATCH}",
+        f"actor.model_name={out}/model",
+        "actor.max_length_per_device=32768",
+        "actor.gradient_checkpointing=false",
+        "actor.lr=3e-3",
+        "actor.betas=[0.9,0.98]",
+        "actor.scheduler=wsd",
+        "actor.decay_ratio=0.3",
+        "actor.warmup_ratio=0.03",
+        *settings,
+        f"trainer.max_steps={plan.warmup_steps}",
+        f"trainer.experiment_name={name}",
+        f"trainer.save_dir={folder}",
+        f"trainer.seed={seed}",
+    )
+    return Job(name, "sft", overrides, folder, plan.warmup_steps, threads=threads or num_cores())
+
+
+def method_job(method: Method, plan: Plan, out: Path, seed: int, env_path: Path) -> Job:
+    folder = out / method.name
+    overrides = (
+        f"train_data.path={out}/data/train.jsonl",
+        f"train_data.prompts_per_rollout={SEQUENCES_PER_STEP // method.responses_per_prompt}",
+        f"train_data.responses_per_prompt={method.responses_per_prompt}",
+        f"test_data.path={out}/data/test.jsonl",
+        f"actor.model_name={out}/{WARMUP}/latest",
+        "actor.max_length_per_device=32768",
+        "actor.gradient_checkpointing=false",
+        "actor.betas=[0.9,0.99]",
+        "actor.weight_decay=0",
+        f"actor.warmup_ratio={5 / plan.steps:.3f}",
+        *method.settings,
+        f"rollout.train_sampling_params.max_new_tokens={MAX_NEW_TOKENS}",
+        f"rollout.env_path={env_path}",
+        f"trainer.max_steps={plan.steps}",
+        f"trainer.test_freq={plan.test_freq}",
+        "trainer.samples_per_step=16",
+        f"trainer.experiment_name={method.name}",
+        f"trainer.save_dir={folder}",
+        f"trainer.seed={seed}",
+    )
+    # one thread: for so small a model a second one gains little, and two runs side by side use two cores better
+    return Job(method.title, method.program, overrides, folder, plan.steps, threads=1)
+
+
+class ProgressBoard:
+    """What is going on: bars on a terminal, a line per event elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        columns = TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self.progress = Progress(
+            *columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.console.is_terminal
+        )
+
+    def start(self, title: str, total: int, what: str = "steps") -> TaskID:
+        if not self.console.is_terminal:
+            self.say(f"{title}: {total} {what}")
+        return self.progress.add_task(title, total=total, note="")
+
+    def move(self, task: TaskID, done: int, note: str = "") -> None:
+        self.progress.update(task, completed=done, note=note)
+
+    def end(self, task: TaskID, title: str, total: int, seconds: float, note: str = "") -> None:
+        self.progress.update(task, completed=total, note=note)
+        self.progress.stop_task(task)
+        if not self.console.is_terminal:
+            self.say(f"{title}: done in {seconds:.0f} s{f', {note}' if note else ''}")
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass
+class Child:
+    """A job at work."""
+
+    job: Job
+    board: ProgressBoard
+    process: subprocess.Popen[bytes] = field(init=False)
+    task: TaskID = field(init=False)
+    started: float = field(init=False)
+    read: int = 0
+    """Bytes of metrics.jsonl that were looked at."""
+    done: int = 0
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        job = self.job
+        job.folder.mkdir(parents=True)
+        self.started = time.monotonic()
+        self.task = self.board.start(job.title, job.steps)
+        environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+
+    @property
+    def log(self) -> Path:
+        return self.job.folder / "console.log"
+
+    def look(self) -> None:
+        """Move the bar to where metrics.jsonl is."""
+        metrics = self.job.folder / "metrics.jsonl"
+        if not metrics.exists():
+            return
+        with metrics.open("rb") as file:
+            file.seek(self.read)
+            whole = file.read().rpartition(b"\n")[0]  # the last line may be half written
+        if not whole:
+            return
+        self.read += len(whole) + 1
+        for line in whole.splitlines():
+            row = json.loads(line)
+            self.done = min(row["step"] + 1, self.job.steps)  # steps count from 0; the test after the last is one more
+            for key, words in (("test/score", "test accuracy {:.1%}"), ("actor/loss", "loss {:.3f}")):
+                if key in row and ("test" in key or self.job.program == "sft"):
+                    self.note = words.format(row[key])
+        self.board.move(self.task, self.done, self.note)
+
+    def finish(self) -> float:
+        """Seconds that it took; raises `DemoError` if it failed."""
+        self.look()
+        seconds = time.monotonic() - self.started
+        if self.process.returncode:
+            tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+            raise DemoError(
+                "\n".join([*tail, f"{self.job.title} failed (exit {self.process.returncode}); all of it: {self.log}"])
+            )
+        self.board.end(self.task, self.job.title, self.job.steps, seconds, self.note)
+        (self.job.folder / DONE).write_text(json.dumps({"command": self.job.shown, "seconds": seconds}))
+        return seconds
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, board: ProgressBoard) -> dict[Path, float]:
+    """Run all jobs, `at_once` of them side by side; gives the seconds of each by its folder."""
+    waiting, running, seconds = deque(jobs), list[Child](), dict[Path, float]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(Child(waiting.popleft(), board))
+            time.sleep(0.2)
+            for child in list(running):
+                if child.process.poll() is None:
+                    child.look()
+                else:
+                    seconds[child.job.folder] = child.finish()
+                    running.remove(child)
+    finally:
+        # after a failure or Ctrl-C nothing may go on in the background
+        for child in running:
+            child.process.terminate()
+        for child in running:
+            try:
+                child.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+    return seconds
+
+
+def evaluate(models: Sequence[Path], out: Path, env_path: Path, seed: int, board: ProgressBoard) -> list[Scores]:
+    """Every model on every held-out problem, greedily and sampled."""
+
+    def scores(model: Path) -> Scores:
+        records, _ = examine(exam(model, out / "data", env_path, seed, samples=1, out=out / "evals"))
+        return Scores(
+            greedy=list(evaluation.scores(records, "greedy").values()),
+            sampled=list(evaluation.scores(records, "sampled").values()),
+        )
+
+    title, started = "final test", time.monotonic()
+    task = board.start(title, len(models), "models")
+    found = []
+    for model in models:
+        found.append(scores(model))
+        board.move(task, len(found))
+    board.end(task, title, len(models), time.monotonic() - started)
+    return found
+
+
+def exam(model: Path, data: Path, env_path: Path, seed: int, *, samples: int, out: Path) -> evaluation.EvalConfig:
+    """The held-out problems in the folder `data`, answered greedily and `samples` times at temperature 1."""
+    return evaluation.EvalConfig(
+        model=str(model),
+        data=str(data / "test.jsonl"),
+        env=str(env_path),
+        samples=samples,
+        max_new_tokens=MAX_NEW_TOKENS,
+        seed=seed,
+        out=str(out),
+    )
+
+
+def examine(question: evaluation.EvalConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The records of an evaluation, and its summary. Raises DemoError if a response could not be scored."""
+    folder, summary = evaluation.evaluate(question)
+    if summary["unscored"]:
+        raise DemoError(f"{summary['unscored']} responses could not be scored; see {folder}")
+    return evaluation.read(folder), summary
+
+
+def find_environment() -> Path:
+    """envs/gsm8k.py of the repository, or the copy of it that is installed with the package."""
+    path = Path(__file__).resolve().parents[2] / "envs" / "gsm8k.py"
+    if not path.is_file():
+        return Path(__file__).with_name("gsm8k.py")
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier run of the demo left under `out`, and nothing else."""
+    for name in ("data", "model", WARMUP, *(method.name for method in METHODS)):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("report.html", "summary.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def write_plan_data(plan: Plan, out: Path, seed: int) -> list[str]:
+    """As many rows as the plan reads, in OUT/data; returns the texts of the warm-up."""
+    return write_data(
+        out / "data",
+        seed,
+        warmup_rows=plan.warmup_steps * WARMUP_BATCH,
+        train_rows=plan.steps * SEQUENCES_PER_STEP,
+        test_rows=plan.test_rows,
+    )
+
+
+def warm_start(plan: Plan, out: Path, seed: int, board: ProgressBoard) -> Job:
+    """Data, tokenizer and model, and the warm-up that all methods start from."""
+    texts = write_plan_data(plan, out, seed)
+    build_model(out / "model", texts, seed)
+    warmup = warmup_job(plan, out, seed)
+    run_jobs([warmup], 1, board)
+    return warmup
+
+
+def demo(out: Path, seed: int, quick: bool, board: ProgressBoard) -> None:
+    started = time.monotonic()
+    plan, env_path = QUICK if quick else FULL, find_environment()
+    clear(out)
+    warmup = warm_start(plan, out, seed, board)
+    jobs = [method_job(method, plan, out, seed, env_path) for method in plan.methods]
+    seconds = run_jobs(jobs, num_cores(), board)
+    before, *after = evaluate([job.folder / "latest" for job in (warmup, *jobs)], out, env_path, seed, board)
+
+    runs = [
+        RunView.read(job.folder, job.title, before=before, after=scores, seconds=seconds[job.folder])
+        for job, scores in zip(jobs, after, strict=True)
+    ]
+    total = time.monotonic() - started
+    summary = {
+        "seed": seed,
+        "quick": quick,
+        "seconds": total,
+        "headline": headline(runs),
+        "findings": {finding.title: finding.text for finding in findings(runs)},
+        "methods": summary_json(runs),
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_report(out / "report.html", runs, page(plan, [warmup, *jobs], out, seed, quick, total))
+
+    board.say(f"\n{headline(runs)}")
+    for finding in findings(runs):
+        board.say(f"  {finding.title}: {finding.text}")
+    board.say(f"{out / 'report.html'} written; {total:.0f} s in all.")
+
+
+def page(plan: Plan, jobs: Sequence[Job], out: Path, seed: int, quick: bool, seconds: float) -> Page:
+    return Page(
+        title="Learning from reward, in miniature",
+        lead=(
+            "A model of 245,000 parameters is warmed up on careless solutions of grade-school word problems, then "
+            f"trained on rewards for {plan.steps} steps of {SEQUENCES_PER_STEP} answers: {_titles(plan)}. "
+            "The test problems share no calculation with those of training."
+        ),
+        settings={
+            "seed": str(seed),
+            "warm-up": f"{plan.warmup_steps} steps of {WARMUP_BATCH} demonstrations",
+            "test": f"every {plan.test_freq} steps, before the first and after the last",
+            "time": f"{seconds:.0f} s in all on {num_cores()} cores ({platform.machine()})",
+            "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}",
+        },
+        reproduce=shlex.join(
+            [
+                "python",
+                "-m",
+                "RL2.reproduce.demo",
+                "--out",
+                str(out),
+                "--seed",
+                str(seed),
+                *(["--quick"] if quick else []),
+            ]
+        ),
+        commands=[job.shown for job in jobs],
+    )
+
+
+def _titles(plan: Plan) -> str:
+    start = "all from the same start" if len(plan.methods) > 1 else "one method only, for a quick look"
+    return f"{', '.join(method.title for method in plan.methods)}, {start}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m RL2.reproduce.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything it writes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a short warm-up and SPO 3.2 alone")
+    options = parser.parse_args(arguments)
+
+    # so small a model gains nothing from a GPU, and without one the figures are the same everywhere
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, _interrupt)  # end the children on `kill` as on Ctrl-C
+
+    board = ProgressBoard()
+    try:
+        with board.progress:
+            demo(options.out, options.seed, options.quick, board)
+    except DemoError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

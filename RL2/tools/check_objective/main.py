@@ -1,0 +1,88 @@
+"""Is an objective sound? `rl2 check-objective mine.py:focal`, or in a test `assert_sound("mine.py:focal")`.
+
+Each check (checks.py) runs at the default knobs and at others, one changed at a time, on one small batch. What it finds
+wrong it says in words that tell what to change. An objective treats a value as constant with `.detach()`; what it does
+under `torch.no_grad()` looks to the gradient check like a part of the derivative that was forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from RL2.errors import ConfigError
+from RL2.objectives.objective import Objective
+from RL2.objectives.registry import knobs
+from RL2.tools.check_objective import checks
+from RL2.tools.check_objective.checks import Unsound
+from RL2.tools.check_objective.subject import Subject
+from RL2.tools.check_objective.two_ranks import Pair, PairError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    name: str
+    passed: bool
+    reason: str
+    """What is wrong and what to change; of a check that passed, what was seen."""
+
+
+def check(
+    objective: str | Objective, given: Mapping[str, Any] | None = None, *, pair: Pair | None = None
+) -> list[Finding]:
+    """Every check of an objective: a name of the table, `path.py:function`, or a function at the top of a module.
+
+    `given`: knobs that are not at their defaults. `pair`: two processes to use, for many objectives in a row. If the
+    contract is broken the other checks mean nothing and do not run. Raises ConfigError for what cannot be found.
+    """
+    subject = Subject(objective, dict(given or {}))
+    _accept(subject)
+    findings = [_run(subject, "contract", checks.contract)]
+    if not findings[0].passed:
+        return findings
+    with ExitStack() as stack:
+        two = pair or stack.enter_context(Pair())  # they start while the other checks run
+        others: dict[str, Callable[[Subject], str]] = {
+            "statistics": checks.statistics,
+            "gradient": checks.derivative,
+            "closed form": checks.closed_form,
+            "limits": checks.limits,
+            "weights": checks.weights,
+            "invariance": lambda subject: checks.invariance(subject, two),
+            "knobs": checks.effects,
+        }
+        return findings + [_run(subject, name, one) for name, one in others.items()]
+
+
+def assert_sound(
+    objective: str | Objective, given: Mapping[str, Any] | None = None, *, pair: Pair | None = None
+) -> None:
+    """For tests: AssertionError with a line for each check that failed."""
+    failed = [finding for finding in check(objective, given, pair=pair) if not finding.passed]
+    assert not failed, "\n".join(f"{finding.name}: {finding.reason}" for finding in failed)
+
+
+def _accept(subject: Subject) -> None:
+    if not hasattr(subject.function, "needs"):
+        raise ConfigError(f"{subject.source}: say what it reads, @needs('logp', ...) of RL2.objectives.objective")
+    known = knobs(subject.function)
+    if unknown := [knob for knob in subject.given if knob not in known]:
+        has = f"its knobs are {', '.join(known)}" if known else "it has no knobs"
+        raise ConfigError(f"{subject.source} does not read {', '.join(unknown)}; {has}")
+
+
+def _run(subject: Subject, name: str, one: Callable[[Subject], str]) -> Finding:
+    try:
+        return Finding(name, True, one(subject))
+    except Unsound as error:
+        return Finding(name, False, str(error))
+    except PairError as error:
+        return Finding(name, False, f"in two processes: {error}")
+    except ConfigError:  # a given value that does not fit its knob
+        raise
+    except Exception as error:
+        return Finding(name, False, checks.raises(subject.function, error))

@@ -1,0 +1,286 @@
+"""An objective on trial: the batch that conformance.py tries it on, its knob settings, and the ways to evaluate it.
+
+Shape letters: T tokens, B sequences, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from RL2.config.values import build
+from RL2.errors import ConfigError
+from RL2.objectives.objective import Loss, Objective
+from RL2.objectives.registry import find, knobs
+from RL2.ops.token_stats import reference_stats, token_stats
+from RL2.types import MENU, TokenBatch, TokenStats
+
+Setting = dict[str, Any]
+"""Every knob of an objective with a value."""
+
+LENGTHS = (5, 1, 0, 8, 3, 7)
+"""Actions of each sequence: one has a single one, and one, of a microbatch that is cut short, has none."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A batch of actions, as objectives see it, with the hidden states and the head that its statistics come from."""
+
+    hidden_TD: Tensor
+    head_VD: Tensor
+    batch: TokenBatch
+
+    @property
+    def logits_TV(self) -> Tensor:
+        return self.hidden_TD @ self.head_VD.T
+
+    def sequences(self, ids: Sequence[int]) -> Trial:
+        place_T = self.batch.with_(token_ids_T=torch.arange(len(self.hidden_TD))).sequences(ids).token_ids_T
+        return replace(self, hidden_TD=self.hidden_TD[place_T], batch=self.batch.sequences(ids))
+
+    def fresh(self) -> Trial:
+        """As on the first update of a rollout without a reference: the fields that are None then."""
+        return replace(self, batch=replace(self.batch, old_logp_T=None, ref_logp_T=None, value_T=None))
+
+    def single(self) -> Trial:
+        """The same in float32."""
+        floats = {name: x.float() for name, x in self.batch.tensors().items() if x.is_floating_point()}
+        return Trial(self.hidden_TD.float(), self.head_VD.float(), self.batch.with_(**floats))
+
+
+def trial(vocabulary: int) -> Trial:
+    """Flat and peaked distributions; labels from the mode to the rarest token; advantages of both signs; old, reference
+    and engine log-probabilities that differ from the present ones. The same at every call, in float64."""
+    g = torch.Generator().manual_seed(0)
+    num_tokens = sum(LENGTHS)
+    hidden_TD = torch.randn(num_tokens, 8, generator=g, dtype=torch.float64)
+    hidden_TD *= torch.linspace(0.3, 1.5, num_tokens)[torch.randperm(num_tokens, generator=g), None]
+    head_VD = torch.randn(vocabulary, 8, generator=g, dtype=torch.float64)
+    ranks = (1, 2, 1, 3, vocabulary, 1, 2, vocabulary // 4, 1, vocabulary // 2, 5)
+    order_TV = (hidden_TD @ head_VD.T).argsort(dim=-1, descending=True)
+    labels_T = torch.stack([order_V[ranks[t % len(ranks)] - 1] for t, order_V in enumerate(order_TV)])
+    batch = _batch(labels_T, LENGTHS)
+    logp_T = reference_stats(hidden_TD @ head_VD.T, labels_T, ("logp",)).logp
+
+    def near(scale: float) -> Tensor:
+        noise_T = scale * torch.randn(num_tokens, generator=g, dtype=torch.float64)
+        noise_T[-4:] = 3.7 * scale * torch.tensor([-1, -1, 1, 1])  # far in both directions, for either advantage
+        return (logp_T + noise_T).clamp(max=-1e-3)
+
+    sign_T = 1 - 2 * (torch.arange(num_tokens) % 2)
+    return Trial(
+        hidden_TD,
+        head_VD,
+        batch.with_(
+            old_logp_T=near(0.6),
+            ref_logp_T=near(0.3),
+            engine_logp_T=near(0.05),
+            value_T=torch.randn(num_tokens, generator=g, dtype=torch.float64),
+            advantage_T=sign_T * (0.2 + torch.rand(num_tokens, generator=g, dtype=torch.float64)),
+        ),
+    )
+
+
+def extremes(vocabulary: int) -> tuple[Trial, list[str]]:
+    """Distributions at the edge of float32, and the name of each token's: equals, certain and impossible tokens."""
+    rows: list[tuple[str, Tensor, int]] = []
+    for name, gap in (("1e-12", 27.7), ("1e-30", 69.1), ("1e-80", 184.3)):
+        peaked = torch.zeros(vocabulary)
+        peaked[3] = gap + torch.tensor(vocabulary - 1.0).log()
+        rare = torch.linspace(0, 1, vocabulary)
+        rare[3] = -gap
+        rows += [(f"p = 1 - {name}", peaked, 3), (f"p near {name}, the mode certain", peaked, 5)]
+        rows += [(f"p near {name}, the others alike", rare, 3)]
+    tied, equal = torch.zeros(vocabulary), torch.zeros(vocabulary)
+    tied[2] = tied[4] = 5.0
+    rows += [("two modes tied", tied, label) for label in (2, 4)]
+    rows += [("all tokens equal", equal, label) for label in (0, vocabulary - 1)]
+    rows = [row for row in rows for _ in range(2)]  # each with an advantage of either sign
+    labels_T = torch.tensor([label for _, _, label in rows])
+    logits_TV = torch.stack([logits for _, logits, _ in rows])
+    logp_T = reference_stats(logits_TV.double(), labels_T, ("logp",)).logp.float()
+    sign_T = 1.0 - 2 * (torch.arange(len(rows)) % 2)
+    batch = _batch(labels_T, [2] * (len(rows) // 2)).with_(
+        old_logp_T=logp_T - 0.3 * sign_T.roll(1),
+        ref_logp_T=logp_T - 0.2,
+        engine_logp_T=logp_T + 0.0,
+        value_T=torch.zeros(len(rows)),
+        advantage_T=sign_T,
+    )
+    return Trial(logits_TV, torch.eye(vocabulary), batch), [name for name, _, _ in rows]
+
+
+def _batch(labels_T: Tensor, lengths: Sequence[int]) -> TokenBatch:
+    length_B = torch.tensor(lengths)
+    number_B, ends_B = torch.arange(len(lengths)), length_B.cumsum(0)
+    position_T = torch.cat([torch.arange(length) for length in lengths])
+    return TokenBatch(
+        token_ids_T=labels_T.roll(1),
+        labels_T=labels_T,
+        position_ids_T=position_T,
+        action_T=torch.ones_like(labels_T, dtype=torch.bool),
+        reward_T=torch.zeros(len(labels_T), dtype=torch.float64).index_fill(0, ends_B[length_B > 0] - 1, 1.0),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.long), ends_B]),
+        trajectory_B=number_B,
+        group_B=number_B // 2,
+    )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An objective with the knob settings that it is tried at."""
+
+    source: str | Objective
+    """What another process finds it by."""
+    given: Setting
+    """Knobs that are not at their defaults."""
+
+    @cached_property
+    def function(self) -> Objective:
+        return find(self.source) if isinstance(self.source, str) else self.source
+
+    @cached_property
+    def read(self) -> set[str]:
+        """Statistics that it was seen to read."""
+        return set()
+
+    @cached_property
+    def base(self) -> Setting:
+        hints = get_type_hints(self.function, include_extras=True)
+        values = {knob: build(hints[knob], value, knob) for knob, value in self.given.items()}
+        return {knob: p.default for knob, p in knobs(self.function).items()} | values
+
+    @cached_property
+    def alternatives(self) -> dict[str, list[Any]]:
+        """Other values of each knob, out of its annotation."""
+        hints = get_type_hints(self.function, include_extras=True)
+        return {knob: [*_alternatives(hints[knob], value, knob)] for knob, value in self.base.items()}
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """The given one, and each that differs from it in one knob."""
+        one_changed = [self.base | {knob: x} for knob, values in self.alternatives.items() for x in values]
+        return [self.base, *(setting for setting in one_changed if not self._refuses(setting))]
+
+    def _refuses(self, setting: Setting) -> bool:
+        """A ValueError is how an objective says that values do not go together."""
+        whole = trial(self.vocabulary)
+        try:
+            self.dense(setting, whole.logits_TV, whole.batch)
+        except ValueError:
+            return True
+        except Exception:
+            return False
+        return False
+
+    def named(self, setting: Setting) -> str:
+        """Where the setting differs from the given one."""
+        return ", ".join(f"{knob}={x}" for knob, x in setting.items() if x != self.base[knob])
+
+    def top_k(self, setting: Setting) -> int:
+        knob = self.function.top_k  # type: ignore[attr-defined]
+        return 4 if knob is None else setting[knob]
+
+    @cached_property
+    def vocabulary(self) -> int:
+        knob = self.function.top_k  # type: ignore[attr-defined]
+        largest = 0 if knob is None else max([self.base[knob], *self.alternatives[knob]])
+        return max(16, largest + 8)
+
+    def dense(self, setting: Setting, logits_TV: Tensor, batch: TokenBatch) -> Loss:
+        """Through the dense reference, in the dtype of the logits. Notes what is read."""
+        stats = reference_stats(logits_TV, batch.labels_T, MENU, self.top_k(setting))
+        return self.function(_Watched(self.read, stats), batch, **setting)
+
+    def chunked(self, setting: Setting, hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch) -> Loss:
+        """As in training. To be called when it is known what the objective reads."""
+        top_k = self.top_k(setting) if {"top_logp", "top_id"} & self.read else 0
+        how: dict[str, Any] = {"fields": tuple(self.read), "top_k": top_k, "implementation": "chunked"}
+        return self.function(token_stats(hidden_TD, head_VD, batch.labels_T, **how), batch, **setting)
+
+    def sums(self, setting: Setting, on: Trial) -> dict[str, Tensor]:
+        """What training sums over microbatches and processes: loss, gradients and metrics."""
+        hidden_TD, head_VD = on.hidden_TD.clone().requires_grad_(), on.head_VD.clone().requires_grad_()
+        loss_T, metrics = self.chunked(setting, hidden_TD, head_VD, on.batch)
+        hidden, head = gradient(loss_T, torch.ones_like(loss_T), hidden_TD, head_VD)
+        sums = {"loss": loss_T.sum(), "gradient of the hidden states": hidden.sum(0), "gradient of the head": head}
+        return {name: x.detach() for name, x in sums.items()} | {
+            n: x.detach().double().sum() for n, x in metrics.items()
+        }
+
+
+def _alternatives(hint: Any, value: Any, knob: str) -> Iterator[Any]:
+    candidates: list[Any] = []
+    for part in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+        kind = get_args(part)[0] if get_origin(part) is Annotated else part
+        number = value if type(value) in (int, float) and value != 0 else None
+        if get_origin(kind) is Literal:
+            candidates += get_args(kind)
+        elif kind is bool:
+            candidates += [True, False]
+        elif kind is int:
+            candidates += [1, 2, 8] if number is None else [number * 2, number // 2, number + 1]
+        elif kind is float:
+            candidates += [0.5, 2.0] if number is None else [number * 2, number / 2]
+        elif kind is type(None):
+            candidates.append(None)
+    tried = [value]
+    for x in candidates:
+        try:
+            fits = build(hint, x, knob)
+        except ConfigError:
+            continue
+        if fits not in tried:
+            tried.append(fits)
+            yield fits
+
+
+def gradient(loss_T: Tensor, weight_T: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    """Of (loss_T * weight_T).sum(), as in training."""
+    grads = torch.autograd.grad((loss_T * weight_T).sum(), leaves, allow_unused=True)
+    return tuple(torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True))
+
+
+class _Watched(TokenStats):
+    """Statistics that note which of them are read."""
+
+    def __init__(self, read: set[str], stats: TokenStats) -> None:
+        super().__init__(**vars(stats))
+        self.__dict__["_read"] = read
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in MENU:
+            object.__getattribute__(self, "_read").add(name)
+        return object.__getattribute__(self, name)
+
+
+class Constants(TorchFunctionMode):
+    """What `.detach()` gives: kept the first time round, and given again in the same order at every later one.
+
+    So finite differences see the same constants as autograd. Only `.detach()` is seen, not `torch.no_grad()`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+        self.again: Iterator[Tensor] | None = None
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        self.again = iter(self.kept)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (Tensor.detach, torch.detach):
+            return func(*args, **(kwargs or {}))
+        value = func(*args, **(kwargs or {}))
+        if self.again is not None:
+            return next(self.again, value).clone()
+        self.kept.append(value.clone())
+        return value

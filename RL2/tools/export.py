@@ -1,0 +1,91 @@
+"""A checkpoint of a run as a folder for `from_pretrained`: a policy, its adapters merged or alone, a reward model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+
+from RL2.config.model import Lora
+from RL2.config.values import build
+from RL2.errors import ConfigError, first_line
+from RL2.io import durable
+from RL2.io.checkpoint import NOTES, damage, load_weights, models, stored_weights
+from RL2.models.lora import add_adapters, export_adapter, is_adapter
+from RL2.models.policy import Policy, load_tokenizer
+from RL2.models.policy import export as write_model
+from RL2.models.value import ValueModel, mark_padding
+
+KEY = "--model"
+
+
+def export(checkpoint: Path, out: Path, model_name: str, *, adapter: bool) -> None:
+    """Write the folder `out`, or nothing at all.
+
+    `model_name`: what the run began with, or "" for what its checkpoint and its config.yaml say. `adapter`: of a run
+    with LoRA the adapters alone, for peft. Raises ConfigError for what is no checkpoint, a damaged one, one of another
+    model, or a full disk.
+    """
+    if not (checkpoint / NOTES).is_file():
+        raise ConfigError(f"{checkpoint} is not a checkpoint (it has no {NOTES}); one is called step_NNNNNN")
+    if out.exists():
+        raise ConfigError(f"{out} exists; name a folder that does not")
+    if why := damage(checkpoint):
+        raise ConfigError(f"{checkpoint} is damaged: {why}; export another checkpoint")
+    names = stored_weights(checkpoint)
+    group = "critic" if "lm.score.weight" in names else "actor"
+    has_adapters = any(map(is_adapter, names))
+    if adapter and not has_adapters:
+        raise ConfigError(f"{checkpoint} has no adapters: its run trained all weights; leave out --adapter")
+    began = _began_with(checkpoint, group, is_given=bool(model_name), has_adapters=has_adapters)
+    model_name = model_name or began["model_name"]
+
+    tokenizer = load_tokenizer(model_name, KEY, began["chat_template"], began["chat_template_kwargs"])
+    kind = ValueModel if group == "critic" else Policy
+    lm = kind.build(model_name, KEY)
+    if has_adapters:
+        add_adapters(lm, build(Lora, began["lora"], "actor.lora"), torch.float32, model_name, "actor")
+    model = kind(lm)
+    model.fill(model_name, KEY, torch.device("cpu"))
+    load_weights(checkpoint, model)
+    if group == "critic":
+        mark_padding(lm, tokenizer)
+
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if adapter:
+            export_adapter(lm, partial, write=True)
+            tokenizer.save_pretrained(partial)
+        else:
+            write_model(lm, tokenizer, partial, write=True)
+        durable.replace_folder(partial, out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConfigError(f"{out} could not be written: {first_line(error)}; nothing of it is left") from error
+
+
+def _began_with(checkpoint: Path, group: str, *, is_given: bool, has_adapters: bool) -> dict[str, Any]:
+    """Return what the run began with: model and adapters by the checkpoint's notes, the rest by its config.yaml.
+
+    Raises ConfigError if they contradict each other, unless the model `is_given`, and if neither says it.
+    """
+    config = checkpoint.parent / "config.yaml"
+    settings: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {}
+    said = settings.get(group, {})
+    noted = {key.removeprefix(f"{group}."): value for key, value in models(checkpoint).items()}
+    adapters = {key.removeprefix("lora."): value for key, value in noted.items() if key.startswith("lora.")}
+    name, lora = noted.get("model_name", said.get("model_name")), said.get("lora", {"save": "merged"}) | adapters
+    if (name is None and not is_given) or (has_adapters and "rank" not in lora):
+        raise ConfigError(f"{config} is not there; pass {KEY} with what the run began with")
+    if said and not is_given and (said["model_name"], said.get("lora", lora)) != (name, lora):
+        raise ConfigError(
+            f"{checkpoint} began with {name} and {config} has {said['model_name']}, or they differ in {group}.lora: "
+            f"the file is of another run; pass {KEY} with the model that it began with"
+        )
+    template = {key: said.get(key) for key in ("chat_template", "chat_template_kwargs")}
+    return {"model_name": name, "lora": lora, **template}

@@ -1,0 +1,241 @@
+"""One step of a run again, through several objectives: what each would have done with the same rollouts and weights.
+
+`trainer.replay_freq` keeps steps for it. Shapes: T positions of a batch, N actions among them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Group
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from RL2.batch.advantages import ADVANTAGES, reward_of_sequences
+from RL2.config.load import words
+from RL2.config.model import Actor as ActorConfig
+from RL2.config.programs import RLConfig
+from RL2.config.values import build
+from RL2.errors import UserError, first_line, in_table
+from RL2.objectives.loss import by_token, total_loss, with_weights
+from RL2.objectives.objective import Loss
+from RL2.objectives.registry import configured
+from RL2.parallel.fsdp import whole
+from RL2.parallel.processes import Processes
+from RL2.trainer.run import REPLAY_BATCH, replay_folder
+from RL2.trainer.unused_settings import reads_advantages
+from RL2.types import StatsRequest, TokenBatch, TokenStats
+from RL2.workers.actor import Actor, wanted_stats
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What one objective makes of the step."""
+
+    title: str
+    loss: float
+    norm: float
+    """Euclidean norm of the gradient over all weights."""
+    tokens: int
+    """How many train."""
+    entropy: float
+    """First-order change of the mean entropy, in nats, for a step of length 1 in weight space along the descent."""
+    correct: float
+    """The same for the mean log-probability of the correct rollouts, in nats; NaN if there are none."""
+    wrong: float
+    """The same for those without a reward."""
+    weight_N: Tensor
+    """Of each action: by how much the loss falls as the sampled token's log-probability rises, other tokens' apart."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    step: int
+    objectives: list[Replayed]
+    cosines: dict[tuple[str, str], float]
+    """Between the gradients of two of them."""
+
+
+def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) -> Replay:
+    """The step `step` of the run in `run` through each of `wanted`: "NAME [KEY=VALUE ...]".
+
+    A NAME is an objective as of `actor.objective`. It trains on correct rollouts if it reads no advantages, or on all:
+    with the run's own advantages or, where those are the rewards themselves, with rewards less their group's mean.
+    KEY=VALUE changes the run's configuration. For one process. Raises UserError for what is not there.
+    """
+    folder = replay_folder(run, step)
+    if not (folder / REPLAY_BATCH).is_file():
+        kept = ", ".join(str(int(path.name.removeprefix("replay_"))) for path in sorted(run.glob("replay_[0-9]*")))
+        raise UserError(
+            f"{run} has not kept step {step}; it has kept {kept or 'none'} (trainer.replay_freq=N keeps every N-th)"
+        )
+    configs = {title: run_config(run, folder, title) for title in wanted}
+    batch = read_batch(folder / REPLAY_BATCH)
+    actor = Actor(next(iter(configs.values())).actor, processes, 1, folder)
+
+    def only(field: str) -> StatsRequest:
+        return replace(actor.request, fields=(field,), top_k=0)
+
+    right_B = reward_of_sequences(batch) > 0
+    directions = {
+        "entropy": _gradient(actor, _mean(batch, batch.action_T), _entropy, only("entropy")),
+        "correct": _gradient(actor, _of_sequences(batch, right_B), _logp, only("logp")),
+        "wrong": _gradient(actor, _of_sequences(batch, ~right_B), _logp, only("logp")),
+    }
+    found, gradients = [], {}
+    for title, config in configs.items():
+        mine = with_weights(with_advantages(batch, config), config.actor)
+        gradients[title] = _gradient(actor, mine, _loss(config.actor), wanted_stats(config.actor))
+        norm = _dot(gradients[title], gradients[title]) ** 0.5
+        changes = {name: -_dot(gradients[title], of) / norm if norm else 0.0 for name, of in directions.items()}
+        changes |= {name: math.nan for name, of_B in (("correct", right_B), ("wrong", ~right_B)) if not of_B.any()}
+        loss, weight_N = _weights_of_tokens(actor, mine, config.actor)
+        assert mine.weight_T is not None
+        found.append(Replayed(title, loss, norm, int((mine.weight_T != 0).sum()), **changes, weight_N=weight_N))
+    cosines = {}
+    for a, b in combinations(found, 2):
+        product = _dot(gradients[a.title], gradients[b.title])
+        cosines[a.title, b.title] = product / (a.norm * b.norm) if a.norm and b.norm else math.nan
+    cosines |= {(a.title, a.title): _dot(gradients[a.title], gradients[a.title]) / a.norm**2 for a in found if a.norm}
+    return Replay(step, found, cosines)
+
+
+def save(replayed: Replay, file: Path) -> None:
+    """As JSON, the weights of all tokens included."""
+    objectives = [vars(one) | {"weight_N": one.weight_N.tolist()} for one in replayed.objectives]
+    cosines = [{"of": a, "and": b, "cosine": value} for (a, b), value in replayed.cosines.items()]
+    file.write_text(json.dumps({"step": replayed.step, "objectives": objectives, "cosines": cosines}))
+
+
+def table(replayed: Replay) -> Group:
+    """To read: what each objective does, and the cosines between their gradients."""
+    what = Table(title=f"step {replayed.step}, a step of length 1 against each gradient", title_justify="left")
+    for heading in ("objective", "loss", "norm", "tokens", "entropy", "log p correct", "log p wrong"):
+        what.add_column(heading, justify="left" if heading == "objective" else "right")
+    for number, one in enumerate(replayed.objectives, 1):
+        changes = (f"{change:+.3g}" for change in (one.entropy, one.correct, one.wrong))
+        title = f"{number} {in_table(one.title)}"
+        what.add_row(title, f"{one.loss:.4g}", f"{one.norm:.4g}", str(one.tokens), *changes)
+    titles = [one.title for one in replayed.objectives]
+    between = Table(title="cosines of the gradients", title_justify="left")
+    for heading in ("objective", *(f"{number}" for number in range(1, len(titles) + 1))):
+        between.add_column(heading)
+    for number, a in enumerate(titles, 1):
+        found = [replayed.cosines.get((a, b), replayed.cosines.get((b, a), math.nan)) for b in titles]
+        between.add_row(f"{number} {in_table(a)}", *(f"{cosine:+.4f}" for cosine in found))
+    return Group(what, between)
+
+
+def read_batch(file: Path) -> TokenBatch:
+    """Raises UserError if it is not the batch of a run."""
+    try:
+        return TokenBatch(**load_file(file))
+    except (OSError, SafetensorError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {first_line(error)}") from error
+
+
+def run_config(run: Path, folder: Path, title: str) -> RLConfig:
+    """The configuration of the run in `run`, with the objective and the overrides of `title` and the model in `folder`.
+
+    Raises UserError for one that is not there or does not fit.
+    """
+    try:
+        name, *overrides = shlex.split(title)
+    except ValueError as error:
+        raise UserError(f"{title!r} is not NAME [KEY=VALUE ...]: {first_line(error)}") from error
+    given, file = words(overrides), run / "config.yaml"
+    keys = {override.partition("=")[0] for override in overrides}
+    try:
+        fresh: Any = OmegaConf.to_container(OmegaConf.load(file))
+        # what belongs to the run's own objective
+        fresh["actor"] |= {"objective": name, "objective_args": {}, "clip": None}
+        fresh["actor"]["path"] = dict.fromkeys(fresh["actor"]["path"])
+        values: Any = OmegaConf.to_container(OmegaConf.merge(fresh, given))
+        values["actor"] |= {"model_name": str(folder), "ddp_size": 1, "sp_size": 1, "tp_size": 1}
+        values["actor"]["lora"]["rank"] = 0  # what was kept has the adapters in it
+        values["rollout"]["model_name"] = values["ref_actor"]["model_name"] = str(folder)
+    except Exception as error:  # of YAML's, of OmegaConf's, of groups that are no groups
+        raise UserError(f"{file} is not the configuration of an RL run: {first_line(error)}") from error
+    config: RLConfig = build(RLConfig, values, "")
+    on_all = reads_advantages(configured(config.actor))
+    fitting = {"train_on": "all", "average_over": "all"} if on_all else {"train_on": "correct"}
+    if on_all and not config.actor.select.is_on:  # then all tokens are kept
+        fitting["regularize_on"] = "kept"
+    values["actor"] |= {key: value for key, value in fitting.items() if f"actor.{key}" not in keys}
+    return build(RLConfig, values, "")
+
+
+def with_advantages(batch: TokenBatch, config: RLConfig) -> TokenBatch:
+    """The run's advantages; where they are rewards alone and the objective reads them, less the group's mean."""
+    if config.adv.estimator != "spo" or not reads_advantages(configured(config.actor)):
+        return batch
+    sizes = batch.group_B.unique(return_counts=True)[1]
+    if int(sizes.max()) == 1:
+        raise UserError(
+            f"{config.actor.objective} reads advantages, and a group of this run is one rollout, its own mean; "
+            "take a run with train_data.responses_per_prompt above 1"
+        )
+    return batch.with_(advantage_T=ADVANTAGES["reinforce"](batch, global_norm=False, norm_var=False))
+
+
+def _gradient(
+    actor: Actor,
+    batch: TokenBatch,
+    loss: Callable[[TokenStats, TokenBatch], Loss],
+    request: StatsRequest,
+) -> list[Tensor]:
+    """Of (loss_T * weight_T).sum(), on the CPU."""
+    actor.optimizer.zero_grad()
+    actor.backward(batch, loss, request)
+    return [
+        torch.zeros(p.shape) if p.grad is None else whole(p.grad).float().cpu().clone()
+        for p in actor.policy.parameters()
+    ]
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+
+
+def _loss(config: ActorConfig) -> Callable[[TokenStats, TokenBatch], Loss]:
+    objective = configured(config)
+    return lambda stats, batch: total_loss(stats, batch, config, objective)
+
+
+def _weights_of_tokens(actor: Actor, batch: TokenBatch, config: ActorConfig) -> tuple[float, Tensor]:
+    """The loss, and what it asks of the log-probability of each action (`by_token`)."""
+    stats = actor.stats(batch, wanted_stats(config), config.max_inference_length_per_device)
+    at_actions = {name: value[batch.action_T] for name, value in vars(stats).items()}
+    actions = batch.positions(batch.action_T)
+    assert actions.weight_T is not None
+    loss_N, weight_N = by_token(TokenStats(**at_actions), actions, config, configured(config))
+    return float((loss_N * actions.weight_T).sum()), weight_N
+
+
+def _entropy(stats: TokenStats, batch: TokenBatch) -> Loss:
+    return stats.entropy, {}
+
+
+def _logp(stats: TokenStats, batch: TokenBatch) -> Loss:
+    return stats.logp, {}
+
+
+def _mean(batch: TokenBatch, chosen_T: Tensor) -> TokenBatch:
+    return batch.with_(weight_T=chosen_T.float() / max(1, int(chosen_T.sum())))
+
+
+def _of_sequences(batch: TokenBatch, chosen_B: Tensor) -> TokenBatch:
+    """Weights that add up the actions of each chosen sequence, and average over these."""
+    chosen_T = batch.action_T & chosen_B[batch.sequence_T]
+    return batch.with_(weight_T=chosen_T.float() / max(1, int(chosen_B.sum())))

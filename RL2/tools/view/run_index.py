@@ -1,0 +1,474 @@
+"""What `rl2 view` shows, read from the folders of runs and packed so that a browser unpacks only what it looks at.
+
+Everything is JSON in chunks, each deflated by itself and written in base64: letters that mean nothing to HTML. `head`
+has the runs, their curves and a column for everything that rollouts are sorted by; `text-N` and `token-N` have the
+rollouts' texts and the statistics of their tokens, about `CHUNK` characters each. Files only grow during a run, so
+`refresh` reads what is new and packs only the last chunks again.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from pyarrow import parquet
+from safetensors.numpy import load_file
+
+from RL2.errors import UserError, first_line
+from RL2.io.report import FIRST_ROWS, SAMPLES_BEFORE, TOKENS, parsed
+
+CHUNK = 1 << 17
+"""Characters after which a chunk is full."""
+OWN = (
+    *("seed", "project", "experiment_name", "load_ckpt_from", "save_dir", "save_freq", "keep", "keep_best"),
+    *("samples_per_step", "records_mib", "replay_freq", "token_stats_freq", "timeout_s", "dry_run"),
+    *("use_wandb", "use_trackio", "use_tensorboard"),
+)
+"""Keys of `trainer` in which runs of one method may differ: which of its seeds it is, and what it writes down."""
+NOTHING = 1e-3
+"""A share of the largest loss or gradient weight of a step's tokens that is shown as if it were 0."""
+COLUMNS = ("run", "step", "split", "row", "group", "sample", "reward", "length", "loss", "mark", "token")
+"""Of the index: a number for each rollout, or null."""
+SPLITS = ("train", "test")
+LARGEST = sys.float_info.max
+LONGEST = 20_000
+"""Characters of a run of text in the first rows that are shown."""
+TRUNCATED, UNSCORED = 1, 2
+"""Bits of the column `mark`."""
+
+
+def encoded(value: Any) -> str:
+    """JSON, deflated without a header, in base64."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    packer = zlib.compressobj(6, zlib.DEFLATED, -15)
+    # half of a surrogate pair, which no run writes, becomes a question mark
+    data = packer.compress(text.encode("utf-8", "replace")) + packer.flush()
+    return base64.b64encode(data).decode("ascii")
+
+
+class ChunkedList:
+    """Items that only ever become more, in chunks."""
+
+    def __init__(self) -> None:
+        self.full: list[str] = []
+        self.starts = [0]
+        """Number of the first item of each chunk."""
+        self.rest: list[Any] = []
+        self.room = CHUNK
+
+    def __len__(self) -> int:
+        return self.starts[-1] + len(self.rest)
+
+    def add(self, item: Any, size: int) -> None:
+        """`size`: its characters, roughly."""
+        self.rest.append(item)
+        self.room -= size
+        if self.room <= 0:
+            self.full.append(encoded(self.rest))
+            self.starts.append(len(self))
+            self.rest, self.room = [], CHUNK
+
+    def chunks(self) -> Iterator[str]:
+        yield from self.full
+        yield encoded(self.rest)
+
+
+class JsonlTail:
+    """The rows of a .jsonl file that another process writes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.place = file, 0
+        self.identity: tuple[int, int] | None = None
+
+    def _identity(self) -> tuple[int, int] | None:
+        if not self.file.exists():
+            return None
+        status = self.file.stat()
+        return status.st_dev, status.st_ino
+
+    @property
+    def is_another(self) -> bool:
+        """A resumed run has cut its file back: what was read may no longer be there."""
+        return self.identity is not None and (
+            self._identity() != self.identity or os.path.getsize(self.file) < self.place
+        )
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """Since the last call; a last line without its end is still being written."""
+        self.identity = self._identity()
+        if self.identity is None:
+            return
+        with self.file.open("rb") as file:
+            file.seek(self.place)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.place += len(line)
+                yield parsed(line, f"{self.file}: the line that ends at byte {self.place}")
+
+
+@dataclass
+class RunFiles:
+    """One run, as far as it has been read."""
+
+    name: str
+    folder: Path
+    method: int
+    metrics: JsonlTail
+    before: JsonlTail
+    """Older samples."""
+    samples: JsonlTail
+    curves: dict[str, list[list[Any]]] = field(default_factory=dict)
+    """Metric -> steps and values."""
+    rollouts: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """(step, split, row, group, sample) -> number in the index."""
+    token_files: set[str] = field(default_factory=set)
+    first_rows: list[dict[str, Any]] = field(default_factory=list)
+    """Rows that it trains on: a name, and runs of text with whether they train."""
+    replays: dict[int, dict[bytes, dict[str, list[float]]]] = field(default_factory=dict)
+    """Step -> token ids of a sequence -> objective -> a number for each action."""
+
+    @property
+    def replay_files(self) -> list[Path]:
+        return sorted(self.folder.glob("replay_[0-9]*/replay.json"))
+
+
+class RunIndex:
+    """Runs and everything that they have written so far."""
+
+    def __init__(self, named: Sequence[str]) -> None:
+        """`named`: folders of runs, or NAME=FOLDER,FOLDER... for seeds of one method. Folders whose configurations
+        differ in nothing but the seed are seeds of one method too. Raises UserError where no run is.
+        """
+        self.named = list(named)
+        self.version = 0
+        self._open()
+        self.refresh()
+
+    def _open(self) -> None:
+        self.methods, groups = _methods(self.named)
+        folders = [folder for group in groups for folder in group]
+        names = _names(folders)
+        self.runs = [
+            RunFiles(
+                names[folder],
+                folder,
+                method,
+                JsonlTail(folder / "metrics.jsonl"),
+                JsonlTail(folder / SAMPLES_BEFORE),
+                JsonlTail(folder / "samples.jsonl"),
+            )
+            for method, group in enumerate(groups)
+            for folder in group
+        ]
+        self.columns: dict[str, list[float | None]] = {name: [] for name in COLUMNS}
+        self.texts, self.tokens = ChunkedList(), ChunkedList()
+        self.seen_replays: set[Path] = set()
+
+    def refresh(self) -> bool:
+        """Read what is new; whether there was anything."""
+        replays = {file for run in self.runs for file in run.replay_files}
+        cut_back = any(lines.is_another for run in self.runs for lines in (run.metrics, run.before, run.samples))
+        if cut_back or (self.version and replays != self.seen_replays):
+            self._open()
+        self.seen_replays = replays
+        news = [self._read(number, run) for number, run in enumerate(self.runs)]
+        self.version += any(news) or cut_back
+        return any(news) or cut_back
+
+    def _read(self, number: int, run: RunFiles) -> bool:
+        found = False
+        for row in run.metrics.new():
+            found = True
+            step = row.pop("step")
+            for name, value in row.items():
+                if (value := _finite(value)) is not None:
+                    steps, values = run.curves.setdefault(name, [[], []])
+                    steps.append(step)
+                    values.append(_short(value, 6))
+        if not run.first_rows and (run.folder / FIRST_ROWS).exists():
+            with _readable(run.folder / FIRST_ROWS):
+                run.first_rows = _first_rows(run.folder / FIRST_ROWS)
+                found = True
+        for samples in (run.before, run.samples):
+            for row in samples.new():
+                found = True
+                with _readable(samples.file):
+                    self._add(number, run, row)
+        for file in sorted(run.folder.glob(f"{TOKENS}/*.parquet")):
+            # samples.jsonl comes first: what it does not have yet is of a later look
+            if file.name not in run.token_files:
+                with _readable(file):
+                    found |= self._add_tokens(run, file)
+        return found
+
+    def _add(self, number: int, run: RunFiles, row: dict[str, Any]) -> None:
+        if not all(isinstance(text, str) for text in row["texts"]) or not isinstance(row.get("unscored"), str | None):
+            raise TypeError("texts have to be texts")
+        run.rollouts[_key(row)] = len(self.texts)
+        values = {
+            "run": number,
+            "step": row["step"],
+            "split": SPLITS.index(row["split"]),
+            "row": _finite(row["row"]),
+            "group": _finite(row.get("group")),
+            "sample": _finite(row.get("sample")),
+            "reward": None if row.get("unscored") else _finite(row["reward"]),
+            "length": _finite(row.get("num_tokens")),
+            "loss": None,
+            "mark": TRUNCATED * bool(row.get("truncated")) + UNSCORED * bool(row.get("unscored")),
+            "token": None,
+        }
+        for name, column in self.columns.items():
+            column.append(values[name])
+        named = {
+            name: {str(key): _finite(value) for key, value in dict(row[name]).items()}
+            for name in ("parts", "metrics")
+            if row.get(name)
+        }
+        item = {"texts": row["texts"], "unscored": row.get("unscored"), "set": str(row.get("set") or ""), **named}
+        self.texts.add(item, sum(map(len, row["texts"])) + 32)
+
+    def _add_tokens(self, run: RunFiles, file: Path) -> bool:
+        rows = parquet.read_table(file).to_pylist()
+        if not all(_key(row) in run.rollouts for row in rows):
+            return False
+        run.token_files.add(file.name)
+        # colours are of a rollout's own largest value, but not where that is nothing beside the step's
+        floors = {
+            name: NOTHING * max((abs(x) for row in rows for x in row[column] or () if math.isfinite(x)), default=0.0)
+            for name, column in (("loss", "loss_T"), ("pull", "pull_T"))
+        }
+        for row in rows:
+            place = run.rollouts[_key(row)]
+            self.columns["loss"][place] = None if row["loss"] is None else _short(row["loss"], 5)
+            self.columns["length"][place] = row["length"]
+            self.columns["token"][place] = len(self.tokens)
+            replayed = self._replayed(run, row) if row["split"] == "train" else {}
+            self.tokens.add(
+                _token_item(row, replayed) | {"floors": floors}, 100 * row["length"] + 8 * len(row["tokens"])
+            )
+        return True
+
+    def _replayed(self, run: RunFiles, row: dict[str, Any]) -> dict[str, list[float]]:
+        """What `rl2 replay` found for this rollout: objective -> a number for each of its actions."""
+        file = run.folder / f"replay_{row['step']:06d}" / "replay.json"
+        if not file.exists():
+            return {}
+        if row["step"] not in run.replays:
+            with _readable(file):
+                run.replays[row["step"]] = _replay(file)
+        return run.replays[row["step"]].get(np.asarray(row["token_ids"], np.int64).tobytes(), {})
+
+    def chunks(self) -> Iterator[tuple[str, str]]:
+        """(name, content) of every chunk; `head` first."""
+        yield "head", self.head()
+        yield from ((f"text-{n}", chunk) for n, chunk in enumerate(self.texts.chunks()))
+        yield from ((f"token-{n}", chunk) for n, chunk in enumerate(self.tokens.chunks()))
+
+    def chunk(self, name: str) -> str | None:
+        """One of them."""
+        if name == "head":
+            return self.head()
+        kind, _, number = name.partition("-")
+        shelf = {"text": self.texts, "token": self.tokens}.get(kind)
+        if shelf is None or not number.isascii() or not number.isdigit() or int(number) >= len(shelf.starts):
+            return None
+        return [*shelf.full, ""][int(number)] or encoded(shelf.rest)
+
+    def head(self) -> str:
+        return encoded(
+            {
+                "version": self.version,
+                "methods": self.methods,
+                "runs": [
+                    {"name": run.name, "method": run.method, "curves": run.curves, "rows": run.first_rows}
+                    for run in self.runs
+                ],
+                "settings": _differences({run.name: _flat(_config(run.folder)) for run in self.runs}),
+                "replays": [
+                    {"run": number, **table}
+                    for number, run in enumerate(self.runs)
+                    for table in map(_replay_table, run.replay_files)
+                ],
+                "columns": self.columns,
+                "texts": self.texts.starts,
+                "tokens": self.tokens.starts,
+            }
+        )
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """What is read within is of `file`; whatever is wrong with it, a UserError says where."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{file} is not as a run writes it ({type(error).__name__}: {first_line(error)}); remove it, or mend it"
+        ) from error
+
+
+def _key(row: dict[str, Any]) -> tuple[int, ...]:
+    return (row["step"], SPLITS.index(row["split"]), row["row"], row.get("group", 0), row.get("sample", 0))
+
+
+def _finite(value: Any) -> float | None:
+    """`value`, if it is a number that a browser has too."""
+    return value if isinstance(value, int | float) and -LARGEST <= value <= LARGEST else None
+
+
+def _short(value: float, digits: int = 4) -> float | None:
+    """So many significant digits: more than an eye can tell, and half the size. None for what is no number."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def _shorts(values: Sequence[float], digits: int = 4) -> list[float | None]:
+    return [_short(value, digits) for value in values]
+
+
+def _token_item(row: dict[str, Any], replayed: dict[str, list[float]]) -> dict[str, Any]:
+    """A rollout token by token; lists but the first two have an entry for each sampled token."""
+    logps, engine = row["logp"], row["engine_logp"]
+    gap = None if engine is None else [_short(a - b, 3) for a, b in zip(logps, engine, strict=True)]
+    loss = row["loss_T"]
+    return {
+        "tokens": row["tokens"],
+        "sampled": "".join("01"[sampled] for sampled in row["sampled"]),
+        "logp": _shorts(logps),
+        "max_logp": _shorts(row["max_logp"]),
+        "rank": row["rank"],
+        "entropy": _shorts(row["entropy"]),
+        "gap": gap,
+        "loss": None if loss is None else _shorts(loss),
+        "pull": None if loss is None else _shorts(row["pull_T"]),
+        "top": row["top"],
+        "top_logp": [_shorts(top, 3) for top in row["top_logp"]],
+        "replay": {title: _shorts(values) for title, values in replayed.items()},
+    }
+
+
+def _first_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of the file; of a long run of text the middle is left out."""
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return [
+        {"name": str(row["name"]), "pieces": [[_abridged(str(text)), bool(trains)] for text, trains in row["pieces"]]}
+        for row in rows
+    ]
+
+
+def _abridged(text: str) -> str:
+    left_out = len(text) - LONGEST
+    return text if left_out <= 0 else f"{text[: LONGEST // 2]} [{left_out} characters] {text[-LONGEST // 2 :]}"
+
+
+def _replay(file: Path) -> dict[bytes, dict[str, list[float]]]:
+    """Sequences by their token ids, each with what every objective asks of its actions."""
+    replay = json.loads(file.read_text(encoding="utf-8"))
+    batch = load_file(file.with_name("batch.safetensors"))
+    starts = batch["cu_seqlens"].tolist()
+    # actions before each position: where a sequence's numbers stand
+    before = np.concatenate([[0], batch["action_T"].cumsum()])
+    found: dict[bytes, dict[str, list[float]]] = {}
+    for a, b in pairwise(starts):
+        ids = np.append(batch["token_ids_T"][a:b], batch["labels_T"][b - 1]).astype(np.int64)
+        found[ids.tobytes()] = {one["title"]: one["weight_N"][before[a] : before[b]] for one in replay["objectives"]}
+    return found
+
+
+def _replay_table(file: Path) -> dict[str, Any]:
+    """What `rl2 replay` prints."""
+    with _readable(file):
+        replay = json.loads(file.read_text(encoding="utf-8"))
+        shown = ("loss", "norm", "tokens", "entropy", "correct", "wrong")
+        objectives = [
+            {"title": str(one["title"]), **{name: _finite(one[name]) for name in shown}} for one in replay["objectives"]
+        ]
+        cosines = [
+            {"of": str(one["of"]), "and": str(one["and"]), "cosine": _finite(one["cosine"])}
+            for one in replay["cosines"]
+        ]
+        return {"step": int(replay["step"]), "objectives": objectives, "cosines": cosines}
+
+
+def _methods(named: Sequence[str]) -> tuple[list[str], list[list[Path]]]:
+    """Names of the methods, and the folders of each."""
+    given = [(name, "", "") if Path(name).is_dir() else name.partition("=") for name in named]
+    groups: dict[str, list[Path]] = {}
+    for name, equals, paths in given:
+        if equals:
+            groups.setdefault(name, []).extend(Path(path) for path in paths.split(",") if path)
+    alike: dict[str, list[Path]] = {}
+    for path in [Path(name) for name, equals, _ in given if not equals]:
+        config = _config(path)
+        for key in OWN:
+            config.get("trainer", {}).pop(key, None)
+        alike.setdefault(json.dumps(config, sort_keys=True, default=str) if config else str(path), []).append(path)
+    everything = [folder for group in (*groups.values(), *alike.values()) for folder in group]
+    for folder in everything:
+        if not any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml", "samples.jsonl")):
+            raise UserError(f"{folder} holds no run: it has neither config.yaml nor metrics.jsonl")
+    if twice := {folder for folder in everything if everything.count(folder) > 1}:
+        raise UserError(f"{min(twice)} is named twice")
+    names = _names([folder for group in alike.values() for folder in group])
+    for folders in alike.values():
+        letters = zip(*(names[folder] for folder in folders), strict=False)
+        title = "".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, letters))
+        # of spo-0 and spo-1 remains spo
+        name = re.sub(r"[-_ /.]*(seed|s)?[-_ ]*$", "", title) if len(folders) > 1 else title
+        groups.setdefault(name or names[folders[0]], []).extend(folders)
+    return list(groups), list(groups.values())
+
+
+def _names(folders: Sequence[Path]) -> dict[Path, str]:
+    """As short as tells them apart."""
+    parts = {folder: folder.resolve().parts for folder in folders}
+    for length in range(1, max(map(len, parts.values()), default=1) + 1):
+        names = {folder: "/".join(of[-length:]) for folder, of in parts.items()}
+        if len(set(names.values())) == len(folders):
+            break
+    return names
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.yaml"
+    if not file.exists():
+        return {}
+    with _readable(file):
+        text = file.read_text(encoding="utf-8")
+        # a run writes none, and a few lines of them stand for gigabytes
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it has aliases")
+        config = json.loads(json.dumps(yaml.safe_load(text) or {}, default=str))  # all keys are texts then
+        if not isinstance(config, dict) or not isinstance(config.get("trainer", {}), dict):
+            raise TypeError("it is no configuration")
+        return config
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return found
+
+
+def _differences(settings: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+    """Key -> its value in each run, where they are not the same."""
+    keys = list(dict.fromkeys(key for of in settings.values() for key in of))
+    table = {key: [of.get(key, "") for of in settings.values()] for key in keys}
+    return {key: values for key, values in table.items() if len(set(values)) > 1}

@@ -1,0 +1,175 @@
+"""No setting without effect: before a run, each term of the loss that is switched on is tried on a tiny batch.
+
+V logits of T made-up tokens stand in for a model. A term whose gradient is exactly zero there, and a setting that
+changes nothing, would be without effect in training too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from RL2.batch.packing import pack
+from RL2.config.model import Actor, SFTActor
+from RL2.config.programs import RLConfig
+from RL2.errors import ConfigError
+from RL2.objectives.loss import total_loss, with_weights
+from RL2.objectives.registry import BoundObjective, bind, configured
+from RL2.ops.token_stats import token_stats
+from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
+
+NUM_TRAJECTORIES, LONGEST = 32, 16
+
+
+def probe(config: RLConfig) -> None:
+    """Raises ConfigError for a setting of the loss that has no effect, with the reason."""
+    actor, objective = config.actor, configured(config.actor)
+    logits_TV, batch = synthetic_prompts(vocabulary=64 + objective.top_k)
+
+    def gradient(actor: Actor) -> Tensor:
+        return loss_gradient(logits_TV, batch, actor, objective)
+
+    bare = without_terms(actor)
+    if not gradient(replace(bare, select=replace(bare.select, not_mode=False))).any():
+        knobs = "".join(f" {knob}={value}" for knob, value in objective.knobs.items())
+        raise ConfigError(f"actor.objective={actor.objective}{knobs} trains nothing: its gradient is exactly zero")
+    whole = gradient(actor)
+    for setting, off in terms(actor):
+        if torch.equal(whole, gradient(off)):
+            raise ConfigError(f"{setting} has no effect: the gradient is the same without it")
+
+    if not reads_advantages(objective):
+        for setting in advantage_settings(config):
+            raise ConfigError(f"{setting} has no effect: actor.objective={actor.objective} reads no advantages")
+
+
+def probe_supervised(actor: SFTActor) -> None:
+    """Raises ConfigError for an objective that reads what rows of data do not have."""
+    objective = bind(actor.objective, actor.objective_args)
+    if reads_advantages(objective):
+        raise ConfigError(
+            f"actor.objective={actor.objective} reads advantages, and rows of data have none; "
+            "choose sft, rank_jsd or another that trains on what is right"
+        )
+
+
+def reads_advantages(objective: BoundObjective) -> bool:
+    """The gradient of the objective depends on them."""
+    logits_TV, batch = synthetic_prompts(vocabulary=64 + objective.top_k)
+    assert batch.advantage_T is not None
+
+    def of(batch: TokenBatch) -> Tensor:
+        return gradient(logits_TV, batch, objective, lambda stats: objective.loss(stats, batch)[0].sum())
+
+    return not torch.equal(of(batch), of(batch.with_(advantage_T=batch.advantage_T.flip(0))))
+
+
+def without_terms(actor: Actor) -> Actor:
+    """The objective alone."""
+    return replace(
+        actor,
+        tis_coef=0.0,
+        tis_level="token",
+        tis_mode="truncate",
+        kl=replace(actor.kl, coef=0.0),
+        entropy=replace(actor.entropy, coef=0.0),
+    )
+
+
+def terms(actor: Actor) -> Iterator[tuple[str, Actor]]:
+    """Each setting of the loss that is switched on, and the configuration without it."""
+    alone = without_terms(actor)
+    if actor.tis_coef > 0:
+        off = replace(actor, tis_coef=0.0, tis_level="token", tis_mode="truncate")
+        yield f"actor.tis_coef={actor.tis_coef:g}", off
+    if actor.kl.coef > 0 and actor.kl.type == "loss":
+        yield f"actor.kl.coef={actor.kl.coef:g}", replace(actor, kl=alone.kl)
+    if actor.entropy.coef != 0:
+        yield f"actor.entropy.coef={actor.entropy.coef:g}", replace(actor, entropy=alone.entropy)
+    # without selection there may be nothing that `kept` leaves out; the average is then the one over all
+    free = replace(actor, average_over="all") if actor.train_on == "all" else actor
+    if actor.select.not_mode:
+        yield "actor.select.not_mode=true", replace(free, select=replace(actor.select, not_mode=False))
+    if actor.select.entropy_quantile > 0:
+        setting = f"actor.select.entropy_quantile={actor.select.entropy_quantile:g}"
+        yield setting, replace(free, select=replace(actor.select, entropy_quantile=0.0))
+
+
+def advantage_settings(config: RLConfig) -> Iterator[str]:
+    """Settings that only advantages see."""
+    if config.adv.estimator in ("gae", "gdpo"):
+        yield f"adv.estimator={config.adv.estimator}"
+    if config.adv.global_norm:
+        yield "adv.global_norm=true"
+    if config.adv.norm_var:
+        yield "adv.norm_var=true"
+    if config.adv.overlong_buffer:
+        yield f"adv.overlong_buffer={config.adv.overlong_buffer}"
+    if config.actor.kl.coef > 0 and config.actor.kl.type != "loss":
+        yield f"actor.kl.type={config.actor.kl.type}"
+
+
+def loss_gradient(logits_TV: Tensor, batch: TokenBatch, actor: Actor, objective: BoundObjective) -> Tensor:
+    """Of the loss with respect to the logits."""
+    if actor.kl.coef == 0:
+        batch = replace(batch, ref_logp_T=None)
+    weighted = with_weights(batch, actor)
+
+    def loss(stats: TokenStats) -> Tensor:
+        assert weighted.weight_T is not None
+        return (total_loss(stats, weighted, actor, objective)[0] * weighted.weight_T).sum()
+
+    return gradient(logits_TV, batch, objective, loss, actor.temperature)
+
+
+def gradient(
+    logits_TV: Tensor,
+    batch: TokenBatch,
+    objective: BoundObjective,
+    loss: Callable[[TokenStats], Tensor],
+    temperature: float = 1.0,
+) -> Tensor:
+    """Of `loss`, which sees the statistics that `objective` reads."""
+    leaf_TV = logits_TV.clone().requires_grad_()
+    fields = tuple(dict.fromkeys((*objective.fields, "logp", "entropy")))
+    identity_VV = torch.eye(leaf_TV.shape[1])
+    stats = token_stats(
+        leaf_TV, identity_VV, batch.labels_T, temperature=temperature, fields=fields, top_k=objective.top_k
+    )
+    found = loss(stats)
+    if not found.requires_grad:
+        return torch.zeros_like(leaf_TV)
+    (gradient_TV,) = torch.autograd.grad(found, leaf_TV, allow_unused=True, materialize_grads=True)
+    return gradient_TV
+
+
+def synthetic_prompts(vocabulary: int) -> tuple[Tensor, TokenBatch]:
+    """Logits, and a batch of actions: groups of four, rewards of 0 and 1, an older policy, an engine and a reference
+    that are all a little different.
+    """
+    g = torch.Generator().manual_seed(0)
+    lengths = [1 + 5 * n % LONGEST for n in range(NUM_TRAJECTORIES)]
+    logits_TV = torch.randn(sum(lengths), vocabulary, generator=g) * torch.linspace(0.5, 6, sum(lengths))[:, None]
+    labels_T = torch.multinomial(logits_TV.softmax(-1), 1, generator=g)[:, 0]
+    trajectories = []
+    for n, (length, ids) in enumerate(zip(lengths, labels_T.split(lengths), strict=True)):
+        rewards = [0.0] * length + [float(n % 3 != 0)]
+        sequence = Sequence([0, *ids.tolist()], [False] + [True] * length, [0.0] * (length + 1), rewards)
+        trajectories.append(Trajectory(row=n // 4, group=n // 4, sample=n % 4, sequences=[sequence]))
+    batch = pack(trajectories)
+    stats = token_stats(logits_TV, torch.eye(vocabulary), labels_T, fields=("logp", "max_logp", "entropy"))
+
+    def nearby(scale: float) -> Tensor:
+        return stats.logp + scale * torch.randn(stats.logp.shape, generator=g)
+
+    return logits_TV, batch.with_(
+        engine_logp_T=nearby(0.5),
+        old_logp_T=nearby(0.1),
+        ref_logp_T=nearby(0.3),
+        old_entropy_T=stats.entropy,
+        off_mode_T=stats.logp < stats.max_logp,
+        advantage_T=torch.randn(batch.num_sequences, generator=g)[batch.sequence_T],
+    )
