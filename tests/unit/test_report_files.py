@@ -39,7 +39,7 @@ def test_trackio_goes_on_with_the_run_of_its_folder(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from RL2.report import Trackio
+from RL2.io.report import Trackio
 for folder, step in (("a", 0), ("a", 1), ("b", 0)):
     dashboard = Trackio(Path(folder), None, "same name", {"lr": 1e-3})
     dashboard.log({"actor/loss": 0.5}, step)
