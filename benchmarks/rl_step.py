@@ -138,15 +138,19 @@ def answer(turns: Turns, rollout_s: float, **values: float) -> None:
 
 def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     """The body of RL2.trainer.rl.train, without its report."""
+
+    from RL2.batch.packing import pack
     from RL2.config.load import load
     from RL2.config.programs import RLConfig
     from RL2.data.prompts import load_prompts
     from RL2.models.policy import end_tokens, load_tokenizer
     from RL2.parallel.processes import Processes
-    from RL2.rollout.collect import rollout_metrics
     from RL2.rollout.environment import load_environment
-    from RL2.rollout.spread import Rollouts
-    from RL2.trainer.rl import judge, make_engine, pack, trainable
+    from RL2.rollout.episodes import Episodes, Setting
+    from RL2.rollout.filters import trainable
+    from RL2.rollout.metrics import rollout_metrics
+    from RL2.trainer.annotate import annotate
+    from RL2.trainer.build import make_engine
     from RL2.workers.actor import Actor
 
     config = load(
@@ -175,24 +179,16 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     prompts = load_prompts(str(config.train_data.path), tokenizer, environment.example, options.max_length)
     actor = Actor(config.actor, processes, 1000, folder)
     engine = make_engine(config, actor, lambda ids: str(tokenizer.decode(ids)), options.max_length + 1, folder)
-    rollouts = Rollouts(
-        config.rollout,
-        engine=engine,
-        environment=environment,
-        tokenizer=tokenizer,
-        end_tokens=end_tokens(actor.lm, tokenizer),
-        max_length=options.max_length + 1,
-        processes=processes,
-    )
+    setting = Setting(engine, environment, tokenizer, config.rollout.max_turns, options.max_length + 1)
+    episodes = Episodes(setting, end_tokens(actor.lm, tokenizer), processes)
     step = 0
     while turns.wait():
         engine.load_weights(actor.weights(), version=step)
-        trajectories = rollouts.collect(
-            prompts, config.rollout.train_sampling_params, RESPONSES, step, lambda done: None
-        )
+        trajectories = episodes.play(prompts, config.rollout.train_sampling_params, RESPONSES, step, lambda done: None)
         metrics = rollout_metrics(trajectories, "train")
         rollout_s = time.perf_counter() - turns.begun
-        batch = judge(pack(trainable(trajectories, config)), config, actor, None)
+        trained = trainable(trajectories, config)
+        batch = annotate(pack(trained), trained, config=config, actor=actor, reference=None)
         metrics |= actor.update(batch)
         answer(turns, rollout_s, tokens=metrics["actor/tokens"], reward=metrics["train/reward"])
         step += 1

@@ -152,7 +152,7 @@ class Environment:
 
 
 class _Overtime(Exception):
-    """A call ran past its limit."""
+    """An error: a call ran past its limit."""
 
 
 class _LoopThread(threading.Thread):
@@ -183,7 +183,7 @@ class _LoopThread(threading.Thread):
         return call
 
     def stop(self) -> None:
-        """Calls that have not started never will; the thread ends as soon as its loop has its say."""
+        """Stop the loop: calls that have not started never will, and the thread ends after its current callback."""
         for call in self.calls:
             call.cancel()
         if not self._loop.is_closed():

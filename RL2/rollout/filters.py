@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence as Seq
 
 from RL2.config.programs import RLConfig
-from RL2.rollout.collect import NothingScored, drop_equal_groups, drop_groups_of_equal_parts, groups, scored
+from RL2.rollout.metrics import NothingScored, drop_equal_groups, drop_groups_of_equal_parts, groups, scored
 from RL2.types import Trajectory
 
 

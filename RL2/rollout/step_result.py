@@ -22,7 +22,7 @@ State = str | list[dict[str, Any]]
 
 
 class Unscored(Exception):
-    """An episode has no reward, for this cause."""
+    """An error: an episode has no reward, for this cause."""
 
     def __init__(self, cause: str) -> None:
         self.cause = one_line(cause)  # it may quote the script, and is printed and written down
@@ -41,7 +41,7 @@ class Span:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What `step` gave back, checked."""
+    """A checked result of `step`."""
 
     next_state: State | None
     """A text is the whole next state; messages are added to the conversation so far. None only if done."""
@@ -63,7 +63,7 @@ class StepResult:
 
     @property
     def total(self) -> float:
-        """The reward of the whole response."""
+        """Return the reward of the whole response."""
         return summed([self.reward, *(span.reward for span in self.spans)])
 
 

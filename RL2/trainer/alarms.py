@@ -37,7 +37,7 @@ MANY_CUT = 1 / 2
 
 
 class Alarms:
-    """Sees each step's metrics in order, those of an interrupted run first."""
+    """Checks of each step's metrics, in order; those of an interrupted run come first."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Alarms:
         num_train: int = 0,
         weights: Iterable[str] = (),
     ) -> None:
-        """`num_tests`, `num_train`: responses of a test, and of a step, which say how much a score moves by chance.
+        """Take the numbers of responses of a test and of a step: they say how much scores move by chance.
 
         `weights`: the parts of the reward that have one in the configuration.
         """
@@ -62,7 +62,7 @@ class Alarms:
             self.see(int(row["step"]), row)
 
     def see(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """What there is to warn of after `step`."""
+        """Return the warnings after `step`, a line each; a warning is repeated only after its cause had gone."""
         if "test/score" in metrics:
             self.scores[step] = metrics["test/score"]
         self.parts |= {name.split(PART)[1] for name in metrics if PART in name}
@@ -90,7 +90,7 @@ class Alarms:
         return [f"step {step}: WARNING: {text}" for text in new.values()]
 
     def _without_gradient(self) -> str:
-        """No gradient in the last steps, with the most likely cause."""
+        """Return a warning of steps without a gradient, with the most likely cause."""
         norms, rewards, tokens = (self.seen[name] for name in ("actor/grad_norm", "train/reward", "actor/tokens"))
         if len(norms) < FEW or max(norms[-FEW:]) > NO_GRADIENT:
             return ""
@@ -108,7 +108,7 @@ class Alarms:
         return f"nothing was learnt in the last {FEW} steps, the gradient is 0: {why}; {what}"
 
     def _without_part(self) -> str:
-        """Weights of parts that no response has had, in most cases for a name that is written wrong."""
+        """Return a warning of weights of parts that no response has had; mostly the name is misspelt."""
         if not (idle := sorted(self.weights - self.parts)):
             return ""
         have = (
@@ -144,7 +144,7 @@ class Alarms:
         )
 
     def _broken(self) -> str:
-        """The responses of the last steps earn next to nothing of what the first ones did."""
+        """Return a warning if the last steps score less than a tenth of the first ones, beyond chance."""
         scores = self.seen["train/score"]
         if len(scores) <= FEW or not self.num_train:
             return ""
@@ -158,7 +158,7 @@ class Alarms:
         )
 
     def _fallen(self) -> str:
-        """The newest score is below the best by more than twice the standard error of their difference."""
+        """Return a warning if the newest score is below the best by more than chance (two standard errors)."""
         if len(self.scores) < 2:
             return ""
         best, newest = max(self.scores.values()), list(self.scores.values())[-1]

@@ -9,15 +9,15 @@ from RL2.workers.worker import Worker
 
 
 def count(number: float) -> str:
-    """1234567 as 1.23 million."""
+    """Return a number in words: 1234567 is 1.23 million."""
     for unit, name in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return f"{number:.0f}"
 
 
-def of_model(name: str, worker: Worker) -> str:
-    """Return what the model called `name` is, how large, in which precision and where."""
+def describe_model(name: str, worker: Worker) -> str:
+    """Describe the model called `name`: its class, size, precision and device."""
     parameters = list(worker.policy.parameters())
     size = count(sum(parameter.numel() for parameter in parameters))
     if worker.has_adapters:
@@ -30,8 +30,8 @@ def of_model(name: str, worker: Worker) -> str:
     return f"{name}: {worker.lm.name_or_path}: {type(worker.lm).__name__}, {size}, {dtype}, {where}"
 
 
-def of_engine(config: RLConfig) -> str:
-    """Return which engine samples."""
+def describe_engine(config: RLConfig) -> str:
+    """Describe the engine that samples."""
     rollout = config.rollout
     if (servers := rollout.servers) is None:
         return f"engine: {rollout.engine}, in the processes that train"
@@ -40,7 +40,7 @@ def of_engine(config: RLConfig) -> str:
     return f"engine: {rollout.engine}, {servers.num_servers} server(s) of this run; their logs are in trainer.save_dir"
 
 
-def of_rollouts(config: RLConfig, first_step: int, num_steps: int) -> str:
+def describe_plan(config: RLConfig, first_step: int, num_steps: int) -> str:
     """Return the plan of a run of reinforcement learning."""
     data, trainer, rollout = config.train_data, config.trainer, config.rollout
     if trainer.eval_only or first_step >= num_steps:
@@ -55,8 +55,8 @@ def of_rollouts(config: RLConfig, first_step: int, num_steps: int) -> str:
     )
 
 
-def of_test(tasks: TestTasks) -> str:
-    """Return what the first test of a set is."""
+def describe_test(tasks: TestTasks) -> str:
+    """Describe the first test of a set."""
     settings = tasks.settings
     of = f" of {settings.name}" if settings.name else ""
     return (
@@ -65,7 +65,9 @@ def of_test(tasks: TestTasks) -> str:
     )
 
 
-def of_rows(batch_size: int, what: str, tokens_per_row: float, trainer: TrainerConfig, first: int, steps: int) -> str:
+def describe_supervised_plan(
+    batch_size: int, what: str, tokens_per_row: float, trainer: TrainerConfig, first: int, steps: int
+) -> str:
     """Return the plan of a supervised run."""
     left = steps - first
     return (

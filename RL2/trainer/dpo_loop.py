@@ -16,7 +16,7 @@ from RL2.models.policy import load_tokenizer, refuse_unknown_tokens
 from RL2.objectives.preference import dpo, ipo
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
-from RL2.trainer.announce import of_model
+from RL2.trainer.announce import describe_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import Rows, SupervisedTask, fit, pairs_reader, train_and_test
 from RL2.types import StatsRequest
@@ -27,7 +27,7 @@ AT_ONCE = 8192
 
 
 def train(config: DPOConfig, run: Run) -> None:
-    """DPO or IPO on the responses of chosen and rejected, `batch_size` pairs a step."""
+    """Train by DPO or IPO on the responses of chosen and rejected, `batch_size` pairs a step."""
     data, actor = config.data, config.actor
     tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
     notes: list[str] = []
@@ -42,7 +42,7 @@ def train(config: DPOConfig, run: Run) -> None:
     run.progress.say(*notes)
     with run.progress.phase("loading the model"):
         learner = Learner(actor, run.processes, num_steps, run.save_dir)
-    run.progress.say(of_model("actor", learner))
+    run.progress.say(describe_model("actor", learner))
     loss = partial(ipo, beta=actor.beta)
     if actor.loss == "sigmoid":
         loss = partial(dpo, beta=actor.beta, label_smoothing=actor.label_smoothing)
@@ -55,7 +55,7 @@ def logps(config: DPOConfig) -> StatsRequest:
 
 
 def with_reference(pairs: Rows, config: DPOConfig, processes: Processes, progress: Progress | None = None) -> Rows:
-    """With the reference's log-probabilities of all data, computed once; its model is then let go."""
+    """Return rows with the reference's log-probabilities, computed once; its model is freed afterwards."""
     starts = np.concatenate([[0], pairs.lengths_B.cumsum(0)])
     if config.actor.reference_free:
         return replace(pairs, ref_logp=Ragged(np.broadcast_to(np.float32(0), starts[-1]), starts))

@@ -9,6 +9,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +25,7 @@ from RL2.config.programs import Config, DPOConfig, RLConfig, SFTConfig, trained
 from RL2.data.bad_rows import BadRows
 from RL2.data.chat import is_chat, question_of
 from RL2.data.cursor import Cursor
-from RL2.data.prompts import given_away, largest_token_id
+from RL2.data.prompts import given_away
 from RL2.data.source import describe, from_json, is_here
 from RL2.engines.scripted import ScriptedEngine
 from RL2.errors import ConfigError, UserError, first_line, in_table
@@ -37,13 +38,13 @@ from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, re
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
-from RL2.rollout.environment import Environment, load_environment
+from RL2.rollout.environment import Environment
 from RL2.rollout.episode import run_episode
 from RL2.trainer.announce import count
-from RL2.trainer.rl import actor_updates, make_cursor
+from RL2.trainer.build import actor_updates, load_tasks, make_cursor
 from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
-from RL2.trainer.tasks import Example, Source, TestTasks, reader, test_tasks, train_tasks
+from RL2.trainer.tasks import Example, Source, reader
 from RL2.types import Prompt, Sampling
 from RL2.workers.worker import compute_dtype, refuse_no_recomputation
 
@@ -53,7 +54,7 @@ RESPONSE = "42"
 
 
 class Findings:
-    """Lines of the table, and what could not be looked at here."""
+    """The lines of the table, and what could not be checked here."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -87,7 +88,7 @@ class Findings:
 
 
 def rehearse(program: str, config: Config, progress: Progress) -> Findings:
-    """Everything in the order in which the run would meet it. Raises a UserError for the first thing that is wrong."""
+    """Check everything in the order of the run. Raise a UserError for the first thing that is wrong."""
     found = Findings(progress)
     found.say("program", program)
     for missing in missing_here(config):
@@ -110,7 +111,7 @@ def rehearse(program: str, config: Config, progress: Progress) -> Findings:
 
 
 def look_at_folder(config: Config, found: Findings) -> None:
-    """Where the run writes, and what it goes on from."""
+    """Check where the run writes, and the checkpoint that it resumes from."""
     trainer, save_dir = config.trainer, Path(config.trainer.save_dir)
     refuse_if_running(save_dir)
     source, damaged = checkpoint.choose(trainer.load_ckpt_from, save_dir)
@@ -129,7 +130,7 @@ def look_at_folder(config: Config, found: Findings) -> None:
 def look_at_model(
     model: TrainableChat, group: str, found: Findings
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
-    """The model without memory, and the tokenizer, if they are on this machine."""
+    """Return the model, on the meta device, and the tokenizer; None for both if they are not on this machine."""
     key, name = f"{group}.model_name", model.model_name
     if (folder := folder_of(name, key)) is None:
         found.miss("model", f"{name}, on the hub")
@@ -197,12 +198,11 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
 def look_at_tasks(
     config: RLConfig, readers: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, found: Findings
 ) -> int | None:
-    """Data and environment of reinforcement learning; returns the steps, if they can be known.
+    """Check data and environment of reinforcement learning; return the number of steps, None if it is not known.
 
     `readers` are the models that read its tokens, by key.
     """
     rollout, train, trainer = config.rollout, config.train_data, config.trainer
-    environment = load_environment(rollout.env_path, rollout.env_timeout_s, config.reward.weights)
     longest = config.actor.max_length + 1
     if tokenizer is not None:
         longest = min(longest, max_length(tokenizer.name_or_path))
@@ -221,38 +221,25 @@ def look_at_tasks(
         notes[source.key] = [*said_of_rows, *warn_of_answers(prompts)]
         return prompts
 
-    tests: list[TestTasks] = []
-    try:
-        prompts, tests = train_tasks(config, environment, load), test_tasks(config, environment, load)
-        given = [largest_token_id(prompts), *(largest_token_id(each.prompts) for each in tests)]
+    with ExitStack() as closing:
+        tasks = load_tasks(config, load, closing)
+        given = list(tasks.largest_token_ids)
         if tokenizer is not None:
             given += stop_tokens(readers["actor.model_name"], tokenizer)
         for key, lm in readers.items():
             refuse_unknown_tokens(lm, given, key)
-        sources = {"train data": ("train_data", train.path)}
-        sources |= {f"test data {each.name}".strip(): (each.key, each.path) for each in config.test_sets}
-        for what, (key, path) in sources.items():
-            if is_here(path):
-                found.say(what, describe(path), *notes.get(key, []))
-            else:
-                found.miss(what, describe(path))
-        if not config.test_sets:
-            found.say("test data", "none")
-        found.say("environment", f"{rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode")
-        tried = {environment: ("rollout.env_path", prompts)}
-        for each in tests:
+        say_of_tasks(config, notes, found)
+        tried = {tasks.environment: ("rollout.env_path", tasks.prompts)}
+        for each in tasks.tests:
             if each.environment not in tried:
                 tried[each.environment] = f"{each.settings.key}.env_path", each.prompts
-        for each_environment, (key, of) in tried.items():
-            if each_environment is not environment:
-                found.say("", f"{key}: {each_environment.path}")
+        for environment, (key, of) in tried.items():
+            if environment is not tasks.environment:
+                found.say("", f"{key}: {environment.path}")
             if of and tokenizer is not None:
-                found.say("", *try_environment(config, each_environment, key, tokenizer, of[0], longest))
+                found.say("", *try_environment(config, environment, key, tokenizer, of[0], longest))
             else:
                 found.unseen.append("step of the environment")
-    finally:
-        for each_environment in {environment, *(each.environment for each in tests)}:
-            each_environment.close()
     found.say("engine", rollout.engine)
     found.say("objective", f"{config.actor.objective}, advantages {config.adv.estimator}")
     number = train.prompts_per_rollout * train.responses_per_prompt
@@ -262,8 +249,8 @@ def look_at_tasks(
         f"{config.actor.update_per_rollout} update(s)",
     )
     steps = 0 if trainer.eval_only else trainer.max_steps
-    if prompts and steps is None:
-        steps = number_of_steps(trainer, make_cursor(len(prompts), config))
+    if tasks.prompts and steps is None:
+        steps = number_of_steps(trainer, make_cursor(len(tasks.prompts), config))
     at_most = number * rollout.train_sampling_params.max_new_tokens * rollout.max_turns
     if steps is None:
         found.say("steps", f"not known without the rows; each samples at most {count(at_most)} tokens")
@@ -273,8 +260,23 @@ def look_at_tasks(
     return steps
 
 
+def say_of_tasks(config: RLConfig, notes: dict[str, list[str]], found: Findings) -> None:
+    """Say which data a run trains and tests on, with the `notes` on each source, and which environment it has."""
+    sources = {"train data": ("train_data", config.train_data.path)}
+    sources |= {f"test data {each.name}".strip(): (each.key, each.path) for each in config.test_sets}
+    for what, (key, path) in sources.items():
+        if is_here(path):
+            found.say(what, describe(path), *notes.get(key, []))
+        else:
+            found.miss(what, describe(path))
+    if not config.test_sets:
+        found.say("test data", "none")
+    rollout = config.rollout
+    found.say("environment", f"{rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode")
+
+
 def formatted(bad: BadRows, example: Example) -> list[Prompt]:
-    """The rows of a path, checked as far as it goes without a tokenizer."""
+    """Return the rows of a path, checked as far as possible without a tokenizer."""
     prompts = []
     for number, row in bad.load(example).items():
         with bad.row(number):
@@ -301,7 +303,7 @@ def try_environment(
     prompt: Prompt,
     longest: int,
 ) -> list[str]:
-    """One turn with a response that is always the same; says what came of it. Raises UserError if it has no reward."""
+    """Play one turn with a fixed response and describe its result. Raise UserError if it has no reward."""
     engine = ScriptedEngine(lambda token_ids, sampling: tokenizer.encode(RESPONSE, add_special_tokens=False))
     trajectory = asyncio.run(
         run_episode(
@@ -336,7 +338,7 @@ def look_at_rows(
     tokenizer: PreTrainedTokenizerBase | None,
     found: Findings,
 ) -> int | None:
-    """Data of supervised programs, which `readers` read; returns the steps, if they can be known."""
+    """Check the data of supervised programs, which `readers` read; return the number of steps, None if unknown."""
     assert not isinstance(config, RLConfig)
     data, trainer = config.data, config.trainer
     what = "examples" if isinstance(config, SFTConfig) else "pairs"
@@ -375,14 +377,14 @@ def look_at_rows(
 
 
 def layout_of(model: Trainable, group: str) -> Layout:
-    """On the processes of torchrun; without it, on as few as the sizes allow."""
+    """Return the layout on the processes of torchrun; without it, on as few as the sizes allow."""
     sizes = model.ddp_size * model.sp_size * model.tp_size
     shards = num_shards(model, int(os.environ.get("WORLD_SIZE", sizes)), group)
     return Layout(ddp=model.ddp_size, fsdp=shards, sp=model.sp_size, tp=model.tp_size)
 
 
 def count_checkpoints(config: Config, lm: PreTrainedModel | None, steps: int | None, found: Findings) -> None:
-    """Their number and size on the disk."""
+    """Report the number of checkpoints and their size on the disk."""
     trainer = config.trainer
     frequency, keep = trainer.save_freq, trainer.num_kept
     number, num_bytes = 0, 0
@@ -418,7 +420,7 @@ def lora_rank(config: Config) -> int:
 
 
 def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: Findings) -> None:
-    """Of a process, by parallel/cost.py: an estimate, made for GPUs."""
+    """Report an estimate of the memory of one process, made for GPUs (parallel/cost.py)."""
     model = trained(config)[1]
     try:
         shape = Shape.of(lm.config)

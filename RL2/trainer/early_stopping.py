@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class Scores:
-    """Oldest first; the same on every process, so all decide alike."""
+    """Test scores, oldest first; the same on every process, so that all decide alike."""
 
     def __init__(self, scores: Iterable[float] = ()) -> None:
         self.scores = list(scores)
@@ -16,13 +16,13 @@ class Scores:
 
     @property
     def newest_is_best(self) -> bool:
-        """It is above all before it: of equals the oldest is the best."""
+        """Return whether the newest score is above all others; of equal ones the oldest is the best."""
         *before, newest = self.scores
         return not before or newest > max(before)
 
     @property
     def fell_twice(self) -> bool:
-        """In the last two tests in a row."""
+        """Return whether the score fell in each of the last two tests."""
         if len(self.scores) < 3:
             return False
         first, second, third = self.scores[-3:]

@@ -46,7 +46,7 @@ class Interrupt:
 
 @contextmanager
 def listening() -> Iterator[Interrupt]:
-    """SIGINT and SIGTERM ask what is given; only the main thread may listen."""
+    """Call `ask` of what is yielded at SIGINT and SIGTERM; only the main thread may listen."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt

@@ -8,14 +8,14 @@ from RL2.data.cursor import Cursor
 from RL2.models.policy import load_tokenizer
 from RL2.models.value import VALUE, ValueModel, mark_padding
 from RL2.objectives.preference import bradley_terry
-from RL2.trainer.announce import of_model
+from RL2.trainer.announce import describe_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import SupervisedTask, fit, pairs_reader, train_and_test
 from RL2.workers.worker import Learner
 
 
 def train(config: RMConfig, run: Run) -> None:
-    """Bradley-Terry on the values at the last tokens of chosen and rejected, `batch_size` pairs a step."""
+    """Train by Bradley-Terry on the values at the last tokens of chosen and rejected, `batch_size` pairs a step."""
     data, critic = config.data, config.critic
     tokenizer = load_tokenizer(
         critic.model_name, "critic.model_name", critic.chat_template, critic.chat_template_kwargs
@@ -27,7 +27,7 @@ def train(config: RMConfig, run: Run) -> None:
     run.progress.say(*notes)
     with run.progress.phase("loading the model"):
         learner = Learner(critic, run.processes, num_steps, run.save_dir, "critic.model_name", ValueModel)
-    run.progress.say(of_model("critic", learner))
+    run.progress.say(describe_model("critic", learner))
     mark_padding(learner.lm, tokenizer)
     task = SupervisedTask("critic", learner, rows, tests, sequence_weights, bradley_terry, VALUE)
     fit(task, cursor, num_steps, tokenizer, run)

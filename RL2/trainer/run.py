@@ -134,7 +134,7 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         critic: Learner | None = None,
     ) -> None:
-        """A checkpoint to go on from at `step`, written while the run goes on, and the model as it is.
+        """Save a checkpoint to resume from at `step`, in the background, and the model as it is.
 
         Raises `Interrupted` after it if any process was asked to end.
         """
@@ -153,12 +153,12 @@ class Run:
             )
 
     def _asked(self) -> int | None:
-        """The signal by which any process was asked to end (collective)."""
+        """Return the signal by which any process was asked to end (collective)."""
         asked = self.processes.gather([self.interrupt.asked], "whether the run goes on")
         return next((number for number in asked if number is not None), None)
 
     def export(self, learner: Learner, tokenizer: PreTrainedTokenizerBase, critic: Learner | None = None) -> None:
-        """The model in `save_dir/latest`, and a critic in `save_dir/critic`."""
+        """Write the model into `save_dir/latest`, and a critic into `save_dir/critic`."""
         self.export_to("latest", learner, tokenizer)
         if critic is not None:
             self.export_to("critic", critic, tokenizer)
@@ -188,7 +188,7 @@ class Run:
     def keep_for_replay(
         self, step: int, batch: TokenBatch, learner: Learner, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """The model, and the batch that it is going to train on, in `save_dir/replay_NNNNNN` (tools/replay.py)."""
+        """Write the model, and the batch that it trains on next, into `save_dir/replay_NNNNNN` (tools/replay.py)."""
         self.export_to(replay_folder(self.save_dir, step).name, learner, tokenizer, batch)
 
     def know_rows(self, rows: dict[str, str]) -> None:
@@ -295,7 +295,7 @@ def take_folder(
 
 
 def number_of_steps(trainer: TrainerConfig, cursor: Cursor) -> int:
-    """`max_steps`, or as many as `n_epochs` give."""
+    """Return `max_steps`, or as many steps as `n_epochs` give."""
     if trainer.max_steps is not None:
         return trainer.max_steps
     try:
@@ -342,7 +342,7 @@ def as_json(value: Any) -> Any:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """How the models of another run differ from those of this one, for the end of an error."""
+    """Describe how the models of another run differ from those of this one, for the end of an error."""
     told = [
         f"{key}={their}, and here it is {ours[key]}"
         for key, their in theirs.items()
@@ -368,7 +368,7 @@ def replay_folder(save_dir: Path, step: int) -> Path:
 
 
 def launcher() -> list[str]:
-    """What tells this machine's torchrun from any other: the folder that it made for its processes' errors.
+    """Return an identifier of this machine's torchrun: the folder that it made for its processes' errors.
 
     Not its count of restarts: where several machines take part, only that of the machine that failed counts.
     """
@@ -377,7 +377,7 @@ def launcher() -> list[str]:
 
 
 def begun_by(launchers: list[str], save_dir: Path) -> bool:
-    """The run in `save_dir` is of these torchruns: they have started its processes again (`--max-restarts`).
+    """Return whether the run in `save_dir` belongs to these torchruns: they have restarted its processes.
 
     One machine in common is enough, as another may have taken the place of one that failed.
     """

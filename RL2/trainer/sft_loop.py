@@ -16,7 +16,7 @@ from RL2.io.progress import Progress
 from RL2.models.policy import load_tokenizer
 from RL2.objectives.objective import Loss
 from RL2.objectives.registry import bind
-from RL2.trainer.announce import of_model
+from RL2.trainer.announce import describe_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import Rows, SupervisedTask, bad_rows, converter, fit, refuse_long, train_and_test
 from RL2.types import StatsRequest, TokenBatch, TokenStats
@@ -24,7 +24,7 @@ from RL2.workers.worker import Learner
 
 
 def train(config: SFTConfig, run: Run) -> None:
-    """Cross-entropy, or another objective, on the tokens of the responses, `batch_size` examples a step."""
+    """Train by cross-entropy, or another objective, on the tokens of responses, `batch_size` examples a step."""
     data, actor = config.data, config.actor
     objective = bind(actor.objective, actor.objective_args)
     tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
@@ -43,7 +43,7 @@ def train(config: SFTConfig, run: Run) -> None:
     run.progress.say(*notes)
     with run.progress.phase("loading the model"):
         learner = Learner(actor, run.processes, num_steps, run.save_dir)
-    run.progress.say(of_model("actor", learner))
+    run.progress.say(describe_model("actor", learner))
     objective.check(learner.lm.config.vocab_size)
     fields = tuple(dict.fromkeys((*objective.fields, "logp")))
     request = StatsRequest(fields, objective.top_k, budget_mib=actor.logits_budget_mib)
@@ -58,7 +58,7 @@ def reader(
     listing: Path | None = None,
     progress: Progress | None = None,
 ) -> Callable[[str], Rows]:
-    """Reads the rows of a path; what there is to say of them is added to `notes`, skipped rows to `listing`."""
+    """Return a function that reads the rows of a path, and notes on them; it lists skipped rows in `listing`."""
     data, example = config.data, converter(config.data)
 
     def read(path: str) -> Rows:

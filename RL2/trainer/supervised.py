@@ -29,7 +29,7 @@ from RL2.io.report import NUM_SHOWN, Metrics, Report
 from RL2.models.policy import refuse_unknown_tokens, rotary_limit
 from RL2.objectives.objective import Loss
 from RL2.rollout.environment import load_example
-from RL2.trainer.announce import of_rows as of_rows_plan
+from RL2.trainer.announce import describe_supervised_plan
 from RL2.trainer.inputs import of_tensors, spread
 from RL2.trainer.run import Run
 from RL2.types import StatsRequest, TokenBatch, TokenStats
@@ -56,7 +56,7 @@ class Rows:
         return len(self.ids) // self.per_row if self.chosen is None else len(self.chosen)
 
     def draw(self, rows: Seq[int]) -> TokenBatch:
-        """The sequences of `rows`; a row that comes twice is two groups."""
+        """Return the sequences of `rows` as a batch; a row that comes twice is two groups."""
         numbers = self.sequences(rows)
         ids, actions = [self.ids[n] for n in numbers], [self.trains[n] for n in numbers]
         if self.scored:  # the label of that action is a token that nothing reads
@@ -74,13 +74,13 @@ class Rows:
 
     @property
     def lengths_B(self) -> torch.Tensor:
-        """int64: positions of each sequence."""
+        """Return the number of positions of each sequence, int64."""
         lengths = self.ids.lengths if self.chosen is None else self.ids.lengths[self.sequences(range(len(self)))]
         return torch.from_numpy(lengths - 1 + self.scored)
 
     @property
     def largest_token_id(self) -> int:
-        """Largest token id of the data set."""
+        """Return the largest token id of the data set."""
         return int(self.ids.values.max(initial=-1))
 
     def sequences(self, rows: Seq[int]) -> np.ndarray:
@@ -91,15 +91,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class SupervisedTask:
-    """What is learnt, and from what."""
+    """Everything that `fit` needs: learner, rows, loss and weights."""
 
     name: str
-    """Of the model, before its metrics."""
+    """Name of the model, the prefix of its metrics."""
     learner: Learner
     train: Rows
     test: Rows | None
     weights: Callable[[TokenBatch], torch.Tensor]
-    """weight_T of a global minibatch."""
+    """Function that gives weight_T of a global minibatch."""
     loss: Callable[[TokenStats, TokenBatch], Loss]
     request: StatsRequest
 
@@ -109,16 +109,17 @@ class SupervisedTask:
 
 
 def fit(task: SupervisedTask, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
-    """One optimizer step on every batch of the cursor."""
+    """Take one optimizer step on every batch of the cursor."""
     trainer, learner = run.config, task.learner
     for rows in filter(None, (task.train, task.test)):
         refuse_unknown_tokens(learner.lm, [rows.largest_token_id], f"{task.name}.model_name")
     run.know_rows({name: of_rows(rows) for name, rows in (("data", task.train), ("test data", task.test)) if rows})
     report = run.report(num_steps)
+    run.closing.callback(report.close)
     report.first_rows(first_rows(task.train, tokenizer))
     first_step = run.resume(learner, cursor, report)
     what, tokens = ("examples", "pairs")[task.train.per_row - 1], float(task.train.lengths_B.sum()) / len(task.train)
-    report.say(of_rows_plan(cursor.batch_size, what, tokens, trainer, first_step, num_steps))
+    report.say(describe_supervised_plan(cursor.batch_size, what, tokens, trainer, first_step, num_steps))
     report.begin(first_step)
 
     for step in range(first_step, num_steps):
@@ -138,7 +139,6 @@ def fit(task: SupervisedTask, cursor: Cursor, num_steps: int, tokenizer: PreTrai
     if trainer.test_freq is not None:
         report.step(num_steps, test(task, report, num_steps))
     run.export(learner, tokenizer)
-    report.close()
 
 
 def first_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ def of_rows(rows: Rows) -> str:
 
 
 def test(task: SupervisedTask, report: Report, step: int) -> Metrics:
-    """Loss and metrics of the present weights on the whole test set."""
+    """Return loss and metrics of the current weights on the whole test set."""
     assert task.test is not None
     batch = task.minibatch(task.test, list(range(len(task.test))))
     with report.progress.phase(f"test before step {step}", batch.num_sequences, "sequences") as phase:
@@ -174,7 +174,7 @@ def bad_rows(data: SupervisedData, path: str) -> BadRows:
 
 
 def converter(data: SupervisedData) -> Callable[[Row], Row | None] | None:
-    """Return what makes rows of the formats out of raw ones: renamed columns, the script's `example`; or None."""
+    """Return the function that turns raw rows into a known format, by `columns` and the script's `example`; or None."""
     return with_columns(data.columns, load_example(data.env_path) if data.env_path else None)
 
 
@@ -185,7 +185,7 @@ def pairs_reader(
     listing: Path | None = None,
     progress: Progress | None = None,
 ) -> Callable[[str], Rows]:
-    """Reads the pairs of a path; what there is to say of them is added to `notes`, skipped rows to `listing`."""
+    """Return a function that reads the pairs of a path, and notes on them; it lists skipped rows in `listing`."""
     data, example = config.data, converter(config.data)
 
     def read(path: str) -> Rows:
@@ -228,7 +228,7 @@ def refuse_long(config: SFTConfig | RMConfig | DPOConfig, rows: Rows, path: str)
 
 
 def train_and_test(data: SupervisedData, read: Callable[[str], Rows]) -> tuple[Rows, Rows | None]:
-    """The rows of `data.path` and of the test set, which is a file of its own, a share of these rows, or none."""
+    """Return the rows of `data.path` and those of the test set: another file, a share of these rows, or None."""
     rows = read(data.path)
     if data.test_path is not None:
         return rows, read(data.test_path)

@@ -19,8 +19,8 @@ from RL2.data.source import Row, with_columns
 from RL2.errors import ConfigError
 from RL2.io.progress import Progress
 from RL2.io.report import NUM_SHOWN
-from RL2.rollout.collect import synthetic_prompts
 from RL2.rollout.environment import Environment, load_environment
+from RL2.rollout.episode import request_seed
 from RL2.types import Prompt
 
 Example = Callable[[Row], Row | None] | None
@@ -145,3 +145,13 @@ def _tasks(
             f"pass {source}.path=..."
         )
     return synthetic_prompts(number, seed)
+
+
+def synthetic_prompts(number: int, seed: int | None = None) -> list[Prompt]:
+    """Return prompts without a text, for tasks that `reset` makes up.
+
+    Without a `seed` the tasks are new in each rollout; with one they are always the same.
+    """
+    # rollouts have no seeds below 0, so what is tested on is not what was trained on
+    seeds = [{} if seed is None else {"seed": request_seed(-1 - seed, n, 0, 0) % 2**32} for n in range(number)]
+    return [Prompt(n, "", [], extra_info) for n, extra_info in enumerate(seeds)]

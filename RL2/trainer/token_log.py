@@ -29,8 +29,8 @@ ALTERNATIVES = 5
 SEEN = ("logp", "max_logp", "entropy", "rank", "top_logp", "top_id")
 
 
-class Microscope:
-    """Writes what `Report.tokens` takes; every method is collective and does the same on every process."""
+class TokenLog:
+    """Statistics of tokens for `Report.tokens`; every method is collective and does the same on every process."""
 
     def __init__(self, config: RLConfig, actor: Actor, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
         self.config, self.actor, self.report = config, actor, report
@@ -39,7 +39,7 @@ class Microscope:
         """Trajectories of each test set since the last look, and how they were sampled."""
 
     def look(self, step: int, trajectories: Seq[Trajectory] = (), batch: TokenBatch | None = None) -> None:
-        """At what was sampled since the last call, now that the engine is asleep: tests, and at some steps the rollout.
+        """Write statistics of the tests since the last call and, at some steps, of the rollout; the engine is asleep.
 
         `batch` is `trajectories`, filtered and packed, as they are going to be trained on.
         """
@@ -65,7 +65,7 @@ class Microscope:
         ]
 
     def _of_rollout(self, trajectories: Seq[Trajectory], batch: TokenBatch) -> list[dict[str, Any]]:
-        """Those of the first trajectories that train."""
+        """Return rows for the first trajectories that train."""
         actor, sampling = self.actor, self.config.rollout.train_sampling_params
         shown = {id(trajectory) for trajectory in trajectories[: self.config.trainer.samples_per_step]}
         trained = trainable(trajectories, self.config)
@@ -92,7 +92,7 @@ class Microscope:
         return rows
 
     def _stats(self, batch: TokenBatch, temperature: float) -> TokenStats:
-        """Of the actions of `batch`, [N]: what is shown, and what the objective reads."""
+        """Return statistics of the actions of `batch`, [N]: those shown, and those that the objective reads."""
         actor = self.actor
         request = replace(
             actor.request,
@@ -106,7 +106,7 @@ class Microscope:
     def _row(
         self, trajectory: Trajectory, batch: TokenBatch, stats: TokenStats, n: int, *, cut: bool
     ) -> dict[str, Any]:
-        """Trajectory `n` of `batch`; with a distribution that was `cut`, the engine's numbers say another thing."""
+        """Return the row of trajectory `n`; with `cut`, top_p or top_k make the engine's numbers differ."""
         actions = batch.positions(batch.action_T)
         mine_N = actions.trajectory_B[actions.sequence_T] == n
         assert actions.engine_logp_T is not None
@@ -133,7 +133,7 @@ class Microscope:
 
 
 class TokenTexts:
-    """Token id -> what the token adds to a text."""
+    """A mapping of token ids to the text that each adds."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer

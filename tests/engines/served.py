@@ -27,7 +27,7 @@ from RL2.engines.served.server_pool import Keeper
 from RL2.engines.vllm.client import VLLMClient
 from RL2.parallel.processes import Processes
 from RL2.rollout.episode import decode
-from RL2.trainer.rl import make_engine
+from RL2.trainer.build import make_engine
 from RL2.types import Completion, Sampling
 from RL2.workers.actor import Actor
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from RL2.engines.scripted import ScriptedEngine
-from RL2.rollout.collect import rollout_metrics, unscored_causes
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
+from RL2.rollout.metrics import rollout_metrics, unscored_causes
 from RL2.types import Prompt, Sampling
 
 SCRIPT = """

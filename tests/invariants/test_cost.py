@@ -187,6 +187,8 @@ def large(folder: Path) -> Shape:
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
     model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
     model.save_pretrained(folder / "large", max_shard_size="150MB")
     return Shape.of(config)
 

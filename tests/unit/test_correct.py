@@ -9,8 +9,8 @@ import pytest
 
 from RL2.batch.advantages import reward_of_sequences
 from RL2.batch.packing import kept, pack
-from RL2.rollout.collect import drop_equal_groups
 from RL2.rollout.filters import success_rates
+from RL2.rollout.metrics import drop_equal_groups
 from RL2.types import Sequence, Trajectory
 
 

@@ -16,9 +16,9 @@ from RL2.errors import ConfigError
 from RL2.io.report import Report
 from RL2.parallel.processes import Processes
 from RL2.rollout.environment import Environment, load_environment
+from RL2.rollout.episodes import Episodes, Setting
 from RL2.rollout.filters import with_signal
-from RL2.rollout.spread import Rollouts
-from RL2.rollout.supply import Supply
+from RL2.rollout.scheduler import Scheduler
 from RL2.trainer import tasks
 from RL2.trainer.rl import sample
 from RL2.trainer.tasks import Example, Source, train_tasks
@@ -61,18 +61,11 @@ def one_long_one_short(token_ids: list[int], sampling: Sampling) -> list[int]:
 TURN = iter(range(10**6))
 
 
-def rollouts(
+def episodes(
     settings: RLConfig, environment: Environment, tokenizer: PreTrainedTokenizerBase, processes: Processes
-) -> Rollouts:
-    return Rollouts(
-        settings.rollout,
-        engine=ScriptedEngine(one_long_one_short),
-        environment=environment,
-        tokenizer=tokenizer,
-        end_tokens=(),
-        max_length=100,
-        processes=processes,
-    )
+) -> Episodes:
+    engine = ScriptedEngine(one_long_one_short)
+    return Episodes(Setting(engine, environment, tokenizer, settings.rollout.max_turns, 100), (), processes)
 
 
 @pytest.mark.parametrize(("rounds", "kept", "limit"), [(1, 2, 4), (2, 3, 6), (10, 4, 20)])
@@ -84,9 +77,10 @@ def test_dropped_groups_are_replaced_by_further_rows(
     prompts = [Prompt(n, "p", [100], {"easy": n >= EASY}) for n in range(2 * EASY)]
     cursor, expected = Cursor(len(prompts), 4, seed=1), Cursor(len(prompts), 4, seed=1)
     report = Report(folder, is_first=True, num_steps=1)
-    supply = Supply(prompts, cursor, rollouts(settings, environment, tokenizer, processes), settings, num_steps=1)
-    trajectories = sample(supply, settings, 0, report)
-    supply.close()
+    played = episodes(settings, environment, tokenizer, processes)
+    scheduler = Scheduler(prompts, cursor, played, settings, num_steps=1)
+    trajectories = sample(scheduler, settings, 0, report)
+    scheduler.close()
     environment.close()
 
     # the rows of the stream, each in a group of its own, and none drawn that was not rolled out

@@ -16,7 +16,7 @@ from RL2.errors import ConfigError
 from RL2.objectives.loss import by_token, with_weights
 from RL2.objectives.registry import configured
 from RL2.rollout.filters import filter_metrics, trainable, with_signal
-from RL2.trainer.rl import judge
+from RL2.trainer.annotate import annotate
 from RL2.trainer.unused_settings import probe
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
@@ -148,7 +148,7 @@ def test_groups_with_a_signal_in_their_parts_are_kept() -> None:
 
 def judged(trajectories: list[Trajectory], settings: RLConfig) -> TokenBatch:
     kept = trainable(trajectories, settings)
-    batch = judge(pack(kept), settings, None, None, trajectories=kept)  # type: ignore[arg-type]
+    batch = annotate(pack(kept), kept, config=settings, actor=None, reference=None)  # type: ignore[arg-type]
     return with_weights(batch, settings.actor)
 
 

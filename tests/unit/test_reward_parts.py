@@ -19,12 +19,12 @@ from RL2.config.rollout import Reward
 from RL2.engines.scripted import ScriptedEngine
 from RL2.errors import ConfigError
 from RL2.io.report import Report
-from RL2.rollout.collect import rollout_metrics
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.filters import success_rates
+from RL2.rollout.metrics import rollout_metrics
 from RL2.rollout.step_result import Unscored
 from RL2.trainer.alarms import Alarms
-from RL2.trainer.rl import say_of_metrics
+from RL2.trainer.evaluator import warn_of_metrics
 from RL2.types import Prompt, Sampling, Trajectory
 
 SCRIPT = """
@@ -237,7 +237,7 @@ def test_a_metric_that_is_no_number_costs_no_trajectory(
     assert found.metrics == {"good": 3 if metrics == "[1]" else 2}
     report = Report(tmp_path, is_first=True, num_steps=1)
     for step in range(2):
-        say_of_metrics([found, found], step, report)
+        warn_of_metrics([found, found], step, report)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("step 0: WARNING: a metric of the environment is left out: ")
     assert why in line

@@ -16,10 +16,11 @@ from RL2.engines.scripted import ScriptedEngine
 from RL2.errors import ConfigError
 from RL2.io.report import Report
 from RL2.parallel.processes import Processes
-from RL2.rollout.collect import NothingScored
 from RL2.rollout.environment import load_environment
-from RL2.rollout.spread import Rollouts
-from RL2.trainer import rl, tasks
+from RL2.rollout.episodes import Episodes, Setting
+from RL2.rollout.metrics import NothingScored
+from RL2.trainer import tasks
+from RL2.trainer.evaluator import Evaluator, scores_of
 
 SCRIPT = """
 async def step(state, action, extra_info):
@@ -31,7 +32,7 @@ async def reset(extra_info):
 
 
 class Shown:
-    """What the token microscope is handed."""
+    """What the token token_log is handed."""
 
     def __init__(self) -> None:
         self.tests: list[Any] = []
@@ -74,24 +75,18 @@ class Examined:
         environment = load_environment(settings.rollout.env_path, 5)
         self.engine = ScriptedEngine(lambda token_ids, sampling: [40] * sampling.max_new_tokens)
         self.notes: list[str] = []
-        self.microscope = Shown()
+        self.token_log = Shown()
         sets = tasks.test_tasks(settings, environment, tasks.reader(tokenizer, 100, self.notes))
-        rollouts = Rollouts(
-            settings.rollout,
-            engine=self.engine,
-            environment=environment,
-            tokenizer=tokenizer,
-            end_tokens=(),
-            max_length=100,
-            processes=processes,
-        )
+        setting = Setting(self.engine, environment, tokenizer, settings.rollout.max_turns, max_length=100)
+        episodes = Episodes(setting, (), processes)
         report = Report(folder, is_first=True, num_steps=1)
         try:
-            self.metrics = rl.test(sets, rollouts, settings, 0, report, self.microscope)  # type: ignore[arg-type]
+            evaluator = Evaluator(settings, sets, episodes, report, self.token_log)  # type: ignore[arg-type]
+            self.metrics = evaluator.run(0)
             self.names = [each.settings.name for each in sets]
             self.shared = sets[0].environment is environment
         finally:
-            rollouts.close()
+            episodes.close()
             for each in {environment, *(one.environment for one in sets)}:
                 each.close()
         self.samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -129,7 +124,7 @@ def test_each_set_has_its_rows_environment_and_sampling(
         *(("half", row, 3 + row, sample) for row in range(5) for sample in range(2)),
         *(("tasks", row, 8 + row, 0) for row in range(7)),
     ]
-    assert [(len(shown), sampling.temperature) for shown, sampling in found.microscope.tests] == [
+    assert [(len(shown), sampling.temperature) for shown, sampling in found.token_log.tests] == [
         (3, 0),
         (10, 0.6),
         (7, 0),
@@ -230,4 +225,4 @@ def test_scores_before_a_resume_are_those_of_the_sets_that_decide_now(folder: Pa
     for best_by, scores in expected.items():
         settings = config(folder, "test_data.sets.a.path=x", "test_data.sets.b.path=x", f"test_data.best_by={best_by}")
         sets = [tasks.TestTasks(each, None, []) for each in settings.test_sets]  # type: ignore[arg-type]
-        assert rl.scores_of(rows, sets, settings) == scores
+        assert scores_of(rows, sets, settings) == scores

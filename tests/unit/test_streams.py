@@ -27,7 +27,7 @@ from RL2.engines.vllm.client import VLLMClient
 from RL2.engines.vllm.plugin import rl2_transfer
 from RL2.engines.vllm.plugin.rl2_transfer import Entry, Group, address_toward, bytes_of, tensors
 from RL2.errors import ConfigError
-from RL2.trainer.rl import make_engine
+from RL2.trainer.build import make_engine
 
 CPU = torch.device("cpu")
 WEIGHTS = {

@@ -25,9 +25,9 @@ from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.errors import ConfigError, first_line, in_table
 from RL2.models.loading import weights_folder
 from RL2.models.policy import load_model, load_tokenizer, max_length, stop_tokens
-from RL2.rollout.collect import Episodes, Group, finish
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
+from RL2.rollout.episodes import Group, Setting, finish
 from RL2.tools.eval.compare import compare
 from RL2.tools.eval.intervals import Estimate, limits, over_problems
 from RL2.tools.eval.samples import Sample, majority_at, pass_at
@@ -110,13 +110,13 @@ def evaluate(
             max_running_requests=question.max_running_requests,
             memory_share=0.6,
         )
-        episodes = Episodes(engine, environment, tokenizer, question.max_turns, longest)
+        setting = Setting(engine, environment, tokenizer, question.max_turns, longest)
         stop = stop_tokens(lm, tokenizer, "model")
         with asyncio.Runner() as runner:
             size = max(1, WAVE // (question.samples + question.greedy))
             for start in range(0, len(left), size):
                 wave = left[start : start + size]
-                records = runner.run(_responses(wave, episodes, question, stop, environment))
+                records = runner.run(_responses(wave, setting, question, stop, environment))
                 _write(folder / RECORDS, records, "a")
                 progress(len(done) + start + len(wave), len(prompts))
         engine.close()
@@ -127,7 +127,7 @@ def evaluate(
 
 
 async def _responses(
-    prompts: Sequence[Prompt], episodes: Episodes, question: EvalConfig, stop: tuple[int, ...], environment: Environment
+    prompts: Sequence[Prompt], setting: Setting, question: EvalConfig, stop: tuple[int, ...], environment: Environment
 ) -> list[dict[str, Any]]:
     """A record of each response to each prompt."""
     sampled = Sampling(
@@ -138,8 +138,8 @@ async def _responses(
     for prompt in prompts:  # the seed hangs on the row alone, whatever was done before
         tasks = []
         if question.greedy:
-            tasks += episodes.begin(prompt, greedy, number=1, group=prompt.row, seed=question.seed)
-        tasks += episodes.begin(prompt, sampled, number=question.samples, group=prompt.row, seed=question.seed)
+            tasks += setting.begin(prompt, greedy, number=1, group=prompt.row, seed=question.seed)
+        tasks += setting.begin(prompt, sampled, number=question.samples, group=prompt.row, seed=question.seed)
         groups.append(Group(tasks, prompt.row))
     trajectories = await finish(groups)
     size = question.samples + question.greedy

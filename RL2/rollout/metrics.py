@@ -1,124 +1,18 @@
-"""Run episodes concurrently; filter and measure groups of them."""
+"""Metrics of the trajectories of a rollout, and which of their groups have a signal."""
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import torch
 
 from RL2.batch.advantages import decoupled
 from RL2.batch.packing import part_rewards
-from RL2.data.template import Template
-from RL2.engines.base import Engine
 from RL2.errors import UserError
-from RL2.rollout.environment import Environment
-from RL2.rollout.episode import request_seed, run_episode
-from RL2.types import ROUNDING, Prompt, Sampling, Trajectory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(eq=False)
-class Group:
-    """The episodes of one prompt, under way or at their end."""
-
-    tasks: list[asyncio.Task[Trajectory]]
-    number: int
-    """Its place among all groups."""
-    version: int = 0
-    """Of the weights that it began with."""
-
-    @property
-    def is_done(self) -> bool:
-        return all(task.done() for task in self.tasks)
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """What the episodes of a run have in common."""
-
-    engine: Engine
-    environment: Environment
-    tokenizer: PreTrainedTokenizerBase
-    max_turns: int
-    max_length: int | None
-
-    @cached_property
-    def template(self) -> Template:
-        """The tokenizer's chat template, looked at once."""
-        return Template(self.tokenizer)
-
-    def begin(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        *,
-        number: int,
-        group: int,
-        seed: int,
-    ) -> list[asyncio.Task[Trajectory]]:
-        """Start `number` episodes of `prompt` in the running event loop; first requests keep the order of the calls."""
-        play = partial(
-            run_episode,
-            prompt,
-            engine=self.engine,
-            environment=self.environment,
-            tokenizer=self.tokenizer,
-            sampling=sampling,
-            max_turns=self.max_turns,
-            max_length=self.max_length,
-            group=group,
-            seed=seed,
-            template=self.template,
-        )
-        return [asyncio.create_task(play(sample=sample)) for sample in range(number)]
-
-
-async def finish(groups: Seq[Group], progress: Callable[[int], None] | None = None) -> list[Trajectory]:
-    """Return all trajectories of `groups`, in order and under their numbers. `progress(1)` is called for each episode.
-
-    If one raises, the others are cancelled.
-    """
-    tasks = [task for group in groups for task in group.tasks]
-    if progress is not None:
-        for task in tasks:
-            task.add_done_callback(lambda _: progress(1))
-    try:
-        await asyncio.gather(*tasks)
-    except BaseException:  # not a TaskGroup: the caller wants the error itself, not a group of them
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-    return [replace(task.result(), group=group.number) for group in groups for task in group.tasks]
-
-
-async def first_done(groups: Seq[Group], number: int, oldest: int) -> list[Group]:
-    """Wait for `number` of `groups`: those that began with weights `oldest` or older, then whichever end first."""
-    while True:
-        chosen = sorted(groups, key=lambda group: (group.version > oldest, not group.is_done))[:number]
-        if all(group.is_done for group in chosen):
-            return chosen
-        open_tasks = [task for group in groups for task in group.tasks if not task.done()]
-        await asyncio.wait(open_tasks, return_when=asyncio.FIRST_COMPLETED)
-
-
-def synthetic_prompts(number: int, seed: int | None = None) -> list[Prompt]:
-    """Return prompts without a text, for tasks that `reset` makes up.
-
-    Without a `seed` the tasks are new in each rollout; with one they are always the same.
-    """
-    # rollouts have no seeds below 0, so what is tested on is not what was trained on
-    seeds = [{} if seed is None else {"seed": request_seed(-1 - seed, n, 0, 0) % 2**32} for n in range(number)]
-    return [Prompt(n, "", [], extra_info) for n, extra_info in enumerate(seeds)]
+from RL2.types import ROUNDING, Trajectory
 
 
 def groups(trajectories: Seq[Trajectory]) -> set[int]:
@@ -134,7 +28,7 @@ def unscored_causes(trajectories: Seq[Trajectory]) -> Counter[str]:
 
 
 class NothingScored(UserError, RuntimeError):
-    """Not one trajectory of a rollout has a reward."""
+    """An error: not one trajectory of a rollout has a reward."""
 
 
 def raise_if_all_unscored(trajectories: Seq[Trajectory], of: str = "") -> None:

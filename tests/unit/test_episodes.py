@@ -12,17 +12,15 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from RL2.engines.scripted import ScriptedEngine
-from RL2.rollout.collect import (
-    Episodes,
-    Group,
+from RL2.rollout.environment import Environment, load_environment
+from RL2.rollout.episodes import Group, Setting, finish
+from RL2.rollout.metrics import (
     drop_equal_groups,
-    finish,
     raise_if_all_unscored,
     rollout_metrics,
     scored,
     unscored_causes,
 )
-from RL2.rollout.environment import Environment, load_environment
 from RL2.types import Completion, Prompt, Sampling, Sequence, Trajectory
 
 SCRIPT = """
@@ -56,11 +54,11 @@ def gather(environment: Environment, tokenizer: PreTrainedTokenizerBase) -> Call
         progress: Callable[[int], None] | None = None,
     ) -> list[Trajectory]:
         prompts = [Prompt(10 + i, f"p{i}", [100 + i], {"seen": []}) for i in range(3)]
-        episodes = Episodes(engine, environment, tokenizer, max_turns, max_length)
+        setting = Setting(engine, environment, tokenizer, max_turns, max_length)
 
         async def everything() -> list[Trajectory]:
             groups = [
-                Group(episodes.begin(prompt, sampling, number=responses_per_prompt, group=group, seed=seed), group)
+                Group(setting.begin(prompt, sampling, number=responses_per_prompt, group=group, seed=seed), group)
                 for group, prompt in enumerate(prompts, first_group)
             ]
             return await finish(groups, progress)

@@ -17,8 +17,8 @@ from RL2.engines.scripted import ScriptedEngine
 from RL2.errors import ConfigError
 from RL2.parallel.processes import Processes
 from RL2.rollout.environment import load_environment
-from RL2.rollout.spread import Rollouts
-from RL2.rollout.supply import Supply
+from RL2.rollout.episodes import Episodes, Setting
+from RL2.rollout.scheduler import Scheduler
 from RL2.types import Completion, Prompt, Sampling, Trajectory
 
 STEPS, WANTED, SAMPLES = 12, 4, 2
@@ -69,26 +69,20 @@ class World:
             Prompt(n, "p", [100 + n], {"seconds": 0.15 if n % SLOW == 0 else draw.uniform(0, 0.01)})
             for n in range(WANTED * STEPS)
         ]
-        rollouts = Rollouts(
-            self.config.rollout,
-            engine=self.engine,
-            environment=self.environment,
-            tokenizer=tokenizer,
-            end_tokens=(),
-            max_length=100,
-            processes=processes,
-        )
+        rollout = self.config.rollout
+        setting = Setting(self.engine, self.environment, tokenizer, rollout.max_turns, max_length=100)
+        episodes = Episodes(setting, (), processes, rollout.is_async)
         self.cursor = Cursor(len(self.prompts), WANTED, seed=1)
-        self.supply = Supply(self.prompts, self.cursor, rollouts, self.config, STEPS)
+        self.scheduler = Scheduler(self.prompts, self.cursor, episodes, self.config, STEPS)
 
     def step(self, step: int) -> list[Trajectory]:
         self.engine.load_weights(iter(()), version=step)
-        trajectories = self.supply.rollout(step, lambda done: None)
+        trajectories = self.scheduler.take(step, lambda done: None)
         assert [(t.group, t.sample) for t in trajectories] == [(g, s) for g in range(WANTED) for s in range(SAMPLES)]
         return trajectories
 
     def close(self) -> None:
-        self.supply.close()
+        self.scheduler.close()
         self.environment.close()
 
 
@@ -122,8 +116,8 @@ def test_a_slow_environment_makes_nothing_too_old_and_loses_nothing(world: World
         seen += rows(trajectories)
         oldest += ages(step, trajectories)
     assert sorted(seen) == list(range(WANTED * STEPS))
-    assert not world.supply.outstanding
-    assert not world.supply.pending
+    assert not world.scheduler.outstanding
+    assert not world.scheduler.pending
     assert max(oldest) == bound
     order = Cursor(len(world.prompts), WANTED, seed=1).next(WANTED * STEPS)
     assert (seen == order) == (not world.config.rollout.partial_rollout)
@@ -148,11 +142,11 @@ def test_a_checkpoint_knows_what_is_under_way(
     world: World, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> None:
     seen = [row for step in range(3) for row in rows(world.step(step))]
-    state = world.supply.state_dict()
+    state = world.scheduler.state_dict()
     assert len(state["outstanding"]) == state["drawn"] - 3 * WANTED > 0
     overrides = [f"rollout.{key}={getattr(world.config.rollout, key)}" for key in ("max_staleness", "partial_rollout")]
     resumed = World(tmp_path, tokenizer, processes, tuple(overrides))
-    resumed.supply.load_state_dict(state)
+    resumed.scheduler.load_state_dict(state)
     seen += [row for step in range(3, STEPS) for row in rows(resumed.step(step))]
     resumed.close()
     assert sorted(seen) == list(range(WANTED * STEPS))

@@ -1,0 +1,89 @@
+"""Everything that an update reads beside the sampled tokens: log-probabilities, values, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from RL2.batch.advantages import ADVANTAGES, gae, whitened
+from RL2.batch.packing import part_rewards
+from RL2.config.programs import RLConfig
+from RL2.io.progress import Progress
+from RL2.objectives.loss import kl_estimate, overlong_penalty
+from RL2.types import TokenBatch, Trajectory
+from RL2.workers.actor import Actor, Reference
+from RL2.workers.critic import Critic
+
+
+def annotate(
+    batch: TokenBatch,
+    trajectories: Seq[Trajectory],
+    *,
+    config: RLConfig,
+    actor: Actor,
+    reference: Reference | None,
+    critic: Critic | None = None,
+    progress: Progress | None = None,
+) -> TokenBatch:
+    """Return `batch` with what the update reads: old and reference log-probabilities, values, returns, advantages.
+
+    `trajectories` are those that were packed into `batch`. Collective.
+    """
+    progress, number = progress or Progress(speaks=False), batch.num_sequences
+    kl, adv, select = config.actor.kl, config.adv, config.actor.select
+    kl_in_advantage = reference is not None and kl.type != "loss"
+    selects = select.not_mode or select.entropy_quantile > 0
+    if config.actor.update_per_rollout > 1 or kl_in_advantage or selects:
+        with progress.phase("log-probabilities before the update", number, "sequences") as phase:
+            batch = actor.add_old_logprobs(batch, phase.update)
+    if reference is not None:
+        with progress.phase("log-probabilities of the reference", number, "sequences") as phase:
+            batch = batch.with_(ref_logp_T=reference.logp(batch, phase.update))
+
+    # costs count for the advantages only: which sequences are correct is the environment's word
+    reward_T, cost_T = batch.reward_T, torch.zeros_like(batch.reward_T)
+    if kl_in_advantage:
+        assert batch.old_logp_T is not None and batch.ref_logp_T is not None
+        cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.used_estimator) * batch.action_T
+    if kl.type == "reward":
+        reward_T, cost_T = reward_T - cost_T, torch.zeros_like(cost_T)
+    knobs: dict[str, Any] = {}
+    if adv.estimator == "gdpo":
+        knobs |= gdpo_parts(batch, trajectories, config)
+    elif adv.overlong_buffer:
+        reward_T = reward_T - overlong(batch, config, adv.overlong_penalty)
+    if adv.estimator in ("reinforce", "gae"):
+        knobs |= {"global_norm": adv.global_norm, "norm_var": adv.norm_var}
+    if adv.estimator == "reinforce":
+        knobs |= {"std_over": adv.std_over}
+    if adv.estimator in ("reinforce", "gdpo", "rloo"):
+        knobs |= {"group_size": config.train_data.responses_per_prompt}
+    if critic is None:
+        advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
+    else:
+        with progress.phase("values of the critic", number, "sequences") as phase:
+            value_T = critic.values(batch, phase.update)
+        ahead_T = gae(batch.with_(reward_T=reward_T, value_T=value_T), gamma=adv.gamma, lamda=adv.lamda)
+        batch = batch.with_(value_T=value_T, return_T=ahead_T + value_T)
+        advantage_T = whitened(batch, ahead_T, **knobs)
+    return batch.with_(advantage_T=advantage_T - cost_T)
+
+
+def gdpo_parts(batch: TokenBatch, trajectories: Seq[Trajectory], config: RLConfig) -> dict[str, Tensor]:
+    """Return the parts of the rewards and their weights; a penalty for length is one more part, with its own weight."""
+    part_NP, weight_P = part_rewards(trajectories, config.reward.weights)
+    if config.adv.overlong_buffer:
+        cost_T = overlong(batch, config, penalty=1.0).double()
+        cost_N = part_NP.new_zeros(len(trajectories)).index_add_(0, batch.trajectory_B[batch.sequence_T], cost_T)
+        part_NP = torch.cat([part_NP, cost_N[:, None]], 1)
+        weight_P = torch.cat([weight_P, weight_P.new_tensor([-config.adv.overlong_penalty])])
+    return {"part_NP": part_NP, "weight_P": weight_P}
+
+
+def overlong(batch: TokenBatch, config: RLConfig, penalty: float) -> Tensor:
+    """Return what each response pays for its length, at its last token, [T]."""
+    limit = config.rollout.train_sampling_params.max_new_tokens
+    return overlong_penalty(batch, max_new_tokens=limit, buffer=config.adv.overlong_buffer, penalty=penalty)

@@ -1,0 +1,267 @@
+"""Everything that the loop of reinforcement learning uses, made stage by stage from the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from RL2.config.programs import RLConfig
+from RL2.config.rollout import SGLang, Transport
+from RL2.data.curriculum import Curriculum
+from RL2.data.cursor import Cursor
+from RL2.data.prompts import largest_token_id
+from RL2.engines.base import Engine
+from RL2.engines.embedded.compiled import refuse_no_compiler
+from RL2.engines.embedded.engine import EmbeddedEngine
+from RL2.engines.served.engine import ServedEngine
+from RL2.engines.sglang import server_spec as sglang
+from RL2.engines.vllm import server_spec as vllm
+from RL2.errors import ConfigError
+from RL2.io.report import Report
+from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
+from RL2.rollout.environment import Environment, load_environment
+from RL2.rollout.episode import decode
+from RL2.rollout.episodes import Episodes, Setting
+from RL2.rollout.scheduler import Scheduler
+from RL2.trainer.alarms import Alarms
+from RL2.trainer.annotate import annotate
+from RL2.trainer.announce import describe_engine, describe_model, describe_plan
+from RL2.trainer.evaluator import Evaluator, decisive
+from RL2.trainer.inputs import of_prompts
+from RL2.trainer.run import Run, number_of_steps
+from RL2.trainer.tasks import Load, TestTasks, first_rows, reader, test_tasks, train_tasks
+from RL2.trainer.token_log import TokenLog
+from RL2.types import Prompt, TokenBatch, Trajectory
+from RL2.workers.actor import Actor, AdapterFreeReference, RefActor, Reference
+from RL2.workers.critic import Critic
+from RL2.workers.worker import Worker, compute_dtype
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Prompts to train and test on, with their environments."""
+
+    environment: Environment
+    prompts: Seq[Prompt]
+    tests: list[TestTasks]
+
+    @property
+    def environments(self) -> set[Environment]:
+        return {self.environment, *(each.environment for each in self.tests)}
+
+    @property
+    def largest_token_ids(self) -> list[int]:
+        """Return the largest token id of each source of prompts."""
+        return [largest_token_id(prompts) for prompts in (self.prompts, *(each.prompts for each in self.tests))]
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy, and the models that its configuration asks for beside it."""
+
+    actor: Actor
+    reference: Reference | None
+    critic: Critic | None
+
+    @property
+    def readers(self) -> dict[str, PreTrainedModel]:
+        """Return the models that read the sampled tokens, by the key that names them."""
+        found = {"actor.model_name": self.actor.lm}
+        if isinstance(self.reference, RefActor):
+            found["ref_actor.model_name"] = self.reference.lm
+        if self.critic is not None:
+            found["critic.model_name"] = self.critic.lm
+        return found
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run. The run closes them when it ends, however it ends."""
+
+    tokenizer: PreTrainedTokenizerBase
+    actor: Actor
+    critic: Critic | None
+    readers: dict[str, PreTrainedModel]
+    """Models that read the sampled tokens, by the key that names them."""
+    engine: Engine
+    scheduler: Scheduler
+    evaluator: Evaluator
+    annotate: Callable[[TokenBatch, Seq[Trajectory]], TokenBatch]
+    """Function that adds log-probabilities, values and advantages to a batch."""
+    report: Report
+    token_log: TokenLog
+    alarms: Alarms
+    first_step: int
+    last_step: int
+    """Step at which only the test remains."""
+
+
+def build(config: RLConfig, run: Run) -> Parts:
+    """Make the parts of a run, resume it, and say what it is going to do (collective)."""
+    progress = run.progress
+    template = config.actor.chat_template, config.actor.chat_template_kwargs
+    tokenizer = load_tokenizer(config.actor.model_name, "actor.model_name", *template)
+    # the last token of a sequence is only a label and takes no position
+    longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
+    notes: list[str] = []
+    tasks = load_tasks(config, reader(tokenizer, longest, notes, run.listing(), progress), run.closing)
+    progress.say(*notes)
+    tested = {each.settings.key: of_prompts(each.prompts) for each in tasks.tests}
+    run.know_rows({"train_data": of_prompts(tasks.prompts), "test_data": of_prompts([])} | tested)
+    cursor = make_cursor(len(tasks.prompts), config)
+    num_steps = 0 if config.trainer.eval_only else number_of_steps(config.trainer, cursor)
+
+    with progress.phase("loading the models"):
+        models = load_models(config, run, num_steps)
+    actor, critic = models.actor, models.critic
+    named = {"actor": actor, "ref_actor": models.reference, "critic": critic}
+    progress.say(*(describe_model(name, worker) for name, worker in named.items() if isinstance(worker, Worker)))
+    ends = stop_tokens(actor.lm, tokenizer)
+    for key, lm in models.readers.items():
+        refuse_unknown_tokens(lm, [*tasks.largest_token_ids, *ends], key)
+
+    with progress.phase("starting the engine"):
+        engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
+    run.closing.callback(engine.close)
+    progress.say(describe_engine(config))
+    setting = Setting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest)
+    episodes = Episodes(setting, ends, run.processes, config.rollout.is_async)
+    scheduler = Scheduler(tasks.prompts, cursor, episodes, config, num_steps)
+    run.closing.callback(scheduler.close)  # a thread may be at work
+
+    report = run.report(num_steps)
+    run.closing.callback(report.close)
+    report.first_rows(first_rows(tasks.prompts, tokenizer))
+    token_log = TokenLog(config, actor, tokenizer, report)
+    first_step = run.resume(actor, scheduler, report, critic)
+    report.say(describe_plan(config, first_step, num_steps))
+    evaluator = Evaluator(config, tasks.tests, episodes, report, token_log)
+    num_tests = max(1, sum(each.num_responses for each in decisive(tasks.tests, config)))
+    num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
+    alarms = Alarms(num_tests, config.trainer.save_dir, report.rows(), num_train, config.reward.weights)
+    report.begin(first_step)
+    return Parts(
+        tokenizer=tokenizer,
+        actor=actor,
+        critic=critic,
+        readers=models.readers,
+        engine=engine,
+        scheduler=scheduler,
+        evaluator=evaluator,
+        annotate=partial(
+            annotate, config=config, actor=actor, reference=models.reference, critic=critic, progress=progress
+        ),
+        report=report,
+        token_log=token_log,
+        alarms=alarms,
+        first_step=first_step,
+        last_step=first_step if config.trainer.eval_only else max(first_step, num_steps),
+    )
+
+
+def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:
+    """Return the prompts that a run trains and tests on; `closing` closes their environments."""
+    rollout = config.rollout
+    environment = load_environment(rollout.env_path, rollout.env_timeout_s, config.reward.weights)
+    closing.callback(environment.close)
+    prompts, tests = train_tasks(config, environment, read), test_tasks(config, environment, read)
+    tasks = Tasks(environment, prompts, tests)
+    for each in tasks.environments - {environment}:
+        closing.callback(each.close)
+    return tasks
+
+
+def make_cursor(num_prompts: int, config: RLConfig) -> Cursor:
+    """Return the order in which rows are drawn."""
+    data, seed = config.train_data, config.trainer.seed
+    if data.curriculum == "none":
+        return Cursor(num_prompts, data.prompts_per_rollout, seed)
+    return Curriculum(num_prompts, data.prompts_per_rollout, seed, data.curriculum)
+
+
+def load_models(config: RLConfig, run: Run, num_steps: int) -> Models:
+    """Load the policy, and the reference and critic that its configuration asks for."""
+    critic, ref_actor, updates = None, None, actor_updates(config, num_steps)
+    actor = Actor(config.actor, run.processes, updates, run.save_dir, config.logprob_gap_limit)
+    if config.actor.kl.coef > 0:
+        ref_actor = make_reference(config, actor)
+    if config.adv.estimator == "gae":
+        critic = Critic(config.critic, run.processes, num_steps * config.critic.update_per_rollout, run.save_dir)
+    return Models(actor, ref_actor, critic)
+
+
+def actor_updates(config: RLConfig, num_steps: int) -> int:
+    """Return the number of optimizer steps of the actor. Raises ConfigError if `num_steps` leaves it none."""
+    frozen = config.actor.freeze_steps
+    if frozen >= num_steps > 0:
+        raise ConfigError(f"actor.freeze_steps={frozen} leaves none of the {num_steps} steps to the actor")
+    return (num_steps - frozen) * config.actor.update_per_rollout
+
+
+def make_reference(config: RLConfig, actor: Actor) -> Reference:
+    """Return the reference of the KL divergence; under LoRA the actor itself, without its adapters."""
+    if actor.has_adapters and config.ref_actor.model_name == config.actor.model_name:
+        return AdapterFreeReference(config.ref_actor, actor)
+    return RefActor(config.ref_actor, config.actor, actor.mesh, actor.processes)
+
+
+def make_engine(
+    config: RLConfig, actor: Actor, decode: Callable[[list[int]], str], max_length: int, log_folder: Path
+) -> Engine:
+    """Servers, or the engine of this process: on the actor's own tensors where they are whole and of the right dtype.
+
+    `max_length` is the limit of a sequence in tokens; servers write their logs into `log_folder`.
+    """
+    device = actor.processes.device
+    dtype = actor.dtype if config.rollout.dtype == "auto" else compute_dtype(config.rollout.dtype, device)
+    if (settings := config.rollout.servers) is not None:
+        exact = dtype == actor.dtype == torch.float32
+        transport: Transport = "files"
+        if isinstance(settings, SGLang):
+            kind, arguments = sglang.SGLANG_SERVER, sglang.server_arguments(config.rollout, dtype, max_length)
+            router_url = settings.router_url
+        else:
+            transport, router_url = settings.transport, None
+            if transport == "ipc" and device.type != "cuda":
+                raise ConfigError(
+                    "rollout.vllm.transport=ipc shares a GPU's memory, and there is no GPU: take broadcast"
+                )
+            sleeps = torch.cuda.is_available() and not settings.urls
+            kind = vllm.SLEEPING_VLLM_SERVER if sleeps else vllm.VLLM_SERVER
+            arguments = vllm.server_arguments(config.rollout, actor.lm.config, dtype, max_length)
+        return ServedEngine(
+            kind,
+            settings,
+            arguments=arguments,
+            router_url=router_url,
+            transport=transport,
+            processes=actor.processes,
+            trainer_logps=actor.logps,
+            vocab_size=actor.lm.config.vocab_size,
+            max_length=max_length,
+            max_running_requests=config.rollout.max_running_requests,
+            max_probe_gap=settings.max_probe_gap or (1e-4 if exact else 0.1),
+            log_folder=log_folder,
+        )
+    # what trains and samples at the same time needs a copy for each
+    shared = actor.can_share_weights and dtype == actor.lm.dtype and not config.rollout.is_async
+    compiles = device.type == "cuda" if config.rollout.compile is None else config.rollout.compile
+    if device.type == "cuda":
+        compiles = compiles and not shared
+    elif compiles:
+        refuse_no_compiler()
+    return EmbeddedEngine(
+        actor.lm if shared else empty_model(actor.lm, dtype, device),
+        decode=decode,
+        max_running_requests=config.rollout.max_running_requests,
+        memory_share=config.rollout.gpu_memory_utilization,
+        owns_weights=not shared,
+        compiles=compiles,
+    )
