@@ -146,7 +146,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     from RL2.rollout.collect import rollout_metrics
     from RL2.rollout.environment import load_environment
     from RL2.rollout.spread import Rollouts
-    from RL2.trainer.rl import judge, make_engine, pack, trainable
+    from RL2.trainer.rl import annotate, make_engine, pack, trainable
     from RL2.workers.actor import Actor
 
     config = load(
@@ -192,7 +192,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
         )
         metrics = rollout_metrics(trajectories, "train")
         rollout_s = time.perf_counter() - turns.begun
-        batch = judge(pack(trainable(trajectories, config)), config, actor, None)
+        batch = annotate(pack(trainable(trajectories, config)), config, actor, None)
         metrics |= actor.update(batch)
         answer(turns, rollout_s, tokens=metrics["actor/tokens"], reward=metrics["train/reward"])
         step += 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pickle import PicklingError
 from typing import Any, TypeVar, get_type_hints
 
-from RL2.config.scripts import ScriptError, load_script
+from RL2.config.scripts import ScriptError, import_script
 from RL2.config.values import build
 from RL2.errors import ConfigError
 
@@ -72,7 +72,7 @@ def function_of(key: str, name: str) -> Any:
     """Return the function of `path.py:function`, the value of `key`. Raise ConfigError if there is none."""
     path, _, function = name.rpartition(":")
     try:
-        found = getattr(load_script(path), function, None)
+        found = getattr(import_script(path), function, None)
     except ScriptError as error:
         raise ConfigError(f"{key}={name}: {error}") from error
     if not callable(found):

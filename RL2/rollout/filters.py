@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence as Seq
 
+from RL2.batch.registry import configured as estimator_of
 from RL2.config.programs import RLConfig
 from RL2.rollout.collect import NothingScored, drop_equal_groups, drop_groups_of_equal_parts, groups, scored
 from RL2.types import Trajectory
@@ -20,7 +21,7 @@ def with_signal(trajectories: Seq[Trajectory], config: RLConfig) -> list[Traject
     kept = usable(trajectories, config)
     if not config.rollout.dynamic_filtering:
         return kept
-    if config.adv.estimator == "gdpo":
+    if "parts" in estimator_of(config.adv).estimator.reads:
         return drop_groups_of_equal_parts(kept, config.reward.weights)
     return drop_equal_groups(kept)
 

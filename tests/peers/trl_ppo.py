@@ -33,7 +33,7 @@ from RL2.models.value import VALUE
 from RL2.objectives.loss import kl_estimate
 from RL2.objectives.value import clipped_value
 from RL2.parallel.processes import Processes
-from RL2.trainer.rl import judge
+from RL2.trainer.rl import annotate
 from RL2.types import Sequence, TokenBatch, Trajectory
 from RL2.workers.actor import Actor, RefActor
 from RL2.workers.critic import Critic
@@ -207,7 +207,7 @@ def test_ppo_is_that_of_trl(
     raw_T = gae(batch.with_(reward_T=reward_T, value_T=value_T), gamma=GAMMA, lamda=LAMDA)
     white_T = whitened(policy_batch, raw_T, global_norm=True, norm_var=True)
     if not end:  # then this is what the loop does
-        judged = judge(batch, settings, actor, ref_actor, critic)
+        judged = annotate(batch, settings, actor, ref_actor, critic)
         assert judged.advantage_T is not None
         torch.testing.assert_close(judged.advantage_T, white_T)
 

@@ -16,7 +16,8 @@ from RL2.errors import ConfigError
 from RL2.objectives.loss import by_token, with_weights
 from RL2.objectives.registry import configured
 from RL2.rollout.filters import filter_metrics, trainable, with_signal
-from RL2.trainer.rl import judge
+from RL2.trainer.estimator_rules import check_estimator
+from RL2.trainer.rl import annotate
 from RL2.trainer.unused_settings import probe
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
@@ -148,7 +149,7 @@ def test_groups_with_a_signal_in_their_parts_are_kept() -> None:
 
 def judged(trajectories: list[Trajectory], settings: RLConfig) -> TokenBatch:
     kept = trainable(trajectories, settings)
-    batch = judge(pack(kept), settings, None, None, trajectories=kept)  # type: ignore[arg-type]
+    batch = annotate(pack(kept), settings, None, None, trajectories=kept)  # type: ignore[arg-type]
     return with_weights(batch, settings.actor)
 
 
@@ -191,7 +192,7 @@ def test_a_penalty_for_length_is_one_more_part() -> None:
 )
 def test_what_does_not_go_with_it_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config(override, "actor.kl.coef=0.1")
+        check_estimator(config(override, "actor.kl.coef=0.1"))
 
 
 def test_an_objective_that_reads_no_advantages_refuses_it() -> None:

@@ -22,7 +22,7 @@ from RL2.config.programs import RLConfig
 from RL2.errors import ConfigError
 from RL2.objectives.loss import kl_in_the_loss, total_loss, with_weights
 from RL2.objectives.registry import configured
-from RL2.trainer.rl import judge
+from RL2.trainer.rl import annotate
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
 VOCABULARY, LENGTH, NUM_SAMPLES = 4, 3, 30_000
@@ -79,7 +79,7 @@ def rollout(by: str, staleness: int = 0) -> TokenBatch:
 
 @dataclass
 class Table:
-    """A model with one distribution at each position: the actor and the reference of `judge`."""
+    """A model with one distribution at each position: the actor and the reference of `annotate`."""
 
     logits_PV: Tensor
 
@@ -98,7 +98,7 @@ class Table:
 
 def measured(settings: RLConfig, batch: TokenBatch, arrived: str = "policy") -> Tensor:
     """Gradient of the loss on `batch` by the logits of POLICY; `arrived`: the policy when the rollout arrived."""
-    batch = judge(batch, settings, Table(LOGITS[arrived]), Table(REFERENCE))  # type: ignore[arg-type]
+    batch = annotate(batch, settings, Table(LOGITS[arrived]), Table(REFERENCE))  # type: ignore[arg-type]
     batch = with_weights(batch, settings.actor)
     leaf_PV = POLICY.clone().requires_grad_()
     loss_T, _ = total_loss(Table(leaf_PV).stats(batch), batch, settings.actor, configured(settings.actor))

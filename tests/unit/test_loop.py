@@ -11,7 +11,7 @@ from torch import Tensor
 from RL2.batch.packing import pack
 from RL2.rollout.collect import NothingScored
 from RL2.rollout.filters import filter_metrics, trainable
-from RL2.trainer.rl import judge
+from RL2.trainer.rl import annotate
 from RL2.types import Sequence, TokenBatch, Trajectory
 from RL2.workers.worker import schedule
 
@@ -96,7 +96,7 @@ def test_gae_with_kl_in_the_rewards_and_the_returns_of_the_critic() -> None:
     """Each token pays 0.5 * 2 and is expected to earn 0.25."""
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
     gae = rl_config("adv.estimator=gae", "actor.kl.coef=0.5", "actor.kl.estimator=k1", "actor.kl.type=reward")
-    judged = judge(batch, gae, Fixed(-1.0), Fixed(-3.0), FixedCritic(0.25))  # type: ignore[arg-type]
+    judged = annotate(batch, gae, Fixed(-1.0), Fixed(-3.0), FixedCritic(0.25))  # type: ignore[arg-type]
     assert judged.return_T is not None
     assert judged.return_T[judged.action_T].tolist() == [-1, 0, -2, -1]
     assert judged.advantage_T is not None
@@ -104,7 +104,7 @@ def test_gae_with_kl_in_the_rewards_and_the_returns_of_the_critic() -> None:
     assert torch.equal(judged.reward_T, batch.reward_T)
 
     white = rl_config("adv.estimator=gae", "adv.global_norm=true", "adv.norm_var=true")
-    judged = judge(batch, white, Fixed(-1.0), None, FixedCritic(0.25))  # type: ignore[arg-type]
+    judged = annotate(batch, white, Fixed(-1.0), None, FixedCritic(0.25))  # type: ignore[arg-type]
     assert judged.return_T is not None
     assert judged.return_T[judged.action_T].tolist() == [1, 1, 0, 0]
     assert judged.advantage_T is not None
@@ -115,7 +115,7 @@ def test_gae_with_kl_in_the_rewards_and_the_returns_of_the_critic() -> None:
 def advantages(*overrides: str) -> tuple[Any, Tensor]:
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
     with_kl = rl_config("actor.kl.coef=0.5", *overrides)
-    judged = judge(batch, with_kl, Fixed(-1.0), Fixed(-3.0))  # type: ignore[arg-type]
+    judged = annotate(batch, with_kl, Fixed(-1.0), Fixed(-3.0))  # type: ignore[arg-type]
     assert judged.advantage_T is not None
     assert torch.equal(judged.reward_T, batch.reward_T)
     return judged, judged.advantage_T[judged.action_T]
@@ -137,7 +137,7 @@ def test_overlong_responses_pay_off_their_advantage() -> None:
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
     knobs = ("rollout.train_sampling_params.max_new_tokens=2", "adv.overlong_buffer=1", "adv.overlong_penalty=0.5")
     spo = rl_config(*knobs, "adv.estimator=spo")
-    judged = judge(batch, spo, Fixed(-1.0), None)  # type: ignore[arg-type]
+    judged = annotate(batch, spo, Fixed(-1.0), None)  # type: ignore[arg-type]
     assert judged.advantage_T is not None
     assert judged.advantage_T[judged.action_T].tolist() == [0.5, 0.5, -0.5, -0.5]
     assert torch.equal(judged.reward_T, batch.reward_T)
@@ -153,7 +153,7 @@ def test_kl_in_the_loss_leaves_advantages_alone() -> None:
 def test_old_log_probabilities_are_there_for_a_second_update() -> None:
     several = rl_config("actor.update_per_rollout=2")
     batch = pack([trajectory(0, 1.0), trajectory(0, 0.0)])
-    judged = judge(batch, replace(several), Fixed(-1.0), None)  # type: ignore[arg-type]
+    judged = annotate(batch, replace(several), Fixed(-1.0), None)  # type: ignore[arg-type]
     assert judged.old_logp_T is not None
     assert judged.old_logp_T[judged.action_T].tolist() == [-1.0] * 4
 
@@ -163,6 +163,6 @@ def test_the_baseline_follows_the_configuration_and_not_what_filters_left() -> N
     batch = pack([trajectory(0, 1.0), trajectory(1, 0.0)])
     for responses, expected in ((2, [0.0] * 4), (1, [0.5, 0.5, -0.5, -0.5])):
         settings = rl_config(f"train_data.responses_per_prompt={responses}", "train_data.prompts_per_rollout=2")
-        judged = judge(batch, settings, Fixed(-1.0), None)  # type: ignore[arg-type]
+        judged = annotate(batch, settings, Fixed(-1.0), None)  # type: ignore[arg-type]
         assert judged.advantage_T is not None
         assert judged.advantage_T[judged.action_T].tolist() == expected
