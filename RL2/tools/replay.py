@@ -221,11 +221,10 @@ def _loss(config: ActorConfig) -> Callable[[TokenStats, TokenBatch], Loss]:
 
 def _weights_of_tokens(actor: Actor, batch: TokenBatch, config: ActorConfig) -> tuple[float, Tensor]:
     """The loss, and what it asks of the log-probability of each action (`by_token`)."""
-    stats = actor.stats(batch, wanted_stats(config), config.max_inference_length_per_device)
-    at_actions = {name: value[batch.action_T] for name, value in vars(stats).items()}
+    stats = actor.stats(batch, wanted_stats(config), config.max_inference_length_per_device).at(batch.action_T)
     actions = batch.positions(batch.action_T)
     assert actions.weight_T is not None
-    loss_N, weight_N = by_token(TokenStats(**at_actions), actions, config, configured(config))
+    loss_N, weight_N = by_token(stats, actions, config, configured(config))
     return float((loss_N * actions.weight_T).sum()), weight_N
 
 

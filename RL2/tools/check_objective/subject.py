@@ -161,7 +161,7 @@ class Subject:
     def alternatives(self) -> dict[str, list[Any]]:
         """Other values of each knob, out of its annotation."""
         hints = self.function.hints
-        return {knob: [*_alternatives(hints[knob], value, knob)] for knob, value in self.base.items()}
+        return {knob: [*other_values(hints[knob], value, knob)] for knob, value in self.base.items()}
 
     @cached_property
     def settings(self) -> list[Setting]:
@@ -216,7 +216,7 @@ class Subject:
         }
 
 
-def _alternatives(hint: Any, value: Any, knob: str) -> Iterator[Any]:
+def other_values(hint: Any, value: Any, knob: str) -> Iterator[Any]:
     candidates: list[Any] = []
     for part in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         kind = get_args(part)[0] if get_origin(part) is Annotated else part
