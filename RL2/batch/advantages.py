@@ -35,19 +35,19 @@ def reinforce(
 
     Statistics are float64, so equal rewards have an advantage of exactly 0.
     """
-    reward_N, group_N, number_B = _trajectories(batch)
+    reward_N, group_N, number_B = by_trajectory(batch)
     size_N = _sizes(batch, number_B)
     compared_N = _compared(group_N, group_size, whole=global_norm)
     advantage_N = _less_the_mean(reward_N, size_N, compared_N)
     if not norm_var:
-        return _on_actions(batch, advantage_N[number_B])
+        return on_actions(batch, advantage_N[number_B])
     if std_over == "tokens":
-        return whitened(batch, _on_actions(batch, advantage_N[number_B]), global_norm=True, norm_var=True)
+        return whitened(batch, on_actions(batch, advantage_N[number_B]), global_norm=True, norm_var=True)
     deviation_N = advantage_N
     if std_over == "rollout":
         compared_N = torch.zeros_like(compared_N)
         deviation_N = _less_the_mean(reward_N, size_N, compared_N)
-    return _on_actions(batch, (advantage_N / (_std(deviation_N, compared_N) + 1e-6))[number_B])
+    return on_actions(batch, (advantage_N / (_std(deviation_N, compared_N) + 1e-6))[number_B])
 
 
 @reads("groups", "parts", baseline=True)
@@ -61,10 +61,10 @@ def gdpo(batch: TokenBatch, *, part_NP: Tensor, weight_P: Tensor, group_size: in
     `part_NP` has the parts of each trajectory in float64, in the order of `trajectory_B`. `group_size` is as in
     `reinforce`.
     """
-    _, group_N, number_B = _trajectories(batch)
+    _, group_N, number_B = by_trajectory(batch)
     assert len(part_NP) == len(group_N), "every trajectory has a sequence"
     sum_N = decoupled(part_NP, weight_P, _compared(group_N, group_size))
-    return _on_actions(batch, (sum_N / (_std(sum_N, torch.zeros_like(group_N)) + 1e-6))[number_B])
+    return on_actions(batch, (sum_N / (_std(sum_N, torch.zeros_like(group_N)) + 1e-6))[number_B])
 
 
 def decoupled(part_NP: Tensor, weight_P: Tensor, group_N: Tensor) -> Tensor:
@@ -90,12 +90,12 @@ def rloo(batch: TokenBatch, *, group_size: int | None = None) -> Tensor:
     REINFORCE leave-one-out (arXiv 2402.14740). With groups of one member the others are the rest of the rollout.
     `group_size` is as in `reinforce`.
     """
-    reward_N, group_N, number_B = _trajectories(batch)
+    reward_N, group_N, number_B = by_trajectory(batch)
     group_N = _compared(group_N, group_size)
     count_N = torch.bincount(group_N)[group_N]
     # R - (sum - R) / (n - 1) = n / (n - 1) (R - mean)
     advantage_N = _less_the_mean(reward_N, _sizes(batch, number_B), group_N) * count_N / (count_N - 1).clamp(min=1)
-    return _on_actions(batch, advantage_N[number_B])
+    return on_actions(batch, advantage_N[number_B])
 
 
 @reads("rewards", "values")
@@ -152,8 +152,8 @@ def whitened(batch: TokenBatch, advantage_T: Tensor, *, global_norm: bool, norm_
 @reads("rewards")
 def spo(batch: TokenBatch) -> Tensor:
     """Return the total reward of the trajectory on each of its action tokens: no baseline, no normalisation, [T]."""
-    reward_N, _, number_B = _trajectories(batch)
-    return _on_actions(batch, reward_N[number_B])
+    reward_N, _, number_B = by_trajectory(batch)
+    return on_actions(batch, reward_N[number_B])
 
 
 def reward_of_sequences(batch: TokenBatch) -> Tensor:
@@ -162,12 +162,15 @@ def reward_of_sequences(batch: TokenBatch) -> Tensor:
     It is exactly 0 where the rewards cancel up to rounding, as in `Trajectory.reward`. Above 0, the trajectory is
     correct.
     """
-    reward_N, _, number_B = _trajectories(batch)
+    reward_N, _, number_B = by_trajectory(batch)
     return torch.where(reward_N.abs() > ROUNDING * _sizes(batch, number_B), reward_N, 0.0)[number_B]
 
 
-def _trajectories(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return reward, float64 [N], and group [N] of each trajectory, and the trajectory of each sequence, [B]."""
+def by_trajectory(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return reward, float64 [N], and group [N] of each trajectory, and the trajectory of each sequence, [B].
+
+    N counts the trajectories of `batch`, in the order of `trajectory_B`.
+    """
     ids, number_B = batch.trajectory_B.unique(return_inverse=True)
     reward_T = batch.reward_T.double()
     reward_N = reward_T.new_zeros(len(ids)).index_add_(0, number_B[batch.sequence_T], reward_T)
@@ -209,6 +212,6 @@ def _group_mean(x_N: Tensor, group_N: Tensor) -> Tensor:
     return (sums / torch.bincount(group_N, minlength=size))[group_N]
 
 
-def _on_actions(batch: TokenBatch, advantage_B: Tensor) -> Tensor:
+def on_actions(batch: TokenBatch, advantage_B: Tensor) -> Tensor:
     """Return the advantage of each sequence at its actions and 0 elsewhere, in the dtype of the rewards, [T]."""
     return (advantage_B[batch.sequence_T] * batch.action_T).to(batch.reward_T.dtype)

@@ -70,7 +70,9 @@ D = TypeVar("D", bound=Declared)
 
 def function_of(key: str, name: str) -> Any:
     """Return the function of `path.py:function`, the value of `key`. Raise ConfigError if there is none."""
-    path, _, function = name.rpartition(":")
+    path, colon, function = name.rpartition(":")
+    if not colon:
+        raise ConfigError(f"{key}={name}; expected path.py:function")
     try:
         found = getattr(import_script(path), function, None)
     except ScriptError as error:

@@ -137,7 +137,7 @@ class RLConfig:
                 "rollout.dynamic_filtering=true drops every group of one (train_data.responses_per_prompt=1); "
                 "set rollout.dynamic_filtering=false"
             )
-        if rollout.dynamic_filtering_rounds > 1 and not rollout.dynamic_filtering:
+        if rollout.dynamic_filtering_rounds > 1 and not rollout.dynamic_filtering and rollout.filter is None:
             raise ConfigError(
                 f"rollout.dynamic_filtering_rounds={rollout.dynamic_filtering_rounds} has no effect with "
                 "rollout.dynamic_filtering=false"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from RL2.batch.packing import pack
 from RL2.batch.registry import configured as estimator_of
+from RL2.config.functions import function_of
 from RL2.config.model import Actor, SFTActor
 from RL2.config.programs import RLConfig
 from RL2.errors import ConfigError
@@ -28,8 +29,13 @@ NUM_TRAJECTORIES, LONGEST = 32, 16
 
 
 def probe(config: RLConfig) -> None:
-    """Raise ConfigError, with the reason, for a setting of the loss or of the advantages that has no effect."""
+    """Raise ConfigError, with the reason, for a setting of the loss or of the advantages that has no effect.
+
+    Raise it also for a function of one's own that cannot be found.
+    """
     check_estimator(config)
+    if config.rollout.filter is not None:
+        function_of("rollout.filter", config.rollout.filter)
     actor, objective = config.actor, configured(config.actor)
     logits_TV, batch = synthetic_batch(vocabulary=64 + objective.top_k)
 
