@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
@@ -302,6 +303,14 @@ class TokenStats:
 
     def __init__(self, **fields: Tensor) -> None:
         self.__dict__.update(fields)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
+        """Return the statistics with `function` applied to each tensor."""
+        return TokenStats(**{name: function(x) for name, x in vars(self).items()})
+
+    def at(self, keep_T: Tensor) -> TokenStats:
+        """Return the statistics at the positions where `keep_T` is true."""
+        return self.map(lambda x: x[keep_T])
 
     def __getattr__(self, name: str) -> Tensor:  # only called for what __init__ did not set
         if name in MENU:

@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from RL2.config import data, model, programs, rollout, trainer
 from RL2.config.here import check_here
 from RL2.config.load import load, show
-from RL2.config.programs import PROGRAMS, trained
+from RL2.config.programs import PROGRAMS, RLConfig, trained
 from RL2.errors import ConfigError
+from RL2.trainer.estimator_rules import check_estimator
 
 ROOT = Path(__file__).resolve().parents[1]
 YAMLS = ROOT / "RL2" / "trainer" / "config"
@@ -152,8 +153,15 @@ MISTAKES = [
 @pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[override for override, _ in MISTAKES])
 def test_a_mistake_is_answered_with_the_override_to_change(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load("ppo", (*RL, override))
+        accepted(*RL, override)
     assert str(caught.value) == message
+
+
+def accepted(*overrides: str) -> RLConfig:
+    """Return the configuration of `ppo`, with the settings of its estimator checked as before a run."""
+    config: RLConfig = load("ppo", overrides)
+    check_estimator(config)
+    return config
 
 
 SUPERVISED_MISTAKES = [
@@ -209,9 +217,9 @@ def test_phases_of_a_schedule_that_overlap_are_named_by_their_model(program: str
 @pytest.mark.parametrize("estimator", ["rloo", "spo"])
 @pytest.mark.parametrize("knob", ["global_norm", "norm_var"])
 def test_knobs_of_reinforce_are_refused_elsewhere(estimator: str, knob: str) -> None:
-    assert load("ppo", (*RL, f"adv.estimator={estimator}")).adv.estimator == estimator
+    assert accepted(*RL, f"adv.estimator={estimator}").adv.estimator == estimator
     with pytest.raises(ConfigError, match=f"have no effect with adv.estimator={estimator}"):
-        load("ppo", (*RL, f"adv.estimator={estimator}", f"adv.{knob}=true"))
+        accepted(*RL, f"adv.estimator={estimator}", f"adv.{knob}=true")
 
 
 @pytest.mark.parametrize(
@@ -226,18 +234,18 @@ def test_knobs_of_reinforce_are_refused_elsewhere(estimator: str, knob: str) -> 
 )
 def test_a_deviation_without_effect_is_refused(overrides: str, why: str) -> None:
     with pytest.raises(ConfigError, match=f"has no effect.*{why}"):
-        load("ppo", (*RL, "train_data.responses_per_prompt=1", *overrides.split()))
+        accepted(*RL, "train_data.responses_per_prompt=1", *overrides.split())
     good = "train_data.responses_per_prompt=2 adv.std_over=rollout adv.norm_var=true"
-    assert load("ppo", (*RL, *good.split())).adv.std_over == "rollout"
+    assert accepted(*RL, *good.split()).adv.std_over == "rollout"
 
 
 def test_the_critic_takes_after_the_actor_and_must_hold_its_sequences() -> None:
-    loaded = load("ppo", (*RL, "adv.estimator=gae", "critic.lr=1e-5", "actor.freeze_steps=3", "adv.lamda=0.95"))
+    loaded = accepted(*RL, "adv.estimator=gae", "critic.lr=1e-5", "actor.freeze_steps=3", "adv.lamda=0.95")
     assert (loaded.critic.model_name, loaded.critic.lr, loaded.critic.max_length_per_device) == ("model", 1e-5, 512)
     for key in ("max_length_per_device", "max_inference_length_per_device"):
         message = f"critic.{key}=100 is less than actor.max_length_per_device=512, so a sequence may not fit"
         with pytest.raises(ConfigError, match=message):
-            load("ppo", (*RL, "adv.estimator=gae", f"critic.{key}=100", "critic.max_inference_length_per_device=100"))
+            accepted(*RL, "adv.estimator=gae", f"critic.{key}=100", "critic.max_inference_length_per_device=100")
 
 
 def test_a_file_that_is_not_there_is_named() -> None:
@@ -290,8 +298,9 @@ def test_a_layout_that_the_processes_do_not_allow(
     monkeypatch.setenv("WORLD_SIZE", "4")
     (tmp_path / "x.jsonl").write_text("{}")
     paths = f"train_data.path={tmp_path}/x.jsonl", f"rollout.env_path={tmp_path}/x.jsonl"
+    check = check_estimator if "adv.estimator=gae" in sizes else check_here
     with pytest.raises(ConfigError) as caught:
-        check_here(load("ppo", (*RL, *paths, *sizes)))
+        check(load("ppo", (*RL, *paths, *sizes)))
     assert str(caught.value) == (
         f"{product} does not divide the 4 processes (4 = ddp_size x FSDP shards x sp_size x tp_size)"
     )

@@ -34,6 +34,7 @@ from RL2.config.values import build
 from RL2.errors import ConfigError
 from RL2.rollout.environment import load_environment
 from RL2.tools import sweep
+from RL2.tools.check_advantage import check as check_advantage
 from RL2.tools.check_objective.main import check
 from RL2.tools.cli import app
 from RL2.tools.eval import evaluate
@@ -210,6 +211,9 @@ def rl2(name: str, words: list[str]) -> None:
     elif name == "check-objective":
         knobs = {k: float(v) for k, _, v in (word.partition("=") for word in given["knobs"] or ())}
         assert all(finding.passed for finding in check(given["objective"], knobs))
+    elif name == "check-advantage":
+        knobs = {k: float(v) for k, _, v in (word.partition("=") for word in given["knobs"] or ())}
+        assert all(finding.passed for finding in check_advantage(given["estimator"], knobs))
     elif name == "eval":
         assert Path(evaluate.EvalConfig.of(given["settings"]).env).is_file()
     elif name == "audit-env":

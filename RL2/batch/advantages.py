@@ -1,74 +1,78 @@
-"""From rewards to advantages: pure functions over the whole rollout, run alike on every rank."""
+"""Advantages from rewards: pure functions of the whole rollout, which every rank calls with the same arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from RL2.batch.estimator import reads
+from RL2.config.values import Share
 from RL2.types import ROUNDING, TokenBatch
 
 StdOver = Literal["rollout", "tokens"]
 
 
+@reads("rewards", "groups", baseline=True)
 def reinforce(
     batch: TokenBatch,
     *,
-    global_norm: bool,
-    norm_var: bool,
+    global_norm: bool = False,
+    norm_var: bool = False,
     std_over: StdOver | None = None,
     group_size: int | None = None,
 ) -> Tensor:
     """Return the total reward of the trajectory minus the mean of its group, on each of its action tokens, [T].
 
-    Dr. GRPO (arXiv 2503.20783). `global_norm` takes the mean of the whole rollout instead, as do groups of one member,
-    which have no mean to compare with; `group_size` is how many a group had when it was sampled, before filters, and
-    None counts those that are here. `norm_var` divides by a standard deviation, n - 1 in its denominator, plus
-    1e-6. Over what the mean was taken over it is that of GRPO (2402.03300), and with `global_norm` that of RL2; with
-    `std_over=rollout` it is that of the rewards of the whole rollout (TRL's `scale_rewards="batch"`); with
-    `std_over=tokens` the advantages are whitened over all action tokens, as in REINFORCE++ (2501.03262, equation 10).
+    This is Dr. GRPO (arXiv 2503.20783). `global_norm` takes the mean over the whole rollout, as do groups of one
+    member. `group_size` is the number of members that a group was sampled with; None counts the members in the batch.
 
-    Equal rewards have an advantage of exactly 0: statistics are float64.
+    `norm_var` divides by a standard deviation plus 1e-6, with n - 1 in its denominator. By default the deviation is
+    over the same trajectories as the mean: GRPO (2402.03300), or with `global_norm` RL2. `std_over=rollout` takes it
+    over the rewards of the whole rollout (TRL's `scale_rewards="batch"`). `std_over=tokens` whitens the advantages over
+    all action tokens, as in REINFORCE++ (2501.03262, equation 10).
+
+    Statistics are float64, so equal rewards have an advantage of exactly 0.
     """
-    reward_N, group_N, number_B = _trajectories(batch)
+    reward_N, group_N, number_B = by_trajectory(batch)
     size_N = _sizes(batch, number_B)
     compared_N = _compared(group_N, group_size, whole=global_norm)
     advantage_N = _less_the_mean(reward_N, size_N, compared_N)
     if not norm_var:
-        return _on_actions(batch, advantage_N[number_B])
+        return on_actions(batch, advantage_N[number_B])
     if std_over == "tokens":
-        return whitened(batch, _on_actions(batch, advantage_N[number_B]), global_norm=True, norm_var=True)
+        return whitened(batch, on_actions(batch, advantage_N[number_B]), global_norm=True, norm_var=True)
     deviation_N = advantage_N
     if std_over == "rollout":
         compared_N = torch.zeros_like(compared_N)
         deviation_N = _less_the_mean(reward_N, size_N, compared_N)
-    return _on_actions(batch, (advantage_N / (_std(deviation_N, compared_N) + 1e-6))[number_B])
+    return on_actions(batch, (advantage_N / (_std(deviation_N, compared_N) + 1e-6))[number_B])
 
 
+@reads("groups", "parts", baseline=True)
 def gdpo(batch: TokenBatch, *, part_NP: Tensor, weight_P: Tensor, group_size: int | None = None) -> Tensor:
     """Return the advantage of each trajectory, normalised part by part of its reward, on each of its action tokens.
 
-    GDPO, group reward-decoupled normalization (arXiv 2601.05242): `decoupled`, divided by its deviation over the whole
-    rollout (equation 6), n - 1 in its denominator, plus 1e-6. Its mean there, which equation 6 takes off, is 0, as it
-    is in every group.
+    GDPO, group reward-decoupled normalization (arXiv 2601.05242): the sums of `decoupled`, divided by their deviation
+    over the whole rollout plus 1e-6 (equation 6, n - 1 in the denominator). Equation 6 also subtracts their mean, which
+    is 0 in every group.
 
-    `part_NP`: float64, the parts of each trajectory, in the order of `trajectory_B`. `group_size` is that of
+    `part_NP` has the parts of each trajectory in float64, in the order of `trajectory_B`. `group_size` is as in
     `reinforce`.
     """
-    _, group_N, number_B = _trajectories(batch)
+    _, group_N, number_B = by_trajectory(batch)
     assert len(part_NP) == len(group_N), "every trajectory has a sequence"
     sum_N = decoupled(part_NP, weight_P, _compared(group_N, group_size))
-    return _on_actions(batch, (sum_N / (_std(sum_N, torch.zeros_like(group_N)) + 1e-6))[number_B])
+    return on_actions(batch, (sum_N / (_std(sum_N, torch.zeros_like(group_N)) + 1e-6))[number_B])
 
 
 def decoupled(part_NP: Tensor, weight_P: Tensor, group_N: Tensor) -> Tensor:
     """Return the weighted sum of the parts, each minus the mean of its group and divided by its deviation there, [N].
 
     Equations 4, 5 and 7 of GDPO (arXiv 2601.05242), in float64. `group_N` numbers the groups from 0. Deviations have
-    n - 1 in the denominator. The scale of a part does not matter. The sum is exactly 0 where the parts are equal in a
-    group, or cancel.
+    n - 1 in the denominator. The scale of a part has no effect. The sum is exactly 0 where the parts are equal in a
+    group or cancel.
     """
     sum_N, size_N = part_NP.new_zeros(len(group_N)), part_NP.new_zeros(len(group_N))
     for value_N, weight in zip(part_NP.unbind(1), weight_P, strict=True):
@@ -79,27 +83,29 @@ def decoupled(part_NP: Tensor, weight_P: Tensor, group_N: Tensor) -> Tensor:
     return sum_N.masked_fill(sum_N.abs() <= ROUNDING * size_N, 0.0)
 
 
+@reads("rewards", "groups", baseline=True)
 def rloo(batch: TokenBatch, *, group_size: int | None = None) -> Tensor:
     """Return the total reward of the trajectory minus the mean of its group's others, on each of its action tokens.
 
-    REINFORCE leave-one-out (arXiv 2402.14740). Where groups have one member, the others are the rest of the rollout;
-    `group_size` is that of `reinforce`.
+    REINFORCE leave-one-out (arXiv 2402.14740). With groups of one member the others are the rest of the rollout.
+    `group_size` is as in `reinforce`.
     """
-    reward_N, group_N, number_B = _trajectories(batch)
+    reward_N, group_N, number_B = by_trajectory(batch)
     group_N = _compared(group_N, group_size)
     count_N = torch.bincount(group_N)[group_N]
     # R - (sum - R) / (n - 1) = n / (n - 1) (R - mean)
     advantage_N = _less_the_mean(reward_N, _sizes(batch, number_B), group_N) * count_N / (count_N - 1).clamp(min=1)
-    return _on_actions(batch, advantage_N[number_B])
+    return on_actions(batch, advantage_N[number_B])
 
 
-def gae(batch: TokenBatch, *, gamma: float, lamda: float) -> Tensor:
-    """Generalised advantage estimation (arXiv 1506.02438) with the critic's `value_T`, at each action token.
+@reads("rewards", "values")
+def gae(batch: TokenBatch, *, gamma: Share = 1.0, lamda: Share = 1.0) -> Tensor:
+    """Return generalised advantage estimates (arXiv 1506.02438) with the critic's `value_T`, at each action token, [T].
 
-    A_t = d_t + gamma lamda A_(t+1), d_t = r_t + gamma V_(t+1) - V_t, where t + 1 is the next action token of the
-    trajectory: what the environment says in between takes no step, and sequences of one trajectory follow each other.
-    After its last action there is nothing. A reward that stands at a token that is no action belongs to the last action
-    before it. The target of the critic is A_t + V_t.
+    A_t = d_t + gamma lamda A_(t+1), d_t = r_t + gamma V_(t+1) - V_t. Step t + 1 is the next action token of the
+    trajectory: tokens of the environment are no steps, and the sequences of a trajectory follow each other. V and A
+    are 0 after the last action. A reward at a token that is no action belongs to the last action before it. The target
+    of the critic is A_t + V_t.
     """
     assert batch.value_T is not None
     number_B = batch.trajectory_B.unique(return_inverse=True)[1]
@@ -107,7 +113,7 @@ def gae(batch: TokenBatch, *, gamma: float, lamda: float) -> Tensor:
     is_action_T = batch.action_T[position_T]
     length_N = torch.zeros(len(number_B), dtype=torch.long, device=number_B.device)
     length_N.index_add_(0, number_T, is_action_T.long())
-    # the number of the last action up to a token within its trajectory; -1 before the first
+    # index of the last action up to each token, within its trajectory; -1 before the first
     place_T = is_action_T.cumsum(0) - 1 - (length_N.cumsum(0) - length_N)[number_T]
     action_A, place_A, number_A = (x[is_action_T] for x in (position_T, place_T, number_T))
     # [step, trajectory], with 0 after the end: there deltas, and so advantages, are 0
@@ -125,8 +131,11 @@ def gae(batch: TokenBatch, *, gamma: float, lamda: float) -> Tensor:
 
 
 def whitened(batch: TokenBatch, advantage_T: Tensor, *, global_norm: bool, norm_var: bool) -> Tensor:
-    """Return the advantages minus their mean over the action tokens of the whole rollout (`global_norm`), divided by
-    their standard deviation, n - 1 in its denominator (`norm_var`); computed in float64, [T]."""
+    """Return normalised advantages, [T], computed in float64.
+
+    `global_norm` subtracts their mean over the action tokens of the whole rollout. `norm_var` divides by their standard
+    deviation there, with n - 1 in its denominator.
+    """
     if not batch.action_T.any():
         return advantage_T
     values_T = advantage_T.double()
@@ -140,26 +149,28 @@ def whitened(batch: TokenBatch, advantage_T: Tensor, *, global_norm: bool, norm_
     return (values_T * batch.action_T).to(advantage_T.dtype)
 
 
+@reads("rewards")
 def spo(batch: TokenBatch) -> Tensor:
-    """The total reward of the trajectory on each of its action tokens: no baseline, no normalisation."""
-    reward_N, _, number_B = _trajectories(batch)
-    return _on_actions(batch, reward_N[number_B])
-
-
-ADVANTAGES: dict[str, Callable[..., Tensor]] = {"reinforce": reinforce, "gdpo": gdpo, "rloo": rloo, "spo": spo}
+    """Return the total reward of the trajectory on each of its action tokens: no baseline, no normalisation, [T]."""
+    reward_N, _, number_B = by_trajectory(batch)
+    return on_actions(batch, reward_N[number_B])
 
 
 def reward_of_sequences(batch: TokenBatch) -> Tensor:
     """Return the total reward of the trajectory that each sequence belongs to, float64 [B].
 
-    It is exactly 0 where the rewards cancel but for rounding, as in `Trajectory.reward`. Above 0: it is correct.
+    It is exactly 0 where the rewards cancel up to rounding, as in `Trajectory.reward`. Above 0, the trajectory is
+    correct.
     """
-    reward_N, _, number_B = _trajectories(batch)
+    reward_N, _, number_B = by_trajectory(batch)
     return torch.where(reward_N.abs() > ROUNDING * _sizes(batch, number_B), reward_N, 0.0)[number_B]
 
 
-def _trajectories(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return reward, float64 [N], and group [N] of each trajectory, and which of them a sequence belongs to [B]."""
+def by_trajectory(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return reward, float64 [N], and group [N] of each trajectory, and the trajectory of each sequence, [B].
+
+    N counts the trajectories of `batch`, in the order of `trajectory_B`.
+    """
     ids, number_B = batch.trajectory_B.unique(return_inverse=True)
     reward_T = batch.reward_T.double()
     reward_N = reward_T.new_zeros(len(ids)).index_add_(0, number_B[batch.sequence_T], reward_T)
@@ -181,7 +192,7 @@ def _compared(group_N: Tensor, group_size: int | None, whole: bool = False) -> T
 
 
 def _less_the_mean(reward_N: Tensor, size_N: Tensor, group_N: Tensor) -> Tensor:
-    """Return the reward minus the mean of its group, exactly 0 where they differ by rounding."""
+    """Return the reward minus the mean of its group, exactly 0 where they differ only by rounding, [N]."""
     largest = size_N.new_zeros(int(group_N.max()) + 1).scatter_reduce_(0, group_N, size_N, "amax")
     advantage_N = reward_N - _group_mean(reward_N, group_N)
     return advantage_N.masked_fill(advantage_N.abs() <= ROUNDING * largest[group_N], 0.0)
@@ -195,11 +206,12 @@ def _std(deviation_N: Tensor, group_N: Tensor) -> Tensor:
 
 
 def _group_mean(x_N: Tensor, group_N: Tensor) -> Tensor:
+    """Return the mean of each trajectory's group, [N]."""
     size = int(group_N.max()) + 1
     sums = x_N.new_zeros(size).index_add_(0, group_N, x_N)
     return (sums / torch.bincount(group_N, minlength=size))[group_N]
 
 
-def _on_actions(batch: TokenBatch, advantage_B: Tensor) -> Tensor:
-    """Return what each sequence has at its actions, and 0 elsewhere, in the dtype of the rewards, [T]."""
+def on_actions(batch: TokenBatch, advantage_B: Tensor) -> Tensor:
+    """Return the advantage of each sequence at its actions and 0 elsewhere, in the dtype of the rewards, [T]."""
     return (advantage_B[batch.sequence_T] * batch.action_T).to(batch.reward_T.dtype)

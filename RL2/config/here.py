@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from RL2.config.model import Trainable, TrainablePolicy, num_shards
+from RL2.config.model import Critic, Trainable, TrainablePolicy, num_shards
 from RL2.config.programs import Config, RLConfig, trained
 from RL2.errors import ConfigError
 
@@ -20,17 +20,10 @@ def missing_here(config: Config) -> list[str]:
         "trainer.use_trackio": ("trackio", "trackio", config.trainer.use_trackio),
         "trainer.use_tensorboard": ("tensorboard", "tensorboard", config.trainer.use_tensorboard),
     }
-    models: dict[str, Trainable] = {group: model}
-    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
-        models["critic"] = config.critic
-    packages |= {f"{k}.use_liger_kernel": ("liger_kernel", "liger", m.use_liger_kernel) for k, m in models.items()}
+    packages[f"{group}.use_liger_kernel"] = "liger_kernel", "liger", model.use_liger_kernel
     if isinstance(model, TrainablePolicy):
         packages[f"{group}.lora.rank"] = ("peft", "lora", model.lora.rank > 0)
-    missing = [
-        f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'"
-        for key, (package, extra, wanted) in packages.items()
-        if wanted and importlib.util.find_spec(package) is None
-    ]
+    missing = _missing(packages)
     servers = config.rollout.servers if isinstance(config, RLConfig) else None
     if servers is not None and not servers.urls and shutil.which(servers.python) is None:
         how = " (`make engine` builds .venv-vllm)" if servers.key == "vllm" else ""
@@ -38,17 +31,39 @@ def missing_here(config: Config) -> list[str]:
     return missing
 
 
+def missing_for_critic(critic: Critic) -> list[str]:
+    """Return what a critic on this machine would lack, a line each."""
+    return _missing({"critic.use_liger_kernel": ("liger_kernel", "liger", critic.use_liger_kernel)})
+
+
+def _missing(packages: dict[str, tuple[str, str, bool]]) -> list[str]:
+    """Return a line for each package that is wanted and missing; `packages` is key -> (package, extra, wanted)."""
+    return [
+        f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'"
+        for key, (package, extra, wanted) in packages.items()
+        if wanted and importlib.util.find_spec(package) is None
+    ]
+
+
+def check_critic_here(config: RLConfig) -> None:
+    """Raise ConfigError for what a critic lacks on this machine: packages, processes to split it over."""
+    if not config.trainer.dry_run and (missing := missing_for_critic(config.critic)):
+        raise ConfigError(missing[0])
+    _check_processes("critic", config.critic, config.trainer.dry_run)
+
+
+def _check_processes(group: str, model: Trainable, dry_run: bool) -> None:
+    """Raise ConfigError if the processes cannot be split as `model` asks; a dry run may be for other machines."""
+    if "WORLD_SIZE" in os.environ or not dry_run:
+        num_shards(model, int(os.environ.get("WORLD_SIZE", 1)), group)
+
+
 def check_here(config: Config) -> None:
     """Raise `ConfigError` for what is not here: files that are named, packages, processes to split a model over."""
     group, model = trained(config)
     if not config.trainer.dry_run and (missing := missing_here(config)):
         raise ConfigError(missing[0])
-    models: dict[str, Trainable] = {group: model}
-    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
-        models["critic"] = config.critic
-    for each, sizes in models.items():
-        if "WORLD_SIZE" in os.environ or not config.trainer.dry_run:  # a dry run may be for other machines
-            num_shards(sizes, int(os.environ.get("WORLD_SIZE", 1)), each)
+    _check_processes(group, model, config.trainer.dry_run)
     named: dict[str, str | None] = {f"{group}.chat_template": model.chat_template}
     if isinstance(config, RLConfig):
         named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}

@@ -76,6 +76,7 @@ COLUMNS = ("train_data.columns.", "test_data.columns.", "data.columns.")
 
 FREE_GROUPS = (
     f"{ARGS}.",
+    "adv.args.",
     "rollout.vllm.env.",
     "rollout.sglang.env.",
     "actor.chat_template_kwargs.",

@@ -102,37 +102,8 @@ class RLConfig:
                 actor.sp_size,
             ),
         ]
-        if self.adv.estimator == "gae":
-            critic = self.critic
-            limits += [
-                ("critic.max_length_per_device", critic.max_length_per_device, critic.sp_size),
-                ("critic.max_inference_length_per_device", critic.max_inference_length_per_device, critic.sp_size),
-            ]
         for key, tokens, sp_size in limits:
-            if tokens * sp_size < actor.max_length:
-                group = "critic" if key.startswith("critic") else "actor"
-                raise ConfigError(
-                    f"{key}={times_sp(tokens, group, sp_size)} is less than actor.max_length_per_device="
-                    f"{times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}, so a sequence may not fit"
-                )
-        if self.adv.estimator not in ("reinforce", "gae") and (self.adv.norm_var or self.adv.global_norm):
-            raise ConfigError(
-                f"adv.norm_var and adv.global_norm have no effect with adv.estimator={self.adv.estimator}"
-            )
-        _check_deviation(self.adv, self.train_data)
-        if self.adv.estimator == "gdpo" and actor.kl.coef > 0 and actor.kl.type == "reward":
-            raise ConfigError(
-                "actor.kl.type=reward with adv.estimator=gdpo: parts of a reward are normalised one by one, and a KL "
-                "divergence is none of them; set actor.kl.type=advantage or loss"
-            )
-        if self.adv.estimator != "gae":
-            for key, value, idle in (
-                ("adv.gamma", self.adv.gamma, 1),
-                ("adv.lamda", self.adv.lamda, 1),
-                ("actor.freeze_steps", actor.freeze_steps, 0),
-            ):
-                if value != idle:
-                    raise ConfigError(f"{key}={value} has no effect with adv.estimator={self.adv.estimator}")
+            check_limit(key, tokens, "actor", sp_size, actor)
         if self.adv.overlong_buffer > rollout.train_sampling_params.max_new_tokens:
             raise ConfigError(
                 f"adv.overlong_buffer={self.adv.overlong_buffer} is more than "
@@ -161,21 +132,12 @@ class RLConfig:
             )
         if actor.select.on_policy and not rollout.max_staleness:
             raise ConfigError("actor.select.on_policy has no effect with rollout.max_staleness=0: all tokens are")
-        data = self.train_data
-        if (
-            self.adv.estimator in ("reinforce", "gdpo", "rloo")
-            and data.prompts_per_rollout * data.responses_per_prompt == 1
-        ):
-            raise ConfigError(
-                f"adv.estimator={self.adv.estimator} compares a response with others, and there is one a step; raise "
-                "train_data.responses_per_prompt or train_data.prompts_per_rollout"
-            )
         if rollout.dynamic_filtering and self.train_data.responses_per_prompt == 1:
             raise ConfigError(
                 "rollout.dynamic_filtering=true drops every group of one (train_data.responses_per_prompt=1); "
                 "set rollout.dynamic_filtering=false"
             )
-        if rollout.dynamic_filtering_rounds > 1 and not rollout.dynamic_filtering:
+        if rollout.dynamic_filtering_rounds > 1 and not rollout.dynamic_filtering and rollout.filter is None:
             raise ConfigError(
                 f"rollout.dynamic_filtering_rounds={rollout.dynamic_filtering_rounds} has no effect with "
                 "rollout.dynamic_filtering=false"
@@ -248,17 +210,6 @@ def _changed(sampling: SamplingParams, changes: dict[str, Any], key: str) -> Sam
     return changed
 
 
-def _check_deviation(adv: Advantage, data: TrainData) -> None:
-    if adv.std_over is None:
-        return
-    if adv.estimator != "reinforce":
-        raise ConfigError(f"adv.std_over={adv.std_over} has no effect with adv.estimator={adv.estimator}")
-    if not adv.norm_var:
-        raise ConfigError(f"adv.std_over={adv.std_over} has no effect with adv.norm_var=false")
-    if adv.std_over == "rollout" and (adv.global_norm or data.responses_per_prompt == 1):
-        raise ConfigError("adv.std_over=rollout has no effect: the mean is over the whole rollout already")
-
-
 def _check_regularizers(actor: Actor) -> None:
     if actor.regularize_on == "all" and not (actor.entropy.coef or (actor.kl.coef and actor.kl.type == "loss")):
         raise ConfigError(
@@ -271,6 +222,18 @@ def _check_regularizers(actor: Actor) -> None:
 def times_sp(tokens: int, group: str, sp_size: int) -> str:
     """A limit of one process, and how many share a microbatch."""
     return f"{tokens}" + (f" x {group}.sp_size={sp_size}" if sp_size > 1 else "")
+
+
+def check_limit(key: str, tokens: int, group: str, sp_size: int, actor: Actor) -> None:
+    """Raise ConfigError unless the longest sequence of `actor` fits into `tokens` on each of `sp_size` processes.
+
+    `key` is the limit of a model of `group`.
+    """
+    if tokens * sp_size < actor.max_length:
+        raise ConfigError(
+            f"{key}={times_sp(tokens, group, sp_size)} is less than actor.max_length_per_device="
+            f"{times_sp(actor.max_length_per_device, 'actor', actor.sp_size)}, so a sequence may not fit"
+        )
 
 
 def _check_schedule(group: str, model: Trainable) -> None:

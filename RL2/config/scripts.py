@@ -20,6 +20,21 @@ class ScriptError(UserError, ValueError):
         super().__init__(one_line(text))
 
 
+def import_script(path: str | Path) -> ModuleType:
+    """Return the module of the file `path`, executed once in a process, as `import` does.
+
+    So an edit does not change a run under way. Raise `ScriptError` as `load_script` does.
+    """
+    package, _ = _package(path)
+    return sys.modules.get(f"{package}.{Path(path).stem}") or load_script(path)
+
+
+def _package(path: str | Path) -> tuple[str, str]:
+    """Return the name of the package that the folder of `path` is made into, and the folder."""
+    folder = str(Path(path).resolve().parent)
+    return f"rl2_scripts_{hashlib.blake2b(folder.encode(), digest_size=4).hexdigest()}", folder
+
+
 def load_script(path: str | Path) -> ModuleType:
     """The module of the file `path`, in a package made of its folder: it finds its siblings (`from .other import f`),
     and other imports are as ever. Raises `ScriptError`, with the line in the script where it failed.
@@ -27,8 +42,7 @@ def load_script(path: str | Path) -> ModuleType:
     path = Path(path)
     if not path.is_file():
         raise ScriptError(f"{path}: there is no such file")
-    folder = str(path.resolve().parent)
-    package = f"rl2_scripts_{hashlib.blake2b(folder.encode(), digest_size=4).hexdigest()}"
+    package, folder = _package(path)
     if package not in sys.modules:
         sys.modules[package] = ModuleType(package)
         sys.modules[package].__path__ = [folder]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from RL2.config.values import Count, Index, PositiveFloat, Seed, Share
 from RL2.errors import ConfigError
@@ -11,28 +11,32 @@ from RL2.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage:
-    estimator: Literal["reinforce", "gdpo", "rloo", "spo", "gae"]
-    """reinforce: reward minus the group's mean (Dr. GRPO). gdpo: the parts of the reward, each normalised within the
-    group, weighted, summed, and normalised over the rollout (GDPO, arXiv 2601.05242). rloo: reward minus the mean of
-    the group's others. spo: the reward itself. gae: what lies ahead minus what the critic expected (PPO)."""
+    estimator: str
+    """reinforce: reward minus the group's mean (Dr. GRPO). gdpo: each part of the reward normalised within the group,
+    weighted, summed, and normalised over the rollout (GDPO, arXiv 2601.05242). rloo: reward minus the mean of the
+    group's others. spo: the reward itself. gae: rewards to come minus the critic's estimate (PPO). path.py:function: an
+    estimator of your own."""
+    args: dict[str, Any]
+    """Knobs of an estimator of your own: adv.args.NAME=value."""
     gamma: Share
-    """gae: what a reward is worth one token earlier."""
+    """gae: discount of a reward for each token between."""
     lamda: Share
-    """gae: 1 looks at all rewards to come, 0 only at the next one and the critic's value of what follows it."""
+    """gae: 1 sums all rewards to come; 0 takes the next one and the critic's value after it."""
     global_norm: bool
-    """reinforce: mean (and deviation) over the whole rollout instead of each group. gae: minus the mean over all action
-    tokens of the rollout."""
+    """reinforce: mean (and deviation) over the whole rollout instead of each group. Estimators with a critic: minus the
+    mean over all action tokens of the rollout."""
     norm_var: bool
-    """reinforce: divide by the standard deviation (GRPO). gae: by that over all action tokens of the rollout."""
+    """reinforce: divide by the standard deviation (GRPO). Estimators with a critic: divide by that over all action
+    tokens of the rollout."""
     std_over: Literal["rollout", "tokens"] | None
-    """reinforce, norm_var: null divides by the deviation of what the mean was taken over, the group or the rollout.
-    rollout: by that of all rewards of the rollout. tokens: minus the mean of the advantages over all action tokens of
-    the rollout, divided by their deviation (REINFORCE++)."""
+    """reinforce, norm_var: null divides by the deviation over the same trajectories as the mean, the group or the
+    rollout. rollout: by that of all rewards of the rollout. tokens: minus the mean of the advantages over all action
+    tokens of the rollout, divided by their deviation (REINFORCE++)."""
     overlong_buffer: Index
-    """Over its last so many tokens before max_new_tokens a response pays for its length, linearly (DAPO); 0: never."""
+    """Tokens before max_new_tokens over which the penalty for length rises linearly (DAPO); 0: no penalty."""
     overlong_penalty: PositiveFloat
-    """Penalty of a response of max_new_tokens, taken off the reward that the advantage is computed from. gdpo: weight
-    of this penalty, which is a part of the reward there."""
+    """Penalty of a response of max_new_tokens, subtracted from the reward that the advantage is computed from. An
+    estimator that reads the parts of the reward (gdpo): weight of this penalty, which is one more part."""
 
 
 @dataclass(frozen=True, kw_only=True)

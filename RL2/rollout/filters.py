@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Sequence as Seq
 
+from RL2.batch.registry import configured as estimator_of
+from RL2.config.functions import function_of
 from RL2.config.programs import RLConfig
+from RL2.config.scripts import described
+from RL2.errors import UserError
 from RL2.rollout.metrics import NothingScored, drop_equal_groups, drop_groups_of_equal_parts, groups, scored
 from RL2.types import Trajectory
 
@@ -16,17 +21,44 @@ def usable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
 
 
 def with_signal(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
-    """Return those of groups whose rewards differ, with dynamic filtering: for GDPO in their parts."""
+    """Return the usable trajectories of the groups that `dynamic_filtering` and `rollout.filter` keep."""
     kept = usable(trajectories, config)
-    if not config.rollout.dynamic_filtering:
-        return kept
-    if config.adv.estimator == "gdpo":
-        return drop_groups_of_equal_parts(kept, config.reward.weights)
-    return drop_equal_groups(kept)
+    if config.rollout.dynamic_filtering:
+        if "parts" in estimator_of(config.adv).estimator.reads:
+            kept = drop_groups_of_equal_parts(kept, config.reward.weights)
+        else:
+            kept = drop_equal_groups(kept)
+    return kept_by(config.rollout.filter, kept) if config.rollout.filter is not None and kept else kept
+
+
+def kept_by(name: str, trajectories: Seq[Trajectory]) -> list[Trajectory]:
+    """Return the trajectories that the function `path.py:function` keeps, in their order.
+
+    The function gets a list of groups, each a list of trajectories, and returns those that train. Raise UserError if it
+    fails or returns something else.
+    """
+    function, by_group = function_of("rollout.filter", name), defaultdict(list)
+    for trajectory in trajectories:
+        by_group[trajectory.group].append(trajectory)
+    given = {id(trajectory) for trajectory in trajectories}
+    try:
+        kept = {id(trajectory) for group in function(list(by_group.values())) for trajectory in group}
+    except Exception as error:
+        path = name.rpartition(":")[0]
+        raise UserError(
+            f"rollout.filter={name} raises {described(error, path, inspect.getfile(function))}; it gets a list of "
+            "groups and returns a list of those that train"
+        ) from error
+    if not kept <= given:
+        raise UserError(
+            f"rollout.filter={name} returns a trajectory that it was not given; return trajectories of its groups, "
+            "no copies"
+        )
+    return [trajectory for trajectory in trajectories if id(trajectory) in kept]
 
 
 def success_rates(trajectories: Seq[Trajectory]) -> dict[int, float]:
-    """Return row -> the share of its scored trajectories whose reward is above 0."""
+    """Return, for each row, the share of its scored trajectories whose reward is above 0."""
     rewards: dict[int, list[float]] = defaultdict(list)
     for trajectory in scored(trajectories):
         rewards[trajectory.row].append(trajectory.reward)
@@ -34,7 +66,7 @@ def success_rates(trajectories: Seq[Trajectory]) -> dict[int, float]:
 
 
 def trainable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
-    """Return the trajectories of groups with a signal, or all usable ones if no group has a signal.
+    """Return the trajectories that filters keep, or all usable ones if they keep none.
 
     Raise NothingScored if none is usable.
     """
@@ -48,7 +80,7 @@ def trainable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajector
 
 
 def filter_metrics(trajectories: Seq[Trajectory], config: RLConfig) -> dict[str, float]:
-    """Return the share of the sampled groups that dynamic filtering dropped, if it is on."""
-    if not config.rollout.dynamic_filtering:
+    """Return the share of the sampled groups that filters dropped, if a filter is on."""
+    if not config.rollout.dynamic_filtering and config.rollout.filter is None:
         return {}
     return {"train/filtered": 1 - len(groups(with_signal(trajectories, config))) / len(groups(trajectories))}

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from RL2.batch.advantages import ADVANTAGES, reward_of_sequences
+from RL2.batch.advantages import reinforce, reward_of_sequences
+from RL2.batch.registry import configured as estimator_of
 from RL2.config.load import words
 from RL2.config.model import Actor as ActorConfig
 from RL2.config.programs import RLConfig
@@ -177,8 +178,13 @@ def run_config(run: Path, folder: Path, title: str) -> RLConfig:
 
 
 def with_advantages(batch: TokenBatch, config: RLConfig) -> TokenBatch:
-    """The run's advantages; where they are rewards alone and the objective reads them, less the group's mean."""
-    if config.adv.estimator != "spo" or not reads_advantages(configured(config.actor)):
+    """Return `batch` with the advantages of the run, or for an objective that reads advantages with a group baseline.
+
+    That is needed where the estimator of the run has none. Raise UserError if its groups are single rollouts.
+    """
+    bound = estimator_of(config.adv)
+    has_baseline = bound.estimator.baseline or bound.needs_critic
+    if has_baseline or not reads_advantages(configured(config.actor)):
         return batch
     sizes = batch.group_B.unique(return_counts=True)[1]
     if int(sizes.max()) == 1:
@@ -186,7 +192,7 @@ def with_advantages(batch: TokenBatch, config: RLConfig) -> TokenBatch:
             f"{config.actor.objective} reads advantages, and a group of this run is one rollout, its own mean; "
             "take a run with train_data.responses_per_prompt above 1"
         )
-    return batch.with_(advantage_T=ADVANTAGES["reinforce"](batch, global_norm=False, norm_var=False))
+    return batch.with_(advantage_T=reinforce(batch))
 
 
 def _gradient(
@@ -215,11 +221,10 @@ def _loss(config: ActorConfig) -> Callable[[TokenStats, TokenBatch], Loss]:
 
 def _weights_of_tokens(actor: Actor, batch: TokenBatch, config: ActorConfig) -> tuple[float, Tensor]:
     """The loss, and what it asks of the log-probability of each action (`by_token`)."""
-    stats = actor.stats(batch, wanted_stats(config), config.max_inference_length_per_device)
-    at_actions = {name: value[batch.action_T] for name, value in vars(stats).items()}
+    stats = actor.stats(batch, wanted_stats(config), config.max_inference_length_per_device).at(batch.action_T)
     actions = batch.positions(batch.action_T)
     assert actions.weight_T is not None
-    loss_N, weight_N = by_token(TokenStats(**at_actions), actions, config, configured(config))
+    loss_N, weight_N = by_token(stats, actions, config, configured(config))
     return float((loss_N * actions.weight_T).sum()), weight_N
 
 

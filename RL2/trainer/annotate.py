@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from RL2.batch.advantages import ADVANTAGES, gae, whitened
+from RL2.batch.advantages import whitened
 from RL2.batch.packing import part_rewards
+from RL2.batch.registry import configured as estimator_of
 from RL2.config.programs import RLConfig
 from RL2.io.progress import Progress
 from RL2.objectives.loss import kl_estimate, overlong_penalty
@@ -28,9 +29,9 @@ def annotate(
     critic: Critic | None = None,
     progress: Progress | None = None,
 ) -> TokenBatch:
-    """Return `batch` with what the update reads: old and reference log-probabilities, values, returns, advantages.
+    """Return `batch` with what an update reads: old and reference log-probabilities, values, returns, advantages.
 
-    `trajectories` are those that were packed into `batch`. Collective.
+    `trajectories` are those that were packed into `batch`; only an estimator that reads parts of rewards needs them.
     """
     progress, number = progress or Progress(speaks=False), batch.num_sequences
     kl, adv, select = config.actor.kl, config.adv, config.actor.select
@@ -43,37 +44,32 @@ def annotate(
         with progress.phase("log-probabilities of the reference", number, "sequences") as phase:
             batch = batch.with_(ref_logp_T=reference.logp(batch, phase.update))
 
-    # costs count for the advantages only: which sequences are correct is the environment's word
+    # costs act on the advantages only: which sequences are correct is what the environment says
     reward_T, cost_T = batch.reward_T, torch.zeros_like(batch.reward_T)
     if kl_in_advantage:
         assert batch.old_logp_T is not None and batch.ref_logp_T is not None
         cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.used_estimator) * batch.action_T
     if kl.type == "reward":
         reward_T, cost_T = reward_T - cost_T, torch.zeros_like(cost_T)
-    knobs: dict[str, Any] = {}
-    if adv.estimator == "gdpo":
-        knobs |= gdpo_parts(batch, trajectories, config)
-    elif adv.overlong_buffer:
+    estimator = estimator_of(adv)
+    inputs: dict[str, Any] = {"group_size": config.train_data.responses_per_prompt}
+    if "parts" in estimator.estimator.reads:
+        inputs |= parts_of_rewards(batch, trajectories, config)
+    if adv.overlong_buffer:
         reward_T = reward_T - overlong(batch, config, adv.overlong_penalty)
-    if adv.estimator in ("reinforce", "gae"):
-        knobs |= {"global_norm": adv.global_norm, "norm_var": adv.norm_var}
-    if adv.estimator == "reinforce":
-        knobs |= {"std_over": adv.std_over}
-    if adv.estimator in ("reinforce", "gdpo", "rloo"):
-        knobs |= {"group_size": config.train_data.responses_per_prompt}
-    if critic is None:
-        advantage_T = ADVANTAGES[adv.estimator](batch.with_(reward_T=reward_T), **knobs)
-    else:
+    if estimator.needs_critic:
+        assert critic is not None
         with progress.phase("values of the critic", number, "sequences") as phase:
-            value_T = critic.values(batch, phase.update)
-        ahead_T = gae(batch.with_(reward_T=reward_T, value_T=value_T), gamma=adv.gamma, lamda=adv.lamda)
-        batch = batch.with_(value_T=value_T, return_T=ahead_T + value_T)
-        advantage_T = whitened(batch, ahead_T, **knobs)
+            batch = batch.with_(value_T=critic.values(batch, phase.update))
+    advantage_T = estimator.advantages(batch.with_(reward_T=reward_T), inputs)
+    if batch.value_T is not None:
+        batch = batch.with_(return_T=advantage_T + batch.value_T)
+        advantage_T = whitened(batch, advantage_T, global_norm=adv.global_norm, norm_var=adv.norm_var)
     return batch.with_(advantage_T=advantage_T - cost_T)
 
 
-def gdpo_parts(batch: TokenBatch, trajectories: Seq[Trajectory], config: RLConfig) -> dict[str, Tensor]:
-    """Return the parts of the rewards and their weights; a penalty for length is one more part, with its own weight."""
+def parts_of_rewards(batch: TokenBatch, trajectories: Seq[Trajectory], config: RLConfig) -> dict[str, Tensor]:
+    """Return the parts of the rewards and their weights; a penalty for length is one more part."""
     part_NP, weight_P = part_rewards(trajectories, config.reward.weights)
     if config.adv.overlong_buffer:
         cost_T = overlong(batch, config, penalty=1.0).double()
@@ -84,6 +80,6 @@ def gdpo_parts(batch: TokenBatch, trajectories: Seq[Trajectory], config: RLConfi
 
 
 def overlong(batch: TokenBatch, config: RLConfig, penalty: float) -> Tensor:
-    """Return what each response pays for its length, at its last token, [T]."""
+    """Return the penalty of each response for its length, at its last token, [T]."""
     limit = config.rollout.train_sampling_params.max_new_tokens
     return overlong_penalty(batch, max_new_tokens=limit, buffer=config.adv.overlong_buffer, penalty=penalty)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from RL2.batch.registry import configured as estimator_of
 from RL2.config.programs import RLConfig
 from RL2.config.rollout import SGLang, Transport
 from RL2.data.curriculum import Curriculum
@@ -192,7 +193,7 @@ def load_models(config: RLConfig, run: Run, num_steps: int) -> Models:
     actor = Actor(config.actor, run.processes, updates, run.save_dir, config.logprob_gap_limit)
     if config.actor.kl.coef > 0:
         ref_actor = make_reference(config, actor)
-    if config.adv.estimator == "gae":
+    if estimator_of(config.adv).needs_critic:
         critic = Critic(config.critic, run.processes, num_steps * config.critic.update_per_rollout, run.save_dir)
     return Models(actor, ref_actor, critic)
 

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from RL2.config.here import missing_here
+from RL2.batch.registry import configured as estimator_of
+from RL2.config.here import missing_for_critic, missing_here
 from RL2.config.model import Trainable, TrainableChat, TrainablePolicy, num_shards
 from RL2.config.programs import Config, DPOConfig, RLConfig, SFTConfig, trained
 from RL2.data.bad_rows import BadRows
@@ -91,8 +92,11 @@ def rehearse(program: str, config: Config, progress: Progress) -> Findings:
     """Check everything in the order of the run. Raise a UserError for the first thing that is wrong."""
     found = Findings(progress)
     found.say("program", program)
-    for missing in missing_here(config):
-        found.warn(missing)
+    missing = missing_here(config)
+    if isinstance(config, RLConfig) and estimator_of(config.adv).needs_critic:
+        missing += missing_for_critic(config.critic)
+    for each in missing:
+        found.warn(each)
     look_at_folder(config, found)
     group, model = trained(config)
     layout = layout_of(model, group)
@@ -179,7 +183,7 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
         has_reference = config.actor.kl.coef > 0 if isinstance(config, RLConfig) else not config.actor.reference_free
         if has_reference and config.ref_actor.model_name != config.actor.model_name:
             used.append(("ref_actor", config.ref_actor.model_name, Policy, config.actor))
-    if isinstance(config, RLConfig) and config.adv.estimator == "gae":
+    if isinstance(config, RLConfig) and estimator_of(config.adv).needs_critic:
         used.append(("critic", config.critic.model_name, ValueModel, config.critic))
     models = {}
     for group, name, kind, model in used:
@@ -444,7 +448,7 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
     if isinstance(config, RLConfig):
         if config.actor.kl.coef > 0 and not (adapters and config.ref_actor.model_name == config.actor.model_name):
             beside["reference"] = MASTER * here
-        if config.adv.estimator == "gae":
+        if estimator_of(config.adv).needs_critic:
             beside["critic"] = (MASTER + GRADIENT + MOMENTS) * here
     total = peak(parts, offload=offload) + sum(beside.values())
     what = ", ".join(f"{part} {bytes_in_words(size)}" for part, size in (parts | beside).items() if size)

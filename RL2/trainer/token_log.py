@@ -100,8 +100,7 @@ class TokenLog:
             top_k=max(actor.request.top_k, min(ALTERNATIVES, actor.lm.config.vocab_size)),
             temperature=temperature,
         )
-        stats = actor.stats(batch, request, actor.config.max_inference_length_per_device)
-        return TokenStats(**{name: value[batch.action_T] for name, value in vars(stats).items()})
+        return actor.stats(batch, request, actor.config.max_inference_length_per_device).at(batch.action_T)
 
     def _row(
         self, trajectory: Trajectory, batch: TokenBatch, stats: TokenStats, n: int, *, cut: bool

@@ -1,7 +1,8 @@
-"""No setting without effect: before a run, each term of the loss that is switched on is tried on a tiny batch.
+"""Refuse settings of the loss and of the advantages that have no effect.
 
-V logits of T made-up tokens stand in for a model. A term whose gradient is exactly zero there, and a setting that
-changes nothing, would be without effect in training too.
+Before a run, each term of the loss that is switched on is tried on a small synthetic batch: V logits for each of T
+tokens stand in for a model. A term whose gradient is exactly zero there, and a setting that changes nothing, would have
+no effect in training either.
 """
 
 from __future__ import annotations
@@ -13,21 +14,30 @@ import torch
 from torch import Tensor
 
 from RL2.batch.packing import pack
+from RL2.batch.registry import configured as estimator_of
+from RL2.config.functions import function_of
 from RL2.config.model import Actor, SFTActor
 from RL2.config.programs import RLConfig
 from RL2.errors import ConfigError
 from RL2.objectives.loss import total_loss, with_weights
 from RL2.objectives.registry import BoundObjective, bind, configured
 from RL2.ops.token_stats import token_stats
+from RL2.trainer.estimator_rules import check_estimator
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
 NUM_TRAJECTORIES, LONGEST = 32, 16
 
 
 def probe(config: RLConfig) -> None:
-    """Raises ConfigError for a setting of the loss that has no effect, with the reason."""
+    """Raise ConfigError, with the reason, for a setting of the loss or of the advantages that has no effect.
+
+    Raise it also for a function of one's own that cannot be found.
+    """
+    check_estimator(config)
+    if config.rollout.filter is not None:
+        function_of("rollout.filter", config.rollout.filter)
     actor, objective = config.actor, configured(config.actor)
-    logits_TV, batch = synthetic_prompts(vocabulary=64 + objective.top_k)
+    logits_TV, batch = synthetic_batch(vocabulary=64 + objective.top_k)
 
     def gradient(actor: Actor) -> Tensor:
         return loss_gradient(logits_TV, batch, actor, objective)
@@ -47,7 +57,7 @@ def probe(config: RLConfig) -> None:
 
 
 def probe_supervised(actor: SFTActor) -> None:
-    """Raises ConfigError for an objective that reads what rows of data do not have."""
+    """Raise ConfigError for an objective that reads advantages, which rows of data do not have."""
     objective = bind(actor.objective, actor.objective_args)
     if reads_advantages(objective):
         raise ConfigError(
@@ -57,8 +67,8 @@ def probe_supervised(actor: SFTActor) -> None:
 
 
 def reads_advantages(objective: BoundObjective) -> bool:
-    """The gradient of the objective depends on them."""
-    logits_TV, batch = synthetic_prompts(vocabulary=64 + objective.top_k)
+    """Return whether the gradient of the objective depends on the advantages."""
+    logits_TV, batch = synthetic_batch(vocabulary=64 + objective.top_k)
     assert batch.advantage_T is not None
 
     def of(batch: TokenBatch) -> Tensor:
@@ -68,7 +78,7 @@ def reads_advantages(objective: BoundObjective) -> bool:
 
 
 def without_terms(actor: Actor) -> Actor:
-    """The objective alone."""
+    """Return a configuration with the objective alone."""
     return replace(
         actor,
         tis_coef=0.0,
@@ -80,7 +90,7 @@ def without_terms(actor: Actor) -> Actor:
 
 
 def terms(actor: Actor) -> Iterator[tuple[str, Actor]]:
-    """Each setting of the loss that is switched on, and the configuration without it."""
+    """Yield each setting of the loss that is switched on, and the configuration without it."""
     alone = without_terms(actor)
     if actor.tis_coef > 0:
         off = replace(actor, tis_coef=0.0, tis_level="token", tis_mode="truncate")
@@ -89,7 +99,7 @@ def terms(actor: Actor) -> Iterator[tuple[str, Actor]]:
         yield f"actor.kl.coef={actor.kl.coef:g}", replace(actor, kl=alone.kl)
     if actor.entropy.coef != 0:
         yield f"actor.entropy.coef={actor.entropy.coef:g}", replace(actor, entropy=alone.entropy)
-    # without selection there may be nothing that `kept` leaves out; the average is then the one over all
+    # without selection `kept` may keep all; the average is then the one over all
     free = replace(actor, average_over="all") if actor.train_on == "all" else actor
     if actor.select.not_mode:
         yield "actor.select.not_mode=true", replace(free, select=replace(actor.select, not_mode=False))
@@ -99,21 +109,22 @@ def terms(actor: Actor) -> Iterator[tuple[str, Actor]]:
 
 
 def advantage_settings(config: RLConfig) -> Iterator[str]:
-    """Settings that only advantages see."""
-    if config.adv.estimator in ("gae", "gdpo"):
-        yield f"adv.estimator={config.adv.estimator}"
-    if config.adv.global_norm:
+    """Yield the settings that act on advantages alone."""
+    adv = config.adv
+    if ":" in adv.estimator or {"values", "parts"} & set(estimator_of(adv).estimator.reads):
+        yield f"adv.estimator={adv.estimator}"
+    if adv.global_norm:
         yield "adv.global_norm=true"
-    if config.adv.norm_var:
+    if adv.norm_var:
         yield "adv.norm_var=true"
-    if config.adv.overlong_buffer:
-        yield f"adv.overlong_buffer={config.adv.overlong_buffer}"
+    if adv.overlong_buffer:
+        yield f"adv.overlong_buffer={adv.overlong_buffer}"
     if config.actor.kl.coef > 0 and config.actor.kl.type != "loss":
         yield f"actor.kl.type={config.actor.kl.type}"
 
 
 def loss_gradient(logits_TV: Tensor, batch: TokenBatch, actor: Actor, objective: BoundObjective) -> Tensor:
-    """Of the loss with respect to the logits."""
+    """Return the gradient of the loss with respect to the logits, [T, V]."""
     if actor.kl.coef == 0:
         batch = replace(batch, ref_logp_T=None)
     weighted = with_weights(batch, actor)
@@ -132,7 +143,10 @@ def gradient(
     loss: Callable[[TokenStats], Tensor],
     temperature: float = 1.0,
 ) -> Tensor:
-    """Of `loss`, which sees the statistics that `objective` reads."""
+    """Return the gradient of `loss` with respect to the logits, [T, V].
+
+    `loss` is called with the statistics that `objective` reads.
+    """
     leaf_TV = logits_TV.clone().requires_grad_()
     fields = tuple(dict.fromkeys((*objective.fields, "logp", "entropy")))
     identity_VV = torch.eye(leaf_TV.shape[1])
@@ -146,9 +160,10 @@ def gradient(
     return gradient_TV
 
 
-def synthetic_prompts(vocabulary: int) -> tuple[Tensor, TokenBatch]:
-    """Logits, and a batch of actions: groups of four, rewards of 0 and 1, an older policy, an engine and a reference
-    that are all a little different.
+def synthetic_batch(vocabulary: int) -> tuple[Tensor, TokenBatch]:
+    """Return logits, [T, V], and a batch of actions in groups of four.
+
+    Rewards are 0 and 1. The old policy, the engine and the reference each differ a little from the policy.
     """
     g = torch.Generator().manual_seed(0)
     lengths = [1 + 5 * n % LONGEST for n in range(NUM_TRAJECTORIES)]

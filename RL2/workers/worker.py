@@ -110,7 +110,7 @@ class Worker:
                         out[name][places] = value.cpu()
                 progress(len(ids) * self.mesh.data_size)
             self._reshard()
-        return TokenStats(**{name: self.processes.sum(value, self.mesh.data) for name, value in out.items()})
+        return TokenStats(**out).map(lambda x: self.processes.sum(x, self.mesh.data))
 
     def check_packing(self, batch: TokenBatch) -> None:
         """Compare sequences of `batch`, packed, with each alone through transformers' own forward; once for a model.
@@ -310,11 +310,10 @@ class Learner(Worker):
         progress: Progress = lambda done: None,
     ) -> dict[str, float]:
         """The loss of `batch` under the present weights, and its metrics, as `step` counts them; nothing is learnt."""
-        stats = self.stats(batch, request, self.config.max_length_per_device, progress)
+        stats = self.stats(batch, request, self.config.max_length_per_device, progress).at(batch.action_T)
         actions = batch.positions(batch.action_T)
         assert actions.weight_T is not None
-        at_actions = {name: x[batch.action_T] for name, x in vars(stats).items()}
-        loss_T, metrics = loss(TokenStats(**at_actions), actions)
+        loss_T, metrics = loss(stats, actions)
         trains_T = actions.weight_T != 0
         means = {name: float(value_T[trains_T].double().mean()) for name, value_T in metrics.items()}
         return {"loss": float((loss_T * actions.weight_T).sum())} | means

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from RL2.errors import ConfigError
 from RL2.objectives.objective import Loss, needs
-from RL2.objectives.registry import OBJECTIVES, knobs
+from RL2.objectives.registry import OBJECTIVES
 from RL2.tools.check_objective.main import assert_sound, check
 from RL2.tools.check_objective.two_ranks import Pair
 from RL2.tools.cli import app
@@ -89,7 +89,7 @@ def test_every_objective_has_a_card_with_its_defaults(name: str) -> None:
     (card,) = [card for card in page.split("\n### ")[1:] if f"`{name}`" in card.splitlines()[0]]
     (line,) = re.findall(r"- Knobs: (.*)", card)
     stated = OmegaConf.from_dotlist(re.findall(r"`(\w+=[^`]+)`", line))
-    assert stated == {knob: p.default for knob, p in knobs(OBJECTIVES[name]).items()}
+    assert stated == OBJECTIVES[name].defaults
 
 
 def rl2(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

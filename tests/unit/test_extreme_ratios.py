@@ -40,7 +40,7 @@ def tokens() -> tuple[TokenBatch, Tensor]:
 def run(objective: Objective, knobs: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Loss of each token and its gradient by every statistic, in float64."""
     batch, logits_TV = tokens()
-    fields, top_k = objective.needs, 3 if objective.top_k else 0  # type: ignore[attr-defined]
+    fields, top_k = objective.needs, 3 if objective.top_k else 0
     stats = vars(reference_stats(logits_TV, batch.labels_T, fields, top_k))
     leaves = {name: x.to(dtype).requires_grad_() if x.is_floating_point() else x for name, x in stats.items()}
     cast = {name: x.to(dtype) for name, x in batch.tensors().items() if x.is_floating_point()}

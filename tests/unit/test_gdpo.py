@@ -17,6 +17,7 @@ from RL2.objectives.loss import by_token, with_weights
 from RL2.objectives.registry import configured
 from RL2.rollout.filters import filter_metrics, trainable, with_signal
 from RL2.trainer.annotate import annotate
+from RL2.trainer.estimator_rules import check_estimator
 from RL2.trainer.unused_settings import probe
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
@@ -191,7 +192,7 @@ def test_a_penalty_for_length_is_one_more_part() -> None:
 )
 def test_what_does_not_go_with_it_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config(override, "actor.kl.coef=0.1")
+        check_estimator(config(override, "actor.kl.coef=0.1"))
 
 
 def test_an_objective_that_reads_no_advantages_refuses_it() -> None:

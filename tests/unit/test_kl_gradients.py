@@ -79,7 +79,7 @@ def rollout(by: str, staleness: int = 0) -> TokenBatch:
 
 @dataclass
 class Table:
-    """A model with one distribution at each position: the actor and the reference of `judge`."""
+    """A model with one distribution at each position: the actor and the reference of `annotate`."""
 
     logits_PV: Tensor
 

@@ -18,7 +18,7 @@ from RL2.errors import ConfigError
 from RL2.objectives.loss import importance_weight, overlong_penalty
 from RL2.ops.invariants import breaches, first_breach
 from RL2.parallel.processes import Processes
-from RL2.trainer.unused_settings import probe, probe_supervised, synthetic_prompts
+from RL2.trainer.unused_settings import probe, probe_supervised, synthetic_batch
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 from RL2.workers.update_stats import UpdateStats
 
@@ -306,7 +306,7 @@ def test_what_reads_advantages_cannot(objective: str) -> None:
 
 
 def test_the_probe_has_something_of_everything() -> None:
-    _, batch = synthetic_prompts(64)
+    _, batch = synthetic_batch(64)
     assert batch.off_mode_T is not None and 0 < int(batch.off_mode_T.sum()) < len(batch.off_mode_T)
     assert {float(r) for r in batch.reward_T.unique()} == {0.0, 1.0}
     assert int(batch.lengths_B.min()) == 1

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from RL2.config.scripts import described
 from RL2.objectives.objective import Gradient, Objective
-from RL2.objectives.registry import knobs
 from RL2.tools.check_objective.subject import Constants, Setting, Subject, Trial, extremes, gradient, trial
 from RL2.tools.check_objective.two_ranks import Pair
 from RL2.types import MENU
@@ -26,8 +25,8 @@ class Unsound(Exception):
 
 
 def raises(function: Callable[..., Any], error: Exception) -> str:
-    """An error of a user's function, with the line in its file."""
-    file = inspect.unwrap(function).__code__.co_filename
+    """Return what a user's function raised, with the line in its file."""
+    file = inspect.getfile(inspect.unwrap(function))
     return f"it raises {described(error, file, file)}"
 
 
@@ -39,7 +38,7 @@ def _at(subject: Subject, setting: Setting) -> str:
 
 def contract(subject: Subject) -> str:
     """A pure function (stats, batch, *, knobs) -> (loss_T, {name: metric_T})."""
-    _signature(subject.function)
+    _check_signature(subject.function)
     whole = trial(subject.vocabulary)
     cases = {
         "": whole,
@@ -49,19 +48,19 @@ def contract(subject: Subject) -> str:
     for setting in subject.settings:
         for case, on in cases.items():
             _call(subject, setting, on, _at(subject, setting) + case)
-    return f"tried at {len(subject.settings)} settings of its knobs" if knobs(subject.function) else "it has no knobs"
+    return f"tried at {len(subject.settings)} settings of its knobs" if subject.function.knobs else "it has no knobs"
 
 
-def _signature(function: Objective) -> None:
-    parameters = list(inspect.signature(function).parameters.values())
+def _check_signature(objective: Objective) -> None:
+    """Raise Unsound unless the parameters are (stats, batch, *, knobs), each knob with an annotation and a default."""
+    parameters = list(objective.parameters.values())
     kinds = [p.kind for p in parameters]
     if kinds[:2] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2 or set(kinds[2:]) - {inspect.Parameter.KEYWORD_ONLY}:
         raise Unsound(
             "its parameters must be (stats, batch, *, knobs): knobs stand after a star, and there are no others"
         )
-    hints = get_type_hints(function)
     for p in parameters[2:]:
-        if p.name not in hints or p.default is p.empty:
+        if p.name not in objective.hints or p.default is p.empty:
             raise Unsound(f"the knob {p.name} needs an annotation and a default, as in `{p.name}: float = 0.5`")
 
 
@@ -71,7 +70,7 @@ def _call(subject: Subject, setting: Setting, on: Trial, where: str) -> None:
     try:
         out, again = (subject.dense(setting, leaf_TV, batch) for _ in range(2))
     except Exception as error:
-        raise Unsound(where + raises(subject.function, error)) from error
+        raise Unsound(where + raises(subject.function.function, error)) from error
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], Tensor) and isinstance(out[1], dict)):
         raise Unsound(f"{where}it must return (loss_T, metrics), a tensor and a dict")
     num_tokens, num_sequences = len(batch.labels_T), batch.num_sequences
@@ -106,7 +105,7 @@ def _call(subject: Subject, setting: Setting, on: Trial, where: str) -> None:
 
 def statistics(subject: Subject) -> str:
     """It reads what it declares, and declares what it reads."""
-    declared = set(subject.function.needs)  # type: ignore[attr-defined]
+    declared = set(subject.function.needs)
     inside = [name for name in MENU if name in declared | subject.read]
     if undeclared := [name for name in inside if name not in declared]:
         line = ", ".join(repr(name) for name in inside)
@@ -158,7 +157,7 @@ def _disagreement(subject: Subject, setting: Setting, on: Trial, weight_T: Tenso
 
 def closed_form(subject: Subject) -> str:
     """The closed form, if there is one, is what autograd finds."""
-    formula = subject.function.gradient  # type: ignore[attr-defined]
+    formula = subject.function.gradient
     if formula is None:
         return "none given"
     whole = trial(subject.vocabulary)

@@ -14,7 +14,7 @@ from typing import Any
 
 from RL2.errors import ConfigError
 from RL2.objectives.objective import Objective
-from RL2.objectives.registry import knobs
+from RL2.objectives.registry import DECLARATION
 from RL2.tools.check_objective import checks
 from RL2.tools.check_objective.checks import Unsound
 from RL2.tools.check_objective.subject import Subject
@@ -67,12 +67,9 @@ def assert_sound(
 
 
 def _accept(subject: Subject) -> None:
-    if not hasattr(subject.function, "needs"):
-        raise ConfigError(f"{subject.source}: say what it reads, @needs('logp', ...) of RL2.objectives.objective")
-    known = knobs(subject.function)
-    if unknown := [knob for knob in subject.given if knob not in known]:
-        has = f"its knobs are {', '.join(known)}" if known else "it has no knobs"
-        raise ConfigError(f"{subject.source} does not read {', '.join(unknown)}; {has}")
+    if not isinstance(subject.function, Objective):
+        raise ConfigError(f"{subject.source}: say what it reads, {DECLARATION}")
+    subject.function.refuse_unknown(subject.given, str(subject.source))
 
 
 def _run(subject: Subject, name: str, one: Callable[[Subject], str]) -> Finding:
@@ -85,4 +82,4 @@ def _run(subject: Subject, name: str, one: Callable[[Subject], str]) -> Finding:
     except ConfigError:  # a given value that does not fit its knob
         raise
     except Exception as error:
-        return Finding(name, False, checks.raises(subject.function, error))
+        return Finding(name, False, checks.raises(subject.function.function, error))

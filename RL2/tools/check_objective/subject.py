@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from RL2.config.values import build
 from RL2.errors import ConfigError
 from RL2.objectives.objective import Loss, Objective
-from RL2.objectives.registry import find, knobs
+from RL2.objectives.registry import find
 from RL2.ops.token_stats import reference_stats, token_stats
 from RL2.types import MENU, TokenBatch, TokenStats
 
@@ -153,15 +153,15 @@ class Subject:
 
     @cached_property
     def base(self) -> Setting:
-        hints = get_type_hints(self.function, include_extras=True)
-        values = {knob: build(hints[knob], value, knob) for knob, value in self.given.items()}
-        return {knob: p.default for knob, p in knobs(self.function).items()} | values
+        """The given knobs, and the others at their defaults."""
+        hints = self.function.hints
+        return self.function.defaults | {knob: build(hints[knob], value, knob) for knob, value in self.given.items()}
 
     @cached_property
     def alternatives(self) -> dict[str, list[Any]]:
         """Other values of each knob, out of its annotation."""
-        hints = get_type_hints(self.function, include_extras=True)
-        return {knob: [*_alternatives(hints[knob], value, knob)] for knob, value in self.base.items()}
+        hints = self.function.hints
+        return {knob: [*other_values(hints[knob], value, knob)] for knob, value in self.base.items()}
 
     @cached_property
     def settings(self) -> list[Setting]:
@@ -185,12 +185,12 @@ class Subject:
         return ", ".join(f"{knob}={x}" for knob, x in setting.items() if x != self.base[knob])
 
     def top_k(self, setting: Setting) -> int:
-        knob = self.function.top_k  # type: ignore[attr-defined]
+        knob = self.function.top_k
         return 4 if knob is None else setting[knob]
 
     @cached_property
     def vocabulary(self) -> int:
-        knob = self.function.top_k  # type: ignore[attr-defined]
+        knob = self.function.top_k
         largest = 0 if knob is None else max([self.base[knob], *self.alternatives[knob]])
         return max(16, largest + 8)
 
@@ -216,7 +216,7 @@ class Subject:
         }
 
 
-def _alternatives(hint: Any, value: Any, knob: str) -> Iterator[Any]:
+def other_values(hint: Any, value: Any, knob: str) -> Iterator[Any]:
     candidates: list[Any] = []
     for part in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         kind = get_args(part)[0] if get_origin(part) is Annotated else part

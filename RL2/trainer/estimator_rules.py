@@ -1,0 +1,93 @@
+"""Rules for the settings of advantages: what the estimator does not read, and what it cannot work with."""
+
+from __future__ import annotations
+
+from RL2.batch.registry import KEY, NAMED, BoundEstimator, configured
+from RL2.config.here import check_critic_here
+from RL2.config.programs import RLConfig, check_limit
+from RL2.errors import ConfigError
+
+
+def check_estimator(config: RLConfig) -> None:
+    """Raise ConfigError for an estimator that cannot be found, and for the first rule that its settings break."""
+    bound = configured(config.adv)
+    for rule in RULES:
+        rule(config, bound)
+
+
+def critic_holds_every_sequence(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse a critic whose microbatches are too small for the longest sequence."""
+    if bound.needs_critic:
+        for name in ("max_length_per_device", "max_inference_length_per_device"):
+            check_limit(f"critic.{name}", getattr(config.critic, name), "critic", config.critic.sp_size, config.actor)
+
+
+def critic_runs_here(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse a critic that lacks packages or processes on this machine."""
+    if bound.needs_critic:
+        check_critic_here(config)
+
+
+def normalisation_is_read(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse `adv.norm_var` and `adv.global_norm` with an estimator that does not read them."""
+    idle = [f"adv.{name}" for name in ("norm_var", "global_norm") if name not in bound.estimator.settings]
+    if any(getattr(config.adv, key.removeprefix("adv.")) for key in idle):
+        have = "have" if len(idle) > 1 else "has"
+        raise ConfigError(f"{' and '.join(idle)} {have} no effect with {KEY}={bound.name}")
+
+
+def knobs_are_read(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse the other knobs with a key of their own where the estimator does not read them."""
+    for name in ("std_over", "gamma", "lamda"):
+        value = getattr(config.adv, name)
+        if value != NAMED[name] and name not in bound.estimator.settings:
+            raise ConfigError(f"adv.{name}={value} has no effect with {KEY}={bound.name}")
+
+
+def freezing_needs_a_critic(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse `actor.freeze_steps`, in which only the critic learns, without a critic."""
+    if config.actor.freeze_steps and not bound.needs_critic:
+        raise ConfigError(f"actor.freeze_steps={config.actor.freeze_steps} has no effect with {KEY}={bound.name}")
+
+
+def std_over_changes_the_deviation(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse `adv.std_over` where nothing is divided, or where the deviation is the same without it."""
+    adv = config.adv
+    if adv.std_over is None:
+        return
+    if not adv.norm_var:
+        raise ConfigError(f"adv.std_over={adv.std_over} has no effect with adv.norm_var=false")
+    if adv.std_over == "rollout" and (adv.global_norm or config.train_data.responses_per_prompt == 1):
+        raise ConfigError("adv.std_over=rollout has no effect: the mean is over the whole rollout already")
+
+
+def no_kl_among_parts(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse a KL divergence in the reward with an estimator that reads the parts of the reward."""
+    kl = config.actor.kl
+    if "parts" in bound.estimator.reads and kl.coef > 0 and kl.type == "reward":
+        raise ConfigError(
+            f"actor.kl.type=reward with {KEY}={bound.name}: parts of a reward are normalised one by one, and a KL "
+            "divergence is none of them; set actor.kl.type=advantage or loss"
+        )
+
+
+def responses_are_compared_with_others(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse a rollout of one response with an estimator that subtracts a baseline of other responses."""
+    data = config.train_data
+    if bound.estimator.baseline and data.prompts_per_rollout * data.responses_per_prompt == 1:
+        raise ConfigError(
+            f"{KEY}={bound.name} compares a response with others, and there is one a step; raise "
+            "train_data.responses_per_prompt or train_data.prompts_per_rollout"
+        )
+
+
+RULES = (
+    critic_holds_every_sequence,
+    critic_runs_here,
+    normalisation_is_read,
+    knobs_are_read,
+    freezing_needs_a_critic,
+    std_over_changes_the_deviation,
+    no_kl_among_parts,
+    responses_are_compared_with_others,
+)
