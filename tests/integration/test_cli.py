@@ -79,7 +79,7 @@ def test_export_is_the_model_of_a_checkpoint(world: World) -> None:
     fewer = {name: x for name, x in weights.items() if f".layers.{layers}." not in name}
     save_file(fewer, other / "model.safetensors", metadata={"format": "pt"})
     failed = str(export(2, "--model", str(other)).exception)
-    assert f"is of another kind of model: only the checkpoint has lm.model.layers.{layers}." in failed
+    assert f"does not fit the model: only the checkpoint has lm.model.layers.{layers}." in failed
     assert not (run / "of_2").exists()
     began_with = f"began with {world.model}"
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(world.model), str(other)))

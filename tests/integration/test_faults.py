@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(world: World, settings: tuple[
     assert run.process.returncode == 1
     assert re.fullmatch(
         rf"spo: the checkpoint of step 3 could not be written into {whole.save_dir} \(.+\); "
-        "go on from the one before it with trainer.load_ckpt_from=latest",
+        "resume from the previous one with trainer.load_ckpt_from=latest",
         run.errors.splitlines()[-1],
     )
     assert sorted(path.name for path in whole.save_dir.glob("step_*") if not path.suffix) == [

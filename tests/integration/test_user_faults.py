@@ -384,7 +384,7 @@ FAULTS = [
         "a checkpoint of another model",
         "sft",
         smaller_model,
-        "sft: trainer.load_ckpt_from=DIR/before/step_000001 is of a larger model: it has "
+        "sft: trainer.load_ckpt_from=DIR/before/step_000001 belongs to a larger model: it also has "
         "model.lm.model.layers.1.input_layernorm.weight; its run had actor.model_name=larger, and here it is "
         "DIR/model",
     ),
@@ -393,7 +393,7 @@ FAULTS = [
         "sft",
         damaged_checkpoint,
         "sft: trainer.load_ckpt_from=DIR/before/step_000001: DIR/before/step_000001 is damaged: random.safetensors is "
-        "missing; go on from another checkpoint",
+        "missing; resume from another checkpoint",
     ),
     Fault(
         "a folder with another run",
