@@ -360,7 +360,7 @@ def test_a_position_that_is_none(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="its position in the data"):
             cursor.load_state_dict(cursor.state_dict() | {"drawn": drawn})
     for rates in ({"10": 0.5}, {"1": 2}, {"a": 0.5}, [1]):
-        with pytest.raises(ValueError, match="its success rates of rows"):
+        with pytest.raises(ValueError, match="its success rates do not"):
             curriculum.load_state_dict(curriculum.state_dict() | {"rates": rates})
 
 

@@ -201,7 +201,7 @@ FAULTS = [
         "broken JSON",
         "spo",
         data('{"prompt": "a", "extra_info": {}}', '{"prompt": '),
-        "spo: DIR/data.jsonl, row 2: line 2: Expecting value (column 1); train_data.on_bad_row=skip goes on "
+        "spo: DIR/data.jsonl, row 2: line 2: Expecting value (column 1); train_data.on_bad_row=skip continues "
         "without such rows",
     ),
     Fault(
@@ -210,20 +210,20 @@ FAULTS = [
         data('{"question": "a"}'),
         "spo: DIR/data.jsonl, row 1: neither 'prompt' nor 'messages'; its keys are question; example(row) in the "
         "environment script (rollout.env_path, in SFT data.env_path) can make them of others; "
-        "train_data.on_bad_row=skip goes on without such rows",
+        "train_data.on_bad_row=skip continues without such rows",
     ),
     Fault(
         "an empty prompt",
         "spo",
         data('{"prompt": "", "extra_info": {}}'),
-        "spo: DIR/data.jsonl, row 1: 'prompt' is empty; train_data.on_bad_row=skip goes on without such rows",
+        "spo: DIR/data.jsonl, row 1: 'prompt' is empty; train_data.on_bad_row=skip continues without such rows",
     ),
     Fault(
         "a prompt that is too long",
         "spo",
         data(json.dumps({"prompt": "7 " * 200, "extra_info": {}})),
         "spo: DIR/data.jsonl, row 1: its prompt has 400 tokens, the limit is 256; raise actor.max_length_per_device or "
-        "take the row out; train_data.on_bad_row=skip goes on without such rows",
+        "remove the row; train_data.on_bad_row=skip continues without such rows",
     ),
     Fault(
         "a misspelt key",
@@ -455,7 +455,7 @@ FAULTS = [
         "spo",
         data('{"prompt": "a", "extra_info": ' + "[" * 100_000),
         "spo: DIR/data.jsonl, row 1: line 1: lists or objects are nested too deeply; "
-        "train_data.on_bad_row=skip goes on without such rows",
+        "train_data.on_bad_row=skip continues without such rows",
     ),
     Fault(
         "a setting that has no effect",
