@@ -36,7 +36,7 @@ class Ragged:
     """int64 [rows + 1]: array i is values[starts[i] : starts[i + 1]]."""
 
     @staticmethod
-    def of(rows: Sequence[Sequence[int]], dtype: type[np.generic]) -> Ragged:
+    def from_rows(rows: Sequence[Sequence[int]], dtype: type[np.generic]) -> Ragged:
         """Return `rows` as arrays of `dtype`."""
         starts = np.cumsum([0, *map(len, rows)])
         return Ragged(np.fromiter(chain.from_iterable(rows), dtype, int(starts[-1])), starts)

@@ -133,7 +133,7 @@ class Checkpoints:
             upload.result()
             if self.processes.is_first:
                 of_state = {f"{STATE}/{name}": digest for name, digest in writer.digests.items()}
-                digests.write(partial, of_state | digests.of_files(partial, [NOTES, RANDOM]))
+                digests.write(partial, of_state | digests.compute(partial, [NOTES, RANDOM]))
                 for name in RECORDS:  # a run that resumes from here keeps the records of earlier steps
                     if (self.folder / name).exists():
                         durable.sync(self.folder / name)

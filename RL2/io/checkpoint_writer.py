@@ -33,7 +33,7 @@ class Writer(dcp.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[Any] = super().write_data(plan, planner).wait()
         names = {result.storage_data.relative_path for result in results}
-        results.append(Written(digests.of_files(Path(self.path), names)))
+        results.append(Written(digests.compute(Path(self.path), names)))
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -42,4 +42,4 @@ class Writer(dcp.FileSystemWriter):
         for result in (result for part in results for result in part if isinstance(result, Written)):
             self.digests |= result.digests
         super().finish(metadata, [[r for r in part if not isinstance(r, Written)] for part in results])
-        self.digests |= digests.of_files(Path(self.path), [".metadata"])
+        self.digests |= digests.compute(Path(self.path), [".metadata"])

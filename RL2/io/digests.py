@@ -16,7 +16,7 @@ THREADS = 4
 """Number of files that a process hashes at once; hashing releases the GIL."""
 
 
-def of_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+def compute(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return name -> hexadecimal SHA-256 for the files `names` of `folder`."""
     names = sorted(names)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -46,7 +46,7 @@ def faults(folder: Path, digests: Mapping[str, str]) -> list[str]:
     """Return one phrase for each file named in `digests` that is missing, unreadable or changed."""
     missing = [name for name in digests if not (folder / name).is_file()]
     try:
-        found = of_files(folder, digests.keys() - set(missing))
+        found = compute(folder, digests.keys() - set(missing))
     except OSError as error:
         return [f"{error.filename} cannot be read ({error.strerror})"]
     changed = [name for name in found if found[name] != digests[name]]
