@@ -211,11 +211,11 @@ def rl2(name: str, words: list[str]) -> None:
         knobs = {k: float(v) for k, _, v in (word.partition("=") for word in given["knobs"] or ())}
         assert all(finding.passed for finding in check(given["objective"], knobs))
     elif name == "eval":
-        assert Path(evaluate.EvalConfig.of(given["settings"]).env).is_file()
+        assert Path(evaluate.EvalConfig.parse(given["settings"]).env).is_file()
     elif name == "audit-env":
         assert given["env"].is_file()
     elif name == "plan":
-        PlanRequest.of(given["settings"])
+        PlanRequest.parse(given["settings"])
 
 
 def targets_of_make() -> set[str]:

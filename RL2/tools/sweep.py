@@ -1,4 +1,4 @@
-"""Methods times seeds, one run after the other, and in the end one comparison. What is done is not done again."""
+"""Sweep over methods and seeds: runs them in sequence, evaluates and compares them. Finished runs are skipped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from RL2.errors import ConfigError, UserError, first_line
 from RL2.tools.eval.evaluate import EvalConfig, compared, evaluate
 
 DONE = "sweep-done"
-"""A file in the folder of a run that has ended well."""
+"""File in a run's folder that marks a successful end."""
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,28 @@ class Job:
 class Sweep:
     jobs: list[Job]
     judged_by: list[str]
-    """Settings of `rl2 eval`, without model and out."""
+    """Settings of `rl2 eval`, except model and out."""
     folder: Path
 
 
 def read(file: Path, seeds: int, folder: Path) -> Sweep:
-    """A YAML file {methods: {NAME: {program, settings}}, common: [KEY=VALUE], eval: [KEY=VALUE]}.
+    """Read a sweep from YAML: {methods: {NAME: {program, settings}}, common: [KEY=VALUE], eval: [KEY=VALUE]}.
 
-    Every configuration is checked before anything runs. Raises ConfigError that names the file and the method.
+    Every configuration is checked before anything runs. Raise ConfigError that names the file and the method.
     """
     try:
         tree: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
         common, judged_by, methods = tree.get("common") or [], tree["eval"], tree["methods"]
         jobs = [
-            Job(name, of["program"], seed, (*common, *(of.get("settings") or [])), folder / f"{name}-{seed}")
+            Job(name, method["program"], seed, (*common, *(method.get("settings") or [])), folder / f"{name}-{seed}")
             for seed in range(seeds)
-            for name, of in methods.items()
+            for name, method in methods.items()
         ]
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: {first_line(error)}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{file} is no sweep: it needs methods: {{NAME: {{program: spo, settings: [KEY=VALUE]}}}} and eval: "
+            f"{file} is not a sweep: it needs methods: {{NAME: {{program: spo, settings: [KEY=VALUE]}}}} and eval: "
             f"[KEY=VALUE] ({first_line(error)})"
         ) from error
     for job in jobs[: len(methods)]:
@@ -84,23 +84,23 @@ def read(file: Path, seeds: int, folder: Path) -> Sweep:
         except ConfigError as error:
             raise ConfigError(f"{file}, {job.method}: {error}") from error
     try:
-        EvalConfig.of([*judged_by, "model=x"])
+        EvalConfig.parse([*judged_by, "model=x"])
     except ConfigError as error:
         raise ConfigError(f"{file}, eval: {error}") from error
     return Sweep(jobs, judged_by, folder)
 
 
 def slurm(sweep: Sweep, script: str) -> Iterator[str]:
-    """A line to submit each run that is not done."""
+    """Yield a command to submit each run that is not done."""
     for job in sweep.jobs:
         if not job.is_done:
             yield shlex.join(["sbatch", script, job.program, *job.overrides])
 
 
 def run(sweep: Sweep, nproc: int, say: Callable[[str], None]) -> list[str]:
-    """Run what is not done, judge every model, and compare the methods with the first; returns the comparison.
+    """Run what is not done, evaluate every model, and return the comparison of the methods with the first.
 
-    Raises UserError where a run fails; what is done by then stays done.
+    Raise UserError if a run fails; finished runs stay done.
     """
     for number, job in enumerate(sweep.jobs, 1):
         name = f"{number}/{len(sweep.jobs)} {job.method}, seed {job.seed}"
@@ -127,15 +127,15 @@ def judge(sweep: Sweep, say: Callable[[str], None]) -> list[str]:
     folders: dict[str, list[str]] = {}
     summaries = []
     for job in sweep.jobs:
-        question = EvalConfig.of([*sweep.judged_by, f"model={job.folder}/latest", f"out={sweep.folder}/evals"])
-        folder, summary = evaluate(question)
+        config = EvalConfig.parse([*sweep.judged_by, f"model={job.folder}/latest", f"out={sweep.folder}/evals"])
+        folder, summary = evaluate(config)
         folders.setdefault(job.method, []).append(str(folder))
         summaries.append({"method": job.method, "seed": job.seed, "evaluation": str(folder), "summary": summary})
         say(f"{job.method}, seed {job.seed}: judged")
-    methods = [f"{name}={','.join(of)}" for name, of in folders.items()]
+    methods = [f"{name}={','.join(paths)}" for name, paths in folders.items()]
     lines = []
-    for by, there in (("greedy", question.greedy), ("sampled", question.samples > 0)):
-        if there and len(methods) > 1:
+    for by, is_scored in (("greedy", config.greedy), ("sampled", config.samples > 0)):
+        if is_scored and len(methods) > 1:
             lines += compared(methods, by)
     text = "".join(f"- {line}\n" for line in lines)
     (sweep.folder / "comparison.md").write_text(text, encoding="utf-8")

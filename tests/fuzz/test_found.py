@@ -149,7 +149,7 @@ def test_keys_that_are_no_texts_and_numbers_that_are_no_floats() -> None:
         build(RLConfig, tree | {"actor": tree["actor"] | {"lr": 10**400}}, "")
 
 
-@pytest.mark.parametrize("of", [EvalConfig.of, PlanRequest.of])
+@pytest.mark.parametrize("of", [EvalConfig.parse, PlanRequest.parse])
 def test_settings_that_are_no_yaml(of: Any) -> None:
     with pytest.raises(ConfigError, match=r"model=\[: "):
         of(["model=["])
@@ -157,7 +157,7 @@ def test_settings_that_are_no_yaml(of: Any) -> None:
 
 def test_a_plan_of_no_number() -> None:
     with pytest.raises(ConfigError, match="memory_gib=nan is not a number above 0"):
-        PlanRequest.of(["model=Qwen/Qwen3-4B", "gpus=8", "memory_gib=.nan"])
+        PlanRequest.parse(["model=Qwen/Qwen3-4B", "gpus=8", "memory_gib=.nan"])
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"[" * 5000])
@@ -275,7 +275,7 @@ def test_metrics_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("line", ["[" * 20_000, "1", "{}", '{"row": "a"}'])
 def test_a_record_that_is_none(line: str, tmp_path: Path) -> None:
     (tmp_path / RECORDS).write_text(line + "\n")
-    with pytest.raises(ConfigError, match=r"records\.jsonl, line 1: .*; remove the folder to begin anew"):
+    with pytest.raises(ConfigError, match=r"records\.jsonl, line 1: .*; remove the folder to start over"):
         read(tmp_path)
     with pytest.raises(ConfigError, match=r"records\.jsonl, line 1"):
         compared([f"a={tmp_path}", f"b={tmp_path}"], "greedy")

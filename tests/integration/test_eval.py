@@ -149,7 +149,7 @@ def test_compare_says_what_it_sees(folder: Path, settings: list[str]) -> None:
 )
 def test_mistakes_are_named(settings: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        evaluate(EvalConfig.of(settings.split()))
+        evaluate(EvalConfig.parse(settings.split()))
 
 
 @pytest.mark.parametrize(
