@@ -1,8 +1,8 @@
-"""The pictures of the thesis in miniature, on a laptop's CPU: python -m RL2.reproduce.demo [--quick]
+"""Demonstration of the thesis's results in miniature, on a laptop's CPU: python -m RL2.reproduce.demo [--quick]
 
-A model of 245,000 parameters learns to solve word problems from a careless demonstrator, then from rewards, by Dr.
-GRPO and by SPO 3.1, 3.2 and 3.3, all from the same warm start and through the programs that train large models. What
-comes out stands in OUT/report.html and OUT/summary.json, whatever it is.
+A model of 245,000 parameters learns to solve word problems from a careless demonstrator, then from rewards, with Dr.
+GRPO and with SPO 3.1, 3.2 and 3.3, all from the same warm start and through the programs that train large models. The
+results are written to OUT/report.html and OUT/summary.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SEQUENCES_PER_STEP = 256
 WARMUP_BATCH = 32
 WARMUP = "warm-up"
 DONE = "done.json"
-"""In the folder of a job that has ended well: its command, and the seconds that it took."""
+"""File in the folder of a successful job, with its command and its duration in seconds."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Method:
     settings: tuple[str, ...]
 
 
-# Each method at a learning rate that suits it; they are 50 to 100 times those of a model with billions of parameters.
+# Each method has a learning rate that suits it, 50 to 100 times that of a model with billions of parameters.
 METHODS = (
     Method("dr_grpo", "Dr. GRPO", "ppo", 4, ("actor.lr=1e-4",)),
     Method("spo_3_1", "SPO 3.1", "spo", 1, ("actor.lr=5e-5",)),
@@ -74,7 +74,7 @@ QUICK = Plan(warmup_steps=500, steps=40, test_freq=10, methods=METHODS[2:3])
 
 
 class DemoError(UserError):
-    """Something that the demo started has failed."""
+    """A program started by the demo has failed."""
 
 
 @dataclass(frozen=True)
@@ -94,25 +94,25 @@ class Job:
 
     @property
     def shown(self) -> str:
-        """The command as one would type it."""
+        """Command line in the form in which a user would type it."""
         return shlex.join(["python", *self.command[1:]])
 
     @property
     def is_done(self) -> bool:
-        """This very command has ended well."""
+        """Whether this exact command has ended successfully."""
         file = self.folder / DONE
         return file.exists() and json.loads(file.read_text())["command"] == self.shown
 
     @property
     def seconds(self) -> float:
-        """That it took, where it is done."""
+        """Wall-clock seconds of a finished job."""
         return float(json.loads((self.folder / DONE).read_text())["seconds"])
 
 
 def warmup_job(
     plan: Plan, out: Path, seed: int, *, name: str = WARMUP, settings: tuple[str, ...] = (), threads: int | None = None
 ) -> Job:
-    """Training from scratch on the demonstrations, with all cores unless `threads` says how many."""
+    """Return the job that trains from scratch on the demonstrations, by default on all cores."""
     folder = out / name
     overrides = (
         f"data.path={out}/data/warmup.jsonl",
@@ -158,12 +158,12 @@ def method_job(method: Method, plan: Plan, out: Path, seed: int, env_path: Path)
         f"trainer.save_dir={folder}",
         f"trainer.seed={seed}",
     )
-    # one thread: for so small a model a second one gains little, and two runs side by side use two cores better
+    # one thread: a second gains little for so small a model, and two concurrent runs use two cores better
     return Job(method.title, method.program, overrides, folder, plan.steps, threads=1)
 
 
 class ProgressBoard:
-    """What is going on: bars on a terminal, a line per event elsewhere."""
+    """Progress of several jobs: bars on a terminal, otherwise a line per event."""
 
     def __init__(self) -> None:
         self.console = Console()
@@ -192,7 +192,7 @@ class ProgressBoard:
 
 @dataclass
 class Child:
-    """A job at work."""
+    """A running job."""
 
     job: Job
     board: ProgressBoard
@@ -200,7 +200,7 @@ class Child:
     task: TaskID = field(init=False)
     started: float = field(init=False)
     read: int = 0
-    """Bytes of metrics.jsonl that were looked at."""
+    """Number of bytes of metrics.jsonl already read."""
     done: int = 0
     note: str = ""
 
@@ -220,7 +220,7 @@ class Child:
         return self.job.folder / "console.log"
 
     def look(self) -> None:
-        """Move the bar to where metrics.jsonl is."""
+        """Update the progress bar from new rows of metrics.jsonl."""
         metrics = self.job.folder / "metrics.jsonl"
         if not metrics.exists():
             return
@@ -232,14 +232,14 @@ class Child:
         self.read += len(whole) + 1
         for line in whole.splitlines():
             row = json.loads(line)
-            self.done = min(row["step"] + 1, self.job.steps)  # steps count from 0; the test after the last is one more
+            self.done = min(row["step"] + 1, self.job.steps)  # the test after the last step is one more
             for key, words in (("test/score", "test accuracy {:.1%}"), ("actor/loss", "loss {:.3f}")):
                 if key in row and ("test" in key or self.job.program == "sft"):
                     self.note = words.format(row[key])
         self.board.move(self.task, self.done, self.note)
 
     def finish(self) -> float:
-        """Seconds that it took; raises `DemoError` if it failed."""
+        """Record the end of the job and return its seconds. Raise `DemoError` if it failed."""
         self.look()
         seconds = time.monotonic() - self.started
         if self.process.returncode:
@@ -253,7 +253,7 @@ class Child:
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, board: ProgressBoard) -> dict[Path, float]:
-    """Run all jobs, `at_once` of them side by side; gives the seconds of each by its folder."""
+    """Run all jobs, at most `at_once` concurrently; return folder -> seconds."""
     waiting, running, seconds = deque(jobs), list[Child](), dict[Path, float]()
     try:
         while waiting or running:
@@ -267,7 +267,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, board: ProgressBoard) -> dict[Pa
                     seconds[child.job.folder] = child.finish()
                     running.remove(child)
     finally:
-        # after a failure or Ctrl-C nothing may go on in the background
+        # nothing may continue in the background after a failure or Ctrl-C
         for child in running:
             child.process.terminate()
         for child in running:
@@ -280,7 +280,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, board: ProgressBoard) -> dict[Pa
 
 
 def evaluate(models: Sequence[Path], out: Path, env_path: Path, seed: int, board: ProgressBoard) -> list[Scores]:
-    """Every model on every held-out problem, greedily and sampled."""
+    """Evaluate every model on every held-out problem, greedily and sampled."""
 
     def scores(model: Path) -> Scores:
         records, _ = examine(exam(model, out / "data", env_path, seed, samples=1, out=out / "evals"))
@@ -300,7 +300,7 @@ def evaluate(models: Sequence[Path], out: Path, env_path: Path, seed: int, board
 
 
 def exam(model: Path, data: Path, env_path: Path, seed: int, *, samples: int, out: Path) -> evaluation.EvalConfig:
-    """The held-out problems in the folder `data`, answered greedily and `samples` times at temperature 1."""
+    """Return the evaluation of the held-out problems in `data`: greedy, and `samples` times at temperature 1."""
     return evaluation.EvalConfig(
         model=str(model),
         data=str(data / "test.jsonl"),
@@ -313,7 +313,7 @@ def exam(model: Path, data: Path, env_path: Path, seed: int, *, samples: int, ou
 
 
 def examine(question: evaluation.EvalConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The records of an evaluation, and its summary. Raises DemoError if a response could not be scored."""
+    """Return the records of an evaluation and its summary. Raise DemoError if a response could not be scored."""
     folder, summary = evaluation.evaluate(question)
     if summary["unscored"]:
         raise DemoError(f"{summary['unscored']} responses could not be scored; see {folder}")
@@ -321,7 +321,7 @@ def examine(question: evaluation.EvalConfig) -> tuple[list[dict[str, Any]], dict
 
 
 def find_environment() -> Path:
-    """envs/gsm8k.py of the repository, or the copy of it that is installed with the package."""
+    """Return the path of envs/gsm8k.py in the repository, or of its copy in the installed package."""
     path = Path(__file__).resolve().parents[2] / "envs" / "gsm8k.py"
     if not path.is_file():
         return Path(__file__).with_name("gsm8k.py")
@@ -329,12 +329,12 @@ def find_environment() -> Path:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def clear(out: Path) -> None:
-    """Remove what an earlier run of the demo left under `out`, and nothing else."""
+    """Remove the results of an earlier demo under `out`, and nothing else."""
     for name in ("data", "model", WARMUP, *(method.name for method in METHODS)):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("report.html", "summary.json"):
@@ -342,7 +342,7 @@ def clear(out: Path) -> None:
 
 
 def write_plan_data(plan: Plan, out: Path, seed: int) -> list[str]:
-    """As many rows as the plan reads, in OUT/data; returns the texts of the warm-up."""
+    """Write as many rows as the plan needs to OUT/data; return the texts of the warm-up."""
     return write_data(
         out / "data",
         seed,
@@ -353,7 +353,7 @@ def write_plan_data(plan: Plan, out: Path, seed: int) -> list[str]:
 
 
 def warm_start(plan: Plan, out: Path, seed: int, board: ProgressBoard) -> Job:
-    """Data, tokenizer and model, and the warm-up that all methods start from."""
+    """Create data, tokenizer and model, and run the warm-up from which all methods start."""
     texts = write_plan_data(plan, out, seed)
     build_model(out / "model", texts, seed)
     warmup = warmup_job(plan, out, seed)
@@ -436,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a short warm-up and SPO 3.2 alone")
     options = parser.parse_args(arguments)
 
-    # so small a model gains nothing from a GPU, and without one the figures are the same everywhere
+    # so small a model gains nothing from a GPU, and without one the results are the same everywhere
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
