@@ -2,15 +2,15 @@
 
     CODE_LIMIT_S=5          seconds of processor time for all tests of a response
     CODE_MEMORY_MB=1024     memory
-    CODE_REWARD=all         1 if all tests pass; "fraction": the share of them that does. The score is always "all"
-    CODE_FORM=chat          of HumanEval's prompts; "completion": the text that a base model goes on with
-    CODE_SHOWN_TESTS=1      tests of MBPP that the prompt shows
-    CODE_PYTHON=            an interpreter with packages for programs to import; by default the standard library alone
+    CODE_REWARD=all         1 if all tests pass; "fraction": the share that passes. The score is always "all"
+    CODE_FORM=chat          form of HumanEval's prompts; "completion": the text that a base model continues
+    CODE_SHOWN_TESTS=1      number of MBPP's tests that the prompt shows
+    CODE_PYTHON=            interpreter whose packages programs can import; default: only the standard library
     CODE_SANDBOX=auto       or "namespaces", "landlock"
-    CODE_ALLOW_UNSAFE=false "true": where the machine allows neither, programs run with your rights, unconfined
+    CODE_ALLOW_UNSAFE=false "true": if the machine supports neither, programs run unconfined with your rights
 
-A program that fails or takes too much earns 0; a machine that fails leaves the response unscored. docs/code.md says
-what holds the programs and what a test can be deceived about.
+A program that fails or exceeds a limit earns 0; a machine that fails leaves the response unscored. docs/code.md
+describes how programs are confined and how a program could deceive a test.
 """
 
 from __future__ import annotations

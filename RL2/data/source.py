@@ -183,6 +183,7 @@ def from_json(value: Any) -> Any:
 
 
 def keys(row: Row) -> str:
+    """Return the keys of a row for error messages."""
     return ", ".join(map(str, row)) or "none"
 
 

@@ -60,6 +60,7 @@ def add_adapters(lm: PreTrainedModel, lora: Lora, base_dtype: torch.dtype, model
 
 
 def is_adapter(name: str) -> bool:
+    """Return whether a parameter of this name belongs to an adapter."""
     return ".lora_A." in name or ".lora_B." in name
 
 

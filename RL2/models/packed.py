@@ -138,10 +138,12 @@ def transformers_attention(lm: PreTrainedModel) -> Iterator[None]:
 
 
 def backbone(lm: PreTrainedModel) -> nn.Module:
+    """Return the model without its head."""
     return lm.base_model
 
 
 def layers(lm: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder layers."""
     found = backbone(lm).layers
     assert isinstance(found, nn.ModuleList)
     return found

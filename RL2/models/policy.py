@@ -75,6 +75,7 @@ class Policy(PackedModel):
 
 
 def head(lm: PreTrainedModel) -> nn.Linear:
+    """Return the linear layer from hidden states to logits."""
     return lm.get_output_embeddings()
 
 

@@ -97,6 +97,7 @@ class Rows(NamedTuple):
 
 
 def rows(whole: Tally, label_logit_C: Tensor, labels_C: Tensor) -> Rows:
+    """Return the statistics of C rows from their whole tally, the labels' logits [C] and the labels [C]."""
     log_sum_C = whole.sum.log()
     odds_C = (whole.top - whole.second) - log_sum_C
     max_logp_C, max_log1mp_C = F.logsigmoid(odds_C), F.logsigmoid(-odds_C)

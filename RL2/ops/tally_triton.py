@@ -70,6 +70,7 @@ def gradient(z_CW: Tensor, start: int, scratch_CW: Tensor, slope: Slopes, dtype:
 
 
 def count_above(z_CW: Tensor, start: int, labels_C: Tensor, label_logit_C: Tensor) -> Tensor:
+    """Count the columns that precede the label, as in ops/tally.py, int64 [C]."""
     num_rows, width = z_CW.shape
     out_C = torch.zeros_like(labels_C)
     if num_rows:

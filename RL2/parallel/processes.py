@@ -86,8 +86,8 @@ class Processes:
 
     def lost(self, what: str) -> LostProcess:
         return LostProcess(
-            f"waited for {what}, and another of the {self.world_size} processes has died or was not there within "
-            f"trainer.timeout_s={self.timeout_s:g}"
+            f"failed while waiting for {what}: another of the {self.world_size} processes died or did not arrive "
+            f"within trainer.timeout_s={self.timeout_s:g}"
         )
 
     def sum(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -130,8 +130,8 @@ def test_the_rank_that_is_left_says_what_it_waited_for(
     print(f"{time.monotonic() - began:.1f} s: {errors.splitlines()[-1]}")
     assert left.returncode == 1
     assert re.fullmatch(
-        rf"spo \(rank {1 - victim}\): waited for .+, and another of the 2 processes has died or was not there within "
-        rf"trainer.timeout_s={TIMEOUT_S}",
+        rf"spo \(rank {1 - victim}\): failed while waiting for .+: another of the 2 processes died or did not "
+        rf"arrive within trainer.timeout_s={TIMEOUT_S}",
         errors.splitlines()[-1],
     )
 

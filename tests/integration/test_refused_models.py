@@ -88,7 +88,7 @@ def test_a_row_beyond_the_limit_of_rotary_frequencies_is_refused(program: str, w
     overrides = [*world.settings(program), f"actor.model_name={tmp_path}/model", f"trainer.save_dir={tmp_path}/run"]
     lines = [last_line(program, [*overrides, f"trainer.dry_run={dry}"]) for dry in ("true", "false")]
     assert lines[0] == lines[1]
-    assert "tokens, but beyond 4 actor.model_name=" in lines[0]
+    assert "tokens, and beyond 4 actor.model_name=" in lines[0]
     assert lines[0].endswith("which is not supported; lower data.max_length=128 to 4")
 
 
