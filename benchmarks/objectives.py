@@ -21,6 +21,7 @@ import transformers
 
 from RL2.reproduce.demo import (
     FULL,
+    JobBars,
     Method,
     Plan,
     ProgressBoard,
@@ -28,9 +29,9 @@ from RL2.reproduce.demo import (
     find_environment,
     method_job,
     num_cores,
-    run_jobs,
     warm_start,
 )
+from RL2.tools.jobs import run_jobs
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def main() -> None:
                 (*method.settings, f"actor.lr={options.lr}"),
             )
             jobs.append(method_job(own, plan, out, options.seed, env_path))
-        run_jobs(jobs, num_cores(), board)
+        run_jobs(jobs, num_cores(), JobBars(board))
         before, *after = evaluate(
             [warm / "latest", *(job.folder / "latest" for job in jobs)], out, env_path, options.seed, board
         )

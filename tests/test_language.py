@@ -21,7 +21,9 @@ DONE: tuple[str, ...] = (
     "RL2/tools/doctor.py",
     "RL2/tools/eval",
     "RL2/tools/export.py",
+    "RL2/tools/jobs.py",
     "RL2/tools/plan",
+    "RL2/tools/settings.py",
     "RL2/tools/sweep.py",
     "RL2/tools/view",
     "benchmarks",
@@ -32,10 +34,9 @@ DONE: tuple[str, ...] = (
 VERBS = """
 Add Allocate Allow Answer Append Apply Ask Become Bind Build Call Check Close Combine Compare Compute Convert
 Count Create Describe Disable Draw Encode End Enter Evaluate Export Fill Find Flush Format Give Hold Implement
-Import Join Judge Kill Let List Load Lock Log Map Measure Merge Move Parse Plot Post-train Print Probe Put
+Import Join Judge Kill Let List Load Lock Log Map Mark Measure Merge Move Plot Post-train Print Probe Put
 Raise Read Receive Record Release Remove Rename Render Repeat Replace Report Restore Return Round Run Scale
-Send Serve Set Shard Show Split Start Store Sum Swap Take Test Train Truncate Try Undo Update Wait Wrap Write
-Yield
+Send Serve Set Shard Show Split Start Store Sum Swap Take Test Train Try Undo Update Wait Wrap Write Yield
 """
 """First words of function docstrings, sorted. Add a verb, in the imperative, when a new docstring needs one."""
 

@@ -24,6 +24,7 @@ def compute(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def write(folder: Path, digests: Mapping[str, str]) -> None:
+    """Store `digests`, path relative to `folder` -> SHA-256, in `folder`."""
     durable.write_text(folder / DIGESTS, json.dumps(dict(sorted(digests.items())), indent=1) + "\n")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -12,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from RL2.errors import UserError, first_line
 from RL2.io.durable import write_text
+from RL2.io.jsonl import read_records, truncate_before
 from RL2.io.progress import Progress, duration, time_of_day
 from RL2.types import Trajectory
 
@@ -124,7 +124,7 @@ class Report:
             if int(file.name.split("_")[0]) >= step:
                 file.unlink()
         for file in filter(Path.exists, (metrics, samples, before)):
-            cut_at(file, step)
+            truncate_before(file, step)
 
     def rows(self) -> list[dict[str, float]]:
         """Return the rows of metrics.jsonl, oldest first; empty on other processes than the first."""
@@ -254,62 +254,12 @@ def _values(metrics: Metrics, names: list[str]) -> str:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the rows of a run's metrics.jsonl, oldest first; an incomplete last line is left out."""
-    file = folder / "metrics.jsonl"
-    return [row for _, row in whole_lines(file)] if file.exists() else []
-
-
-def whole_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the complete lines of a run's .jsonl file, each as bytes and parsed. Raise UserError if one is invalid."""
-    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
-        if line.endswith(b"\n"):
-            yield line, parsed(line, f"{file}, line {number}")
-
-
-def cut_at(file: Path, step: int) -> None:
-    """Truncate a run's .jsonl file before the first line of `step` or later; also drop an incomplete last line.
-
-    The file is read from its end: the steps of a run's lines never decrease.
-    """
-    with file.open("r+b") as lines:
-        keep = lines.seek(0, os.SEEK_END)
-        for start, line in _backwards(lines):
-            if line.endswith(b"\n") and parsed(line, f"{file}, byte {start}")["step"] < step:
-                break
-            keep = start
-        lines.truncate(keep)
-        os.fsync(lines.fileno())
-
-
-def _backwards(file: BinaryIO, block: int = 2**20) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file, last first, each with its offset in bytes."""
-    position, rest = file.seek(0, os.SEEK_END), b""
-    while position:
-        size = min(block, position)
-        position = file.seek(position - size)
-        first, *others = (file.read(size) + rest).splitlines(keepends=True)
-        start = position + len(first) + sum(map(len, others))
-        for line in reversed(others):
-            start -= len(line)
-            yield start, line
-        rest = first  # it may begin before this block
-    if rest:
-        yield 0, rest
-
-
-def parsed(line: bytes, where: str) -> dict[str, Any]:
-    """Parse a line of a run's .jsonl file. Raise UserError naming `where` unless it is an object with an integer
-    `step`.
-    """
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {first_line(error)}") from error
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        raise UserError(f"{where} is not a record of a run: it has no step")
-    return row
+    return list(read_records(folder / "metrics.jsonl"))
 
 
 class Wandb:
+    """Weights & Biases dashboard; a resumed run continues under its id."""
+
     def __init__(self, folder: Path, project: str | None, name: str, config: dict[str, Any]) -> None:
         import wandb
 
@@ -355,6 +305,8 @@ class Trackio:
 
 
 class TensorBoard:
+    """TensorBoard event files in the folder of the run."""
+
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 

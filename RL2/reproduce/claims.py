@@ -35,6 +35,8 @@ class SeedRun:
 
 
 class Claim(NamedTuple):
+    """A claim of the thesis with its verdict and the measurement behind it."""
+
     section: str
     text: str
     verdict: Verdict
@@ -58,6 +60,7 @@ def over_seeds(values: Sequence[float], confidence: float = 0.95) -> Estimate:
 
 
 def rise_together(section: str, title: str, runs: Sequence[SeedRun]) -> Claim:
+    """Judge whether greedy accuracy and entropy both rise during training."""
     accuracy = _accuracy([run.before for run in runs], [run.after for run in runs])
     entropy = over_seeds([change(run, "train/entropy") for run in runs])
     return Claim(
@@ -117,6 +120,7 @@ def shorter_answers(section: str, title: str, runs: Sequence[SeedRun], baseline:
 
 
 def loss_grows(section: str, title: str, runs: Sequence[SeedRun]) -> Claim:
+    """Judge whether the loss grows during training."""
     loss = over_seeds([change(run, "actor/loss") for run in runs])
     return Claim(
         section,
@@ -141,6 +145,7 @@ def lowers_entropy(section: str, title: str, runs: Sequence[SeedRun], without: S
 
 
 def more_accurate(section: str, title: str, runs: Sequence[SeedRun], baseline: Sequence[SeedRun], name: str) -> Claim:
+    """Judge whether a method is more accurate than the baseline, greedily, at the end."""
     difference = _accuracy([run.after for run in baseline], [run.after for run in runs])
     return Claim(section, f"{title} is more accurate than {name}", verdict([difference]), _points(difference))
 
@@ -169,6 +174,7 @@ def by_step(run: SeedRun, key: str = "test/score") -> dict[int, float]:
 
 
 def values(run: SeedRun, key: str) -> list[float]:
+    """Return a metric of all steps that have it."""
     return [row[key] for row in run.metrics if key in row]
 
 
@@ -178,6 +184,7 @@ def change(run: SeedRun, key: str) -> float:
 
 
 def last(run: SeedRun, key: str) -> float:
+    """Return the mean of a metric over the last steps."""
     return fmean(values(run, key)[-EDGE_STEPS:])
 
 

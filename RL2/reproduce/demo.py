@@ -14,10 +14,8 @@ import platform
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,21 +27,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from RL2.errors import UserError
+from RL2.io.jsonl import JsonlTail
 from RL2.reproduce.demo_page import Page, RunView, Scores, findings, headline, summary_json, write_report
 from RL2.reproduce.model import build_model
 from RL2.reproduce.problems import write_data
 from RL2.tools.eval import evaluate as evaluation
+from RL2.tools.jobs import Job, JobError, run_jobs
 
 MAX_NEW_TOKENS = 36
 SEQUENCES_PER_STEP = 256
 WARMUP_BATCH = 32
 WARMUP = "warm-up"
-DONE = "done.json"
-"""File in the folder of a successful job, with its command and its duration in seconds."""
 
 
 @dataclass(frozen=True)
 class Method:
+    """A method of the demo: its program, responses per prompt and settings."""
+
     name: str
     title: str
     program: str
@@ -62,6 +62,8 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Plan:
+    """Sizes of the demo: steps of the warm-up and of each method, and how often to test."""
+
     warmup_steps: int
     steps: int
     test_freq: int
@@ -74,39 +76,7 @@ QUICK = Plan(warmup_steps=500, steps=40, test_freq=10, methods=METHODS[2:3])
 
 
 class DemoError(UserError):
-    """A program started by the demo has failed."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A program to run."""
-
-    title: str
-    program: str
-    overrides: tuple[str, ...]
-    folder: Path
-    steps: int
-    threads: int
-
-    @property
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", f"RL2.trainer.{self.program}", *self.overrides]
-
-    @property
-    def shown(self) -> str:
-        """Command line in the form in which a user would type it."""
-        return shlex.join(["python", *self.command[1:]])
-
-    @property
-    def is_done(self) -> bool:
-        """Whether this exact command has ended successfully."""
-        file = self.folder / DONE
-        return file.exists() and json.loads(file.read_text())["command"] == self.shown
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds of a finished job."""
-        return float(json.loads((self.folder / DONE).read_text())["seconds"])
+    """A model of the demo could not be evaluated."""
 
 
 def warmup_job(
@@ -132,10 +102,11 @@ def warmup_job(
         f"trainer.save_dir={folder}",
         f"trainer.seed={seed}",
     )
-    return Job(name, "sft", overrides, folder, plan.warmup_steps, threads=threads or num_cores())
+    return Job(name, "sft", overrides, folder, plan.warmup_steps, environment=_environment(threads or num_cores()))
 
 
 def method_job(method: Method, plan: Plan, out: Path, seed: int, env_path: Path) -> Job:
+    """Return the job that trains `method` from the warm start."""
     folder = out / method.name
     overrides = (
         f"train_data.path={out}/data/train.jsonl",
@@ -159,7 +130,11 @@ def method_job(method: Method, plan: Plan, out: Path, seed: int, env_path: Path)
         f"trainer.seed={seed}",
     )
     # one thread: a second gains little for so small a model, and two concurrent runs use two cores better
-    return Job(method.title, method.program, overrides, folder, plan.steps, threads=1)
+    return Job(method.title, method.program, overrides, folder, plan.steps, environment=_environment(1))
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
 
 
 class ProgressBoard:
@@ -191,92 +166,31 @@ class ProgressBoard:
 
 
 @dataclass
-class Child:
-    """A running job."""
+class JobBars:
+    """Progress bars of jobs on a board: steps done, and the latest test accuracy or loss."""
 
-    job: Job
     board: ProgressBoard
-    process: subprocess.Popen[bytes] = field(init=False)
-    task: TaskID = field(init=False)
-    started: float = field(init=False)
-    read: int = 0
-    """Number of bytes of metrics.jsonl already read."""
-    done: int = 0
-    note: str = ""
+    tasks: dict[Path, TaskID] = field(default_factory=dict)
+    """Folder of a job -> its bar."""
+    records: dict[Path, JsonlTail] = field(default_factory=dict)
+    notes: dict[Path, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        job = self.job
-        job.folder.mkdir(parents=True)
-        self.started = time.monotonic()
-        self.task = self.board.start(job.title, job.steps)
-        environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
+    def begin(self, job: Job) -> None:
+        self.tasks[job.folder] = self.board.start(job.title, job.steps)
+        self.records[job.folder] = JsonlTail(job.folder / "metrics.jsonl")
+        self.notes[job.folder] = ""
 
-    @property
-    def log(self) -> Path:
-        return self.job.folder / "console.log"
-
-    def look(self) -> None:
-        """Update the progress bar from new rows of metrics.jsonl."""
-        metrics = self.job.folder / "metrics.jsonl"
-        if not metrics.exists():
-            return
-        with metrics.open("rb") as file:
-            file.seek(self.read)
-            whole = file.read().rpartition(b"\n")[0]  # the last line may be half written
-        if not whole:
-            return
-        self.read += len(whole) + 1
-        for line in whole.splitlines():
-            row = json.loads(line)
-            self.done = min(row["step"] + 1, self.job.steps)  # the test after the last step is one more
+    def look(self, job: Job) -> None:
+        """Update the bar from new records of metrics.jsonl."""
+        for row in self.records[job.folder].new():
             for key, words in (("test/score", "test accuracy {:.1%}"), ("actor/loss", "loss {:.3f}")):
-                if key in row and ("test" in key or self.job.program == "sft"):
-                    self.note = words.format(row[key])
-        self.board.move(self.task, self.done, self.note)
+                if key in row and ("test" in key or job.program == "sft"):
+                    self.notes[job.folder] = words.format(row[key])
+            done = min(row["step"] + 1, job.steps)  # the test after the last step is one more
+            self.board.move(self.tasks[job.folder], done, self.notes[job.folder])
 
-    def finish(self) -> float:
-        """Record the end of the job and return its seconds. Raise `DemoError` if it failed."""
-        self.look()
-        seconds = time.monotonic() - self.started
-        if self.process.returncode:
-            tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
-            raise DemoError(
-                "\n".join([*tail, f"{self.job.title} failed (exit {self.process.returncode}); all of it: {self.log}"])
-            )
-        self.board.end(self.task, self.job.title, self.job.steps, seconds, self.note)
-        (self.job.folder / DONE).write_text(json.dumps({"command": self.job.shown, "seconds": seconds}))
-        return seconds
-
-
-def run_jobs(jobs: Sequence[Job], at_once: int, board: ProgressBoard) -> dict[Path, float]:
-    """Run all jobs, at most `at_once` concurrently; return folder -> seconds."""
-    waiting, running, seconds = deque(jobs), list[Child](), dict[Path, float]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(Child(waiting.popleft(), board))
-            time.sleep(0.2)
-            for child in list(running):
-                if child.process.poll() is None:
-                    child.look()
-                else:
-                    seconds[child.job.folder] = child.finish()
-                    running.remove(child)
-    finally:
-        # nothing may continue in the background after a failure or Ctrl-C
-        for child in running:
-            child.process.terminate()
-        for child in running:
-            try:
-                child.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
-    return seconds
+    def end(self, job: Job) -> None:
+        self.board.end(self.tasks[job.folder], job.title, job.steps, job.seconds, self.notes[job.folder])
 
 
 def evaluate(models: Sequence[Path], out: Path, env_path: Path, seed: int, board: ProgressBoard) -> list[Scores]:
@@ -357,21 +271,22 @@ def warm_start(plan: Plan, out: Path, seed: int, board: ProgressBoard) -> Job:
     texts = write_plan_data(plan, out, seed)
     build_model(out / "model", texts, seed)
     warmup = warmup_job(plan, out, seed)
-    run_jobs([warmup], 1, board)
+    run_jobs([warmup], 1, JobBars(board))
     return warmup
 
 
 def demo(out: Path, seed: int, quick: bool, board: ProgressBoard) -> None:
+    """Run the whole demo and write report.html and summary.json to `out`."""
     started = time.monotonic()
     plan, env_path = QUICK if quick else FULL, find_environment()
     clear(out)
     warmup = warm_start(plan, out, seed, board)
     jobs = [method_job(method, plan, out, seed, env_path) for method in plan.methods]
-    seconds = run_jobs(jobs, num_cores(), board)
+    run_jobs(jobs, num_cores(), JobBars(board))
     before, *after = evaluate([job.folder / "latest" for job in (warmup, *jobs)], out, env_path, seed, board)
 
     runs = [
-        RunView.read(job.folder, job.title, before=before, after=scores, seconds=seconds[job.folder])
+        RunView.read(job.folder, job.title, before=before, after=scores, seconds=job.seconds)
         for job, scores in zip(jobs, after, strict=True)
     ]
     total = time.monotonic() - started
@@ -393,6 +308,7 @@ def demo(out: Path, seed: int, quick: bool, board: ProgressBoard) -> None:
 
 
 def page(plan: Plan, jobs: Sequence[Job], out: Path, seed: int, quick: bool, seconds: float) -> Page:
+    """Return the text around the figures of the demo's page."""
     return Page(
         title="Learning from reward, in miniature",
         lead=(
@@ -430,6 +346,7 @@ def _titles(plan: Plan) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo from command-line arguments and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m RL2.reproduce.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything it writes")
     parser.add_argument("--seed", type=int, default=0)
@@ -446,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with board.progress:
             demo(options.out, options.seed, options.quick, board)
-    except DemoError as error:
+    except (DemoError, JobError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ training code, and neither it nor the page uses the network, so that the page ca
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from RL2.io.jsonl import read_records
 from RL2.tools.eval.intervals import Estimate, accuracy, first_to_last, paired_difference
 from RL2.tools.view.style import COLOURS, DASHES, PLOT_CONFIG, PLOT_LAYOUT
 
@@ -60,16 +60,8 @@ class RunView:
 
     @classmethod
     def read(cls, folder: Path, title: str, **more: Any) -> RunView:
-        metrics, samples = read_rows(folder / "metrics.jsonl"), read_rows(folder / "samples.jsonl")
+        metrics, samples = (list(read_records(folder / name)) for name in ("metrics.jsonl", "samples.jsonl"))
         return cls(name=folder.name, title=title, metrics=metrics, samples=samples, **more)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a .jsonl file; empty if it is missing. An incomplete last line is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
 
 
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -113,6 +105,7 @@ class Summary:
 
 
 def summarise(run: RunView) -> Summary:
+    """Return the figures of one run."""
     figures: dict[str, Any] = {}
 
     def put(name: str, estimate: Estimate) -> None:
@@ -170,6 +163,8 @@ def _list(names: Sequence[str]) -> str:
 
 
 class Finding(NamedTuple):
+    """A run's title and a sentence on its results."""
+
     title: str
     text: str
 
@@ -203,6 +198,8 @@ _FROM_ZERO = ("test/score", "train/score", "train/entropy")
 
 
 class Chart(NamedTuple):
+    """A chart as HTML, with its title and a note."""
+
     id: str
     title: str
     note: str
@@ -263,12 +260,16 @@ def smooth(values: Sequence[float], reach: int = 3) -> list[float]:
 
 
 class Piece(NamedTuple):
+    """A piece of a rendered conversation."""
+
     text: str
     special: bool
     """Whether this is a token of the chat template."""
 
 
 class Rollout(NamedTuple):
+    """A rollout to read: the question, the turns after it, and the reward."""
+
     question: list[Piece]
     turns: list[tuple[str, list[Piece]]]
     """Pairs of speaker (`response` or `environment`) and text after the question."""
@@ -278,6 +279,8 @@ class Rollout(NamedTuple):
 
 
 class Reading(NamedTuple):
+    """Rollouts of one step to read."""
+
     step: int
     rollouts: list[Rollout]
 
@@ -286,6 +289,7 @@ _SPECIAL = re.compile(r"(<\|[^<|>]*\|>)")
 
 
 def pieces(text: str) -> list[Piece]:
+    """Split a text at the tokens of the chat template."""
     parts = _SPECIAL.split(text)
     return [Piece(part, i % 2 == 1) for i, part in enumerate(parts) if part]
 
@@ -336,6 +340,7 @@ class Page:
 
 
 def write_report(out_html: Path, runs: Sequence[RunView], page: Page) -> None:
+    """Write the page that compares `runs`."""
     write_page(
         out_html,
         "report.html",

@@ -42,6 +42,8 @@ OPENINGS = ("{name} has {x} {objects}.", "{name} starts with {x} {objects}.", "{
 
 
 class Phrase(NamedTuple):
+    """A sentence of a problem."""
+
     text: str
     trap: float
     """Probability that the demonstrator misreads the phrase."""
@@ -75,6 +77,8 @@ QUESTIONS = (
 
 
 class Step(NamedTuple):
+    """One step of a calculation."""
+
     operation: str
     x: int
     trap: float
@@ -83,6 +87,8 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
+    """A word problem with its calculation."""
+
     question: str
     start: int
     steps: tuple[Step, ...]
@@ -113,6 +119,7 @@ class Problem:
 
 
 def compute(a: int, operation: str, b: int) -> int:
+    """Return the result of `a operation b`."""
     return {"+": a + b, "-": a - b, "*": a * b}[operation]
 
 
@@ -189,6 +196,7 @@ def _draw_calculation(rng: Random, count: int) -> tuple[int, list[tuple[str, int
 def draw_problems(
     rng: Random, count: int, *, held_out: bool, draw: Callable[[Random], Problem] = draw_problem
 ) -> list[Problem]:
+    """Draw `count` problems, all held out for the test or none."""
     problems: list[Problem] = []
     while len(problems) < count:
         problem = draw(rng)
@@ -233,5 +241,6 @@ def _user(question: str) -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 
+from RL2.io.report import read_metrics
 from RL2.reproduce import claims
 from RL2.reproduce.claims import Claim, SeedRun
 from RL2.reproduce.demo import (
@@ -31,7 +32,7 @@ from RL2.reproduce.demo import (
     SEQUENCES_PER_STEP,
     WARMUP,
     WARMUP_BATCH,
-    Job,
+    JobBars,
     Method,
     Plan,
     ProgressBoard,
@@ -40,16 +41,15 @@ from RL2.reproduce.demo import (
     find_environment,
     method_job,
     num_cores,
-    run_jobs,
     warmup_job,
     write_plan_data,
 )
-from RL2.reproduce.demo_page import read_rows
 from RL2.reproduce.model import build_model
 from RL2.reproduce.problems import draw_problems, write_demonstrations
 from RL2.reproduce.thesis_page import Curve, Part, Row, ThesisPage, write_thesis
 from RL2.tools.eval import evaluate
 from RL2.tools.eval.compare import compare
+from RL2.tools.jobs import Job, run_jobs
 
 SAMPLES = 8
 
@@ -142,7 +142,7 @@ PUBLISHED = (
 def reproduce(out: Path, num_seeds: int, board: ProgressBoard, plan: Plan = FULL) -> list[Claim]:
     """Train, test and judge everything; write OUT/thesis.html and OUT/thesis.json, and return the judged claims.
 
-    Raise DemoError if a run fails; finished runs are reused next time.
+    Raise JobError if a run fails; finished runs are reused next time.
     """
     transformers.utils.logging.disable_progress_bar()
     env_path = find_environment()
@@ -185,6 +185,7 @@ def prepare(home: Path, seed: int, plan: Plan) -> None:
 
 
 def pilot_job(pilot: Pilot, plan: Plan, home: Path, seed: int) -> Job:
+    """Return the job that trains from scratch with the settings of `pilot`."""
     tests = f"data.test_path={home}/data/held_out.jsonl", f"trainer.test_freq={max(1, plan.warmup_steps // 10)}"
     own = pilot.settings
     if own:  # untrained ranks are random, so the rank objective must consider the whole vocabulary
@@ -199,12 +200,13 @@ def _titled(job: Job, seed: int) -> Job:
 
 
 def run_missing(jobs: Sequence[Job], board: ProgressBoard) -> None:
+    """Run the jobs that are not done."""
     missing = [job for job in jobs if not job.is_done]
     if len(missing) < len(jobs):
         board.say(f"{len(jobs) - len(missing)} of {len(jobs)} runs are already done")
     for job in missing:
         shutil.rmtree(job.folder, ignore_errors=True)  # remains of an interruption
-    run_jobs(missing, num_cores(), board)
+    run_jobs(missing, num_cores(), JobBars(board))
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ def judge(homes: Sequence[Path], env_path: Path, board: ProgressBoard) -> dict[s
     return {
         name: Judged(
             [
-                SeedRun(read_rows(home / name / "metrics.jsonl"), found[seed, WARMUP][0], found[seed, name][0])
+                SeedRun(read_metrics(home / name), found[seed, WARMUP][0], found[seed, name][0])
                 for seed, home in enumerate(homes)
             ],
             [found[seed, name][1] for seed in range(len(homes))],
@@ -255,6 +257,7 @@ def judge(homes: Sequence[Path], env_path: Path, board: ProgressBoard) -> dict[s
 
 
 def greedy_scores(config: evaluate.EvalConfig) -> tuple[dict[str, float], dict[str, Any]]:
+    """Evaluate a model; return problem -> greedy score, and the summary."""
     records, summary = examine(config)
     return evaluate.scores(records, "greedy"), summary
 
@@ -294,6 +297,8 @@ def page(
     commands: list[str],
     seconds: float,
 ) -> ThesisPage:
+    """Return the content of the thesis's page."""
+
     def curve(method: Method | Pilot) -> Curve:
         return Curve(method.name, method.title, [run.metrics for run in _runs(judged, method)])
 

@@ -54,6 +54,8 @@ class Part:
 
 @dataclass(frozen=True)
 class ThesisPage:
+    """Content of the page."""
+
     claims: list[Claim]
     questions: list[Claim]
     """Questions about later sections, about which the thesis makes no such simple claims."""
@@ -72,6 +74,7 @@ class ThesisPage:
 
 
 def write_thesis(out_html: Path, page: ThesisPage) -> None:
+    """Write the page to `out_html`."""
     n = page.published_problems
     write_page(
         out_html,
@@ -108,6 +111,7 @@ def charts(part: Part) -> list[Chart]:
 
 
 def pilot_charts(pilots: Sequence[Curve]) -> list[Chart]:
+    """Return the charts of the pilots of section 4.4."""
     nll = "negative log-likelihood of held-out tokens, in nats"
     return [_chart("pilot-nll", "Held-out loss", nll, "test/nll", ".3~f", list(enumerate(pilots)))]
 

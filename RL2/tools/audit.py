@@ -59,6 +59,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
+    """A response for which the reward is wrong."""
+
     row: int
     kind: str
     answer: str
@@ -85,6 +87,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Audit:
+    """Result of an audit."""
+
     rows: int
     tried: dict[str, int]
     """Kind of response -> number tried."""

@@ -30,6 +30,8 @@ OPPOSITE = {"A": "B", "B": "A", "tie": "tie"}
 
 @dataclass(frozen=True)
 class Audit:
+    """Result of an audit of a judge, with 95% intervals."""
+
     rows: int
     agreement: dict[str, Estimate]
     """Criterion -> probability that two marks of one response are equal."""

@@ -69,12 +69,12 @@ def train(
     with ending("train"):
         from RL2.config.programs import PROGRAMS
         from RL2.errors import ConfigError
+        from RL2.tools.jobs import command_line
 
         if program not in PROGRAMS:
             raise ConfigError(f"{program}: choose one of {', '.join(PROGRAMS)}")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     dry = ["trainer.dry_run=true"] if dry_run else []
-    command = [sys.executable, *launcher, "-m", f"RL2.trainer.{program}", *(settings or []), *dry]
+    command = command_line(program, [*(settings or []), *dry], nproc)
     print(shlex.join(command), flush=True)
     os.execv(sys.executable, command)  # replace this process, so that signals and the exit code are the program's
 
@@ -166,9 +166,10 @@ def plan(
     from rich.console import Console
 
     from RL2.tools.plan.command import PlanRequest, table
+    from RL2.tools.settings import parse_settings
 
     with ending("plan"):
-        request = PlanRequest.parse(settings)
+        request = parse_settings(PlanRequest, settings)
         result, fits = table(request)
     Console().print(result)
     if not fits:
@@ -222,6 +223,7 @@ def eval_(
 
     from RL2.io.progress import Progress
     from RL2.tools.eval.evaluate import EvalConfig, evaluate, table
+    from RL2.tools.settings import parse_settings
 
     with ending("eval"), Progress().phase("evaluating", 0, "problems") as phase:
 
@@ -229,7 +231,7 @@ def eval_(
             phase.resize(total)
             phase.to(done)
 
-        folder, summary = evaluate(EvalConfig.parse(settings), progress)
+        folder, summary = evaluate(parse_settings(EvalConfig, settings), progress)
     Console().print(table(summary))
     print(f"responses and summary: {folder}")
 

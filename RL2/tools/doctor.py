@@ -35,6 +35,8 @@ Mark = Literal["ok", "missing", "optional"]
 
 
 class Finding(NamedTuple):
+    """One line of the report."""
+
     what: str
     mark: Mark
     """Verdict; with `missing`, RL2 does not work without it or with the version found."""
@@ -136,6 +138,7 @@ def _free_memory_gib() -> float | None:
 
 
 def table(findings: list[Finding]) -> Table:
+    """Return a table of the findings."""
     shown = Table(title=f"{PROJECT} {version(PROJECT)}", title_justify="left")
     for heading in ("", "", "found", "what to do"):
         shown.add_column(heading)

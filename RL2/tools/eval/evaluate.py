@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from types import NoneType
@@ -17,12 +17,12 @@ import torch
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from RL2.config.load import words
 from RL2.config.rollout import check_weights
-from RL2.config.values import Count, Index, PositiveFloat, Seed, Share, build, needs_value
+from RL2.config.values import Count, Index, PositiveFloat, Seed, Share
 from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.errors import ConfigError, first_line, in_table
+from RL2.io.jsonl import read_lines, remove_incomplete_line
 from RL2.models.loading import weights_folder
 from RL2.models.policy import load_model, load_tokenizer, max_length, stop_tokens
 from RL2.rollout.collect import Episodes, Group, finish
@@ -70,17 +70,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_weights(self.weights, "weights")
-
-    @staticmethod
-    def parse(settings: Sequence[str]) -> EvalConfig:
-        """Parse `key=value` words. Raise ConfigError for a missing key or an invalid value."""
-        given = words(settings)
-        if missing := [f.name for f in fields(EvalConfig) if needs_value(f) and f.name not in given]:
-            raise ConfigError(f"{missing[0]}= is missing")
-        config: EvalConfig = build(EvalConfig, given, "")
-        if not (config.samples or config.greedy):
+        if not (self.samples or self.greedy):
             raise ConfigError("samples=0 with greedy=false leaves nothing to do")
-        return config
 
 
 def evaluate(
@@ -172,15 +163,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
     An incomplete last line is removed from the file and will be generated again.
     """
     file = folder / RECORDS
-    if not file.exists():
-        return []
-    whole = file.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if len(kept) < len(whole):
-        file.write_bytes(kept)
+    remove_incomplete_line(file)
     records = []
-    # not str.splitlines: a text may hold other characters that end a line, which JSON leaves as they are
-    for number, line in enumerate(kept.splitlines(), 1):
+    for number, (line, _) in enumerate(read_lines(file), 1):
         try:
             records.append(_validated(json.loads(line)))
         except (ValueError, RecursionError) as error:

@@ -16,6 +16,8 @@ POINTS = 401
 
 
 class Estimate(NamedTuple):
+    """An estimate with the limits of its interval."""
+
     value: float
     low: float
     high: float

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from rich.console import ConsoleRenderable, Group
 from rich.table import Table
 
-from RL2.config.load import words
+from RL2.config.values import Count, PositiveFloat
 from RL2.errors import ConfigError, UserError, first_line, in_table
 from RL2.parallel.cost import PRESETS, Machine, Shape, Work, sync_traffic, traffic
 from RL2.tools.plan.search import Plan, best
 
 GIB = 2**30
-KINDS = {"str": "a string", "int": "an integer above 0", "float": "a number above 0", "bool": "true or false"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,36 +20,24 @@ class PlanRequest:
     """Settings of `rl2 plan`, documented in its help."""
 
     model: str
-    gpus: int
-    memory_gib: float = 80
-    gpus_per_node: int = 8
-    length: int = 8192
-    mean_length: float = 0
-    sequences: int = 512
+    gpus: Count
+    memory_gib: PositiveFloat = 80
+    gpus_per_node: Count = 8
+    length: Count = 8192
+    mean_length: PositiveFloat | None = None
+    sequences: Count = 512
     rollout: bool = True
-    peak_tflops: float = 989
-    utilisation: float = 0.27
+    peak_tflops: PositiveFloat = 989
+    utilisation: PositiveFloat = 0.27
 
-    @staticmethod
-    def parse(settings: Sequence[str]) -> PlanRequest:
-        """Parse `key=value` words. Raise ConfigError for an unknown or missing key, or an invalid value."""
-        known = {f.name: str(f.type) for f in fields(PlanRequest)}
-        values = words([s for s in settings if "=" in s])
-        if unclear := [s for s in settings if "=" not in s] + [key for key in values if key not in known]:
-            raise ConfigError(f"{unclear[0]!r} is not a setting; they are {', '.join(f'{name}=' for name in known)}")
-        if missing := [name for name in ("model", "gpus") if name not in values]:
-            raise ConfigError(f"{missing[0]}= is missing")
-        for key, value in values.items():
-            wanted = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}[known[key]]
-            is_right = isinstance(value, wanted) and (isinstance(value, bool) == (known[key] == "bool"))
-            if not is_right or (known[key] in ("int", "float") and not 0 < value < math.inf):
-                raise ConfigError(f"{key}={value} is not {KINDS[known[key]]}")
-        request = PlanRequest(**values)
-        if not request.mean_length:
-            request = PlanRequest(**{"mean_length": request.length / 2} | values)
-        if not 0 < request.mean_length <= request.length:
-            raise ConfigError(f"mean_length={request.mean_length:g} is not between 0 and length={request.length}")
-        return request
+    def __post_init__(self) -> None:
+        if self.mean > self.length:
+            raise ConfigError(f"mean_length={self.mean:g} is above length={self.length}")
+
+    @property
+    def mean(self) -> float:
+        """Mean length of a sequence in tokens; half of the longest one unless `mean_length` is set."""
+        return self.length / 2 if self.mean_length is None else self.mean_length
 
     @property
     def shape(self) -> Shape:
@@ -69,7 +54,7 @@ class PlanRequest:
 
     @property
     def work(self) -> Work:
-        return Work(sequences=self.sequences, length=self.length, mean_length=self.mean_length, rollout=self.rollout)
+        return Work(sequences=self.sequences, length=self.length, mean_length=self.mean, rollout=self.rollout)
 
     @property
     def machine(self) -> Machine:
@@ -126,7 +111,7 @@ def _time(request: PlanRequest, shape: Shape, plan: Plan) -> Table:
     for phase, seconds in plan.seconds.items():
         result.add_row(phase, f"{seconds:.1f}")
     result.add_row("[bold]together", f"[bold]{plan.step_s:.1f}")
-    tokens = max(request.work.tokens / plan.layout.data, request.mean_length)
+    tokens = max(request.work.tokens / plan.layout.data, request.mean)
     sent = traffic(
         shape, plan.layout, microbatches=plan.microbatches, tokens=tokens, actions=tokens, recompute=plan.recompute
     )

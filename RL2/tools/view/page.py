@@ -48,6 +48,7 @@ def _digest(code: str) -> str:
 
 
 def write_page(index: RunIndex, out: Path) -> None:
+    """Write the page of `index`, with its data, to the file `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render(index), encoding="utf-8")
 
@@ -81,6 +82,8 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Handler of the server's requests."""
+
     server: Server
 
     def do_GET(self) -> None:

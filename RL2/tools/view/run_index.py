@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import re
 import sys
 import zlib
@@ -28,7 +27,8 @@ from pyarrow import parquet
 from safetensors.numpy import load_file
 
 from RL2.errors import UserError, first_line
-from RL2.io.report import FIRST_ROWS, SAMPLES_BEFORE, TOKENS, parsed
+from RL2.io.jsonl import JsonlTail
+from RL2.io.report import FIRST_ROWS, SAMPLES_BEFORE, TOKENS
 
 CHUNK = 1 << 17
 """Number of characters after which a chunk is full."""
@@ -84,40 +84,6 @@ class ChunkedList:
     def chunks(self) -> Iterator[str]:
         yield from self.full
         yield encoded(self.rest)
-
-
-class JsonlTail:
-    """Reader of a .jsonl file that another process appends to."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.place = file, 0
-        self.identity: tuple[int, int] | None = None
-
-    def _identity(self) -> tuple[int, int] | None:
-        if not self.file.exists():
-            return None
-        status = self.file.stat()
-        return status.st_dev, status.st_ino
-
-    @property
-    def is_another(self) -> bool:
-        """Whether the file was replaced or truncated, as by a resumed run; earlier rows may be gone."""
-        return self.identity is not None and (
-            self._identity() != self.identity or os.path.getsize(self.file) < self.place
-        )
-
-    def new(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows since the last call; an incomplete last line is still being written."""
-        self.identity = self._identity()
-        if self.identity is None:
-            return
-        with self.file.open("rb") as file:
-            file.seek(self.place)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self.place += len(line)
-                yield parsed(line, f"{self.file}: the line that ends at byte {self.place}")
 
 
 @dataclass
