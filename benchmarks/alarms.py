@@ -1,10 +1,10 @@
-"""Do the warnings of a run come where it is sick, and only there? Runs of 20 steps on the demo's task, on one CPU core.
+"""Accuracy of a run's warnings on sick and healthy runs: 20 steps on the demo's task, on one CPU core.
 
     python benchmarks/alarms.py runs/demo [--only WORD]
 
-`runs/demo` is what `rl2 demo` left behind. All runs begin with its warmed-up model. The sick ones have a fault that was
-planted; the healthy ones are four methods that gain on this task, each with five seeds or learning rates. SPO 3.3 is
-not among them: it loses score here, as docs/results.md says, and is warned of.
+`runs/demo` is the folder of `rl2 demo`. All runs begin with its warmed-up model. The sick runs have a planted fault.
+The healthy runs are four methods that improve on this task, each with five seeds or learning rates. SPO 3.3 is not
+among them: it loses score here (docs/results.md) and triggers a warning.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IMPORTED = ["RL2.trainer.run", "RL2.trainer.rl", "transformers.models.qwen3.mode
 
 
 class Case(NamedTuple):
-    """A run: what it shows, its program, the reward if it is not the task's own, and its settings."""
+    """A run: what it demonstrates, its program, the reward if it replaces the task's, and its settings."""
 
     name: str
     program: str
@@ -103,7 +103,7 @@ def settings_of(each: Case, demo: Path, folder: Path) -> list[str]:
 
 
 def train(program: str, settings: list[str], log: str) -> None:
-    """Run `program` in this process, with what it says in the file `log`."""
+    """Run `program` in this process, with its output in the file `log`."""
     import os
     import sys
 
@@ -120,7 +120,7 @@ def train(program: str, settings: list[str], log: str) -> None:
 
 
 def warnings_of(each: Case, demo: Path) -> tuple[list[tuple[int, str]], int]:
-    """Return the warnings of a run, each with its step, and the number of steps that it took."""
+    """Return the warnings of a run with their steps, and the number of steps that it took."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         context = get_context("forkserver")
@@ -131,7 +131,7 @@ def warnings_of(each: Case, demo: Path) -> tuple[list[tuple[int, str]], int]:
         process.join()
         said = log.read_text()
         found = [(int(step), words) for step, words in re.findall(r"step (\d+): WARNING: (.*)", said)]
-        if process.exitcode:  # a run that stops with an error has said more than a warning
+        if process.exitcode:  # a run that stops with an error reports more than a warning
             found.append((0, f"stopped: {said.splitlines()[-1]}"))
         metrics = folder / "run" / "metrics.jsonl"
         return found, len(metrics.read_text().splitlines()) if metrics.exists() else 0
@@ -139,8 +139,8 @@ def warnings_of(each: Case, demo: Path) -> tuple[list[tuple[int, str]], int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", type=Path, help="a folder of rl2 demo")
-    parser.add_argument("--only", default="", help="runs whose name has this word")
+    parser.add_argument("demo", type=Path, help="folder of rl2 demo")
+    parser.add_argument("--only", default="", help="only runs whose name contains this word")
     given = parser.parse_args()
     for title, cases in (("sick", SICK), ("healthy", HEALTHY)):
         chosen = [each for each in cases if given.only in each.name]
@@ -151,7 +151,7 @@ def main() -> None:
             warned += bool(found)
             first = f"step {found[0][0]}: {found[0][1]}" if found else "none"
             print(f"| {each.name} | {each.program} | {steps} | {first} |", flush=True)
-        print(f"\n{warned} of {len(chosen)} {title} runs were warned of\n", flush=True)
+        print(f"\n{warned} of {len(chosen)} {title} runs had a warning\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Time and memory until many rows are ready to be drawn, on one process or on several of a machine.
+"""Time and memory until many rows are ready, on one process or several of a machine.
 
     python benchmarks/data.py --model FOLDER --rows 1000000 --kind prompt --processes 8
 
-makes the rows once, reads them as the programs do, and reads them again, as a second start does. Memory is that beyond
-what a process had before: `peak` while reading, `own` what it keeps for itself, `files` what it has mapped, which
-others may have too, and `share` what it takes if mapped files are divided by all who have them. Each figure is that of
-the process where it is largest. `first batch` draws 128 rows.
+creates the rows once, reads them as the programs do, and reads them again like a second start. Memory is measured above
+what a process had before: `peak` while reading, `own` private memory, `files` mapped files, which other processes may
+share, and `share` its part if mapped files are divided by all who map them. Each figure is that of the process where it
+is largest. `first batch` draws 128 rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def sentence(draw: random.Random) -> str:
 
 
 def row(draw: random.Random, kind: str) -> dict[str, Any]:
-    """A row of about 60 tokens."""
+    """Return a row of about 60 tokens."""
     question = " ".join(sentence(draw) for _ in range({"prompt": 8, "chat": 5, "sft": 4, "pair": 3}[kind]))
     if kind == "prompt":
         return {"prompt": question, "extra_info": {"answer": str(draw.randrange(99))}}
@@ -43,7 +43,7 @@ def row(draw: random.Random, kind: str) -> dict[str, Any]:
 
 
 def memory() -> dict[str, int]:
-    """Resident memory of this process in bytes: its own, of files, and its share of all, where files are divided."""
+    """Return resident memory of this process in bytes: private, mapped files, and proportional share."""
     found = dict(line.split()[:2] for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     rss, own, pss = (int(found[name]) * 1024 for name in ("Rss:", "Anonymous:", "Pss:"))
     return {"own": own, "files": rss - own, "share": pss}
@@ -54,7 +54,7 @@ def resident() -> int:
 
 
 def load(options: argparse.Namespace, path: Path, results: Any, start: Any) -> None:
-    """Read the rows in a process of its own."""
+    """Read the rows in a separate process."""
     from RL2.data.preference import load_pairs
     from RL2.data.prompts import load_prompts
     from RL2.data.sft import load_examples

@@ -1,8 +1,8 @@
-"""How often `rl2 compare` finds a difference between a method and itself: the table of docs/evaluation.md.
+"""Rate at which `rl2 compare` finds a difference between a method and itself: the table of docs/evaluation.md.
 
     python benchmarks/false_verdicts.py [--number 2000] [--problems 100] [--samples 4] [--spreads 0 0.1 0.3 1]
 
-Problems differ in difficulty, alike for all runs; the log-odds of each run are shifted by a normal variable.
+Problems differ in difficulty, equally for all runs; the log-odds of each run are shifted by a normal variable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PAIRS = ((1, 1), (1, 3), (2, 2), (3, 3))
 
 
 def runs(rng: np.random.Generator, odds_P: np.ndarray, number: int, spread: float, samples: int) -> list[Scores]:
-    """Return the scores of `number` runs of the method whose log-odds are `odds_P` in the mean of its seeds."""
+    """Return the scores of `number` runs of the method whose log-odds are `odds_P` on average over its seeds."""
     chances = [1 / (1 + np.exp(-odds_P - rng.normal(0, spread))) for _ in range(number)]
     return [dict(zip(map(str, range(len(p))), rng.binomial(samples, p) / samples, strict=True)) for p in chances]
 
@@ -47,7 +47,7 @@ def main() -> None:
     for pair in PAIRS:
         cells = []
         for spread in given.spreads:
-            # two single runs that differ by a spread are different models, and that is what the verdict is about
+            # two single runs with different shifts are different models, which is what this verdict is about
             means_something = pair != (1, 1) or spread == 0
             size = given.number, given.problems, given.samples
             cells.append(f"{false_verdicts(pair, spread, *size):.1%}" if means_something else "")

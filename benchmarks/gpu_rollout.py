@@ -1,18 +1,18 @@
-"""Generated tokens a second on a GPU: the embedded engine beside transformers, and what makes it fast.
+"""Generated tokens per second on a GPU: the embedded engine, its parts, and transformers.
 
     python benchmarks/gpu_rollout.py [--sides rl2 generate ...] [--json FILE]
 
-A random Qwen3 of 0.6 billion parameters in bfloat16; 32 prompts of 100 to 300 tokens with 8 responses each, whose
-lengths are drawn from a long-tailed distribution (log-normal, median 200 tokens, 1,024 at most) and told to every side:
-there is no end token. Sides run one after the other: the first two three times after a warm-up (medians), the others,
+A random Qwen3 of 0.6 billion parameters in bfloat16; 32 prompts of 100 to 300 tokens with 8 responses each. Response
+lengths are drawn from a long-tailed distribution (log-normal, median 200 tokens, at most 1,024) and fixed for every
+side; there is no end token. Sides run in sequence: the first two three times after a warm-up (medians), the others,
 which take a minute, once.
 
     rl2          the embedded engine: pages, recorded steps, compiled layers
-    no compile   the same with the layers as they are
-    no graphs    nor are steps recorded: Python launches each kernel
-    dense        one block of memory a layer instead of pages, as on CPUs
+    no compile   the same without compiled layers
+    no graphs    also without recorded steps: Python launches each kernel
+    dense        one block of memory per layer instead of pages, as on CPUs
     continuous   transformers' continuous batching
-    generate     transformers' generate, all prompts in one batch, which runs until its longest response is done
+    generate     transformers' generate, all prompts in one batch, which runs until its longest response ends
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ REPEATED = ("rl2", "no compile")
 
 
 def measure(side: str, lm: Qwen3ForCausalLM) -> tuple[float, float]:
-    """Seconds, and GiB beyond the model."""
+    """Return seconds, and GiB beyond the model."""
     seconds = []
     for _ in range(4 if side in REPEATED else 1):
         torch.cuda.empty_cache()
@@ -153,14 +153,14 @@ def measure(side: str, lm: Qwen3ForCausalLM) -> tuple[float, float]:
         answers = SIDES[side](lm)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
-        assert [len(answer) for answer in answers] == task()[1], "a side did not generate what it was told to"
+        assert [len(answer) for answer in answers] == task()[1], "a side did not generate the requested lengths"
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     return median(seconds[1:] or seconds), peak
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    options.add_argument("--json", type=Path, help="file for the numbers")
+    options.add_argument("--json", type=Path, help="write the numbers to this file")
     options.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     arguments = options.parse_args()
     lm = make_model()
@@ -169,10 +169,10 @@ def main() -> None:
     numbers: dict[str, float] = {}
     for side in arguments.sides:
         if side != "rl2":
-            lm = make_model()  # what was compiled stays so
+            lm = make_model()  # compiled code is kept between sides
         try:
             seconds, peak = measure(side, lm)
-        except Exception as error:  # a peer that cannot run here leaves the others their numbers
+        except Exception as error:  # a peer that cannot run here must not affect the other sides
             if not side.startswith(("gen", "con")):
                 raise
             print(f"  {side:<12} {type(error).__name__}: {str(error)[:300]}", flush=True)

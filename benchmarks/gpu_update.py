@@ -1,11 +1,11 @@
-"""One optimizer step on a GPU: tokens a second, share of the peak, and memory.
+"""One optimizer step on a GPU: tokens per second, share of the peak, and memory.
 
     python benchmarks/gpu_update.py [--json FILE]
 
-Random Qwen3 of 0.6 and 1.7 billion parameters, bfloat16 with float32 masters, packed microbatches of 8,192 positions,
-four of them a step, sequences of 2,048 and of 512; `ppo` with entropy, so the whole vocabulary is seen in both passes.
-The share is of 989 TFLOP/s (dense bfloat16 of an H100 or H200) and counts 6 operations a parameter and token and causal
-attention, not what is computed again.
+Random Qwen3 of 0.6 and 1.7 billion parameters, bfloat16 with float32 master weights, packed microbatches of 8,192
+positions, four per step, sequences of 2,048 and of 512; `ppo` with entropy, so that both passes use the whole
+vocabulary. The share is of 989 TFLOP/s (dense bfloat16 of an H100 or H200) and counts 6 operations per parameter and
+token plus causal attention, without recomputation.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def measure(hidden_size: int, length: int, checkpointing: bool, steps: int, proc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
     processes = Processes.start(600)

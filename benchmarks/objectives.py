@@ -1,9 +1,9 @@
-"""Many objectives from one warm start: the demo's, with the same settings for all.
+"""Comparison of many objectives from one warm start, the demo's, with the same settings.
 
     python benchmarks/objectives.py [--steps 30] [--lr 5e-5] [--out runs/objectives]
 
-Each run takes 256 responses a step and is tested on the demo's 512 held-out problems. The warm start is made once, in
-OUT. Runs that a broken law stops end the script; their scores are one seed's.
+Each run takes 256 responses per step and is tested on the demo's 512 held-out problems. The warm start is created once,
+in OUT. A run that breaks an invariant ends the script. Scores are those of one seed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import transformers
 
 from RL2.reproduce.demo import (
     FULL,
+    JobBars,
     Method,
     Plan,
     ProgressBoard,
@@ -28,20 +29,20 @@ from RL2.reproduce.demo import (
     find_environment,
     method_job,
     num_cores,
-    run_jobs,
     warm_start,
 )
+from RL2.tools.jobs import run_jobs
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """A row of the table."""
 
     method: str
     greedy: float
     sampled: float
     entropy: tuple[float, float]
-    """Of the rollouts: in the first three steps and in the last three."""
+    """Entropy of the rollouts in the first three steps and in the last three."""
     length: float
     logp_gap_max: float
 
@@ -56,7 +57,7 @@ METHODS = (
     Method("spo_0p5_all", "spo_0p5, all", "spo_0p5", 1, (*SUCCESSFUL, "actor.path.region=all")),
     Method("ppo", "ppo (Dr. GRPO)", "ppo", 4, ()),
     Method("sapo", "sapo", "ppo", 4, ("actor.objective=sapo",)),
-    # with one update a rollout the ratio is 1, and sapo is ppo
+    # with one update per rollout the ratio is 1, and sapo equals ppo
     Method("ppo_4", "ppo, 4 updates", "ppo", 4, ("actor.update_per_rollout=4",)),
     Method("sapo_4", "sapo, 4 updates", "ppo", 4, ("actor.update_per_rollout=4", "actor.objective=sapo")),
 )
@@ -105,7 +106,7 @@ def main() -> None:
                 (*method.settings, f"actor.lr={options.lr}"),
             )
             jobs.append(method_job(own, plan, out, options.seed, env_path))
-        run_jobs(jobs, num_cores(), board)
+        run_jobs(jobs, num_cores(), JobBars(board))
         before, *after = evaluate(
             [warm / "latest", *(job.folder / "latest" for job in jobs)], out, env_path, options.seed, board
         )

@@ -1,15 +1,17 @@
-"""The plan of who computes what, against Karmarkar-Karp: microbatches, imbalance, time to plan.
+"""Plan of microbatches against Karmarkar-Karp: number of microbatches, imbalance, planning time.
 
     python benchmarks/packing.py [--json FILE]
 
-512 sequences a step, over 2 to 64 ranks. Lengths: *long-tailed* (log-normal, median 1,000, cut at 16,000), *bimodal*
+512 sequences per step on 2 to 64 ranks. Lengths: *long-tailed* (log-normal, median 1,000, cut at 16,000), *bimodal*
 (four fifths 200 to 600, the others 8,000 to 15,000), *GSM8K-like* (a question of about 100 tokens, an answer of about
-150), and *GSM8K-like groups*: the same in units of four that stay together. At most 16,384 tokens a microbatch, for
-GSM8K 8,192. Imbalance: ranks meet in every microbatch, so a step takes the sum over microbatches of the dearest rank's
-cost; that over the sum of the means, in excess of 1. *Of totals*: the same of what a rank computes in the whole step,
-as if ranks did not meet. Karmarkar-Karp (largest differencing, into as many sets as there are microbatches) knows no
-limit of tokens: if it is broken, there is one microbatch more. *tokens*: longest first into the emptiest, by tokens
-alone.
+150), and *GSM8K-like groups*: the same in units of four that stay together. At most 16,384 tokens per microbatch, for
+GSM8K 8,192.
+
+Imbalance: ranks synchronise in every microbatch, so a step takes the sum over microbatches of the largest cost of a
+rank; the imbalance is that divided by the sum of the means, minus 1. *Of totals*: the same for what a rank computes in
+the whole step, as if ranks did not synchronise. Karmarkar-Karp (largest differencing, into as many sets as there are
+microbatches) has no limit of tokens: if the limit is exceeded, one microbatch is added. *tokens*: longest first into
+the emptiest, by tokens alone.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ LENGTHS: dict[str, tuple[Callable[[random.Random], list[int]], int]] = {
     "GSM8K-like": (gsm8k, 8_192),
     "GSM8K-like groups": (gsm8k_groups, 8_192),
 }
-"""Name -> lengths of the sequences of one unit, and the limit of tokens."""
+"""Name -> generator of the lengths of one unit, and the limit of tokens."""
 
 
 def by_tokens(lengths: Sequence[int], costs: Sequence[float], limit: int, ranks: int, number: int) -> Rounds | None:
@@ -64,7 +66,7 @@ def by_tokens(lengths: Sequence[int], costs: Sequence[float], limit: int, ranks:
 def karmarkar_karp(
     lengths: Sequence[int], costs: Sequence[float], limit: int, ranks: int, number: int
 ) -> Rounds | None:
-    """Join the two partitions that differ most within themselves, largest set to smallest, until one is left."""
+    """Join the two partitions with the largest inner difference, largest set to smallest, until one is left."""
     size = ranks * number
     heap: list[tuple[float, int, list[tuple[float, Any]]]] = [
         (-costs[i], i, [(costs[i], i)] + [(0.0, None)] * (size - 1)) for i in range(len(costs))
@@ -93,7 +95,7 @@ def _leaves(tree: Any) -> list[int]:
 
 
 def fewest(fill: Callable[..., Rounds | None]) -> Callable[..., Rounds]:
-    """`fill` with as few microbatches as it can."""
+    """Return `fill` with as few microbatches as it can use."""
 
     def planned(lengths: Sequence[int], costs: Sequence[float], limit: int, ranks: int) -> Rounds:
         number = max(1, math.ceil(sum(lengths) / (limit * ranks)))
@@ -143,7 +145,7 @@ def measure(way: Callable[..., Rounds], name: str, ranks: int) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
     options = parser.parse_args()
     results = {}
     print(f"{'lengths':20}{'ranks':>5}  {'way':16}{'microbatches':>12}{'imbalance':>11}{'of totals':>11}{'ms':>8}")

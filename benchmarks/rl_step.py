@@ -3,21 +3,20 @@
     make setup
     python benchmarks/rl_step.py [--steps 5] [--json FILE]
 
-Both sides train the same random Qwen3 of 3.3 million parameters in float32 by Dr. GRPO: 32 prompts of 20 to 60 tokens,
-4 responses each, one optimizer step on all 128. Two cases:
+Both sides train the same random Qwen3 of 3.3 million parameters in float32 with Dr. GRPO: 32 prompts of 20 to 60
+tokens, 4 responses each, one optimizer step on all 128. Two cases:
 
-    ragged   a response ends with probability 1/60 a token, cap 512
+    ragged   a response ends with probability 1/60 per token, at most 512 tokens
     fixed    every response has 128 tokens
 
-Each side is a process of its own, so that its peak memory is its own. They take turns, step by step; times are medians,
-so that a busy machine disturbs both alike. On a machine that others use too, set OMP_WAIT_POLICY=PASSIVE (threads that
-spin while they wait are far slower there); processor seconds say more than seconds then. `memory` is what the steps add
-to the process at their peak: weights and libraries are loaded before; gradients, optimizer state, cache and activations
-come with the steps.
+Each side is a separate process, so that its peak memory is its own. Sides alternate step by step and times are medians,
+so that load affects both alike. On a shared machine set OMP_WAIT_POLICY=PASSIVE (threads that spin while they wait are
+far slower there); processor seconds are then more informative than seconds. `memory` is the peak that steps add to the
+process: weights and libraries are loaded before; gradients, optimizer state, cache and activations come with the steps.
 
-TRL's settings are its fast ones here: no gradient checkpointing, no reference model, no logging or saving, generation
-by transformers with a cache, and one batch of 128 (--peer-batch). RL2's microbatches are bounded in tokens
-(--max-length), as its commands always are. The losses are the same but for a constant factor: TRL divides by the cap on
+TRL has its fastest settings for this case: no gradient checkpointing, no reference model, no logging or saving,
+generation by transformers with a cache, and one batch of 128 (--peer-batch). RL2's microbatches are bounded in tokens
+(--max-length), as its programs always are. The losses are equal up to a constant factor: TRL divides by the limit of
 tokens, RL2 by their number.
 """
 
@@ -48,7 +47,7 @@ LEARNING_RATE = 1e-6
 class Case:
     name: str
     end_probability: float
-    """Of the end token, at every position."""
+    """Probability of the end token at every position."""
     max_new_tokens: int
 
 
@@ -87,10 +86,10 @@ def write_task(folder: Path, case: Case) -> None:
 
 
 def write_model(folder: Path, end_probability: float, end: int, pad: int) -> None:
-    """A random model that draws `end` with about `end_probability` wherever it stands.
+    """Write a random model that samples `end` with about `end_probability` at every position.
 
-    Feature 0 of the residual stream is a constant: embeddings set it and no layer writes to it. The head reads it for
-    the end token alone, as a bias would be read.
+    Feature 0 of the residual stream is a constant: embeddings set it and no layer writes to it. The head uses it only
+    for the end token, like a bias.
     """
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -128,7 +127,7 @@ def write_model(folder: Path, end_probability: float, end: int, pad: int) -> Non
     model.save_pretrained(folder)
 
 
-# A side: a process that makes one step whenever it is told to.
+# A side: a process that makes one step on request.
 
 
 def answer(turns: Turns, rollout_s: float, **values: float) -> None:
@@ -137,8 +136,7 @@ def answer(turns: Turns, rollout_s: float, **values: float) -> None:
 
 
 def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
-    """The body of RL2.trainer.rl.train, without its report."""
-
+    """Run the loop of RL2.trainer.rl.train, without its report."""
     from RL2.batch.packing import pack
     from RL2.config.load import load
     from RL2.config.programs import RLConfig
@@ -198,7 +196,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
 
 
 def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
-    """TRL's GRPOTrainer, with a callback that waits between steps and a clock around its rollout."""
+    """Run TRL's GRPOTrainer, with a callback that waits between steps and a clock around its rollout."""
     import zlib
 
     import datasets
@@ -259,7 +257,7 @@ def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
         model=str(folder),
         reward_funcs=reward,
         args=settings,
-        train_dataset=datasets.Dataset.from_list(rows * 1000),  # no end of an epoch within the benchmark
+        train_dataset=datasets.Dataset.from_list(rows * 1000),  # so that no epoch ends within the benchmark
         callbacks=[Gate()],
     )
     trainer.train()
@@ -268,7 +266,7 @@ def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
 SIDES: dict[str, Callable[[Path, argparse.Namespace, Turns], None]] = {"ours": ours, "theirs": theirs}
 
 
-# The parent: lets the sides take turns and compares.
+# The parent lets the sides alternate and compares them.
 
 
 ROWS = (
@@ -284,7 +282,7 @@ ROWS = (
 
 
 def measure(case: Case, options: argparse.Namespace) -> Steps:
-    """The steps of both sides, after a warm-up of one step each."""
+    """Return the steps of both sides, after a warm-up of one step each."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_task(folder, case)
@@ -296,8 +294,8 @@ def measure(case: Case, options: argparse.Namespace) -> Steps:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--max-length", type=int, default=4096, help="RL2: tokens of a microbatch")
-    arguments.add_argument("--peer-batch", type=int, default=128, help="TRL: sequences of a microbatch")
+    arguments.add_argument("--max-length", type=int, default=4096, help="RL2: tokens per microbatch")
+    arguments.add_argument("--peer-batch", type=int, default=128, help="TRL: sequences per microbatch")
     arguments.add_argument("--case", choices=[case.name for case in CASES], help="only this case")
     arguments.add_argument("--folder", help=argparse.SUPPRESS)
     arguments.add_argument("--max-new-tokens", type=int, help=argparse.SUPPRESS)

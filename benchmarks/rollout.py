@@ -1,20 +1,20 @@
-"""Generated tokens a second: the embedded engine beside transformers and vLLM.
+"""Generated tokens per second: the embedded engine, transformers and vLLM.
 
     python benchmarks/rollout.py [--steps 3] [--json FILE] [--vllm .venv-vllm/bin/python]
 
 128 prompts of 20 to 60 tokens, continued at temperature 1 by a random Qwen3 of 3.3 million parameters, float32. Each
-response has a length of its own, drawn from a long-tailed distribution (log-normal, median 60 tokens, 512 at most), and
-every side is told it: there is no end token. Sides take turns in one run; times are medians.
+response has its own length, drawn from a long-tailed distribution (log-normal, median 60 tokens, at most 512) and fixed
+for every side; there is no end token. Sides alternate in one run; times are medians.
 
     rl2          the embedded engine, all requests at once, its decoding step compiled (rollout.compile=true)
     plain        the same, not compiled
-    generate     transformers' generate, all prompts in one batch, which runs until its longest response is done
-    batches      the same in batches of 16, 32 or 64 one after the other, whichever is fastest in the warm-up
+    generate     transformers' generate, all prompts in one batch, which runs until its longest response ends
+    batches      the same in consecutive batches of 16, 32 or 64, whichever is fastest in the warm-up
     continuous   transformers' continuous batching
-    vllm         a vLLM server (with --vllm), compiled, asked over HTTP
+    vllm         a vLLM server (with --vllm), compiled, over HTTP
     vllm plain   the same, not compiled
 
-Beside it: how many positions a prefill computes for 16 prompts of 300 tokens with 8 samples each.
+It also counts the positions that a prefill computes for 16 prompts of 300 tokens with 8 samples each.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIDES = ("rl2", "plain", "generate", "batches", "continuous")
 
 
 def task() -> tuple[list[list[int]], list[int]]:
-    """Prompts, and how many tokens shall follow each."""
+    """Return prompts, and the number of tokens to generate for each."""
     draw = random.Random(0)
     prompts = [[draw.randrange(VOCABULARY) for _ in range(draw.randint(20, 60))] for _ in range(NUM_PROMPTS)]
     lengths = [min(CAP, max(1, round(draw.lognormvariate(math.log(MEDIAN), 0.9)))) for _ in range(NUM_PROMPTS)]
@@ -51,7 +51,7 @@ def check(answers: list[list[int]], lengths: list[int]) -> None:
     assert [len(answer) for answer in answers] == lengths, "a side did not generate what it was told to"
 
 
-# A side: a process that generates everything whenever it is told to.
+# A side: a process that generates everything on request.
 
 
 def rl2(folder: Path, turns: Turns, compiles: bool) -> None:
@@ -82,7 +82,7 @@ def transformers_batches(folder: Path, turns: Turns, sizes: tuple[int, ...]) -> 
     lm = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     class AtLength(StoppingCriteria):
-        """Each row ends at a length of its own."""
+        """Stopping criterion that ends each row at its own length."""
 
         def __init__(self, ends: torch.Tensor) -> None:
             self.ends = ends
@@ -145,7 +145,7 @@ def continuous(folder: Path, turns: Turns) -> None:
 
 
 def vllm(folder: Path, turns: Turns, python: str, compiles: bool) -> None:
-    """A server of ours, asked as in training; its processor time is its own."""
+    """Run a vLLM server, called as in training; its processor time is measured separately."""
     import secrets
 
     import httpx
@@ -195,7 +195,7 @@ def vllm(folder: Path, turns: Turns, python: str, compiles: bool) -> None:
 
 
 def prefill_work(folder: Path) -> tuple[int, int]:
-    """Positions that prefill computes for 16 prompts of 300 tokens with 8 samples each, and without sharing."""
+    """Return the positions that prefill computes for 16 prompts with 8 samples each, and without sharing."""
     from RL2.engines.embedded.engine import EmbeddedEngine
     from RL2.models.policy import load_model
     from RL2.types import Sampling

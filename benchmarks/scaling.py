@@ -1,13 +1,13 @@
-"""An update on 1, 2 and 4 processes: seconds, memory, and what is sent against the formula of docs/scaling.md.
+"""An update on 1, 2 and 4 processes: seconds, memory, and traffic against the formula of docs/scaling.md.
 
     python benchmarks/scaling.py [--steps 3] [--json FILE]
 
-A random Qwen3 of 4 million parameters, `ppo` with entropy, float32, gloo, one thread a process, activations
-recomputed. *Same work*: 24 sequences of 100 to 400 tokens a step whatever the number of processes; *same a process*: 12
-for each part of the data. Layouts run one after the other. CPU is the time of all processes together: where cores are
-fewer than processes, or busy, it says what is computed twice and what communication costs, and seconds say little.
-Memory is what loading and updating add at the peak, of the process that adds most. Sent is what a process sends in a
-step, at most, as a ring would; small change such as metrics is counted and not in the formula.
+A random Qwen3 of 4 million parameters, `ppo` with entropy, float32, gloo, one thread per process, recomputed
+activations. *Same work*: 24 sequences of 100 to 400 tokens per step for any number of processes; *same a process*: 12
+for each part of the data. Layouts run in sequence. CPU is the time of all processes together: with fewer or busy cores
+it shows what is computed twice and what communication costs, and seconds are not informative. Memory is the peak that
+loading and updating add, on the process where it is largest. Sent is the most that a process sends per step, as a ring
+would; minor traffic such as metrics is counted but not in the formula.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def make_batch(sequences: int) -> TokenBatch:
 
 
 def member(rank: int, layout: Layout, sequences: int, steps: int, folder: Path, port: int) -> None:
-    """One process of a layout; leaves its numbers in `folder`."""
+    """Run one process of a layout; write its numbers to `folder`."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(layout.size), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -116,7 +116,7 @@ def member(rank: int, layout: Layout, sequences: int, steps: int, folder: Path, 
 
 
 def measure(layout: Layout, sequences: int, steps: int, folder: Path) -> dict[str, float]:
-    """Of all processes the most; of the formula, of the process that is furthest from it."""
+    """Return the largest numbers over all processes, and the formula for the process that deviates most."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

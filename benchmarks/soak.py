@@ -1,17 +1,17 @@
-"""A long run in which much goes wrong: does its memory grow, does it lose or double anything?
+"""Long run with injected faults: does memory grow, are rows lost or repeated?
 
     python benchmarks/soak.py [--steps 2000] [--engine vllm] [--out FOLDER] [--json FILE] [--plot FILE.svg]
 
-`spo` on word problems, 4 prompts with 4 samples a step, a model of 245,000 parameters, rollouts from a server (vllm:
-that of `make engine`; sglang: the tests' stand-in; embedded: none). Of the calls of the environment 2% raise, 1%
-answer too late, 1% with NaN, 1% with something else than a result, and every 4,000th blocks its thread. Every minute
-or so a process of the server is killed (SIGKILL). What is drawn at random is drawn by `--seed`.
+`spo` on word problems, 4 prompts with 4 samples per step, a model of 245,000 parameters, rollouts from a server (vllm:
+the one of `make engine`; sglang: the tests' stand-in; embedded: none). Of the environment's calls 2% raise, 1% answer
+too late, 1% return NaN, 1% return something that is not a result, and every 4,000th blocks its thread. About once a
+minute a process of the server is killed (SIGKILL). Random choices follow `--seed`.
 
-At the end this has to hold, or the exit code is 1:
+At the end all of these must hold, or the exit code is 1:
 
-    ledger       each row was trained on once in each epoch, in the order of the epoch, by all its samples
-    environment  it was called once for each trajectory; as many are unscored as calls went wrong
-    memory       the trainer's, in the mean of the last tenth of the steps, is at most 5% above that of the second tenth
+    rows         each row was trained on once per epoch, in the order of the epoch, with all its samples
+    environment  it was called once per trajectory; as many are unscored as calls failed
+    memory       the trainer's mean over the last tenth of the steps is at most 5% above that of the second tenth
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 PROMPTS, SAMPLES, ROWS = 4, 4, 250
 LOOK_EVERY_S = 0.5
 STEP_LIMIT_S = 300
-"""Without a step the run hangs."""
+"""Seconds without a step after which the run counts as hanging."""
 CALL_LIMIT_S = 0.5
 
 ENVIRONMENT = """
@@ -116,7 +116,7 @@ def start(folder: Path, arguments: argparse.Namespace) -> subprocess.Popen[bytes
 
 
 def watch(run: subprocess.Popen[bytes], folder: Path, arguments: argparse.Namespace) -> list[dict[str, float]]:
-    """Step, seconds, MiB of the trainer and of the servers, kills so far; until the run ends."""
+    """Return rows of step, seconds, MiB of the trainer and the servers, and kills so far, until the run ends."""
     draw, trainer = Random(f"{arguments.seed} kills"), psutil.Process(run.pid)
     begun = stepped = time.monotonic()
     kill_at = begun + arguments.kill_every_s
@@ -135,7 +135,7 @@ def watch(run: subprocess.Popen[bytes], folder: Path, arguments: argparse.Namesp
             try:
                 servers = trainer.children(recursive=True)
                 mib = [process.memory_info().rss / 2**20 for process in (trainer, *servers)]
-            except psutil.NoSuchProcess:  # one has just ended
+            except psutil.NoSuchProcess:  # a process has just ended
                 continue
             seen.append(
                 {"step": step, "s": now - begun, "trainer_mib": mib[0], "servers_mib": sum(mib[1:]), "kills": kills}
@@ -154,28 +154,28 @@ def rows(file: Path) -> list[dict[str, Any]]:
 def check(
     folder: Path, seen: list[dict[str, float]], steps: int, max_growth: float
 ) -> tuple[dict[str, Any], list[str]]:
-    """The numbers, and what does not hold."""
+    """Return the numbers, and the conditions that do not hold."""
     samples, calls = rows(folder / "run" / "samples.jsonl"), rows(folder / "calls.jsonl")
     wrong = []
     groups = dict[tuple[int, int], list[tuple[int, int]]]()
     for sample in samples:
         groups.setdefault((sample["step"], sample["group"]), []).append((sample["row"], sample["sample"]))
     if sorted(groups) != [(step, group) for step in range(steps) for group in range(PROMPTS)]:
-        wrong.append(f"ledger: {len(groups)} groups, not {PROMPTS} of {steps} steps")
+        wrong.append(f"rows: {len(groups)} groups, not {PROMPTS} of {steps} steps")
     for place, of in groups.items():
         if sorted(of) != [(of[0][0], sample) for sample in range(SAMPLES)]:
-            wrong.append(f"ledger: group {place} has rows and samples {of}")
+            wrong.append(f"rows: group {place} has rows and samples {of}")
     drawn = [of[0][0] for _, of in sorted(groups.items())]
     for epoch in range(0, len(drawn), ROWS):
         part = drawn[epoch : epoch + ROWS]
         if len(set(part)) != len(part):
-            wrong.append(f"ledger: a row comes twice in epoch {epoch // ROWS}")
+            wrong.append(f"rows: a row occurs twice in epoch {epoch // ROWS}")
     faults = Counter(call["fault"] for call in calls if call["fault"])
     unscored = Counter(sample["unscored"] is not None for sample in samples)[True]
     if len(calls) != len(samples) or Counter(c["row"] for c in calls) != Counter(s["row"] for s in samples):
         wrong.append(f"environment: {len(calls)} calls for {len(samples)} trajectories")
     if unscored != sum(faults.values()):
-        wrong.append(f"environment: {unscored} unscored, {sum(faults.values())} calls went wrong")
+        wrong.append(f"environment: {unscored} unscored, {sum(faults.values())} calls failed")
     tenth = max(1, steps // 10)
     early = [at["trainer_mib"] for at in seen if tenth <= at["step"] < 2 * tenth]
     late = [at["trainer_mib"] for at in seen if at["step"] >= steps - tenth]
@@ -201,7 +201,7 @@ def check(
 
 
 def plot(seen: list[dict[str, float]], file: Path) -> None:
-    """Memory of the trainer over the steps, and where servers were killed; plain SVG."""
+    """Plot the trainer's memory over the steps, and the kills of servers, as plain SVG."""
     width, height, left, top = 720, 240, 56, 20
     last, highest = max(at["step"] for at in seen), 1.15 * max(at["trainer_mib"] for at in seen)
 
@@ -238,11 +238,11 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=2000)
     options.add_argument("--engine", choices=("vllm", "sglang", "embedded"), default="vllm")
     options.add_argument("--kill-every-s", type=float, default=60.0)
-    options.add_argument("--max-growth", type=float, default=0.05, help="of the trainer's memory")
+    options.add_argument("--max-growth", type=float, default=0.05, help="limit of the growth of the trainer's memory")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--out", type=Path, help="folder for the run, which stays; otherwise it is temporary")
-    options.add_argument("--json", type=Path, help="file for the numbers")
-    options.add_argument("--plot", type=Path, help="file for the picture")
+    options.add_argument("--out", type=Path, help="folder for the run; default: a temporary one")
+    options.add_argument("--json", type=Path, help="write the numbers to this file")
+    options.add_argument("--plot", type=Path, help="write the plot to this file")
     arguments = options.parse_args()
     folder = arguments.out or Path(tempfile.mkdtemp(prefix="rl2-soak-"))
     folder.mkdir(parents=True, exist_ok=True)

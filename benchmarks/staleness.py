@@ -1,12 +1,11 @@
-"""What training on samples of older weights gains in time and costs in score, on the demo's task with long tails.
+"""Cost in score and gain in time of training on stale samples, on the demo's task with long tails.
 
     python benchmarks/staleness.py [--seeds 3] [--steps 60] [--json FILE]
 
-Word problems of the demo with 1 to 20 steps of calculation, so that responses have 12 to 200 tokens; a model of
-245,000 parameters is warmed up on careless demonstrations, and SPO 3.2 goes on from there: on-policy, with rollouts
-1, 2 and 4 steps ahead beside the training, and with partial rollouts. Runs of one seed follow each other, so that a
-busy machine disturbs all alike. On-policy both phases have two threads, or one; ahead, each has one beside the other.
-Scores are greedy, on problems that were held out.
+Word problems of the demo with 1 to 20 steps of calculation, so that responses have 12 to 200 tokens. A model of 245,000
+parameters is warmed up on careless demonstrations, and SPO 3.2 continues from there: on-policy, with rollouts 1, 2 and
+4 steps ahead of training, and with partial rollouts. Runs of one seed follow each other, so that load affects all
+alike. On-policy, both phases have two threads, or one; ahead, each has one. Scores are greedy, on held-out problems.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ MODES: dict[str, tuple[str, ...]] = {
 
 
 def prepare(folder: Path, seed: int, warmup_steps: int) -> None:
-    """Data and a warmed-up model of one seed."""
+    """Create the data and a warmed-up model of one seed."""
     folder.mkdir()
     draw = partial(draw_problems, draw=partial(draw_problem, counts=COUNTS, weights=WEIGHTS))
     rng, demonstrator = Random(f"{seed} demonstrator"), Demonstrator(traps=0.8, slip=0.01)
@@ -99,7 +98,7 @@ def train(folder: Path, mode: str, seed: int, steps: int) -> dict[str, float]:
     rows = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
     steady = rows[steps // 4 : steps]
     numbers = {
-        # a mean, because waiting is not even over steps
+        # a mean, because the wait varies between steps
         "step_s": fmean(row["time/step_s"] for row in steady),
         "before": rows[0]["test/score"],
         "after": rows[-1]["test/score"],

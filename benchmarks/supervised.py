@@ -4,17 +4,17 @@
     python benchmarks/supervised.py [--steps 5] [--json FILE]
 
 Both sides train the same random Qwen3 of 3.3 million parameters in float32, with one optimizer step on the same 32 rows
-again and again. Sequences have 20 to 400 tokens, evenly spread; in DPO a prompt has half of its pair's longer sequence.
-Tokens count as TRL counts them: all that are not padding, prompts of both sequences of a pair included. RL2 computes a
-prompt that two sequences share once, TRL twice.
+each time. Sequences have 20 to 400 tokens, uniformly distributed; in DPO a prompt has half of its pair's longer
+sequence. Tokens are counted as in TRL: all that are not padding, including the prompts of both sequences of a pair. RL2
+computes a prompt that two sequences share once, TRL twice.
 
-Each side is a process of its own. They take turns, step by step; times are medians, so that a busy machine disturbs
-both alike. TRL's settings are its fast ones here: no gradient checkpointing, the reference's log-probabilities computed
-before (as RL2 does), no logging or saving. Its packing needs kernels that a CPU does not have, so it pads; microbatches
-of 8 rows (--peer-batch) were its fastest. RL2's are bounded in tokens (--max-length).
+Each side is a separate process. Sides alternate step by step and times are medians, so that load affects both alike.
+TRL has its fastest settings for this case: no gradient checkpointing, the reference's log-probabilities computed before
+(as in RL2), no logging or saving. Its packing needs kernels that a CPU does not have, so it pads; microbatches of 8
+rows (--peer-batch) were its fastest. RL2's are bounded in tokens (--max-length).
 
 `token_utilisation` is the share of real tokens among the positions that run through the model in the SFT step (RL2: its
-linear layers); attention on a CPU works on padded blocks, and `attention_utilisation` is the share of real ones there.
+linear layers). Attention on a CPU works on padded blocks; `attention_utilisation` is the share of real tokens there.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def write_task(folder: Path, case: str) -> None:
     tokenizer.save_pretrained(folder)
 
     def text(tokens: int) -> str:
-        """Of about so many tokens; it begins with a blank, so that none lies across its beginning."""
+        """Return a text of about so many tokens; it begins with a blank, so that no token crosses its beginning."""
         found = ""
         while len(tokenizer.encode(found)) < tokens:
             found += " " + rng.choice(words)
@@ -69,11 +69,11 @@ def write_task(folder: Path, case: str) -> None:
     write_model(folder, 0.01, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
-# A side: a process that makes one step whenever it is told to.
+# A side: a process that makes one step on request.
 
 
 class Positions:
-    """Counts the positions that run through a model."""
+    """Counter of the positions that run through a model."""
 
     def __init__(self, lm: Any) -> None:
         self.number = 0
@@ -88,7 +88,7 @@ class Positions:
 
 
 def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
-    """The body of RL2.trainer.supervised.fit, without its report."""
+    """Run the loop of RL2.trainer.supervised.fit, without its report."""
     from functools import partial
 
     from RL2.batch.packing import loss_weights, microbatches, sequence_weights
@@ -153,7 +153,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
 
 
 def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
-    """TRL's trainer, with a callback that waits between steps."""
+    """Run TRL's trainer, with a callback that waits between steps."""
     import datasets
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -210,7 +210,7 @@ def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
         args=SFTConfig(completion_only_loss=True, **settings)
         if sft
         else DPOConfig(beta=0.1, precompute_ref_log_probs=True, **settings),
-        # no end of an epoch within the benchmark
+        # no epoch ends within the benchmark
         train_dataset=datasets.Dataset.from_list(rows * (options.steps + 2)),
         processing_class=AutoTokenizer.from_pretrained(folder),
         callbacks=[Gate()],
@@ -221,11 +221,11 @@ def theirs(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
 SIDES: dict[str, Callable[[Path, argparse.Namespace, Turns], None]] = {"ours": ours, "theirs": theirs}
 
 
-# The parent: lets the sides take turns and compares.
+# The parent lets the sides alternate and compares them.
 
 
 def measure(case: str, options: argparse.Namespace) -> Steps:
-    """The steps of both sides, after a warm-up of one step each."""
+    """Return the steps of both sides, after a warm-up of one step each."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_task(folder, case)
@@ -243,7 +243,7 @@ ROWS: Rows = (
 
 
 def compare(case: str, steps: Steps) -> dict[str, float]:
-    """What `ratios` says, tokens a second and, of SFT, the utilisation."""
+    """Return the result of `ratios`, tokens per second and, for SFT, the utilisation."""
     numbers = ratios(steps, "ours", "theirs", ROWS)
     mine, peer = steps["ours"][0], steps["theirs"][0]
     assert mine["tokens"] == peer["tokens"]
@@ -262,8 +262,8 @@ def compare(case: str, steps: Steps) -> dict[str, float]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--max-length", type=int, default=2048, help="RL2: tokens of a microbatch")
-    arguments.add_argument("--peer-batch", type=int, default=8, help="TRL: rows of a microbatch")
+    arguments.add_argument("--max-length", type=int, default=2048, help="RL2: tokens per microbatch")
+    arguments.add_argument("--peer-batch", type=int, default=8, help="TRL: rows per microbatch")
     arguments.add_argument("--case", choices=CASES, help="only this case")
     arguments.add_argument("--folder", help=argparse.SUPPRESS)
     options = arguments.parse_args()

@@ -1,16 +1,16 @@
-"""Token statistics, forward and backward, without the logits and with them.
+"""Token statistics, forward and backward, with and without materialised logits.
 
     python benchmarks/token_stats.py [--steps 5] [--json FILE] [--device cuda --dtype bfloat16]
 
 Two tables, T tokens of hidden size D and a head of V rows:
 
-    spo     the five statistics of `spo` (logp, log1mp, max_logp, max_log1mp, entropy): `token_stats` against the way
-            of the SPO fork: dense float32 logits over the temperature, logsumexp, two masked clones, softmax entropy,
-            autograd
+    spo     the five statistics of `spo` (logp, log1mp, max_logp, max_log1mp, entropy): `token_stats` against the
+            method of the SPO fork: dense float32 logits over the temperature, logsumexp, two masked clones, softmax
+            entropy, autograd
     logp    the log-probability alone: `token_stats` against TRL's chunked log-probability, in TRL's own tile sizes
 
-Each side is a process of its own; they take turns. Times are medians; memory is what a step adds at its peak to
-hidden states, head and labels: the gradient of the head, which every side must have, and what it works with.
+Each side is a separate process; sides alternate. Times are medians. Memory is what a step adds at its peak to hidden
+states, head and labels: the gradient of the head, which every side needs, and working memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def ours(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, fields: tuple[str
 
 
 def fork(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> list[Tensor]:
-    """The statistics from the logits, each by the shortest way."""
+    """Return the statistics from the logits, each by the shortest formula."""
     logits_TV = (hidden_TD @ head_VD.T).float() / TEMPERATURE
     total_T = logits_TV.logsumexp(-1)
     top_T, mode_T = logits_TV.max(-1)
@@ -64,7 +64,7 @@ def trl(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> list[Tensor]:
 
 
 TRL_CHUNK = 32_768
-"""Columns of a tile in TRL's trainers."""
+"""Columns per tile in TRL's trainers."""
 
 SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], list[Tensor]]] = {
     "spo": lambda hidden, head, labels: ours(hidden, head, labels, SPO),
@@ -98,7 +98,7 @@ def run_side(options: argparse.Namespace) -> None:
         )
         _synchronize(device)
         assert head_VD.grad is not None
-        # the sum of all gradients' squares, for the parent to see that both sides computed the same
+        # the squared norm of all gradients, so that the parent can check that both sides computed the same
         norm = float(head_VD.grad.float().norm())
         values = {"forward_s": forward_s, "norm": norm}
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Counts what collectives send."""
+"""Counter of the bytes that collectives send."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ KINDS = {
     "all-to-all": ("alltoall_base_", "all_to_all_single"),
 }
 KIND = {name: kind for kind, names in KINDS.items() for name in names}
-"""Name of an operation of torch -> what it is."""
+"""Name of an operation of torch -> kind of collective."""
 LOCAL = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
-"""Operations beside them that send nothing to speak of."""
+"""Other operations, which send negligible amounts."""
 
 
 class Traffic(TorchDispatchMode):
-    """While it is entered: bytes that this process sends, and calls, by (collective, number of processes in it).
+    """Mode that counts bytes sent by this process, and calls, by (collective, number of processes).
 
-    As a ring sends them: of S bytes put together or summed by n processes each sends S (n - 1) / n; an all-reduce is
-    both; an all-to-all sends what is for others.
+    Bytes are those of a ring: of S bytes gathered or reduced over n processes each sends S (n - 1) / n; an all-reduce
+    does both; an all-to-all sends the parts of other processes.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Traffic(TorchDispatchMode):
         self.calls: dict[tuple[str, int], int] = defaultdict(int)
 
     def by_collective(self) -> dict[str, float]:
-        """Bytes by collective alone."""
+        """Return bytes by collective."""
         total: dict[str, float] = defaultdict(float)
         for (collective, _), size in self.sent.items():
             total[collective] += size
@@ -44,7 +44,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # it comes again, as operations on what is here
+            return NotImplemented  # it is dispatched again, as operations on local tensors
         out = func(*args, **(kwargs or {}))
         space, _, name = func._schema.name.partition("::")
         if space in ("c10d", "_c10d_functional") and name not in LOCAL:

@@ -1,4 +1,4 @@
-"""Sides of a benchmark: a process each, so that peak memory is its own, which take turns, so that noise hits all alike.
+"""Sides of a benchmark: separate processes, for separate peak memory, that alternate, so that noise affects all alike.
 
 The parent starts `Side`s and lets them step in turn; a side is the same script with `--side NAME`, which loops over
 `Turns`.
@@ -19,20 +19,20 @@ from statistics import median
 from typing import IO
 
 Steps = dict[str, list[dict[str, float]]]
-"""Of each side by name, what its steps answered."""
+"""Name of a side -> answers of its steps."""
 
 
 class Turns:
-    """The side's end of the conversation: waits to be told, makes a step, answers."""
+    """Connection of a side to the parent: waits for a request, makes a step, answers."""
 
     def __init__(self) -> None:
         self.answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print does not get in between
+        os.dup2(2, 1)  # output of libraries must not mix with the answers
         self.begun = self.begun_cpu = 0.0
         self.loaded_mb = 0.0
 
     def wait(self) -> bool:
-        """Until the next step is due; false after the last."""
+        """Wait until the next step is due; return False after the last."""
         if not self.begun:
             self.loaded_mb = memory_mb("VmRSS")
         due = sys.stdin.readline() == "step\n"
@@ -40,7 +40,7 @@ class Turns:
         return due
 
     def answer(self, **values: float) -> None:
-        """Seconds of the step and memory that steps add at their peak, and `values`, which win over these."""
+        """Send the seconds of the step and the peak memory that steps add, updated by `values`."""
         times = {"step_s": time.perf_counter() - self.begun, "cpu_s": time.process_time() - self.begun_cpu}
         peak_mb = memory_mb("VmHWM")
         memory = {"peak_mb": peak_mb, "memory_mb": peak_mb - self.loaded_mb}
@@ -48,13 +48,13 @@ class Turns:
 
 
 def memory_mb(name: str) -> float:
-    """Resident memory of this process, now (VmRSS) or at its peak (VmHWM)."""
+    """Return resident memory of this process in MB, now (VmRSS) or at its peak (VmHWM)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{name}:")[1].split()[0]) / 1024
 
 
 class Side:
-    """A process, told to make a step."""
+    """Process that makes steps on request."""
 
     def __init__(self, script: str, name: str, arguments: Sequence[str], threads: int, log: Path) -> None:
         self.name, self.log = name, log
@@ -70,7 +70,7 @@ class Side:
 
     def step(self) -> dict[str, float]:
         into, out = self._pipes()
-        with contextlib.suppress(BrokenPipeError):  # the log says why
+        with contextlib.suppress(BrokenPipeError):  # the log has the reason
             print("step", file=into, flush=True)
         if not (answer := out.readline()):
             sys.exit(f"{self.name} stopped:\n{self.log.read_text()[-3000:]}")
@@ -88,7 +88,7 @@ class Side:
 
 
 def alternate(sides: Sequence[Side], steps: int) -> Steps:
-    """`steps` steps of each side in turn, after a warm-up of one."""
+    """Run `steps` steps of each side in turn, after a warm-up of one."""
     for side in sides:
         side.step()
     answers: Steps = {side.name: [] for side in sides}
@@ -101,11 +101,11 @@ def alternate(sides: Sequence[Side], steps: int) -> Steps:
 
 
 Rows = Sequence[tuple[str, str, str, str]]
-"""Lines of a table: title, key of a step's answer, name of the ratio, format. Keys in _mb are memory."""
+"""Rows of a table: title, key of a step's answer, name of the ratio, format. Keys in _mb are memory."""
 
 
 def ratios(steps: Steps, mine: str, peer: str, rows: Rows, suffix: str = "") -> dict[str, float]:
-    """Of both sides the median, of memory the most, and how many times theirs are ours."""
+    """Return medians of both sides (maxima for memory), and the ratio of theirs to ours."""
     numbers: dict[str, float] = {}
     for _, key, ratio, _ in rows:
         pick = max if key.endswith("_mb") else median
@@ -123,10 +123,10 @@ def table(title: str, peer: str, rows: Rows, numbers: dict[str, float], suffix: 
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options that all of these benchmarks have."""
+    """Return a parser with the options that all of these benchmarks share."""
     options = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
-    options.add_argument("--steps", type=int, default=5, help="steps of each side after the warm-up")
-    options.add_argument("--json", type=Path, help="file for the numbers")
-    options.add_argument("--threads", type=int, default=2, help="threads of each side")
+    options.add_argument("--steps", type=int, default=5, help="steps per side after the warm-up")
+    options.add_argument("--json", type=Path, help="write the numbers to this file")
+    options.add_argument("--threads", type=int, default=2, help="threads per side")
     options.add_argument("--side", help=argparse.SUPPRESS)
     return options

@@ -1,13 +1,13 @@
-"""Seconds until another process has a model's weights, by each way that they reach servers.
+"""Seconds until another process has a model's weights, for each transport to servers.
 
     python benchmarks/weight_sync.py [--gib 1.2] [--steps 5] [--json FILE]
 
-The other process stands for a server's worker: at the end it has a copy of all weights on its device, and their sums
-are compared. Where there is a GPU, both ends are on it. Ways take turns; times are medians.
+The other process represents a server's worker: at the end it has a copy of all weights on its device, and their sums
+are compared. With a GPU, both ends are on it. Transports alternate; times are medians.
 
     files        safetensors in shared memory, written here and read there
-    ipc          memory of the GPU, which the other process looks at (with a GPU)
-    broadcast    gloo: NCCL wants a GPU for each end
+    ipc          memory of the GPU that the other process maps (with a GPU)
+    broadcast    gloo: NCCL needs a GPU for each end
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 
 def receive() -> None:
-    """The other process: does what each line asks for."""
+    """Run the other process: execute the request on each line."""
     group: Group | None = None
     weights: dict[str, Tensor] = {}
     for line in sys.stdin:
@@ -71,7 +71,7 @@ def receive() -> None:
 
 
 class Other(VLLMClient):
-    """The other process in the place of a server."""
+    """Client of the other process in place of a server."""
 
     def __init__(self) -> None:
         super().__init__("http://127.0.0.1:1", "")
@@ -116,7 +116,7 @@ def by(stream: Stream, weights: dict[str, Tensor], other: Other) -> None:
 
 
 class Gloo(Broadcast):
-    """Gloo on a GPU too."""
+    """Broadcast with gloo also on a GPU."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -126,7 +126,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     options.add_argument("--gib", type=float, default=1.2)
     options.add_argument("--steps", type=int, default=5)
-    options.add_argument("--json", type=Path, help="file for the numbers")
+    options.add_argument("--json", type=Path, help="write the numbers to this file")
     options.add_argument("--receive", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()
     if arguments.receive:

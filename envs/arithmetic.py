@@ -1,7 +1,7 @@
-"""Exact arithmetic on text that a model wrote, shared by environments.
+"""Exact arithmetic on text written by a model; shared by environments.
 
-Numbers, `+ - * /` and parentheses; no names, no powers. What is longer or deeper than the limits is refused before
-anything is computed, so a value never has more digits than the text has characters.
+Supports numbers, `+ - * /` and parentheses, but no names and no powers. Text that is longer or nested deeper than the
+limits is refused before anything is computed, so a value never has more digits than the text has characters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SIGNS = str.maketrans({"\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/",
 
 
 def evaluate(text: str) -> tuple[Fraction, list[Fraction]]:
-    """The value of an expression, and the numbers in it from left to right. Raises ValueError if it is none."""
+    """Return the value of an expression and its numbers from left to right. Raise ValueError if it is invalid."""
     if len(text) > MAX_LENGTH:
         raise ValueError(f"an expression has at most {MAX_LENGTH} characters")
     text = text.translate(SIGNS)
@@ -34,7 +34,7 @@ def evaluate(text: str) -> tuple[Fraction, list[Fraction]]:
 
 
 class _Reader:
-    """Recursive descent over tokens, the next one in sight."""
+    """Recursive-descent parser over tokens with one token of lookahead."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.numbers: list[Fraction] = []

@@ -1,7 +1,8 @@
 """Word problems with a calculator: the model writes <calc>12*7</calc> and reads <result>84</result>.
 
 Let responses stop at '</calc>' (rollout.train_sampling_params.stop) and allow several turns (rollout.max_turns). The
-answer is a number after `####`, judged as in gsm8k.py, and rows are the same. Without rows, `reset` makes problems up.
+answer is a number after `####`, graded as in gsm8k.py, and rows have the same format. Without rows, `reset` generates
+problems.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .gsm8k import example as gsm8k_example
 from .gsm8k import step as gsm8k_step
 
 CALL = re.compile(r"</calc>[^\w<]*$")
-"""The end of a call; a stop string may end inside a token, such as `>.`"""
+"""Pattern of the end of a call; a stop string may end inside a token such as `>.`."""
 INSTRUCTION = """
 To compute something, write it as <calc>12*7</calc>; the result follows. End with '#### ' and the answer as a number."""
 
@@ -35,7 +36,7 @@ async def reset(extra_info: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"question", "answer"} as a chat; rows in the library's own formats stay as they are."""
+    """Convert a raw row {"question", "answer"} to a chat; rows in the library's own formats stay unchanged."""
     if "messages" in row or "prompt" in row:
         return row
     extra_info = gsm8k_example(row)["extra_info"]
@@ -43,7 +44,7 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def problem(seed: int) -> tuple[str, str]:
-    """A question that is hard in the head, and its answer."""
+    """Return a question that is hard to compute mentally, and its answer."""
     numbers = random.Random(seed)
     boxes, pieces, lost = (numbers.randint(11, 99) for _ in range(3))
     question = f"A shop has {boxes} boxes of {pieces} pieces each and sells {lost} pieces. How many pieces are left?"
@@ -51,7 +52,7 @@ def problem(seed: int) -> tuple[str, str]:
 
 
 def calculate(action: str) -> str:
-    """The result of the last call, as the model reads it."""
+    """Return the result of the last call in the form in which the model reads it."""
     _, mark, expression = CALL.sub("", action).rpartition("<calc>")
     if not mark:
         return "error: write <calc>expression</calc>"
@@ -62,7 +63,7 @@ def calculate(action: str) -> str:
 
 
 def decimal(value: Fraction) -> str:
-    """Whole numbers exactly, others to ten digits."""
+    """Format integers exactly and other numbers to ten digits."""
     if value.denominator == 1:
         return str(value.numerator)
     context = Context(prec=10)

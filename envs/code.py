@@ -2,15 +2,15 @@
 
     CODE_LIMIT_S=5          seconds of processor time for all tests of a response
     CODE_MEMORY_MB=1024     memory
-    CODE_REWARD=all         1 if all tests pass; "fraction": the share of them that does. The score is always "all"
-    CODE_FORM=chat          of HumanEval's prompts; "completion": the text that a base model goes on with
-    CODE_SHOWN_TESTS=1      tests of MBPP that the prompt shows
-    CODE_PYTHON=            an interpreter with packages for programs to import; by default the standard library alone
+    CODE_REWARD=all         1 if all tests pass; "fraction": the share that passes. The score is always "all"
+    CODE_FORM=chat          form of HumanEval's prompts; "completion": the text that a base model continues
+    CODE_SHOWN_TESTS=1      number of MBPP's tests that the prompt shows
+    CODE_PYTHON=            interpreter whose packages programs can import; default: only the standard library
     CODE_SANDBOX=auto       or "namespaces", "landlock"
-    CODE_ALLOW_UNSAFE=false "true": where the machine allows neither, programs run with your rights, unconfined
+    CODE_ALLOW_UNSAFE=false "true": if the machine supports neither, programs run unconfined with your rights
 
-A program that fails or takes too much earns 0; a machine that fails leaves the response unscored. docs/code.md says
-what holds the programs and what a test can be deceived about.
+A program that fails or exceeds a limit earns 0; a machine that fails leaves the response unscored. docs/code.md
+describes how programs are confined and how a program could deceive a test.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .sandbox import Programs
 
 
 def setting(name: str, default: str, *choices: str) -> str:
-    """Return the environment variable. Raises ValueError for one that is none of `choices`, or no positive number."""
+    """Return an environment variable. Raise ValueError if it is not one of `choices` or not a non-negative integer."""
     value = os.environ.get(name, default)
     if choices and value not in choices:
         raise ValueError(f"{name}={value!r}: choose {' or '.join(choices)}")
     if not choices and not (value.isdecimal() and value.isascii()):
-        raise ValueError(f"{name}={value!r}: expected a whole number")
+        raise ValueError(f"{name}={value!r}: expected an integer")
     return value
 
 
@@ -46,16 +46,16 @@ SHOWN_TESTS = int(setting("CODE_SHOWN_TESTS", "1"))
 SANDBOX = setting("CODE_SANDBOX", "auto", "auto", "namespaces", "landlock")
 IS_UNSAFE = setting("CODE_ALLOW_UNSAFE", "false", "true", "false") == "true"
 LONGEST = 100_000
-"""Characters of a program; what is longer earns nothing."""
+"""Limit in characters of a program; a longer one earns nothing."""
 
 COMPLETE = "Complete this function. Give all of its code in one block that begins with ```python.\n\n```python\n{}\n```"
 ANSWER = "\nGive the code in one block that begins with ```python."
 PYTHON = ("", "python", "python3", "py")
-"""What may stand behind the backticks of a block of code."""
+"""Languages after the backticks that mark a block as Python."""
 
 
 def make_programs() -> Programs:
-    """Return the processes that hold programs. Raises ValueError where this machine cannot hold them."""
+    """Return the processes that confine programs. Raise ValueError if this machine cannot confine them."""
     made = Programs(LIMIT_S, MEMORY_BYTES, SANDBOX, os.environ.get("CODE_PYTHON") or None)
     try:
         made.check()
@@ -63,8 +63,8 @@ def make_programs() -> Programs:
     except ValueError as error:
         if not IS_UNSAFE:
             raise ValueError(
-                f"programs cannot be locked down here: {str(error)[:80]}; docs/code.md says what they need, and "
-                "CODE_ALLOW_UNSAFE=true does without"
+                f"programs cannot be locked down here: {str(error)[:80]}; docs/code.md lists the requirements, and "
+                "CODE_ALLOW_UNSAFE=true skips them"
             ) from None
         made.close()
         warnings.warn(f"CODE_ALLOW_UNSAFE: programs of the model run with your rights ({error})", stacklevel=2)
@@ -97,9 +97,9 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 
 def example(row: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a row of HumanEval, MBPP, APPS or PRIME as a prompt, with its tests in `extra_info`.
+    """Convert a row of HumanEval, MBPP, APPS or PRIME to a prompt with its tests in `extra_info`.
 
-    With `tests`, or `inputs` and `outputs`, in its `extra_info` a row stays as it is.
+    A row whose `extra_info` has `tests`, or `inputs` and `outputs`, stays unchanged.
     """
     row = {key: value for key, value in row.items() if value is not None}
     extra_info = row.get("extra_info") or {}
@@ -124,7 +124,7 @@ def example(row: dict[str, Any]) -> dict[str, Any] | None:
 def human_eval(row: dict[str, Any]) -> dict[str, Any]:
     prompt, entry_point = row["prompt"], row["entry_point"]
     tests = {
-        "optional": prompt,  # its helpers serve the tests, and its imports the program
+        "optional": prompt,  # its helpers serve the tests, and its imports serve the program
         "before": row["test"],
         "names": [f"candidate={entry_point}", entry_point],
         "tests": [f"check({entry_point})"],
@@ -174,7 +174,7 @@ def in_and_out(tests: dict[str, Any]) -> dict[str, Any]:
 
 
 def request(extra_info: dict[str, Any]) -> dict[str, Any]:
-    """Return what `Programs.test` takes. Raises ValueError for data without a test."""
+    """Return the arguments of `Programs.test`. Raise ValueError if there is no test."""
     if not extra_info.get("tests"):
         raise ValueError("extra_info has no tests")
     made = {name: extra_info.get(name) or "" for name in ("optional", "before", "setup")}
@@ -185,7 +185,7 @@ def request(extra_info: dict[str, Any]) -> dict[str, Any]:
 def wanted(tests: dict[str, Any], reference: str | None) -> list[str]:
     """Return the names that the tests take from the solution: those that the reference defines, if there is one.
 
-    Without one, all that the tests use and neither make themselves nor find in Python.
+    Without a reference, return all names that the tests use, except those that they define and Python's builtins.
     """
     used, made = set[str](), set[str]()
     for text in [tests.get("before") or "", tests.get("setup") or "", *tests["tests"]]:
@@ -210,7 +210,7 @@ def defined(node: ast.AST) -> Iterator[str]:
 
 
 async def share_of_outputs(code: str, inputs: list[str], outputs: list[str]) -> tuple[float, str | None]:
-    """Return the share of inputs for which the program prints what is expected, and the first failure."""
+    """Return the share of inputs with the expected output, and the first failure."""
     right, why = 0, None
     for number, (given, expected) in enumerate(zip(inputs, outputs, strict=True), 1):
         found = await programs.run(code, given)
@@ -224,15 +224,15 @@ async def share_of_outputs(code: str, inputs: list[str], outputs: list[str]) -> 
 
 
 def lines(text: str) -> list[str]:
-    """Return the lines of an output, without what cannot be seen at their ends and at its end."""
+    """Return the lines of an output without trailing white space."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
 def program(answer: str, prefix: str, entry_point: str) -> list[str] | None:
-    """Return the parts of the program that a response holds, to be run one after the other; None if there is none.
+    """Return the parts of the program in a response, to be run in sequence; None if there is none.
 
-    It is the last closed block of Python, else the whole response. `prefix` is the beginning of a function that either
-    goes on with, unless it has the function itself; then the prefix still gives it its imports.
+    The program is the last closed block of Python, else the whole response. `prefix` is the beginning of a function
+    that the program continues; if the program defines the whole function, the prefix still provides its imports.
     """
     code: str | None = answer
     if "```" in answer:
@@ -246,7 +246,7 @@ def program(answer: str, prefix: str, entry_point: str) -> list[str] | None:
 
 
 def last_block(text: str) -> str | None:
-    """Return the last block of Python between lines of backticks, closed; None if there is none."""
+    """Return the last closed block of Python between lines of backticks; None if there is none."""
     found, inside, fence = None, list[str](), ""
     is_python = False
     for line in text.splitlines(keepends=True):

@@ -1,7 +1,7 @@
-"""Countdown: make a target out of given numbers, each used exactly once, with + - * / and parentheses.
+"""Countdown: reach a target with given numbers, each used exactly once, with + - * / and parentheses.
 
-The expression stands in <answer> </answer>. It is computed in exact fractions by a parser of its own: no text of the
-model is ever run. There is no partial reward, so that only true solutions count as correct.
+The expression is between <answer> and </answer>. A separate parser computes it in exact fractions; text of the model is
+never executed. There is no partial reward, so only true solutions count as correct.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
     try:
         value, used = evaluate(answer(action, state))
         reward = float(value == Fraction(target) and sorted(used) == sorted(map(Fraction, nums)))
-    except ValueError:  # no expression
+    except ValueError:  # not an expression
         reward = 0.0
     return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"target", "nums"}, with or without a prompt of its own; with `extra_info` it stays as it is."""
+    """Convert a raw row {"target", "nums"}, with or without its own prompt; a row with `extra_info` stays unchanged."""
     if row.get("extra_info") is not None or row.get("reward_model") is not None:
         return row
     target, nums = task(row)
@@ -42,18 +42,18 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def task(row: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The target and the numbers, which some data sets call `numbers`."""
+    """Return the target and the numbers, which some data sets call `numbers`."""
     nums = row["numbers"] if "numbers" in row else row["nums"]
     return row["target"], json.loads(nums) if isinstance(nums, str) else nums  # CSV
 
 
 def vote(action: str) -> str:
-    """What a majority is counted over."""
+    """Return the answer, for majority votes."""
     return answer(action)
 
 
 def answer(text: str, state: str = "") -> str:
-    """What stands in the last pair of answer tags behind the reasoning; empty if there is none."""
+    """Return the text of the last pair of answer tags after the reasoning; empty if there is none."""
     _, mark, inside = behind_reasoning(text, state).rpartition("<answer>")
     inside, end, _ = inside.partition("</answer>")
     return inside.strip() if mark and end else ""

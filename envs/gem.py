@@ -1,11 +1,10 @@
 """Games of GEM (package gem-llm), over several turns: GEM_ENV=game:GuessTheNumber-v0-easy names the game.
 
-No prompt file is needed: `reset` starts a game out of the seed that all samples of a prompt share. A game takes its
-settings from GEM_CONFIG, a JSON object. Each observation is a message of the user. Allow as many turns as a game has
-(rollout.max_turns); the total of its rewards is the score.
+No prompt file is needed: `reset` starts a game from the seed that all samples of a prompt share. GEM_CONFIG, a JSON
+object, has the settings of the game. Each observation is a user message. Allow as many turns as a game needs
+(rollout.max_turns); the sum of its rewards is the score.
 
-Not for the ids `rg:`, for which there is reasoning_gym.py, `math:`, for which there is orz.py, nor `code:`, which run
-what the model writes.
+Not supported: ids with `rg:` (use reasoning_gym.py), `math:` (use orz.py), and `code:`, which run text of the model.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ ENV = os.environ.get("GEM_ENV", "game:GuessTheNumber-v0-easy")
 CONFIG = json.loads(os.environ.get("GEM_CONFIG", "{}"))
 KINDS = ("game:", "logic:", "qa:")
 LONGEST = 10_000
-"""Characters at the end of a response that a game reads: it looks for moves with regular expressions of its own."""
+"""Number of final characters of a response that a game reads; it searches moves with its own regular expressions."""
 
 
 def load_gem() -> Any:
-    """The package; it takes over the program's logging where it is imported, which is undone here."""
+    """Import the package and restore the logging configuration that it changes."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
         import gem
-        import gem.envs  # names the games
+        import gem.envs  # registers the games
     except ModuleNotFoundError as error:
         how = "pip install 'rl2-spo[gem]' && pip install --no-deps gem-llm"
         raise ModuleNotFoundError(f"it needs gem-llm: {how} ({error})") from error
@@ -78,7 +77,7 @@ def message(observation: str, info: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def own_randomness(extra_info: dict[str, Any]) -> Iterator[None]:
-    """Games draw from the process's one generator; each shall have its own, and leave that one alone."""
+    """Give a game its own random state within the `with` block and restore the process's state afterwards."""
     outside = randomness()
     if "randomness" in extra_info:
         set_randomness(extra_info["randomness"])

@@ -28,7 +28,7 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"question", "answer"}, or one of SVAMP, as a chat; rows with a chat or prompt stay as they are."""
+    """Convert a raw row {"question", "answer"}, or one of SVAMP, to a chat; other rows stay unchanged."""
     if row.get("messages") is not None or row.get("prompt") is not None:
         return row
     if "Body" in row and "Question" in row:
@@ -45,19 +45,19 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def vote(action: str) -> str:
-    """What a majority is counted over: answers that are the same number are the same."""
+    """Return the answer in a canonical form for majority votes: equal numbers are equal."""
     value = number(answer(action))
     return "" if value is None else f"{value.normalize():f}"
 
 
 def answer(text: str, state: str = "") -> str:
-    """The first line after the last `####` behind the reasoning; empty if there is none."""
+    """Return the first line after the last `####` that follows the reasoning; empty if there is none."""
     _, mark, after = behind_reasoning(text, state).rpartition("####")
     return after.lstrip().partition("\n")[0] if mark else ""
 
 
 def behind_reasoning(action: str, state: str = "") -> str:
-    """Return what `action` says behind its reasoning; empty if it never closes reasoning that it or `state` opened."""
+    """Return the part of `action` after its reasoning; empty if the reasoning is never closed."""
     return "" if is_unclosed(action, state) else action.rpartition("</think>")[2]
 
 
@@ -72,7 +72,7 @@ def is_unclosed(action: str, state: str = "") -> bool:
 
 
 def number(line: str) -> Decimal | None:
-    """The one number on a line; None if there is none, a second one, or any digit left over."""
+    """Return the only number on a line; None if there is none, a second one, or any other digit."""
     line = SEPARATOR.sub(",", line)
     found = NUMBER.search(line)
     if found is None:

@@ -1,10 +1,10 @@
-"""Chat completions of an OpenAI-compatible server: with retries, a cache of replies on disk, and a budget.
+"""Client for chat completions of an OpenAI-compatible server: retries, a cache of replies on disk, and a budget.
 
     client = Client("http://127.0.0.1:8000/v1", "NAME", folder=Path("judged"), budget=Budget(requests=1000))
     text = await client.ask(messages, {"temperature": 0, "max_tokens": 512})
 
-Requests run in threads, at most `concurrency` at once, so that any event loop may ask. Raises JudgeError where there is
-no reply, and BudgetError, which is one, where there may be no more requests.
+Requests run in threads, at most `concurrency` at once, so that any event loop may call it. It raises JudgeError if
+there is no reply, and its subclass BudgetError if the budget allows no more requests.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from typing import Any
 import httpx
 
 MOST_REPLY = 4 << 20
-"""Bytes of a reply."""
+"""Limit of a reply in bytes."""
 LONGEST_WAIT_S = 60.0
-"""Between two attempts, whatever the server asks for."""
+"""Longest wait between two attempts, whatever the server asks for."""
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-"""Status codes after which it is tried again."""
+"""Status codes that are retried."""
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 class JudgeError(RuntimeError):
-    """There is no reply to be had."""
+    """The judge gave no usable reply."""
 
 
 class BudgetError(JudgeError):
-    """There may be no more requests."""
+    """The budget allows no more requests."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of what all processes with the same folder spend, in this run and before; None: no limit."""
+    """Limits of what all processes with the same folder spend, in this run and earlier ones; None is no limit."""
 
     requests: int | None = None
     tokens: int | None = None
     cost: float | None = None
     price_in: float = 0.0
-    """Of a million tokens that are read."""
+    """Price of a million input tokens."""
     price_out: float = 0.0
-    """Of a million tokens that are written."""
+    """Price of a million output tokens."""
 
 
 class Client:
-    """A server, a model of it, and what has been spent on it."""
+    """Client of one model on a server, with an account of its requests."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Client:
         self.url, self.model, self.folder, self.attempts = url.rstrip("/"), model, folder, attempts
         self.timeout_s, self._key = timeout_s, key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # a proxy that the machine uses for the internet is not asked about this machine
+        # a proxy for the internet is not used for this machine
         outside = httpx.URL(self.url).host not in LOCAL
         limits = httpx.Limits(max_connections=concurrency)
         self._http = httpx.Client(headers=headers, timeout=timeout_s, trust_env=outside, limits=limits)
@@ -78,9 +78,9 @@ class Client:
         self._account = None if folder is None else Account(folder, budget or Budget())
 
     async def ask(self, messages: list[dict[str, str]], sampling: dict[str, Any], key: Any) -> str:
-        """Return the reply's text. `key` names the request in the cache, with the model and `sampling`.
+        """Return the reply's text. Raise JudgeError if there is none.
 
-        Raises JudgeError.
+        `key` identifies the request in the cache, together with the model and `sampling`.
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._ask, messages, sampling, key)
@@ -109,7 +109,7 @@ class Client:
         return text
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the reply. Raises JudgeError after the last attempt, with what was wrong with it."""
+        """Return the reply. Raise JudgeError, with the cause, after the last attempt."""
         cause = ""
         for attempt in range(self.attempts):
             if self._account is not None:
@@ -154,7 +154,7 @@ class Client:
             found = [
                 usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")
             ]
-            # without a count, the most that it can be: a token is a byte at least
+            # without a count, use the upper bound: a token has at least one byte
             most = (len(json.dumps(body["messages"], ensure_ascii=False).encode()), len(text.encode()))
             tokens = [n if isinstance(n, int) and n >= 0 else m for n, m in zip(found, most, strict=True)]
             self._account.add(*tokens)
@@ -165,14 +165,14 @@ class Client:
 
 
 class Account:
-    """What has been spent, in a file that all processes share."""
+    """Record of what was spent, in a file that all processes share."""
 
     def __init__(self, folder: Path, budget: Budget) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.budget = folder / "spent.json", budget
 
     def begin(self) -> None:
-        """Count a request. Raises BudgetError if it would be one too many, or if tokens or cost are used up."""
+        """Count a request. Raise BudgetError if requests, tokens or cost are used up."""
         self._change(1, 0, 0)
 
     def add(self, tokens_in: int, tokens_out: int) -> None:
@@ -180,7 +180,7 @@ class Account:
 
     def _change(self, requests: int, tokens_in: int, tokens_out: int) -> None:
         with open(self.path, "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, even by a crash
             file.seek(0)
             spent = json.loads(file.read() or "{}")
             if requests:
@@ -204,7 +204,7 @@ class Account:
 
 
 def read(path: Path) -> str | None:
-    """Return the text that was kept in this file; None if there is none, or none that is whole."""
+    """Return the text stored in this file; None if it is missing or incomplete."""
     try:
         text = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -213,7 +213,7 @@ def read(path: Path) -> str | None:
 
 
 def write(path: Path, text: str) -> None:
-    """Keep a text, so that other processes see it whole or not at all."""
+    """Store a text atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}.{random.getrandbits(32):x}")
     new.write_text(json.dumps(text), encoding="utf-8")

@@ -1,10 +1,10 @@
-"""A retrieval service for searchr1.py on this machine: BM25 over a JSONL corpus, in memory.
+"""Retrieval service for searchr1.py on this machine: BM25 over a JSONL corpus, in memory.
 
     python envs/local_search_service.py --corpus corpus.jsonl --port 8000
 
-Each line of the corpus is {"id", "contents"}, the first line of the contents being the title. Requests and replies are
-those of Search-R1's service: POST /retrieve {"queries": [...], "topk": 3, "return_scores": true} gives
-{"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}; without scores a result is the document alone.
+Each line of the corpus is {"id", "contents"}; the first line of the contents is the title. Requests and replies are
+those of Search-R1's service: POST /retrieve {"queries": [...], "topk": 3, "return_scores": true} returns {"result":
+[[{"document": {"id", "contents"}, "score"}, ...], ...]}; without scores each result is the document alone.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ import numpy as np
 
 WORD = re.compile(r"\w+")
 MAX_REQUEST = 1 << 20
-"""Bytes of one request."""
+"""Limit of a request in bytes."""
 MAX_WORDS = 200
-"""Words of one query that count."""
+"""Number of words of a query that are used."""
 MAX_TOPK = 100
 MAX_QUERIES = 64
-"""Queries of one request, which bound its work: a query takes time with the corpus."""
+"""Limit of the queries in one request; the time of a query grows with the corpus."""
 
 
 class BM25:
-    """Which documents fit a query, by the BM25 formula as Lucene writes it; all weights are computed beforehand."""
+    """Search index by the BM25 formula of Lucene, with precomputed weights."""
 
     def __init__(self, texts: Iterable[str], k1: float = 0.9, b: float = 0.4) -> None:
         self.vocabulary: dict[str, int] = {}
@@ -46,7 +46,7 @@ class BM25:
             documents.extend([number] * len(found))
             counts.extend(found.values())
         self.num_documents = len(lengths)
-        # postings lie word by word, and within a word in the order of documents
+        # postings are ordered by word, then by document
         by_word = np.argsort(np.asarray(words), kind="stable")
         self.documents = np.asarray(documents)[by_word]
         frequency = np.bincount(np.asarray(words), minlength=len(self.vocabulary))
@@ -58,7 +58,7 @@ class BM25:
         self.weights = (np.repeat(idf, frequency) * saturation).astype(np.float32)
 
     def search(self, query: str, topk: int) -> list[tuple[int, float]]:
-        """(document, score) of the best matches, best first; documents without any word of the query are no match."""
+        """Return (document, score) of the best matches, best first; documents without a query word are excluded."""
         score = np.zeros(self.num_documents, dtype=np.float32)
         for word in WORD.findall(query.lower())[:MAX_WORDS]:
             if (number := self.vocabulary.get(word)) is not None:
@@ -70,7 +70,7 @@ class BM25:
 
 
 def load_corpus(path: str) -> list[dict[str, str]]:
-    """The documents of a JSONL file. Raises ValueError that names the line."""
+    """Return the documents of a JSONL file. Raise ValueError, naming the line, if one is invalid."""
     documents = []
     with open(path, encoding="utf-8") as file:
         for line, text in enumerate(file, 1):
@@ -85,20 +85,20 @@ def load_corpus(path: str) -> list[dict[str, str]]:
 
 
 class Service(ThreadingHTTPServer):
-    """Answers each request in a thread of its own."""
+    """Server that answers each request in its own thread."""
 
     daemon_threads = True
-    request_queue_size = 1024  # a whole rollout may ask at once
+    request_queue_size = 1024  # a whole rollout may send requests at once
 
     def __init__(self, address: tuple[str, int], documents: list[dict[str, str]], names: Iterable[str] = ()) -> None:
-        """`names`: under which it may be called, beside addresses, `localhost` and the name of this machine."""
+        """Serve `documents`. `names` are accepted as Host beside addresses, `localhost` and this machine's name."""
         super().__init__(address, Handler)
         self.documents = documents
         self.names = {"localhost", address[0], socket.gethostname(), *names}
         self.index = BM25(document["contents"] for document in documents)
 
     def knows(self, host: str) -> bool:
-        """Return whether a request's `Host` is an address, or a name of the service."""
+        """Return whether a request's `Host` is an address or a name of the service."""
         name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
         try:
             ipaddress.ip_address(name.strip("[]"))
@@ -107,7 +107,7 @@ class Service(ThreadingHTTPServer):
         return True
 
     def retrieve(self, request: Any) -> dict[str, Any]:
-        """The reply to a request. Raises ValueError that says what is wrong with it."""
+        """Return the reply to a request. Raise ValueError if the request is invalid."""
         if not isinstance(request, dict):
             raise ValueError("expected an object")
         queries, topk, with_scores = request.get("queries"), request.get("topk") or 3, request.get("return_scores")
@@ -131,15 +131,15 @@ class Handler(BaseHTTPRequestHandler):
     server: Service
     protocol_version = "HTTP/1.1"
     timeout = 60
-    """Seconds that a silent connection is kept."""
+    """Seconds after which a silent connection is closed."""
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > MAX_REQUEST:
-            self.close_connection = True  # what follows is not read
+            self.close_connection = True  # the rest is not read
             return self.reply(413, {"error": f"a request needs a Content-Length of at most {MAX_REQUEST} bytes"})
         body = self.rfile.read(int(length))
-        # a page in a browser that has its own name point to this machine (DNS rebinding) reads no corpus
+        # refuses browser pages that reach this machine under their own name (DNS rebinding)
         if not self.server.knows(self.headers.get("Host", "")):
             return self.reply(403, {"error": "the service is not known under this name; --name adds one"})
         if self.path != "/retrieve":
@@ -158,15 +158,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """A rollout makes thousands of requests; they are not worth a line each."""
+        """Log nothing: a rollout sends thousands of requests."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A retrieval service: BM25 over a JSONL corpus.")
+    parser = argparse.ArgumentParser(description="Retrieval service: BM25 over a JSONL corpus.")
     parser.add_argument("--corpus", required=True, help='JSONL file of {"id", "contents"}')
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--name", action="append", default=[], help="name that others call this machine by; repeatable")
+    parser.add_argument("--port", type=int, default=8000, help="0 picks a free one")
+    parser.add_argument("--name", action="append", default=[], help="additional host name of this machine; repeatable")
     options = parser.parse_args()
     try:
         documents = load_corpus(options.corpus)

@@ -1,6 +1,6 @@
-"""Several environments in one run: each row names its own in the column `env`, such as gsm8k for gsm8k.py beside this.
+"""Several environments in one run: the column `env` of each row names its own, such as gsm8k for gsm8k.py.
 
-What the row says otherwise is for that environment, and goes through its `example` if it has one.
+The other columns are passed to that environment, through its `example` if it has one.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any
 async def step(state: str, action: str, extra_info: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
     name = extra_info["env"]
     inner = environment(name).step
-    told = {"sampling": sampling} if "sampling" in inspect.signature(inner).parameters else {}
-    result = await inner(state, action, extra_info, **told)
+    extra = {"sampling": sampling} if "sampling" in inspect.signature(inner).parameters else {}
+    result = await inner(state, action, extra_info, **extra)
     return result | {"extra_info": result["extra_info"] | {"env": name}}
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A row {"env": name, ...} as that environment wants it."""
+    """Convert a row {"env": name, ...} with that environment's `example`."""
     name = row["env"]
-    # a column that other environments use is null here
+    # null columns belong to other environments
     row = {key: value for key, value in row.items() if key != "env" and value is not None}
     inner = getattr(environment(name), "example", None)
-    made = row if inner is None else inner(row)
-    extra_info = made.get("extra_info") or {}
+    converted = row if inner is None else inner(row)
+    extra_info = converted.get("extra_info") or {}
     extra_info = json.loads(extra_info) if isinstance(extra_info, str) else extra_info
-    return made | {"extra_info": extra_info | {"env": name}}
+    return converted | {"extra_info": extra_info | {"env": name}}
 
 
 @lru_cache

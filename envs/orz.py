@@ -1,7 +1,7 @@
 r"""Mathematics with any kind of answer, as in Open-Reasoner-Zero: in \boxed{ } or <answer> </answer>.
 
-Answers are compared as mathematics by the library math-verify (pip install 'rl2-spo[math]'), which may take for ever
-over what a model writes; so it works in processes that are killed when it does. The trajectory is then unscored.
+The library math-verify compares answers as mathematics (pip install 'rl2-spo[math]'). It may not terminate on a model's
+text, so it runs in processes that are killed after a time limit; the trajectory is then unscored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if importlib.util.find_spec("math_verify") is None:
 INSTRUCTION = "\nReason step by step. Give the final answer within \\boxed{}."
 PERCENT = re.compile(r"\s*\\?%\s*$")
 LONGEST = 500
-"""Characters of an answer; what is longer is no answer."""
+"""Limit in characters of an answer; longer text is not an answer."""
 
 grade = Workers(__file__, "make_grader", limit_s=5)
 
@@ -34,11 +34,11 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"question" or "problem", "answer"} as a chat, or one with a prompt of its own and "answer" or "label".
+    """Convert a raw row {"question" or "problem", "answer"} to a chat, or keep its own prompt with "answer" or "label".
 
-    Rows of the original data set, [{"value": question}, {"ground_truth": {"value": answer}}], come under "0" and "1".
-    The answer may be what a "solution" has boxed (MATH) or, for SVAMP and AQuA, where these have it. With `extra_info`
-    or `reward_model` a row stays as it is.
+    Rows of the original data set, [{"value": question}, {"ground_truth": {"value": answer}}], have the columns "0" and
+    "1". The answer may also be boxed in a "solution" (MATH), or in the columns of SVAMP and AQuA. A row with
+    `extra_info` or `reward_model` stays unchanged.
     """
     if row.get("extra_info") is not None or row.get("reward_model") is not None:
         return row
@@ -53,7 +53,7 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
         row["answer"] = boxed(row["solution"])
         if not row["answer"]:
             raise ValueError("the solution has nothing boxed")
-    # some data sets repeat the question, and its solution, as `messages`
+    # some data sets repeat the question and its solution as `messages`
     if "prompt" in row or ("messages" in row and "problem" not in row and "question" not in row):
         return row | {"extra_info": {"answer": str(row["answer"])}}
     if "0" in row:
@@ -65,12 +65,12 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def vote(action: str) -> str:
-    """What a majority is counted over."""
+    """Return the answer, for majority votes."""
     return answer(action)
 
 
 def answer(text: str, state: str = "") -> str:
-    """The last answer behind the reasoning: what stands in the tags, of that what is boxed; empty if there is none."""
+    """Return the last answer after the reasoning: the boxed part of the answer tags, or their text; empty if absent."""
     text = behind_reasoning(text, state)
     _, mark, inside = text.rpartition("<answer>")
     if mark:
@@ -80,7 +80,7 @@ def answer(text: str, state: str = "") -> str:
 
 
 def boxed(text: str) -> str:
-    r"""What the last \boxed{ } holds."""
+    r"""Return the content of the last \boxed{ }."""
     inside = text.rpartition("\\boxed{")[2]
     depth = 1
     for i, character in enumerate(inside):
@@ -91,11 +91,14 @@ def boxed(text: str) -> str:
 
 
 def make_grader() -> Callable[[str, str], bool]:
-    """For the workers. An answer that makes no sense as mathematics is wrong; one of the data set is an error."""
+    """Return the grader that runs in the workers.
+
+    A response that is not mathematics is wrong; an answer of the data set that is not mathematics raises ValueError.
+    """
     from math_verify import LatexExtractionConfig, parse, verify
 
     def parsed(text: str) -> list[Any]:
-        # the whole answer or nothing: no search for some number in it. The worker keeps the time.
+        # parse the whole answer, without searching for a number in it; the worker limits the time
         return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
 
     def is_correct(gold: str, given: str) -> bool:
@@ -105,11 +108,11 @@ def make_grader() -> Callable[[str, str], bool]:
             raise ValueError(f"the answer {gold!r} of the data set cannot be read")
         if bool(PERCENT.search(gold)) == bool(PERCENT.search(given)):
             return verify(reference, parsed(given), timeout_seconds=None)
-        # 50% is 0.5, and the 50 of a question that asks for per cent
+        # 50% equals 0.5, and the 50 of a question that asks for per cent
         bare, percent = (given, gold) if PERCENT.search(gold) else (gold, given)
         value = PERCENT.sub("", percent)
         forms = (value, f"\\frac{{{value}}}{{100}}")
         return any(verify(parsed(bare), parsed(form), timeout_seconds=None) for form in forms)
 
-    is_correct("1", "1")  # parsers are made at their first use
+    is_correct("1", "1")  # parsers are built on first use
     return is_correct

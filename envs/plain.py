@@ -1,7 +1,7 @@
-"""Plain values as JSON and back: what crosses between the process of a solution and that of its tests.
+"""Serialisation of plain values as JSON, between the process of a solution and that of its tests.
 
-Decoding makes values of Python's own types only, whatever was sent. Objects of other types cross as numbers that the
-sender understands.
+Decoding creates only values of Python's own types, whatever was sent. Objects of other types are sent as numbers that
+the sender understands.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from fractions import Fraction
 from typing import Any
 
 EXACT = 1 << 53
-"""Integers beyond this are written in base 16: reading decimals takes quadratic time."""
+"""Integers beyond this are written in base 16: parsing decimals takes quadratic time."""
 
 
 def encode(value: Any, encode_object: Callable[[Any], int]) -> Any:
-    """Return `value` as JSON values; subclasses count as the type they extend, others go through `encode_object`."""
+    """Convert `value` to JSON values. Subclasses count as their base type; other objects use `encode_object`."""
 
     def each(values: Any) -> list[Any]:
         return [encode(item, encode_object) for item in values]
@@ -57,12 +57,12 @@ def encode(value: Any, encode_object: Callable[[Any], int]) -> Any:
         case timedelta():
             return {"timedelta": [value.days, value.seconds, value.microseconds]}
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return encode(value.item(), encode_object)  # a number of NumPy
+        return encode(value.item(), encode_object)  # a NumPy scalar
     return {"object": encode_object(value)}
 
 
 def decode(value: Any, decode_object: Callable[[int], Any]) -> Any:
-    """Return the value that `encode` was given. Raises ValueError or TypeError for what it cannot have made."""
+    """Return the value that was encoded. Raise ValueError or TypeError for text that `encode` cannot produce."""
 
     def each(values: Any) -> list[Any]:
         return [decode(item, decode_object) for item in values]

@@ -1,11 +1,11 @@
-"""Tasks of Reasoning Gym, made up as they are needed: REASONING_GYM=chain_sum names the data set.
+"""Tasks of Reasoning Gym, generated on demand: REASONING_GYM=chain_sum names the data set.
 
-No prompt file is needed: `reset` makes the task out of the seed that all samples of a prompt share. Settings of the
+No prompt file is needed: `reset` generates the task from the seed that all samples of a prompt share. Settings of the
 data set are in REASONING_GYM_CONFIG, a JSON object. Only an answer with the full score is rewarded; partial credit,
-which some data sets give to anything, shows in the score alone.
+which some data sets give to any answer, affects only the score.
 
-The library (pip install 'rl2-spo[reasoning-gym]') works in processes that are killed when they hang, and some of its
-data sets would run an answer as Python code: those see only answers that can do no harm.
+The library (pip install 'rl2-spo[reasoning-gym]') runs in processes that are killed if they hang. Some of its data sets
+would execute an answer as Python code: they receive only answers that are harmless.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ DATASET = os.environ.get("REASONING_GYM", "chain_sum")
 CONFIG = json.loads(os.environ.get("REASONING_GYM_CONFIG", "{}"))
 INSTRUCTION = "\nReason step by step, then give the answer alone between <answer> and </answer>."
 LONGEST = 2000
-"""Characters of an answer; what is longer is no answer."""
+"""Limit in characters of an answer; longer text is not an answer."""
 
 RUNS_ANSWERS = re.compile(r"\beval\(|\bsympify\(|sympy\.parse_expr\(|sp\.parse_expr\(|import.*\bparse_expr\b")
-"""In the source of a data set: its answers may be run."""
+"""Pattern in the source of a data set that may execute answers."""
 FORMULA = re.compile(r"[A-Za-z0-9+\-*/^(). ,=\s]*", re.ASCII)
 FUNCTIONS = {"sqrt", "exp", "log", "ln", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "pi"}
 
@@ -61,7 +61,7 @@ def _task(extra_info: dict[str, Any]) -> tuple[str, dict[str, Any], int]:
 
 
 def make_gym() -> Callable[..., str | float]:
-    """For the workers: the question of a task, or the score of an answer to it."""
+    """Return the function that runs in the workers: it gives a task's question, or the score of an answer."""
     import reasoning_gym
 
     @lru_cache(maxsize=256)
@@ -90,7 +90,7 @@ def runs_answers(module: str) -> bool:
 
 
 def is_harmless(text: str) -> bool:
-    """Whether running `text` computes at most a formula or a literal: no attribute, no call of anything but `sin`."""
+    """Return whether executing `text` would only compute a formula or a literal, without other functions."""
     names = re.findall(r"[A-Za-z]+", text)
     if FORMULA.fullmatch(text) and all(len(name) == 1 or name in FUNCTIONS for name in names):
         return not re.search(r"\.\s*[A-Za-z]|[A-Za-z)]\s*\.", text)

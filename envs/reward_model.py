@@ -1,18 +1,18 @@
-"""A trained reward model judges the response: REWARD_MODEL=ckpts/rm/latest names its folder or hub name.
+"""Reward model environment: REWARD_MODEL=ckpts/rm/latest names the folder or hub name of a trained model.
 
-A model of one value for a text reads the conversation and the token that ends a turn, as in training, and its value
-there is reward and score. So its tokenizer and chat template are those of the policy; a response that was cut is judged
+A model with one value per text reads the conversation and the end-of-turn token, as in training; its value there is
+reward and score. Its tokenizer and chat template must therefore be those of the policy. A truncated response is judged
 as if it had ended by itself. A response that never closes its reasoning has no answer to judge and is unscored: values
-have no natural scale, and a 0 may be better than what others earn. For the same reason normalise advantages, and keep
-the policy near a reference (actor.kl.coef).
+have no natural scale, so 0 may be better than what others earn. For the same reason normalise advantages, and keep the
+policy near a reference (actor.kl.coef).
 
-A process reward model, one that classifies tokens (as TRL's PRMTrainer trains them), judges every step of the response:
-REWARD_STEP separates steps, a blank line unless set. Behind each step it reads the separator, and its value there, with
-two labels the probability of the second, is the reward of that step's span. REWARD_STEPS says what the rewards are:
-`mean`, each step's value over their number; `gain`, by how much the value rose with the step, so that the total is the
-last one's; `sum`, the values themselves, which pays for more steps. The score is the mean of the values.
+A process reward model, which classifies tokens (as TRL's PRMTrainer trains them), judges every step of the response.
+REWARD_STEP separates steps; the default is a blank line. The value at the separator after a step (with two labels, the
+probability of the second) is the reward of that step's span. REWARD_STEPS selects the rewards: `mean`, each value
+divided by the number of steps; `gain`, the increase of the value with the step, so that the total is the last value;
+`sum`, the values themselves, which rewards more steps. The score is the mean of the values.
 
-Each process holds the model once, on its own device, and asks it in a thread, one response at a time.
+Each process holds the model once, on its own device, and runs it in a thread, one response at a time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ if JUDGES_STEPS:
     model = AutoModelForTokenClassification.from_pretrained(NAME, dtype=DTYPE).to(DEVICE).eval()
 else:
     model = AutoModelForSequenceClassification.from_pretrained(NAME, num_labels=1, dtype=DTYPE).to(DEVICE).eval()
-    model.config.pad_token_id = None  # one row needs no padding, and the value is then that of its last token
+    model.config.pad_token_id = None  # a single row needs no padding; its value is then that of its last token
 LONGEST = model.config.max_position_embeddings
 thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
 
@@ -70,7 +70,7 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 
 def as_a_whole(state: str, action: str) -> dict[str, Any]:
-    """Return reward and score of a response by its last token."""
+    """Return reward and score of a response from its last token."""
     refuse_unclosed(state, action)
     reward = value(state, action)
     return {"reward": reward, "score": reward}
@@ -78,7 +78,7 @@ def as_a_whole(state: str, action: str) -> dict[str, Any]:
 
 def in_steps(state: str, action: str) -> dict[str, Any]:
     """Return reward, score and spans of a response; without a step it earns nothing."""
-    if config.num_labels == 2 and is_unclosed(action, state):  # 0 is the least that a probability can be
+    if config.num_labels == 2 and is_unclosed(action, state):  # 0 is the smallest probability
         return {"reward": 0.0, "score": 0.0}
     refuse_unclosed(state, action)
     places = list(steps(action))
@@ -99,7 +99,7 @@ def refuse_unclosed(state: str, action: str) -> None:
 
 
 def steps(action: str) -> Iterator[tuple[int, int]]:
-    """Yield where the steps of a response begin and end, without the space around them; blank ones are none."""
+    """Yield start and end of each step of a response, without surrounding white space; blank steps are skipped."""
     start = 0
     for piece in action.split(STEP):
         if text := piece.strip():
@@ -109,7 +109,7 @@ def steps(action: str) -> Iterator[tuple[int, int]]:
 
 
 def find_end() -> tuple[str, int]:
-    """Return what the chat template writes before an answer, and the token that it ends one with."""
+    """Return the text that the chat template writes before an answer, and the token that ends the answer."""
     if tokenizer.chat_template is None:
         return "", tokenizer.eos_token_id
     asked = [{"role": "user", "content": "."}]
@@ -123,7 +123,7 @@ def find_end() -> tuple[str, int]:
 
 HEADER, END = find_end()
 HEAD = tokenizer("").input_ids[:1] if tokenizer.bos_token_id in tokenizer("").input_ids[:1] else []
-"""What a text begins with; the chat template writes it itself."""
+"""Token at the start of a text; the chat template writes it itself."""
 
 
 def value(state: str, action: str) -> float:
@@ -134,13 +134,15 @@ def value(state: str, action: str) -> float:
 
 
 def step_values(state: str, texts: list[str]) -> list[float]:
-    """Return the value of each step at the last token of the separator behind it."""
+    """Return the value of each step at the last token of the separator after it."""
     token_ids, ends = encode(state), []
     for text in texts:
         token_ids += encode(text) + encode(STEP)
         ends.append(len(token_ids))
     logits = outputs(state, token_ids) if texts else torch.zeros(0, config.num_labels)
-    read = logits[[end - 1 - len(token_ids) for end in ends]]  # from the end: a token may come before the first
+    read = logits[
+        [end - 1 - len(token_ids) for end in ends]
+    ]  # counted from the end: `outputs` may add a token at the start
     return (read.softmax(-1)[:, 1] if config.num_labels == 2 else read[:, 0]).tolist()
 
 
@@ -150,10 +152,10 @@ def encode(text: str) -> list[int]:
 
 @torch.inference_mode()
 def outputs(state: str, token_ids: list[int]) -> torch.Tensor:
-    """Return the logits of a text, float32: a row for each token, or one value."""
+    """Return the logits of a text, float32: one row per token, or one value."""
     is_chat = bool(HEADER) and state.endswith(HEADER)
     if not is_chat and token_ids[: len(HEAD)] != HEAD:
         token_ids = HEAD + token_ids
     if len(token_ids) > LONGEST:
-        raise ValueError(f"{len(token_ids)} tokens, and the reward model reads {LONGEST}")
+        raise ValueError(f"{len(token_ids)} tokens, but the reward model reads at most {LONGEST}")
     return model(torch.tensor([token_ids], device=DEVICE)).logits[0].float().cpu()

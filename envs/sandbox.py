@@ -1,12 +1,12 @@
-"""Processes in which programs that a model wrote are run and tested; sandbox_child.py is what they do.
+"""Processes that run and test programs written by a model; sandbox_child.py is the code that they run.
 
     programs = Programs(limit_s=5, memory_bytes=1 << 30)
-    programs.check()                                    # refuses a machine that cannot hold a program
+    programs.check()                                    # refuses a machine that cannot confine a program
     await programs.test([code], {"tests": [...], ...})  # {"passed": [True, False], "why": "test 2: ..."}
     await programs.run(code, "3 4\\n")                  # {"output": "7\\n", "why": None}
 
-Limits are of processor time, so that a busy machine changes nothing. A WorkerError means that the machine failed, and
-not the program.
+Limits are in processor time, so that a busy machine has no effect. A WorkerError means that the machine failed, not the
+program.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 HEADER = 64
 WALL = 20
 GRACE_S = 30
-"""Beyond the wall-clock limit that the child keeps itself."""
+"""Seconds added to the wall-clock limit that the child enforces itself."""
 
 ATTEMPTS = r"""
 import ctypes, mmap, os, socket, threading, time
@@ -52,18 +52,18 @@ for name, attempt in attempts.items():
     except (OSError, MemoryError, RuntimeError): continue
     print(name)
 """
-"""What a program must not be able to do; prints what it can."""
+"""Script that tries what a program must not be able to do, and prints what succeeds."""
 
 
 class Refused(ValueError):
-    """This machine has no way to hold a program."""
+    """This machine has no way to confine a program."""
 
 
 class Programs(Workers):
-    """Up to `number` processes that run programs, by default one a core; each may use `limit_s` s of processor time.
+    """Up to `number` processes that run programs, by default one per core; each may use `limit_s` s of processor time.
 
-    `mode` is auto, namespaces, landlock, or none, which is not safe. `python` is the interpreter, by default this one's
-    with the standard library alone; with another one given, programs can import what it has installed.
+    `mode` is auto, namespaces, landlock, or none, which is not safe. `python` is the interpreter; by default it is this
+    one's with only the standard library. With another interpreter, programs can import its packages.
     """
 
     def __init__(
@@ -83,17 +83,23 @@ class Programs(Workers):
     async def test(self, parts: list[str], tests: dict[str, Any]) -> dict[str, Any]:
         """Return {"passed": [bool] of the tests that were run, "why": the first failure}.
 
-        `parts` of the program are run one after the other; `tests` is as in solution_calls.py. Raises WorkerError where
-        the machine or the tests themselves fail.
+        The `parts` of the program run in sequence; `tests` is as in solution_calls.py. Raise WorkerError if the machine
+        or the tests themselves fail.
         """
         return await self._ask("call", tests, parts)
 
     async def run(self, code: str, given: str) -> dict[str, Any]:
-        """Return {"output": what it printed, "why": why it failed or None}. Raises WorkerError."""
+        """Return {"output": printed text, "why": reason of the failure or None}.
+
+        Raise WorkerError if the machine fails.
+        """
         return await self._ask("run", None, {"code": code, "input": given})
 
     def check(self) -> str:
-        """Return the mode in which programs are held. Raises ValueError, or its kind Refused, where they cannot be."""
+        """Return the mode in which programs are confined.
+
+        Raise ValueError, or its subclass Refused, if they cannot be.
+        """
         try:
             code = ATTEMPTS.replace("MEMORY", str(self.memory_bytes))
             found = self._call(request("run", None, {"code": code, "input": ""}))
@@ -113,15 +119,15 @@ class Programs(Workers):
     def _start(self) -> subprocess.Popen[str]:
         # nothing of this process's environment: it may hold secrets
         env = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8"}
-        process, said = self._launch(env, cwd="/")
-        if "refused" in said:
+        process, status = self._launch(env, cwd="/")
+        if "refused" in status:
             process.communicate()
-            raise Refused(said["refused"])
-        self.mode = said["mode"]
+            raise Refused(status["refused"])
+        self.mode = status["mode"]
         return process
 
 
 def request(kind: str, tests: Any, solution: Any) -> str:
-    """Return what sandbox_child.py reads: a header, the tests and the program."""
+    """Return the input of sandbox_child.py: a header, the tests and the program."""
     texts = ["" if tests is None else json.dumps(tests), json.dumps(solution)]
     return f"{kind} {len(texts[0])} {len(texts[1])}".ljust(HEADER) + "".join(texts) + "\n"

@@ -1,9 +1,9 @@
-"""Runs programs that a model wrote, each in a process that is locked down; started by sandbox.py, once per worker.
+"""Server that runs programs written by a model, each in a confined process; sandbox.py starts one per worker.
 
-This process, the server, never reads a program or its tests: they go through its standard input straight to the
-processes that it forks, so that no program finds the tests of another, or its own, in memory. For each request it
-forks a supervisor, and that one the program ("solution") and, for tests that call it, a second process ("tests") in
-which no code of the model runs. The tests ask for calls through a pipe, and only plain values (plain.py) come back.
+This process never reads a program or its tests: they go through its standard input directly to the processes that it
+forks, so that no program finds the tests of another, or its own, in memory. For each request it forks a supervisor. The
+supervisor forks the program ("solution") and, for tests that call it, a second process ("tests") in which no code of
+the model runs. The tests request calls through a pipe, and only plain values (plain.py) come back.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ import solution_calls as calls  # noqa: E402
 sys.path.remove(FOLDER)
 
 FAILED = 70
-"""Exit code of a process that fails before or behind the model's code."""
+"""Exit code of a process that fails before or after the model's code."""
 MOST_FDS = 4096
 HEADER = 64
-"""Bytes of a request's header: what to do, and the lengths of tests and solution."""
+"""Bytes of a request's header: the kind of request, and the lengths of tests and solution."""
 MOST_OUTPUT = 1 << 20
-"""Bytes that a program may print."""
+"""Limit in bytes of what a program may print."""
 MOST_VERDICT = 1 << 20
 NO_MEMORY = json.dumps({"passed": [], "why": "its answers take more memory than there is"})
 TICK_S = 0.1
 IDLE = 2
-"""Times the limit of processor time that a program may do nothing."""
+"""Multiple of the limit of processor time for which a program may be idle."""
 WALL = 20
-"""Times the limit of processor time after which a busy machine is given up on."""
+"""Multiple of the limit of processor time after which a program without a processor is given up."""
 COMMON = "array bisect cmath collections copy datetime decimal fractions functools heapq itertools math operator random"
 COMMON += " re statistics string textwrap threading typing"
 """Modules that most programs import; loaded once."""
@@ -52,24 +52,24 @@ class Server:
     lock: kernel.Lock
     limits: kernel.Limits
     proc: int
-    """The folder /proc of the machine, open; programs have none."""
+    """Descriptor of the machine's /proc; programs have no access to it."""
 
 
 @dataclass
 class Ended:
-    """How a process ended."""
+    """Exit status and processor time of an ended process."""
 
     status: int
     processor_s: float
 
     def is_too_slow(self, limits: kernel.Limits) -> bool:
-        """Return whether its limit of processor time killed it."""
-        # the kernel counts ticks for the limit and time for the usage; the two differ by some per cent
+        """Return whether the process was killed by its limit of processor time."""
+        # the kernel counts ticks for the limit and time for the usage; they differ by a few per cent
         is_killed = os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) == signal.SIGKILL
         return is_killed and self.processor_s > limits.processor_s / 2
 
     def cause(self, limits: kernel.Limits) -> str | None:
-        """Return why it failed in words; None if it ended by itself without an error."""
+        """Return the reason of the failure as text; None if the process ended normally."""
         if not os.WIFSIGNALED(self.status):
             code = os.waitstatus_to_exitcode(self.status)
             return f"ended with exit code {code}" if code else None
@@ -78,7 +78,7 @@ class Ended:
         return f"was ended by {signal.Signals(os.WTERMSIG(self.status)).name}"
 
     def is_killed_from_outside(self, limits: kernel.Limits) -> bool:
-        """Return whether something else than its limits or itself killed it, such as a machine without memory."""
+        """Return whether something other than its limits or itself killed it, such as a machine out of memory."""
         is_killed = os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) == signal.SIGKILL
         return is_killed and not self.is_too_slow(limits)
 
@@ -106,12 +106,12 @@ def main(mode: str, processor_s: float, memory_bytes: int) -> None:
         _, status = os.waitpid(supervisor, 0)
         if status:
             reply({"error": f"the supervisor ended with status {status}"})
-        while os.read(0, 1) not in (b"\n", b""):  # of a request that nobody read to its end
+        while os.read(0, 1) not in (b"\n", b""):  # the rest of a request that nobody read to its end
             pass
 
 
 def supervise(server: Server, kind: str, tests_bytes: int, solution_bytes: int) -> int:
-    """Answer one request and leave nothing behind; return an exit code."""
+    """Answer one request, clean up, and return an exit code."""
     kernel.die_with_parent()
     fork = Fork(server)
     watch = Watch(server, fork.started)
@@ -121,7 +121,7 @@ def supervise(server: Server, kind: str, tests_bytes: int, solution_bytes: int) 
         result, writer = os.pipe()
         if kind == "call":
             questions, answers = os.pipe(), os.pipe()
-            # the first process of the namespace: when it ends, the kernel ends the other
+            # first process of the namespace: when it ends, the kernel ends the other
             fork(lambda: run_tests(tests_bytes, answers[0], questions[1], writer, fork))
             for fd in (answers[0], questions[1], writer):
                 os.close(fd)
@@ -143,7 +143,7 @@ def supervise(server: Server, kind: str, tests_bytes: int, solution_bytes: int) 
 
 
 class Fork:
-    """The way in which processes of one request are started; in them, `confine` locks them down."""
+    """Starter of the processes of one request; in them, `confine` locks them down."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -152,7 +152,7 @@ class Fork:
         self._ready = -1
 
     def __call__(self, run: Callable[[], int]) -> None:
-        """Run a function in a process of its own and wait until it is locked down. Raises OSError if it cannot be."""
+        """Run a function in a new process and wait until it is locked down. Raise OSError if it cannot be."""
         reader, self._ready = os.pipe()
         process = os.fork()
         if process == 0:
@@ -167,12 +167,12 @@ class Fork:
         self.started.append(process)
         os.close(self._ready)
         with open(reader, "rb") as file:
-            said = file.read()
-        if said != b"1":
-            raise OSError(f"a process could not be locked down: {said.decode('utf-8', 'replace') or 'it ended'}")
+            status = file.read()
+        if status != b"1":
+            raise OSError(f"a process could not be locked down: {status.decode('utf-8', 'replace') or 'it ended'}")
 
     def confine(self, stdin: int, stdout: int, *kept: int) -> None:
-        """Lock this process down; of the open files it keeps these, and /dev/null in the place of -1."""
+        """Lock this process down; it keeps the given open files, with /dev/null in place of -1."""
         os.close(self._alive_writer)
         null = os.open("/dev/null", os.O_RDWR)
         for fd, place in ((stdin, 0), (stdout, 1), (-1, 2)):
@@ -183,7 +183,7 @@ class Fork:
             low = fd + 1
         os.closerange(low, MOST_FDS)
         kernel.confine(self.server.lock, self.server.limits)
-        if select.select([self.alive], [], [], 0)[0]:  # the supervisor died before its death would have been noticed
+        if select.select([self.alive], [], [], 0)[0]:  # the supervisor died before the parent-death signal was set
             os._exit(FAILED)
         os.close(self.alive)
         os.write(self._ready, b"1")
@@ -197,11 +197,11 @@ def run_tests(size: int, answers: int, questions: int, result: int, fork: Fork) 
         return FAILED
     try:
         verdict = json.dumps(calls.run_tests(json.loads(text), answers, questions))
-    except MemoryError:  # answers of the solution fill it
+    except MemoryError:  # answers of the solution filled the memory
         verdict = NO_MEMORY
     write_all(result, verdict.encode())
     os.close(result)
-    signal.pause()  # its end would be that of the solution, whose own end may have to be looked at
+    signal.pause()  # its end would end the solution, whose exit status may be needed
     return FAILED
 
 
@@ -237,20 +237,20 @@ def run_program(size: int, output: int, fork: Fork) -> int:
 
 
 class Watch:
-    """A guard over processes, which notices those that idle or that never get a processor."""
+    """Monitor of processes; it detects those that are idle or never get a processor."""
 
     def __init__(self, server: Server, processes: list[int]) -> None:
         self.server, self.processes = server, processes
         self.limits = server.limits
         self.ended: dict[int, Ended] = {}
         self.cause: str | None = None
-        """Why they have to be stopped; None as long as they need not."""
+        """Reason to stop the processes; None while there is none."""
         self.is_starved = False
         self._idle_s = 0.0
         self._start = self._last = time.monotonic()
 
     def read(self, pipe: int, most: int) -> bytes:
-        """Return what `pipe` gives until it is closed, or until there is a cause to stop."""
+        """Return what `pipe` sends until it is closed, or until there is a reason to stop."""
         text = b""
         while not self.cause:
             if select.select([pipe], [], [], TICK_S)[0]:
@@ -264,14 +264,14 @@ class Watch:
         return text[:most]
 
     def wait(self, process: int) -> None:
-        """Wait for the end of one of them, or for a cause to stop."""
+        """Wait for the end of a process, or for a reason to stop."""
         while not self.cause and process not in self.ended:
             self._reap(os.WNOHANG)
             self._look()
             time.sleep(0.001)
 
     def stop(self) -> None:
-        """Kill those that have not ended."""
+        """Kill the processes that have not ended."""
         self._reap(os.WNOHANG)
         for process in self.processes:
             if process not in self.ended:
@@ -292,7 +292,7 @@ class Watch:
             self.cause, self.is_starved = f"had no processor for most of {WALL * limit_s:g} s", True
 
     def _reap(self, flags: int) -> None:
-        for process in reversed(self.processes):  # the first can end only when the others have
+        for process in reversed(self.processes):  # the first can end only after the others
             if process not in self.ended:
                 found, status, usage = os.wait4(process, flags)
                 if found:
@@ -300,10 +300,10 @@ class Watch:
 
 
 def is_busy(proc: int, process: int) -> bool:
-    """Return whether a thread of it runs or would if there were a processor, or waits for a disk."""
+    """Return whether a thread of the process is running, ready to run, or waiting for a disk."""
     try:
         folder = os.open(f"{process}/task", os.O_RDONLY, dir_fd=proc)
-    except OSError:  # it cannot be told: there is no /proc, or it does not show all processes
+    except OSError:  # unknown: there is no /proc, or it does not show all processes
         return True
     try:
         for thread in os.listdir(folder):
@@ -318,7 +318,7 @@ def is_busy(proc: int, process: int) -> bool:
 
 
 def called(watch: Watch, pipe: int) -> dict[str, Any]:
-    """Return what the tests said: {"passed": [bool], "why"}, or {"unscored": cause}."""
+    """Return the result of the tests: {"passed": [bool], "why"}, or {"unscored": cause}."""
     tests, solution = watch.processes
     text = watch.read(pipe, MOST_VERDICT)
     if watch.is_starved:
@@ -335,7 +335,7 @@ def called(watch: Watch, pipe: int) -> dict[str, Any]:
             return {"unscored": cause}
         return {"passed": [], "why": cause}
     if verdict.pop("died", False):
-        watch.wait(solution)  # it may have closed its pipe and go on
+        watch.wait(solution)  # it may have closed its pipe and still run
         ended = watch.ended.get(solution, Ended(0, 0.0))
         cause = f"the program {watch.cause or ended.cause(watch.limits) or 'ended'}"
         if watch.is_starved or ended.is_killed_from_outside(watch.limits):
@@ -345,7 +345,7 @@ def called(watch: Watch, pipe: int) -> dict[str, Any]:
 
 
 def ran(watch: Watch, pipe: int) -> dict[str, Any]:
-    """Return what the program printed: {"output", "why"} with `why` null if it ended well, or {"unscored": cause}."""
+    """Return the program's result: {"output", "why"} with `why` None if it succeeded, or {"unscored": cause}."""
     (program,) = watch.processes
     text = watch.read(pipe, MOST_OUTPUT)
     watch.wait(program)
@@ -357,7 +357,7 @@ def ran(watch: Watch, pipe: int) -> dict[str, Any]:
 
 
 def read_exactly(size: int) -> bytes:
-    """Return so many bytes of standard input, without reading ahead; fewer only at its end."""
+    """Return `size` bytes of standard input, without reading ahead; fewer only at its end."""
     text = b""
     while len(text) < size and (piece := os.read(0, size - len(text))):
         text += piece

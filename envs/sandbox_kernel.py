@@ -1,9 +1,9 @@
-"""Locks this process down with the Linux kernel's own means, through ctypes: for sandbox_child.py.
+"""Confinement of this process by the Linux kernel, through ctypes; used by sandbox_child.py.
 
-Two ways, the first that the machine allows: "namespaces" (mount, PID, network, IPC, with a user namespace where the
-caller is not root) and "landlock" (for containers without namespaces). Both add a seccomp filter that lists the
-allowed system calls, resource limits, and a user of its own where the caller is root. docs/code.md says which guarantee
-rests on what. Everything here runs before a model's code does, and is inherited by it for good.
+There are two modes, and the first one that the machine allows is used: "namespaces" (mount, PID, network, IPC, with a
+user namespace if the caller is not root) and "landlock" (for containers without namespaces). Both add a seccomp filter
+that lists the allowed system calls, resource limits, and a separate user if the caller is root. docs/code.md states
+which guarantee depends on what. Everything here runs before a model's code and cannot be undone by it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 TMP_BYTES = 16 << 20
-"""Size of the private /tmp."""
+"""Size of the private /tmp in bytes."""
 SPARE = "/.libraries"
-"""Where libraries that lie in /tmp are mounted too: the private /tmp hides them, and they are mounted into it again."""
+"""Second mount point of libraries in /tmp: the private /tmp hides them, and they are mounted into it from here."""
 TMP_FILES = 1024
 OPEN_FILES = 64
 THREADS = 32
@@ -32,7 +32,7 @@ SYSTEM_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zonein
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 NEW_ROOT = "/sys"
-"""Where the new root is put together; nothing that it needs lies there."""
+"""Place where the new root is built; it needs nothing from there."""
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Machine -> column of its numbers below, and its AUDIT_ARCH."""
@@ -58,23 +58,23 @@ getcpu 309 168, open 2, creat 85, stat 4, lstat 6, access 21, readlink 89, getde
 rename 82, symlink 88, link 86, dup2 33, pipe 22, poll 7, select 23, epoll_create 213, epoll_wait 232, eventfd 284,
 time 201, arch_prctl 158, alarm 37, pause 34, getpgrp 111
 """
-"""System calls that are allowed whatever their arguments, with their numbers on x86-64 and aarch64."""
+"""System calls that are allowed with any arguments, with their numbers on x86-64 and aarch64."""
 LIMITED = {"fcntl": (72, 25), "ioctl": (16, 29), "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261)}
 LIMITED |= {"socketpair": (53, 199), "clone": (56, 220), "clone3": (435, 435), "setrlimit": (160, 164)}
-"""Those whose arguments are looked at."""
+"""System calls whose arguments are checked."""
 OTHERS = {"seccomp": (317, 277), "pivot_root": (155, 41), "capset": (126, 91), "mount_setattr": (442, 442)}
 OTHERS |= {"landlock_create": (444, 444), "landlock_add": (445, 445), "landlock_restrict": (446, 446)}
 
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x50000
 EPERM, ENOSYS = 1, 38
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
-"""Codes of BPF: load a word, jump if equal, return."""
+"""BPF instructions: load a word, jump if equal, return."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Refused(Exception):
-    """A guarantee cannot be had here."""
+    """This machine cannot provide a required guarantee."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +85,21 @@ class Limits:
 
 @dataclass(frozen=True)
 class Lock:
-    """How programs are locked down on this machine."""
+    """Way in which programs are locked down on this machine."""
 
     mode: str
-    """namespaces, landlock, or none."""
+    """Mode: namespaces, landlock, or none."""
     uid: int | None
-    """The user that programs run as, one that nobody else is; None: the caller's own."""
+    """User id that programs run as, used by nobody else; None keeps the caller's."""
     threads: bool
     """Whether a program may have THREADS threads; otherwise it has one."""
     readable: tuple[str, ...]
 
 
 def prepare(mode: str) -> Lock:
-    """Enter the namespaces of this process if `mode` is auto or namespaces, and return how programs are locked down.
+    """Enter the namespaces if `mode` is auto or namespaces, and return how programs are locked down.
 
-    Raises Refused where the machine allows neither way; the message says why.
+    Raise Refused, with the reasons, if the machine allows neither mode.
     """
     if mode == "none" and sys.platform == "linux":
         return Lock("none", None, True, ())
@@ -112,7 +112,7 @@ def prepare(mode: str) -> Lock:
             _rehearse(readable)
             is_alone = _enter(readable)
             uid = _free_uid(readable)
-            # since Linux 5.14 a user namespace counts the processes of its users by itself
+            # since Linux 5.14 a user namespace counts the processes of its users separately
             return Lock("namespaces", uid, uid is not None or (is_alone and _release() >= (5, 14)), readable)
         except OSError as error:
             reasons.append(f"namespaces: {error.strerror} ({error.filename})")
@@ -126,7 +126,7 @@ def prepare(mode: str) -> Lock:
 
 
 def confine(lock: Lock, limits: Limits) -> None:
-    """Lock this process down for good, as the last thing before a model's code runs. Raises OSError."""
+    """Lock this process down permanently, as the last step before a model's code runs. Raise OSError if it fails."""
     os.setsid()
     os.umask(0o077)
     if lock.mode == "namespaces":
@@ -174,17 +174,17 @@ def confine(lock: Lock, limits: Limits) -> None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies: PR_SET_PDEATHSIG."""
+    """Let the kernel kill this process when its parent dies: PR_SET_PDEATHSIG."""
     _prctl(1, 9)
 
 
 def unshare_pids() -> None:
-    """Have children of this process live in a PID namespace of their own, the first of them as its init."""
+    """Put children of this process into a new PID namespace, with the first of them as its init."""
     _call("unshare", libc.unshare, NEWPID)
 
 
 def folders_of_python() -> Iterable[str]:
-    """Yield what the interpreter has to read: its libraries and those of the system, without links in the paths."""
+    """Yield the paths that the interpreter reads: its libraries and the system's, with links resolved."""
     wanted = [*SYSTEM_FOLDERS, *SYSTEM_FILES, *sys.path, os.path.join(sys.base_prefix, "lib")]
     real = {os.path.realpath(path) for path in wanted if path and os.path.exists(path)}
     for path in sorted(real):
@@ -193,23 +193,23 @@ def folders_of_python() -> Iterable[str]:
 
 
 def filter_of(pid: int, threads: bool) -> bytes:
-    """Return the seccomp filter of process `pid`, as BPF: a list of allowed calls; all others fail with EPERM."""
+    """Return the seccomp filter of process `pid` as BPF: a list of allowed calls; all others fail with EPERM."""
     column, architecture = ARCHITECTURES[platform.machine()]
     rows = [entry.split() for entry in CALLS.replace("\n", " ").split(",")]
     code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     for _, *numbers in rows:
         if column < len(numbers):
             code += [(EQUAL, 0, 1, int(numbers[column])), (RETURN, 0, 0, ALLOW)]
-    # a program that kills itself, or lowers its limit of processor time, would look like one that the machine killed
+    # a program that kills itself, or lowers its limit of processor time, would look like one killed by the machine
     unstoppable, cpu = (9, 19), (0,)
-    pthread = (0x3D0F00, 0x7D0F00)  # what glibc and musl start a thread with
+    pthread = (0x3D0F00, 0x7D0F00)  # flags with which glibc and musl start a thread
     code += _allow_if("kill", (0, (pid,), True), (1, unstoppable, False))
     code += _allow_if("tgkill", (0, (pid,), True), (2, unstoppable, False))
     code += _allow_if("prlimit64", (0, (0, pid), True), (1, cpu, False))
     code += _allow_if("setrlimit", (0, cpu, False))
     code += _allow_if("fcntl", (1, (0, 1, 2, 3, 4, 1030, 1032), True))  # no locks, no owner, no size of pipes
     code += _allow_if("ioctl", (1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), True))
-    # of streams alone: a pair of datagrams could be sent to a socket outside
+    # only streams: a pair of datagram sockets could send to a socket outside
     code += _allow_if("socketpair", (0, (1,), True), (1, (1, 0x801, 0x80001, 0x80801), True))
     code += _allow_if("clone", (0, pthread if threads else (), True))
     code += [(EQUAL, 0, 1, _number("clone3")), (RETURN, 0, 0, ERRNO | ENOSYS)]  # libraries then call clone
@@ -220,7 +220,7 @@ def filter_of(pid: int, threads: bool) -> bytes:
 def _allow_if(name: str, *conditions: tuple[int, tuple[int, ...], bool]) -> list[tuple[int, int, int, int]]:
     """Return the lines that allow a call if each argument is one of the values (True) or none of them (False).
 
-    Arguments are compared by their lower 32 bits, which are all that the kernel reads of these.
+    Arguments are compared by their lower 32 bits; the kernel reads no more of these.
     """
     deny = (RETURN, 0, 0, ERRNO | EPERM)
     lines: list[tuple[int, int, int, int]] = []
@@ -245,7 +245,7 @@ def _seccomp(code: bytes) -> None:
 
 
 def _landlock(readable: Iterable[str]) -> None:
-    """Allow reading below these paths, and of devices; nothing else. Newer versions forbid TCP and signals too."""
+    """Allow reading below these paths and from devices, nothing else. Newer versions also forbid TCP and signals."""
     number = ctypes.c_long(_number("landlock_create"))
     version = libc.syscall(number, None, ctypes.c_size_t(0), ctypes.c_uint(1))
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # all rights that this version knows
@@ -264,7 +264,7 @@ def _landlock(readable: Iterable[str]) -> None:
 
 
 def _rehearse(readable: Iterable[str]) -> None:
-    """Enter the namespaces in a child first, for a failure halfway could not be undone. Raises OSError."""
+    """Enter the namespaces in a child first, since a partial failure cannot be undone. Raise OSError if it fails."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -284,9 +284,9 @@ def _rehearse(readable: Iterable[str]) -> None:
 
 
 def _enter(readable: Iterable[str]) -> bool:
-    """Move this process into namespaces of its own and into a root that holds `readable`, read-only, and an empty /tmp.
+    """Move this process into new namespaces and a root with `readable`, read-only, and an empty /tmp.
 
-    Returns whether it took a user namespace, as callers without rights do.
+    Return whether it needed a user namespace, as callers without privileges do.
     """
     wanted, uid, gid = NEWNS | NEWNET | NEWIPC | NEWUTS, os.getuid(), os.getgid()
     is_alone = False
@@ -318,7 +318,7 @@ def _enter(readable: Iterable[str]) -> bool:
     _folder(f"{NEW_ROOT}/tmp")
     os.chdir(NEW_ROOT)
     _call("pivot_root", libc.syscall, ctypes.c_long(_number("pivot_root")), b".", b".")
-    _call("umount", libc.umount2, b".", 2)  # MNT_DETACH: the old root, which lies on top
+    _call("umount", libc.umount2, b".", 2)  # MNT_DETACH: the old root, which is on top
     os.chdir("/")
     _read_only("/", nodev=True, recursive=False)
     return is_alone
@@ -345,7 +345,7 @@ def _read_only(path: str, nodev: bool, recursive: bool = True) -> None:
 
 
 def _free_uid(readable: Iterable[str]) -> int | None:
-    """Return a user that nobody is, for root to become; None if it may not, or could not read the interpreter then."""
+    """Return an unused user id for root to become; None if not root, or if that user cannot read the interpreter."""
     if os.geteuid() != 0:
         return None
     uid = 1_000_000_000 + os.getpid()
@@ -374,7 +374,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _call(what: str, function: ctypes._NamedFuncPointer, *args: object) -> int:
-    """Call a function of the C library. Raises OSError with `what` as its file."""
+    """Call a function of the C library. Raise OSError with `what` as its file if it fails."""
     value = function(*args)
     if value < 0:
         number = ctypes.get_errno()

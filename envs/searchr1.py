@@ -1,8 +1,8 @@
-"""Questions that may be searched for, as in Search-R1: <search>query</search>, then <information>, at last <answer>.
+"""Questions with search, as in Search-R1: <search>query</search>, then <information>, and finally <answer>.
 
 Let responses stop at '</search>' and '</answer>' (rollout.train_sampling_params.stop) and allow several turns
-(rollout.max_turns). A retrieval service must run at SEARCH_URL, such as local_search_service.py beside this file; where
-it fails there is no reward at all, for that is not the model's fault.
+(rollout.max_turns). A retrieval service must run at SEARCH_URL, such as local_search_service.py beside this file. If
+the service fails, the trajectory is unscored, because that is not the model's fault.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SEARCH_URL = os.environ.get("SEARCH_URL", "http://127.0.0.1:8000/retrieve")
 TOPK = int(os.environ.get("SEARCH_TOPK", "3"))
 TIMEOUT_S = float(os.environ.get("SEARCH_TIMEOUT_S", "20"))
 MAX_QUERY = 500
-"""Characters of a query."""
+"""Limit of a query in characters."""
 MAX_REPLY = 1 << 22
-"""Bytes of the service's reply."""
+"""Limit of the service's reply in bytes."""
 
 INSTRUCTION = """\
 Answer the question below. Think before each step. Where you lack knowledge, write <search>what to look for</search>: \
@@ -39,14 +39,14 @@ That was neither a search nor an answer. I write <search>what to look for</searc
 ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-# a proxy that the machine uses for the internet is not asked
+# a proxy for the internet is not used
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 THREADS = ThreadPoolExecutor(64, thread_name_prefix="search")
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
     given = answer(action, state)
-    if called := re.search(r"</search>[^\w<]*$", action):  # a stop string may end inside a token, such as `>.`
+    if called := re.search(r"</search>[^\w<]*$", action):  # a stop string may end inside a token such as `>.`
         observation = await search(action[: called.start()].rpartition("<search>"))
     elif not given:
         observation = INVALID
@@ -59,9 +59,9 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
-    """A raw row {"question", "golden_answers" or "answer"} as a chat, or one with a prompt of its own and "answer".
+    """Convert a raw row {"question", "golden_answers" or "answer"} to a chat, or keep its own prompt with "answer".
 
-    With `extra_info` a row stays as it is.
+    A row with `extra_info` stays unchanged.
     """
     if row.get("extra_info") is not None or row.get("reward_model") is not None:
         return row
@@ -72,7 +72,7 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
 
 
 async def search(call: tuple[str, str, str]) -> str:
-    """What the model reads after a call, cut at its last <search>."""
+    """Return what the model reads after a call, which is split at its last <search>."""
     _, mark, query = call
     query = query.strip()
     if not mark or not query:
@@ -88,7 +88,7 @@ async def search(call: tuple[str, str, str]) -> str:
 
 
 def retrieve(query: str) -> list[str]:
-    """The contents of the best matches. Raises RuntimeError where the service gives none."""
+    """Return the contents of the best matches. Raise RuntimeError if the service fails."""
     body = json.dumps({"queries": [query], "topk": TOPK, "return_scores": True}).encode()
     request = urllib.request.Request(SEARCH_URL, body, {"Content-Type": "application/json"})
     try:
@@ -101,7 +101,7 @@ def retrieve(query: str) -> list[str]:
 
 
 def is_match(given: str, gold: str) -> bool:
-    """Equal but for case, punctuation and articles, unless nothing else is there (vitamin A)."""
+    """Return whether answers are equal except for case, punctuation and articles, unless nothing else remains."""
     given, gold = given.strip().lower(), gold.strip().lower()
     return given == gold or bool(normalise(gold) and normalise(given) == normalise(gold))
 

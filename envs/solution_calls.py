@@ -1,8 +1,8 @@
-"""Tests that call a solution in another process: `run_tests` in theirs, `serve` in that of the solution.
+"""Tests that call a solution in another process: `run_tests` runs in theirs, `serve` in the solution's.
 
-The tests hold a `Remote` in the place of each object of the solution. Calls and attributes are asked for through a
-pipe; answers are plain values (plain.py) or numbers of further objects. So no class of the solution, and nothing that
-it did to Python, is there when values are compared.
+The tests hold a `Remote` for each object of the solution. Calls and attributes are requested through a pipe; answers
+are plain values (plain.py) or numbers of further objects. No class of the solution, and no change that it made to
+Python, is present when values are compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from plain import decode, encode
 
 LONGEST = 16 << 20
-"""Bytes of a question or an answer."""
+"""Limit in bytes of a question or an answer."""
 ASKED: dict[str, Callable[..., Any]] = {
     "call": lambda function, *args, **named: function(*args, **named),
     "getattr": getattr,
@@ -36,18 +36,18 @@ ASKED: dict[str, Callable[..., Any]] = {
 
 
 class Died(BaseException):
-    """The solution's process is gone; no test can catch this."""
+    """The solution's process is gone; tests cannot catch this."""
 
 
 class Solution:
-    """The tests' side of the pipe."""
+    """Proxy of the solution in the process of the tests."""
 
     def __init__(self, answers: int, questions: int) -> None:
         self.answers, self.questions = os.fdopen(answers, "rb"), os.fdopen(questions, "wb")
         self.remotes: dict[int, Remote] = {}
 
     def ask(self, what: str, target: int | str, *args: Any, **named: Any) -> Any:
-        """Return the solution's answer, or raise what it raised if that is one of Python's own exceptions."""
+        """Return the solution's answer, or raise its exception if that is one of Python's own."""
         sent = [encode(list(args), self.number_of), encode(named, self.number_of)]
         try:
             self.questions.write(json.dumps([what, target, *sent]).encode() + b"\n")
@@ -76,11 +76,11 @@ class Solution:
 
 
 class Uncrossable(BaseException):
-    """The tests hand the solution what is no plain value."""
+    """The tests pass a value to the solution that is not plain."""
 
 
 class Remote:
-    """An object of the solution. It equals nothing but itself."""
+    """Proxy of an object of the solution; it equals only itself."""
 
     def __init__(self, solution: Solution, number: int) -> None:
         def ask(what: str, *args: Any, **named: Any) -> Any:
@@ -129,7 +129,7 @@ class Remote:
 
 
 def exception(names: list[str], text: str) -> Exception:
-    """Return an exception of Python's own with this text: of the first of the classes that is one."""
+    """Return an exception with this text, of the first named class that is one of Python's own."""
     for name in names:
         known = getattr(builtins, str(name), None)
         if isinstance(known, type) and issubclass(known, Exception) and known is not Exception:
@@ -145,7 +145,7 @@ def ask_of(remote: Remote, what: str, *args: Any, **named: Any) -> Any:
 
 
 def update(argument: Any, now: Any) -> None:
-    """Do to an argument what the solution did to its copy."""
+    """Apply to an argument the changes that the solution made to its copy."""
     if isinstance(argument, (list, bytearray)):
         argument[:] = now
     else:
@@ -156,9 +156,9 @@ def update(argument: Any, now: Any) -> None:
 def run_tests(request: dict[str, Any], answers: int, questions: int) -> dict[str, Any]:
     """Return {"passed": [bool], "why": first failure, "died": bool}, or {"unscored": cause}.
 
-    `request` has `before`, code that runs first and does not need the solution; `names` to take from the solution, and
-    `setup` code, which may need it; `tests`, code each; `optional`, code that may fail; and `stop`, whether the first
-    test that fails is the last.
+    `request` has: `before`, code that runs first and does not need the solution; `names`, taken from the solution;
+    `setup`, code that may need it; `tests`, a list of code; `optional`, code that may fail; and `stop`, whether to stop
+    at the first test that fails.
     """
     space: dict[str, Any] = {"__name__": "tests"}
     try:
@@ -204,7 +204,7 @@ def run_tests(request: dict[str, Any], answers: int, questions: int) -> dict[str
 
 
 def described(error: BaseException) -> str:
-    """Return the type of an error and its message, if that can be had: the solution may have a part in it."""
+    """Return the type of an error and its message, if available: the solution may have overridden `__str__`."""
     try:
         text = str(error)
     except BaseException:
@@ -213,7 +213,7 @@ def described(error: BaseException) -> str:
 
 
 def serve(sources: list[str], questions: int, answers: int) -> None:
-    """Run the solution's code, part by part, when asked to; then answer questions until the tests have none left."""
+    """Run the solution's code, part by part, when asked to; then answer questions until the tests close the pipe."""
     module = sys.modules["solution"] = ModuleType("solution")
     objects: list[Any] = []
     numbers: dict[int, int] = {}
@@ -228,7 +228,7 @@ def serve(sources: list[str], questions: int, answers: int) -> None:
         space = module.__dict__
         if name in space:
             return space[name]
-        if "Solution" in space:  # the form of LeetCode
+        if "Solution" in space:  # LeetCode's format
             return getattr(space["Solution"](), name)
         raise NameError(f"name {name!r} is not defined")
 

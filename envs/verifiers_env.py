@@ -1,8 +1,8 @@
-"""Tasks of a `verifiers` taskset that are answered in one turn: VERIFIERS_TASKSET=NAME, an installed taskset package.
+"""Single-turn tasks of a `verifiers` taskset: VERIFIERS_TASKSET=NAME, an installed taskset package.
 
 No prompt file is needed: `reset` picks a task by the seed that all samples of a prompt share. VERIFIERS_CONFIG, a JSON
-object, holds settings of the taskset. Its own rewards judge the answer, in processes that are killed when they hang.
-Tasks with tools, several agents, a container, or rewards that look into a running program are refused.
+object, has settings of the taskset. The taskset's own rewards judge the answer, in processes that are killed if they
+hang. Tasks with tools, several agents, a container, or rewards that inspect a running program are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if importlib.util.find_spec("verifiers") is None:
 TASKSET = os.environ.get("VERIFIERS_TASKSET")
 CONFIG = json.loads(os.environ.get("VERIFIERS_CONFIG", "{}"))
 MOST_TASKS = 100_000
-"""Tasks that are taken of a taskset without end."""
+"""Limit of the tasks taken from an endless taskset."""
 
 taskset = Workers(__file__, "make_taskset", limit_s=30)
 
@@ -41,7 +41,7 @@ async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str,
 
 
 def make_taskset() -> Callable[[int, str | None], list[dict[str, Any]] | float]:
-    """For the workers: the messages of the task that a seed picks, or the reward of a response to it."""
+    """Return the function that runs in the workers: it gives a task's messages, or the reward of a response."""
     import verifiers.v1 as vf
     from verifiers.v1.trace import TraceTask
     from verifiers.v1.types import content_text
@@ -83,7 +83,7 @@ def make_taskset() -> Callable[[int, str | None], list[dict[str, Any]] | float]:
 
 
 def refuse_what_needs_more(vf: Any, name: str, config: Any, task: Any) -> None:
-    """Raise ValueError if tasks want more than one response to their prompt."""
+    """Raise ValueError if tasks need more than one response to their prompt."""
 
     def needs_runtime(function: Callable[..., Any]) -> bool:
         parameter = inspect.signature(function).parameters.get("runtime")

@@ -1,13 +1,13 @@
-"""Graders that may hang, eat memory or crash, in processes of their own: shared by environments.
+"""Worker processes for graders that may hang, use too much memory or crash; shared by environments.
 
     grade = Workers(__file__, "make_grader", limit_s=5)
     right = await grade(gold, answer)
 
-has `make_grader()` of that script make a function elsewhere, once in each process and without that limit, for libraries
-take their time to load. Then it is called there, in the main thread, as libraries with limits of their own want it;
-what it takes and returns is JSON. A process that takes too long is killed, whatever it does, and the call raises here.
-The limit is of processor time, so that a busy machine makes no right answer unscored; behind it is a wider one of time.
-Processes are kept for later calls. An idle one ends when its parent does, however that ended; a busy one soon after.
+calls `make_grader()` of that script in another process, once per process and without the limit, since libraries take
+time to load. The function that it returns is then called there, in the main thread, as libraries with their own limits
+require; arguments and results are JSON. A process that exceeds the limit is killed, and the call raises WorkerError.
+The limit is in processor time, so that a busy machine leaves no right answer unscored; a wider limit of wall-clock time
+backs it. Processes are reused. An idle one ends when its parent does; a busy one soon after.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from types import ModuleType
 from typing import Any
 
 MEMORY = 4 << 30
-"""Bytes of address space that a worker may have."""
+"""Limit of a worker's address space in bytes."""
 START_S = 120
 """Seconds for libraries to load."""
 PATIENCE = 10
-"""How much longer than its limit of processor time a call may take, by default: others want the processors too."""
+"""Default ratio of the wall-clock limit to the limit of processor time, since others use the processors too."""
 
 
 class WorkerError(RuntimeError):
-    """A call has no value: it failed, took too long, or its process died."""
+    """A call has no result: it failed, took too long, or its process died."""
 
 
 class Workers:
-    """What `make()` of the file `script` returns, called in up to `number` processes.
+    """Pool of up to `number` processes that call the function returned by `make()` of the file `script`.
 
-    By default there are as many as this process's share of the cores, up to 8. A call has `limit_s` seconds of
-    processor time, and ends after `wall_s` seconds whatever it does (`PATIENCE` times as many by default).
+    The default number is this process's share of the cores, at most 8. A call has `limit_s` seconds of processor time,
+    and ends after `wall_s` seconds in any case (by default `PATIENCE` times as many).
     """
 
     def __init__(
@@ -54,18 +54,18 @@ class Workers:
         self.command = [sys.executable, "-P", __file__, script, make, str(limit_s)]
         self.limit_s = limit_s
         self.wall_s = limit_s * PATIENCE if wall_s is None else wall_s
-        trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's word for processes on this machine
+        trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun: number of processes on this machine
         self.number = number or max(1, min(8, (os.cpu_count() or 1) // trainers))
         self._threads: ThreadPoolExecutor | None = None
         self._idle: list[subprocess.Popen[str]] = []
 
     async def __call__(self, *args: Any) -> Any:
-        """The value. Raises `WorkerError` where there is none."""
+        """Return the function's result. Raise `WorkerError` if there is none."""
         return await self.hand_in(json.dumps(args) + "\n")
 
     async def hand_in(self, request: str) -> Any:
-        """Return the answer of a process to `request`. Raise WorkerError where there is none."""
-        if self._threads is None:  # one for each process, so that no more than `number` are under way
+        """Return the answer of a process to `request`. Raise WorkerError if there is none."""
+        if self._threads is None:  # one per process, so that at most `number` calls run at once
             self._threads = ThreadPoolExecutor(self.number, thread_name_prefix="worker")
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, request)
 
@@ -81,7 +81,7 @@ class Workers:
     def _call(self, request: str) -> Any:
         process = self._idle.pop() if self._idle else self._start()
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # how it died is found out below
+        with contextlib.suppress(BrokenPipeError):  # the cause of its death is determined below
             process.stdin.write(request)
             process.stdin.flush()
         reply = self._read(process, self.wall_s)
@@ -91,25 +91,25 @@ class Workers:
         return reply["value"]
 
     def _start(self) -> subprocess.Popen[str]:
-        # no worker iterates over a set in another order
+        # a fixed hash seed, so that all workers iterate over sets in the same order
         return self._launch(os.environ | {"PYTHONHASHSEED": "0"})[0]
 
     def _launch(self, env: Mapping[str, str], cwd: str | None = None) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-        """Start a process; return it, and what it says when it is ready. Raise WorkerError if it says nothing."""
+        """Start a process; return it with its ready message. Raise WorkerError if it sends none."""
         process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="ascii",
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+            start_new_session=True,  # the parent handles Ctrl-C
             cwd=cwd,
             env=env,
         )
         return process, self._read(process, START_S)
 
     def _read(self, process: subprocess.Popen[str], limit_s: float) -> dict[str, Any]:
-        """The next line from `process`; without one, the process is done with. Raises `WorkerError`."""
+        """Return the next line from `process`, parsed; otherwise end the process and raise `WorkerError`."""
         assert process.stdin is not None and process.stdout is not None
         waiting = select.poll()
         waiting.register(process.stdout, select.POLLIN)
@@ -131,16 +131,16 @@ class Workers:
 
 
 def serve(script: str, make: str, limit_s: float) -> None:
-    """Answer calls until the parent closes the pipe; a line each."""
+    """Answer calls, one per line, until the parent closes the pipe."""
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # what libraries print is no reply
+    os.dup2(2, 1)  # output of libraries is not a reply
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     call = _made(Path(script), make)
     replies.write("{}\n")  # ready
     replies.flush()
     for line in sys.stdin:
-        # the parent kills by the clock; this one counts work, and kills where the parent is gone too
+        # the parent limits wall-clock time; this timer limits work, even if the parent is gone
         signal.setitimer(signal.ITIMER_PROF, limit_s)
         try:
             reply = json.dumps({"value": call(*json.loads(line))})
@@ -152,9 +152,9 @@ def serve(script: str, make: str, limit_s: float) -> None:
 
 
 def _made(script: Path, make: str) -> Callable[..., Any]:
-    """What the script makes; if it cannot, a function that says so at each call."""
+    """Return what the script's `make` returns; if it fails, a function that raises the failure at each call."""
     try:
-        package = sys.modules["scripts"] = ModuleType("scripts")  # so that scripts find their siblings
+        package = sys.modules["scripts"] = ModuleType("scripts")  # lets scripts import their siblings
         package.__path__ = [str(script.parent)]
         return getattr(importlib.import_module(f"scripts.{script.stem}"), make)()
     except Exception as error:

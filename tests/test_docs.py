@@ -39,6 +39,7 @@ from RL2.tools.check_objective.main import check
 from RL2.tools.cli import app
 from RL2.tools.eval import evaluate
 from RL2.tools.plan.command import PlanRequest
+from RL2.tools.settings import parse_settings
 from RL2.trainer.unused_settings import probe, probe_supervised
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,11 +216,11 @@ def rl2(name: str, words: list[str]) -> None:
         knobs = {k: float(v) for k, _, v in (word.partition("=") for word in given["knobs"] or ())}
         assert all(finding.passed for finding in check_advantage(given["estimator"], knobs))
     elif name == "eval":
-        assert Path(evaluate.EvalConfig.of(given["settings"]).env).is_file()
+        assert Path(parse_settings(evaluate.EvalConfig, given["settings"]).env).is_file()
     elif name == "audit-env":
         assert given["env"].is_file()
     elif name == "plan":
-        PlanRequest.of(given["settings"])
+        parse_settings(PlanRequest, given["settings"])
 
 
 def targets_of_make() -> set[str]:

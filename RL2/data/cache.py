@@ -1,6 +1,6 @@
-"""Tables of data sets on this machine's disk: made once, by one process, and mapped by all.
+"""Cache of tokenized data sets on this machine's disk: one process writes a table, all processes map it.
 
-A table has the name of what it is made of: the content of the data, the tokenizer, the settings and the code.
+The name of a table is a digest of everything it depends on: the data, the tokenizer, the settings and the code.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from RL2.errors import first_line
 from RL2.io.progress import Progress
 
 FOLDER = "RL2_CACHE"
-"""Environment variable that names the folder."""
+"""Environment variable with the path of the cache folder."""
 FROM_BYTES = 4 * 2**20
-"""Least size of data, in bytes, for which a table is written to the disk. Smaller data are read at each start."""
+"""Smallest size of data in bytes that is cached. Smaller data are read at each start."""
 MOST_BYTES = 32 * 2**30
-"""Limit of the size of all tables, in bytes; above it the least recently used ones are removed."""
+"""Limit of the cache's size in bytes; above it the least recently used tables are removed."""
 WAIT_S = 3600.0
-"""Limit of waiting for another process that makes the table."""
+"""Maximum wait in seconds for another process that is writing the table."""
 LOOK_S = 0.2
 PARTIAL = ".partial"
 """Suffix of a table that is being written."""
 
 Build = Callable[[Writer, Callable[[float], None]], Mapping[str, Any]]
-"""Writes all rows, tells the share of the data that it has read, and returns what is said of them, as JSON."""
+"""Function that writes all rows, reports the share of the data read, and returns notes about the rows as JSON data."""
 
 
 def folder() -> Path:
-    """Return the folder of the tables: $RL2_CACHE, or rl2 in the user's folder for caches."""
-    if given := os.environ.get(FOLDER):
-        return Path(given)
+    """Return the cache folder: `$RL2_CACHE`, or `rl2` in the user's cache folder."""
+    if path := os.environ.get(FOLDER):
+        return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl2"
 
 
@@ -59,9 +59,9 @@ def key(
     example: Callable[[Row], Row | None] | None,
     settings: Mapping[str, Any],
 ) -> str | None:
-    """Return the name of a table.
+    """Return the name of a table; None if the table must not be cached.
 
-    None: the table is not kept, as the data are small or as it is not known what the rows depend on.
+    It is not cached if the data are small or if its dependencies cannot be determined.
     """
     try:
         if source.num_bytes < FROM_BYTES or not tokenizer.is_fast:
@@ -69,7 +69,7 @@ def key(
         code = "" if example is None else digest_of(example)
         if code is None or (content := source.content()) is None:
             return None
-    except OSError:  # whoever reads it will say so
+    except OSError:  # reading the data reports the error
         return None
     own = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
@@ -81,7 +81,7 @@ def key(
             type(tokenizer).__qualname__,
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.chat_template,
-            # templates that write the date, such as Llama's, write another one tomorrow
+            # a template that writes today's date, such as Llama's, gives another text tomorrow
             datetime.date.today().isoformat() if "strftime_now" in str(tokenizer.chat_template) else "",
             {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             tokenizer.split_special_tokens,
@@ -99,9 +99,10 @@ def table(
     progress: Progress,
     wait_s: float = WAIT_S,
 ) -> Table:
-    """Return the table called `name`: mapped from the disk, where `build` writes it now or has earlier.
+    """Return the table called `name`, mapped from the disk; `build` writes it first if it is not there.
 
-    It is in memory if `name` is None, or if the disk does not take it, which is said. `bad` is then as `build` left it.
+    The table stays in memory if `name` is None or if the disk cannot hold it. `bad` is restored to the state in which
+    `build` left it.
     """
     found = None
     if name is not None:
@@ -121,7 +122,7 @@ def table(
 
 
 def _built(bad: BadRows, build: Build, writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
-    """Build once more, perhaps after a disk was full; returns what is said of the rows."""
+    """Run `build` from a clean state and return its notes; a second call may follow a full disk."""
     bad.restore({})
     about = build(writer, tell)
     return {**about, "bad": bad.state()}
@@ -130,7 +131,7 @@ def _built(bad: BadRows, build: Build, writer: Writer, tell: Callable[[float], N
 def _on_disk(
     place: Path, bad: BadRows, columns: Sequence[str], build: Build, progress: Progress, wait_s: float
 ) -> Table:
-    """Map the table in `place`; write it first if it is not there, or damaged."""
+    """Map the table in `place`; write it first if it is missing or damaged."""
     if (found := _ready(place, columns, progress)) is not None:
         return found
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -151,7 +152,7 @@ def _on_disk(
             try:
                 partial.rename(place)
             except OSError:
-                if not place.is_dir():  # if it is there, another machine was faster, where locks do not reach
+                if not place.is_dir():  # it exists: another machine was faster, where locks do not reach
                     raise
         finally:
             writer.abandon()
@@ -160,37 +161,37 @@ def _on_disk(
         try:
             return open_table(place, columns)
         except ValueError as error:
-            raise OSError(f"{place} is not as it was written ({error})") from error
+            raise OSError(f"{place} changed after it was written ({error})") from error
 
 
 def _ready(place: Path, columns: Sequence[str], progress: Progress) -> Table | None:
-    """Return the table in `place`, if it is there; one that is damaged is removed."""
+    """Return the table in `place` if it exists; remove it if it is damaged."""
     if not place.is_dir():
         return None
     try:
         with progress.phase(f"checking {place}"):
             found = open_table(place, columns)
     except ValueError as error:
-        progress.say(f"{place} is damaged ({error}); it is made again")
+        progress.say(f"{place} is damaged ({error}); writing it again")
         shutil.rmtree(place)
         return None
     with suppress(OSError):
-        os.utime(place)  # it was used
+        os.utime(place)  # mark it as used
     return found
 
 
 @contextmanager
 def _locked(place: Path, what: str, progress: Progress, wait_s: float) -> Iterator[Callable[[float], None]]:
-    """Be the only process of this machine that makes the table; others wait, and are told how far it is.
+    """Hold the lock on writing a table and yield a function that reports progress to waiting processes.
 
-    Raises TimeoutError after `wait_s`.
+    Raise TimeoutError after `wait_s`.
     """
     with place.with_name(f"{place.name}.lock").open("a+") as file:
         end = time.monotonic() + wait_s
         with progress.phase(f"waiting for another process that reads {what}", 1) as phase:
             while not _lock(file):
                 if time.monotonic() > end:
-                    raise TimeoutError(f"another process has been at work on it for {wait_s:g} s")
+                    raise TimeoutError(f"another process has been writing it for {wait_s:g} s")
                 file.seek(0)
                 with suppress(ValueError):
                     phase.to(float(file.read() or 0))
@@ -206,18 +207,18 @@ def _locked(place: Path, what: str, progress: Progress, wait_s: float) -> Iterat
 
 
 def _lock(file: TextIO) -> bool:
-    """Take the lock; False if another process has it."""
+    """Take the lock. Return False if another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: two processes may make the same table, and one is kept
+    except OSError:  # without locks, two processes may write the same table; one is kept
         pass
     return True
 
 
 def _prune(newest: Path) -> None:
-    """Remove the tables that were used longest ago until all fit, and what killed processes left behind."""
+    """Remove the least recently used tables until all fit, and the remains of killed processes."""
     for partial in newest.parent.glob(f"*{PARTIAL}"):
         if time.time() - max((_changed(file) for file in partial.iterdir()), default=0) > WAIT_S:
             shutil.rmtree(partial, ignore_errors=True)
@@ -225,7 +226,7 @@ def _prune(newest: Path) -> None:
     total = 0
     for place in sorted(found, key=lambda place: (place != newest, -_changed(place))):
         total += sum(file.stat().st_size for file in place.iterdir())
-        if total > MOST_BYTES and place != newest:  # who has mapped it keeps it
+        if total > MOST_BYTES and place != newest:  # processes that have mapped it keep it
             shutil.rmtree(place, ignore_errors=True)
             place.with_name(f"{place.name}.lock").unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""From a row's `prompt` (raw text) or `messages` (chat) to text and token ids."""
+"""Conversion of a row's `prompt` (raw text) or `messages` (chat) to text and token ids."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from RL2.data.watchdog import Watchdog
 Message = dict[str, Any]
 
 MAX_RENDERED = 1 << 26
-"""Characters that a template may make of a row's messages."""
+"""Limit of the characters that a template may render from one conversation."""
 
 
 def messages_of(row: Row) -> list[Message]:
-    """Return the checked `messages` of a row: contents as text, arguments of calls as objects, without null keys."""
+    """Return the validated `messages` of a row: contents as strings, call arguments as objects, null keys removed."""
     messages = from_json(row.get("messages"))
     if not isinstance(messages, list) or not messages:
         raise DataError(f"'messages' must be a list of at least one message, not {shown(messages)}")
@@ -29,7 +29,7 @@ def messages_of(row: Row) -> list[Message]:
 def _message(message: Any, name: str) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"{name} must be an object with 'role' and 'content', not {shown(message)}")
-    message = {key: value for key, value in message.items() if value is not None}  # keys that other rows have
+    message = {key: value for key, value in message.items() if value is not None}  # null keys come from other rows
     role, calls = message.get("role"), from_json(message.get("tool_calls"))
     if role is None:
         raise DataError(f"{name} has no 'role'")
@@ -50,19 +50,19 @@ def _message(message: Any, name: str) -> Message:
 
 
 def _text(content: Any, name: str) -> str | None:
-    """Return a content as one text; OpenAI's rows may have it in parts."""
+    """Return a content as one string; rows in OpenAI's format may split it into parts."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise DataError(f"{name}.content must be text or a list of text parts, not {shown(content)}")
     for part in content:
         if not isinstance(part.get("text"), str):
-            raise DataError(f"{name}.content has a part that is no text: {shown(part)}")
+            raise DataError(f"{name}.content has a part without text: {shown(part)}")
     return "".join(part["text"] for part in content)
 
 
 def _call(call: Any, name: str) -> dict[str, Any]:
-    """Return a call of a tool as an object with `function`, whose arguments OpenAI's rows have as JSON text."""
+    """Return a tool call as an object with `function`; arguments that are JSON strings are decoded."""
     if isinstance(call, dict) and not isinstance(call.get("function"), dict):
         call = {"type": "function", "function": call}
     function = call["function"] if isinstance(call, dict) else {}
@@ -73,7 +73,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
 
 
 def template_arguments(row: Row) -> dict[str, Any]:
-    """Return what goes to the chat template beside the messages: `tools`, and what is in `chat_template_kwargs`."""
+    """Return the template's arguments beside the messages: `tools` and the entries of `chat_template_kwargs`."""
     arguments = from_json(row.get("chat_template_kwargs") or {})
     if not isinstance(arguments, dict):
         raise DataError(f"'chat_template_kwargs' must be an object, not {shown(arguments)}")
@@ -89,9 +89,9 @@ def template_arguments(row: Row) -> dict[str, Any]:
 
 @contextmanager
 def template_errors(watchdog: Watchdog) -> Iterator[None]:
-    """Raise DataError for what a template raises, which may be anything, and FatalDataError if it takes too long.
+    """Convert any error of a chat template in the `with` block to DataError, and a timeout to FatalDataError.
 
-    A template may refuse messages in many ways: an unknown role, two turns of the same side, a missing field.
+    A template may refuse messages in many ways: an unknown role, two turns of one side, a missing field.
     """
     try:
         with watchdog.watching():
@@ -110,7 +110,7 @@ def render(
     add_generation_prompt: bool,
     **arguments: Any,
 ) -> str:
-    """Return the text that the chat template makes of the messages; `arguments` are its own, `tools` among them."""
+    """Render the messages with the chat template; `arguments` are passed to it."""
     if tokenizer.chat_template is None:
         raise FatalDataError(
             "the tokenizer has no chat template; pass rows with 'prompt' or a tokenizer with a chat template"
@@ -121,12 +121,12 @@ def render(
         )
     assert isinstance(text, str)
     if len(text) > MAX_RENDERED:
-        raise DataError(f"the chat template makes {len(text)} characters of the messages")
+        raise DataError(f"the chat template renders the messages as {len(text)} characters, more than {MAX_RENDERED}")
     return unicode(text, "what the chat template makes of the messages")
 
 
 def unicode(text: str, what: str) -> str:
-    """Return `text`. Raise DataError if it is no valid Unicode: JSON can hold one half of a surrogate pair alone."""
+    """Return `text`. Raise DataError if it is not valid Unicode: JSON can hold a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -135,8 +135,8 @@ def unicode(text: str, what: str) -> str:
 
 
 def is_chat(row: Row) -> bool:
-    """Return whether the row has `messages`. If not, it has a raw `prompt`, which is checked here."""
-    # a null is a column that other rows of the file use
+    """Return whether the row has `messages`; otherwise validate its raw `prompt`."""
+    # a null key belongs to other rows of the file
     prompt, messages = row.get("prompt"), row.get("messages")
     if prompt is None and messages is None:
         hint = "example(row) in the environment script (rollout.env_path, in SFT data.env_path) can make them of others"
@@ -155,21 +155,21 @@ def is_chat(row: Row) -> bool:
 
 
 def question_of(row: Row) -> list[Message]:
-    """Return the checked `messages` of a row for reinforcement learning, in which the model is to answer.
+    """Return the validated `messages` of a row for reinforcement learning.
 
-    Raise DataError if they end with the assistant: demonstrations would put the solution into the prompt.
+    Raise DataError if they end with the assistant: the solution would be part of the prompt.
     """
     messages = messages_of(row)
     if messages[-1]["role"] == "assistant":
         raise DataError(
-            "'messages' end with the assistant, whose answer would stand in the prompt; leave that turn out "
+            "'messages' end with the assistant, so the prompt would contain the answer; remove that turn "
             "(example(row) of the environment script can)"
         )
     return messages
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, begins: bool) -> list[list[int]]:
-    """Return token ids of many texts; with `begins` each begins, once, as the tokenizer lets a text begin (BOS)."""
+    """Return the token ids of each text; with `begins`, each starts with the tokenizer's prefix (BOS) exactly once."""
     if not texts:
         return []
     ids = _plain(tokenizer, texts)
@@ -178,7 +178,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, begins: bool
 
 
 def head_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that the tokenizer puts before a text, such as BOS. What it may put behind ends no prompt."""
+    """Return the ids that the tokenizer puts before a text, such as BOS. A suffix, such as EOS, is ignored."""
     around, (plain,) = list(tokenizer("a").input_ids), _plain(tokenizer, ["a"])
     starts = (at for at in range(len(around)) if around[at : at + len(plain)] == plain)
     return around[: next(starts, 0)]
@@ -187,6 +187,6 @@ def head_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus or len(texts) == 1:
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-    # the same without offsets and copies, which take a third of the time; a call sets how to encode
+    # the same without offsets and copies, which take a third of the time; the call configures the encoder
     _plain(tokenizer, texts[:1])
     return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

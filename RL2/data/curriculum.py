@@ -1,4 +1,4 @@
-"""Rows drawn by their past success: less of what is always solved, or of what never is too."""
+"""Sampling of rows by their past success rate: fewer that are always solved, or also fewer that never are."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from RL2.data.cursor import Cursor
 Rule = Literal["failures", "frontier"]
 
 NEWEST = 0.5
-"""Weight of the newest group in a row's success rate: the policy changes, and older groups are of another one."""
+"""Weight of the newest group in a row's success rate; older groups are from older policies."""
 FLOOR = 0.05
-"""Added to every row's weight, so that none is given up for good."""
+"""Constant added to each row's weight, so that every row keeps a chance."""
 
 
 class Curriculum(Cursor):
-    """Every row once, in the order of `Cursor`; from then on by how its groups went.
+    """Cursor that yields each row once in the order of `Cursor`, then samples rows by their success rate.
 
-    A row's weight is 1 - s (`failures`: prioritised sampling of Kimi k1.5, arXiv 2501.12599, section 2.3.4) or
-    4 s (1 - s) (`frontier`: what is sometimes solved, arXiv 2502.12272), plus a floor; s is the moving mean of the
-    share of its samples that earned a reward. A row without a scored sample counts as half solved. A batch is drawn
-    without replacement, as far as there are rows.
+    A row's weight is 1 - s (`failures`: prioritised sampling of Kimi k1.5, arXiv 2501.12599, section 2.3.4) or 4 s (1 -
+    s) (`frontier`: rows that are sometimes solved, arXiv 2502.12272), plus a floor. s is the moving average of the
+    share of its samples that earned a reward. A row without a scored sample counts as s = 0.5. Batches are drawn
+    without replacement as long as there are enough rows.
     """
 
     def __init__(self, num_rows: int, batch_size: int, seed: int, rule: Rule) -> None:
         super().__init__(num_rows, batch_size, seed)
         self.rule = rule
         self.rates: dict[int, float] = {}
-        """Success rate of every row that has one."""
+        """Row -> success rate, for rows that have one."""
 
     def learn(self, success: Mapping[int, float]) -> None:
-        """Return the share of successes among the newest samples of some rows."""
+        """Update the success rates with the share of successes in each row's newest group."""
         for row, share in success.items():
             self.rates[row] = share + (1 - NEWEST) * (self.rates.get(row, share) - share)
 
     def metrics(self) -> dict[str, float]:
-        """Of the rows that are known: how many of all they are, their mean success, and how many are always solved."""
+        """Return the share of rows with a success rate, their mean rate, and the share of them always solved."""
         if not self.rates:
             return {}
         rates = np.array(list(self.rates.values()))
@@ -50,7 +50,7 @@ class Curriculum(Cursor):
 
     def next(self, number: int | None = None) -> list[int]:
         number = self.batch_size if number is None else number
-        first = max(0, min(number, self.num_rows - self.drawn))  # of the pass over all rows
+        first = max(0, min(number, self.num_rows - self.drawn))  # rows left of the first pass over all rows
         batch = [self._row(n) for n in range(self.drawn, self.drawn + first)]
         rng = np.random.default_rng([self.seed, self.drawn])
         while len(batch) < number:
@@ -73,7 +73,7 @@ class Curriculum(Cursor):
         rates = state.get("rates", {})
         rows = {str(row) for row in range(self.num_rows)}
         if not isinstance(rates, dict) or not rates.keys() <= rows or not all(map(_is_share, rates.values())):
-            raise ValueError("its success rates of rows are not shares of these rows")
+            raise ValueError("its success rates do not belong to these rows or are not between 0 and 1")
         self.rates = {int(row): rate for row, rate in rates.items()}
 
 

@@ -1,4 +1,4 @@
-"""The order in which rows are drawn, exactly resumable."""
+"""Order in which rows are drawn; exactly resumable."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class Cursor:
-    """A seeded, endless stream of row numbers in batches.
+    """Endless seeded stream of row numbers in batches.
 
-    Every epoch is a fresh permutation of all rows, a pure function of (seed, epoch); a batch may run across the border
-    of two. So the whole state is how many rows were drawn.
+    Each epoch is a new permutation of all rows, a pure function of (seed, epoch). A batch may span two epochs. The
+    number of rows drawn is the whole state.
     """
 
     def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
@@ -23,14 +23,14 @@ class Cursor:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def next(self, number: int | None = None) -> list[int]:
-        """Return the next batch, or `number` rows where some are to be replaced."""
+        """Return the next batch of row numbers, or `number` of them."""
         number = self.batch_size if number is None else number
         batch = [self._row(n) for n in range(self.drawn, self.drawn + number)]
         self.drawn += number
         return batch
 
     def batches(self, n_epochs: int) -> int:
-        """Return the number of whole batches in `n_epochs` passes over the rows."""
+        """Return the number of whole batches in `n_epochs` passes over the rows. Raise ValueError if it is 0."""
         num_batches = n_epochs * self.num_rows // self.batch_size
         if num_batches == 0:
             raise ValueError(
@@ -39,7 +39,7 @@ class Cursor:
         return num_batches
 
     def learn(self, success: Mapping[int, float]) -> None:
-        """How rows went that were drawn; this order does not depend on it."""
+        """Receive the success rates of rows that were drawn; ignored in this order."""
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -48,16 +48,16 @@ class Cursor:
         return {"drawn": self.drawn, "num_rows": self.num_rows, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for a position in other data or in another order."""
+        """Restore a position. Raise ValueError if it belongs to other data or another order."""
         for name, here in (("num_rows", self.num_rows), ("seed", self.seed)):
             if state.get(name) != here:
-                raise ValueError(f"it was made with {name}={state.get(name)}, and now {name}={here}")
+                raise ValueError(f"it was saved with {name}={state.get(name)}, but now {name}={here}")
         if type(drawn := state.get("drawn")) is not int or not 0 <= drawn < 2**63:
-            raise ValueError(f"its position in the data, {drawn!r}, is none")
+            raise ValueError(f"its position in the data, {drawn!r}, is not a valid number of rows")
         self.drawn = drawn
 
     def _row(self, n: int) -> int:
-        """Return the row that is drawn as number `n`."""
+        """Return the row at position `n` of the stream."""
         epoch, position = divmod(n, self.num_rows)
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)

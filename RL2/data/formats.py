@@ -1,6 +1,6 @@
-"""Rows as public data sets have them, made into the library's own: a format is recognised by its keys.
+"""Conversion of rows of public data sets to the library's own format; a format is recognised by its keys.
 
-Each function here takes a row without nulls, and returns what it makes of it, or None if the row is not of its format.
+Each converter takes a row without nulls and returns the converted row, or None if the row has another format.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""Roles of ShareGPT's many descendants -> ours."""
+"""Role names of ShareGPT and its descendants -> the library's."""
 SYSTEMS = ("system", "system_prompt")
 QUESTIONS = ("question", "query", "problem", "inputs")
 RESPONSES = ("response", "output", "completion", "solution", "targets")
@@ -33,12 +33,12 @@ HUMAN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
 def canonical(row: Row) -> tuple[Row, str]:
-    """Return the row in the library's own format, and the name of the format it had; empty if it was our own."""
-    names, given = list[str](), _without_nulls(row)
+    """Return the row in the library's own format and the name of its format; an empty name is our own."""
+    names, present = list[str](), _without_nulls(row)
     for name, convert in FORMATS.items():
-        made = convert(given)
-        if made is not None:
-            row, names, given = made, [*names, name], _without_nulls(made)
+        converted = convert(present)
+        if converted is not None:
+            row, names, present = converted, [*names, name], _without_nulls(converted)
     return with_answer(row), " + ".join(names)
 
 
@@ -47,7 +47,7 @@ def _without_nulls(row: Row) -> Row:
 
 
 def with_answer(row: Row) -> Row:
-    """Return the row with a column that holds the answer in `extra_info`, where environments look for it."""
+    """Return the row with its answer column copied to `extra_info`, where environments look for it."""
     extra_info = from_json(row.get("extra_info")) or {}
     answer = next((row[key] for key in ANSWERS if row.get(key) is not None and not isinstance(row[key], bool)), None)
     asks = row.get("prompt") is not None or row.get("messages") is not None
@@ -57,7 +57,7 @@ def with_answer(row: Row) -> Row:
 
 
 def _openai_preference(row: Row) -> Row | None:
-    """`input` with `messages`, `preferred_output` and `non_preferred_output`."""
+    """Convert OpenAI's preferences: `input` with `messages`, `preferred_output` and `non_preferred_output`."""
     if "preferred_output" not in row or not isinstance(row.get("input"), dict):
         return None
     sides = {"chosen": row["preferred_output"], "rejected": row.get("non_preferred_output")}
@@ -65,7 +65,7 @@ def _openai_preference(row: Row) -> Row | None:
 
 
 def _share_gpt(row: Row) -> Row | None:
-    """`conversations`, or `messages`, of {"from", "value"} or {"role", "content"}; a `system` text stands before."""
+    """Convert ShareGPT: turns of {"from", "value"} or {"role", "content"}, optionally with a `system` text."""
     key = next((key for key in ("conversations", "conversation", "messages") if key in row), None)
     turns = from_json(row[key]) if key else None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -96,7 +96,7 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ultra_chat(row: Row) -> Row | None:
-    """`data`, a list of texts: user and assistant in turn."""
+    """Convert UltraChat: `data` is a list of texts, user and assistant in turn."""
     texts = row.get("data")
     if "messages" in row or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return None
@@ -105,7 +105,7 @@ def _ultra_chat(row: Row) -> Row | None:
 
 
 def _hh(row: Row) -> Row | None:
-    """`chosen` and `rejected` as texts of "Human:" and "Assistant:" in turn."""
+    """Convert HH-RLHF: `chosen` and `rejected` are texts of "Human:" and "Assistant:" in turn."""
     sides = {key: row.get(key) for key in ("chosen", "rejected")}
     if "prompt" in row or "messages" in row or not all(isinstance(s, str) and HUMAN.match(s) for s in sides.values()):
         return None
@@ -118,7 +118,7 @@ def _hh(row: Row) -> Row | None:
 
 
 def _verl(row: Row) -> Row | None:
-    """`reward_model` with `ground_truth`: the answer, or an object with what the environment needs."""
+    """Convert verl: `reward_model.ground_truth` is the answer, or an object for the environment."""
     reward_model = from_json(row.get("reward_model"))
     truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
     extra_info = from_json(row.get("extra_info")) or {}
@@ -130,7 +130,7 @@ def _verl(row: Row) -> Row | None:
 
 
 def _alpaca(row: Row) -> Row | None:
-    """`instruction` with `input` (or Dolly's `context`), `output`, `system` and `history`."""
+    """Convert Alpaca: `instruction` with `input` (or Dolly's `context`), `output`, `system` and `history`."""
     if not isinstance(row.get("instruction"), str) or "prompt" in row or "messages" in row:
         return None
     given = next((row[key] for key in ("input", "context") if isinstance(row.get(key), str)), "")
@@ -147,7 +147,7 @@ def _alpaca(row: Row) -> Row | None:
 
 
 def _question(row: Row) -> Row | None:
-    """A question under one of many names, with a response or two of them; with an answer alone a script is needed."""
+    """Convert a question under one of several names that comes with one response, or two."""
     key = next((key for key in QUESTIONS if isinstance(row.get(key), str)), None)
     if key is None or "prompt" in row or "messages" in row or not {*RESPONSES, "chosen"} & row.keys():
         return None
@@ -155,14 +155,14 @@ def _question(row: Row) -> Row | None:
 
 
 def _human_eval(row: Row) -> Row | None:
-    """`prompt`, the beginning of a function, and `canonical_solution`, its rest."""
+    """Convert HumanEval: `prompt` is the beginning of a function and `canonical_solution` its rest."""
     if "entry_point" not in row or not isinstance(row.get("canonical_solution"), str) or "response" in row:
         return None
     return row | {"response": row["canonical_solution"]}
 
 
 def _mbpp(row: Row) -> Row | None:
-    """`text`, or `prompt` where it was sanitized, with `code` and `test_list`."""
+    """Convert MBPP: `text` (`prompt` in the sanitized version) with `code` and `test_list`."""
     asked = row.get("text", row.get("prompt"))
     if "test_list" not in row or not isinstance(row.get("code"), str) or not isinstance(asked, str):
         return None
@@ -171,7 +171,7 @@ def _mbpp(row: Row) -> Row | None:
 
 
 def _asked(row: Row, messages: list[dict[str, Any]]) -> Row:
-    """Return the row with `messages`, and the response that it has under whatever name."""
+    """Return the row with `messages`, and with its response under the key `response`."""
     response = next((row[key] for key in RESPONSES if key in row), None)
     return row | {"messages": messages} | ({} if response is None else {"response": response})
 
@@ -182,7 +182,7 @@ def _system(row: Row) -> list[dict[str, Any]]:
 
 
 def _prompt_completion(row: Row) -> Row | None:
-    """`completion`, a text or a list of messages, as TRL has it."""
+    """Convert TRL's prompt and `completion`, a string or a list of messages."""
     completion = from_json(row.get("completion"))
     if completion is None or "response" in row or "prompt" not in row:
         return None
@@ -196,7 +196,7 @@ def _prompt_completion(row: Row) -> Row | None:
 
 
 def _prompt_list(row: Row) -> Row | None:
-    """`prompt` as a list of messages, or as JSON of one; pairs have it as it is."""
+    """Convert `prompt` as a list of messages or its JSON; preference pairs stay unchanged."""
     prompt = from_json(row.get("prompt"))
     is_list = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)
     if not is_list or ("chosen" in row and "rejected" in row):
@@ -209,7 +209,7 @@ def _prompt_list(row: Row) -> Row | None:
 
 
 def _prompt_repeated(row: Row) -> Row | None:
-    """`messages` beside a text as `prompt` that is their first question."""
+    """Remove a `prompt` that repeats the first question of `messages`."""
     prompt, messages = row.get("prompt"), from_json(row.get("messages"))
     if not isinstance(prompt, str) or not isinstance(messages, list):
         return None
@@ -233,4 +233,4 @@ FORMATS = {
     "prompt as a list of messages": _prompt_list,
     "messages beside their first question": _prompt_repeated,
 }
-"""Name -> function, tried in this order; a row may be of several."""
+"""Format name -> converter, in the order in which they are tried; several may apply to one row."""

@@ -1,4 +1,4 @@
-"""The end of a process in which C code that somebody else calls holds the interpreter: nothing can interrupt it."""
+"""Kill switch for a process whose C code holds the GIL, which nothing inside the process can interrupt."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import tempfile
 from pathlib import Path
 
 PATIENCE = 1.2
-"""Limits of processor time after which code that should have been interrupted at the limit cannot be."""
+"""Multiple of the limit, in processor time, after which code counts as uninterruptible."""
 MEMORY = 4 << 30
-"""Bytes that the process may grow by while the same code runs."""
+"""Bytes by which the process may grow while the same code runs."""
 LOOKS = 20
-"""Number of looks within one limit."""
+"""Number of checks per limit."""
 
 
 class LastResort:
-    """A process that watches this one, and kills it when the same piece of code has run for too long.
+    """Watcher process that kills this one if one piece of code runs for too long.
 
-    It looks at the processor time that is spent: a process that was stopped, or that others keep from the processor,
-    is not late. It ends with this process, or with this object.
+    It measures processor time, so a process that was stopped or starved is not late. It ends with this process or this
+    object.
     """
 
     def __init__(self, limit_s: float, words: str) -> None:
-        """`words` are printed before the kill."""
+        """Start the watcher; it prints `words` before the kill."""
         with tempfile.TemporaryFile() as file:
             file.truncate(mmap.PAGESIZE)
             self._shared = mmap.mmap(file.fileno(), mmap.PAGESIZE)
@@ -39,7 +39,7 @@ class LastResort:
             )
 
     def now(self, number: int, running: int) -> None:
-        """Say that `number` pieces have begun so far, of which `running` are under way."""
+        """Report that `number` pieces have begun so far, of which `running` are still running."""
         struct.pack_into("qq", self._shared, 0, number, running)
 
     def __del__(self) -> None:
@@ -50,7 +50,7 @@ class LastResort:
 
 
 def watch(parent: int, shared: mmap.mmap, limit_s: float, words: str) -> None:
-    """Kill `parent` when one piece of its code takes too long; return when it is gone or needs this no more."""
+    """Kill `parent` when one piece of its code exceeds the limit; return when it is gone or closes stdin."""
     import select
     import signal
 
@@ -62,7 +62,7 @@ def watch(parent: int, shared: mmap.mmap, limit_s: float, words: str) -> None:
         _, running = struct.unpack("qq", state)
         try:
             seconds, size = spent(parent)
-        except (OSError, ValueError, IndexError):  # it is gone, or this system does not tell
+        except (OSError, ValueError, IndexError):  # the process is gone, or this system has no /proc
             return
         if state != seen:
             seen, begun_s, begun_bytes = state, seconds, size

@@ -1,4 +1,4 @@
-"""Pairs of responses for reward models and preference optimisation: one was chosen, the other rejected."""
+"""Preference pairs for reward models and preference optimisation: a chosen and a rejected response."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ from RL2.data.template import Template
 from RL2.io.progress import Progress
 
 Pair = tuple[Example, Example]
-"""Chosen and rejected: token ids up to the end of the response, and which of them are the response."""
+"""The chosen and the rejected side, each as token ids up to the end of the response and the mask of the response."""
 SIDES = ("chosen", "rejected")
 COLUMNS = ("ids", "trains")
-"""Columns of a table of pairs, two rows each."""
+"""Columns of a table of pairs; each pair takes two rows."""
 SAME, OTHER = "have the same response twice", "answer different prompts"
-"""What is odd about pairs, for counts and messages."""
+"""Faults of pairs that are counted and reported."""
 MAY_FOLLOW = {
     "assistant": ("user", "tool", "system", "developer"),
     "user": ("system", "developer"),
     "tool": ("assistant",),
     "system": (),
 }
-"""Role of a side's first message -> roles that the messages before it may end with. After the assistant a user could go
-on or begin another conversation, so that is not taken."""
+"""Role of a side's first message -> roles that may come directly before it.
+
+A user after the assistant is not accepted: it could continue the conversation or begin another.
+"""
 
 
 class Pairs(Seq[Pair]):
-    """Pairs of a data set, made of the table when they are asked for: row 2 n is the chosen side of pair n."""
+    """Pairs of a data set, read from the table on access. Row 2n is the chosen side of pair n."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -66,12 +68,12 @@ def load_pairs(
     bad: BadRows | None = None,
     progress: Progress | None = None,
 ) -> tuple[Pairs, int]:
-    """Return the pairs of which both sequences have at most `max_length` tokens, and how many others were left out.
+    """Return the pairs whose sequences have at most `max_length` tokens, and the number of pairs left out as longer.
 
-    Rows are {"prompt", "chosen", "rejected"}, three texts, or {"chosen", "rejected"}, two lists of messages that end
-    with the assistant; `prompt` or `messages` stand before a side that does not repeat them. Or what `example` makes
-    into these. What there is to say of them is added to `notes`. Rows that cannot be used go to `bad`; by default a
-    DataError names them.
+    Rows are {"prompt", "chosen", "rejected"} with three texts, or {"chosen", "rejected"} with two lists of messages
+    that end with the assistant. `prompt` or `messages` precede a side that does not repeat them. `example` may convert
+    other rows into these. Notes about the rows are appended to `notes`. Unusable rows go to `bad`; without it they
+    raise DataError.
     """
     bad, template = bad or BadRows(path), Template(tokenizer)
 
@@ -105,7 +107,7 @@ def load_pairs(
 def _encoded(
     template: Template, rows: dict[int, Row], bad: BadRows, counts: dict[str, Counter[str]], max_length: int
 ) -> list[Pair]:
-    """Return the pairs of those rows that can be used and are short enough."""
+    """Return the pairs of the rows that are usable and short enough."""
     sides: dict[str, dict[int, Demonstration]] = {side: {} for side in SIDES}
     for number, row in rows.items():
         with bad.row(number):
@@ -122,7 +124,7 @@ def _encoded(
 
 
 def _count(odd: Counter[str], pairs: list[Pair]) -> None:
-    """Count pairs that teach nothing, or something else than a preference."""
+    """Count pairs with equal responses and pairs whose sides answer different prompts."""
     odd[SAME] += sum(first[0] == second[0] for first, second in pairs)
     asked = [[ids[: mask.index(True)] for ids, mask in pair] for pair in pairs]
     odd[OTHER] += sum(first != second for first, second in asked)
@@ -148,10 +150,10 @@ def _side(row: Row, side: str) -> Row:
 
 
 def _missing(before: list[Any], side: list[Any], name: str) -> list[Any]:
-    """Return what of the messages `before` is to stand in front of a side: what the side does not repeat itself.
+    """Return the messages of `before` that the side does not repeat itself and that must precede it.
 
-    A side may repeat all of them, their end or nothing, and in some data sets they are one whole side. Raise DataError
-    where it cannot be told whether the side goes on from them or is another conversation.
+    A side may repeat all of them, their end, or none; in some data sets `before` is one whole side. Raise DataError if
+    it is ambiguous whether the side continues them or is another conversation.
     """
     context, turns = [_said(message) for message in before], [_said(message) for message in side]
     if not context or not turns:
@@ -164,28 +166,28 @@ def _missing(before: list[Any], side: list[Any], name: str) -> list[Any]:
     first, last = turns[0][0], context[-1][0]
     if isinstance(first, str) and last not in MAY_FOLLOW.get(first, (last,)):
         raise DataError(
-            f"{name!r} begins with the {first} and repeats nothing of 'messages' or 'prompt', which end with the "
-            f"{last}; let both sides be whole conversations and leave the others out"
+            f"{name!r} begins with the {first} and does not repeat 'messages' or 'prompt', which end with the "
+            f"{last}; make both sides whole conversations and remove the other columns"
         )
     return before
 
 
 def _said(message: Any) -> tuple[Any, ...]:
-    """Return what makes two messages the same, whatever other keys they carry."""
-    if not isinstance(message, dict):  # reported once the messages are checked
+    """Return the parts of a message that identify it, ignoring other keys."""
+    if not isinstance(message, dict):  # reported when the messages are validated
         return (None, message)
     content = message.get("content")
     return message.get("role"), content.strip() if isinstance(content, str) else content, message.get("tool_calls")
 
 
 def _decoded(value: Any) -> Any:
-    """Return messages that were written as JSON as a list. Other strings stay: `2` is JSON too, but an answer."""
+    """Return a list of messages that was written as JSON; other values stay, since `2` is JSON but also an answer."""
     decoded = from_json(value)
     return decoded if isinstance(decoded, list) and decoded and all(isinstance(x, dict) for x in decoded) else value
 
 
 def _pair(row: Row) -> list[Demonstration]:
-    """Return both sides; only the turns from where they part train, at least the last one."""
+    """Return both sides. Turns train from the first difference on, and the last turn always does."""
     chosen, rejected = (demonstration(_side(row, side), "all") for side in SIDES)
     if chosen.chat is None or rejected.chat is None:
         return [chosen, rejected]
@@ -196,7 +198,7 @@ def _pair(row: Row) -> list[Demonstration]:
 
 
 def _response(example: Example) -> Example:
-    """Return the example up to the last token that trains."""
+    """Return the example up to its last token that trains."""
     token_ids, mask = example
     if True not in mask:
         raise DataError("no token to train on")

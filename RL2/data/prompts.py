@@ -1,4 +1,4 @@
-"""Prompts for rollouts. Every row is converted and checked before training starts."""
+"""Prompts for rollouts. Every row is converted and validated before training starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from RL2.io.progress import Progress
 from RL2.types import Prompt
 
 COLUMNS = ("ids", "text", "rest", "row")
-"""Columns of a table of prompts; `rest` is JSON of `extra_info` and the arguments of the template."""
+"""Columns of a table of prompts; `rest` is JSON of `extra_info` and the template's arguments."""
 
 ANSWERS = (
     r"####\s*{}(?!\w|[.,]\d)",
@@ -29,13 +29,13 @@ ANSWERS = (
     r"\\boxed{{\s*{}\s*}}",
     r"\banswer is:?\s*{}(?!\w|[.,]\d)",
 )
-"""How answers are given. The bare answer proves nothing: many questions name theirs among others."""
+"""Patterns that state an answer. A bare occurrence proves nothing: many questions list possible answers."""
 
 
 def given_away(prompt: str, answer: Any) -> str | None:
-    """Return where `prompt` gives the right answer, which a policy would copy; None if it does not.
+    """Return the place where `prompt` states the right answer, which a policy would copy; None if it does not.
 
-    `answer`: a text, a number, or a list of those of which each is right.
+    `answer` is a string, a number, or a list of accepted answers.
     """
     for each in answer if isinstance(answer, list) else [answer]:
         if isinstance(each, str | int | float) and str(each).strip():
@@ -46,7 +46,7 @@ def given_away(prompt: str, answer: Any) -> str | None:
 
 
 class Prompts(Sequence[Prompt]):
-    """The prompts of a data set: each is made of the table when it is asked for."""
+    """Prompts of a data set, read from the table on access."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -70,12 +70,12 @@ class Prompts(Sequence[Prompt]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each."""
+        """Number of tokens of each prompt, int [N]."""
         return self.ids.lengths
 
 
 def largest_token_id(prompts: Sequence[Prompt]) -> int:
-    """Return the largest id of a token of any prompt; -1 without tokens."""
+    """Return the largest token id of any prompt; -1 if there are no tokens."""
     if isinstance(prompts, Prompts):
         return int(prompts.ids.values.max(initial=-1))
     return max(chain.from_iterable(prompt.token_ids for prompt in prompts), default=-1)
@@ -89,10 +89,10 @@ def load_prompts(
     bad: BadRows | None = None,
     progress: Progress | None = None,
 ) -> Prompts:
-    """Return rows {"prompt" | "messages", "extra_info"}, or what `example` makes into these, as prompts.
+    """Return the rows of a file as prompts.
 
-    Rows that cannot be used, among them prompts of more than `max_length` tokens, go to `bad`; by default a DataError
-    names them.
+    Rows are {"prompt" | "messages", "extra_info"}, or are converted into these by `example`. Unusable rows, including
+    prompts of more than `max_length` tokens, go to `bad`; without it they raise DataError.
     """
     bad, template = bad or BadRows(path), Template(tokenizer)
 
@@ -107,7 +107,7 @@ def load_prompts(
 
 
 def _write(writer: Writer, rows: dict[int, Row], template: Template, max_length: int, bad: BadRows) -> None:
-    """Write those of `rows` that can be used."""
+    """Encode and write the usable rows; report the others to `bad`."""
     texts, arguments = dict[bool, dict[int, str]]({True: {}, False: {}}), dict[int, dict[str, Any]]()
     for number, row in rows.items():
         with bad.row(number):
@@ -115,7 +115,7 @@ def _write(writer: Writer, rows: dict[int, Row], template: Template, max_length:
             arguments[number] = template_arguments(row) if chat else {}
             text = template.ask(Chat(question_of(row), arguments[number])) if chat else row["prompt"]
             if not text:
-                raise DataError("the chat template makes an empty prompt of the messages")
+                raise DataError("the chat template renders an empty prompt")
             texts[chat][number] = text
     token_ids = dict[int, list[int]]()
     for chat, part in texts.items():
@@ -130,7 +130,7 @@ def _write(writer: Writer, rows: dict[int, Row], template: Template, max_length:
             if length > max_length:
                 raise DataError(
                     f"its prompt has {length} tokens, the limit is {max_length}; "
-                    "raise actor.max_length_per_device or take the row out"
+                    "raise actor.max_length_per_device or remove the row"
                 )
             rest = [_extra_info(rows[number]), arguments[number]]
             if not (stored := is_json(rest)):

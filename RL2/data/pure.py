@@ -1,4 +1,4 @@
-"""What the result of a script's function depends on, read off its source: for tables that outlive the process."""
+"""Static analysis of a script's function: digest all code that its result depends on, to key cached tables."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ PURE = re.compile(
     "__future__|ast|base64|binascii|bisect|collections|copy|dataclasses|decimal|enum|fractions|functools|hashlib|heapq|"
     "html|itertools|json|math|numbers|operator|re|statistics|string|textwrap|types|typing|unicodedata|zlib"
 )
-"""Modules of the standard library whose functions depend on nothing but their arguments."""
+"""Standard-library modules whose functions depend only on their arguments."""
 IMPURE = re.compile("__import__|breakpoint|compile|eval|exec|globals|hash|id|input|locals|open|vars")
-"""Builtins that may read what is not in the source."""
+"""Builtins that may read state outside the source."""
 
 
 def digest_of(function: Callable[..., Any]) -> str | None:
-    """Return a digest of all code that decides what `function` returns; None if it may depend on anything else.
+    """Return a digest of all code that determines what `function` returns; None if it may depend on anything else.
 
-    That is the function, what it uses of its file and of files beside that, and modules of `PURE`.
+    The digest covers the function, the names it uses in its own file and in files beside it, and modules of `PURE`.
     """
     if isinstance(function, Renamed):
         inner = "" if function.example is None else digest_of(function.example)
         return None if inner is None else _hash(json.dumps(sorted(function.columns.items(), key=str)).encode(), inner)
     code = getattr(function, "__code__", None)
     if code is None or function.__qualname__ != function.__name__:
-        return None  # of a class, or within another function, whose variables it may read
+        return None  # a method or a closure, which may read other variables
     files: dict[Path, bytes] = {}
     try:
         known = _is_known(Path(code.co_filename), function.__name__, files, set())
@@ -43,7 +43,7 @@ def digest_of(function: Callable[..., Any]) -> str | None:
 
 
 def _is_known(file: Path, name: str, files: dict[Path, bytes], seen: set[tuple[Path, str]]) -> bool:
-    """Return whether all that the name of a file's top level leads to is in `files`, which grows, or in `PURE`."""
+    """Return whether everything that a top-level name refers to is in `files`, which grows, or in `PURE`."""
     if (file, name) in seen:
         return True
     seen.add((file, name))
@@ -53,7 +53,7 @@ def _is_known(file: Path, name: str, files: dict[Path, bytes], seen: set[tuple[P
     if not all(map(_only_binds, tree.body)) or any(
         isinstance(node, ast.Global) and name in node.names for node in ast.walk(tree)
     ):
-        return False  # code that runs when the file is loaded may fill what the name stands for
+        return False  # code that runs at import may change what the name refers to
     bound = [statement for statement in tree.body if name in _binds(statement)]
     if not bound:
         return hasattr(builtins, name) and not IMPURE.fullmatch(name)
@@ -66,7 +66,7 @@ def _statement_is_known(
     if isinstance(statement, ast.Import | ast.ImportFrom):
         return _import_is_known(statement, name, file, files, seen)
     if not isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign):
-        return False  # it depends on a condition, or is changed
+        return False  # defined conditionally or modified
     read, own = set[str](), set[str]()
     for node in ast.walk(statement):
         if isinstance(node, ast.Global | ast.Nonlocal):
@@ -99,9 +99,9 @@ def _import_is_known(
 
 
 def _only_binds(statement: ast.stmt) -> bool:
-    """Return whether a statement of the top level binds names and does nothing else when the file is loaded.
+    """Return whether a top-level statement only binds names at import.
 
-    What is assigned counts as one that does nothing else.
+    The value of an assignment is assumed to have no side effect.
     """
     if isinstance(statement, ast.If):
         return ast.unparse(statement.test) == "__name__ == '__main__'" or all(
@@ -121,7 +121,7 @@ def _only_binds(statement: ast.stmt) -> bool:
 
 
 def _binds(node: ast.AST) -> set[str]:
-    """Return the names that a statement binds where it stands."""
+    """Return the names that a statement binds in its own scope."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):

@@ -24,32 +24,32 @@ from RL2.io.progress import Progress
 from RL2.types import Sequence, Trajectory
 
 Example = tuple[list[int], list[bool]]
-"""Token ids, and which of them are trained on."""
+"""Token ids, and the mask of the tokens that train."""
 TrainOn = Literal["all", "last", "weighted"]
-"""Turns of the assistant: all, the last one, or those without `weight: 0`."""
+"""Assistant turns that train: all, the last one, or those without `weight: 0`."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SHOWN = 600
-"""Characters of a row that is printed."""
+"""Limit in characters of a row that is printed."""
 COLUMNS = ("ids", "trains", "row")
 """Columns of a table of examples."""
 EMPTY, LOST = "empty turns", "rewritten turns"
-"""Names of what is counted."""
+"""Names of the counters of empty and of rewritten turns."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A conversation, or a text and what follows it."""
+    """A conversation, or a prompt and its response."""
 
     chat: Chat | None
     prompt: str = ""
     response: str = ""
     turns: list[int] = field(default_factory=list)
-    """Numbers of the messages that train."""
+    """Indices of the messages that train."""
 
 
 class Examples(Seq[Trajectory]):
-    """Trajectories of demonstrations: each is made of the table when it is asked for."""
+    """Demonstrations of a data set as trajectories, read from the table on access."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -81,10 +81,10 @@ def load_examples(
     bad: BadRows | None = None,
     progress: Progress | None = None,
 ) -> tuple[Examples, int]:
-    """Return one trajectory for each row of at most `max_length` tokens, and how many rows were left out as longer.
+    """Return a trajectory per row of at most `max_length` tokens, and the number of rows left out as longer.
 
-    Rows are {"prompt", "response"}, {"messages"} or {"messages", "response"}, or what `example` makes into these. What
-    there is to tell of them is added to `notes`. Rows that cannot be used go to `bad`; else a DataError names them.
+    Rows are {"prompt", "response"}, {"messages"} or {"messages", "response"}, or are converted into these by `example`.
+    Notes about the rows are appended to `notes`. Unusable rows go to `bad`; without it they raise DataError.
     """
     bad, template = bad or BadRows(path), Template(tokenizer)
 
@@ -118,20 +118,20 @@ def load_examples(
 
 
 def said_of(path: str, counts: Mapping[str, int]) -> list[str]:
-    """Return what there is to say of rows that were encoded."""
-    said = []
+    """Return notes about rows that were encoded: empty turns and turns that do not train."""
+    notes = []
     if empty := counts.get(EMPTY):
-        said.append(f"{path}: {empty} rows train a turn of the assistant that is empty, so its end token alone")
+        notes.append(f"{path}: {empty} rows train an empty turn of the assistant, which is only its end token")
     if lost := counts.get(LOST):
-        said.append(
-            f"{path}: {lost} earlier turns of the assistant do not train: the chat template writes them otherwise once "
-            "others follow (data.train_on=last leaves out all but the last)"
+        notes.append(
+            f"{path}: {lost} earlier turns of the assistant do not train: the chat template renders them "
+            "differently once others follow (data.train_on=last trains only the last turn)"
         )
-    return said
+    return notes
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], mask: list[bool]) -> list[tuple[str, bool]]:
-    """Return the text of the tokens in runs, each with whether it trains."""
+    """Split the tokens into runs with the same mask; return each run's text and whether it trains."""
     found, start = list[tuple[str, bool]](), 0
     for is_trained, run in groupby(mask):
         end = start + len(list(run))
@@ -142,14 +142,14 @@ def pieces(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], mask: list[
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], mask: list[bool]) -> str:
-    """Return the text of the tokens in one line, with [[ ]] around what trains; of a long one the end."""
+    """Return the text of the tokens in one line, with [[ ]] around what trains; a long text is cut at the front."""
     found = pieces(tokenizer, token_ids, mask)
     text = "".join(f"[[{piece}]]" if is_trained else piece for piece, is_trained in found).replace("\n", "\\n")
     return text if len(text) <= _SHOWN else f"...{text[-_SHOWN:]}"
 
 
 def encode_rows(path: str, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[Example]:
-    """Return token ids of rows in one of the formats above, and where the assistant speaks; `path` is for errors."""
+    """Return token ids and assistant mask of rows in one of the formats above; `path` is for errors."""
     bad = BadRows(path)
     bad.total = len(rows)
     examples = _encode(Template(tokenizer), dict(enumerate(rows)), bad, "all", Counter())
@@ -169,9 +169,9 @@ def _encode(
 
 
 def demonstration(row: Row, train_on: TrainOn) -> Demonstration:
-    """Return what a row demonstrates. Raise DataError for one that demonstrates nothing."""
+    """Return the demonstration of a row. Raise DataError if the row demonstrates nothing."""
     if _is_to_avoid(row):
-        raise DataError("its 'label' is false: the completion is one to avoid, and no demonstration")
+        raise DataError("its 'label' is false: the completion is a negative example, not a demonstration")
     if not is_chat(row):
         return Demonstration(None, row["prompt"], _response(row))
     messages = _conversation(row)
@@ -186,16 +186,16 @@ def demonstration(row: Row, train_on: TrainOn) -> Demonstration:
 
 
 def _is_to_avoid(row: Row) -> bool:
-    """Return whether a row of TRL's unpaired preferences (KTO) has a bad completion.
+    """Return whether a row of unpaired preferences (TRL's KTO format) has a bad completion.
 
-    Its label may be text, as in CSV, or a number. Beside a `response`, such a label is an answer.
+    The label may be a string, as in CSV, or a number. Beside a `response`, `label` is an answer instead.
     """
     label = row.get("label")
     return label is False or ("completion" in row and str(label).strip().lower() in ("false", "0", "0.0"))
 
 
 def _says_nothing(each: Demonstration) -> bool:
-    """Return whether a turn that trains has no text, reasoning or call."""
+    """Return whether any turn that trains has no text, reasoning or call."""
     if each.chat is None:
         return not each.response.strip()
     trained = [each.chat.messages[number] for number in each.turns]
@@ -205,9 +205,10 @@ def _says_nothing(each: Demonstration) -> bool:
 def encode_demonstrations(
     template: Template, demonstrations: dict[int, Demonstration], bad: BadRows, counts: Counter[str]
 ) -> dict[int, Example]:
-    """Return token ids of demonstrations, and which of them train, by number; what cannot be used goes to `bad`.
+    """Return token ids and training mask of demonstrations, by number. Unusable ones go to `bad`.
 
-    Turns that do not train, as the template writes them otherwise once others follow, are added to `counts`.
+    `counts` is increased by the turns that do not train because the template renders them differently once others
+    follow.
     """
     tokenizer = template.tokenizer
     raw = {number: each for number, each in demonstrations.items() if each.chat is None}
@@ -230,12 +231,12 @@ def _response(row: Row) -> str:
 
 
 def _conversation(row: Row) -> list[Message]:
-    """Return the messages with the answer at their end."""
+    """Return the messages including the final answer."""
     messages = messages_of(row)
     ends = messages[-1]["role"] == "assistant"
     if row.get("response") is not None:
         if ends:
-            raise DataError("'response' answers 'messages', which end with the assistant already; leave out one")
+            raise DataError("both 'response' and a final assistant turn in 'messages'; remove one")
         messages = [*messages, {"role": "assistant", "content": _response(row)}]
     elif not ends:
         raise DataError("'messages' must end with the assistant, or the row needs a 'response'")
@@ -245,18 +246,18 @@ def _conversation(row: Row) -> list[Message]:
 
 
 def _weight(message: Message, name: str) -> bool:
-    """Return whether a turn is to be learned: OpenAI's rows have `weight`, others `train`."""
+    """Return whether a turn trains: OpenAI's rows use the key `weight`, others `train`."""
     weight = message.get("weight", message.get("train", 1))
     if weight not in (0, 1):
-        raise DataError(f"{name} has weight {shown(weight)}; only 0 and 1 are known")
+        raise DataError(f"{name} has weight {shown(weight)}; it must be 0 or 1")
     return bool(weight)
 
 
 def _encode_raw(template: Template, rows: dict[int, Demonstration], bad: BadRows) -> dict[int, Example]:
-    """Encode texts; a response ends with the token that ends it in sampling, once."""
+    """Encode raw texts. Each response ends with exactly one end token, as in sampling."""
     tokenizer = template.tokenizer
     if rows and not template.ends:
-        raise DataError(f"{bad.path}: rows with 'prompt' need a tokenizer with an eos token, which ends the response")
+        raise DataError(f"{bad.path}: rows with 'prompt' need a tokenizer with an eos token to end the response")
     eos = str(tokenizer.eos_token or template.end)
     ended = [
         each.response + ("" if each.response.endswith(template.ends) else template.end if opens else eos)
@@ -272,7 +273,7 @@ def _encode_raw(template: Template, rows: dict[int, Demonstration], bad: BadRows
 
 
 def _encode_marked(template: Template, chats: dict[int, Demonstration], bad: BadRows) -> dict[int, Example]:
-    """Encode where the template marks what the assistant says."""
+    """Encode chats with a template that marks the assistant's text."""
     examples = dict[int, Example]()
     for number, each in chats.items():
         assert each.chat is not None
@@ -298,7 +299,7 @@ def _encode_marked(template: Template, chats: dict[int, Demonstration], bad: Bad
 def end_turns(
     tokenizer: PreTrainedTokenizerBase, token_ids: list[int], marked: list[int], end_ids: tuple[int, ...]
 ) -> list[tuple[int, int]]:
-    """Return the marked runs, each up to the token that ends the turn: authors mark more (a newline) or less."""
+    """Return the marked runs, each up to the token that ends the turn; authors mark more (a newline) or less."""
     runs, start = list[tuple[int, int]](), 0
     for is_marked, run in groupby(marked):
         end = start + len(list(run))
@@ -314,9 +315,9 @@ def end_turns(
 def _sampled(
     template: Template, each: Demonstration, token_ids: list[int], runs: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Return the marked runs of the turns to train, without what stands in the prompt for them already.
+    """Return the marked runs of the turns to train, without the part that is in their prompt already.
 
-    Raise DataError if a turn's text lacks what it says, or if it cannot be told which runs are of these turns.
+    Raise DataError if a turn's text is incomplete, or if the runs cannot be assigned to the turns.
     """
     assert each.chat is not None
     chat, last = each.chat, len(each.chat.messages) - 1
@@ -324,11 +325,11 @@ def _sampled(
     if len(runs) > len(spoken):
         if each.turns != spoken:
             raise DataError(
-                f"the chat template marks {len(runs)} turns of {len(spoken)}: data.train_on=all trains them"
+                f"the chat template marks {len(runs)} turns of {len(spoken)}; train all of them with data.train_on=all"
             )
         return runs
     found = list[tuple[int, int]]()
-    # where it marks fewer, it leaves the first out
+    # a template that marks fewer leaves out the first turns
     for turn, (start, end) in zip(spoken[len(spoken) - len(runs) :], runs, strict=True):
         if turn not in each.turns:
             continue
@@ -344,7 +345,7 @@ def _sampled(
 def _encode_by_prefix(
     template: Template, chats: dict[int, Demonstration], bad: BadRows, counts: Counter[str]
 ) -> dict[int, Example]:
-    """Encode where the assistant's text is what the template adds to the prompt before it."""
+    """Encode chats in which the assistant's text is what the template appends to its prompt."""
     rows = dict[int, list[Piece]]()
     for number, each in chats.items():
         assert each.chat is not None
@@ -358,9 +359,10 @@ def _encode_by_prefix(
 
 
 def _encode_whole(tokenizer: PreTrainedTokenizerBase, rows: list[list[Piece]]) -> list[Example]:
-    """Encode the text as one; a token is trained on if it ends in a piece that is.
+    """Encode each row as one text. A token trains if it ends in a piece that trains.
 
-    Not if it begins there: some tokenizers leave spaces out of their offsets, and a prompt's last space would slip in.
+    The end decides, not the start: some tokenizers leave spaces out of their offsets, so a prompt's last space would
+    train.
     """
     texts = ["".join(text for text, _ in pieces) for pieces in rows]
     out = tokenizer(
@@ -378,7 +380,7 @@ def _encode_whole(tokenizer: PreTrainedTokenizerBase, rows: list[list[Piece]]) -
 
 
 def _encode_apart(tokenizer: PreTrainedTokenizerBase, rows: list[list[Piece]]) -> list[Example]:
-    """Encode piece by piece: a slow tokenizer does not say which text a token covers."""
+    """Encode piece by piece: a slow tokenizer does not report which text a token covers."""
     examples = list[Example]()
     for pieces in rows:
         encoded = encode(tokenizer, [text for text, _ in pieces], begins=False)

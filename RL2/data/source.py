@@ -1,6 +1,6 @@
-"""Rows from wherever they lie: a local file, a folder saved by `datasets`, or the hub.
+"""Readers of rows: a local file, a folder saved by `datasets`, or a data set of the hub.
 
-JSON and CSV are parsed here, so that an error can name the file, the row (from 1), the line and what is wrong.
+JSON and CSV are parsed here, so that an error can name the file, the row (from 1), the line and the fault.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 DEFAULT_SPLIT = "train"
-"""Split of a data set that is named without one, as in RL2."""
+"""Split of a data set that is named without one."""
 AT_ONCE = 1024
-"""Rows of an Arrow table that are in memory at a time."""
+"""Number of rows of an Arrow table in memory at a time."""
 
 
 class DataError(UserError, ValueError):
-    """Data that cannot be used; the message names the file and the row."""
+    """An error in the data; the message names the file and the row."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
 
 
 class BadLine(DataError):
-    """Fault of a line of a file that holds no row."""
+    """An error in a line of a file that could not be read as a row."""
 
     def __init__(self, line: int, text: str) -> None:
         self.line = line
@@ -49,7 +49,7 @@ class BadLine(DataError):
 
 @contextmanager
 def in_row(path: str, row: int) -> Iterator[None]:
-    """Say where it was if the data of row number `row` (from 0) turn out to be wrong."""
+    """Add the file and the row number (from 0) to a DataError in the `with` block."""
     try:
         yield
     except DataError as error:
@@ -58,15 +58,16 @@ def in_row(path: str, row: int) -> Iterator[None]:
 
 @dataclass
 class Place:
-    """How far a reader is."""
+    """Progress of a reader."""
 
     share: float = 0.0
-    """Part of the data that has been read, from 0 to 1."""
+    """Share of the data that has been read, from 0 to 1."""
 
 
 class Source:
-    """A .json, .jsonl, .csv, .parquet or .arrow file, a folder that `datasets` saved, or `split@name:subset`: a hub
-    data set or a local folder. `:subset` may be left out; without `split@` it is `train`.
+    """A .json, .jsonl, .csv, .parquet or .arrow file, a folder saved by `datasets`, or `split@name:subset`.
+
+    The last form names a hub data set or a local folder. `:subset` is optional; the default split is `train`.
     """
 
     def __init__(self, path: str) -> None:
@@ -78,27 +79,29 @@ class Source:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """The rows, where they are not in a file of their own."""
+        """Data set of rows that are not in a single file."""
         return _load_dataset(self.path)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the files."""
+        """Size of the files in bytes."""
         return sum(file.stat().st_size for file in self._files())
 
     def content(self) -> str | None:
         """Return a digest of all rows; None if they are not in files."""
         found, files = hashlib.sha256(), self._files()
-        found.update(b"" if self.is_file else str(self.dataset._fingerprint).encode())  # of rows chosen from the files
+        found.update(
+            b"" if self.is_file else str(self.dataset._fingerprint).encode()
+        )  # covers rows selected from the files
         for file in files:
             with file.open("rb") as content:
                 found.update(file.suffix.encode() + hashlib.file_digest(content, "sha256").digest())
         return found.hexdigest() if files else None
 
     def rows(self, place: Place | None = None) -> Iterator[Row | BadLine]:
-        """Yield all rows, and tell `place` how far it is.
+        """Yield all rows, and update `place`.
 
-        A line that holds no row, but does not keep the others from being read, stands in its place.
+        A line that cannot be read as a row is yielded as BadLine, if the rows after it can still be read.
         """
         place, number = place or Place(), 0
         try:
@@ -137,10 +140,10 @@ def load_rows(path: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class Renamed:
-    """`example` for rows whose columns have other names; `columns` maps our name to theirs, or to None.
+    """Wrapper of `example` for rows with other column names; `columns` maps our name to theirs, or to None.
 
-    A name that maps to None is left out, of the row and of what `example` makes of it. A row that has none of the named
-    columns raises DataError.
+    A column mapped to None is removed, both from the row and from the result of `example`. A row that has none of the
+    named columns raises DataError.
     """
 
     columns: Mapping[str, str | None]
@@ -161,40 +164,44 @@ class Renamed:
 def with_columns(
     columns: Mapping[str, str | None], example: Callable[[Row], Row | None] | None
 ) -> Callable[[Row], Row | None] | None:
-    """Return `example` for rows whose columns are renamed as in `Renamed`; without `columns` itself."""
+    """Return `example` for rows with renamed columns, see `Renamed`; without `columns`, return it unchanged."""
     return Renamed(columns, example) if columns else example
 
 
 _JSON_BEGINS = frozenset('{["-0123456789tfnNI')
-"""First characters of all JSON texts that Python reads; other texts are seen to be none without trying."""
+"""First characters of all JSON texts that Python reads; other texts need no attempt."""
 
 
 def from_json(value: Any) -> Any:
-    """Return `value`, decoded if it is a string that holds JSON: CSV cannot hold lists and objects otherwise."""
+    """Return `value`, decoded if it is a JSON string; CSV can hold lists and objects only this way."""
     if isinstance(value, str) and value.lstrip()[:1] in _JSON_BEGINS:
         try:
             return json.loads(value)
-        except (ValueError, RecursionError):  # no JSON, or none that Python reads
+        except (ValueError, RecursionError):  # not JSON, or not readable by Python
             pass
     return value
 
 
 def keys(row: Row) -> str:
+    """Return the keys of a row for error messages."""
     return ", ".join(map(str, row)) or "none"
 
 
 def shown(value: Any) -> str:
-    """Return the beginning of a value, for error messages."""
+    """Return the beginning of a value's repr, for error messages."""
     try:
         return f"{value!r:.60}"
-    except (ValueError, RecursionError):  # a number with too many digits, lists in lists in lists
+    except (ValueError, RecursionError):  # a number with too many digits, or deeply nested lists
         return f"a {type(value).__name__}"
 
 
 def describe(path: str | None) -> str:
-    """Describe what `load_rows(path)` would read, without reading it. None stands for tasks without rows."""
+    """Describe what `load_rows(path)` would read, without reading it.
+
+    None means that the environment makes the tasks.
+    """
     if path is None:
-        return "none, tasks are made up by the environment"
+        return "none, the environment generates the tasks"
     if _is_file(path):
         return f"{path}: {Path(path).suffix[1:]} file, {_size(Path(path).stat().st_size)}"
     if _is_saved(Path(path)):
@@ -205,12 +212,12 @@ def describe(path: str | None) -> str:
 
 
 def is_here(path: str | None) -> bool:
-    """Return whether `load_rows(path)` would read from this machine, and not from the hub."""
+    """Return whether `load_rows(path)` would read from this machine and not from the hub."""
     return path is None or _is_file(path) or Path(_parse(path)[1]).exists()
 
 
 def _is_file(path: str) -> bool:
-    """Return True for a file that can be read, False for what `datasets` loads. Raise DataError for anything else."""
+    """Return True for a readable file, False for data that `datasets` loads. Raise DataError otherwise."""
     place = Path(path)
     if place.is_file() or (place.suffix in _READERS and "@" not in path):
         if not place.exists():
@@ -220,7 +227,7 @@ def _is_file(path: str) -> bool:
         return True
     if "@" in path or place.is_dir() or _HUB_NAME.fullmatch(path):
         return False
-    raise DataError(f"{path}: there is no such file, nor can it be the name of a hub data set")
+    raise DataError(f"{path}: there is no such file, and it is not a valid name of a hub data set")
 
 
 def _size(num_bytes: float) -> str:
@@ -232,7 +239,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _read_json(path: str, place: Place) -> Iterator[Row | BadLine]:
-    # element by element instead of json.load: a broken one is then known by its number
+    # element by element instead of json.load, so that an error can name the row
     text = Path(path).read_text(encoding="utf-8-sig")
     decode, number = json.JSONDecoder().raw_decode, 0
 
@@ -244,7 +251,7 @@ def _read_json(path: str, place: Place) -> Iterator[Row | BadLine]:
     if at == len(text):
         return
     if text[at] != "[":
-        raise DataError(f"{path}: not an array of objects; with one object a line it is a .jsonl file")
+        raise DataError(f"{path}: not an array of objects; for one object per line, name the file .jsonl")
     at = _skip_space(text, at + 1)
     while text[at : at + 1] != "]":
         if number:
@@ -280,7 +287,7 @@ def _not_an_object(value: Any) -> str:
 
 
 def _beyond(error: Exception) -> str:
-    """Return what is wrong with valid JSON that Python cannot read."""
+    """Describe why Python cannot read valid JSON."""
     if isinstance(error, RecursionError):
         return "lists or objects are nested too deeply"
     return "a number has too many digits"
@@ -333,9 +340,9 @@ TOOL_KEYS = ("tools", "tool_calls")
 
 
 def without_filled(value: Any, *, in_tools: bool = False) -> Any:
-    """Return `value` without the null keys inside of tools and their calls.
+    """Return `value` without null keys inside of tools and tool calls.
 
-    Arrow gives every object the keys of all others in its column: an argument of another call would be trained as null.
+    Arrow gives each object the keys of all objects in its column: another call's argument would train as null.
     """
     if isinstance(value, list):
         return [without_filled(each, in_tools=in_tools) for each in value]
@@ -348,7 +355,7 @@ def without_filled(value: Any, *, in_tools: bool = False) -> Any:
     }
 
 
-# pyarrow and datasets take up to seconds to import, so only who needs them does
+# pyarrow and datasets take seconds to import, so they are imported only where needed
 
 
 def _read_parquet(path: str, place: Place) -> Iterator[Row]:
@@ -377,10 +384,10 @@ def _read_arrow(path: str, place: Place) -> Iterator[Row]:
 
 
 def _rows_of(batches: Iterable[RecordBatch], number: int, place: Place) -> Iterator[Row]:
-    """Yield the rows of batches of `number` rows in all, each checked before it is read."""
+    """Yield the rows of validated batches and update `place`; `number` is the total of rows."""
     done = 0
     for batch in batches:
-        batch.validate(full=True)  # what a damaged file says of lengths would be read beyond its end
+        batch.validate(full=True)  # a damaged file's lengths would be read beyond its end
         yield from without_filled(batch.to_pylist())
         done += batch.num_rows
         place.share = done / number
@@ -396,11 +403,11 @@ _READERS: dict[str, Callable[[str, Place], Iterator[Row | BadLine]]] = {
 
 
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?::[^/]+)?")
-"""OWNER/NAME:SUBSET, of which NAME is enough."""
+"""Pattern of OWNER/NAME:SUBSET; OWNER and SUBSET are optional."""
 
 
 def _parse(path: str) -> tuple[str, str, str | None]:
-    """Split `split@name:subset`; the split is `train` where none is named."""
+    """Split `split@name:subset`; the default split is `train`."""
     if "@" not in path and Path(path).exists():
         return DEFAULT_SPLIT, path, None
     split, _, rest = path.partition("@") if "@" in path else (DEFAULT_SPLIT, "", path)
@@ -411,7 +418,7 @@ def _parse(path: str) -> tuple[str, str, str | None]:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Return whether `datasets` wrote this folder with `save_to_disk`."""
+    """Return whether the folder was written by `save_to_disk` of `datasets`."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
@@ -424,7 +431,7 @@ def _load_dataset(path: str) -> Dataset:
             data = datasets.load_from_disk(name)
         else:
             data = datasets.load_dataset(name, subset, split=split)
-    # network, missing names, broken scripts and files: whatever it is, the user needs to know which data set and why
+    # network, names, scripts, files: for any error the user needs the data set and the reason
     except Exception as error:
         raise DataError(f"{path}: {type(error).__name__}: {error}") from error
     if isinstance(data, datasets.DatasetDict):

@@ -1,4 +1,4 @@
-"""Rows of a data set as flat arrays: in memory, or in files that the processes of a machine map and share."""
+"""Tables of a data set's rows as flat arrays: in memory, or in files that processes map and share."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ import numpy as np
 from RL2.io import digests
 
 ABOUT = "about.json"
-"""File of what is known of a table beside its columns."""
+"""File with the description of a table beside its columns."""
 DTYPES: dict[str, type[np.generic]] = {"ids": np.int32, "trains": np.bool_, "row": np.int64}
-"""Column -> type of its values; the others are bytes."""
+"""Column -> type of its values; other columns are bytes."""
 STARTS = "starts"
 
 
 class NotStorable(ValueError):
-    """A value that no file holds, so that the table has to stay in memory."""
+    """A value that cannot be written to a file, so that the table must stay in memory."""
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Arrays of different lengths, end to end."""
+    """Arrays of different lengths, stored end to end."""
 
     values: np.ndarray
     starts: np.ndarray
-    """int64 [rows + 1]: array i is values[starts[i]:starts[i + 1]]."""
+    """int64 [rows + 1]: array i is values[starts[i] : starts[i + 1]]."""
 
     @staticmethod
-    def of(rows: Sequence[Sequence[int]], dtype: type[np.generic]) -> Ragged:
+    def from_rows(rows: Sequence[Sequence[int]], dtype: type[np.generic]) -> Ragged:
         """Return `rows` as arrays of `dtype`."""
         starts = np.cumsum([0, *map(len, rows)])
         return Ragged(np.fromiter(chain.from_iterable(rows), dtype, int(starts[-1])), starts)
@@ -58,16 +58,16 @@ class Table:
 
     columns: Mapping[str, Ragged]
     about: Mapping[str, Any]
-    """What is said of all rows; JSON."""
+    """Notes about all rows, as JSON data."""
     objects: Mapping[int, Any]
-    """Row -> what only memory holds of it."""
+    """Row -> value that can only be held in memory."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
 
 class Writer:
-    """Takes rows piece by piece, into memory or into a folder; nothing else of them stays in memory."""
+    """Writer of rows, piece by piece, into memory or a folder; with a folder, no rows stay in memory."""
 
     def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
         self.names, self.folder = names, folder
@@ -82,7 +82,7 @@ class Writer:
             self._write(f"{name}.{STARTS}", np.zeros(1, np.int64))
 
     def add(self, **columns: Sequence[Sequence[int]] | Sequence[bytes]) -> None:
-        """Add rows: of each column as many, each a list of numbers or bytes."""
+        """Append rows: the same number for each column, each row a list of numbers or bytes."""
         for name, rows in columns.items():
             lengths = np.fromiter(map(len, rows), np.int64, len(rows))
             ends = self.ends[name] + lengths.cumsum()
@@ -95,13 +95,13 @@ class Writer:
         self.rows += len(next(iter(columns.values())))
 
     def keep(self, number: int, value: Any) -> None:
-        """Keep an object of row `number` in memory. Raise NotStorable if the table is for a folder."""
+        """Store an object of row `number` in memory. Raise NotStorable if the table goes to a folder."""
         if self.folder is not None:
             raise NotStorable
         self.objects[number] = value
 
     def finish(self, about: Mapping[str, Any]) -> Table | None:
-        """Return the table; None if it is in the folder, complete and with its digests."""
+        """Return the table; None if it was written to the folder, complete and with its digests."""
         if self.folder is None:
             columns = {}
             for name in self.names:
@@ -123,7 +123,7 @@ class Writer:
             file.close()
 
     def abandon(self) -> None:
-        """Close what is still open; what a full disk did not take is lost."""
+        """Close the files that are still open, ignoring errors of a full disk."""
         for file in self.files.values():
             with suppress(OSError):
                 file.close()
@@ -153,7 +153,7 @@ def _mapped(file: Path, dtype: type[np.generic]) -> np.ndarray:
 
 
 def is_json(value: Any) -> bool:
-    """Return whether JSON gives back exactly this value, with the same types."""
+    """Return whether a JSON round trip gives back exactly this value, with the same types."""
     kind = type(value)
     if value is None or kind in (str, int, float, bool):
         return True

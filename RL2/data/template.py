@@ -1,8 +1,7 @@
-"""A tokenizer's chat template: how it wants messages, what it makes of them, and which tokens end its turns.
+"""Chat template of a tokenizer: the message format it reads, the text it renders, and its end-of-turn tokens.
 
-Templates differ in what they read (text or lists of parts, arguments as objects or as JSON text, the key of the
-reasoning) and in what they write behind a turn. None of it is declared: small conversations are rendered
-to find out.
+Templates differ in what they read (strings or lists of parts, arguments as objects or JSON strings, the key of the
+reasoning) and in what they write after a turn. None of it is declared, so small conversations are rendered to find out.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from RL2.data.watchdog import Watchdog
 from RL2.errors import ConfigError, first_line, printable
 
 TEMPLATE_LIMIT_S = 10.0
-"""Time limit of one rendering. Templates come with models; jinja's sandbox does not bound the time that they take."""
+"""Time limit of one rendering. Templates come with models, and jinja's sandbox does not limit their time."""
 MARK, NAME, VALUE, CALL_ID = "zqxmark", "zqxname", "zqxvalue", "zqx123456"
-"""Marks that are looked for in the rendered text; no template writes them by itself."""
+"""Marks to look for in rendered text; no template writes them by itself."""
 ASK: Message = {"role": "user", "content": "."}
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys under which templates, and data sets, carry the reasoning of a turn."""
+"""Keys under which templates and data sets store the reasoning of a turn."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, and what goes to the template beside it."""
+    """A conversation and the template's arguments for it."""
 
     messages: list[Message]
     arguments: dict[str, Any] = field(default_factory=dict)
-    """`tools`, and settings of the template such as `enable_thinking`."""
+    """Arguments such as `tools`, and settings of the template such as `enable_thinking`."""
 
 
 class Template:
-    """The chat template of a tokenizer, or the lack of one."""
+    """Chat template of a tokenizer; it may be missing."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limit_s: float = TEMPLATE_LIMIT_S) -> None:
-        """`limit_s` is the time that one rendering may take."""
+        """Probe the template of `tokenizer`; `limit_s` limits one rendering in seconds."""
         self.tokenizer = tokenizer
         name = printable(str(tokenizer.name_or_path))
         self.watchdog = Watchdog(
@@ -53,17 +52,17 @@ class Template:
             "and cannot be interrupted; the process is killed",
         )
         self.parts = False
-        """True if it reads contents as lists of parts only."""
+        """Whether the template reads contents only as lists of parts."""
         self.empty: str | None = ""
-        """The content that it wants beside calls without a text."""
+        """Content that the template needs beside calls without text."""
         self.text_arguments = False
-        """True if it wants the arguments of calls as JSON text."""
+        """Whether the template needs the arguments of calls as JSON strings."""
         self.reasoning: str | None = None
-        """The key that it reads the reasoning from."""
+        """Key from which the template reads the reasoning."""
         self.end, self.call_end = "", ""
         """Tokens that end a turn, and a turn with calls; empty if no single token does."""
         self.ends_with_next = False
-        """True if the first token of the next turn ends a turn (GLM)."""
+        """Whether the first token of the next turn ends a turn (GLM)."""
         self.ends: tuple[str, ...] = tuple(filter(None, [str(tokenizer.eos_token or "")]))
         """Texts of all tokens that end a turn."""
         self.header = ""
@@ -79,14 +78,14 @@ class Template:
         return tuple(sorted(ids))
 
     def render(self, chat: Chat, number: int | None = None, *, add_generation_prompt: bool = False) -> str:
-        """Return the text of the conversation's first `number` messages, of all by default."""
+        """Render the first `number` messages of the conversation, by default all."""
         messages = self.as_read(chat.messages[:number])
         return render(
             self.tokenizer, messages, self.watchdog, add_generation_prompt=add_generation_prompt, **chat.arguments
         )
 
     def ask(self, chat: Chat) -> str:
-        """Return the rendered prompt of the assistant's next turn. Raise DataError if the template drops part of it."""
+        """Render the prompt of the assistant's next turn. Raise DataError if the template drops part of it."""
         text = self.render(chat, add_generation_prompt=True)
         self.refuse_lost_around(chat, text)
         for message in chat.messages:
@@ -95,9 +94,9 @@ class Template:
         return text
 
     def end_of_turn(self, text: str, start: int) -> int:
-        """Return the offset in `text` behind the end token of its last turn, which begins at `start`.
+        """Return the offset in `text` after the end token of its last turn, which begins at `start`.
 
-        Behind that a template may write a newline, or the token that ends a text; neither is sampled.
+        After that token a template may write a newline or the EOS token; neither is sampled.
         """
         found = _last(text, self.ends, start, len(text))
         if found is None:
@@ -107,14 +106,14 @@ class Template:
         return found[1]
 
     def refuse_lost(self, message: Message, text: str, *, but: str = "") -> None:
-        """Raise DataError if `text`, in which `message` is rendered, lacks any of what it says, `but` for one kind."""
-        for what, said in _says(message):
-            written = (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
+        """Raise DataError if the rendered `text` lacks a part of `message`; `but` names a kind of part to ignore."""
+        for what, part in _says(message):
+            written = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
             if what != but and not any(form in text for form in written):
-                raise DataError(f"the chat template leaves out {what} of the {message['role']}: {said!r:.60}")
+                raise DataError(f"the chat template leaves out {what} of the {message['role']}: {part!r:.60}")
 
     def refuse_lost_around(self, chat: Chat, text: str) -> None:
-        """Raise DataError if `text`, all of the conversation, lacks a question, an instruction or a tool."""
+        """Raise DataError if the rendered conversation `text` lacks a question, an instruction or a tool."""
         for message in chat.messages:
             if message["role"] in ("system", "user"):
                 self.refuse_lost(message, text)
@@ -133,7 +132,7 @@ class Template:
         reasoning = next((message[key] for key in REASONING if message.get(key)), "")
         content = message.get("content")
         if not reasoning and self.reasoning and message["role"] == "assistant" and isinstance(content, str):
-            # not all templates find it in the content, and then open a second one
+            # some templates do not find it in the content and open a second one
             reasoning = reasoning_of(message).strip("\n")
             message["content"] = content.rpartition("</think>")[2].lstrip("\n") if reasoning else content
         for key in REASONING:
@@ -149,7 +148,10 @@ class Template:
         return message
 
     def _find_out(self) -> None:
-        """Render small conversations. One that the template refuses has no text, and says nothing."""
+        """Render small conversations and record what the template does with them.
+
+        A conversation that the template refuses counts as an empty text.
+        """
         asked: Message = {"role": "user", "content": MARK}
         if MARK not in self._try([asked]):
             self.parts = True
@@ -171,7 +173,7 @@ class Template:
             self.ends_with_next = bool(self.end)
         eos = str(self.tokenizer.eos_token or "")
         if eos and behind.startswith(self.end + eos) and before_next.startswith(self.end + eos):
-            self.end = eos  # what stands before it belongs to the answer (Command R7B)
+            self.end = eos  # the text before it belongs to the answer (Command R7B)
         if call := self._find_call():
             turn = self._try([ASK, call])
             behind = turn.rpartition(VALUE)[2]
@@ -186,7 +188,7 @@ class Template:
         self.ends = tuple(dict.fromkeys(filter(None, [*self.ends, self.end, self.call_end])))
 
     def _find_call(self) -> Message | None:
-        """Return a call as the template reads it, once it is known how; None if it reads none."""
+        """Return a tool call in the form that the template reads; None if it reads none."""
         function = {"name": NAME, "arguments": {"of": VALUE}}
         call: Message = {
             "role": "assistant",
@@ -196,7 +198,7 @@ class Template:
         for self.text_arguments in (False, True):
             for self.empty in ("", None):
                 text = self._try([ASK, call])
-                # None is what an empty content, a backslash what arguments that were encoded twice come out as
+                # an empty content may be rendered as None, and arguments encoded twice contain a backslash
                 if NAME in text and VALUE in text and "None" not in text and "\\" not in text:
                     return call
         self.text_arguments, self.empty = False, ""
@@ -211,14 +213,14 @@ class Template:
             return ""
 
     def _first_added(self, text: str, *, at_once: bool = False) -> str:
-        """Return the first added token in `text`; with `at_once` only if the text begins with it."""
+        """Return the first added token in `text`; with `at_once`, only if the text begins with it."""
         added = [token for token in self.tokenizer.get_added_vocab() if token.strip() and token in text]
         first = min(added, key=lambda token: (text.index(token), -len(token)), default="")
         is_bos = first == self.tokenizer.bos_token != self.tokenizer.eos_token
         return "" if is_bos or (at_once and not text.lstrip().startswith(first)) else first
 
     def _special_at_end(self, text: str) -> str:
-        """Return the special token that `text` ends with, but for spaces."""
+        """Return the special token with which `text` ends, ignoring spaces."""
         tokens = self.tokenizer.added_tokens_decoder.values()
         special = [t.content for t in tokens if t.special and t.content.strip() and text.rstrip().endswith(t.content)]
         return max(special, key=len, default="")
@@ -227,10 +229,10 @@ class Template:
 def change_template(
     tokenizer: PreTrainedTokenizerBase, file: str | None, arguments: dict[str, Any], group: str
 ) -> None:
-    """Give the tokenizer the chat template in `file`, if one is named, with `arguments` as defaults of its settings.
+    """Set the tokenizer's chat template from `file`, if given, with `arguments` as defaults of its settings.
 
-    The defaults are written into the template, so that whoever samples from an export has them too. `group` is that of
-    the keys. Raise ConfigError for a file that cannot be read, and for arguments that the template does not know.
+    The defaults are written into the template, so that an exported model has them too. `group` is the prefix of the
+    configuration keys. Raise ConfigError if the file cannot be read or the template does not use an argument.
     """
     if file is not None:
         try:
@@ -249,7 +251,7 @@ def change_template(
         f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}"
         for name, value in arguments.items()
     )
-    # the template's own first newline stays: that of the defaults is trimmed
+    # keep the template's own first newline: that of the defaults is trimmed
     if isinstance(templates, dict):
         tokenizer.chat_template = {key: f"{defaults}\n{text}" for key, text in templates.items()}
     else:
@@ -257,7 +259,7 @@ def change_template(
 
 
 def reasoning_of(message: Message) -> str:
-    """Return the reasoning of a turn: under a key of its own, or before `</think>` in its content."""
+    """Return the reasoning of a turn: from a key of its own, or from the content before `</think>`."""
     for key in REASONING:
         if message.get(key):
             return str(message[key])
@@ -266,7 +268,7 @@ def reasoning_of(message: Message) -> str:
 
 
 def _says(message: Message) -> Iterator[tuple[str, str]]:
-    """Yield (what it is, text) of all that a message says."""
+    """Yield (kind, text) for each part of a message that must be rendered."""
     if message["role"] == "assistant" and reasoning_of(message).strip():
         yield "the reasoning", reasoning_of(message).strip()
     content = str(message.get("content") or "")
@@ -279,7 +281,7 @@ def _says(message: Message) -> Iterator[tuple[str, str]]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield all texts in nested objects and lists, keys among them."""
+    """Yield all strings in nested objects and lists, including keys."""
     if isinstance(value, str):
         if value.strip():
             yield value.strip()
@@ -298,6 +300,6 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _last(text: str, ends: tuple[str, ...], start: int, stop: int) -> tuple[int, int] | None:
-    """Return where the last of `ends` in text[start:stop] begins and ends; None if there is none."""
+    """Return start and end of the last of `ends` in text[start:stop]; None if there is none."""
     found = [(at, at + len(end)) for end in ends if (at := text.rfind(end, start, stop)) >= 0]
     return max(found, default=None)

@@ -1,4 +1,4 @@
-"""Where in a rendered conversation the assistant speaks, for templates that do not mark it."""
+"""Location of the assistant's turns in a rendered conversation, for templates that do not mark them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from RL2.data.source import DataError
 from RL2.data.template import Chat, Template, reasoning_of
 
 Piece = tuple[str, bool]
-"""Text, and whether it is trained on."""
+"""A text and whether it trains."""
 
 
 def cut_at_turns(template: Template, chat: Chat, turns: list[int]) -> tuple[list[Piece], int]:
-    """Return the conversation up to the end of its last turn, cut where training on `turns` begins and ends.
+    """Return the conversation up to the end of its last turn, split where training on `turns` begins and ends.
 
-    Also return how many of them do not train, because the template writes them otherwise once others follow them.
-    Raise DataError if the last turn does not begin where the prompt for it ends, or if something said is left out.
+    Also return the number of turns that do not train because the template renders them differently once others follow.
+    Raise DataError if the last turn does not begin where its prompt ends, or if part of a message is left out.
     """
     last = len(chat.messages) - 1
     prompt, text = _turn(template, chat, last)
@@ -39,34 +39,34 @@ def cut_at_turns(template: Template, chat: Chat, turns: list[int]) -> tuple[list
 
 
 def _turn(template: Template, chat: Chat, number: int) -> tuple[str, str]:
-    """Return the rendered text up to message `number` of the assistant, and that text with the message."""
+    """Return the rendered prompt of the assistant's message `number`, and the text that includes the message."""
     message = chat.messages[number]
     prompt = template.render(chat, number, add_generation_prompt=True) if number else ""
     text = template.render(chat, number + 1)
     opened, mark, rest = prompt.rpartition("<think>")
     if mark and not rest.strip() and text.startswith(opened) and not text.startswith(prompt):
-        reasoning, said = reasoning_of(message).strip(), text[len(opened) :]
-        if said.startswith(mark):  # opened in another way, such as without a newline (Nemotron 3)
-            text = prompt + said.removeprefix(mark).lstrip("\n")
-        elif reasoning:  # opened for the model, and dropped from what the model said (DeepSeek R1)
-            text = f"{prompt}{reasoning}\n</think>\n\n{said.lstrip(chr(10))}"
+        reasoning, answer = reasoning_of(message).strip(), text[len(opened) :]
+        if answer.startswith(mark):  # opened differently, such as without a newline (Nemotron 3)
+            text = prompt + answer.removeprefix(mark).lstrip("\n")
+        elif reasoning:  # the prompt opens it, and the template drops it from the answer (DeepSeek R1)
+            text = f"{prompt}{reasoning}\n</think>\n\n{answer.lstrip(chr(10))}"
         else:
             raise DataError(
-                "the chat template lets every answer begin with reasoning, and this one has none; add it as "
-                "'reasoning_content', or take another template (actor.chat_template)"
+                "the chat template begins each answer with reasoning, and this one has none; add it as "
+                "'reasoning_content', or choose another template (actor.chat_template)"
             )
     if not text.startswith(prompt):
         raise DataError(
-            f"the chat template breaks the prefix property: what it writes for messages[{number}] does not begin where "
-            "the prompt for it ends; take another template (actor.chat_template), give it other arguments "
-            "(actor.chat_template_kwargs), or {% generation %} marks around what the assistant says"
+            f"the chat template breaks the prefix property: the text of messages[{number}] does not begin where "
+            "its prompt ends; choose another template (actor.chat_template), give it other arguments "
+            "(actor.chat_template_kwargs), or {% generation %} marks around the assistant's text"
         )
     template.refuse_lost(message, text[len(prompt) :])
     return prompt, text
 
 
 def _within(template: Template, chat: Chat, number: int, whole: str) -> tuple[int, int] | None:
-    """Return where message `number` stands in `whole`; None if the template renders it differently there."""
+    """Return start and end of message `number` in `whole`; None if the template renders it differently there."""
     prompt, text = _turn(template, chat, number)
     end = template.end_of_turn(text, len(prompt))
     if not whole.startswith(text[:end]):

@@ -1,4 +1,4 @@
-"""A time limit for Python code in any thread, for many short pieces of it one after the other."""
+"""Time limit for Python code in any thread, for many short pieces in sequence."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from RL2.config.scripts import raise_in
 from RL2.data.last_resort import LastResort
 
 LOOKS = 20
-"""Number of looks within one limit, which is exceeded by one interval at most."""
+"""Number of checks per limit; the limit is exceeded by at most one interval."""
 
 
 class Watchdog:
-    """One thread that interrupts whatever takes longer than `limit_s`; it ends when nothing is watched.
+    """Thread that interrupts code running longer than `limit_s`; it ends when nothing is watched.
 
-    C code that holds the interpreter cannot be interrupted: another process then prints `words` and kills this one.
+    C code that holds the GIL cannot be interrupted: another process then prints `words` and kills this one.
     """
 
     def __init__(self, limit_s: float, words: str) -> None:
@@ -26,15 +26,15 @@ class Watchdog:
         self._last_resort: LastResort | None = None
         self._lock = threading.Lock()
         self._watched: dict[int, float] = {}
-        """Number of a thread -> when its limit is over."""
+        """Thread id -> time at which its limit expires."""
         self._interrupted: set[int] = set()
         self._number = 0
-        """Pieces that were watched so far."""
+        """Number of pieces watched so far."""
         self._thread: threading.Thread | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Raise TimeoutError in the Python code that runs within, once it takes longer than the limit."""
+        """Raise TimeoutError in the code of the `with` block once it takes longer than the limit."""
         thread = threading.get_ident()
         with self._lock:
             self._watched[thread] = time.monotonic() + self.limit_s
@@ -56,7 +56,7 @@ class Watchdog:
                 self._last_resort.now(self._number, len(self._watched))
                 if thread in self._interrupted:
                     self._interrupted.discard(thread)
-                    raise_in(thread, None)  # one that came too late
+                    raise_in(thread, None)  # cancel an interrupt that came too late
 
     def _look(self) -> None:
         seen = -1

@@ -1,4 +1,4 @@
-"""Save and resume: model, optimizer, position in the data, random states. A folder is complete or not there at all."""
+"""Checkpoints: model, optimizer, position in the data and random states. A folder is either complete or absent."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from RL2.io.report import RECORDS, read_metrics
 from RL2.parallel.processes import Processes
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-"""A base under adapters is in the model's own folder already."""
+"""Options that leave out frozen parameters: the base model under adapters is already in the model's own folder."""
 
 STATE, RANDOM, NOTES = "state", "random.safetensors", "notes.json"
-"""Parts of a checkpoint's folder: weights and optimizers; random states of all processes; everything else."""
+"""Entries of a checkpoint folder: weights and optimizers; random states of all processes; everything else."""
 
 
 class Resumable(Protocol):
-    """What has a state for JSON: the data cursor."""
+    """An object with a JSON-serialisable state, such as the data cursor."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -48,7 +48,7 @@ class Resumable(Protocol):
 
 
 class Learner(Protocol):
-    """What trains: a model, its optimizer, and how many optimizer steps were taken."""
+    """A model in training with its optimizer and the number of optimizer steps taken."""
 
     steps: int
 
@@ -60,32 +60,36 @@ class Learner(Protocol):
 
 
 class CheckpointFailed(UserError, RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint could not be written. Earlier checkpoints are intact."""
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run beside its training: a folder `step_NNNNNN` is complete, or not there at all.
+    """Writer of a run's checkpoints in the background. A folder `step_NNNNNN` is either complete or absent.
 
-    `save` copies what is to be written and comes back; a thread then writes `step_NNNNNN.partial` and renames it. One
-    is written at a time: the next `save`, or `finish`, waits for the one before and raises what went wrong with it.
+    `save` copies the state and returns; a thread then writes `step_NNNNNN.partial` and renames it. One checkpoint is
+    written at a time: the next call of `save` or `finish` waits for the previous one and raises its error.
     """
 
     def __init__(
         self, folder: Path, processes: Processes, keep: int | None = None, models: dict[str, Any] | None = None
     ) -> None:
-        """`keep`: how many of the newest stay; None: all. `models`: what they began with, which each notes."""
+        """Set up an empty writer.
+
+        `keep` is the number of newest checkpoints to keep; None keeps all. `models` describes the models that the run
+        began with and is stored in each checkpoint.
+        """
         self.models = models or {}
         self.rows: dict[str, str] = {}
-        """Name of a data set -> digest, which each checkpoint notes."""
+        """Data set name -> digest of its rows; stored in each checkpoint."""
         self.folder, self.processes, self.keep = folder, processes, keep
-        # of their own: their collectives run beside those of training
+        # a separate group: its collectives run concurrently with those of training
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=processes.timeout_s))
         self.step = 0
-        """Of the checkpoint that is being written, or was last."""
+        """Step of the checkpoint that is being written, or was written last."""
         self.written: Future[None] | None = None
 
     def save(self, step: int, learner: Learner, cursor: Resumable, critic: Learner | None = None) -> None:
-        """Begin to write `folder/step_NNNNNN` (collective)."""
+        """Start writing `folder/step_NNNNNN` (collective). Raise `CheckpointFailed` if the previous write failed."""
         self.finish()
         self.step, self.written = step, Future()
         target = self.folder / f"step_{step:06d}"
@@ -108,7 +112,7 @@ class Checkpoints:
         upload.add_done_callback(partial_function(self._publish, partial, target, writer, self.written))
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one. Raises `CheckpointFailed`."""
+        """Wait for the checkpoint that is being written, if any. Raise `CheckpointFailed` if it failed."""
         if self.written is None:
             return
         written, self.written = self.written, None
@@ -116,21 +120,21 @@ class Checkpoints:
             written.result(self.processes.timeout_s)
         except TimeoutError as error:
             raise self.processes.lost(f"the checkpoint of step {self.step} to be written") from error
-        except (Exception, dcp.CheckpointException) as error:  # which is none
+        except (Exception, dcp.CheckpointException) as error:  # CheckpointException is not an Exception
             cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
             raise CheckpointFailed(
                 f"the checkpoint of step {self.step} could not be written into {self.folder} "
-                f"({first_line(cause)}); go on from the one before it with trainer.load_ckpt_from=latest"
+                f"({first_line(cause)}); resume from the previous one with trainer.load_ckpt_from=latest"
             ) from error
 
     def _publish(self, partial: Path, target: Path, writer: Writer, written: Future[None], upload: Future[Any]) -> None:
-        """Give the folder its name, now that all processes have written their parts."""
+        """Rename the folder once all processes have written their parts."""
         try:
             upload.result()
             if self.processes.is_first:
                 of_state = {f"{STATE}/{name}": digest for name, digest in writer.digests.items()}
-                digests.write(partial, of_state | digests.of_files(partial, [NOTES, RANDOM]))
-                for name in RECORDS:  # a run that goes on from here keeps what they say of the steps before
+                digests.write(partial, of_state | digests.compute(partial, [NOTES, RANDOM]))
+                for name in RECORDS:  # a run that resumes from here keeps the records of earlier steps
                     if (self.folder / name).exists():
                         durable.sync(self.folder / name)
                 durable.replace_folder(partial, target)
@@ -143,12 +147,12 @@ class Checkpoints:
 
 
 def _learners(learner: Learner, critic: Learner | None) -> dict[str, Learner]:
-    """By the prefix of their names in a checkpoint."""
+    """Return the learners by the prefix of their names in a checkpoint."""
     return {"": learner} if critic is None else {"": learner, "critic_": critic}
 
 
 def _state(learners: dict[str, Learner]) -> dict[str, Any]:
-    """What is kept of models and optimizers. The optimizers' settings are the configuration's, so they are not."""
+    """Return the state of models and optimizers, without optimizer settings: those come from the configuration."""
     state: dict[str, Any] = {}
     for prefix, each in learners.items():
         model, optimizer = get_state_dict(each.policy, each.optimizer, options=TRAINED)
@@ -157,10 +161,10 @@ def _state(learners: dict[str, Learner]) -> dict[str, Any]:
 
 
 def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes, critic: Learner | None = None) -> int:
-    """Restore everything from the checkpoint folder `source` (collective); returns the step to go on with.
+    """Restore everything from the checkpoint folder `source` (collective) and return the step to resume at.
 
-    The processes may be others than those that saved it, in number and layout. Raises ConfigError for a checkpoint of
-    something else, or a damaged one.
+    The number and layout of processes may differ from those that saved it. Raise ConfigError if the checkpoint is
+    damaged or does not fit the model.
     """
     notes = _notes(source)
     if critic is not None and "critic_steps" not in notes:
@@ -174,10 +178,10 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
         raise ConfigError(
             f"trainer.load_ckpt_from={source} cannot be loaded: {first_line(cause).rstrip('.')}"
         ) from error
-    # dcp reads what the model asks for, and would leave the rest of a larger one unread
+    # dcp reads only what the model asks for, so a larger model would load silently
     saved = Reader(source / STATE).read_metadata().state_dict_metadata
     if extra := {key for key in saved if key.startswith("model.")} - {f"model.{name}" for name in state["model"]}:
-        raise ConfigError(f"trainer.load_ckpt_from={source} is of a larger model: it has {min(extra)}")
+        raise ConfigError(f"trainer.load_ckpt_from={source} belongs to a larger model: it also has {min(extra)}")
     for prefix, each in learners.items():
         _restore(each, state[f"{prefix}model"], state[f"{prefix}optimizer"])
         each.steps = notes[f"{prefix or 'optimizer_'}steps"]
@@ -191,20 +195,20 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
             for name, x in load_file(source / RANDOM).items()
             if name.startswith(f"{processes.rank}.")
         }
-        if own:  # more processes than the checkpoint had: theirs start from the seed
+        if own:  # empty on processes beyond those that saved it: they start from the seed
             _restore_random_states(own, processes.device)
-    except Exception as error:  # of safetensors, and of each kind of random state
+    except Exception as error:  # safetensors and each random state raise their own types
         raise _damaged(source / RANDOM, error) from error
     return notes["step"]
 
 
 def models(source: Path) -> dict[str, Any]:
-    """What the models of a checkpoint's run began with; empty if it cannot be known."""
+    """Return the models that a checkpoint's run began with; empty if the file is damaged or does not say."""
     return _noted(source, "models")
 
 
 def rows(source: Path) -> dict[str, Any]:
-    """Return name of a data set -> digest of its rows, of a checkpoint's run; empty if it cannot be known."""
+    """Return data set name -> digest of its rows, from a checkpoint; empty if the file is damaged or does not say."""
     return _noted(source, "rows")
 
 
@@ -216,50 +220,51 @@ def _noted(source: Path, name: str) -> dict[str, Any]:
 
 
 def _notes(source: Path) -> dict[str, Any]:
-    """Raises ConfigError if they are damaged."""
+    """Read and validate a checkpoint's `notes.json`. Raise ConfigError if it is damaged."""
     try:
         notes = json.loads((source / NOTES).read_text())
         numbers = {"step", "optimizer_steps", *(notes.keys() & {"critic_steps"})}
         if any(type(notes[name]) is not int or not 0 <= notes[name] < 2**63 for name in numbers):
-            raise ValueError("steps have to be whole numbers")
+            raise ValueError("steps must be integers")
         if not isinstance(notes["cursor"], dict):
-            raise ValueError("the position in the data has to be an object")
+            raise ValueError("the position in the data must be an object")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(source / NOTES, error) from error
     return notes
 
 
 def _damaged(file: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{file} is damaged: {type(error).__name__}: {first_line(error)}; go on from another checkpoint")
+    what = f"{file} is damaged: {type(error).__name__}: {first_line(error)}"
+    return ConfigError(f"{what}; resume from another checkpoint")
 
 
 def load_weights(source: Path, policy: nn.Module) -> None:
-    """The weights alone of the checkpoint folder `source`, into a whole model on this process, without torchrun.
+    """Load only the weights of the checkpoint folder `source` into an unsharded model, without torchrun.
 
-    Raises ConfigError for a checkpoint of something else, or a damaged one.
+    Raise ConfigError if the checkpoint is damaged or does not fit the model.
     """
     weights = get_model_state_dict(policy, options=TRAINED)
-    kept = stored_weights(source)
+    stored = stored_weights(source)
     try:
-        if kept != weights.keys():
-            whose = "checkpoint" if kept - weights.keys() else "model"
-            name = min(kept - weights.keys() or weights.keys() - kept)
-            raise ConfigError(f"{source} is of another kind of model: only the {whose} has {name}")
+        if stored != weights.keys():
+            owner = "checkpoint" if stored - weights.keys() else "model"
+            name = min(stored - weights.keys() or weights.keys() - stored)
+            raise ConfigError(f"{source} does not fit the model: only the {owner} has {name}")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is meant
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended
             dcp.load({"model": weights}, storage_reader=Reader(source / STATE), planner=TensorPlanner(), no_dist=True)
     except ConfigError:
         raise
-    except (Exception, dcp.CheckpointException) as error:  # which is none
+    except (Exception, dcp.CheckpointException) as error:  # CheckpointException is not an Exception
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise ConfigError(f"{source} cannot be loaded: {first_line(cause)}") from error
 
 
 def stored_weights(source: Path) -> set[str]:
-    """Names of what trained, without the critic beside it. Raises ConfigError if they cannot be read."""
+    """Return the names of the trained weights, without the critic's. Raise ConfigError if they cannot be read."""
     try:
         saved = Reader(source / STATE).read_metadata().state_dict_metadata
-    except (Exception, dcp.CheckpointException) as error:  # of a damaged or hostile pickle anything may come
+    except (Exception, dcp.CheckpointException) as error:  # a damaged or hostile pickle raises anything
         raise ConfigError(f"{source} cannot be loaded: {first_line(error)}") from error
     return {key.removeprefix("model.") for key in saved if key.startswith("model.")}
 
@@ -276,10 +281,10 @@ def _restore(learner: Learner, model: dict[str, Any], optimizer: dict[str, Any])
 
 
 def candidates(load_ckpt_from: str | None, save_dir: Path) -> list[Path]:
-    """Return the checkpoints that the configuration asks for, the first choice first; none: start from the beginning.
+    """Return the checkpoints that `trainer.load_ckpt_from` asks for, preferred first; empty to start from step 0.
 
-    `latest` is those in `save_dir`, newest first, if there are any; `best` the one whose step has the best test score
-    in its metrics.jsonl, the first of equals. Raises ConfigError where there is none such.
+    `latest` gives those in `save_dir`, newest first, and may be empty. `best` gives the one whose step has the highest
+    `test/score` in metrics.jsonl, the earliest of equals. Raise ConfigError if a requested checkpoint does not exist.
     """
     if load_ckpt_from is None:
         return []
@@ -292,7 +297,7 @@ def candidates(load_ckpt_from: str | None, save_dir: Path) -> list[Path]:
         tested = {path: scores[step] for path in found if (step := step_of(path)) in scores}
         if not tested:
             raise ConfigError(
-                f"trainer.load_ckpt_from=best: {save_dir} has no checkpoint of a step that was tested "
+                f"trainer.load_ckpt_from=best: {save_dir} has no checkpoint of a tested step "
                 "(trainer.save_freq, trainer.test_freq)"
             )
         return [max(tested, key=lambda path: tested[path])]
@@ -305,13 +310,13 @@ def candidates(load_ckpt_from: str | None, save_dir: Path) -> list[Path]:
 def choose(
     load_ckpt_from: str | None, save_dir: Path, processes: Processes | None = None
 ) -> tuple[Path | None, list[str]]:
-    """Return the first of `candidates` whose files are as they were written, and what is wrong with those before it.
+    """Return the first of `candidates` whose files are intact, and what is wrong with those before it.
 
-    None to start from the beginning. Collective, if there are `processes`. Raises ConfigError if all are damaged.
+    The result is None to start from step 0. Collective if `processes` is given. Raise ConfigError if all are damaged.
     """
     if processes is None:
         found = candidates(load_ckpt_from, save_dir)
-    else:  # the other machines may see an older listing of the folder
+    else:  # other machines may see an older listing of the folder
         found = processes.of_first(lambda: candidates(load_ckpt_from, save_dir), "the choice of a checkpoint")
     damaged: list[str] = []
     for source in found:
@@ -320,15 +325,15 @@ def choose(
         damaged.append(f"{source} is damaged: {why}")
     if damaged:
         raise ConfigError(
-            f"trainer.load_ckpt_from={load_ckpt_from}: {'; '.join(damaged)}; go on from another checkpoint"
+            f"trainer.load_ckpt_from={load_ckpt_from}: {'; '.join(damaged)}; resume from another checkpoint"
         )
     return None, []
 
 
 def damage(source: Path, processes: Processes | None = None) -> str:
-    """Return what is wrong with the files of a checkpoint; "" if each is as it was written.
+    """Return what is wrong with the files of a checkpoint; "" if they match their digests.
 
-    Collective, if there are `processes`: each reads a part of the files.
+    Collective if `processes` is given: each process reads a part of the files.
     """
     rank, size = (0, 1) if processes is None else (processes.rank, processes.world_size)
     try:
@@ -343,12 +348,12 @@ def damage(source: Path, processes: Processes | None = None) -> str:
 
 
 def step_of(path: Path) -> int:
-    """Of a checkpoint's folder."""
+    """Return the step of a checkpoint folder."""
     return int(path.name.removeprefix("step_"))
 
 
 def _of_steps(save_dir: Path) -> list[Path]:
-    """Folders with the name of a checkpoint, oldest first."""
+    """Return the folders named like a checkpoint, oldest first."""
     named = [path for path in save_dir.glob("step_*") if re.fullmatch(r"step_[0-9]+", path.name)]
     return sorted(named, key=step_of)
 
@@ -360,9 +365,9 @@ def prune(save_dir: Path, keep: int) -> None:
 
 
 def set_aside_after(save_dir: Path, step: int) -> None:
-    """Rename checkpoints of later steps: a run that goes on from `step` has another future, and `latest` is in it.
+    """Rename the checkpoints of steps after `step`, so that `latest` does not mix two histories of one run.
 
-    What a process that died left half written is removed.
+    Half-written checkpoints of processes that died are removed.
     """
     for path in save_dir.glob("step_*.partial"):
         shutil.rmtree(path)

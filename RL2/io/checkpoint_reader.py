@@ -1,8 +1,7 @@
-"""torch's distributed checkpoints, read without running what is in them.
+"""Safe reading of torch's distributed checkpoints: nothing in them is executed.
 
-Their metadata are a pickle, which may call any function when it is read; here it may name only what torch itself writes
-there. Their items may be pickles too; those of a run are tensors, and nothing else is accepted. Tensors are read by
-`torch.load` with `weights_only`, as torch does.
+The metadata are a pickle, which could call any function. Here it may name only the types that torch itself writes.
+Items may be pickles too; this reader accepts only tensors, read by `torch.load` with `weights_only`.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if is_dtype or name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(
-            f"its metadata name {module}.{name}, which no checkpoint does: has it been tampered with?"
+            f"its metadata refer to {module}.{name}, which torch never writes there: it may have been tampered with"
         )
 
 
@@ -52,7 +51,7 @@ class Reader(dcp.FileSystemReader):
     """`torch.distributed.checkpoint.FileSystemReader` for folders that others may have written to."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises UnpicklingError where they name anything that torch does not write there."""
+        """Read the metadata. Raise UnpicklingError if they refer to anything that torch does not write there."""
         metadata = _MetadataUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"its metadata are of type {type(metadata).__name__}")
@@ -62,7 +61,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class TensorPlanner(DefaultLoadPlanner):
-    """Tensors only."""
+    """A load planner that accepts only tensors."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor, which no checkpoint has")
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is not a tensor; checkpoints contain only tensors")

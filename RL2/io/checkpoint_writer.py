@@ -1,4 +1,4 @@
-"""torch's distributed checkpoints with the digest of each file, made by the process that has written it."""
+"""Writer for torch's distributed checkpoints that also computes the digest of each file it writes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from RL2.io import digests
 
 @dataclass(frozen=True)
 class Written:
-    """The digests of the files that one process has written; travels to the first process with torch's own results."""
+    """Digests of the files that one process wrote; sent to the first process with torch's own results."""
 
     digests: dict[str, str]
 
 
 class Writer(dcp.FileSystemWriter):
-    """A `torch.distributed.checkpoint.FileSystemWriter` that knows the digests of all files at its end."""
+    """A `torch.distributed.checkpoint.FileSystemWriter` that collects the digests of all files."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.digests: dict[str, str] = {}
-        """File name -> SHA-256 of the files of all processes; on the first process, when all are written."""
+        """File name -> SHA-256 for the files of all processes; complete on the first process after `finish`."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[Any] = super().write_data(plan, planner).wait()
         names = {result.storage_data.relative_path for result in results}
-        results.append(Written(digests.of_files(Path(self.path), names)))
+        results.append(Written(digests.compute(Path(self.path), names)))
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -42,4 +42,4 @@ class Writer(dcp.FileSystemWriter):
         for result in (result for part in results for result in part if isinstance(result, Written)):
             self.digests |= result.digests
         super().finish(metadata, [[r for r in part if not isinstance(r, Written)] for part in results])
-        self.digests |= digests.of_files(Path(self.path), [".metadata"])
+        self.digests |= digests.compute(Path(self.path), [".metadata"])

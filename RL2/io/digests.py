@@ -1,4 +1,4 @@
-"""Digests of the files of a folder, kept in the folder itself: a bit that flips on a disk or in a copy is noticed."""
+"""Digests of the files in a folder, stored beside them, to detect corruption on disk or in a copy."""
 
 from __future__ import annotations
 
@@ -11,27 +11,25 @@ from pathlib import Path
 from RL2.io import durable
 
 DIGESTS = "digests.json"
-"""Path of each file, relative to the folder -> its SHA-256."""
+"""Name of the file that maps each path, relative to the folder, to its SHA-256."""
 THREADS = 4
-"""Files that a process reads at the same time; hashing releases the interpreter's lock."""
+"""Number of files that a process hashes at once; hashing releases the GIL."""
 
 
-def of_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return name -> SHA-256 in hexadecimal of the files `names` of `folder`."""
+def compute(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return name -> hexadecimal SHA-256 for the files `names` of `folder`."""
     names = sorted(names)
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
 
 
 def write(folder: Path, digests: Mapping[str, str]) -> None:
+    """Store `digests`, path relative to `folder` -> SHA-256, in `folder`."""
     durable.write_text(folder / DIGESTS, json.dumps(dict(sorted(digests.items())), indent=1) + "\n")
 
 
 def read(folder: Path, required: Iterable[str]) -> dict[str, str]:
-    """Return the digests that were written into `folder`; they have to cover the files `required`.
-
-    Raises ValueError if they are missing or damaged.
-    """
+    """Return the digests stored in `folder`. Raise ValueError if they are missing, damaged or incomplete."""
     try:
         digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -46,10 +44,10 @@ def read(folder: Path, required: Iterable[str]) -> dict[str, str]:
 
 
 def faults(folder: Path, digests: Mapping[str, str]) -> list[str]:
-    """Return what is wrong with the files of `folder` that `digests` names, a phrase each."""
+    """Return one phrase for each file named in `digests` that is missing, unreadable or changed."""
     missing = [name for name in digests if not (folder / name).is_file()]
     try:
-        found = of_files(folder, digests.keys() - set(missing))
+        found = compute(folder, digests.keys() - set(missing))
     except OSError as error:
         return [f"{error.filename} cannot be read ({error.strerror})"]
     changed = [name for name in found if found[name] != digests[name]]

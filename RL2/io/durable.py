@@ -1,4 +1,4 @@
-"""Write files and folders so that a power cut or a kill leaves either the old or the new one, whole."""
+"""Durable writes: after a power cut or a kill, files and folders hold either the old or the new content."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, onto the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder, and do so by themselves
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder; they do it themselves
             raise
     finally:
         os.close(handle)
 
 
 def sync_tree(folder: Path) -> None:
-    """Force everything below `folder`, and the names of it, onto the disk."""
+    """Flush all files and names below `folder` to the disk."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace the content of `file`; it has either the old or the new one at any moment."""
+    """Replace the content of `file` atomically."""
     partial = file.with_name(f"{file.name}.partial")
     with partial.open("w", encoding="utf-8") as out:
         out.write(text)
@@ -44,16 +44,16 @@ def write_text(file: Path, text: str) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Give the folder `new` the name `target`, which may exist; no reader finds `target` missing or half there.
+    """Rename the folder `new` to `target`, which may exist; readers find the old or the new one.
 
-    Both lie in the same folder. On a file system that cannot swap two names (NFS) `target` is missing between two
-    renames; `recover` brings the old one back if the process dies there.
+    Both must have the same parent. On a file system that cannot swap two names (NFS), `target` is absent between two
+    renames; `recover` restores the old folder if the process dies there.
     """
     sync_tree(new)
     if not target.is_dir():
         new.rename(target)
     elif _exchange(new, target):
-        remove(new)  # which is the old one now
+        remove(new)  # now the old one
     else:
         aside = target.with_name(target.name + ASIDE)
         shutil.rmtree(aside, ignore_errors=True)
@@ -64,14 +64,14 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Undo a replacement of `target` that a killed process left half done."""
+    """Undo a replacement of `target` that was interrupted by a kill."""
     aside = target.with_name(target.name + ASIDE)
     if aside.is_dir() and not target.exists():
         aside.rename(target)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder; what is left of it if the process is killed meanwhile has the suffix `.partial`."""
+    """Remove a folder; if the process is killed meanwhile, the rest has the suffix `.partial`."""
     partial = folder.with_name(f"{folder.name.removesuffix('.partial')}.partial")
     if folder != partial:
         shutil.rmtree(partial, ignore_errors=True)
@@ -80,7 +80,7 @@ def remove(folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one atomic operation; False where the system or the file system has none."""
+    """Swap two names atomically. Return False where the system or the file system cannot."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2  # Python has no binding for it
     except (AttributeError, OSError):

@@ -1,10 +1,9 @@
-"""What a person sees of a run: a line a step, files of metrics, samples and tokens, dashboards."""
+"""Output of a run for people: console lines, files of metrics, samples and tokens, and dashboards."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -12,27 +11,28 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from RL2.errors import UserError, first_line
 from RL2.io.durable import write_text
+from RL2.io.jsonl import read_records, truncate_before
 from RL2.io.progress import Progress, duration, time_of_day
 from RL2.types import Trajectory
 
 Metrics = dict[str, float]
 
 RECORDS = ("metrics.jsonl", "samples.jsonl")
-"""Files to which every step adds lines."""
+"""Files to which each step appends lines."""
 SAMPLES_BEFORE = "samples.before.jsonl"
-"""Older lines of samples.jsonl, once that has become too large."""
+"""Older lines of samples.jsonl, moved here when that file reaches its limit."""
 SUPERSEDED = ".superseded"
-"""Suffix of the records of an earlier run that was begun anew."""
+"""Suffix of the records of an earlier run in the same folder."""
 TOKENS = "tokens"
-"""Folder of the statistics of tokens."""
+"""Folder of per-token statistics."""
 FIRST_ROWS = "first_rows.json"
-"""The first rows that a run trains on, with what trains marked."""
+"""File with the first rows that a run trains on; the tokens that train are marked."""
 NUM_SHOWN = 5
-"""How many they are."""
+"""Number of rows in `FIRST_ROWS`."""
 
 CONSOLE = {
     "test/score": ("test", "{:.3f}"),
@@ -49,11 +49,11 @@ CONSOLE = {
     "time/tokens_per_s": ("tok/s", "{:.0f}"),
     "time/step_s": ("s", "{:.1f}"),
 }
-"""Metric -> its name in the console line and its format."""
+"""Metric -> its name in the console line, and its format."""
 
 
 SCORE_OF_SET = re.compile(r"test/(?!reward/|env/)([^/]+)/score")
-"""Metric with the score of a test set that has a name."""
+"""Pattern of the metric with the score of a named test set."""
 
 
 class RecordsFailed(UserError, RuntimeError):
@@ -61,7 +61,7 @@ class RecordsFailed(UserError, RuntimeError):
 
 
 class Dashboard(Protocol):
-    """wandb, tensorboard: takes metrics."""
+    """A receiver of metrics, such as wandb or TensorBoard."""
 
     def log(self, metrics: Metrics, step: int) -> None: ...
 
@@ -69,7 +69,7 @@ class Dashboard(Protocol):
 
 
 class Report:
-    """Writes on the first process; on the others every method does nothing."""
+    """Writer of a run's output on the first process; on other processes every method does nothing."""
 
     def __init__(
         self,
@@ -80,22 +80,25 @@ class Report:
         progress: Progress | None = None,
         limit_bytes: int = 4 << 30,
     ) -> None:
-        """`limit_bytes` is the size of all samples and tokens on the disk."""
+        """Set up the report of a run of `num_steps` steps.
+
+        `limit_bytes` bounds the samples and token statistics on the disk.
+        """
         self.limit_bytes = limit_bytes
         self.folder, self.is_first, self.num_steps, self.dashboards = folder, is_first, num_steps, list(dashboards)
         self.progress = progress or Progress(is_first)
         self.begun: tuple[int, float] | None = None
-        """First step of this start, and when it began."""
+        """First step of this start, and its time by `time.monotonic`."""
         self.said: set[str] = set()
 
     def begin(self, step: int) -> None:
-        """Note that `step` begins now, the first of this start."""
+        """Record that `step`, the first of this start, begins now."""
         self.begun = step, time.monotonic()
 
     def keep_before(self, step: int) -> None:
-        """Cut the records back to what they say of the steps before `step`, and say so; the rest is written again.
+        """Remove the records of `step` and later, and print a line about it; those steps run again.
 
-        A run that begins at step 0 sets those of an earlier one aside.
+        A run that begins at step 0 renames the records of an earlier one instead.
         """
         if not self.is_first:
             return
@@ -121,14 +124,14 @@ class Report:
             if int(file.name.split("_")[0]) >= step:
                 file.unlink()
         for file in filter(Path.exists, (metrics, samples, before)):
-            cut_at(file, step)
+            truncate_before(file, step)
 
     def rows(self) -> list[dict[str, float]]:
-        """What metrics.jsonl has, oldest first; on the first process."""
+        """Return the rows of metrics.jsonl, oldest first; empty on other processes than the first."""
         return read_metrics(self.folder) if self.is_first else []
 
     def step(self, step: int, metrics: Metrics) -> None:
-        """One step's metrics: a console line, a line of metrics.jsonl, and the dashboards."""
+        """Report one step's metrics: to the console, to metrics.jsonl and to the dashboards."""
         if not self.is_first:
             return
         shown = [f"{name} {form.format(metrics[key])}" for key, (name, form) in CONSOLE.items() if key in metrics]
@@ -149,16 +152,16 @@ class Report:
             dashboard.log(metrics, step)
 
     def first_rows(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Keep the rows that a run begins with, for `rl2 view`.
+        """Store the rows that a run begins with, for `rl2 view`.
 
-        `name`: what a row is called. `pieces`: its text in runs, each with whether it trains.
+        Each row has a `name` and `pieces`: runs of its text, each with whether it trains.
         """
         if self.is_first:
             with self._writing():
                 write_text(self.folder / FIRST_ROWS, json.dumps(list(rows), ensure_ascii=False) + "\n")
 
     def samples(self, step: int, split: str, trajectories: Iterable[Trajectory], test_set: str = "") -> None:
-        """Write trajectories to read, a line each in samples.jsonl; `test_set` is the name of theirs, if it has one."""
+        """Append trajectories to samples.jsonl, a line each. `test_set` is the name of their test set, if any."""
         if not self.is_first:
             return
         keys = ("row", "group", "sample", "texts", "reward", "score", "truncated", "unscored", "num_tokens")
@@ -178,7 +181,7 @@ class Report:
                 self._say_bound("older samples than those in samples.jsonl and " + SAMPLES_BEFORE)
 
     def tokens(self, step: int, split: str, rows: list[dict[str, Any]]) -> None:
-        """Trajectories token by token, a row each in tokens/STEP_SPLIT.parquet (docs/viewer.md has the columns)."""
+        """Write trajectories token by token to tokens/STEP_SPLIT.parquet, a row each; see docs/viewer.md."""
         if not self.is_first or not rows:
             return
         import pyarrow as pa
@@ -203,11 +206,11 @@ class Report:
         with self._writing():
             file.parent.mkdir(exist_ok=True)
             parquet.write_table(table, partial := file.with_suffix(".partial"), compression="zstd")
-            partial.replace(file)  # whole, or not there
+            partial.replace(file)  # readers see a complete file or none
             files = sorted(file.parent.glob("*.parquet"))
             sizes = [each.stat().st_size for each in files]
             for each, size in zip(files[:-1], list(accumulate(reversed(sizes)))[:0:-1], strict=True):
-                if size > self.limit_bytes / 2:  # it and all later ones
+                if size > self.limit_bytes / 2:  # this file and all later ones
                     each.unlink()
                     self._say_bound(f"the oldest files of {TOKENS}/")
 
@@ -219,7 +222,7 @@ class Report:
         self.progress.say(*lines)
 
     def say_once(self, subject: str, line: str) -> None:
-        """Say a line, the first of its `subject`."""
+        """Print `line` unless a line of the same `subject` was printed before."""
         if subject not in self.said:
             self.said.add(subject)
             self.say(line)
@@ -235,13 +238,13 @@ class Report:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Within it, an error of the disk becomes a `RecordsFailed`."""
+        """Convert an OSError in the `with` block to `RecordsFailed`."""
         try:
             yield
         except OSError as error:
             raise RecordsFailed(
-                f"the records in {self.folder} could not be written ({first_line(error)}); when there is space and the "
-                "folder can be written, go on with trainer.load_ckpt_from=latest"
+                f"the records in {self.folder} could not be written ({first_line(error)}); make space and the "
+                "folder writable, then resume with trainer.load_ckpt_from=latest"
             ) from error
 
 
@@ -250,71 +253,20 @@ def _values(metrics: Metrics, names: list[str]) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl, oldest first; a last line that was cut off is left out."""
-    file = folder / "metrics.jsonl"
-    return [row for _, row in whole_lines(file)] if file.exists() else []
-
-
-def whole_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a .jsonl file of a run, each as it stands and as it is read; one without an end is left out.
-
-    Raises UserError for one that no run wrote.
-    """
-    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
-        if line.endswith(b"\n"):
-            yield line, parsed(line, f"{file}, line {number}")
-
-
-def cut_at(file: Path, step: int) -> None:
-    """Cut off the lines of `step` and later, and a last one that has no end; only these are read.
-
-    The steps of a run's lines never decrease, but for what follows a cut.
-    """
-    with file.open("r+b") as lines:
-        keep = lines.seek(0, os.SEEK_END)
-        for start, line in _backwards(lines):
-            if line.endswith(b"\n") and parsed(line, f"{file}, byte {start}")["step"] < step:
-                break
-            keep = start
-        lines.truncate(keep)
-        os.fsync(lines.fileno())
-
-
-def _backwards(file: BinaryIO, block: int = 2**20) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file with the bytes before each, the last first."""
-    position, rest = file.seek(0, os.SEEK_END), b""
-    while position:
-        size = min(block, position)
-        position = file.seek(position - size)
-        first, *others = (file.read(size) + rest).splitlines(keepends=True)
-        start = position + len(first) + sum(map(len, others))
-        for line in reversed(others):
-            start -= len(line)
-            yield start, line
-        rest = first  # it may begin before this block
-    if rest:
-        yield 0, rest
-
-
-def parsed(line: bytes, where: str) -> dict[str, Any]:
-    """A line of a run's .jsonl files: an object with the `step` that it is of. Raises UserError, which says `where`."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {first_line(error)}") from error
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        raise UserError(f"{where} is not of a run: it has no step")
-    return row
+    """Return the rows of a run's metrics.jsonl, oldest first; an incomplete last line is left out."""
+    return list(read_records(folder / "metrics.jsonl"))
 
 
 class Wandb:
+    """Weights & Biases dashboard; a resumed run continues under its id."""
+
     def __init__(self, folder: Path, project: str | None, name: str, config: dict[str, Any]) -> None:
         import wandb
 
         file = folder / "wandb_id"
         if not file.exists():
             file.write_text(wandb.util.generate_id())
-        # the same id again after an interruption, so that it stays one run
+        # the same id after an interruption, so that the run stays one
         self.run = wandb.init(
             project=project, name=name, dir=folder, config=config, id=file.read_text(), resume="allow"
         )
@@ -327,12 +279,12 @@ class Wandb:
 
 
 class Trackio:
-    """Kept on this machine, where `trackio show` finds it."""
+    """Trackio dashboard, stored on this machine for `trackio show`."""
 
     def __init__(self, folder: Path, project: str | None, name: str, config: dict[str, Any]) -> None:
         import trackio
 
-        # a run of this name goes on only if it is this folder's
+        # resume a run of this name only if it belongs to this folder
         begun = folder / "trackio"
         self.run = trackio.init(
             project=project or "RL2",
@@ -353,6 +305,8 @@ class Trackio:
 
 
 class TensorBoard:
+    """TensorBoard event files in the folder of the run."""
+
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 

@@ -1,8 +1,9 @@
-"""A lock on the folder of a run, on local and shared file systems: one run at a time writes there.
+"""Lock on the folder of a run, on local and shared file systems: at most one run writes there.
 
-The folder `lock` holds one file for each owner in turn, numbered: the file with the highest number is the owner's. Who
-finds that owner gone creates the next number, which only one process can do, and so nothing is ever taken from a live
-owner. On its own machine an owner is gone when its process is; elsewhere when it has not touched its file for long.
+The folder `lock` holds one numbered file per owner; the highest number is the current owner's. A process that finds
+that owner gone creates the next number. Only one process can do so, so nothing is taken from a live owner. An owner on
+this machine is gone when its process is; an owner on another machine is gone when it has not touched its file for
+`STALE_S`.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ FOLDER = "lock"
 HEARTBEAT_S = 10.0
 """Interval at which an owner touches its file."""
 STALE_S = 120.0
-"""An owner on another machine that has not touched its file for so long is gone."""
+"""Time without a touch after which an owner on another machine counts as gone."""
 
 
 class RunLock:
-    """The lock of one process on one folder."""
+    """Lock of one process on one folder."""
 
     def __init__(self, save_dir: Path, heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S) -> None:
         self.save_dir, self.folder = save_dir, save_dir / FOLDER
         self.heartbeat_s, self.stale_s = heartbeat_s, stale_s
         self.file: Path | None = None
-        """This process's file, while it is the owner."""
+        """File of this process while it is the owner."""
         self.ending = threading.Event()
 
     def acquire(self, say: Callable[[str], None] = lambda line: None) -> None:
-        """Become the owner. Raise ConfigError if another process is, or the folder cannot be written.
+        """Become the owner. Raise ConfigError if another process is, or if the folder cannot be written.
 
-        Waits up to `stale_s` for a sign of life of an owner on another machine; `say` is told so.
+        Wait up to `stale_s` for a sign of life from an owner on another machine, and report that wait through `say`.
         """
         if (owner := _newest(self.folder)) is not None and _has_ended(owner) is False:
             raise _in_use(self.save_dir, owner)  # nothing was written yet
@@ -62,65 +63,62 @@ class RunLock:
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
     def _try(self, own: Path, say: Callable[[str], None]) -> None:
-        """Succeed the owner that there is now, if it is gone and nobody else was faster."""
+        """Take over from the current owner if it is gone and no other process was faster."""
         owner = _newest(self.folder)
         try:
             if owner is not None and not self._is_gone(owner, own, say):
                 raise _in_use(self.save_dir, owner)
         except FileNotFoundError:
-            return  # somebody has succeeded it
+            return  # another process has taken over
         file = self.folder / f"{_number(owner) + 1:06d}.json"
         if not _create(own, file):
             return
         if _newest(self.folder) == file:
             self.file = file
-        else:  # the owner that was seen is long succeeded, and its successors' files are gone
+        else:  # the owner seen above was replaced, and the files of its successors are gone
             file.unlink(missing_ok=True)
 
     def refuse_if_lost(self) -> None:
-        """Raise UserError if another process has become the owner, as this one stood still, or the folder is gone."""
+        """Raise UserError if another process has taken over while this one stood still, or if the folder is gone."""
         if self.file is not None and _newest(self.folder) != self.file:
             raise UserError(
-                f"trainer.save_dir={self.save_dir} is no longer this run's: it was removed, or another run found no "
-                f"sign of life for {self.stale_s:g} s and has taken it over; nothing more is written"
+                f"trainer.save_dir={self.save_dir} no longer belongs to this run: it was removed, or another run "
+                f"saw no sign of life for {self.stale_s:g} s and took it over; this run writes nothing more"
             )
 
     def release(self) -> None:
-        """Let others have it at once; may be called again."""
+        """Release the lock; may be called more than once."""
         self.ending.set()
         if self.file is not None and _newest(self.folder) == self.file:
-            with suppress(OSError):  # a full disk: others will see that the process is gone
+            with suppress(OSError):  # on a full disk, others still see that the process is gone
                 durable.write_text(self.file, json.dumps(_myself() | {"ended": True}, indent=1))
         self.file = None
 
     def _beat(self) -> None:
         while not self.ending.wait(self.heartbeat_s):
             if self.file is not None:
-                with suppress(OSError):  # the file may come back; whoever writes asks `refuse_if_lost`
-                    os.utime(self.file)  # the time is the file server's
+                with suppress(OSError):  # the file may come back; writers call `refuse_if_lost`
+                    os.utime(self.file)  # this sets the file server's time
 
     def _is_gone(self, owner: Path, own: Path, say: Callable[[str], None]) -> bool:
-        """Return whether the owner has ended or died; watch one on another machine for a while."""
-        first, began, said = _touched(owner), time.monotonic(), False
+        """Return whether the owner has ended or died; watch an owner on another machine for up to `stale_s`."""
+        first, began, told = _touched(owner), time.monotonic(), False
         while (ended := _has_ended(owner)) is None:
-            os.utime(own)  # both times by the clock of the file system
+            os.utime(own)  # both times by the clock of the file server
             touched = _touched(owner)
             if touched != first:
                 return False
             if _touched(own) - touched > self.stale_s or time.monotonic() - began > self.stale_s:
                 return True
-            if not said:
-                say(
-                    f"{_who(owner)} may be at work in {self.save_dir}; waiting for a sign of life of it, up to "
-                    f"{self.stale_s:g} s"
-                )
-                said = True
+            if not told:
+                say(f"{_who(owner)} may be using {self.save_dir}; waiting for a sign of life, up to {self.stale_s:g} s")
+                told = True
             time.sleep(min(1.0, self.heartbeat_s / 4))
         return ended
 
 
 def refuse_if_running(save_dir: Path) -> None:
-    """Raise ConfigError if a run is at work in the folder; writes nothing and does not wait."""
+    """Raise ConfigError if a run is using the folder. Write nothing and do not wait."""
     owner = _newest(save_dir / FOLDER)
     if owner is None:
         return
@@ -133,7 +131,7 @@ def refuse_if_running(save_dir: Path) -> None:
 
 def _in_use(save_dir: Path, owner: Path) -> ConfigError:
     return ConfigError(
-        f"trainer.save_dir={save_dir} is in use by {_who(owner)}; wait until that has ended, or choose another "
+        f"trainer.save_dir={save_dir} is in use by {_who(owner)}; wait until it ends, or choose another "
         "trainer.save_dir"
     )
 
@@ -144,7 +142,7 @@ def _who(owner: Path) -> str:
 
 
 def _has_ended(owner: Path) -> bool | None:
-    """Return whether an owner is gone; None if it is of another machine, where nobody can see its process."""
+    """Return whether an owner is gone; None if it is on another machine, where its process cannot be seen."""
     found = _read(owner)
     if found.get("ended") is True:
         return True
@@ -166,7 +164,7 @@ def _myself() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Return what tells this boot of this machine, and this container's processes, from all others."""
+    """Return an identifier of this boot of this machine and this container's process namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -175,7 +173,7 @@ def _machine() -> str:
 
 
 def _started(pid: object) -> str | None:
-    """Return when a process began, as another may have its number later; None if it is gone."""
+    """Return the start time of a process, which tells it from later ones with its number; None if it is gone."""
     if type(pid) is not int or pid < 1:
         return None
     try:
@@ -194,12 +192,12 @@ def _started(pid: object) -> str | None:
 
 
 def _create(own: Path, file: Path) -> bool:
-    """Create `file` with the content of `own`, whole and at once; False if it exists."""
+    """Create `file` with the content of `own` atomically; return False if it exists."""
     try:
         os.link(own, file)
     except FileExistsError:
         return False
-    except OSError:  # no hard links here
+    except OSError:  # this file system has no hard links
         try:
             with file.open("x") as out:
                 out.write(own.read_text())
@@ -221,13 +219,13 @@ def _number(owner: Path | None) -> int:
 
 
 def _touched(file: Path) -> float:
-    """Return its time of change, asked of the server: opening a file renews what a client of NFS remembers."""
+    """Return the file's modification time from the server; opening the file refreshes the cache of an NFS client."""
     with file.open() as content:
         return os.fstat(content.fileno()).st_mtime
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Return what an owner wrote of itself; empty if that is damaged or gone."""
+    """Return what an owner wrote about itself; empty if the file is damaged or gone."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""Refuse models that the packed forward would compute wrongly, from their structure alone, before weights are read.
+"""Checks that refuse models which the packed forward would compute wrongly, before any weights are read.
 
-A second model of the same configuration runs on the meta device, where shapes are computed and numbers are not. Its
-attention records how it is called. What remains, differences that only numbers show, is the invariant of
-`Worker.check_packing`, on the first batch of every run.
+A second model of the same configuration runs on the meta device, which computes shapes but no numbers. Its attention
+records how it is called. Differences that only numbers show are found by `Worker.check_packing` on the first batch of
+every run.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from RL2.errors import ConfigError, first_line
 
 INSPECTED = "rl2_inspected"
-"""Attention implementation that checks and records its arguments."""
+"""Name of the attention implementation that checks and records its arguments."""
 TOKENS = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127)
-"""Numbers of tokens of the inspected forward: the first that divides no size of the model, to be told by shapes."""
+"""Candidates for the number of tokens of the inspected forward.
+
+The first one that divides no size of the model is used, so that shapes show which dimension holds the tokens.
+"""
 # fmt: off
 RESHAPES = {
     "view", "_unsafe_view", "reshape", "transpose", "permute", "t", "expand", "unsqueeze", "squeeze", "alias",
@@ -31,26 +34,27 @@ RESHAPES = {
     "repeat", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "new_empty", "new_zeros",
     "new_ones", "new_full", "masked_fill", "masked_fill_", "polar", "view_as_complex", "view_as_real",
 }
-"""Operations that move numbers, or make new ones: they act on each token while their result has the tokens."""
+"""Operations that move or create values; they act on each token if their result keeps the token dimension."""
 # fmt: on
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 LOOKUPS = {"embedding", "index", "index_select"}
 WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "past_key_values"}
-"""Keyword arguments that change nothing: dropout is never applied, and the packed layout decides the rest."""
+"""Keyword arguments without effect: dropout is never applied, and the packed layout determines the rest."""
 LOGIT_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
-"""Configuration keys of a factor on the logits; 1 changes nothing."""
+"""Configuration keys of a factor on the logits; a factor of 1 changes nothing."""
 BY_LENGTH = ("longrope", "dynamic")
-"""Types of rotary embedding whose frequencies transformers chooses by the longest sequence of a batch."""
+"""Types of rotary embedding whose frequencies depend on the longest sequence of a batch."""
 
 
 class Unsupported(Exception):
-    """A reason to refuse a model, as the end of a sentence that its name begins."""
+    """A reason to refuse a model; the text continues a sentence that begins with the model's name."""
 
 
 def refuse_inexact(auto: type, config: PretrainedConfig, name: str, key: str) -> None:
-    """Raise ConfigError unless packed sequences get the numbers that each gets alone.
+    """Raise ConfigError unless packed sequences get the same numbers as each sequence alone.
 
-    `auto` is the transformers auto class that builds the model of `config`; `key`=`name` named it, for errors.
+    `auto` is the transformers auto class that builds the model of `config`. `name` and `key` are the model's name and
+    its configuration key, for errors.
     """
     try:
         _refuse_quantised(config)
@@ -69,12 +73,12 @@ def _refuse_quantised(config: PretrainedConfig) -> None:
         method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
         raise Unsupported(
             f"is quantised ({method or 'quantization_config'}), and its scales would be lost; "
-            "take the checkpoint in bfloat16 or float32"
+            "use a checkpoint in bfloat16 or float32"
         )
 
 
 def _build(auto: type, config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model that is inspected. Rotary embeddings by length get the plain type: `length_limit` is for them."""
+    """Build the model to inspect. Rotary embeddings by length get the plain type; `length_limit` covers them."""
     config = copy.deepcopy(config)
     for rope in _ropes(config):
         if rope["rope_type"] in BY_LENGTH:
@@ -84,15 +88,15 @@ def _build(auto: type, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _refuse_more_than_text(config: PretrainedConfig, lm: PreTrainedModel) -> None:
-    """Refuse what holds a text model among others, also where transformers would take that alone out of it."""
+    """Raise Unsupported for a model with more than text, also if transformers could extract its text model."""
     if type(config).sub_configs or type(lm.config).sub_configs:
-        raise Unsupported(f"({type(lm).__name__}) is a model of text and more, which is not supported")
+        raise Unsupported(f"({type(lm).__name__}) is not a text-only model")
 
 
 def _refuse_structure(lm: PreTrainedModel) -> None:
     layers = getattr(lm.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(lm.config, "num_key_value_heads"):
-        raise Unsupported(f"({type(lm).__name__}) is not built like Llama or Qwen, which is what is supported")
+        raise Unsupported(f"({type(lm).__name__}) is not built like Llama or Qwen; other structures are not supported")
     has_window = set(getattr(lm.config, "layer_types", None) or ["all"]) != {"full_attention"}
     if getattr(lm.config, "sliding_window", None) and has_window:
         raise Unsupported("uses a sliding window, which packed attention does not have")
@@ -102,13 +106,13 @@ def _refuse_structure(lm: PreTrainedModel) -> None:
 
 
 def _refuse_forward(lm: PreTrainedModel) -> None:
-    """Run it on tokens without values, and refuse what attention, layers or head do beyond the packed forward."""
+    """Run the model on the meta device; raise Unsupported for anything that the packed forward does not compute."""
     calls: list[int] = []
     # heads, their sizes and halves of these divide a size of a parameter
     sizes = {size for x in (*lm.parameters(), *lm.buffers()) for size in x.shape}
     tokens = next((number for number in TOKENS if all(size % number for size in sizes)), None)
     if tokens is None:
-        raise Unsupported("has sizes among which no number of tokens can be told")
+        raise Unsupported("has sizes that every candidate number of tokens divides")
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     positions = torch.arange(tokens, device="meta")[None]
     seen: dict[str, Any] = {}
@@ -122,7 +126,7 @@ def _refuse_forward(lm: PreTrainedModel) -> None:
     run = lm.base_model if head is None else lm
     lm.eval()
     for layer in lm.base_model.layers:  # type: ignore[union-attr]
-        layer.training = True  # as PackedModel.train leaves them
+        layer.training = True  # the mode in which PackedModel.train leaves the layers
     with torch.no_grad(), ModuleTracker() as modules, _TokenMixing(tokens, modules):
         out = _tried(
             lambda: run(input_ids=ids, position_ids=positions, use_cache=False, attend=calls.append),
@@ -131,9 +135,7 @@ def _refuse_forward(lm: PreTrainedModel) -> None:
     if sorted(calls) != list(range(len(lm.base_model.layers))):  # type: ignore[arg-type]
         raise Unsupported(f"calls attention {len(calls)} times in {len(lm.base_model.layers)} layers")  # type: ignore[arg-type]
     if unused:
-        raise Unsupported(
-            f"has weights that text does not pass through ({next(iter(unused))}): it is no text-only model"
-        )
+        raise Unsupported(f"has weights that text does not use ({next(iter(unused))}): it is not a text-only model")
     if head is None:
         return
     if not isinstance(head, nn.Linear) or head.bias is not None:
@@ -149,7 +151,7 @@ def _refuse_forward(lm: PreTrainedModel) -> None:
 def _refuse_unset_buffers(lm: PreTrainedModel) -> None:
     lm.apply(_buffers_to_cpu)
     found = []
-    for before in (0, 1):  # what nothing sets is then what it was
+    for before in (0, 1):  # a buffer that nothing sets keeps this value
         for buffer in lm.buffers():
             buffer.fill_(before)
         reset_buffers(lm)
@@ -166,38 +168,38 @@ def _buffers_to_cpu(module: nn.Module) -> None:
 
 
 def reset_buffers(lm: PreTrainedModel) -> None:
-    """Compute the buffers of `lm` that come from the configuration, such as rotary frequencies; others become NaN.
+    """Compute the buffers of `lm` that follow from the configuration, such as rotary frequencies; set others to NaN.
 
-    Its parameters stay as they are.
+    Parameters are unchanged.
     """
     for buffer in lm.buffers():
         if buffer.is_floating_point():
             buffer.fill_(float("nan"))
     for parameter in lm.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined] # transformers then leaves it alone
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined] # transformers then skips it
     with torch.no_grad():
         for part in lm.modules():
             lm._init_weights(part)
 
 
 def stored_buffers(lm: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the persistent buffers of `lm` by name: those that lie in a checkpoint beside its parameters."""
+    """Return the persistent buffers of `lm` by name: those that a checkpoint stores beside its parameters."""
     stored = lm.state_dict().keys()
     return {name: buffer for name, buffer in lm.named_buffers() if name in stored}
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
-    """Return whether `x` is `y`, or a view of all of it."""
+    """Return whether `x` is `y` or a view of all of `y`."""
     return x.shape == y.shape and (x is y or (x._base is not None and x._base is (y if y._base is None else y._base)))
 
 
 def _inspect(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Record the layer of a call of attention; raise Unsupported for an argument that packed attention leaves out."""
+    """Record a call of attention by its layer. Raise Unsupported for arguments that packed attention ignores."""
     attend = settings.pop("attend", None)
     if attend is None:
-        raise Unsupported("does not pass keyword arguments on to its attention")
+        raise Unsupported("does not forward keyword arguments to its attention")
     scaling = settings.pop("scaling", None)
     if settings.get("sliding_window"):
         raise Unsupported("uses a sliding window, which packed attention does not have")
@@ -206,7 +208,7 @@ def _inspect(
     if settings.get("s_aux") is not None:
         raise Unsupported("has attention sinks, which packed attention does not have")
     if attention_mask is not None:
-        raise Unsupported("passes a mask of its own to attention, which packed attention would ignore")
+        raise Unsupported("passes its own mask to attention, which packed attention would ignore")
     if not getattr(module, "is_causal", True) or settings.get("is_causal") is False:
         raise Unsupported("has attention that is not causal")
     ignored = sorted(k for k, x in settings.items() if k not in WITHOUT_EFFECT and x is not None and x is not False)
@@ -216,9 +218,9 @@ def _inspect(
         sizes = f"keys of size {key.shape[-1]} and values of size {value.shape[-1]}"
         raise Unsupported(f"has {sizes} (multi-head latent attention), which is not supported")
     if not isinstance(scaling, float | int | None):
-        raise Unsupported("scales attention by more than a number")
+        raise Unsupported("scales attention by something other than a number")
     if not hasattr(module, "layer_idx"):
-        raise Unsupported("has attention that does not know its layer")
+        raise Unsupported("has attention modules without `layer_idx`")
     attend(module.layer_idx)
     return query.transpose(1, 2).flatten(2), None
 
@@ -227,10 +229,10 @@ AttentionInterface.register(INSPECTED, _inspect)
 
 
 class _TokenMixing(TorchDispatchMode):
-    """Refuses operations, outside attention, that are not known to act on each token alone.
+    """Dispatch mode that refuses operations outside attention that may mix tokens.
 
-    A convolution, a recurrence or a shift reads over the border of two packed sequences. What an operation does is told
-    by torch's own description of it and by the dimension whose size is the number of tokens.
+    A convolution, a recurrence or a shift would read across the border of two packed sequences. An operation is judged
+    by torch's own schema and tags, and by the dimension whose size is the number of tokens.
     """
 
     def __init__(self, tokens: int, modules: ModuleTracker) -> None:
@@ -240,21 +242,21 @@ class _TokenMixing(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        arguments = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | (kwargs or {})
         name = func.overloadpacket.__name__
-        if torch.Tag.nondeterministic_seeded in func.tags and given.get("p") not in (0, 1):
+        if torch.Tag.nondeterministic_seeded in func.tags and arguments.get("p") not in (0, 1):
             raise Unsupported("draws random numbers in its layers (dropout), which cannot be switched off here")
         out = func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-        if any(self.tokens in x.shape for x in inputs) and not self._is_tokenwise(func, name, inputs, given, out):
+        if any(self.tokens in x.shape for x in inputs) and not self._is_tokenwise(func, name, inputs, arguments, out):
             where = max(self.modules.parents - {"Global"}, key=len, default="the model")
             raise Unsupported(
-                f"mixes tokens outside attention ({name} in {where}): state would run from one packed sequence into "
+                f"mixes tokens outside attention ({name} in {where}): state would leak from one packed sequence into "
                 "the next"
             )
         return out
 
-    def _is_tokenwise(self, func: Any, name: str, inputs: list[Tensor], given: dict[str, Any], out: Any) -> bool:
+    def _is_tokenwise(self, func: Any, name: str, inputs: list[Tensor], arguments: dict[str, Any], out: Any) -> bool:
         first = inputs[0]
         if torch.Tag.pointwise in func.tags:
             return True
@@ -264,9 +266,9 @@ class _TokenMixing(TorchDispatchMode):
             return self.tokens not in first.shape
         if name in RESHAPES:
             return all(self.tokens in x.shape for x in tree_leaves(out) if isinstance(x, Tensor))
-        if "normalized_shape" in given:
-            return self.tokens not in given["normalized_shape"]
-        dims = given.get("dim", given.get("dims", 0 if name in ("cat", "slice", "select", "stack") else None))
+        if "normalized_shape" in arguments:
+            return self.tokens not in arguments["normalized_shape"]
+        dims = arguments.get("dim", arguments.get("dims", 0 if name in ("cat", "slice", "select", "stack") else None))
         if dims is None or dims == []:
             return False
         along = {first.shape[dim] for dim in (dims if isinstance(dims, list | tuple) else [dims])}
@@ -274,29 +276,30 @@ class _TokenMixing(TorchDispatchMode):
 
 
 def _tried(act: Callable[[], Any], what: str) -> Any:
-    """Return what `act` returns; an error of transformers, which has one for every model, becomes Unsupported."""
+    """Call `act` and return its result; convert any error of transformers to Unsupported."""
     try:
         return act()
     except Unsupported:
         raise
     except Exception as error:
         if isinstance(error, KeyError) and INSPECTED in str(error):
-            raise Unsupported("has attention of its own in place of transformers' attention interface") from error
+            raise Unsupported("computes attention itself, not through transformers' interface") from error
         if "Unrecognized configuration class" in str(error):
-            raise Unsupported("is no text-only model of this kind in transformers") from error
+            raise Unsupported("has no text-only model of this class in transformers") from error
         raise Unsupported(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """Return the settings of each rotary embedding of `config`: of all layers, or of each type of layer."""
+    """Return the settings of each rotary embedding of `config`: one for all layers, or one per type of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     return [rope for rope in (found, *found.values()) if isinstance(rope, dict) and "rope_type" in rope]
 
 
 def length_limit(config: PretrainedConfig) -> int | None:
-    """Return up to how many tokens the rotary frequencies are the same for every sequence; None: always.
+    """Return the longest length for which the rotary frequencies do not depend on the batch; None if they never do.
 
-    Beyond it transformers chooses them by the longest sequence of a batch, so that sequences would change one another.
+    Beyond it transformers chooses the frequencies by the longest sequence of a batch, so sequences would affect each
+    other.
     """
     limits = [
         rope.get("original_max_position_embeddings")

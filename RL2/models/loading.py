@@ -1,4 +1,4 @@
-"""Models out of safetensors: built without memory, then each process reads the pieces of weights that it keeps."""
+"""Loading of models from safetensors: built on the meta device, then each process reads only the pieces it holds."""
 
 from __future__ import annotations
 
@@ -32,33 +32,34 @@ from RL2.models.lora import merged_name
 from RL2.ops.attention import IMPLEMENTATION
 
 HUB_TIMEOUT_S = 5
-"""How long the hub may take to say whether it has a model."""
+"""Seconds within which the hub must answer whether it has a model."""
 Initial = Callable[[str, torch.Size], Tensor | None]
-"""(name, shape) of a parameter that a checkpoint lacks -> its first value, or None if it may not be missing."""
+"""Function from (name, shape) of a parameter that a checkpoint lacks to its initial value; None if it is required."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a safetensors file, by its header."""
+    """A tensor of a safetensors file, described by its header."""
 
     file: Path
     dtype: str
-    """In the words of safetensors: F32, BF16, F8_E4M3, ..."""
+    """Type as safetensors names it: F32, BF16, F8_E4M3, ..."""
     shape: tuple[int, ...]
 
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
-"""Stored types that are numbers as they stand; the others need the scales of a quantised checkpoint."""
+"""Stored types with plain values; others need the scales of a quantised checkpoint."""
 FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
-"""Names that old checkpoints store and that are computed today."""
+"""Patterns of names that old checkpoints store and that are computed today."""
 READ_AT_ONCE = 2**24
-"""Numbers of a stored tensor that are looked at at a time."""
+"""Number of values of a stored tensor that are read at a time."""
 
 
 def build(auto: type, model_name: str, key: str, **settings: object) -> PreTrainedModel:
-    """Return the model of a hub name or folder by `auto`, a transformers auto class: float32, on the meta device.
+    """Return the model of a hub name or folder, built by the auto class `auto`: float32, on the meta device.
 
-    `key` named the model, for errors. Raises ConfigError if there is none, or one that is not known to be exact.
+    `key` is the configuration key of the name, for errors. Raise ConfigError if there is no such model, or if it is not
+    known to be exact under packing.
     """
     refuse_no_model(model_name, key)
     config = configuration(model_name, key, **settings)
@@ -70,17 +71,17 @@ def build(auto: type, model_name: str, key: str, **settings: object) -> PreTrain
 
 
 def configuration(model_name: str, key: str, **settings: object) -> PretrainedConfig:
-    """Return the configuration of a hub name or folder; raise ConfigError, which names `key`, if it cannot be read."""
+    """Return the configuration of a hub name or folder. Raise ConfigError, naming `key`, if it cannot be read."""
     try:
         return AutoConfig.from_pretrained(model_name, **settings)
-    except Exception as error:  # transformers has an error of its own for every kind of damage
+    except Exception as error:  # transformers raises a type of its own for each kind of damage
         raise ConfigError(f"{key}={model_name}: its configuration cannot be read: {first_line(error)}") from error
 
 
 def _generation(model_name: str, key: str) -> GenerationConfig | None:
-    """Return the generation configuration that most models bring, which says what ends a response; None without one.
+    """Return the generation configuration of a model, which names the tokens that end a response; None without one.
 
-    Raises ConfigError for one that is damaged.
+    Raise ConfigError if it is damaged.
     """
     try:
         found = GenerationConfig.from_pretrained(model_name)
@@ -98,7 +99,7 @@ def _generation(model_name: str, key: str) -> GenerationConfig | None:
 
 
 def empty(auto: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model on the meta device that calls packed attention; it has a configuration of its own."""
+    """Return a model on the meta device that calls packed attention; it gets its own copy of the configuration."""
     with torch.device("meta"):
         return auto.from_config(  # type: ignore[attr-defined]
             copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION
@@ -106,7 +107,7 @@ def empty(auto: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTraine
 
 
 def materialise(module: nn.Module, lm: PreTrainedModel, device: torch.device) -> None:
-    """Give `module`, around `lm`, memory on `device`: its parameters are arbitrary, its buffers computed or NaN."""
+    """Allocate `module`, which contains `lm`, on `device`: parameters uninitialised, buffers computed or NaN."""
     module.to_empty(device=device)
     lm.tie_weights()
     reset_buffers(lm)
@@ -119,10 +120,10 @@ def read_weights(
     initial: Initial = lambda name, shape: None,
     unread: tuple[str, ...] = (),
 ) -> None:
-    """Fill parameters, whole or sharded, and stored buffers of `lm` from the safetensors of a hub name or folder.
+    """Fill the parameters (whole or sharded) and stored buffers of `lm` from the safetensors of a hub name or folder.
 
-    A process reads only its own pieces, straight from the files. Raises ConfigError if a file is missing or broken, or
-    for what `match_weights` refuses.
+    Each process reads only its own pieces, directly from the files. Raise ConfigError if a file is missing or broken,
+    or if `match_weights` refuses the files.
     """
     folder = weights_folder(model_name, key)
     stored = stored_tensors(folder, model_name, key)
@@ -132,7 +133,7 @@ def read_weights(
     for tensor, value in values:
         _set(tensor, value)
     try:
-        with warnings.catch_warnings(action="ignore"):  # that it reads without the other processes, which is the idea
+        with warnings.catch_warnings(action="ignore"):  # about reading without the other processes
             dcp.load(state, storage_reader=reader, no_dist=True)
     except (dcp.CheckpointException, ValueError, SafetensorError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
@@ -143,9 +144,9 @@ def read_weights(
 
 
 def check_values(state: dict[str, Tensor], stored: dict[str, Stored], where: str) -> Iterator[int]:
-    """Read the stored tensors that fill `state`, piece by piece, and yield the number of bytes of each piece.
+    """Read the stored tensors that fill `state` piece by piece, and yield the number of bytes of each piece.
 
-    Raises ConfigError, which begins with `where`, for a value that is NaN or infinite.
+    Raise ConfigError, beginning with `where`, for a value that is NaN or infinite.
     """
     for file in sorted({stored[name].file for name in state}):
         with safe_open(file, framework="pt") as opened:
@@ -159,7 +160,7 @@ def _refuse_not_finite(name: str, values: Tensor, stored: Stored, where: str) ->
     if values.numel() and values.is_floating_point() and not torch.stack(torch.aminmax(values)).isfinite().all():
         raise ConfigError(
             f"{where}: {name} in {stored.file.name} has values that are NaN or infinite: the weights are broken; "
-            "take another checkpoint"
+            "use another checkpoint"
         )
 
 
@@ -171,11 +172,11 @@ def match_weights(
     initial: Initial = lambda name, shape: None,
     unread: tuple[str, ...] = (),
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
-    """Return stored name -> the parameter or buffer of `lm` that it fills, and parameters with an initial value.
+    """Return stored name -> parameter or buffer of `lm` to fill, and the pairs of parameters and initial values.
 
-    No weights are read, but for tied ones that are stored twice. `initial` gives the values of parameters that may be
-    missing; `unread` are patterns of names that may be left out. Raises ConfigError if the files lack a tensor or have
-    it in another shape, have one that nothing reads, a quantised one, or a second value of a tied weight.
+    Only the headers are read, except for tied weights that are stored twice. `initial` gives the values of parameters
+    that may be missing; `unread` are patterns of stored names to ignore. Raise ConfigError if the files lack a tensor,
+    hold one of another shape, an unused one, a quantised one, or two different values of a tied weight.
     """
     where = f"{key}={model_name}"
     state: dict[str, Tensor] = {}
@@ -209,7 +210,7 @@ def match_weights(
     if left:
         raise ConfigError(
             f"{where} has {len(left)} tensors that {type(lm).__name__} does not read, among them {left[0]}: it is "
-            "another kind of model, or stored in a layout that is not supported"
+            "a different model, or stored in a layout that is not supported"
         )
     return state, values
 
@@ -218,21 +219,21 @@ def _refuse_other_numbers(name: str, found: Stored, tensor: Tensor, where: str) 
     if tensor.is_floating_point() and found.dtype not in FLOATS:
         raise ConfigError(
             f"{where}: {name} is stored as {found.dtype} ({found.file.name}): the model is quantised, and its scales "
-            "would be lost; take the checkpoint in bfloat16 or float32"
+            "would be lost; use a checkpoint in bfloat16 or float32"
         )
     if found.shape != tuple(tensor.shape):
         raise ConfigError(
-            f"{where}: {name} has shape {list(found.shape)} in {found.file.name}, and {list(tensor.shape)} by "
+            f"{where}: {name} has shape {list(found.shape)} in {found.file.name}, but {list(tensor.shape)} in "
             "config.json"
         )
 
 
 def _refuse_another_value(names: list[str], stored: dict[str, Stored], where: str) -> None:
-    """Raise ConfigError if a tied weight is stored under two names with two values: one of them would be lost."""
+    """Raise ConfigError if a tied weight is stored under two names with different values: one would be lost."""
     for other in names[1:]:
         if not _equal(names[0], stored[names[0]], other, stored[other]):
             raise ConfigError(
-                f"{where}: {names[0]} and {other} are one by config.json (tie_word_embeddings) and differ in the file; "
+                f"{where}: {names[0]} and {other} are tied (tie_word_embeddings) but have different values; "
                 "set tie_word_embeddings to false in config.json to keep both"
             )
 
@@ -242,12 +243,12 @@ def _equal(name: str, one: Stored, other_name: str, other: Stored) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     with safe_open(one.file, framework="pt") as a, safe_open(other.file, framework="pt") as b:
-        left, right = (_pieces(opened.get_slice(of), one.shape) for opened, of in ((a, name), (b, other_name)))
+        left, right = (_pieces(opened.get_slice(key), one.shape) for opened, key in ((a, name), (b, other_name)))
         return all(map(torch.equal, left, right))
 
 
 def _pieces(stored: Any, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """Yield the rows of a slice of `safe_open`, as many at a time as `READ_AT_ONCE` allows."""
+    """Yield the rows of a slice of `safe_open`, at most `READ_AT_ONCE` values at a time."""
     if not shape:
         yield stored[...]
         return
@@ -259,8 +260,8 @@ def _pieces(stored: Any, shape: tuple[int, ...]) -> Iterator[Tensor]:
 def stored_tensors(folder: Path, model_name: str, key: str) -> dict[str, Stored]:
     """Return the tensors in a folder's safetensors by name; only the headers are read.
 
-    Raises ConfigError, which names the file, if one is broken, one of those in the index is not there, or two have a
-    tensor of the same name.
+    Raise ConfigError, naming the file, if one is broken, if one of the index is missing, or if two hold a tensor of the
+    same name.
     """
     found: dict[str, Stored] = {}
     for file in _weight_files(folder, f"{key}={model_name}"):
@@ -272,18 +273,18 @@ def stored_tensors(folder: Path, model_name: str, key: str) -> dict[str, Stored]
                     if name in found:
                         raise ConfigError(
                             f"{key}={model_name}: {name} is stored in {found[name].file.name} and in {file.name}; "
-                            "leave only the files of one checkpoint in the folder"
+                            "keep only the files of one checkpoint in the folder"
                         )
                     found[name] = stored
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"{key}={model_name}: {file.name} is broken ({first_line(error)}); was a download or a copy cut off? "
-                "Take it out and fetch it again"
+                "Remove it and download it again"
             ) from error
     if not found:
         why = f"no *.safetensors in {folder}"
-        if begun := list(folder.glob("../../blobs/*.incomplete")):  # the hub's cache, of which `folder` is a snapshot
-            why = f"the download was cut off at {begun[0].name}; fetch it again"
+        if begun := list(folder.glob("../../blobs/*.incomplete")):  # `folder` is a snapshot in the hub's cache
+            why = f"the download was cut off at {begun[0].name}; download it again"
         raise ConfigError(f"{key}={model_name} has no weights in safetensors format ({why})")
     return found
 
@@ -291,7 +292,7 @@ def stored_tensors(folder: Path, model_name: str, key: str) -> dict[str, Stored]
 def _weight_files(folder: Path, where: str) -> list[Path]:
     """Return the files that transformers would load: `model.safetensors`, else those of the index, else all.
 
-    Beside them a folder may have the weights in a layout of another library, an adapter, or old shards.
+    The folder may also hold the weights in another library's layout, an adapter, or old shards.
     """
     if (whole := folder / SAFE_WEIGHTS_NAME).is_file():
         return [whole]
@@ -304,14 +305,14 @@ def _weight_files(folder: Path, where: str) -> list[Path]:
         raise ConfigError(f"{where}: {index.name} is broken ({first_line(error)})") from error
     if missing := [file for file in named if not (folder / file).is_file()]:
         raise ConfigError(
-            f"{where}: {missing[0]} is missing, which {index.name} names (with it {len(missing)} of {len(named)} "
-            "files); fetch the model again"
+            f"{where}: {missing[0]} is listed in {index.name} but missing, with {len(missing)} of {len(named)} files "
+            "in all; download the model again"
         )
     return [folder / file for file in named]
 
 
 class _Listing(FileSystem):
-    """A file system whose folders have these files alone."""
+    """A file system whose folders contain exactly these files."""
 
     def __init__(self, files: set[Path]) -> None:
         self.files = files
@@ -321,33 +322,33 @@ class _Listing(FileSystem):
 
 
 def _parameters(lm: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
-    """Return each parameter with all its names: a tied one has several."""
+    """Return each parameter with all its names; a tied parameter has several."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    return [(of, parameter.detach()) for parameter, of in names.items()]
+    return [(all_names, parameter.detach()) for parameter, all_names in names.items()]
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """Return the names under which a parameter may be stored, of which none has peft's wrapping.
+    """Return the names under which a parameter may be stored, without peft's wrapping.
 
-    A backbone that was saved alone has no `model.` before its names.
+    A backbone that was saved alone has no `model.` prefix.
     """
     name = merged_name(name)
     return (name, name.removeprefix("model."))
 
 
 def _set(tensor: Tensor, value: Tensor) -> None:
-    """Set `tensor` to `value`, which every process has whole."""
+    """Set `tensor`, which may be sharded, to `value`, which is whole on every process."""
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(value)
 
 
 def folder_here(model_name: str) -> Path | None:
-    """The folder of a model that is on this machine: as it stands, or in the hub's cache; None if it is to be fetched.
+    """Return the local folder of a model, given as a path or found in the hub's cache; None if it must be downloaded.
 
-    Raises ValueError for a name that is neither a folder nor one that the hub could know.
+    Raise ValueError for a name that is neither a folder nor a valid hub name.
     """
     if Path(model_name).is_dir():
         return Path(model_name)
@@ -356,34 +357,34 @@ def folder_here(model_name: str) -> Path | None:
 
 
 def refuse_no_model(model_name: str, key: str) -> None:
-    """Raise ConfigError if it is neither a model's folder nor on the hub. A download would try for a minute."""
+    """Raise ConfigError if the model is neither a local folder nor on the hub; a download would retry for a minute."""
     if Path(model_name).is_dir():
         if not (Path(model_name) / "config.json").is_file():
-            raise ConfigError(f"{key}={model_name} is no model: there is no config.json in it")
+            raise ConfigError(f"{key}={model_name} is not a model: it has no config.json")
         for path in Path(model_name).iterdir():
             if path.exists() and not path.is_file() and not path.is_dir():
                 raise ConfigError(
-                    f"{key}={model_name}: {path.name} is no file but a pipe, a socket or a device, and to read it may "
-                    "wait for ever; remove it"
+                    f"{key}={model_name}: {path.name} is a pipe, a socket or a device, and reading it may "
+                    "block forever; remove it"
                 )
         return
     try:
         here = folder_here(model_name)
     except ValueError as error:
         raise ConfigError(
-            f"{key}={model_name}: there is no such folder, and a model on the hub is called OWNER/NAME"
+            f"{key}={model_name}: there is no such folder, and a model on the hub is named OWNER/NAME"
         ) from error
     try:
         if here is None:
             HfApi().model_info(model_name, timeout=HUB_TIMEOUT_S)
-    except Exception as error:  # no such name, no network, a proxy: the client has an error of its own for each
+    except Exception as error:  # no such name, no network, a proxy: the client raises a type of its own for each
         raise ConfigError(
-            f"{key}={model_name}: there is no such folder, and the hub does not give it: {first_line(error)}"
+            f"{key}={model_name}: there is no such folder, and the hub does not provide it: {first_line(error)}"
         ) from error
 
 
 def weights_folder(model_name: str, key: str) -> Path:
-    """Where the files are; those of the hub are fetched."""
+    """Return the folder of a model's weight files, downloading them from the hub if needed."""
     if Path(model_name).is_dir():
         return Path(model_name)
     try:

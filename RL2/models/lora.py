@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: the base is frozen, W + scale * B @ A is what runs.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: the base is frozen, the layer computes W + scale * B @ A.
 
-peft wraps a linear layer NAME: its weight is then NAME.base_layer.weight, the adapter's NAME.lora_A and NAME.lora_B.
+peft wraps a linear layer NAME: its weight becomes NAME.base_layer.weight, the adapter NAME.lora_A and NAME.lora_B.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from RL2.errors import ConfigError
 from RL2.parallel.fsdp import whole
 
 ADAPTER = "default"
-"""peft's name of an adapter; here there is one."""
+"""Name of the adapter in peft; there is exactly one."""
 BASE = ".base_layer"
 
 
 def add_adapters(lm: PreTrainedModel, lora: Lora, base_dtype: torch.dtype, model_name: str, key: str) -> None:
-    """Wrap the layers that `lora` names, in place, on the meta device; only adapters require gradients afterwards.
+    """Wrap the layers named by `lora` in place, on the meta device; afterwards only adapters require gradients.
 
-    The base takes `base_dtype`, the adapters stay as the model was. `key` is the group of the knobs, for errors. Raises
-    ConfigError if peft is not there or a name of `target_modules` is none of the model's linear layers.
+    The base is converted to `base_dtype`; the adapters are float32. `key` is the prefix of the configuration keys, for
+    errors. Raise ConfigError if peft is missing or if `target_modules` names no linear layer of the model.
     """
     try:
         from peft import LoraConfig, TaskType, inject_adapter_in_model
@@ -60,11 +60,12 @@ def add_adapters(lm: PreTrainedModel, lora: Lora, base_dtype: torch.dtype, model
 
 
 def is_adapter(name: str) -> bool:
+    """Return whether a parameter of this name belongs to an adapter."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def first_value(name: str, shape: torch.Size) -> Tensor | None:
-    """Of an adapter's weight, as in the paper: A is random, B is 0, so training starts from the base; else None."""
+    """Return the initial value of an adapter's weight as in the paper, A random and B zero; None for other names."""
     if ".lora_B." in name:
         return torch.zeros(shape)
     if ".lora_A." in name:
@@ -74,7 +75,7 @@ def first_value(name: str, shape: torch.Size) -> Tensor | None:
 
 @contextmanager
 def adapters_off(lm: PreTrainedModel) -> Iterator[None]:
-    """In the meantime `lm` is its base."""
+    """Disable the adapters within the `with` block: `lm` is then its base."""
     layers: list[Any] = [module for module in lm.modules() if hasattr(module, "lora_A")]
     scales = [layer.scaling[ADAPTER] for layer in layers]
     for layer in layers:
@@ -87,12 +88,12 @@ def adapters_off(lm: PreTrainedModel) -> Iterator[None]:
 
 
 def merged_name(name: str) -> str:
-    """The base model's name of a parameter that may be wrapped."""
+    """Return the base model's name of a parameter that may be wrapped."""
     return name.replace(f"{BASE}.", ".")
 
 
 def merge(lm: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
-    """`weight`, the whole parameter `name`, with its adapter added in float32, if it has one (collective)."""
+    """Return the whole parameter `weight` with its adapter, if any, added in float32 (collective)."""
     layer_name, wrapped, kind = name.rpartition(f"{BASE}.")
     if not wrapped or kind != "weight":
         return weight
@@ -102,7 +103,7 @@ def merge(lm: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
 
 
 def export_adapter(lm: PreTrainedModel, folder: Path, write: bool) -> None:
-    """A folder that `peft.PeftModel.from_pretrained` loads. Collective; the process with `write` writes."""
+    """Write a folder that `peft.PeftModel.from_pretrained` loads (collective); only a process with `write` writes."""
     weights = {}
     for name, parameter in lm.named_parameters():
         if is_adapter(name):

@@ -1,4 +1,4 @@
-"""A causal language model as backbone and head, from which token statistics come instead of logits."""
+"""Policy: a causal language model that returns token statistics instead of logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from RL2.types import SharedPrefix, StatsRequest, TokenBatch, TokenStats
 
 
 class Policy(PackedModel):
-    """Statistics of the action tokens. Logits never leave `token_stats`."""
+    """Model that returns statistics of the action tokens. Logits never leave `token_stats`."""
 
     CHECKED = StatsRequest(("logp",))
 
@@ -44,7 +44,7 @@ class Policy(PackedModel):
     def forward(
         self, batch: TokenBatch, shared: SharedPrefix | None, request: StatsRequest, alone: bool = False
     ) -> dict[str, Tensor]:
-        """Return the token statistics by name."""
+        """Return the token statistics of `request` by name, each [number of action tokens] or [.., K]."""
         if alone:
             return {"logp": self._logp_alone(batch)}
         hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared)
@@ -65,9 +65,9 @@ class Policy(PackedModel):
         )
 
     def _logp_alone(self, batch: TokenBatch) -> Tensor:
-        """Return the log-probability of each label of the one sequence of `batch`, [T], without packing."""
+        """Return the log-probability of each label of the single sequence in `batch`, [T], without packing."""
         ids = batch.token_ids_T[None]
-        if self.tp is not None:  # the head is sharded, which only token_stats knows
+        if self.tp is not None:  # the head is sharded, which only token_stats handles
             hidden_TD = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state[0]
             return self._token_stats(hidden_TD, batch.labels_T, self.CHECKED).logp
         logits_TV = self.lm(input_ids=ids, use_cache=False).logits[0].float()
@@ -75,11 +75,12 @@ class Policy(PackedModel):
 
 
 def head(lm: PreTrainedModel) -> nn.Linear:
+    """Return the linear layer from hidden states to logits."""
     return lm.get_output_embeddings()
 
 
 def load_model(model_name: str, dtype: torch.dtype, key: str = "actor.model_name") -> PreTrainedModel:
-    """The whole causal LM of a hub name or folder, in `dtype`, calling packed attention. `key` named it, for errors."""
+    """Load the whole causal LM of a hub name or folder in `dtype`, with packed attention. `key` is for errors."""
     lm = Policy.load(model_name, key).lm
     for parameter in lm.parameters():  # the rotary frequencies stay float32
         parameter.data = parameter.data.to(dtype)
@@ -87,7 +88,7 @@ def load_model(model_name: str, dtype: torch.dtype, key: str = "actor.model_name
 
 
 def empty_model(like: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model of the same shape whose weights are yet to be loaded."""
+    """Return a model of the same shape with uninitialised weights on `device`."""
     lm = empty(AutoModelForCausalLM, like.config, dtype)
     materialise(lm, lm, device)
     return lm.eval().requires_grad_(False)
@@ -99,48 +100,51 @@ def load_tokenizer(
     template: str | None = None,
     template_arguments: dict[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a hub name or folder, which `key` named, with another chat template if one is given."""
+    """Load the tokenizer of a hub name or folder, optionally with another chat template.
+
+    `key` is the configuration key of the name, for errors. Raise ConfigError if it cannot be read.
+    """
     refuse_no_model(model_name, key)
-    configuration(model_name, key)  # which the tokenizer is looked up by: the error is then of what is damaged
+    configuration(model_name, key)  # the tokenizer is looked up by it; the error then names the damaged file
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name)
-    except Exception as error:  # transformers has an error of its own for every kind of damage
+    except Exception as error:  # transformers raises a type of its own for each kind of damage
         raise ConfigError(f"{key}={model_name}: its tokenizer cannot be read: {first_line(error)}") from error
-    if not tokenizer.encode("a 1", add_special_tokens=False):  # what transformers makes of a configuration alone
-        raise ConfigError(f"{key}={model_name} has no tokenizer: there is no tokenizer.json in it")
+    if not tokenizer.encode("a 1", add_special_tokens=False):  # the result if only a configuration exists
+        raise ConfigError(f"{key}={model_name} has no tokenizer: it has no tokenizer.json")
     change_template(tokenizer, template, template_arguments or {}, key.partition(".")[0])
     return tokenizer
 
 
 def refuse_unknown_tokens(lm: PreTrainedModel, token_ids: Iterable[int], key: str) -> None:
-    """Raise ConfigError if the tokenizer gave one of these that the model does not have."""
+    """Raise ConfigError if `token_ids` contains an id that the model does not have."""
     if (largest := max(token_ids, default=0)) >= lm.config.vocab_size:
         raise ConfigError(
-            f"{key}={lm.name_or_path}: its tokenizer makes token {largest} of the data, and the model knows "
-            f"{lm.config.vocab_size}; the tokenizer is of another model, or the model was not resized for new tokens"
+            f"{key}={lm.name_or_path}: its tokenizer produces token {largest} from the data, but the model has "
+            f"{lm.config.vocab_size}; the tokenizer belongs to another model, or the model was not resized for it"
         )
 
 
 def max_length(model_name: str, key: str = "actor.model_name") -> int:
-    """Return how many tokens a sequence may have, as `positions`; read from the model's configuration alone."""
+    """Return the maximum length of a sequence in tokens, as `positions`; only the configuration is read."""
     return positions(configuration(model_name, key))
 
 
 def rotary_limit(model_name: str, key: str) -> int | None:
-    """Return `length_limit` of a model, read from its configuration, if that is on this machine; else None."""
+    """Return `length_limit` of a model if its configuration is on this machine, else None."""
     return None if folder_here(model_name) is None else length_limit(configuration(model_name, key))
 
 
 def positions(config: PretrainedConfig) -> int:
-    """Return how many tokens a sequence may have: as many as the model was made for; some set no limit.
+    """Return the maximum length of a sequence in tokens; some models set no limit.
 
-    Where the rotary frequencies depend on the longest sequence of a batch, up to where they do not.
+    If the rotary frequencies depend on the longest sequence of a batch, it is the length up to which they do not.
     """
     return length_limit(config) or getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end a response: the tokenizer's, the chat template's, and the generation configuration's."""
+    """Return the ids that end a response: the tokenizer's, the chat template's and the generation configuration's."""
     ids = {tokenizer.eos_token_id, *Template(tokenizer).end_ids}
     generation = lm.generation_config.eos_token_id if lm.generation_config is not None else None
     ids |= set(generation) if isinstance(generation, list) else {generation}
@@ -150,26 +154,26 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
 def stop_tokens(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, key: str = "actor.model_name"
 ) -> tuple[int, ...]:
-    """Return `end_tokens`, to sample with. Raise ConfigError if the model lacks one: it could never sample it."""
+    """Return `end_tokens` for sampling. Raise ConfigError if the model lacks one, since it could never sample it."""
     found = end_tokens(lm, tokenizer)
     if found and found[-1] >= lm.config.vocab_size:
         raise ConfigError(
-            f"{key}={lm.name_or_path}: its responses end with token {found[-1]}, and the model knows "
-            f"{lm.config.vocab_size}; the tokenizer is of another model, or the model was not resized for new tokens"
+            f"{key}={lm.name_or_path}: its responses end with token {found[-1]}, but the model has "
+            f"{lm.config.vocab_size}; the tokenizer belongs to another model, or the model was not resized for it"
         )
     return found
 
 
 def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a checkpoint by its transformers name, whole, one at a time, tied ones once.
+    """Yield each tensor of a checkpoint with its transformers name, whole, one at a time; tied tensors once.
 
-    Parameters come in `dtype`, or as they are, with adapters merged into the weights that they belong to; then the
-    buffers that a checkpoint stores, such as a router's bias, as they are.
-    Collective under sharding: rounded before they are gathered, so that half precision is half the traffic.
+    Parameters are converted to `dtype`, if given, with adapters merged into their weights. Stored buffers, such as a
+    router's bias, follow unchanged. Collective under sharding: parameters are rounded before they are gathered, which
+    halves the traffic in half precision.
     """
     for name, parameter in lm.named_parameters():
         weight = parameter.detach()
-        if merged_name(name) != name:  # wrapped: merged before it is rounded
+        if merged_name(name) != name:  # a wrapped weight is merged before it is rounded
             weight = merge(lm, name, whole(weight))
             yield merged_name(name), weight.to(dtype or weight.dtype)
         elif not is_adapter(name):
@@ -180,9 +184,9 @@ def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iter
 def export(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, write: bool, file_bytes: int = 4 * 2**30
 ) -> None:
-    """A folder that `AutoModelForCausalLM.from_pretrained` loads. Collective; the process with `write` writes.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads (collective), on each process with `write`.
 
-    In files of at most `file_bytes`, written as soon as they are full: host memory never holds the whole model.
+    Files of at most `file_bytes` are written as soon as they are full, so host memory never holds the whole model.
     """
     shapes = {
         merged_name(name): torch.empty(p.shape, dtype=torch.float32, device="meta")
@@ -197,7 +201,7 @@ def export(
         lm.config.architectures = [type(lm).__name__]
         lm.config.save_pretrained(folder)
         if lm.generation_config is not None:
-            if ends := end_tokens(lm, tokenizer):  # whoever samples from the export stops where training did
+            if ends := end_tokens(lm, tokenizer):  # programs that sample from the export stop where training did
                 lm.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
             lm.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

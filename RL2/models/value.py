@@ -1,4 +1,4 @@
-"""A model with one number at every token instead of a distribution: a reward model, or the critic of PPO."""
+"""Value model: one number per token instead of a distribution, for reward models and PPO's critic."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from RL2.models.packed import PackedModel, backbone
 from RL2.types import SharedPrefix, StatsRequest, TokenBatch
 
 VALUE = StatsRequest(("value",))
-"""What a value model is asked for."""
+"""The only request that a value model accepts."""
 
 
 class ValueModel(PackedModel):
-    """The value at the positions of the action tokens.
+    """Model of the value at the positions of the action tokens.
 
-    The value at a position has read the tokens up to this one, and not the label: before an action, it is the critic's
+    The value at a position depends on the tokens up to it, not on the label: before an action, it is the critic's
     estimate of the rewards to come.
     """
 
@@ -27,7 +27,7 @@ class ValueModel(PackedModel):
 
     @staticmethod
     def build(model_name: str, key: str) -> PreTrainedModel:
-        """A backbone with a linear head to one number."""
+        """Build a backbone with a linear head to one number."""
         lm = build(AutoModelForSequenceClassification, model_name, key, num_labels=1)
         head = getattr(lm, "score", None)
         if not isinstance(head, nn.Linear) or head.bias is not None:
@@ -35,13 +35,13 @@ class ValueModel(PackedModel):
         return lm
 
     def initial(self, name: str, shape: torch.Size) -> Tensor | None:
-        """A head of small random numbers on what was a language model; one that was saved with its head keeps it."""
+        """Return a small random head for a checkpoint of a language model; a checkpoint with a head keeps its own."""
         return torch.randn(shape) * self.lm.config.initializer_range if name == "score.weight" else None
 
     def forward(
         self, batch: TokenBatch, shared: SharedPrefix | None, request: StatsRequest, alone: bool = False
     ) -> dict[str, Tensor]:
-        """Return `value`, float32; the request can only be VALUE."""
+        """Return `value`, float32 [number of action tokens]; the request can only be VALUE."""
         assert request == VALUE
         if alone:
             hidden = backbone(self.lm)(input_ids=batch.token_ids_T[None], use_cache=False).last_hidden_state
@@ -52,15 +52,15 @@ class ValueModel(PackedModel):
     def _value(self, hidden_ND: Tensor) -> Tensor:
         head = self.lm.get_submodule("score")
         assert isinstance(head, nn.Linear)
-        # in half precision too the numbers themselves are float32: pairs differ by less than its steps
+        # the values are float32 in half precision too: pairs differ by less than its resolution
         return hidden_ND.float() @ head.weight[0].float()
 
 
 def mark_padding(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let transformers find the last token of padded rows: it is the last one that is no padding.
+    """Set the padding token by which transformers finds the last token of padded rows.
 
-    Where a tokenizer pads with the end token, transformers would take the token before it; without a padding token it
-    takes rows one at a time.
+    If a tokenizer pads with the end token, transformers would take the token before it. Without a padding token, it
+    accepts only one row at a time.
     """
     pad = tokenizer.pad_token_id
     lm.config.pad_token_id = None if pad == tokenizer.eos_token_id else pad

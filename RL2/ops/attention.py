@@ -1,8 +1,8 @@
-"""Attention over packed sequences, as a function that transformers' models call.
+"""Attention over packed sequences, in the form in which transformers' models call it.
 
-A model whose `_attn_implementation` is `IMPLEMENTATION` calls `attend(layer, query, key, value, scaling)`, passed to
-its forward as a keyword: training passes `PackedAttention`, the embedded engine its cache. Linear layers, norms and
-rotary embeddings see one row of T tokens and no padding.
+A model whose `_attn_implementation` is `IMPLEMENTATION` calls `attend(layer, query, key, value, scaling)`, a keyword
+argument of its forward. Training passes `PackedAttention`, the embedded engine its cache. Linear layers, norms and
+rotary embeddings see one row of T tokens without padding.
 
 Shapes: T tokens of B sequences, H query heads, K key/value heads, D head size, L padded length of a block of R rows.
 """
@@ -24,13 +24,13 @@ from RL2.types import SharedPrefix
 
 IMPLEMENTATION = "rl2_packed"
 IN_GRAPH = "rl2_packed_in_graph"
-"""The same for a model that is compiled as a whole, and its attention with it."""
+"""The same implementation for a model that is compiled as a whole, including its attention."""
 
 _KERNEL_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""torch 2.11 wants as many key heads as query heads."""
+"""Whether torch's kernel supports grouped-query attention; torch 2.11 needs as many key heads as query heads."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""(layer number, query_THD, key_TKD, value_TKD, scaling) -> [T, H * D]"""
+"""Function (layer number, query_THD, key_TKD, value_TKD, scaling) -> [T, H * D]."""
 
 
 def _attention(
@@ -47,9 +47,10 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Compute transformers' attention interface: [1, heads, T, D] in, [1, T, H * D] out.
+    """Implement transformers' attention interface: [1, heads, T, D] in, [1, T, H * D] out.
 
-    models/inspection.py refuses, when a model is built, every one that passes something which is left out here.
+    models/inspection.py refuses models that pass an argument ignored here. Raise ValueError for a mask, a sliding
+    window, soft-capping or sinks.
     """
     if attention_mask is not None or sliding_window or softcap or s_aux is not None:
         raise ValueError(f"{type(module).__name__} has a mask, a sliding window, soft-capping or sinks")
@@ -59,24 +60,24 @@ def _attention(
     return attend(layer, query_THD, key_TKD, value_TKD, scaling)[None], None
 
 
-# the engine may compile what is around it; what it calls depends on the layer, and would be compiled for each
+# the engine may compile the code around it; `attend` depends on the layer and would be compiled for each
 AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(_attention))
 AttentionInterface.register(IN_GRAPH, _attention)
 
 
 MAX_PADDING = 16
-"""Tokens of padding that cost less than a block more: a sequence joins a block of longer ones with so many at most."""
+"""Tokens of padding that cost less than another block; a sequence joins a block of longer ones within this limit."""
 
 
 class PackedAttention:
     """Causal attention within each of the B sequences of a packed batch.
 
-    On GPUs in half precision: torch's variable-length kernel. Elsewhere sequences of about the same length are laid
-    into padded blocks, which go through scaled_dot_product_attention.
+    On GPUs in half precision it calls torch's variable-length kernel. Otherwise sequences of similar length are padded
+    into blocks for scaled_dot_product_attention.
     """
 
     def __init__(self, cu_seqlens: Tensor, shared: SharedPrefix | None = None, max_padding: int = MAX_PADDING) -> None:
-        """With `shared`, queries, keys and values of its U distinct positions come in, and their results go out."""
+        """Set up attention for one batch. With `shared`, inputs and results are those of its U distinct positions."""
         self.shared = shared
         self.cu_seqlens = cu_seqlens.to(torch.int32)
         self.lengths = cu_seqlens.diff().tolist()
@@ -87,7 +88,7 @@ class PackedAttention:
 
     @cached_property
     def blocks(self) -> list[list[int]]:
-        """Sequences by falling length, cut into blocks; the first of a block is its longest."""
+        """Sequences by decreasing length, split into blocks; the first of a block is its longest."""
         blocks: list[list[int]] = []
         for b in sorted(range(len(self.lengths)), key=lambda b: -self.lengths[b]):
             if blocks and self.lengths[blocks[-1][0]] - self.lengths[b] <= self.max_padding:
@@ -103,9 +104,9 @@ class PackedAttention:
 
     @cached_property
     def layout(self) -> tuple[Tensor, Tensor]:
-        """Of the P places of all blocks end to end: the token at each, [P], and where each result is, [T] (or [U]).
+        """Token at each of the P places of all blocks, [P], and the place of each result, [T] or [U].
 
-        A shorter row repeats its last token. Nothing of its own row looks at these, their results are not taken, and so
+        A shorter row repeats its last token. No other position attends to the copies and their results are dropped, so
         their gradients are 0.
         """
         device = self.cu_seqlens.device
@@ -154,9 +155,9 @@ def _by_kernel(
     longest: tuple[int, int],
     scaling: float,
 ) -> Tensor:
-    """torch's kernel; `cu_seqlens` and `longest` are of queries and of keys.
+    """Call torch's kernel; `cu_seqlens` and `longest` are pairs for queries and keys.
 
-    Where a sequence has more keys than queries, the queries are at its end.
+    If a sequence has more keys than queries, the queries are its last positions.
     """
     grouped = query_THD.shape[1] != key_SKD.shape[1]
     if grouped and not _KERNEL_TAKES_GROUPS:
@@ -179,11 +180,11 @@ def _by_kernel(
 
 
 QUERY_BLOCK = 1024
-"""Queries that have one mask over all earlier positions."""
+"""Number of queries that share one mask over all earlier positions."""
 
 
 def attend_to_earlier(query_THD: Tensor, key_SKD: Tensor, value_SKD: Tensor, scaling: float) -> Tensor:
-    """Causal attention of the last T of the S positions of one sequence, [T, H * D]."""
+    """Compute causal attention of the last T of the S positions of one sequence, [T, H * D]."""
     num_queries, num_keys = len(query_THD), len(key_SKD)
     if _has_kernel(query_THD):
         cu_query, cu_key = (
@@ -209,7 +210,7 @@ def attend_to_earlier(query_THD: Tensor, key_SKD: Tensor, value_SKD: Tensor, sca
 
 
 def causal_attention(query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, scaling: float) -> Tensor:
-    """Padded causal attention [B, H, L, D]; padding stands at the end, so causality already hides it."""
+    """Compute padded causal attention [B, H, L, D]. Padding is at the end, where causality hides it."""
     grouped = query_BHLD.shape[1] != key_BKLD.shape[1]
     return F.scaled_dot_product_attention(
         query_BHLD, key_BKLD, value_BKLD, is_causal=True, scale=scaling, enable_gqa=grouped

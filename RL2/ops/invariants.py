@@ -1,4 +1,4 @@
-"""What is true of every distribution: statistics that break it are wrong, and nothing may be trained on them."""
+"""Invariants of every distribution. Statistics that break one are wrong, and training on them must stop."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from RL2.types import TokenStats
 
 SLACK = 1e-4
-"""Rounding of an entropy in float32, relative to its largest value."""
+"""Tolerance of an entropy in float32, relative to its largest value."""
 
 
 def breaches(stats: TokenStats, vocabulary: int) -> dict[str, Tensor]:
-    """Law -> where it does not hold, bool [T], for the laws that the statistics at hand can tell. NaN breaks them."""
+    """Return invariant -> mask of the tokens that break it, bool [T], for the statistics at hand. NaN breaks each."""
     here = vars(stats)
     logs = [name for name in ("logp", "log1mp", "max_logp", "max_log1mp") if name in here]
     found = {f"-inf < {name} <= 0": ~((here[name] <= 0) & here[name].isfinite()) for name in logs}
@@ -27,11 +27,12 @@ def breaches(stats: TokenStats, vocabulary: int) -> dict[str, Tensor]:
 
 
 def first_breach(stats: TokenStats, vocabulary: int) -> tuple[str, int, float] | None:
-    """The first broken law, where, and the value of the statistic that it is about; None if all hold."""
+    """Return the first broken invariant, the index of its token, and the value of its statistic; None if all hold."""
     found = breaches(stats, vocabulary)
-    if not found or not torch.stack(list(found.values())).any():  # one wait for the device, not one a law
+    # one synchronisation with the device for all of them
+    if not found or not torch.stack(list(found.values())).any():
         return None
-    law = next(law for law, broken_T in found.items() if broken_T.any())
-    t = int(found[law].nonzero()[0, 0])
-    name = next(word for word in law.split() if word in vars(stats))
-    return law, t, float(getattr(stats, name)[t].detach())
+    invariant = next(name for name, broken_T in found.items() if broken_T.any())
+    t = int(found[invariant].nonzero()[0, 0])
+    name = next(word for word in invariant.split() if word in vars(stats))
+    return invariant, t, float(getattr(stats, name)[t].detach())

@@ -1,8 +1,8 @@
-"""Attention of one new token a row over keys and values that lie in pages, as Triton kernels.
+"""Triton kernels for attention of one new token per row over paged keys and values.
 
-A row's earlier positions are cut into parts of the same size, each of which is one program's work; a second kernel
-joins the parts (split keys as in Flash-Decoding, Dao and others 2023). The cut depends on nothing but the position, so
-a row's result does not depend on the rows beside it.
+A row's earlier positions are split into parts of fixed size, one program each; a second kernel joins the parts (split
+keys as in Flash-Decoding, Dao and others 2023). The split depends only on the position, so a row's result does not
+depend on the other rows.
 
 Shapes: R rows, H query heads, K key/value heads, G = H / K, D head size, N pages of `PAGE` positions, P pages of a row.
 """
@@ -15,18 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 PAGE = 64
-"""Positions of a page, which one step of a program reads."""
+"""Positions per page; one step of a program reads one page."""
 PART_PAGES = 8
-"""Pages of a part."""
+"""Pages per part."""
 
 
 def attend(
     query_RHD: Tensor, key_SKD: Tensor, value_SKD: Tensor, table_RP: Tensor, position_R: Tensor, scaling: float
 ) -> Tensor:
-    """[R, H, D]: row r attends to its positions 0 to `position_R[r]`; position s is at page `table_RP[r, s // PAGE]`.
+    """Return the attention of each row over its positions 0 to `position_R[r]`, [R, H, D].
 
-    `key_SKD` and `value_SKD` are all pages, S = N * PAGE; table int32. P is a multiple of `PART_PAGES`. Nothing is read
-    beyond a row's position, and nothing waits for the GPU.
+    Position s of row r is in page `table_RP[r, s // PAGE]`, int32. `key_SKD` and `value_SKD` hold all pages, S = N *
+    PAGE. P must be a multiple of `PART_PAGES`. Nothing beyond a row's position is read, and nothing waits for the GPU.
     """
     num_rows, heads, size = query_RHD.shape
     kv_heads, num_parts = key_SKD.shape[1], table_RP.shape[1] // PART_PAGES
@@ -46,7 +46,7 @@ def attend(
         position_R.stride(0),
         part_RHPD,
         weight_RHP,
-        scaling * 1.4426950408889634,  # exponents of two below
+        scaling * 1.4426950408889634,  # the kernels use powers of two
         kv_heads,
         GROUPS=groups,
         SIZE=size,

@@ -1,9 +1,9 @@
-"""What a softmax is made of, tallied tile by tile: the parts of the vocabulary may lie in tiles or on processes.
+"""Sums that define a softmax, accumulated tile by tile; the tiles may lie on several processes.
 
 Shapes: C tokens (rows), W columns of one tile of the vocabulary, K of the largest logits.
 
-Everything stands relative to the two largest logits. With m the mode, q the distribution over the other tokens
-(p_i = (1 - p_m) q_i for i != m) and d = z_m - logsumexp(the other logits):
+All sums are relative to the two largest logits. With m the mode, q the distribution over the other tokens (p_i = (1 -
+p_m) q_i for i != m) and d = z_m - logsumexp(the other logits):
 
     max_logp   = log sigmoid(d)          max_log1mp = log sigmoid(-d)
     logp       = (z_a - z_m) + max_logp
@@ -11,8 +11,8 @@ Everything stands relative to the two largest logits. With m the mode, q the dis
     entropy    = H(Bern(p_m)) + (1 - p_m) H(q)
     sum_p2     = p_m^2 + (1 - p_m)^2 sum q_i^2
 
-so no large number is subtracted from another: float32 keeps its relative precision up to p_m = 1 - 1e-38.
-`log(-expm1(logp))`, the obvious way to log1mp, is off by up to 0.3 there.
+No large number is subtracted from another, so float32 keeps its relative precision up to p_m = 1 - 1e-38. The direct
+formula `log(-expm1(logp))` for log1mp has errors of up to 0.3 there.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FAR = -1e4
-"""A log-factor that is 0 in any floating-point format, and unlike -inf not NaN when multiplied by 0."""
+"""A log-factor whose exponential is 0 in any floating-point format; unlike -inf, it is not NaN when multiplied by 0."""
 
 
 class Tally(NamedTuple):
-    """Sums over the columns seen so far, each [C]. With e_i = exp(z_i - second):"""
+    """Sums over the columns seen so far, each [C], where e_i = exp(z_i - second)."""
 
     top: Tensor
     """Largest logit."""
     mode: Tensor
-    """Its id, the smallest of equals; as a float, exact up to 2^24, so that a tally is one tensor to send."""
+    """Its token id, the smallest of equals; a float, exact up to 2^24, so that a tally is one tensor to send."""
     second: Tensor
     """Largest of the other logits."""
     sum: Tensor
-    """sum of e_i over all but the mode"""
+    """Sum of e_i over all columns but the mode."""
     sum_z: Tensor
-    """sum of e_i (z_i - second), likewise; for the entropy"""
+    """Sum of e_i (z_i - second) over all columns but the mode; for the entropy."""
     sum_sq: Tensor
-    """sum of e_i^2, likewise; for sum_p2"""
+    """Sum of e_i^2 over all columns but the mode; for sum_p2."""
 
 
 def tally(z_CW: Tensor, start: int, scratch_CW: Tensor, *, with_z: bool, with_sq: bool) -> Tally:
-    """The tally of one tile whose first column is token `start`. Overwrites the tile and `scratch_CW`."""
+    """Return the tally of one tile whose first column is token `start`. Overwrite the tile and `scratch_CW`."""
     top_C, mode_C = z_CW.max(-1)
     z_CW.scatter_(1, mode_C[:, None], -torch.inf)
     second_C = z_CW.amax(-1)
-    # a tile of one column has no second; its own top stands in, and the sums come out as 0
+    # a tile of one column has no second logit; with its top instead, the sums become 0
     z_CW.sub_(torch.where(second_C == -torch.inf, top_C, second_C)[:, None])
     e_CW = torch.exp(z_CW, out=scratch_CW if with_z else z_CW)
     sum_C = e_CW.sum(-1)
     sum_z_C = sum_sq_C = torch.zeros_like(sum_C)
     if with_z:
-        z_CW.scatter_(1, mode_C[:, None], 0.0)  # in place of -inf, which times 0 is NaN
+        z_CW.scatter_(1, mode_C[:, None], 0.0)  # instead of -inf, which times 0 is NaN
         sum_z_C = z_CW.mul_(e_CW).sum(-1)
     if with_sq:
         sum_sq_C = e_CW.square_().sum(-1)
@@ -63,7 +63,7 @@ def tally(z_CW: Tensor, start: int, scratch_CW: Tensor, *, with_z: bool, with_sq
 
 
 def merge(a: Tally, b: Tally) -> Tally:
-    """The tally of both parts together: the smaller of the two tops joins the others."""
+    """Return the tally of both parts together: the smaller of the two tops joins the other columns."""
     a_wins_C = (a.top > b.top) | ((a.top == b.top) & (a.mode < b.mode))
     loser_top_C = torch.where(a_wins_C, b.top, a.top)
     second_C = torch.maximum(torch.maximum(a.second, b.second), loser_top_C)
@@ -80,7 +80,7 @@ def merge(a: Tally, b: Tally) -> Tally:
 
 
 class Rows(NamedTuple):
-    """Statistics of C rows, each [C], from their whole tally: what the fields are read from and backward needs."""
+    """Statistics of C rows, each [C], computed from their complete tally; the backward pass needs them too."""
 
     mode: Tensor
     second: Tensor
@@ -92,11 +92,12 @@ class Rows(NamedTuple):
     max_log1mp: Tensor
     entropy: Tensor
     sum_q2: Tensor
-    """sum of q_i^2 over the other tokens"""
+    """Sum of q_i^2 over all tokens but the mode."""
     sum_p2: Tensor
 
 
 def rows(whole: Tally, label_logit_C: Tensor, labels_C: Tensor) -> Rows:
+    """Return the statistics of C rows from their whole tally, the labels' logits [C] and the labels [C]."""
     log_sum_C = whole.sum.log()
     odds_C = (whole.top - whole.second) - log_sum_C
     max_logp_C, max_log1mp_C = F.logsigmoid(odds_C), F.logsigmoid(-odds_C)
@@ -123,7 +124,7 @@ def rows(whole: Tally, label_logit_C: Tensor, labels_C: Tensor) -> Rows:
 
 
 class Slopes(NamedTuple):
-    """The gradient with respect to the logits, g_i = e_i (a + b (z_i - second) + c e_i), but for a few tokens."""
+    """Gradient with respect to the logits, g_i = e_i (a + b (z_i - second) + c e_i), except for a few tokens."""
 
     second: Tensor
     a: Tensor
@@ -131,20 +132,20 @@ class Slopes(NamedTuple):
     c: Tensor | None
     mode: Tensor
     at_mode: Tensor
-    """g of the mode, in place of the formula"""
+    """Gradient of the mode, instead of the formula."""
     extra_id: Tensor
-    """[C, 1 + K - 1]: the label and what of the top K is not the mode"""
+    """Token ids [C, 1 + K - 1]: the label, and those of the top K that are not the mode."""
     extra: Tensor
-    """added to g there"""
+    """Terms added to g at `extra_id`."""
 
 
 def slopes(row: Rows, labels_C: Tensor, top_id_CK: Tensor | None, grads: dict[str, Tensor], factor: float) -> Slopes:
-    """`factor` times the sum over fields f of grads[f] df/dz.
+    """Return `factor` times the sum over fields f of grads[f] df/dz.
 
     For i other than a and m:
         dlogp/dz_i = dmax_logp/dz_i = -p_i,  dlog1mp/dz_i = p_a p_i / (1 - p_a),  dmax_log1mp/dz_i = p_m q_i,
         dH/dz_i = -p_i (log p_i + H),  dsum_p2/dz_i = 2 p_i (p_i - sum_p2),  dtop_logp_k/dz_i = [i = id_k] - p_i.
-    a and m have terms of their own. 1 - p is never formed by subtraction.
+    a and m have their own terms. 1 - p is never formed by subtraction.
     """
     zero_C = torch.zeros_like(row.logp)
     logp, log1mp, max_logp, max_log1mp = (
@@ -181,7 +182,10 @@ def slopes(row: Rows, labels_C: Tensor, top_id_CK: Tensor | None, grads: dict[st
 
 
 def gradient(z_CW: Tensor, start: int, scratch_CW: Tensor, slope: Slopes, dtype: torch.dtype) -> Tensor:
-    """g of the columns of one tile, in `dtype`. Overwrites the tile and `scratch_CW`, and may lie in either."""
+    """Return the gradient of the columns of one tile, in `dtype`.
+
+    Overwrite the tile and `scratch_CW`; it may use either.
+    """
     z_CW.sub_(slope.second[:, None])
     if slope.b is None and slope.c is None:
         g_CW = z_CW.exp_().mul_(slope.a[:, None])
@@ -197,24 +201,24 @@ def gradient(z_CW: Tensor, start: int, scratch_CW: Tensor, slope: Slopes, dtype:
 
 
 def columns(local_CK: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Column numbers, made safe to index with, and which of them lie in a tile of `width`."""
+    """Return column indices clamped to a tile of `width`, and the mask of those inside it."""
     return local_CK.clamp(0, width - 1), (local_CK >= 0) & (local_CK < width)
 
 
 def put(z_CW: Tensor, local_CK: Tensor, value_CK: Tensor) -> None:
-    """Set the given columns of each row, as far as they lie in the tile."""
+    """Set the given columns of each row where they lie in the tile."""
     local_CK, inside_CK = columns(local_CK, z_CW.shape[1])
     z_CW.scatter_(1, local_CK, torch.where(inside_CK, value_CK, z_CW.gather(1, local_CK)))
 
 
 def pick(z_CW: Tensor, local_C: Tensor) -> Tensor:
-    """[C]: the given column of each row; 0 if it does not lie in the tile."""
+    """Return the given column of each row, [C]; 0 where it lies outside the tile."""
     local_C1, inside_C1 = columns(local_C[:, None], z_CW.shape[1])
     return torch.where(inside_C1, z_CW.gather(1, local_C1), 0.0)[:, 0]
 
 
 def count_above(z_CW: Tensor, start: int, labels_C: Tensor, label_logit_C: Tensor) -> Tensor:
-    """How many columns come before the label: a larger logit, or an equal one and a smaller id."""
+    """Count the columns that precede the label: a larger logit, or an equal one with a smaller id."""
     at_CW = torch.arange(start, start + z_CW.shape[1], device=z_CW.device)
     above_CW = z_CW > label_logit_C[:, None]
     above_CW |= (z_CW == label_logit_C[:, None]) & (at_CW < labels_C[:, None])
@@ -222,22 +226,22 @@ def count_above(z_CW: Tensor, start: int, labels_C: Tensor, label_logit_C: Tenso
 
 
 Top = tuple[Tensor, Tensor]
-"""The K largest logits of each row and their ids, by falling logit and then by rising id."""
+"""The K largest logits of each row and their ids, by decreasing logit and then by increasing id."""
 
 
 def top(z_CW: Tensor, start: int, k: int) -> Top:
-    """The `k` largest of one tile (all of a narrower one), exact also where equal logits straddle the k-th place."""
+    """Return the `k` largest of one tile (all of a narrower one), exact also for ties at the k-th place."""
     k = min(k, z_CW.shape[1])
     value_CK, id_CK = z_CW.topk(k)
     last_C1 = value_CK[:, -1:]
     unsure = ((z_CW == last_C1).sum(-1) > (value_CK == last_C1).sum(-1)).nonzero()[:, 0]
-    if len(unsure):  # topk takes any of the equals; a stable sort takes the first
+    if len(unsure):  # topk picks any of the ties; a stable sort picks the first
         id_CK[unsure] = z_CW[unsure].sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return ordered(value_CK, id_CK + start, k)
 
 
 def ordered(value_CN: Tensor, id_CN: Tensor, k: int) -> Top:
-    """The first `k` of N candidates: by falling logit, then by rising id."""
+    """Return the first `k` of N candidates, by decreasing logit and then by increasing id."""
     id_CN, by_id = id_CN.sort(-1)
     value_CN, by_value = value_CN.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
     return value_CN[:, :k], id_CN.gather(1, by_value)[:, :k]

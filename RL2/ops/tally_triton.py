@@ -1,7 +1,7 @@
-"""`tally`, `gradient` and `count_above` of ops/tally.py as Triton kernels: one pass over a tile each.
+"""Triton kernels for `tally`, `gradient` and `count_above` of ops/tally.py; each passes over a tile once.
 
-Shapes as there: C tokens (rows), W columns of one tile, K extra places. Row offsets are 64 bits wide: a tile may hold
-more than 2^31 logits. On a machine without a GPU they run under Triton's interpreter (TRITON_INTERPRET=1).
+Shapes as in ops/tally.py: C tokens (rows), W columns of one tile, K extra places. Row offsets are 64-bit: a tile may
+hold more than 2^31 logits. Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from RL2.ops.tally import FAR, Slopes, Tally
 
 BLOCK = 4096
-"""Columns that one program works on at a time."""
+"""Columns that one program processes at a time."""
 
 NUM_WARPS = 8
 
 
 def tally(z_CW: Tensor, start: int, scratch_CW: Tensor, *, with_z: bool, with_sq: bool) -> Tally:
-    """As the plain one, but neither the tile nor `scratch_CW` is touched."""
+    """Return the same tally as ops/tally.py, without changing the tile or `scratch_CW`."""
     num_rows, width = z_CW.shape
     out = z_CW.new_empty(len(Tally._fields), num_rows)
     if num_rows:
@@ -41,7 +41,7 @@ def tally(z_CW: Tensor, start: int, scratch_CW: Tensor, *, with_z: bool, with_sq
 
 
 def gradient(z_CW: Tensor, start: int, scratch_CW: Tensor, slope: Slopes, dtype: torch.dtype) -> Tensor:
-    """As the plain one; in place if `dtype` is that of the tile, otherwise written to `scratch_CW`, which has it."""
+    """Return the same gradient as ops/tally.py, in the tile if `dtype` is its own, else in `scratch_CW`."""
     num_rows, width = z_CW.shape
     g_CW = z_CW if dtype == z_CW.dtype else scratch_CW
     if num_rows:
@@ -70,6 +70,7 @@ def gradient(z_CW: Tensor, start: int, scratch_CW: Tensor, slope: Slopes, dtype:
 
 
 def count_above(z_CW: Tensor, start: int, labels_C: Tensor, label_logit_C: Tensor) -> Tensor:
+    """Count the columns that precede the label, as in ops/tally.py, int64 [C]."""
     num_rows, width = z_CW.shape
     out_C = torch.zeros_like(labels_C)
     if num_rows:
@@ -104,7 +105,7 @@ def _tally_kernel(
     WITH_SQ: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row: the running tally is merged with that of one block after the other, as `tally.merge` does."""
+    """Merge the running tally of a row with that of each block in turn, as `tally.merge` does."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * row_stride
     infinity = float("inf")
@@ -131,7 +132,7 @@ def _tally_kernel(
         if WITH_SQ:
             sum_sq = scale * scale * sum_sq + tl.sum(e * e, 0) + scale_loser * scale_loser
         sum = scale * sum + tl.sum(e, 0) + scale_loser
-        mode = tl.where(block_top > top, block_mode, mode)  # of equals the earlier one stays
+        mode = tl.where(block_top > top, block_mode, mode)  # the earlier one wins a tie
         top = tl.maximum(top, block_top)
         second = new_second
     tl.store(out_ptr + row, top)

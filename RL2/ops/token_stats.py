@@ -1,4 +1,4 @@
-"""The statistics seam: the only training code that sees logits. ops/tally.py holds the mathematics.
+"""Token statistics: the only training code that sees logits. ops/tally.py holds the mathematics.
 
 Shapes: T tokens, V vocabulary, D hidden size, C tokens and W columns of one tile, K of the most likely tokens.
 """
@@ -24,20 +24,20 @@ from RL2.types import MENU, TokenStats
 Implementation = Literal["auto", "reference", "chunked", "triton"]
 
 BUDGET_MIB = {"cpu": 64.0, "cuda": 512.0}
-"""Logits that are in memory at a time."""
+"""MiB of logits in memory at a time, by device type."""
 
 TILE_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Rows of a tile: enough for a matrix product to run at full speed."""
+"""Rows per tile, by device type: enough for a matrix product to run at full speed."""
 
 CPU_TILE_MIB = 8.0
-"""A tile on a CPU is smaller than the budget, so that a dozen passes over it stay in the cache."""
+"""Size of a tile on a CPU: smaller than the budget, so that repeated passes stay in the cache."""
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """The head's rows here are the tokens from `start` on, out of `total`; the rest are on the others of `group`.
+    """Shard of the head: its rows are the tokens from `start` on, out of `total`; `group` holds the rest.
 
-    All processes of the group have the same hidden states, and get the same statistics.
+    All processes of the group have the same hidden states and get the same statistics.
     """
 
     group: dist.ProcessGroup
@@ -57,17 +57,17 @@ def token_stats(
     implementation: Implementation = "auto",
     budget_mib: float | None = None,
 ) -> TokenStats:
-    """Statistics of softmax(hidden @ head.T / temperature) at each token, differentiable in `hidden` and `head`.
+    """Return statistics of softmax(hidden @ head.T / temperature) at each token, differentiable in `hidden` and `head`.
 
-    `fields` names what is computed, out of `types.MENU`; `top_k` is the K of `top_logp` and `top_id`. Results are
-    float32, or float64 for float64 inputs. Half-precision inputs are multiplied with float32 accumulation.
+    `fields` names the statistics, out of `types.MENU`; `top_k` is the K of `top_logp` and `top_id`. Results are float32
+    [T] (float64 for float64 inputs), or [T, K]. Half-precision inputs are multiplied with float32 accumulation.
 
-    `reference` builds the dense logits and lets autograd work. `chunked` holds `budget_mib` of logits at a time
-    and computes them again in the backward pass, whose gradient is in closed form; `triton` is the same in two kernels
-    for GPUs. `auto` is `triton` on a GPU, `chunked` elsewhere.
+    `reference` builds dense logits for autograd. `chunked` holds `budget_mib` of logits at a time and recomputes them
+    in the backward pass, whose gradient is in closed form. `triton` does the same with two GPU kernels. `auto` is
+    `triton` on a GPU and `chunked` elsewhere.
 
-    Raises ValueError for a field that is not on the menu, for `top_k` without the fields that it is for, and for a
-    label that is not a token of the vocabulary, such as -100: `weight_T` leaves tokens out.
+    Raise ValueError for an unknown field, for `top_k` that does not match the fields, and for a label outside the
+    vocabulary, such as -100: exclude tokens by `weight_T` instead.
     """
     check_fields(fields, top_k)
     _check_labels(labels_T, len(head_VD) if tp is None else tp.total)
@@ -82,6 +82,7 @@ def token_stats(
 
 
 def check_fields(fields: Sequence[str], top_k: int) -> None:
+    """Raise ValueError for a field that is not on the menu, or `top_k` that does not match the fields."""
     if unknown := set(fields) - set(MENU):
         raise ValueError(f"no such token statistic: {', '.join(sorted(unknown))}; the menu is {', '.join(MENU)}")
     wants_top = bool({"top_logp", "top_id"} & set(fields))
@@ -90,7 +91,7 @@ def check_fields(fields: Sequence[str], top_k: int) -> None:
 
 
 def _check_labels(labels_T: Tensor, vocabulary: int) -> None:
-    """Raise ValueError unless all labels are tokens. One wait for the device a call, and none a tile."""
+    """Raise ValueError unless all labels are tokens. It synchronises with the device once per call, not per tile."""
     if not len(labels_T):
         return
     smallest, largest = torch.stack(torch.aminmax(labels_T)).tolist()
@@ -101,7 +102,7 @@ def _check_labels(labels_T: Tensor, vocabulary: int) -> None:
 
 
 def reference_stats(logits_TV: Tensor, labels_T: Tensor, fields: Sequence[str], top_k: int = 0) -> TokenStats:
-    """The dense definition that everyone can check, in the dtype of the logits (float64 for tests)."""
+    """Return statistics by their dense definition, in the dtype of the logits (float64 for tests)."""
     logp_TV = logits_TV.log_softmax(-1)
     order_TV = logits_TV.sort(dim=-1, descending=True, stable=True).indices  # equal logits by id
     top_id_TK = order_TV[:, :top_k]
@@ -126,7 +127,7 @@ def reference_stats(logits_TV: Tensor, labels_T: Tensor, fields: Sequence[str], 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is asked of the tiled paths, and how they go about it."""
+    """Settings of one call of the tiled implementations."""
 
     names: tuple[str, ...]
     top_k: int
@@ -141,7 +142,7 @@ class _Job:
 
     @property
     def ops(self) -> Any:
-        """`tally`, `gradient` and `count_above`, plain or as kernels."""
+        """Module with `tally`, `gradient` and `count_above`: plain or Triton kernels."""
         if not self.triton:
             return plain
         from RL2.ops import tally_triton
@@ -149,9 +150,9 @@ class _Job:
         return tally_triton
 
     def tile_shape(self, num_tokens: int, vocabulary: int, device: torch.device) -> tuple[int, int]:
-        """Tokens and columns of a tile. For `rank` a tile has all columns: the label's logit comes before the count.
+        """Return tokens and columns per tile. For `rank`, a tile has all columns: the label's logit is needed first.
 
-        Alike on all processes of a tensor-parallel group, since each token tile ends in collectives.
+        The shape is equal on all processes of a tensor-parallel group, since each tile ends in collectives.
         """
         if self.tp is not None:
             vocabulary = math.ceil(self.tp.total / dist.get_world_size(self.tp.group))
@@ -165,7 +166,7 @@ class _Job:
 
 
 class _Chunked(torch.autograd.Function):
-    """Forward keeps nothing of size [T, V]; backward computes the logits again, tile by tile."""
+    """Tiled statistics. The forward pass keeps nothing of size [T, V]; the backward pass recomputes the logits."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, job: _Job) -> tuple[Tensor, ...]:
@@ -176,7 +177,7 @@ class _Chunked(torch.autograd.Function):
         ctx.mark_non_differentiable(*(whole[name] for name in ("rank", "top_id") if name in job.names))
         kept = {name: whole[name] for name in (*Rows._fields, "top_id") if name in whole}
         ctx.job, ctx.kept = job, tuple(kept)
-        # fields that are outputs are saved as such; the rest are copies of size [T]
+        # fields that are outputs are saved as such; the others are copies of size [T]
         ctx.save_for_backward(hidden_TD, head_VD, labels_T, *kept.values())
         return out
 
@@ -187,7 +188,7 @@ class _Chunked(torch.autograd.Function):
         hidden_TD, head_VD, labels_T, *kept = ctx.saved_tensors
         saved = dict(zip(ctx.kept, kept, strict=True))
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        # accumulated over tiles in float32 whatever the dtype of the model; the first tile sets, the others add
+        # accumulated over tiles in float32 for any dtype of the model; the first tile sets, the others add
         grad_hidden_TD = torch.empty_like(hidden_TD, dtype=_dtype(hidden_TD)) if needs_hidden else None
         grad_head_VD = torch.empty_like(head_VD, dtype=_dtype(hidden_TD)) if needs_head else None
         tiles = _Tiles(hidden_TD, head_VD, job, backward=True)
@@ -213,7 +214,7 @@ class _Chunked(torch.autograd.Function):
 
 
 class _Tiles:
-    """hidden @ head.T / temperature in tiles, in two buffers that all tiles share."""
+    """Tiles of hidden @ head.T / temperature, in two buffers that all tiles share."""
 
     def __init__(self, hidden_TD: Tensor, head_VD: Tensor, job: _Job, *, backward: bool) -> None:
         self.hidden_TD, self.head_VD, self.temperature = hidden_TD, head_VD, job.temperature
@@ -222,19 +223,19 @@ class _Tiles:
         size = self.num_tokens * min(self.width, len(head_VD))
         self.buffer = hidden_TD.new_empty(size, dtype=_dtype(hidden_TD))
         self.grad_dtype = hidden_TD.dtype if hidden_TD.is_cuda else self.buffer.dtype
-        """Of the gradient that goes into matrix products: on a GPU that of the model, for speed."""
-        # the kernels need no scratch but for a gradient in another dtype
+        """Dtype of the gradient that enters matrix products: on a GPU that of the model, for speed."""
+        # the kernels need scratch only for a gradient of another dtype
         in_place = job.triton and not (backward and self.grad_dtype != self.buffer.dtype)
         scratch_dtype = self.grad_dtype if job.triton else self.buffer.dtype
         self.scratch = self.buffer if in_place else self.buffer.new_empty(size, dtype=scratch_dtype)
 
     @property
     def tokens(self) -> list[slice]:
-        """At least one, so that an empty batch has statistics of size 0."""
+        """Slices of tokens; at least one, so that an empty batch has statistics of size 0."""
         return _slices(len(self.hidden_TD), self.num_tokens) or [slice(0, 0)]
 
     def logits(self, at: slice) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
-        """Of the tokens `at`: the columns of a tile, its logits, a scratch of the same size, and its first token id."""
+        """Yield for the tokens `at`: a tile's columns, its logits, scratch of the same size, and its first token id."""
         hidden_CD = self.hidden_TD[at]
         for columns in _slices(len(self.head_VD), self.width):
             head_WD = self.head_VD[columns]
@@ -245,10 +246,10 @@ class _Tiles:
 
 
 def _forward(tiles: _Tiles, labels_T: Tensor, job: _Job) -> dict[str, Tensor]:
-    """Statistics of all tokens, by name: all `Rows`, and the others that were asked for."""
-    parts = [_of_tile(tiles, at, labels_T[at], job) for at in tiles.tokens]
+    """Return the statistics of all tokens by name: all of `Rows`, and the other fields of the job."""
+    parts = [_tile_stats(tiles, at, labels_T[at], job) for at in tiles.tokens]
     label_logit_T, before_T = (torch.cat([part[i] for part in parts]) for i in (1, 2))  # type: ignore[misc]
-    whole = Tally(*(torch.cat(of_tiles) for of_tiles in zip(*(part[0] for part in parts), strict=True)))
+    whole = Tally(*(torch.cat(sums) for sums in zip(*(part[0] for part in parts), strict=True)))
     if job.tp is not None:
         whole = reduce(plain.merge, [Tally(*part) for part in _all_gather(torch.stack(whole), job.tp.group)])
         dist.all_reduce(before_T if job.wants_rank else label_logit_T, group=job.tp.group)
@@ -258,20 +259,20 @@ def _forward(tiles: _Tiles, labels_T: Tensor, job: _Job) -> dict[str, Tensor]:
         found["rank"] = (before_T + 1).to(row.logp.dtype)
     if job.top_k:
         values, ids = (torch.cat([part[3][i] for part in parts]) for i in (0, 1))
-        value_TK, found["top_id"] = _best_of_all(values, ids, job)
+        value_TK, found["top_id"] = _top_over_processes(values, ids, job)
         found["top_logp"] = (value_TK - whole.top[:, None]) + row.max_logp[:, None]
     return found
 
 
-def _of_tile(tiles: _Tiles, at: slice, labels_C: Tensor, job: _Job) -> tuple[Tally, Tensor, Tensor, Top]:
-    """Of the tokens `at`, from this process's columns: tally, logit of the label, how many rank before it, K best."""
+def _tile_stats(tiles: _Tiles, at: slice, labels_C: Tensor, job: _Job) -> tuple[Tally, Tensor, Tensor, Top]:
+    """Return tally, label's logit, number of tokens before the label, and K best, from this process's columns."""
     label_logit_C = tiles.buffer.new_zeros(len(labels_C))
     before_C = torch.zeros_like(labels_C)
     tallies: list[Tally] = []
     tops: list[Top] = []
     for _, z_CW, scratch_CW, start in tiles.logits(at):
         label_logit_C += plain.pick(z_CW, labels_C - start)
-        if job.wants_rank:  # the one tile of these tokens
+        if job.wants_rank:  # these tokens have a single tile
             if job.tp is not None:
                 dist.all_reduce(label_logit_C, group=job.tp.group)
             before_C = job.ops.count_above(z_CW, start, labels_C, label_logit_C)
@@ -280,27 +281,27 @@ def _of_tile(tiles: _Tiles, at: slice, labels_C: Tensor, job: _Job) -> tuple[Tal
         tallies.append(
             job.ops.tally(z_CW, start, scratch_CW, with_z="entropy" in job.names, with_sq="sum_p2" in job.names)
         )
-    best = label_logit_C, labels_C  # not looked at
+    best = label_logit_C, labels_C  # unused
     if tops:
         values, ids = (torch.cat(parts, -1) for parts in zip(*tops, strict=True))
         best = plain.ordered(values, ids, job.top_k)
     return reduce(plain.merge, tallies), label_logit_C, before_C, best
 
 
-def _best_of_all(value_TK: Tensor, id_TK: Tensor, job: _Job) -> Top:
-    """The K best of all processes."""
+def _top_over_processes(value_TK: Tensor, id_TK: Tensor, job: _Job) -> Top:
+    """Return the K best over all processes."""
     if job.tp is not None:
-        short = job.top_k - value_TK.shape[1]  # of a shard with fewer tokens than K
+        short = job.top_k - value_TK.shape[1]  # for a shard with fewer than K tokens
         padded = F.pad(value_TK, (0, short), value=-torch.inf), F.pad(id_TK, (0, short), value=job.tp.total)
         value_TK, id_TK = (torch.cat(_all_gather(x.contiguous(), job.tp.group), -1) for x in padded)
         value_TK, id_TK = plain.ordered(value_TK, id_TK, min(job.top_k, job.tp.total))
     if value_TK.shape[1] < job.top_k:
-        raise ValueError(f"top_k={job.top_k} of a vocabulary of {value_TK.shape[1]} tokens")
+        raise ValueError(f"top_k={job.top_k} must be at most the vocabulary, {value_TK.shape[1]} tokens")
     return value_TK, id_TK
 
 
 def _gathered_head(head_VD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The whole head; gradients flow into this process's own part of it."""
+    """Return the whole head; gradients flow into this process's own part."""
     parts: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, head_VD.detach(), group=group)
     parts[dist.get_rank(group)] = head_VD
@@ -314,12 +315,12 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 (float64 for float64), differentiable."""
+    """Return a @ b in float32 (float64 for float64), differentiable."""
     return a.to(_dtype(a)) @ b.to(_dtype(b))
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
-    """out = beta * out + alpha * a @ b, accumulated in the dtype of `out` and never rounded to half precision."""
+    """Compute out = beta * out + alpha * a @ b, accumulated in the dtype of `out`, never in half precision."""
     half = torch.float16 if torch.float16 in (a.dtype, b.dtype) else torch.bfloat16
     if out.is_cuda and half in (a.dtype, b.dtype):
         torch.addmm(out, a.to(half), b.to(half), beta=beta, alpha=alpha, out_dtype=out.dtype, out=out)

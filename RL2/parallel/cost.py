@@ -1,7 +1,7 @@
-"""What a step costs in memory, communication and time: a model on paper, explained in docs/scaling.md.
+"""Cost model of a training step: memory, communication and time. docs/scaling.md explains it.
 
-Bytes, seconds and floating-point operations, all of one process. D hidden size, L layers, H query and K key/value heads
-of size h, I hidden units of the MLP, V tokens of the vocabulary.
+All numbers are bytes, seconds and floating-point operations of one process. D hidden size, L layers, H query and K
+key/value heads of size h, I hidden units of the MLP, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 from RL2.errors import UserError
 
 MASTER = GRADIENT = 4
-"""Bytes of a weight and of its gradient: float32."""
+"""Bytes per weight and per gradient: float32."""
 MOMENTS = 8
-"""Bytes of AdamW's two."""
+"""Bytes per weight of AdamW's two moments."""
 LOGITS = 512 * 2**20
-"""Logits in memory at a time on a GPU (actor.logits_budget_mib)."""
+"""Bytes of logits in memory at a time on a GPU (actor.logits_budget_mib)."""
 TALLY = 24
-"""Bytes of what tensor-parallel processes tell each other of a token's distribution: six float32."""
+"""Bytes that tensor-parallel processes exchange per token of a distribution: six float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A dense decoder like Llama or Qwen."""
+    """Dimensions of a dense decoder like Llama or Qwen."""
 
     layers: int
     hidden: int
@@ -37,7 +37,7 @@ class Shape:
 
     @staticmethod
     def of(config: Any) -> Shape:
-        """Of a transformers configuration. Raises UserError for a model that is built otherwise."""
+        """Return the shape of a transformers configuration. Raise UserError for a model with another structure."""
         try:
             return Shape(
                 layers=config.num_hidden_layers,
@@ -54,12 +54,12 @@ class Shape:
 
     @property
     def head(self) -> int:
-        """Parameters of the head."""
+        """Number of parameters of the head."""
         return self.vocabulary * self.hidden
 
     @property
     def root(self) -> int:
-        """Parameters that are not in a layer."""
+        """Number of parameters outside the layers."""
         return self.head * (1 if self.tied else 2) + self.hidden
 
     @property
@@ -72,7 +72,7 @@ class Shape:
         return self.layers * self.layer + self.root
 
     def adapters(self, rank: int, names: Collection[str]) -> int:
-        """Parameters of LoRA adapters on the linear layers of these names."""
+        """Return the number of parameters of LoRA adapters on the linear layers called `names`."""
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
         inside_out = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
         ends = {name: self.hidden + inside_out.get(name, self.mlp) for name in names}
@@ -103,12 +103,12 @@ PRESETS = {
         layers=80, hidden=8192, heads=64, kv_heads=8, head_size=128, mlp=28672, vocabulary=128_256, tied=False
     ),
 }
-"""Known without a look at the hub."""
+"""Models known without access to the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """As `parallel/mesh.py` has it."""
+    """Sizes of the axes of `parallel/mesh.py`."""
 
     ddp: int = 1
     fsdp: int = 1
@@ -117,12 +117,12 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Parts of the data."""
+        """Number of parts of the data."""
         return self.ddp * self.fsdp
 
     @property
     def shards(self) -> int:
-        """Processes that share a parameter, or a tensor-parallel part of it."""
+        """Number of processes that share a parameter, or a tensor-parallel part of it."""
         return self.fsdp * self.sp
 
     @property
@@ -132,37 +132,37 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """GPUs, by default H100s: eight in a node, and between nodes 400 Gbit/s for each."""
+    """GPUs and their network. The defaults are H100s: eight per node, 400 Gbit/s per GPU between nodes."""
 
     memory: float = 0.9 * 80 * 2**30
-    """Bytes that may be used: a tenth goes to the allocator's gaps, kernels and NCCL."""
+    """Usable bytes: a tenth is reserved for the allocator's gaps, kernels and NCCL."""
     peak: float = 989e12
-    """Dense bfloat16 operations a second."""
+    """Dense bfloat16 operations per second."""
     utilisation: float = 0.27
-    """Of the peak; measured for 1.7B on one GPU (docs/results.md)."""
+    """Share of the peak that is reached; measured for 1.7B on one GPU (docs/results.md)."""
     memory_rate: float = 2e12
-    """Bytes a second that decoding reads from memory: 60% of the peak; assumed."""
+    """Bytes per second that decoding reads from memory: 60% of the peak; assumed."""
     node: int = 8
     link: float = 200e9
-    """Bytes a second that a GPU sends within its node, in collectives; assumed."""
+    """Bytes per second that a GPU sends within its node in collectives; assumed."""
     network: float = 25e9
-    """The same to other nodes; assumed."""
+    """Bytes per second that a GPU sends to other nodes; assumed."""
 
     def rate(self, span: int) -> float:
-        """Of collectives among `span` neighbours."""
+        """Return the bytes per second of collectives among `span` neighbouring processes."""
         return self.link if span <= self.node else self.network
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One optimizer step."""
+    """Work of one optimizer step."""
 
     sequences: int
     length: int
-    """Tokens of the longest."""
+    """Length of the longest sequence in tokens."""
     mean_length: float
     rollout: bool = True
-    """Sequences are sampled first, by an engine beside the model."""
+    """Whether the sequences are sampled first, by an engine on the same devices."""
 
     @property
     def tokens(self) -> float:
@@ -172,15 +172,15 @@ class Work:
 def training_memory(
     shape: Shape, layout: Layout, tokens: int, *, recompute: bool, itemsize: int = 2, adapters: int = 0
 ) -> dict[str, float]:
-    """Bytes by part at the peak of the backward pass on `tokens` positions a process, that is max_length_per_device.
+    """Return the bytes by part at the peak of the backward pass.
 
-    `itemsize`: of the compute dtype. `adapters`: parameters of LoRA's, which then are all that trains; the base is in
-    the compute dtype.
+    `tokens` is the number of positions per process (max_length_per_device), `itemsize` the bytes of the compute dtype.
+    `adapters` is the number of LoRA parameters; if positive, only they train, and the base is in the compute dtype.
     """
     here = shape.parameters / (layout.tp * layout.shards)
     trained = adapters / layout.shards if adapters else here
     gathered = 0.0
-    if layout.size > 1 or itemsize < MASTER:  # what is needed now, the next layer, and a layer's gradient on its way
+    if layout.size > 1 or itemsize < MASTER:  # the layer in use, the next layer, and one layer's gradient in transit
         gathered = (itemsize * (shape.root + 2 * shape.layer) + GRADIENT * shape.layer) / layout.tp
     kept = tokens * _kept(shape, layout.tp, itemsize)
     boundaries = tokens * shape.layers * shape.hidden * itemsize
@@ -195,16 +195,16 @@ def training_memory(
 
 
 def peak(memory: dict[str, float], *, offload: bool) -> float:
-    """Bytes at the worst moment of an update whose parts are `memory`; with `offload`, not all are there at once."""
+    """Return the peak bytes of an update whose parts are `memory`; with `offload`, not all are resident."""
     if not offload:
         return sum(memory.values())
-    # the optimizer comes when the activations are gone
+    # the optimizer is loaded once the activations are freed
     states = memory["weights"] + memory["gradients"] + memory["optimizer"]
     return max(sum(memory.values()) - memory["optimizer"], states)
 
 
 def _kept(shape: Shape, tp: int, itemsize: int) -> float:
-    """Bytes of a token in a layer that the backward pass needs; norms keep a float32 copy."""
+    """Return the bytes per token and layer that the backward pass needs; norms keep a float32 copy."""
     queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     whole = 2 * shape.hidden * (4 + itemsize) + 2 * shape.hidden * itemsize
     split = (queries + keys) * (4 + itemsize) + (2 * queries + 2 * keys + 4 * shape.mlp) * itemsize
@@ -212,12 +212,12 @@ def _kept(shape: Shape, tp: int, itemsize: int) -> float:
 
 
 def kv_bytes(shape: Shape, itemsize: int = 2) -> int:
-    """Of keys and values of a token."""
+    """Return the bytes of keys and values per token."""
     return 2 * shape.layers * shape.kv_heads * shape.head_size * itemsize
 
 
 Traffic = dict[tuple[str, str], float]
-"""(axis, collective) -> bytes that this process sends: of S bytes put together among n processes S (n - 1) / n."""
+"""(axis, collective) -> bytes sent by this process; combining S bytes over n processes sends S (n - 1) / n."""
 
 
 def traffic(
@@ -231,18 +231,18 @@ def traffic(
     recompute: bool = True,
     itemsize: int = 2,
 ) -> Traffic:
-    """Of the gradients of one optimizer step.
+    """Return the traffic of the gradients of one optimizer step.
 
-    `tokens` run through the backbone, and of them `actions` through the head with `num_fields` statistics, on the
-    processes that share this one's data, together.
+    `tokens` pass through the backbone, and `actions` of them through the head with `num_fields` statistics, summed over
+    the processes that share this one's data.
     """
     n, d, s, t = layout.shards, layout.ddp, layout.sp, layout.tp
-    forwards = 2 if recompute else 1  # in a recomputed layer only the last all-reduce is spared
+    forwards = 2 if recompute else 1  # in a recomputed layer only the last all-reduce is saved
     layers = shape.layers * shape.layer
     queries = shape.heads * shape.head_size / t
-    keys = 2 * max(shape.kv_heads / t, s) * shape.head_size if s > 1 else 0.0  # a head for each process
+    keys = 2 * max(shape.kv_heads / t, s) * shape.head_size if s > 1 else 0.0  # one head per process
     rows, heads_rows = tokens / s, actions / s
-    reduced = rows * shape.hidden * itemsize * (shape.layers * (3 + forwards) + 1)  # and the embedding
+    reduced = rows * shape.hidden * itemsize * (shape.layers * (3 + forwards) + 1)  # 1 for the embedding
     of_stats = heads_rows * (GRADIENT * shape.hidden + 4)  # the gradient of the hidden state, and the label's logit
     return {
         ("fsdp", "all-gather"): microbatches * itemsize * (shape.root + 2 * layers) / t * _others(n),
@@ -256,7 +256,7 @@ def traffic(
 
 
 def sync_traffic(shape: Shape, layout: Layout, itemsize: int = 2) -> float:
-    """Bytes that this process sends so that an engine on every process has all weights."""
+    """Return the bytes that this process sends so that an engine on every process has all weights."""
     return itemsize * shape.parameters * _others(layout.shards * layout.tp)
 
 
@@ -265,5 +265,5 @@ def _others(n: int) -> float:
 
 
 def operations(shape: Shape, tokens: float, mean_length: float) -> float:
-    """Of the forward pass: two a parameter, and causal attention."""
+    """Return the operations of the forward pass: two per parameter and token, plus causal attention."""
     return tokens * (2 * shape.parameters + 2 * shape.layers * shape.heads * shape.head_size * mean_length)

@@ -1,4 +1,4 @@
-"""Sharding of a model over processes (FSDP2), with gradients that are summed and float32 master weights."""
+"""Sharding of a model over processes (FSDP2), with summed gradients and float32 master weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Shard float32 `module` in place, layer by layer. Compute runs in `compute_dtype`, reduction in float32."""
+    """Shard the float32 `module` in place, layer by layer. Compute is in `compute_dtype`, reduction in float32."""
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -22,11 +22,11 @@ def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dt
         if isinstance(part, FSDPModule):
             # the weights in the loss already divide by the global count
             part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)  # otherwise a factor is an operation that gloo does not have
+            part.set_force_sum_reduction_for_comms(True)  # otherwise a factor becomes an operation that gloo lacks
 
 
 def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters in groups that lie on the same processes: one operation cannot mix them."""
+    """Return the parameters in groups with the same mesh: one operation cannot mix meshes."""
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
         groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
@@ -34,7 +34,7 @@ def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale the gradients so that together their norm is at most `max_norm`; returns what it was (collective)."""
+    """Scale the gradients to a total norm of at most `max_norm` and return the norm before scaling (collective)."""
     moved = [[p for p in group if p.grad is not None] for group in by_mesh(parameters)]
     norms = [_total_norm([p.grad for p in group if p.grad is not None]) for group in moved]
     total = torch.linalg.vector_norm(torch.stack(norms))
@@ -47,16 +47,16 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 def _total_norm(gradients: list[Tensor]) -> Tensor:
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
-        for dim in range(norm.device_mesh.ndim):  # DTensor warns where it has to sum over several at once
+        for dim in range(norm.device_mesh.ndim):  # DTensor warns when it sums over several dimensions at once
             norm = norm.redistribute(placements=[Replicate() if i <= dim else p for i, p in enumerate(norm.placements)])
     return whole(norm)
 
 
 def local(x: Tensor) -> Tensor:
-    """What this process has of `x`."""
+    """Return this process's part of `x`."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of `x`, put together if it is sharded (collective)."""
+    """Return all of `x`, gathered if it is sharded (collective)."""
     return x.full_tensor() if isinstance(x, DTensor) else x

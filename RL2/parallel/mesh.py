@@ -1,4 +1,4 @@
-"""Who shares what: replicas x FSDP shards x sequence parallelism x tensor parallelism."""
+"""Device mesh of a model: replicas x FSDP shards x sequence parallelism x tensor parallelism."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from RL2.parallel.processes import Processes
 
 @dataclass(frozen=True)
 class Mesh:
-    """A model's place on the processes. Those that differ in `sp` and `tp` only work on the same sequences."""
+    """Position of a model on the processes. Processes that differ only in `sp` and `tp` share the same sequences."""
 
     shards: DeviceMesh
-    """Over which FSDP shards each parameter, sequence-parallel processes among them; with replicas, two axes."""
+    """Mesh over which FSDP shards each parameter, including sequence-parallel processes; two axes with replicas."""
     tp: DeviceMesh | None
-    """Over which layers are split."""
+    """Mesh over which layers are split; None without tensor parallelism."""
     sp: dist.ProcessGroup | None
-    """Among which the tokens of a microbatch are split."""
+    """Group over which the tokens of a microbatch are split; None without sequence parallelism."""
     data: dist.ProcessGroup
-    """One process of each part of the data."""
+    """Group with one process from each part of the data."""
     data_rank: int
     data_size: int
     sp_size: int
@@ -30,13 +30,14 @@ class Mesh:
 
     @staticmethod
     def make(processes: Processes, model: Trainable, group: str = "actor") -> Mesh:
-        """Of the sizes in `model` (collective); neighbours are in one tensor-parallel group.
+        """Create the mesh with the sizes in `model` (collective); neighbours share a tensor-parallel group.
 
-        `group` is that of the keys. Raises ConfigError if the sizes do not divide the processes.
+        `group` is the prefix of the configuration keys. Raise ConfigError if the sizes do not divide the number of
+        processes.
         """
         device, ddp, sp, tp = processes.device.type, model.ddp_size, model.sp_size, model.tp_size
         shards = num_shards(model, processes.world_size, group)
-        # two views of the same ranks: weights are sharded over sequence-parallel processes too, sequences are not
+        # two views of the same ranks: sequence-parallel processes shard weights too, but share sequences
         of_weights = init_device_mesh(device, (ddp, shards * sp, tp), mesh_dim_names=("ddp", "shards", "tp"))
         of_data = init_device_mesh(device, (ddp * shards, sp, tp), mesh_dim_names=("data", "sp", "tp"))
         return Mesh(

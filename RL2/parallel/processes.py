@@ -1,4 +1,4 @@
-"""The processes of a run: one process group and one device mesh, whether there is one process or many."""
+"""Processes of a run: one process group, whether there is one process or many."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all, and the collectives that training needs. Every wait ends after a time limit.
+    """This process among all of a run, and the collectives that training needs. Every wait has a time limit.
 
-    Whoever waits says for what; if the others do not come, that is what `LostProcess` names.
+    Each wait names what it waits for; if another process does not arrive, `LostProcess` reports that name.
     """
 
     rank: int
     world_size: int
     device: torch.device
     timeout_s: float
-    """Limit of every wait."""
+    """Limit of each wait, in seconds."""
 
     @staticmethod
     def start(timeout_s: float) -> Processes:
-        """Join the group that torchrun describes, or make one of a single process. NCCL on GPUs, gloo on CPUs."""
+        """Join the group that torchrun describes, or create one of a single process: NCCL on GPUs, gloo on CPUs."""
         cuda = torch.cuda.is_available()
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -51,7 +51,7 @@ class Processes:
         nodes, restarts = (int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
         if is_shared and nodes > 1 and restarts:
             raise ConfigError(
-                "torchrun --max-restarts on several nodes needs a store of its own for each start, or they may not "
+                "torchrun --max-restarts on several nodes needs a separate store for each start, or they may not "
                 "meet again: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each"
             )
         processes = Processes(rank, world_size, device, timeout_s)
@@ -60,7 +60,7 @@ class Processes:
             if "RANK" in os.environ:
                 store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
                 if is_shared:
-                    # torchrun keeps it when it starts processes again, and in it the addresses of those that died
+                    # torchrun reuses its store after a restart, with the addresses of dead processes in it
                     store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return processes
@@ -71,12 +71,12 @@ class Processes:
 
     @property
     def is_first_here(self) -> bool:
-        """The first of this machine."""
+        """Whether this is the first process of its machine."""
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
     @contextmanager
     def expecting(self, what: str) -> Iterator[None]:
-        """Within it, an error of communication becomes a `LostProcess` that says what was waited for."""
+        """Convert a communication error in the `with` block to `LostProcess`, which reports `what` was waited for."""
         try:
             yield
         except (dist.DistError, RuntimeError) as error:
@@ -86,12 +86,12 @@ class Processes:
 
     def lost(self, what: str) -> LostProcess:
         return LostProcess(
-            f"waited for {what}, and another of the {self.world_size} processes has died or was not there within "
-            f"trainer.timeout_s={self.timeout_s:g}"
+            f"failed while waiting for {what}: another of the {self.world_size} processes died or did not arrive "
+            f"within trainer.timeout_s={self.timeout_s:g}"
         )
 
     def sum(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-        """Sum over all processes, or those of `group`; the same on each."""
+        """Sum `x` in place over all processes, or those of `group`, and return it."""
         with self.expecting("a sum over all processes"):
             dist.all_reduce(x, dist.ReduceOp.SUM, group=group)
         return x
@@ -102,7 +102,7 @@ class Processes:
         return x
 
     def gather(self, items: list[Any], what: str = "what all processes have") -> list[Any]:
-        """The lists of all processes, joined in rank order, on each. Objects of our own processes only."""
+        """Return the lists of all processes joined in rank order, on each process. Items are pickled."""
         if self.world_size == 1:
             return items
         parts: list[list[Any]] = [[] for _ in range(self.world_size)]
@@ -111,7 +111,7 @@ class Processes:
         return [item for part in parts for item in part]
 
     def of_first(self, work: Callable[[], T], what: str) -> T:
-        """Return what `work` gives on the first process, or raise its UserError, on each (collective)."""
+        """Run `work` on the first process and return its result, or raise its UserError, on each (collective)."""
         outcome: list[T | UserError] = []
         if self.is_first:
             try:
@@ -124,7 +124,7 @@ class Processes:
         return found
 
     def wait(self, what: str = "all processes to come to the same point") -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have arrived."""
         with self.expecting(what):
             dist.barrier()
 
@@ -133,6 +133,6 @@ class Processes:
 
 
 def _of_gloo(error: RuntimeError) -> bool:
-    """gloo raises plain RuntimeErrors; their text names its own source files."""
+    """Return whether gloo raised the error: it raises plain RuntimeErrors that name its source files."""
     text = str(error)
     return "gloo" in text or "Connection closed by peer" in text or "Timed out waiting" in text

@@ -1,7 +1,8 @@
-"""Tensor parallelism by the model's own plan (transformers' `tp_plan`), on torch's parallel styles.
+"""Tensor parallelism by the model's own plan (transformers' `tp_plan`), with torch's parallel styles.
 
-A layer costs two all-reduces of its output forward and two of its input's gradient backward. Norms run on every process
-alike; the head stays sharded by vocabulary for `token_stats`, and so does the embedding.
+A layer costs two all-reduces of its output in the forward pass and two of its input's gradient in the backward pass.
+Norms run identically on every process. The head stays sharded by vocabulary for `token_stats`, and so does the
+embedding.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from transformers import PreTrainedModel
 from RL2.errors import ConfigError
 
 STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
-"""Of a plan's words those that split a layer."""
+"""Words of a plan that split a layer -> torch's parallel style."""
 
 PARTIAL = "replicated_with_grad_allreduce"
-"""Whole everywhere, but each process sees only its heads: its gradient is a summand."""
+"""Word of a plan for a module that is whole on each process but sees only its heads; its gradients must be summed."""
 
 
 def check_sizes(lm: PreTrainedModel, tp_size: int, sp_size: int, group: str) -> None:
-    """Raise ConfigError if the model cannot be split so. `group` is that of the keys."""
+    """Raise ConfigError if the model cannot be split in these sizes.
+
+    `group` is the prefix of the configuration keys.
+    """
     config, model = lm.config, type(lm).__name__
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     for what, number in (
@@ -49,14 +53,14 @@ def check_sizes(lm: PreTrainedModel, tp_size: int, sp_size: int, group: str) -> 
 
 
 def plan_of(lm: PreTrainedModel) -> dict[str, str]:
-    """The plan of the backbone, by patterns such as `layers.*.self_attn.q_proj`."""
+    """Return the backbone's plan: pattern such as `layers.*.self_attn.q_proj` -> word."""
     return getattr(lm.config, "base_model_tp_plan", None) or {}
 
 
 def styles_of(lm: PreTrainedModel) -> tuple[dict[str, ParallelStyle], list[nn.Module]]:
-    """Return how each layer of the backbone is split, by name, and the modules whose gradients are summands.
+    """Return the parallel style of each split layer by name, and the modules whose gradients must be summed.
 
-    Raises ConfigError for a word of the plan that is not known here.
+    Raise ConfigError for an unknown word in the plan.
     """
     plan = {re.compile(re.escape(pattern).replace(r"\*", r"\d+")): style for pattern, style in plan_of(lm).items()}
     styles: dict[str, ParallelStyle] = {}
@@ -73,9 +77,9 @@ def styles_of(lm: PreTrainedModel) -> tuple[dict[str, ParallelStyle], list[nn.Mo
 
 
 def split(lm: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
-    """Split `lm` in place over `mesh`; return the modules whose gradients are summands of each process.
+    """Split `lm` in place over `mesh` and return the modules whose gradients must be summed over processes.
 
-    Raises ConfigError as `styles_of`.
+    Raise ConfigError as `styles_of`.
     """
     styles, partial = styles_of(lm)
     embedding = lm.get_input_embeddings()
@@ -93,7 +97,7 @@ def split(lm: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
 
 
 class _Replicated:
-    """Hook before a block: marks its input once for all the layers that read it, so its gradient is summed once."""
+    """Forward pre-hook that marks a block's input as replicated once, so that its gradient is summed once."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
@@ -108,5 +112,5 @@ class _Replicated:
 
 
 def first_row(total: int, group: dist.ProcessGroup) -> int:
-    """Where the rows begin that this process has of `total` rows split over `group`."""
+    """Return the index of the first of `total` rows that this process holds when they are split over `group`."""
     return min(total, -(-total // dist.get_world_size(group)) * dist.get_rank(group))

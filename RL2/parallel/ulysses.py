@@ -1,8 +1,8 @@
-"""Sequence parallelism (Ulysses, arXiv 2309.14509): every process has some of the tokens, in attention some heads.
+"""Sequence parallelism (Ulysses, arXiv 2309.14509): each process holds some tokens, and in attention some heads.
 
     tokens of this process, all heads --all-to-all--> all tokens, heads of this process: attention --all-to-all--> back
 
-Everything but attention looks at single tokens. Shapes: U tokens, N of them here, S processes, H query heads, K
+Everything except attention acts on single tokens. Shapes: U tokens, N of them here, S processes, H query heads, K
 key/value heads, D head size, A actions.
 """
 
@@ -18,18 +18,18 @@ from RL2.ops.attention import Attend
 
 
 class Ulysses:
-    """Attention over all U tokens, of which each process of `group` has a part; takes the place of `attend`."""
+    """Attention over all U tokens, of which each process of `group` holds a part; a replacement for `attend`."""
 
     def __init__(self, attend: Attend, group: dist.ProcessGroup, num_tokens: int) -> None:
         self.attend, self.group = attend, group
         self.parts = parts(num_tokens, dist.get_world_size(group))
         self.own = self.parts[dist.get_rank(group)]
-        """Which of the tokens are here."""
+        """Range of the tokens on this process."""
 
     def __call__(self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scaling: float) -> Tensor:
         size, here = len(self.parts), len(query_NHD)
         counts = [len(part) for part in self.parts]
-        if key_NKD.shape[1] < size:  # each process needs a key head: that of its query heads
+        if key_NKD.shape[1] < size:  # each process needs the key head of its query heads
             copies = size // key_NKD.shape[1]
             key_NKD, value_NKD = (x.repeat_interleave(copies, dim=1) for x in (key_NKD, value_NKD))
         by_process = [x.unflatten(1, (size, -1)) for x in (query_NHD, key_NKD, value_NKD)]
@@ -43,14 +43,14 @@ class Ulysses:
 
 
 def parts(number: int, size: int) -> list[range]:
-    """`number` things in `size` even runs."""
+    """Split `number` items into `size` even ranges."""
     return [range(number * i // size, number * (i + 1) // size) for i in range(size)]
 
 
 def spread(x_N: Tensor, is_mine_A: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """What every process of `group` has of A things, each one some of them, whole on each; [N, ...] -> [A, ...].
+    """Combine the rows that each process of `group` holds into the whole, on each; [N, ...] -> [A, ...].
 
-    All then compute the same from it, so the gradient of a process's own part is its part of the gradient.
+    All processes then compute the same from it, so the gradient of a process's own rows is its part of the gradient.
     """
     return _Spread.apply(x_N, is_mine_A, group)
 

@@ -1,8 +1,8 @@
-"""What a thesis claims of its methods, judged by runs that were made anew: holds, does not hold, or cannot tell.
+"""Claims of the thesis, judged by new runs: holds, does not hold, or cannot tell.
 
-A claim holds if the 95% interval over seeds of everything that it speaks of lies on the claimed side of 0, and does
-not hold if one lies on the other side. Intervals over seeds are Student's; where problems were answered, those of
-`compare`. With few seeds they are wide, and "cannot tell" is the honest answer then.
+A claim holds if every estimate it depends on has a 95% interval over seeds on the claimed side of 0, and does not hold
+if one lies on the other side. Intervals over seeds are Student's; for answered problems they are those of `compare`.
+With few seeds they are wide, and "cannot tell" is the correct verdict.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ Verdict = Literal["holds", "does not hold", "cannot tell"]
 Scores = Mapping[str, float]
 
 EDGE_STEPS = 10
-"""First and last values of noisy series are means over so many steps."""
+"""Number of steps over which first and last values of noisy series are averaged."""
 
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One method under one seed."""
+    """Run of one method under one seed."""
 
     metrics: Sequence[Mapping[str, Any]]
-    """The rows of metrics.jsonl."""
+    """Rows of metrics.jsonl."""
     before: Scores
     """Greedy score of each held-out problem before the run."""
     after: Scores
 
 
 class Claim(NamedTuple):
+    """A claim of the thesis with its verdict and the measurement behind it."""
+
     section: str
     text: str
     verdict: Verdict
@@ -42,14 +44,14 @@ class Claim(NamedTuple):
 
 
 def verdict(estimates: Sequence[Estimate]) -> Verdict:
-    """All of `estimates` are claimed to be above 0."""
+    """Return the verdict on the claim that all `estimates` are above 0."""
     if any(estimate.high < 0 for estimate in estimates):
         return "does not hold"
     return "holds" if all(estimate.low > 0 for estimate in estimates) else "cannot tell"
 
 
 def over_seeds(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean with Student's interval; without bounds for a single value."""
+    """Return the mean with Student's interval; the interval of a single value is infinite."""
     mean = fmean(values)
     if len(values) < 2:
         return Estimate(mean, -math.inf, math.inf)
@@ -58,6 +60,7 @@ def over_seeds(values: Sequence[float], confidence: float = 0.95) -> Estimate:
 
 
 def rise_together(section: str, title: str, runs: Sequence[SeedRun]) -> Claim:
+    """Judge whether greedy accuracy and entropy both rise during training."""
     accuracy = _accuracy([run.before for run in runs], [run.after for run in runs])
     entropy = over_seeds([change(run, "train/entropy") for run in runs])
     return Claim(
@@ -69,7 +72,7 @@ def rise_together(section: str, title: str, runs: Sequence[SeedRun]) -> Claim:
 
 
 def rises_then_collapses(section: str, title: str, runs: Sequence[SeedRun]) -> Claim:
-    """The rise is that of the best test in the first half of the steps; collapsed is below half of the best test."""
+    """Judge whether test accuracy rises in the first half of the steps and ends below half of the best test."""
     curves = [by_step(run) for run in runs]
     half = max(curves[0]) / 2
     early = max((step for step in curves[0] if 0 < step <= half), key=lambda step: fmean(c[step] for c in curves))
@@ -85,11 +88,11 @@ def rises_then_collapses(section: str, title: str, runs: Sequence[SeedRun]) -> C
 
 
 def fewer_tokens(section: str, title: str, runs: Sequence[SeedRun], baseline: Sequence[SeedRun], name: str) -> Claim:
-    """Tokens sampled in training until a test reaches the lower of the two methods' best scores."""
+    """Compare the tokens sampled until a test first reaches the lower of the two methods' best scores."""
     ratios = []
     for run, other in zip(runs, baseline, strict=True):
         mine, theirs = (sampled_until(each, step) for each, step in _at_equal_accuracy(run, other))
-        # neither has trained at all if both begin there
+        # +1: both may begin at that score, without any training
         ratios.append(math.log((mine + 1) / (theirs + 1)))
     saved = over_seeds([-ratio for ratio in ratios])
     mean, low, high = (math.exp(-x) for x in (saved.value, saved.high, saved.low))
@@ -102,7 +105,7 @@ def fewer_tokens(section: str, title: str, runs: Sequence[SeedRun], baseline: Se
 
 
 def shorter_answers(section: str, title: str, runs: Sequence[SeedRun], baseline: Sequence[SeedRun], name: str) -> Claim:
-    """Length of the rollouts where a test first reaches the lower of the two methods' best scores."""
+    """Compare the lengths of rollouts when a test first reaches the lower of the two methods' best scores."""
     saved = []
     for run, other in zip(runs, baseline, strict=True):
         mine, theirs = (length_at(each, step) for each, step in _at_equal_accuracy(run, other))
@@ -117,6 +120,7 @@ def shorter_answers(section: str, title: str, runs: Sequence[SeedRun], baseline:
 
 
 def loss_grows(section: str, title: str, runs: Sequence[SeedRun]) -> Claim:
+    """Judge whether the loss grows during training."""
     loss = over_seeds([change(run, "actor/loss") for run in runs])
     return Claim(
         section,
@@ -127,7 +131,7 @@ def loss_grows(section: str, title: str, runs: Sequence[SeedRun]) -> Claim:
 
 
 def lowers_entropy(section: str, title: str, runs: Sequence[SeedRun], without: Sequence[SeedRun]) -> Claim:
-    """Entropy at the end against the same method, seed by seed."""
+    """Compare the entropy at the end with the same method without the penalty, seed by seed."""
     lower = over_seeds(
         [last(b, "train/entropy") - last(a, "train/entropy") for a, b in zip(runs, without, strict=True)]
     )
@@ -141,6 +145,7 @@ def lowers_entropy(section: str, title: str, runs: Sequence[SeedRun], without: S
 
 
 def more_accurate(section: str, title: str, runs: Sequence[SeedRun], baseline: Sequence[SeedRun], name: str) -> Claim:
+    """Judge whether a method is more accurate than the baseline, greedily, at the end."""
     difference = _accuracy([run.after for run in baseline], [run.after for run in runs])
     return Claim(section, f"{title} is more accurate than {name}", verdict([difference]), _points(difference))
 
@@ -148,7 +153,7 @@ def more_accurate(section: str, title: str, runs: Sequence[SeedRun], baseline: S
 def better_likelihood(
     section: str, title: str, runs: Sequence[SeedRun], baseline: Sequence[SeedRun], name: str
 ) -> Claim:
-    """Held-out negative log-likelihood at the same budget of tokens."""
+    """Compare the held-out negative log-likelihood at the same budget of tokens."""
     saved = over_seeds(
         [
             list(by_step(b, "test/nll").values())[-1] - list(by_step(a, "test/nll").values())[-1]
@@ -164,37 +169,39 @@ def better_likelihood(
 
 
 def by_step(run: SeedRun, key: str = "test/score") -> dict[int, float]:
-    """Step -> what the test after so many steps found."""
+    """Return step -> metric of the test after that step."""
     return {row["step"]: row[key] for row in run.metrics if key in row}
 
 
 def values(run: SeedRun, key: str) -> list[float]:
+    """Return a metric of all steps that have it."""
     return [row[key] for row in run.metrics if key in row]
 
 
 def change(run: SeedRun, key: str) -> float:
-    """Mean of the last steps less that of the first ones."""
+    """Return the mean of the last steps minus that of the first steps."""
     return last(run, key) - fmean(values(run, key)[:EDGE_STEPS])
 
 
 def last(run: SeedRun, key: str) -> float:
+    """Return the mean of a metric over the last steps."""
     return fmean(values(run, key)[-EDGE_STEPS:])
 
 
 def sampled_until(run: SeedRun, step: int) -> float:
-    """Tokens of all rollouts before `step`."""
+    """Return the number of tokens of all rollouts before `step`."""
     return sum(row["train/tokens"] for row in run.metrics if "train/tokens" in row and row["step"] < step)
 
 
 def length_at(run: SeedRun, step: int) -> float:
-    """Mean length of the rollouts over ten steps from `step` on, or the last ten."""
+    """Return the mean length of the rollouts in ten steps from `step` on, or in the last ten."""
     lengths = [(row["step"], row["train/length"]) for row in run.metrics if "train/length" in row]
     start = min(step, lengths[-1][0] - EDGE_STEPS + 1)
     return fmean(length for at, length in lengths if start <= at < start + EDGE_STEPS)
 
 
 def _at_equal_accuracy(*runs: SeedRun) -> Iterator[tuple[SeedRun, int]]:
-    """Each run, and the step at which a test of it first reaches the lowest of the runs' best scores."""
+    """Yield each run with the step at which a test first reaches the lowest of the runs' best scores."""
     level = min(max(by_step(run).values()) for run in runs)
     for run in runs:
         yield run, next(step for step, score in by_step(run).items() if score >= level)
@@ -202,7 +209,7 @@ def _at_equal_accuracy(*runs: SeedRun) -> Iterator[tuple[SeedRun, int]]:
 
 def _accuracy(first: Sequence[Scores], second: Sequence[Scores]) -> Estimate:
     found = compare(first, second)
-    if found.seeds == (1, 1):  # an interval of these two runs, which says nothing of the methods
+    if found.seeds == (1, 1):  # this interval covers the two runs, not their methods
         return Estimate(found.difference, -math.inf, math.inf)
     return Estimate(found.difference, found.low, found.high)
 

@@ -1,8 +1,8 @@
-"""The pictures of the thesis in miniature, on a laptop's CPU: python -m RL2.reproduce.demo [--quick]
+"""Demonstration of the thesis's results in miniature, on a laptop's CPU: python -m RL2.reproduce.demo [--quick]
 
-A model of 245,000 parameters learns to solve word problems from a careless demonstrator, then from rewards, by Dr.
-GRPO and by SPO 3.1, 3.2 and 3.3, all from the same warm start and through the programs that train large models. What
-comes out stands in OUT/report.html and OUT/summary.json, whatever it is.
+A model of 245,000 parameters learns to solve word problems from a careless demonstrator, then from rewards, with Dr.
+GRPO and with SPO 3.1, 3.2 and 3.3, all from the same warm start and through the programs that train large models. The
+results are written to OUT/report.html and OUT/summary.json.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import platform
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,21 +27,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from RL2.errors import UserError
+from RL2.io.jsonl import JsonlTail
 from RL2.reproduce.demo_page import Page, RunView, Scores, findings, headline, summary_json, write_report
 from RL2.reproduce.model import build_model
 from RL2.reproduce.problems import write_data
 from RL2.tools.eval import evaluate as evaluation
+from RL2.tools.jobs import Job, JobError, run_jobs
 
 MAX_NEW_TOKENS = 36
 SEQUENCES_PER_STEP = 256
 WARMUP_BATCH = 32
 WARMUP = "warm-up"
-DONE = "done.json"
-"""In the folder of a job that has ended well: its command, and the seconds that it took."""
 
 
 @dataclass(frozen=True)
 class Method:
+    """A method of the demo: its program, responses per prompt and settings."""
+
     name: str
     title: str
     program: str
@@ -51,7 +51,7 @@ class Method:
     settings: tuple[str, ...]
 
 
-# Each method at a learning rate that suits it; they are 50 to 100 times those of a model with billions of parameters.
+# Each method has a learning rate that suits it, 50 to 100 times that of a model with billions of parameters.
 METHODS = (
     Method("dr_grpo", "Dr. GRPO", "ppo", 4, ("actor.lr=1e-4",)),
     Method("spo_3_1", "SPO 3.1", "spo", 1, ("actor.lr=5e-5",)),
@@ -62,6 +62,8 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Plan:
+    """Sizes of the demo: steps of the warm-up and of each method, and how often to test."""
+
     warmup_steps: int
     steps: int
     test_freq: int
@@ -74,45 +76,13 @@ QUICK = Plan(warmup_steps=500, steps=40, test_freq=10, methods=METHODS[2:3])
 
 
 class DemoError(UserError):
-    """Something that the demo started has failed."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A program to run."""
-
-    title: str
-    program: str
-    overrides: tuple[str, ...]
-    folder: Path
-    steps: int
-    threads: int
-
-    @property
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", f"RL2.trainer.{self.program}", *self.overrides]
-
-    @property
-    def shown(self) -> str:
-        """The command as one would type it."""
-        return shlex.join(["python", *self.command[1:]])
-
-    @property
-    def is_done(self) -> bool:
-        """This very command has ended well."""
-        file = self.folder / DONE
-        return file.exists() and json.loads(file.read_text())["command"] == self.shown
-
-    @property
-    def seconds(self) -> float:
-        """That it took, where it is done."""
-        return float(json.loads((self.folder / DONE).read_text())["seconds"])
+    """A model of the demo could not be evaluated."""
 
 
 def warmup_job(
     plan: Plan, out: Path, seed: int, *, name: str = WARMUP, settings: tuple[str, ...] = (), threads: int | None = None
 ) -> Job:
-    """Training from scratch on the demonstrations, with all cores unless `threads` says how many."""
+    """Return the job that trains from scratch on the demonstrations, by default on all cores."""
     folder = out / name
     overrides = (
         f"data.path={out}/data/warmup.jsonl",
@@ -132,10 +102,11 @@ def warmup_job(
         f"trainer.save_dir={folder}",
         f"trainer.seed={seed}",
     )
-    return Job(name, "sft", overrides, folder, plan.warmup_steps, threads=threads or num_cores())
+    return Job(name, "sft", overrides, folder, plan.warmup_steps, environment=_environment(threads or num_cores()))
 
 
 def method_job(method: Method, plan: Plan, out: Path, seed: int, env_path: Path) -> Job:
+    """Return the job that trains `method` from the warm start."""
     folder = out / method.name
     overrides = (
         f"train_data.path={out}/data/train.jsonl",
@@ -158,12 +129,16 @@ def method_job(method: Method, plan: Plan, out: Path, seed: int, env_path: Path)
         f"trainer.save_dir={folder}",
         f"trainer.seed={seed}",
     )
-    # one thread: for so small a model a second one gains little, and two runs side by side use two cores better
-    return Job(method.title, method.program, overrides, folder, plan.steps, threads=1)
+    # one thread: a second gains little for so small a model, and two concurrent runs use two cores better
+    return Job(method.title, method.program, overrides, folder, plan.steps, environment=_environment(1))
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
 
 
 class ProgressBoard:
-    """What is going on: bars on a terminal, a line per event elsewhere."""
+    """Progress of several jobs: bars on a terminal, otherwise a line per event."""
 
     def __init__(self) -> None:
         self.console = Console()
@@ -191,96 +166,35 @@ class ProgressBoard:
 
 
 @dataclass
-class Child:
-    """A job at work."""
+class JobBars:
+    """Progress bars of jobs on a board: steps done, and the latest test accuracy or loss."""
 
-    job: Job
     board: ProgressBoard
-    process: subprocess.Popen[bytes] = field(init=False)
-    task: TaskID = field(init=False)
-    started: float = field(init=False)
-    read: int = 0
-    """Bytes of metrics.jsonl that were looked at."""
-    done: int = 0
-    note: str = ""
+    tasks: dict[Path, TaskID] = field(default_factory=dict)
+    """Folder of a job -> its bar."""
+    records: dict[Path, JsonlTail] = field(default_factory=dict)
+    notes: dict[Path, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        job = self.job
-        job.folder.mkdir(parents=True)
-        self.started = time.monotonic()
-        self.task = self.board.start(job.title, job.steps)
-        environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
+    def begin(self, job: Job) -> None:
+        self.tasks[job.folder] = self.board.start(job.title, job.steps)
+        self.records[job.folder] = JsonlTail(job.folder / "metrics.jsonl")
+        self.notes[job.folder] = ""
 
-    @property
-    def log(self) -> Path:
-        return self.job.folder / "console.log"
-
-    def look(self) -> None:
-        """Move the bar to where metrics.jsonl is."""
-        metrics = self.job.folder / "metrics.jsonl"
-        if not metrics.exists():
-            return
-        with metrics.open("rb") as file:
-            file.seek(self.read)
-            whole = file.read().rpartition(b"\n")[0]  # the last line may be half written
-        if not whole:
-            return
-        self.read += len(whole) + 1
-        for line in whole.splitlines():
-            row = json.loads(line)
-            self.done = min(row["step"] + 1, self.job.steps)  # steps count from 0; the test after the last is one more
+    def look(self, job: Job) -> None:
+        """Update the bar from new records of metrics.jsonl."""
+        for row in self.records[job.folder].new():
             for key, words in (("test/score", "test accuracy {:.1%}"), ("actor/loss", "loss {:.3f}")):
-                if key in row and ("test" in key or self.job.program == "sft"):
-                    self.note = words.format(row[key])
-        self.board.move(self.task, self.done, self.note)
+                if key in row and ("test" in key or job.program == "sft"):
+                    self.notes[job.folder] = words.format(row[key])
+            done = min(row["step"] + 1, job.steps)  # the test after the last step is one more
+            self.board.move(self.tasks[job.folder], done, self.notes[job.folder])
 
-    def finish(self) -> float:
-        """Seconds that it took; raises `DemoError` if it failed."""
-        self.look()
-        seconds = time.monotonic() - self.started
-        if self.process.returncode:
-            tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
-            raise DemoError(
-                "\n".join([*tail, f"{self.job.title} failed (exit {self.process.returncode}); all of it: {self.log}"])
-            )
-        self.board.end(self.task, self.job.title, self.job.steps, seconds, self.note)
-        (self.job.folder / DONE).write_text(json.dumps({"command": self.job.shown, "seconds": seconds}))
-        return seconds
-
-
-def run_jobs(jobs: Sequence[Job], at_once: int, board: ProgressBoard) -> dict[Path, float]:
-    """Run all jobs, `at_once` of them side by side; gives the seconds of each by its folder."""
-    waiting, running, seconds = deque(jobs), list[Child](), dict[Path, float]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(Child(waiting.popleft(), board))
-            time.sleep(0.2)
-            for child in list(running):
-                if child.process.poll() is None:
-                    child.look()
-                else:
-                    seconds[child.job.folder] = child.finish()
-                    running.remove(child)
-    finally:
-        # after a failure or Ctrl-C nothing may go on in the background
-        for child in running:
-            child.process.terminate()
-        for child in running:
-            try:
-                child.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
-    return seconds
+    def end(self, job: Job) -> None:
+        self.board.end(self.tasks[job.folder], job.title, job.steps, job.seconds, self.notes[job.folder])
 
 
 def evaluate(models: Sequence[Path], out: Path, env_path: Path, seed: int, board: ProgressBoard) -> list[Scores]:
-    """Every model on every held-out problem, greedily and sampled."""
+    """Evaluate every model on every held-out problem, greedily and sampled."""
 
     def scores(model: Path) -> Scores:
         records, _ = examine(exam(model, out / "data", env_path, seed, samples=1, out=out / "evals"))
@@ -300,7 +214,7 @@ def evaluate(models: Sequence[Path], out: Path, env_path: Path, seed: int, board
 
 
 def exam(model: Path, data: Path, env_path: Path, seed: int, *, samples: int, out: Path) -> evaluation.EvalConfig:
-    """The held-out problems in the folder `data`, answered greedily and `samples` times at temperature 1."""
+    """Return the evaluation of the held-out problems in `data`: greedy, and `samples` times at temperature 1."""
     return evaluation.EvalConfig(
         model=str(model),
         data=str(data / "test.jsonl"),
@@ -313,7 +227,7 @@ def exam(model: Path, data: Path, env_path: Path, seed: int, *, samples: int, ou
 
 
 def examine(question: evaluation.EvalConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The records of an evaluation, and its summary. Raises DemoError if a response could not be scored."""
+    """Return the records of an evaluation and its summary. Raise DemoError if a response could not be scored."""
     folder, summary = evaluation.evaluate(question)
     if summary["unscored"]:
         raise DemoError(f"{summary['unscored']} responses could not be scored; see {folder}")
@@ -321,7 +235,7 @@ def examine(question: evaluation.EvalConfig) -> tuple[list[dict[str, Any]], dict
 
 
 def find_environment() -> Path:
-    """envs/gsm8k.py of the repository, or the copy of it that is installed with the package."""
+    """Return the path of envs/gsm8k.py in the repository, or of its copy in the installed package."""
     path = Path(__file__).resolve().parents[2] / "envs" / "gsm8k.py"
     if not path.is_file():
         return Path(__file__).with_name("gsm8k.py")
@@ -329,12 +243,12 @@ def find_environment() -> Path:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def clear(out: Path) -> None:
-    """Remove what an earlier run of the demo left under `out`, and nothing else."""
+    """Remove the results of an earlier demo under `out`, and nothing else."""
     for name in ("data", "model", WARMUP, *(method.name for method in METHODS)):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("report.html", "summary.json"):
@@ -342,7 +256,7 @@ def clear(out: Path) -> None:
 
 
 def write_plan_data(plan: Plan, out: Path, seed: int) -> list[str]:
-    """As many rows as the plan reads, in OUT/data; returns the texts of the warm-up."""
+    """Write as many rows as the plan needs to OUT/data; return the texts of the warm-up."""
     return write_data(
         out / "data",
         seed,
@@ -353,25 +267,26 @@ def write_plan_data(plan: Plan, out: Path, seed: int) -> list[str]:
 
 
 def warm_start(plan: Plan, out: Path, seed: int, board: ProgressBoard) -> Job:
-    """Data, tokenizer and model, and the warm-up that all methods start from."""
+    """Create data, tokenizer and model, and run the warm-up from which all methods start."""
     texts = write_plan_data(plan, out, seed)
     build_model(out / "model", texts, seed)
     warmup = warmup_job(plan, out, seed)
-    run_jobs([warmup], 1, board)
+    run_jobs([warmup], 1, JobBars(board))
     return warmup
 
 
 def demo(out: Path, seed: int, quick: bool, board: ProgressBoard) -> None:
+    """Run the whole demo and write report.html and summary.json to `out`."""
     started = time.monotonic()
     plan, env_path = QUICK if quick else FULL, find_environment()
     clear(out)
     warmup = warm_start(plan, out, seed, board)
     jobs = [method_job(method, plan, out, seed, env_path) for method in plan.methods]
-    seconds = run_jobs(jobs, num_cores(), board)
+    run_jobs(jobs, num_cores(), JobBars(board))
     before, *after = evaluate([job.folder / "latest" for job in (warmup, *jobs)], out, env_path, seed, board)
 
     runs = [
-        RunView.read(job.folder, job.title, before=before, after=scores, seconds=seconds[job.folder])
+        RunView.read(job.folder, job.title, before=before, after=scores, seconds=job.seconds)
         for job, scores in zip(jobs, after, strict=True)
     ]
     total = time.monotonic() - started
@@ -393,6 +308,7 @@ def demo(out: Path, seed: int, quick: bool, board: ProgressBoard) -> None:
 
 
 def page(plan: Plan, jobs: Sequence[Job], out: Path, seed: int, quick: bool, seconds: float) -> Page:
+    """Return the text around the figures of the demo's page."""
     return Page(
         title="Learning from reward, in miniature",
         lead=(
@@ -430,13 +346,14 @@ def _titles(plan: Plan) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo from command-line arguments and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m RL2.reproduce.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything it writes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a short warm-up and SPO 3.2 alone")
     options = parser.parse_args(arguments)
 
-    # so small a model gains nothing from a GPU, and without one the figures are the same everywhere
+    # so small a model gains nothing from a GPU, and without one the results are the same everywhere
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -446,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with board.progress:
             demo(options.out, options.seed, options.quick, board)
-    except DemoError as error:
+    except (DemoError, JobError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

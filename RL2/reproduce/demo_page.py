@@ -1,12 +1,11 @@
-"""One self-contained HTML page that compares runs, made from their folders.
+"""Self-contained HTML page that compares runs, made from their folders.
 
-A run folder holds metrics.jsonl (a row per step) and samples.jsonl (some trajectories). Nothing here imports the
-library's training side or touches the network, and neither does the page: it can be mailed, or opened years later.
+A run folder has metrics.jsonl (a row per step) and samples.jsonl (some trajectories). This module does not import the
+training code, and neither it nor the page uses the network, so that the page can be mailed or opened years later.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from RL2.io.jsonl import read_records
 from RL2.tools.eval.intervals import Estimate, accuracy, first_to_last, paired_difference
 from RL2.tools.view.style import COLOURS, DASHES, PLOT_CONFIG, PLOT_LAYOUT
 
@@ -28,17 +28,17 @@ MARKERS = ("circle", "square", "diamond", "x", "triangle-up", "cross")
 
 
 def colour(number: int) -> str:
-    """Of the `number`-th method of a page."""
+    """Return the colour of the `number`-th method of a page."""
     return COLOURS[number % len(COLOURS)]
 
 
 EDGE_STEPS = 10
-"""`first` and `last` values of noisy series are means over so many steps."""
+"""Number of steps over which `first` and `last` values of noisy series are averaged."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one model, one per problem: the most likely answer, and one sampled at temperature 1."""
+    """Scores of one model, one per problem: the greedy answer, and one sampled at temperature 1."""
 
     greedy: list[float]
     sampled: list[float]
@@ -46,34 +46,26 @@ class Scores:
 
 @dataclass(frozen=True)
 class RunView:
-    """What the page shows of one run."""
+    """Data of one run for the page."""
 
     name: str
     title: str
     metrics: list[Row]
     samples: list[Row]
     before: Scores | None = None
-    """Of the model that the run started from."""
+    """Scores of the model from which the run started."""
     after: Scores | None = None
     seconds: float | None = None
-    """Wall time of the run."""
+    """Wall-clock seconds of the run."""
 
     @classmethod
     def read(cls, folder: Path, title: str, **more: Any) -> RunView:
-        metrics, samples = read_rows(folder / "metrics.jsonl"), read_rows(folder / "samples.jsonl")
+        metrics, samples = (list(read_records(folder / name)) for name in ("metrics.jsonl", "samples.jsonl"))
         return cls(name=folder.name, title=title, metrics=metrics, samples=samples, **more)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a .jsonl file; none if it is not there. A last line without its end was torn and is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of `key`, where it is there and finite."""
+    """Return the steps and values of `key` where it is present and finite."""
     points = [(row["step"], row[key]) for row in metrics if isinstance(row.get(key), int | float)]
     points = [(step, float(value)) for step, value in points if math.isfinite(value)]
     return [step for step, _ in points], [value for _, value in points]
@@ -81,7 +73,7 @@ def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], l
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures of one run, as they stand in the table; None where the run did not write what it takes."""
+    """Figures of one run for the table; None where the run lacks the data."""
 
     title: str
     problems: int | None = None
@@ -108,11 +100,12 @@ class Summary:
     test_best: float | None = None
     test_last: float | None = None
     collapsed: bool | None = None
-    """The last test score is below half of the best one of the run."""
+    """Whether the last test score is below half of the best one of the run."""
     seconds: float | None = None
 
 
 def summarise(run: RunView) -> Summary:
+    """Return the figures of one run."""
     figures: dict[str, Any] = {}
 
     def put(name: str, estimate: Estimate) -> None:
@@ -140,12 +133,12 @@ def summarise(run: RunView) -> Summary:
 
 
 def summary_json(runs: Sequence[RunView]) -> dict[str, dict[str, Any]]:
-    """The same figures as on the page, by run name."""
+    """Return the figures of the page by run name."""
     return {run.name: asdict(summarise(run)) for run in runs}
 
 
 def headline(runs: Sequence[RunView]) -> str:
-    """What to know if only one paragraph is read."""
+    """Return a one-paragraph summary."""
     found = [summarise(run) for run in runs]
     sentences = []
     scored = [s for s in found if s.greedy_after is not None]
@@ -170,12 +163,14 @@ def _list(names: Sequence[str]) -> str:
 
 
 class Finding(NamedTuple):
+    """A run's title and a sentence on its results."""
+
     title: str
     text: str
 
 
 def findings(runs: Sequence[RunView]) -> list[Finding]:
-    """A sentence per run on what came out, whatever that is."""
+    """Return one sentence per run on its results."""
     return [Finding(s.title, _finding(s)) for s in map(summarise, runs)]
 
 
@@ -192,7 +187,7 @@ def _finding(s: Summary) -> str:
 
 
 def _move(s: Summary, name: str) -> str:
-    """Which way a figure went, if its interval leaves out that it stayed."""
+    """Return the direction of a change, if its interval excludes no change."""
     low, high = getattr(s, f"{name}_difference_interval")
     if low <= 0 <= high:
         return "did not clearly move"
@@ -203,6 +198,8 @@ _FROM_ZERO = ("test/score", "train/score", "train/entropy")
 
 
 class Chart(NamedTuple):
+    """A chart as HTML, with its title and a note."""
+
     id: str
     title: str
     note: str
@@ -210,7 +207,7 @@ class Chart(NamedTuple):
 
 
 def charts(runs: Sequence[RunView]) -> list[Chart]:
-    """The five pictures; a method has the same colour in all of them."""
+    """Return the five charts; a method has the same colour in all of them."""
 
     def draw(id: str, title: str, note: str, key: str, tick: str, **look: bool) -> Chart:
         figure = go.Figure()
@@ -226,7 +223,7 @@ def charts(runs: Sequence[RunView]) -> list[Chart]:
         draw("train", "Training accuracy", "rollouts of each step", "train/score", ".0%"),
         draw("entropy", "Entropy", "nats per sampled token, estimated from the rollouts", "train/entropy", ".3~f"),
         draw("length", "Response length", "tokens", "train/length", ".3~f"),
-        # methods minimise different things: on one scale the largest would press the others flat
+        # methods minimise different losses: on one scale the largest would flatten the others
         draw("loss", "Loss", "each as a share of its own largest value", "actor/loss", ".3~g", scaled=True),
     ]
 
@@ -234,7 +231,7 @@ def charts(runs: Sequence[RunView]) -> list[Chart]:
 def _traces(
     run: RunView, key: str, number: int, tick: str, *, noisy: bool = True, scaled: bool = False
 ) -> list[go.Scatter]:
-    """One line, or for a noisy series two: faintly what was measured, and over it its running mean."""
+    """Return one line, or for a noisy series two: the values, faint, and their running mean."""
     steps, values = series(run.metrics, key)
     largest = max(map(abs, values), default=1.0) or 1.0
     heights = [value / largest for value in values] if scaled else values
@@ -249,35 +246,41 @@ def _traces(
         mode="lines" if noisy else "lines+markers",
         line={"color": look, "width": 2.5, "dash": DASHES[number % len(DASHES)]},
         marker={"symbol": MARKERS[number % len(MARKERS)], "size": 8},
-        customdata=values,  # what is read out is the value itself, neither smoothed nor scaled
+        customdata=values,  # the hover text shows the value itself, neither smoothed nor scaled
         hovertemplate=f"%{{customdata:{tick}}}",
     )
     return [faint, strong] if noisy else [strong]
 
 
 def smooth(values: Sequence[float], reach: int = 3) -> list[float]:
-    """Mean over the neighbours up to `reach` steps away; fewer at both ends, but always as many on each side."""
+    """Return the mean over neighbours up to `reach` steps away; near the ends fewer, but symmetric."""
     n = len(values)
     reaches = [min(reach, i, n - 1 - i) for i in range(n)]
     return [fmean(values[i - r : i + r + 1]) for i, r in enumerate(reaches)]
 
 
 class Piece(NamedTuple):
+    """A piece of a rendered conversation."""
+
     text: str
     special: bool
-    """A mark of the chat template rather than something said."""
+    """Whether this is a token of the chat template."""
 
 
 class Rollout(NamedTuple):
+    """A rollout to read: the question, the turns after it, and the reward."""
+
     question: list[Piece]
     turns: list[tuple[str, list[Piece]]]
-    """(`response` or `environment`, text) after the question."""
+    """Pairs of speaker (`response` or `environment`) and text after the question."""
     reward: float
     correct: bool
     note: str
 
 
 class Reading(NamedTuple):
+    """Rollouts of one step to read."""
+
     step: int
     rollouts: list[Rollout]
 
@@ -286,18 +289,19 @@ _SPECIAL = re.compile(r"(<\|[^<|>]*\|>)")
 
 
 def pieces(text: str) -> list[Piece]:
+    """Split a text at the tokens of the chat template."""
     parts = _SPECIAL.split(text)
     return [Piece(part, i % 2 == 1) for i, part in enumerate(parts) if part]
 
 
 def readings(run: RunView, *, each: int = 2) -> list[Reading]:
-    """Some correct and some wrong training rollouts of the first and the last step."""
+    """Return some correct and some wrong training rollouts of the first and the last step."""
     rows = [row for row in run.samples if row.get("split") == "train" and row.get("texts")]
     steps = sorted({row["step"] for row in rows})
     found = []
     for step in steps[:1] + steps[1:][-1:]:
         here = [row for row in rows if row["step"] == step]
-        # one of each problem, since samples of a group say much the same
+        # one per problem, since samples of a group are similar
         right = list({row.get("row"): row for row in here if row.get("reward", 0) > 0}.values())
         wrong = list({row.get("row"): row for row in here if not row.get("reward", 0) > 0}.values())
         found.append(Reading(step, [_rollout(row) for row in right[:each] + wrong[:each]]))
@@ -323,19 +327,20 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Page:
-    """The words around the figures."""
+    """Text around the figures."""
 
     title: str
     lead: str = ""
-    """What was run, in a sentence or two."""
+    """Description of what was run, in a sentence or two."""
     settings: dict[str, str] = field(default_factory=dict)
     reproduce: str = ""
-    """The command line that makes this page."""
+    """Command line that creates this page."""
     commands: list[str] = field(default_factory=list)
-    """The command lines that it runs."""
+    """Command lines that the reproduction runs."""
 
 
 def write_report(out_html: Path, runs: Sequence[RunView], page: Page) -> None:
+    """Write the page that compares `runs`."""
     write_page(
         out_html,
         "report.html",
@@ -352,8 +357,8 @@ def write_report(out_html: Path, runs: Sequence[RunView], page: Page) -> None:
 
 
 def write_page(out_html: Path, template: str, **values: Any) -> None:
-    """Render a template of this folder, with plotly's own code in it."""
-    # what a model writes is not to be trusted: everything is escaped but the strings that plotly makes
+    """Render a template of this folder, including plotly's code."""
+    # model output is untrusted: everything is escaped except the strings from plotly
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("RL2.reproduce", "templates"),
         autoescape=True,
@@ -374,7 +379,7 @@ def _percent(x: float | None, digits: int = 1) -> str:
 
 
 def _points(x: float | None) -> str:
-    """A difference of two accuracies, in percentage points, with a sign."""
+    """Format a difference of two accuracies in percentage points, with a sign."""
     return _NONE if x is None else f"{100 * x:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 

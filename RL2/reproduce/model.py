@@ -1,4 +1,4 @@
-"""A language model small enough to be trained in a minute: 245,000 parameters in Qwen3's architecture."""
+"""A language model small enough to train in a minute: 245,000 parameters in Qwen3's architecture."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CHAT_TEMPLATE = """\
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
-# One digit each (numbers are computed with, not memorised), a word with the blank before it, the answer mark, any other
-# character by itself.
+# Tokens never cross these pieces: single digits (the model computes with numbers instead of memorising them), a word
+# with its leading blank, the answer mark, any other character by itself.
 PIECES = r"\p{N}| ?\p{L}+|#+| ?[^\s\p{L}\p{N}]|\s"
 
 
 def build_model(folder: Path, texts: Iterable[str], seed: int) -> None:
-    """Write an untrained model with a tokenizer trained on `texts`, as `save_pretrained` does."""
+    """Write an untrained model and a tokenizer trained on `texts`, as `save_pretrained` does."""
     tokenizer = build_tokenizer(texts)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -35,7 +35,7 @@ def build_model(folder: Path, texts: Iterable[str], seed: int) -> None:
         head_dim=32,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
-        initializer_range=0.08,  # the usual 0.02 is meant for wide models; one of 96 learns far more slowly from it
+        initializer_range=0.08,  # the usual 0.02 suits wide models; one of width 96 learns far more slowly from it
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -50,7 +50,7 @@ def build_model(folder: Path, texts: Iterable[str], seed: int) -> None:
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 512 tokens with the ChatML template: any text can be encoded, and comes back unchanged."""
+    """Return a byte-level BPE tokenizer of 512 tokens with the ChatML template; it encodes any text losslessly."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

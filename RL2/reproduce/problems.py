@@ -1,4 +1,4 @@
-"""Grade-school word problems in the format of GSM8K, and a careless person who solves them.
+"""Grade-school word problems in the format of GSM8K, with solutions by a careless demonstrator.
 
     Ben has 12 apples. He buys 7 more. A friend takes 5. How many apples are left?
 
@@ -6,10 +6,11 @@
     19-5=14
     #### 14
 
-What makes the data worth learning from is how the demonstrator errs. His mistakes hang on the wording: he reads "He
-buys 7 more" right and "A friend adds 7" mostly wrong, and forgets the answer format after some questions more than
-after others. A model that imitates him knows the right habit as a minority habit, so a reward has something to promote.
-Correct demonstrations would leave only slips in arithmetic, and those take more practice, not reward.
+The errors of the demonstrator make the data useful for learning from reward. His mistakes depend on the wording: he
+usually reads "He buys 7 more" correctly and "A friend adds 7" incorrectly, and forgets the answer format more often
+after some questions than after others. A model that imitates him knows the right behaviour as a minority behaviour,
+which a reward can promote. Correct demonstrations would leave only errors in arithmetic, which need more practice, not
+reward.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from random import Random
 from typing import Any, NamedTuple
 
 LARGEST = 30
-"""No number in a problem or in a right solution is larger."""
+"""Largest number in a problem or in a right solution."""
 
 HELD_OUT = 10
-"""One calculation in so many is kept for the test."""
+"""Denominator of the share of calculations that is reserved for the test."""
 
 NAMES = {
     "He": "Tom Ben Sam Jack Noah Max Leo Adam Omar Luke",
@@ -41,9 +42,11 @@ OPENINGS = ("{name} has {x} {objects}.", "{name} starts with {x} {objects}.", "{
 
 
 class Phrase(NamedTuple):
+    """A sentence of a problem."""
+
     text: str
     trap: float
-    """How often the demonstrator goes wrong at it."""
+    """Probability that the demonstrator misreads the phrase."""
 
 
 EVENTS = {
@@ -74,23 +77,27 @@ QUESTIONS = (
 
 
 class Step(NamedTuple):
+    """One step of a calculation."""
+
     operation: str
     x: int
     trap: float
-    """How often its operation is misread."""
+    """Probability that the operation is misread."""
 
 
 @dataclass(frozen=True)
 class Problem:
+    """A word problem with its calculation."""
+
     question: str
     start: int
     steps: tuple[Step, ...]
     format_trap: float
-    """How often the answer format is forgotten."""
+    """Probability that the answer format is forgotten."""
 
     @property
     def values(self) -> list[int]:
-        """The number at the start and after each step."""
+        """Number at the start and after each step."""
         values = [self.start]
         for step in self.steps:
             values.append(compute(values[-1], step.operation, step.x))
@@ -106,23 +113,24 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """Decided by the calculation alone, so that no other wording of a test problem is ever trained on."""
+        """Whether the problem is for the test; depends only on the calculation, so no rewording of it is trained on."""
         digest = hashlib.blake2b(self.calculation.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") % HELD_OUT == 0
 
 
 def compute(a: int, operation: str, b: int) -> int:
+    """Return the result of `a operation b`."""
     return {"+": a + b, "-": a - b, "*": a * b}[operation]
 
 
 @dataclass(frozen=True)
 class Demonstrator:
-    """Someone who writes solutions."""
+    """Simulated person who writes solutions."""
 
     traps: float = 1.0
-    """Scales how often a phrase traps him; 0: never."""
+    """Factor on the probability of misreading a phrase; 0 disables it."""
     slip: float = 0.02
-    """Chance of a wrong result in one line."""
+    """Probability of a wrong result in one line."""
 
     def solve(self, problem: Problem, rng: Random) -> str:
         lines, value = [], problem.start
@@ -140,13 +148,13 @@ class Demonstrator:
 
 
 def misread(value: int, operation: str, x: int) -> str:
-    """The operation he sees instead, unless its result would be too odd to believe."""
+    """Return the operation that is read by mistake, unless its result would be implausible."""
     seen = {"+": "-", "-": "+", "*": "+"}[operation]
     return seen if 0 <= compute(value, seen, x) <= LARGEST else operation
 
 
 def draw_problem(rng: Random, counts: Sequence[int] = (1, 2, 3), weights: Sequence[float] = (0.3, 0.4, 0.3)) -> Problem:
-    """A problem of so many steps as `counts` says, each number as often as `weights` says."""
+    """Draw a problem; its number of steps is one of `counts`, with probabilities `weights`."""
     count = rng.choices(counts, weights)[0]
     start, steps = _draw_calculation(rng, count)
     name, pronoun = rng.choice(PEOPLE)
@@ -169,7 +177,7 @@ def draw_problem(rng: Random, counts: Sequence[int] = (1, 2, 3), weights: Sequen
 
 
 def _draw_calculation(rng: Random, count: int) -> tuple[int, list[tuple[str, int]]]:
-    """A start and `count` steps whose every result lies between 1 and `LARGEST`."""
+    """Draw a start and `count` steps with all results between 1 and `LARGEST`."""
     while True:
         start = value = rng.randint(3, LARGEST * 2 // 3)
         steps: list[tuple[str, int]] = []
@@ -177,7 +185,7 @@ def _draw_calculation(rng: Random, count: int) -> tuple[int, list[tuple[str, int
             operation = rng.choices("+-*", (4, 4, 1.5))[0]
             largest = {"+": LARGEST - value, "-": value - 1, "*": min(5, LARGEST // value)}[operation]
             if largest < 2:
-                break  # nothing fits here: begin anew, since another draw of the same step would favour small numbers
+                break  # nothing fits: start again, since redrawing only this step would favour small numbers
             x = rng.randint(2, largest)
             steps.append((operation, x))
             value = compute(value, operation, x)
@@ -188,6 +196,7 @@ def _draw_calculation(rng: Random, count: int) -> tuple[int, list[tuple[str, int
 def draw_problems(
     rng: Random, count: int, *, held_out: bool, draw: Callable[[Random], Problem] = draw_problem
 ) -> list[Problem]:
+    """Draw `count` problems, all held out for the test or none."""
     problems: list[Problem] = []
     while len(problems) < count:
         problem = draw(rng)
@@ -201,10 +210,10 @@ def write_data(
 ) -> list[str]:
     """Write warmup.jsonl (demonstrations), train.jsonl and test.jsonl (questions and answers).
 
-    Returns the texts of the warm-up, for the tokenizer.
+    Return the texts of the warm-up, for the tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # a generator of its own for each file: changing the size of one leaves the others as they are
+    # one generator per file, so that the size of one does not change the others
     warmup = draw_problems(Random(f"{seed} warm-up"), warmup_rows, held_out=False)
     train = draw_problems(Random(f"{seed} train"), train_rows, held_out=False)
     test = draw_problems(Random(f"{seed} test"), test_rows, held_out=True)
@@ -216,7 +225,7 @@ def write_data(
 
 
 def write_demonstrations(file: Path, problems: Sequence[Problem], rng: Random) -> list[tuple[str, str]]:
-    """A careless solution of each problem; returns the questions with them."""
+    """Write a careless solution of each problem; return pairs of question and solution."""
     demonstrator = Demonstrator()
     pairs = [(problem.question, demonstrator.solve(problem, rng)) for problem in problems]
     write_rows(file, ({"messages": [_user(q), {"role": "assistant", "content": a}]} for q, a in pairs))
@@ -232,5 +241,6 @@ def _user(question: str) -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

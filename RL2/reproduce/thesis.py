@@ -1,7 +1,7 @@
-"""The thesis again, at a laptop's scale: every method, several seeds, one page that says which claims hold here.
+"""Reproduction of the thesis at a laptop's scale: every method under several seeds, and a page with verdicts.
 
-Each seed has data, a model and a warm-up of its own; all methods of a seed start from its warm-up. What is done is
-kept: given again, the command goes on where it was.
+Each seed has its own data, model and warm-up; all methods of a seed start from its warm-up. Finished runs are reused
+when the command is repeated.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 
+from RL2.io.report import read_metrics
 from RL2.reproduce import claims
 from RL2.reproduce.claims import Claim, SeedRun
 from RL2.reproduce.demo import (
@@ -31,7 +32,7 @@ from RL2.reproduce.demo import (
     SEQUENCES_PER_STEP,
     WARMUP,
     WARMUP_BATCH,
-    Job,
+    JobBars,
     Method,
     Plan,
     ProgressBoard,
@@ -40,20 +41,19 @@ from RL2.reproduce.demo import (
     find_environment,
     method_job,
     num_cores,
-    run_jobs,
     warmup_job,
     write_plan_data,
 )
-from RL2.reproduce.demo_page import read_rows
 from RL2.reproduce.model import build_model
 from RL2.reproduce.problems import draw_problems, write_demonstrations
 from RL2.reproduce.thesis_page import Curve, Part, Row, ThesisPage, write_thesis
 from RL2.tools.eval import evaluate
 from RL2.tools.eval.compare import compare
+from RL2.tools.jobs import Job, run_jobs
 
 SAMPLES = 8
 
-# Each method at a learning rate that suits it, as in the demo; methods of one section share it.
+# Learning rates suit each method, as in the demo; methods of one section share one.
 DR_GRPO = Method("dr_grpo", "Dr. GRPO", "ppo", 4, ("actor.lr=1e-4",))
 SPO_31 = Method("spo_3_1", "SPO 3.1", "spo", 1, ("actor.lr=5e-5",))
 SPO_32 = Method("spo_3_2", "SPO 3.2", "spo", 1, ("actor.average_over=kept", "actor.lr=1e-4", "actor.scheduler=linear"))
@@ -73,7 +73,7 @@ POSITIVE_CE = Method("positive_ce", "positive CE", "spo", 1, (*SPO_32.settings, 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the thesis: what it tries, beside Dr. GRPO."""
+    """A section of the thesis and the methods it compares with Dr. GRPO."""
 
     number: str
     title: str
@@ -112,7 +112,7 @@ METHODS: tuple[Method, ...] = (DR_GRPO, *(method for section in SECTIONS for met
 
 @dataclass(frozen=True)
 class Pilot:
-    """A way to train from scratch on demonstrations (section 4.4), all on the same tokens."""
+    """A way to train from scratch on demonstrations (section 4.4); all use the same tokens."""
 
     name: str
     title: str
@@ -140,9 +140,9 @@ PUBLISHED = (
 
 
 def reproduce(out: Path, num_seeds: int, board: ProgressBoard, plan: Plan = FULL) -> list[Claim]:
-    """Train, test and judge everything into OUT/thesis.html and OUT/thesis.json; returns the claims as judged.
+    """Train, test and judge everything; write OUT/thesis.html and OUT/thesis.json, and return the judged claims.
 
-    Raises DemoError where a run fails; what has ended by then need not run again.
+    Raise JobError if a run fails; finished runs are reused next time.
     """
     transformers.utils.logging.disable_progress_bar()
     env_path = find_environment()
@@ -164,7 +164,7 @@ def reproduce(out: Path, num_seeds: int, board: ProgressBoard, plan: Plan = FULL
         "seeds": num_seeds,
         "claims": [claim._asdict() for claim in found],
         "questions": [claim._asdict() for claim in asked],
-        "methods": {name: of.summaries for name, of in judged.items()},
+        "methods": {name: method.summaries for name, method in judged.items()},
     }
     (out / "thesis.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     commands = [job.shown for job in (*pilots, *jobs) if job.folder.parent == homes[0]]
@@ -174,7 +174,7 @@ def reproduce(out: Path, num_seeds: int, board: ProgressBoard, plan: Plan = FULL
 
 
 def prepare(home: Path, seed: int, plan: Plan) -> None:
-    """Data, tokenizer and untrained model of a seed, once."""
+    """Create data, tokenizer and untrained model of a seed, unless they exist."""
     if (home / "model").is_dir():
         return
     texts = write_plan_data(plan, home, seed)
@@ -185,9 +185,10 @@ def prepare(home: Path, seed: int, plan: Plan) -> None:
 
 
 def pilot_job(pilot: Pilot, plan: Plan, home: Path, seed: int) -> Job:
+    """Return the job that trains from scratch with the settings of `pilot`."""
     tests = f"data.test_path={home}/data/held_out.jsonl", f"trainer.test_freq={max(1, plan.warmup_steps // 10)}"
     own = pilot.settings
-    if own:  # untrained ranks are random, so the rank objective looks at the whole vocabulary
+    if own:  # untrained ranks are random, so the rank objective must consider the whole vocabulary
         vocabulary = json.loads((home / "model" / "config.json").read_text())["vocab_size"]
         own = (*own, f"actor.objective_args.rank_cap={vocabulary}")
     job = warmup_job(plan, home, seed, name=pilot.name, settings=(*own, *tests), threads=1)
@@ -199,28 +200,29 @@ def _titled(job: Job, seed: int) -> Job:
 
 
 def run_missing(jobs: Sequence[Job], board: ProgressBoard) -> None:
+    """Run the jobs that are not done."""
     missing = [job for job in jobs if not job.is_done]
     if len(missing) < len(jobs):
-        board.say(f"{len(jobs) - len(missing)} of {len(jobs)} runs were done before")
+        board.say(f"{len(jobs) - len(missing)} of {len(jobs)} runs are already done")
     for job in missing:
-        shutil.rmtree(job.folder, ignore_errors=True)  # what an interruption left
-    run_jobs(missing, num_cores(), board)
+        shutil.rmtree(job.folder, ignore_errors=True)  # remains of an interruption
+    run_jobs(missing, num_cores(), JobBars(board))
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A method, under every seed."""
+    """Results of a method under every seed."""
 
     runs: list[SeedRun]
     summaries: list[dict[str, Any]]
-    """What `rl2 eval` says of the model that each ended with."""
+    """Summaries of `rl2 eval` for the model at the end of each run."""
 
 
 def judge(homes: Sequence[Path], env_path: Path, board: ProgressBoard) -> dict[str, Judged]:
-    """All models on the held-out problems of their seed, as many at a time as there are cores."""
-    names = [of.name for of in ALL]
+    """Evaluate all models on the held-out problems of their seed, one per core at a time."""
+    names = [each.name for each in ALL]
     models = [(seed, name) for seed in range(len(homes)) for name in names]
-    questions = {
+    exams = {
         (seed, name): exam(
             homes[seed] / name / "latest",
             homes[seed] / "data",
@@ -237,15 +239,15 @@ def judge(homes: Sequence[Path], env_path: Path, board: ProgressBoard) -> dict[s
     with ProcessPoolExecutor(
         num_cores(), mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        asked = {pool.submit(greedy_scores, question): model for model, question in questions.items()}
-        for answer in as_completed(asked):
-            found[asked[answer]] = answer.result()
+        pending = {pool.submit(greedy_scores, config): model for model, config in exams.items()}
+        for answer in as_completed(pending):
+            found[pending[answer]] = answer.result()
             board.move(task, len(found))
     board.end(task, title, len(models), time.monotonic() - started)
     return {
         name: Judged(
             [
-                SeedRun(read_rows(home / name / "metrics.jsonl"), found[seed, WARMUP][0], found[seed, name][0])
+                SeedRun(read_metrics(home / name), found[seed, WARMUP][0], found[seed, name][0])
                 for seed, home in enumerate(homes)
             ],
             [found[seed, name][1] for seed in range(len(homes))],
@@ -254,17 +256,18 @@ def judge(homes: Sequence[Path], env_path: Path, board: ProgressBoard) -> dict[s
     }
 
 
-def greedy_scores(question: evaluate.EvalConfig) -> tuple[dict[str, float], dict[str, Any]]:
-    records, summary = examine(question)
+def greedy_scores(config: evaluate.EvalConfig) -> tuple[dict[str, float], dict[str, Any]]:
+    """Evaluate a model; return problem -> greedy score, and the summary."""
+    records, summary = examine(config)
     return evaluate.scores(records, "greedy"), summary
 
 
-def _runs(judged: dict[str, Judged], of: Method | Pilot) -> list[SeedRun]:
-    return judged[of.name].runs
+def _runs(judged: dict[str, Judged], method: Method | Pilot) -> list[SeedRun]:
+    return judged[method.name].runs
 
 
 def the_claims(judged: dict[str, Judged]) -> Iterator[Claim]:
-    """What the thesis says of its methods."""
+    """Yield the claims of the thesis about its methods."""
     runs = partial(_runs, judged)
     for number, method in (("3.1", SPO_31), ("3.2", SPO_32)):
         yield claims.rise_together(number, method.title, runs(method))
@@ -275,7 +278,7 @@ def the_claims(judged: dict[str, Judged]) -> Iterator[Claim]:
 
 
 def the_questions(judged: dict[str, Judged]) -> Iterator[Claim]:
-    """What these runs can be asked about the later sections, in the form of claims."""
+    """Yield questions about the later sections, in the form of claims."""
     runs = partial(_runs, judged)
     for method, without in ((SPO_31_PENALTY, SPO_31), (SPO_33_PENALTY, SPO_33)):
         yield claims.lowers_entropy("4.2", method.title, runs(method), runs(without))
@@ -294,18 +297,20 @@ def page(
     commands: list[str],
     seconds: float,
 ) -> ThesisPage:
-    def curve(of: Method | Pilot) -> Curve:
-        return Curve(of.name, of.title, [run.metrics for run in _runs(judged, of)])
+    """Return the content of the thesis's page."""
 
-    def row(of: Method | Pilot, number: str, baseline: Method | Pilot) -> Row:
+    def curve(method: Method | Pilot) -> Curve:
+        return Curve(method.name, method.title, [run.metrics for run in _runs(judged, method)])
+
+    def row(method: Method | Pilot, number: str, baseline: Method | Pilot) -> Row:
         against = None
-        if of is not baseline:
-            first, second = _runs(judged, baseline), _runs(judged, of)
+        if method is not baseline:
+            first, second = _runs(judged, baseline), _runs(judged, method)
             against = compare([run.after for run in first], [run.after for run in second])
-        summaries = judged[of.name].summaries
+        summaries = judged[method.name].summaries
         return Row(
             number,
-            of.title,
+            method.title,
             [summary["greedy"]["value"] for summary in summaries],
             [summary["mean"]["value"] for summary in summaries],
             [summary[f"pass@{SAMPLES}"]["value"] for summary in summaries],
@@ -374,27 +379,27 @@ RESPONSES_AT_ONCE = 512
 
 
 def gpu_commands(num_seeds: int, nproc: int) -> Iterator[str]:
-    """The thesis on Qwen3-4B, a command a line, for a node of `nproc` GPUs: train, judge, compare."""
+    """Yield shell commands that repeat the thesis on Qwen3-4B with `nproc` GPUs: train, evaluate, compare."""
     launcher = ["torchrun", f"--nproc_per_node={nproc}", "-m"]
     folders: dict[str, list[str]] = {}
     for seed in range(num_seeds):
-        for of in ALL:
-            name = "pilot_ce" if of.name == WARMUP else of.name
+        for method in ALL:
+            name = "pilot_ce" if method.name == WARMUP else method.name
             folder = f"ckpts/thesis/{name}-{seed}"
-            # learning rates and schedules of the tiny model do not carry over; those of the programs do for this one
-            own = [s for s in of.settings if not s.startswith(("actor.lr=", "actor.scheduler="))]
-            if isinstance(of, Method):
-                number = of.responses_per_prompt
+            # learning rates and schedules of the tiny model do not transfer; the programs' defaults suit this one
+            own = [s for s in method.settings if not s.startswith(("actor.lr=", "actor.scheduler="))]
+            if isinstance(method, Method):
+                number = method.responses_per_prompt
                 data = [f"train_data.prompts_per_rollout={RESPONSES_AT_ONCE // number}"]
                 own = [*GPU_COMMON, *data, f"train_data.responses_per_prompt={number}", *own]
                 folders.setdefault(name, []).append(folder)
             else:
                 own = [*GPU_PILOT, *own]
-            program = f"RL2.trainer.{of.program if isinstance(of, Method) else 'sft'}"
+            program = f"RL2.trainer.{method.program if isinstance(method, Method) else 'sft'}"
             trainer = [f"trainer.experiment_name={name}-{seed}", f"trainer.save_dir={folder}", f"trainer.seed={seed}"]
             yield shlex.join([*launcher, program, *own, *trainer])
-    for folder in (folder for of in folders.values() for folder in of):
+    for folder in (folder for paths in folders.values() for folder in paths):
         ask = [f"model={folder}/latest", "data=test@openai/gsm8k:main", "env=envs/gsm8k.py", f"samples={SAMPLES}"]
         yield shlex.join(["rl2", "eval", *ask, "max_new_tokens=8192", f"out={folder}/evals"])
-    found = {name: ",".join(f"$(echo {folder}/evals/*)" for folder in of) for name, of in folders.items()}
-    yield " ".join(["rl2 compare", *(f"{name}={of}" for name, of in found.items())])
+    evals = {name: ",".join(f"$(echo {path}/evals/*)" for path in paths) for name, paths in folders.items()}
+    yield " ".join(["rl2 compare", *(f"{name}={paths}" for name, paths in evals.items())])

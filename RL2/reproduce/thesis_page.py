@@ -1,4 +1,4 @@
-"""The page of `rl2 reproduce thesis`: claims first, then the figures in the order of the thesis."""
+"""Page of `rl2 reproduce thesis`: claims first, then the figures in the order of the thesis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from RL2.tools.view.style import DASHES, PLOT_CONFIG, PLOT_LAYOUT
 
 @dataclass(frozen=True)
 class Curve:
-    """A method in the pictures: the rows of metrics.jsonl of each of its runs."""
+    """Curve of a method: the rows of metrics.jsonl of each of its runs."""
 
     name: str
     title: str
@@ -28,18 +28,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Row:
-    """A method in the table; a figure for each seed."""
+    """Row of a method in the table, with one figure per seed."""
 
     section: str
     title: str
     greedy: list[float]
     mean: list[float]
-    """Of the samples."""
+    """Mean accuracy of the samples, per seed."""
     pass_at: list[float]
     length: float
-    """Of greedy responses, in tokens."""
+    """Mean length of greedy responses in tokens."""
     against: Comparison | None
-    """With the baseline; None for the baseline itself."""
+    """Comparison with the baseline; None for the baseline itself."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,18 @@ class Part:
 
 @dataclass(frozen=True)
 class ThesisPage:
+    """Content of the page."""
+
     claims: list[Claim]
     questions: list[Claim]
-    """About the later sections, of which the thesis claims nothing so plain."""
+    """Questions about later sections, about which the thesis makes no such simple claims."""
     rows: list[Row]
     baseline: str
     parts: list[Part]
     pilots: list[Curve]
     pilot_rows: list[Row]
     published: list[tuple[str, float, float]]
-    """Title, greedy accuracy, pass@k."""
+    """Title, greedy accuracy and pass@k as published."""
     published_problems: int
     samples: int
     settings: dict[str, str]
@@ -72,6 +74,7 @@ class ThesisPage:
 
 
 def write_thesis(out_html: Path, page: ThesisPage) -> None:
+    """Write the page to `out_html`."""
     n = page.published_problems
     write_page(
         out_html,
@@ -92,7 +95,7 @@ def _of(share: float, number: int) -> Any:
 
 
 def charts(part: Part) -> list[Chart]:
-    """The five pictures of a section, in the order of the thesis; a method's colour goes by its place in it."""
+    """Return the five charts of a section in the order of the thesis; colours follow the order of methods."""
     everything = list(enumerate(part.curves))
     wanted = (
         ("test", "Test accuracy", "held-out problems, greedy", "test/score", ".0%", everything),
@@ -108,6 +111,7 @@ def charts(part: Part) -> list[Chart]:
 
 
 def pilot_charts(pilots: Sequence[Curve]) -> list[Chart]:
+    """Return the charts of the pilots of section 4.4."""
     nll = "negative log-likelihood of held-out tokens, in nats"
     return [_chart("pilot-nll", "Held-out loss", nll, "test/nll", ".3~f", list(enumerate(pilots)))]
 
@@ -124,14 +128,14 @@ def _chart(id: str, title: str, note: str, key: str, tick: str, curves: Sequence
 
 
 def _traces(curve: Curve, key: str, number: int, tick: str) -> list[go.Scatter]:
-    """The mean over seeds, and a band from the lowest to the highest; noisy series are smoothed first."""
+    """Return the mean over seeds, and a band from the lowest to the highest; noisy series are smoothed."""
     found = [series(run, key) for run in curve.runs]
     is_noisy = not key.startswith("test/")
     by_step: dict[int, list[float]] = {}
     for steps, values in found:
         for step, value in zip(steps, smooth(values) if is_noisy else values, strict=True):
             by_step.setdefault(step, []).append(value)
-    # where a run has nothing to say at a step, a mean over the others would jump
+    # only steps that all runs have: a mean over fewer would jump
     whole = {step: values for step, values in sorted(by_step.items()) if len(values) == len(curve.runs)}
     steps, line = list(whole), [fmean(values) for values in whole.values()]
     band = [min(values) for values in whole.values()], [max(values) for values in whole.values()]

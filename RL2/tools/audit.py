@@ -1,11 +1,11 @@
-"""Does an environment's reward say what it should? Right answers must earn 1, and what only looks like one nothing.
+"""Audit of an environment's reward: right answers must earn 1, and responses that only look right must earn nothing.
 
-For one-turn environments whose rows carry the right answer as a string or number. Responses are made from a response
-that is known to be right (a demonstration in the data, or a template around the answer): every audit needs one that
-earns the reward, and every other is that one with a fault in it.
+For one-turn environments whose rows contain the right answer as a string or number. Responses are derived from one that
+is known to be right (a demonstration in the data, or a template around the answer): an audit needs one that earns the
+reward, and adds a fault to it.
 
-Of a reward in parts, those are audited that are about correctness, each as a reward of its own: they pay the right
-answer more than other answers in the same form. A format or a length pays them alike, and is no hole.
+If a reward has parts, the parts about correctness are audited, each as its own reward: they pay the right answer more
+than other answers in the same form. Parts such as a format or a length pay both alike, which is not a fault.
 """
 
 from __future__ import annotations
@@ -31,66 +31,70 @@ from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.step_result import Unscored
 
 TEMPLATES = ("#### {answer}", "<answer>{answer}</answer>", "\\boxed{{{answer}}}", "The answer is {answer}.", "{answer}")
-"""Tried in this order where the data have no demonstrations."""
+"""Forms of an answer that are tried in this order when the data have no demonstrations."""
 OTHERS = 3
-"""Answers of other problems that each problem is offered."""
+"""Number of other problems' answers that are tried on each problem."""
 NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 UNSCORED = "unscored: "
 COMPARED = 16
-"""Rows on which parts of a reward are compared."""
+"""Number of rows on which parts of a reward are compared."""
 TELLING = 3 / 4
-"""Share of other answers that a part about correctness pays less than the right one; a length does so with half."""
+"""Share of other answers that a part about correctness pays less than the right one; a length does so for half."""
 OTHER = "another problem's answer"
 COPIED = "the data's own prompt gives the answer"
 DIGITS = str.maketrans("0123456789", "".join(chr(0x0660 + d) for d in range(10)))
-"""Arabic-Indic digits: `str.isdigit` and `int` take them for digits, a grader of ASCII text should not."""
+"""Translation to Arabic-Indic digits: `str.isdigit` and `int` accept them, a grader of ASCII text must not."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A response, and whether it ought to earn a reward."""
+    """A response and whether it should earn a reward."""
 
     kind: str
     response: str
     is_right: bool
     in_prompt: str = ""
-    """Stands at the end of the prompt."""
+    """Text appended to the prompt."""
 
 
 @dataclass(frozen=True)
 class Finding:
+    """A response for which the reward is wrong."""
+
     row: int
     kind: str
     answer: str
     response: str
-    said: str
-    """What the environment made of it."""
+    verdict: str
+    """Value or error that the environment returned."""
     part: str = ""
-    """Part of the reward that is wrong; empty where the reward is a number, or where there is none."""
+    """Part of the reward that is wrong; empty if the reward is a number or missing."""
 
 
 Values = dict[str, float]
-"""Part of the reward -> its value; a reward that is a number is the part WHOLE."""
+"""Part of the reward -> its value; a reward that is a number has the single part WHOLE."""
 WHOLE = ""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """What right and wrong answers earn of a part."""
+    """Values of a part for right and for wrong answers."""
 
     right: float
     wrong: float
-    """The most that a wrong answer may earn."""
+    """Largest value that a wrong answer may earn."""
 
 
 @dataclass(frozen=True)
 class Audit:
+    """Result of an audit."""
+
     rows: int
     tried: dict[str, int]
-    """Kind -> number of responses."""
+    """Kind of response -> number tried."""
     findings: list[Finding]
     notes: list[str]
-    """What there is to say of a reward in parts."""
+    """Remarks about a reward with parts."""
 
 
 def audit(
@@ -103,8 +107,8 @@ def audit(
 ) -> Audit:
     """Try the environment on the first `limit` rows of `data`; `extra_info[key]` is the right answer.
 
-    `parts` of the reward are audited where it has parts; without them those that tell right answers from others.
-    Raises UserError where no response is known that earns a reward, for then nothing can be said.
+    `parts` names the parts of the reward to audit; by default those that distinguish right answers from others. Raise
+    UserError if no response is known that earns a reward, since then nothing can be audited.
     """
     environment = load_environment(env, timeout_s)
     rows = load_converted(data, environment.example)[:limit]
@@ -146,8 +150,8 @@ async def _audit(environment: Environment, data: str, problems: list[Problem], k
         for case in cases(template, answer, others[n - 1], problem.demonstration, problem.prompt):
             tried[case.kind] = tried.get(case.kind, 0) + 1
             values = await _values(environment, problem.prompt + case.in_prompt, case.response, problem.info)
-            for part, said in _wrong(values, norms, is_right=case.is_right).items():
-                findings.append(Finding(n, case.kind, answer, case.response, said, part))
+            for part, verdict in _wrong(values, norms, is_right=case.is_right).items():
+                findings.append(Finding(n, case.kind, answer, case.response, verdict, part))
             if case.kind == OTHER and isinstance(values, dict):
                 most = max(most, sum(values.values()))
     if most > 0 and WHOLE not in norms:
@@ -173,9 +177,9 @@ async def _norms(
     others: list[list[str]],
     parts: Sequence[str],
 ) -> tuple[str, dict[str, Norm], list[str]]:
-    """Return the first template whose right answers earn the reward, what is earned by part, and what to say of parts.
+    """Return the first template whose right answers earn the reward, the values by part, and remarks about parts.
 
-    Raises UserError if there is none.
+    Raise UserError if there is no such template.
     """
     seen: list[str] = []
     for template in TEMPLATES:
@@ -196,23 +200,23 @@ async def _norms(
             notes = [f"audited for correctness: {', '.join(chosen)}"]
             if left := [part for part in first if part not in chosen]:
                 why = "other parts were named" if parts else "pays right answers no more than others"
-                notes.append(f"not audited: {', '.join(left)} ({why}; --part names what is about correctness)")
+                notes.append(f"not audited: {', '.join(left)} ({why}; name those about correctness with --part)")
             return template, {part: _norm(compared, part) for part in chosen}, notes
     raise UserError(_nothing_earned(environment, data, answers[0], seen, parts))
 
 
 def _nothing_earned(environment: Environment, data: str, answer: str, seen: Sequence[str], parts: Sequence[str]) -> str:
-    """Return the message where no template earns the reward; `seen` are the parts that the reward had."""
+    """Return the error message for a reward that no template earns; `seen` lists the parts that it had."""
     forms = f"any of these forms: {'; '.join(template.format(answer=answer) for template in TEMPLATES)}"
     named = ", ".join(part for part in seen if part != WHOLE)
     if parts:
         has = f"its parts are {named}" if named else "its reward has no parts"
-        of = ", ".join(parts)
-        return f"{environment.path} gives {data}, row 1, nothing of {of} for its own answer in {forms}; {has}"
+        wanted = ", ".join(parts)
+        return f"{environment.path} gives {data}, row 1, nothing of {wanted} for its own answer in {forms}; {has}"
     if named:
         return (
             f"{environment.path}: no part of its reward ({named}) pays right answers more than others in {forms}; "
-            "--part NAME says which is about correctness"
+            "name the one about correctness with --part NAME"
         )
     return f"{environment.path} gives {data}, row 1, no reward for its own answer {answer!r} in {forms}"
 
@@ -220,25 +224,25 @@ def _nothing_earned(environment: Environment, data: str, answer: str, seen: Sequ
 async def _comparison(
     environment: Environment, template: str, problems: list[Problem], answers: list[str], others: list[list[str]]
 ) -> list[list[Values]]:
-    """Return, for each of the first rows, what the right answer earns, others in the same form, and no answer, last."""
+    """Return the values of the right answer, of others in the same form, and of no answer (last), by row."""
     compared = []
     for problem, answer, other in list(zip(problems, answers, others, strict=True))[:COMPARED]:
-        texts = [template.format(answer=text) for text in (answer, *(other or _made_up(answer)))]
+        texts = [template.format(answer=text) for text in (answer, *(other or _wrong_answers(answer)))]
         earned = [await _values(environment, problem.prompt, text, problem.info) for text in (*texts, "")]
         compared.append([values if isinstance(values, dict) else {} for values in earned])
     return compared
 
 
 def _tells(compared: list[list[Values]], part: str) -> bool:
-    """Return whether a part pays the right answer, the first of each row, more than most others; the last is none."""
+    """Return whether a part pays the right answer, first in each row, more than most others; the last has no answer."""
     pairs = [(row[0].get(part, 0.0), other.get(part, 0.0)) for row in compared for other in row[1:-1]]
     return sum(right > other for right, other in pairs) > TELLING * len(pairs)
 
 
 def _norm(compared: list[list[Values]], part: str) -> Norm:
-    """Return what a part pays as a rule. A wrong answer may earn what most of them do.
+    """Return the usual values of a part. A wrong answer may earn what most wrong answers do.
 
-    Where these pay a penalty it may also earn what no answer does, but nothing above 0.
+    If that is a penalty, it may also earn what no answer earns, but nothing above 0.
     """
     right = mode(row[0].get(part, 0.0) for row in compared)
     usual = mode(other.get(part, 0.0) for row in compared for other in row[1:-1])
@@ -247,7 +251,7 @@ def _norm(compared: list[list[Values]], part: str) -> Norm:
 
 
 def _wrong(values: Values | str, norms: dict[str, Norm], *, is_right: bool) -> dict[str, str]:
-    """Return part -> what the environment said, for each part that it is wrong about."""
+    """Return part -> value or error, for each part whose value is wrong."""
     if isinstance(values, str):
         return {WHOLE: values}
     found = {}
@@ -261,13 +265,13 @@ def _wrong(values: Values | str, norms: dict[str, Norm], *, is_right: bool) -> d
 
 
 def _others(answers: list[str], n: int) -> list[str]:
-    """Return the right answers of some other problems that are wrong for problem `n`."""
+    """Return right answers of some other problems that are wrong for problem `n`."""
     found = [other for other in answers[n + 1 :] + answers[:n] if not _same(other, answers[n])]
     return list(dict.fromkeys(found))[:OTHERS]
 
 
-def _made_up(answer: str) -> list[str]:
-    """Return wrong answers where all problems have the same: a length pays one of them as much as the right one."""
+def _wrong_answers(answer: str) -> list[str]:
+    """Return wrong answers for data in which all problems have the same; a length pays one like the right one."""
     return [f"{answer[:-1]}{'2' if answer[-1:] == '1' else '1'}", f"{answer}1"]
 
 
@@ -324,7 +328,7 @@ def _prompt(row: dict[str, Any]) -> str:
 
 
 async def _values(environment: Environment, prompt: str, response: str, info: dict[str, Any]) -> Values | str:
-    """Return what the response earns, by part, or why there is no reward."""
+    """Return the values of the response by part, or the reason why there is no reward."""
     try:
         result = await environment.step(prompt, response, dict(info))
     except Unscored as error:
@@ -337,7 +341,7 @@ def _shown(values: Values) -> str:
 
 
 def table(found: Audit) -> Table:
-    """Return a table of what was tried, what came of it, and an example of each kind that went wrong."""
+    """Return a table of the responses tried, the numbers that were wrong, and an example of each."""
     shown = Table(title=f"{sum(found.tried.values())} responses to {found.rows} problems", title_justify="left")
     for heading in ("response", "tried", "wrong", "for example"):
         shown.add_column(heading, justify="right" if heading in ("tried", "wrong") else "left")
@@ -348,8 +352,9 @@ def table(found: Audit) -> Table:
                 by_part.setdefault(finding.part, []).append(finding)
         if not by_part:
             shown.add_row(kind, str(number), "0", "")
-        for part, of in by_part.items():
-            first, said = of[0], f"{part} {of[0].said}".strip()
-            example = f"row {first.row}, answer {first.answer}: {first.response!r:.60} got {said}"
-            shown.add_row(kind, str(number), f"[bold red]{len(of)}[/]", in_table(example))
+        for part, findings in by_part.items():
+            first = findings[0]
+            verdict = f"{part} {first.verdict}".strip()
+            example = f"row {first.row}, answer {first.answer}: {first.response!r:.60} got {verdict}"
+            shown.add_row(kind, str(number), f"[bold red]{len(findings)}[/]", in_table(example))
     return shown

@@ -1,8 +1,8 @@
-"""How far a judge agrees with itself: when it is asked again, and when two responses change places.
+"""Audit of a judge: its agreement with itself when asked again, and when two responses are swapped.
 
-For scripts that judge by a model, as envs/judge.py does: `async def marks(question, response, answer, repeat)` gives
-marks between 0 and 1 by the name of their criterion, `async def prefer(question, first, second)` gives "A", "B" or
-"tie". What the judge does not answer is left out, counted, and said.
+For scripts that judge with a model, such as envs/judge.py. `async def marks(question, response, answer, repeat)`
+returns marks between 0 and 1 by criterion, `async def prefer(question, first, second)` returns "A", "B" or "tie". Calls
+without an answer are excluded, counted and reported.
 """
 
 from __future__ import annotations
@@ -30,40 +30,42 @@ OPPOSITE = {"A": "B", "B": "A", "tie": "tie"}
 
 @dataclass(frozen=True)
 class Audit:
+    """Result of an audit of a judge, with 95% intervals."""
+
     rows: int
     agreement: dict[str, Estimate]
-    """Criterion -> chance that two marks of one response are equal."""
+    """Criterion -> probability that two marks of one response are equal."""
     difference: dict[str, Estimate]
     """Criterion -> mean distance of two marks of one response, as a share of the scale."""
     flips: Estimate | None
-    """Chance that a verdict on two responses changes when they change places; None without pairs."""
+    """Probability that a verdict on two responses changes when they are swapped; None without pairs."""
     first: Estimate | None
-    """Chance that the response that comes first wins, less that of the second; 0 without position bias."""
+    """Probability that the first response wins minus that of the second; 0 without position bias."""
     chosen: Estimate | None
-    """Share of the verdicts that the data's chosen response wins; a tie is half."""
+    """Share of the verdicts that the data's chosen response wins; a tie counts half."""
     failures: Counter[str]
-    """Why there is no answer -> how often."""
+    """Reason for a missing answer -> count."""
 
 
 def audit(script: str | Path, data: str, limit: int = 50, repeats: int = 3) -> Audit:
     """Ask the judge of `script` about the first rows of `data`: `repeats` times each, and about pairs in both orders.
 
-    Raises UserError for a script or data that have nothing to ask about, and where the judge answers nothing.
+    Raise UserError if the script or the data have nothing to judge, or if the judge answers nothing.
     """
     module = load_script(script)
     if not hasattr(module, "marks") or not hasattr(module, "prefer"):
-        raise UserError(f"{script} is no judge: it has no `async def marks(...)` and `async def prefer(...)`")
+        raise UserError(f"{script} is not a judge: it needs `async def marks(...)` and `async def prefer(...)`")
     if repeats < 2:
         raise UserError(f"--repeats={repeats} must be at least 2: agreement is between repeats")
     rows = load_converted(data, module.example)[:limit]
-    questions = [Question(row) for row in rows]
+    questions = [JudgedRow(row) for row in rows]
     if not any(question.responses for question in questions):
         raise UserError(f"{data}: no row has a response to judge, neither 'response' nor 'chosen' and 'rejected'")
     return asyncio.run(_audit(module, [question for question in questions if question.responses], repeats))
 
 
-class Question:
-    """A row with a response, or with two of which the first is the better one."""
+class JudgedRow:
+    """A row with one response, or with two of which the first is the better one."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         info = from_json(row.get("extra_info")) or {}
@@ -75,7 +77,7 @@ class Question:
         self.responses = [_text(side) for side in sides if side is not None]
 
 
-async def _audit(module: ModuleType, questions: list[Question], repeats: int) -> Audit:
+async def _audit(module: ModuleType, questions: list[JudgedRow], repeats: int) -> Audit:
     failures = Counter[str]()
 
     async def tried(call: Awaitable[Any]) -> Any:
@@ -85,8 +87,8 @@ async def _audit(module: ModuleType, questions: list[Question], repeats: int) ->
             failures[one_line(f"{type(error).__name__}: {error}")] += 1
             return None
 
-    def marked(question: Question) -> list[Awaitable[Any]]:
-        # one response of each row: those of one question may be correlated
+    def marked(question: JudgedRow) -> list[Awaitable[Any]]:
+        # one response per row: two of one question may be correlated
         return [tried(module.marks(question.text, question.responses[0], question.answer, n)) for n in range(repeats)]
 
     found = await asyncio.gather(*(asyncio.gather(*marked(question)) for question in questions))
@@ -110,10 +112,10 @@ async def _audit(module: ModuleType, questions: list[Question], repeats: int) ->
 
 
 def agreement(marks_PR: Sequence[Sequence[float]]) -> Estimate:
-    """Return the chance that two marks of one response are equal, with its interval; P responses, R repeats of each.
+    """Return the probability that two marks of one response are equal; P responses, R repeats of each.
 
-    The repeats of a response are one value, the share of their pairs that agree, for pairs of one response hang
-    together; the interval is over responses (`over_problems`).
+    The value of a response is the share of its pairs of repeats that agree, because pairs of one response are
+    correlated; the interval is over responses (`over_problems`).
     """
     return over_problems([fmean(a == b for a, b in combinations(row, 2)) for row in marks_PR])
 
@@ -124,7 +126,7 @@ def difference(marks_PR: Sequence[Sequence[float]]) -> Estimate:
 
 
 def flips(verdicts: Sequence[tuple[str, str]]) -> Estimate:
-    """Return the chance that a verdict changes with the order; each pair of verdicts is on both orders of one pair."""
+    """Return the probability that a verdict changes with the order; each item has the verdicts on both orders."""
     return over_problems([float(second != OPPOSITE[first]) for first, second in verdicts])
 
 
@@ -135,13 +137,13 @@ def position_bias(verdicts: Sequence[tuple[str, str]]) -> Estimate:
 
 
 def preference(verdicts: Sequence[tuple[str, str]]) -> Estimate:
-    """Return the share of verdicts for the response that comes first in the first order; a tie is half."""
+    """Return the share of verdicts for the response that is first in the first order; a tie counts half."""
     worth = {"A": 1.0, "B": 0.0, "tie": 0.5}
     return over_problems([(worth[first] + worth[OPPOSITE[second]]) / 2 for first, second in verdicts])
 
 
 def table(found: Audit) -> Table:
-    """Return the estimates, a line each, with their intervals of 95%."""
+    """Return a table of the estimates with their 95% intervals."""
     shown = Table(title=f"a judge of {found.rows} rows", title_justify="left")
     for heading in ("", "estimate", "95% interval"):
         shown.add_column(heading)
@@ -159,12 +161,12 @@ def table(found: Audit) -> Table:
 
 
 def notes(found: Audit) -> list[str]:
-    """Return what is to be said beside the table."""
-    said = [f"{number} times no answer: {cause}" for cause, number in found.failures.most_common(5)]
+    """Return remarks about missing answers and position bias."""
+    lines = [f"{number} times no answer: {cause}" for cause, number in found.failures.most_common(5)]
     if found.first is not None and not found.first.low <= 0 <= found.first.high:
         place = "first" if found.first.value > 0 else "second"
-        said.append(f"position bias: the {place} place wins more often than the responses explain")
-    return said
+        lines.append(f"position bias: the {place} place wins more often than the responses explain")
+    return lines
 
 
 def _text(side: Any) -> str:

@@ -1,4 +1,4 @@
-"""The `rl2` command. Each subcommand imports what it needs by itself, so that --help is quick."""
+"""Command line `rl2`. Each subcommand imports what it needs itself, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ app = typer.Typer(no_args_is_help=True)
 
 @contextmanager
 def ending(command: str) -> Iterator[None]:
-    """What is wrong with the user's input, raised within, is the last line of `rl2 COMMAND`, and the exit code is 1.
+    """Print an error of the user's input in the `with` block as the last line of `rl2 COMMAND` and exit with code 1.
 
-    So is a package that is not installed; the commands import what they need within, therefore.
+    A missing package is handled the same way, so commands import what they need inside the block.
     """
     try:
         from RL2.errors import UserError
 
         try:
             yield
-        except (UserError, OSError) as error:  # a folder that cannot be written, a disk that is full
+        except (UserError, OSError) as error:  # a folder that cannot be written, a full disk
             sys.exit(f"rl2 {command}: {error}")
     except ModuleNotFoundError as error:
-        sys.exit(f"rl2 {command}: {error}; `rl2 doctor` says what to install")
+        sys.exit(f"rl2 {command}: {error}; `rl2 doctor` lists what to install")
 
 
 @app.callback()
 def rl2() -> None:
-    """Post-training for language models with torchrun and no Ray, and token-level objectives on successful rollouts."""
+    """Post-train language models with torchrun and no Ray, with token-level objectives on successful rollouts."""
 
 
 @app.command()
@@ -60,9 +60,9 @@ def train(
     program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="processes on this machine: one for each GPU")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check all but the weights, count, and stop")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything except the weights, then stop")] = False,
 ) -> None:
-    """Run a program, through torchrun where it takes several processes. The command is printed first, to copy.
+    """Run a program, with torchrun if it takes several processes. The command is printed first, ready to copy.
 
     Example: rl2 train spo train_data.path=train.jsonl actor.model_name=Qwen/Qwen3-0.6B ... --nproc 8
     """
@@ -72,29 +72,27 @@ def train(
     with ending("train"):
         from RL2.config.programs import PROGRAMS
         from RL2.errors import ConfigError
+        from RL2.tools.jobs import command_line
 
         if program not in PROGRAMS:
             raise ConfigError(f"{program}: choose one of {', '.join(PROGRAMS)}")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     dry = ["trainer.dry_run=true"] if dry_run else []
-    command = [sys.executable, *launcher, "-m", f"RL2.trainer.{program}", *(settings or []), *dry]
+    command = command_line(program, [*(settings or []), *dry], nproc)
     print(shlex.join(command), flush=True)
-    os.execv(sys.executable, command)  # this process becomes it: signals and the exit code are its own
+    os.execv(sys.executable, command)  # replace this process, so that signals and the exit code are the program's
 
 
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder step_NNNNNN of a run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    model: Annotated[str, typer.Option(help="What the run began with, if its config.yaml no longer says so.")] = "",
-    adapter: Annotated[
-        bool, typer.Option("--adapter", help="Of a run with LoRA: the adapters alone, for peft.")
-    ] = False,
+    model: Annotated[str, typer.Option(help="Model that the run began with, if its config.yaml is missing.")] = "",
+    adapter: Annotated[bool, typer.Option("--adapter", help="Export only the LoRA adapters, for peft.")] = False,
 ) -> None:
-    """A checkpoint as a folder for from_pretrained, in float32. A run's own end is in its latest.
+    """Export a checkpoint as a folder for from_pretrained, in float32. A finished run exports to its latest itself.
 
-    Of a reward model it is one for AutoModelForSequenceClassification, otherwise one for AutoModelForCausalLM, with
-    LoRA's adapters merged.
+    A reward model becomes a folder for AutoModelForSequenceClassification, any other model one for
+    AutoModelForCausalLM, with LoRA adapters merged.
 
     Example: rl2 export ckpts/spo/step_000020 spo-20
     """
@@ -107,7 +105,7 @@ def export(
 
 @app.command()
 def doctor() -> None:
-    """What is installed, what is missing or of the wrong version, and what to do. Exit code 1 if RL2 cannot work.
+    """List what is installed, missing or of the wrong version, and how to fix it. Exit code 1 if RL2 cannot work.
 
     Example: rl2 doctor
     """
@@ -118,17 +116,17 @@ def doctor() -> None:
     findings = list(examine())
     Console().print(table(findings))
     if missing := [finding.what for finding in findings if finding.mark == "missing"]:
-        sys.exit(f"rl2 doctor: not as needed: {', '.join(missing)}")
+        sys.exit(f"rl2 doctor: missing or unsuitable: {', '.join(missing)}")
 
 
 @app.command()
 def check_objective(
-    objective: Annotated[str, typer.Argument(metavar="PATH:FUNCTION", help="Or a name of the table, such as spo.")],
+    objective: Annotated[str, typer.Argument(metavar="PATH:FUNCTION", help="Or an objective's name, such as spo.")],
     knobs: Annotated[
-        list[str] | None, typer.Argument(metavar="KNOB=VALUE", help="Knobs that are not at their defaults.")
+        list[str] | None, typer.Argument(metavar="KNOB=VALUE", help="Settings that differ from their defaults.")
     ] = None,
 ) -> None:
-    """Tell whether an objective is sound, in seconds; the exit code is 1 if it is not.
+    """Check an objective for mistakes, in seconds; the exit code is 1 if it has one.
 
     Example: rl2 check-objective mine.py:focal gamma=1.5
     """
@@ -181,22 +179,23 @@ def _check(command: str, check: Callable[..., list[Finding]], name: str, knobs: 
 def plan(
     settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="model and gpus at least; see below.")],
 ) -> None:
-    """Say how to lay a model out over GPUs, what of their memory it takes, and how long a step is (docs/scaling.md).
+    """Find a layout of a model over GPUs, with its memory and the time of a step (docs/scaling.md).
 
-    model: a hub name or folder. gpus: their number. memory_gib (80): of each. gpus_per_node (8). length (8192): tokens
-    of the longest sequence. mean_length (half of it). sequences (512): of a step. rollout (true): sample them first,
-    with the embedded engine; false for sft, rm and dpo. peak_tflops (989): dense bfloat16 of a GPU. utilisation (0.27):
-    the share of it that is reached.
+    model: a hub name or folder. gpus: their number. memory_gib (80): memory of each. gpus_per_node (8). length (8192):
+    tokens of the longest sequence. mean_length (half of it). sequences (512): per step. rollout (true): sample them
+    first with the embedded engine; false for sft, rm and dpo. peak_tflops (989): dense bfloat16 of a GPU. utilisation
+    (0.27): share of it that is reached.
 
     Example: rl2 plan model=Qwen/Qwen3-4B gpus=8 memory_gib=80
     """
     from rich.console import Console
 
     from RL2.tools.plan.command import PlanRequest, table
+    from RL2.tools.settings import parse_settings
 
     with ending("plan"):
-        question = PlanRequest.of(settings)
-        result, fits = table(question)
+        request = parse_settings(PlanRequest, settings)
+        result, fits = table(request)
     Console().print(result)
     if not fits:
         raise typer.Exit(1)
@@ -205,26 +204,26 @@ def plan(
 @app.command()
 def replay(
     run: Annotated[Path, typer.Argument(help="Folder of a run (its trainer.save_dir).")],
-    step: Annotated[int, typer.Option(help="A step that trainer.replay_freq has kept.")],
+    step: Annotated[int, typer.Option(help="A step stored by trainer.replay_freq.")],
     objectives: Annotated[str, typer.Option(help="NAME [KEY=VALUE ...], ...")] = "spo,rank_jsd",
 ) -> None:
-    """Put the rollouts and weights of one step through several objectives: gradients, cosines, and where they lead.
+    """Evaluate several objectives on the stored rollouts and weights of one step: gradients, cosines, token weights.
 
-    The numbers stand in the run's folder too, with the weight of every token. See docs/replay.md.
+    The results are also written to the run's folder. See docs/replay.md.
 
     Example: rl2 replay ckpts/spo --step 20 --objectives "spo, spo actor.path.detach_target=true, rank_jsd, ppo"
     """
     from rich.console import Console
 
     from RL2.parallel.processes import Processes
-    from RL2.tools.replay import replay as put_through
+    from RL2.tools.replay import replay as evaluate_objectives
     from RL2.tools.replay import save, table
     from RL2.trainer.run import replay_folder
 
     titles = [title.strip() for title in objectives.split(",") if title.strip()]
     with ending("replay"):
         processes = Processes.start(timeout_s=600)
-        replayed = put_through(run, step, titles, processes)
+        replayed = evaluate_objectives(run, step, titles, processes)
     Console().print(table(replayed))
     save(replayed, file := replay_folder(run, step) / "replay.json")
     print(f"written to {file}")
@@ -235,13 +234,13 @@ def replay(
 def eval_(
     settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="model, data and env at least.")],
 ) -> None:
-    """Judge a saved model: accuracy, pass@k and maj@k with 95% intervals, every response kept (docs/evaluation.md).
+    """Evaluate a saved model: accuracy, pass@k and maj@k with 95% intervals; every response is stored.
 
-    model: a folder or hub name. data: as train_data.path. env: an environment script. samples (0): responses to each
+    model: a folder or hub name. data: as train_data.path. env: an environment script. samples (0): responses per
     problem at temperature (1.0), top_p (1.0), top_k (0), beside the greedy one (greedy=true). max_new_tokens (1024),
-    max_turns (1). limit: the first so many problems. seed (0). weights.NAME: as reward.weights.NAME
-    in training. out (evals): where the folder of the evaluation comes; what was interrupted goes on there, and what is
-    done is read back.
+    max_turns (1). limit: number of problems. seed (0). weights.NAME: as reward.weights.NAME in training. out (evals):
+    parent of the evaluation's folder. An interrupted evaluation continues there, and a finished one is read back. See
+    docs/evaluation.md.
 
     Example: rl2 eval model=ckpts/spo/latest data=test@openai/gsm8k:main env=envs/gsm8k.py samples=8
     """
@@ -249,6 +248,7 @@ def eval_(
 
     from RL2.io.progress import Progress
     from RL2.tools.eval.evaluate import EvalConfig, evaluate, table
+    from RL2.tools.settings import parse_settings
 
     with ending("eval"), Progress().phase("evaluating", 0, "problems") as phase:
 
@@ -256,7 +256,7 @@ def eval_(
             phase.resize(total)
             phase.to(done)
 
-        folder, summary = evaluate(EvalConfig.of(settings), progress)
+        folder, summary = evaluate(parse_settings(EvalConfig, settings), progress)
     Console().print(table(summary))
     print(f"responses and summary: {folder}")
 
@@ -267,13 +267,13 @@ def view(
         list[str],
         typer.Argument(metavar="RUN...", help="Folders of runs, or NAME=FOLDER,FOLDER... for seeds of one method."),
     ],
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("view.html"),
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("view.html"),
     serve: Annotated[
-        bool, typer.Option("--serve", help="Serve it on this machine instead; it follows the runs.")
+        bool, typer.Option("--serve", help="Serve the page on this machine instead; it follows the runs.")
     ] = False,
-    port: Annotated[int, typer.Option(help="With --serve; 0 takes a free one.", min=0, max=65535)] = 8765,
+    port: Annotated[int, typer.Option(help="Port for --serve; 0 picks a free one.", min=0, max=65535)] = 8765,
 ) -> None:
-    """Curves, rollouts and their tokens in one HTML page that needs no network (docs/viewer.md).
+    """Show curves, rollouts and their tokens in one HTML page that needs no network (docs/viewer.md).
 
     Example: rl2 view ckpts/spo ckpts/grpo --out view.html
     """
@@ -282,15 +282,15 @@ def view(
         from RL2.tools.view.page import Server, write_page
         from RL2.tools.view.run_index import RunIndex
 
-        book = RunIndex(runs)
+        index = RunIndex(runs)
         if not serve:
-            write_page(book, out)
-            print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {len(book.texts)} rollouts of {len(book.runs)} runs")
+            write_page(index, out)
+            print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {len(index.texts)} rollouts of {len(index.runs)} runs")
             return
         try:
-            server = Server(book, port)
+            server = Server(index, port)
         except OSError as error:
-            raise UserError(f"port {port} cannot be had ({error.strerror}); pass another --port") from error
+            raise UserError(f"port {port} cannot be used ({error.strerror}); pass another --port") from error
     print(f"{server.address} (end with Ctrl-C)", flush=True)
     with server, suppress(KeyboardInterrupt):
         server.serve_forever()
@@ -302,9 +302,9 @@ def compare(
         list[str],
         typer.Argument(metavar="NAME=FOLDER[,FOLDER...]", help="Evaluations; several are seeds."),
     ],
-    by: Annotated[str, typer.Option(help="greedy, or sampled: the mean of a problem's samples.")] = "greedy",
+    by: Annotated[str, typer.Option(help="Score: greedy, or sampled (mean of a problem's samples).")] = "greedy",
 ) -> None:
-    """Is a method better than the first, worse, or can one not tell? Paired by problem (docs/evaluation.md).
+    """Compare each method with the first: better, worse or undecided, paired by problem (docs/evaluation.md).
 
     Example: rl2 compare grpo=evals/1f3a,evals/77b0 spo=evals/90cc,evals/2be1
     """
@@ -320,21 +320,21 @@ def compare(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML with methods, what they share, and how to judge them.")],
-    seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
-    out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("sweeps/sweep"),
-    nproc: Annotated[int, typer.Option(help="Processes of a run.", min=1)] = 1,
-    slurm: Annotated[str, typer.Option(help="Print a command for each run instead, with this sbatch script.")] = "",
+    file: Annotated[Path, typer.Argument(help="YAML with methods, their common settings, and the evaluation.")],
+    seeds: Annotated[int, typer.Option(help="Number of runs per method.", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for all runs.")] = Path("sweeps/sweep"),
+    nproc: Annotated[int, typer.Option(help="Processes per run.", min=1)] = 1,
+    slurm: Annotated[str, typer.Option(help="Only print a command per run, for this sbatch script.")] = "",
 ) -> None:
-    """Run methods times seeds, judge every model, compare the methods; goes on where it was (docs/evaluation.md).
+    """Run each method with several seeds, evaluate and compare them; finished runs are skipped (docs/evaluation.md).
 
     Example: rl2 sweep sweep.yaml --seeds 3 --out sweeps/thesis --nproc 8
     """
     from RL2.tools import sweep as sweeping
 
     with ending("sweep"):
-        of = sweeping.read(file, seeds, out)
-        lines = list(sweeping.slurm(of, slurm)) if slurm else sweeping.run(of, nproc, typer.echo)
+        plan = sweeping.read(file, seeds, out)
+        lines = list(sweeping.slurm(plan, slurm)) if slurm else sweeping.run(plan, nproc, typer.echo)
     for line in lines:
         typer.echo(line)
 
@@ -347,9 +347,9 @@ def reproduce(
     nproc: Annotated[int, typer.Option(min=1, help="4b: GPUs of the node")] = 8,
     out: Annotated[Path, typer.Option(help="folder for the runs and the page")] = Path("runs/thesis"),
 ) -> None:
-    """The experiments of the thesis: every method under several seeds, and a page that says which claims hold.
+    """Repeat the experiments of the thesis under several seeds, and write a page with each claim's verdict.
 
-    Given again, it goes on where it was. On two cores it takes about half an hour.
+    A repeated call resumes. It takes about half an hour on two cores.
 
     Example: rl2 reproduce thesis --seeds 3
     """
@@ -363,7 +363,7 @@ def reproduce(
         from RL2.reproduce.demo import ProgressBoard
 
         if what != "thesis":
-            raise ConfigError(f"{what}: there is one thing to reproduce, `rl2 reproduce thesis`")
+            raise ConfigError(f"{what}: only `rl2 reproduce thesis` exists")
         if scale not in ("tiny", "4b"):
             raise ConfigError(f"--scale {scale}: choose tiny or 4b")
         if scale == "4b":
@@ -383,15 +383,15 @@ def reproduce(
 @app.command()
 def audit_env(
     env: Annotated[Path, typer.Argument(help="An environment script.")],
-    data: Annotated[str, typer.Option(help="As train_data.path; rows carry the right answer in extra_info.")],
-    key: Annotated[str, typer.Option(help="Its name there.")] = "answer",
-    limit: Annotated[int, typer.Option(help="Rows that are tried.")] = 50,
+    data: Annotated[str, typer.Option(help="As train_data.path; rows have the right answer in extra_info.")],
+    key: Annotated[str, typer.Option(help="Key of the right answer in extra_info.")] = "answer",
+    limit: Annotated[int, typer.Option(help="Number of rows to try.")] = 50,
     part: Annotated[
         list[str] | None,
-        typer.Option(help="A part of the reward that is about correctness, if `step` returns a dict; may be repeated."),
+        typer.Option(help="Part of the reward about correctness, if `step` returns a dict; repeatable."),
     ] = None,
 ) -> None:
-    """Try an environment's reward: right answers must earn it, near misses and tricks must not; exit code 1 otherwise.
+    """Test an environment's reward: right answers must earn it, near misses and tricks must not; else exit code 1.
 
     Example: rl2 audit-env envs/gsm8k.py --data test@openai/gsm8k:main
     """
@@ -407,18 +407,18 @@ def audit_env(
         print(printable(note))
     if found.findings:
         parts = sorted({finding.part for finding in found.findings} - {""})
-        of = f" (reward: {', '.join(parts)})" if parts else ""
-        sys.exit(f"rl2 audit-env: {env} is wrong about {len(found.findings)} responses{of}")
+        affected = f" (reward: {', '.join(parts)})" if parts else ""
+        sys.exit(f"rl2 audit-env: {env} is wrong about {len(found.findings)} responses{affected}")
 
 
 @app.command()
 def audit_judge(
-    env: Annotated[Path, typer.Argument(help="An environment script that judges by a model, as envs/judge.py.")],
+    env: Annotated[Path, typer.Argument(help="An environment script that judges with a model, such as envs/judge.py.")],
     data: Annotated[str, typer.Option(help="Rows with responses; pairs (chosen, rejected) show position bias.")],
-    limit: Annotated[int, typer.Option(help="Rows that are tried.")] = 50,
-    repeats: Annotated[int, typer.Option(help="Times that each response is judged.")] = 3,
+    limit: Annotated[int, typer.Option(help="Number of rows to try.")] = 50,
+    repeats: Annotated[int, typer.Option(help="Number of times each response is judged.")] = 3,
 ) -> None:
-    """Ask a judge again, and with pairs in both orders: how far it agrees with itself, with 95% intervals.
+    """Measure a judge's agreement with itself, on repeats and on swapped pairs, with 95% intervals.
 
     Example: rl2 audit-judge envs/judge.py --data pairs.jsonl
     """

@@ -1,4 +1,4 @@
-"""What is installed here, what is missing, and what to do about it."""
+"""Report of what is installed, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -30,23 +30,25 @@ EXTRAS = {
     "reasoning-gym": "envs/reasoning_gym.py",
     "verifiers": "envs/verifiers_env.py",
 }
-"""What each extra is for."""
+"""Extra of the package -> what it is for."""
 Mark = Literal["ok", "missing", "optional"]
 
 
 class Finding(NamedTuple):
+    """One line of the report."""
+
     what: str
     mark: Mark
-    """missing: RL2 does not work without it, or with what is there."""
+    """Verdict; with `missing`, RL2 does not work without it or with the version found."""
     found: str
     remedy: str = ""
 
 
 def examine() -> Iterator[Finding]:
-    """Everything worth knowing, the most important first."""
+    """Yield all findings, the most important first."""
     right = sys.version_info >= (3, 11)
     yield Finding(
-        "Python", "ok" if right else "missing", platform.python_version(), "" if right else "take 3.11 or newer"
+        "Python", "ok" if right else "missing", platform.python_version(), "" if right else "install 3.11 or newer"
     )
     needed = [Requirement(line) for line in requires(PROJECT) or []]
     for requirement in needed:
@@ -62,7 +64,7 @@ def examine() -> Iterator[Finding]:
 
 
 def extras() -> list[str]:
-    """All that the project has."""
+    """Return the names of all extras of the package."""
     return metadata(PROJECT).get_all("Provides-Extra") or []
 
 
@@ -78,7 +80,7 @@ def _package(requirement: Requirement) -> Finding:
     return Finding(
         requirement.name,
         "missing",
-        f"{found}, and {requirement.specifier} is needed",
+        f"{found}, but {requirement.specifier} is needed",
         f"pip install '{requirement.name}{requirement.specifier}'",
     )
 
@@ -105,24 +107,22 @@ def _machine() -> Iterator[Finding]:
 
 
 def _extra_program(what: str, found: str | None, remedy: str) -> Finding:
-    return Finding(what, "ok", found) if found else Finding(what, "optional", "not here", remedy)
+    return Finding(what, "ok", found) if found else Finding(what, "optional", "not found", remedy)
 
 
 def _gpus() -> Iterator[Finding]:
     if find_spec("torch") is None:
-        return  # said above
+        return  # reported above as missing
     try:
         import torch
-    except (ImportError, OSError) as error:  # a library of CUDA's that is not there is an OSError
-        yield Finding("torch starts", "missing", str(error), "install torch anew, for this machine's CUDA or for a CPU")
+    except (ImportError, OSError) as error:  # a missing CUDA library is an OSError
+        yield Finding("torch starts", "missing", str(error), "reinstall torch for this machine's CUDA or for a CPU")
         return
     build = f"torch {torch.__version__}"
     if not torch.cuda.is_available():
         cuda = torch.version.cuda
-        remedy = (
-            f"`nvidia-smi`: is the driver there, and new enough for CUDA {cuda}?" if cuda else "a CUDA build of torch"
-        )
-        yield Finding("GPUs", "optional", f"none that {build} can use", f"where there are GPUs: {remedy}")
+        remedy = f"`nvidia-smi`: the driver must exist and support CUDA {cuda}" if cuda else "a CUDA build of torch"
+        yield Finding("GPUs", "optional", f"none that {build} can use", f"on a machine with GPUs: {remedy}")
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)
@@ -138,6 +138,7 @@ def _free_memory_gib() -> float | None:
 
 
 def table(findings: list[Finding]) -> Table:
+    """Return a table of the findings."""
     shown = Table(title=f"{PROJECT} {version(PROJECT)}", title_justify="left")
     for heading in ("", "", "found", "what to do"):
         shown.add_column(heading)

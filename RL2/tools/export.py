@@ -1,4 +1,4 @@
-"""A checkpoint of a run as a folder for `from_pretrained`: a policy, its adapters merged or alone, a reward model."""
+"""Export of a checkpoint as a folder for `from_pretrained`: a policy, its adapters, or a reward model."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ KEY = "--model"
 
 
 def export(checkpoint: Path, out: Path, model_name: str, *, adapter: bool) -> None:
-    """Write the folder `out`, or nothing at all.
+    """Write the folder `out` completely, or not at all.
 
-    `model_name`: what the run began with, or "" for what its checkpoint and its config.yaml say. `adapter`: of a run
-    with LoRA the adapters alone, for peft. Raises ConfigError for what is no checkpoint, a damaged one, one of another
-    model, or a full disk.
+    `model_name` is the model that the run began with; "" takes it from the checkpoint and its config.yaml. `adapter`
+    exports only the adapters of a LoRA run, for peft. Raise ConfigError if the checkpoint is missing, damaged or of
+    another model, or if the disk is full.
     """
     if not (checkpoint / NOTES).is_file():
-        raise ConfigError(f"{checkpoint} is not a checkpoint (it has no {NOTES}); one is called step_NNNNNN")
+        raise ConfigError(f"{checkpoint} is not a checkpoint (it has no {NOTES}); checkpoints are named step_NNNNNN")
     if out.exists():
-        raise ConfigError(f"{out} exists; name a folder that does not")
+        raise ConfigError(f"{out} exists; choose a new folder")
     if why := damage(checkpoint):
         raise ConfigError(f"{checkpoint} is damaged: {why}; export another checkpoint")
     names = stored_weights(checkpoint)
     group = "critic" if "lm.score.weight" in names else "actor"
     has_adapters = any(map(is_adapter, names))
     if adapter and not has_adapters:
-        raise ConfigError(f"{checkpoint} has no adapters: its run trained all weights; leave out --adapter")
+        raise ConfigError(f"{checkpoint} has no adapters: its run trained all weights; omit --adapter")
     began = _began_with(checkpoint, group, is_given=bool(model_name), has_adapters=has_adapters)
     model_name = model_name or began["model_name"]
 
@@ -66,26 +66,27 @@ def export(checkpoint: Path, out: Path, model_name: str, *, adapter: bool) -> No
         durable.replace_folder(partial, out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise ConfigError(f"{out} could not be written: {first_line(error)}; nothing of it is left") from error
+        raise ConfigError(f"{out} could not be written: {first_line(error)}; it was removed") from error
 
 
 def _began_with(checkpoint: Path, group: str, *, is_given: bool, has_adapters: bool) -> dict[str, Any]:
-    """Return what the run began with: model and adapters by the checkpoint's notes, the rest by its config.yaml.
+    """Return what the run began with: model and adapters from the checkpoint, the rest from its config.yaml.
 
-    Raises ConfigError if they contradict each other, unless the model `is_given`, and if neither says it.
+    Raise ConfigError if they contradict each other, unless the model `is_given`, or if neither names the model.
     """
     config = checkpoint.parent / "config.yaml"
     settings: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {}
-    said = settings.get(group, {})
+    configured = settings.get(group, {})
     noted = {key.removeprefix(f"{group}."): value for key, value in models(checkpoint).items()}
     adapters = {key.removeprefix("lora."): value for key, value in noted.items() if key.startswith("lora.")}
-    name, lora = noted.get("model_name", said.get("model_name")), said.get("lora", {"save": "merged"}) | adapters
+    name = noted.get("model_name", configured.get("model_name"))
+    lora = configured.get("lora", {"save": "merged"}) | adapters
     if (name is None and not is_given) or (has_adapters and "rank" not in lora):
-        raise ConfigError(f"{config} is not there; pass {KEY} with what the run began with")
-    if said and not is_given and (said["model_name"], said.get("lora", lora)) != (name, lora):
+        raise ConfigError(f"{config} is missing; pass {KEY} with the model that the run began with")
+    if configured and not is_given and (configured["model_name"], configured.get("lora", lora)) != (name, lora):
         raise ConfigError(
-            f"{checkpoint} began with {name} and {config} has {said['model_name']}, or they differ in {group}.lora: "
-            f"the file is of another run; pass {KEY} with the model that it began with"
+            f"{checkpoint} began with {name}, {config} has {configured['model_name']}, or they differ in {group}.lora: "
+            f"the file belongs to another run; pass {KEY} with the model that it began with"
         )
-    template = {key: said.get(key) for key in ("chat_template", "chat_template_kwargs")}
+    template = {key: configured.get(key) for key in ("chat_template", "chat_template_kwargs")}
     return {"model_name": name, "lora": lora, **template}

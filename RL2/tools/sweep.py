@@ -1,14 +1,11 @@
-"""Methods times seeds, one run after the other, and in the end one comparison. What is done is not done again."""
+"""Sweep over methods and seeds: runs them in sequence, evaluates and compares them. Finished runs are skipped."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,109 +13,107 @@ import yaml
 
 from RL2.config.load import load
 from RL2.config.programs import PROGRAMS
-from RL2.errors import ConfigError, UserError, first_line
+from RL2.errors import ConfigError, first_line
 from RL2.tools.eval.evaluate import EvalConfig, compared, evaluate
-
-DONE = "sweep-done"
-"""A file in the folder of a run that has ended well."""
+from RL2.tools.jobs import Job, run_jobs
+from RL2.tools.settings import parse_settings
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run."""
+class SeedJob:
+    """Job that runs one method with one seed."""
 
     method: str
-    program: str
     seed: int
-    settings: tuple[str, ...]
-    folder: Path
-
-    @property
-    def overrides(self) -> list[str]:
-        name = f"{self.method}-{self.seed}"
-        own = (f"trainer.seed={self.seed}", f"trainer.experiment_name={name}", f"trainer.save_dir={self.folder}")
-        return [*self.settings, *own, "trainer.load_ckpt_from=latest"]
-
-    def command(self, nproc: int) -> list[str]:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
-        return [sys.executable, *launcher, "-m", f"RL2.trainer.{self.program}", *self.overrides]
-
-    @property
-    def is_done(self) -> bool:
-        return (self.folder / DONE).exists()
+    job: Job
 
 
 @dataclass(frozen=True)
 class Sweep:
-    jobs: list[Job]
+    """Runs of methods times seeds, and how to evaluate them."""
+
+    jobs: list[SeedJob]
     judged_by: list[str]
-    """Settings of `rl2 eval`, without model and out."""
+    """Settings of `rl2 eval`, except model and out."""
     folder: Path
 
 
 def read(file: Path, seeds: int, folder: Path) -> Sweep:
-    """A YAML file {methods: {NAME: {program, settings}}, common: [KEY=VALUE], eval: [KEY=VALUE]}.
+    """Read a sweep from YAML: {methods: {NAME: {program, settings}}, common: [KEY=VALUE], eval: [KEY=VALUE]}.
 
-    Every configuration is checked before anything runs. Raises ConfigError that names the file and the method.
+    Every configuration is checked before anything runs. Raise ConfigError that names the file and the method.
     """
     try:
         tree: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
         common, judged_by, methods = tree.get("common") or [], tree["eval"], tree["methods"]
         jobs = [
-            Job(name, of["program"], seed, (*common, *(of.get("settings") or [])), folder / f"{name}-{seed}")
+            _seed_job(name, method["program"], seed, [*common, *(method.get("settings") or [])], folder)
             for seed in range(seeds)
-            for name, of in methods.items()
+            for name, method in methods.items()
         ]
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: {first_line(error)}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{file} is no sweep: it needs methods: {{NAME: {{program: spo, settings: [KEY=VALUE]}}}} and eval: "
+            f"{file} is not a sweep: it needs methods: {{NAME: {{program: spo, settings: [KEY=VALUE]}}}} and eval: "
             f"[KEY=VALUE] ({first_line(error)})"
         ) from error
-    for job in jobs[: len(methods)]:
-        if job.program not in PROGRAMS:
-            raise ConfigError(f"{file}, {job.method}: program: {job.program}; choose one of {', '.join(PROGRAMS)}")
+    for one in jobs[: len(methods)]:
+        if one.job.program not in PROGRAMS:
+            raise ConfigError(f"{file}, {one.method}: program: {one.job.program}; choose one of {', '.join(PROGRAMS)}")
         try:
-            load(job.program, job.overrides)
+            load(one.job.program, one.job.overrides)
         except ConfigError as error:
-            raise ConfigError(f"{file}, {job.method}: {error}") from error
+            raise ConfigError(f"{file}, {one.method}: {error}") from error
     try:
-        EvalConfig.of([*judged_by, "model=x"])
+        parse_settings(EvalConfig, [*judged_by, "model=x"])
     except ConfigError as error:
         raise ConfigError(f"{file}, eval: {error}") from error
     return Sweep(jobs, judged_by, folder)
 
 
+def _seed_job(method: str, program: str, seed: int, settings: list[str], folder: Path) -> SeedJob:
+    name = f"{method}-{seed}"
+    own = f"trainer.seed={seed}", f"trainer.experiment_name={name}", f"trainer.save_dir={folder / name}"
+    overrides = (*settings, *own, "trainer.load_ckpt_from=latest")
+    return SeedJob(method, seed, Job(f"{method}, seed {seed}", program, overrides, folder / name))
+
+
 def slurm(sweep: Sweep, script: str) -> Iterator[str]:
-    """A line to submit each run that is not done."""
-    for job in sweep.jobs:
-        if not job.is_done:
-            yield shlex.join(["sbatch", script, job.program, *job.overrides])
+    """Yield a command to submit each run that is not done."""
+    for one in sweep.jobs:
+        if not one.job.has_ended:
+            yield shlex.join(["sbatch", script, one.job.program, *one.job.overrides])
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Monitor that prints a line at the beginning and at the end of each job."""
+
+    say: Callable[[str], None]
+
+    def begin(self, job: Job) -> None:
+        self.say(f"{job.title}: {job.log}")
+
+    def look(self, job: Job) -> None: ...
+
+    def end(self, job: Job) -> None:
+        self.say(f"{job.title}: {job.seconds:.0f} s")
 
 
 def run(sweep: Sweep, nproc: int, say: Callable[[str], None]) -> list[str]:
-    """Run what is not done, judge every model, and compare the methods with the first; returns the comparison.
+    """Run what is not done, evaluate every model, and return the comparison of the methods with the first.
 
-    Raises UserError where a run fails; what is done by then stays done.
+    Raise JobError if a run fails; finished runs stay done.
     """
-    for number, job in enumerate(sweep.jobs, 1):
-        name = f"{number}/{len(sweep.jobs)} {job.method}, seed {job.seed}"
-        if job.is_done:
-            say(f"{name}: done before")
-            continue
-        job.folder.mkdir(parents=True, exist_ok=True)
-        log, began = job.folder / "log.txt", time.monotonic()
-        say(f"{name}: {log}")
-        with log.open("ab") as out:
-            done = subprocess.run(
-                job.command(nproc), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, check=False
-            )
-        if done.returncode:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"{job.method}, seed {job.seed}, ended with {done.returncode}: {''.join(last)} (see {log})")
-        (job.folder / DONE).touch()
-        say(f"{name}: {time.monotonic() - began:.0f} s")
+    missing = []
+    for number, one in enumerate(sweep.jobs, 1):
+        title = f"{number}/{len(sweep.jobs)} {one.job.title}"
+        if one.job.has_ended:
+            say(f"{title}: done before")
+        else:
+            missing.append(replace(one.job, title=title, nproc=nproc))
+    run_jobs(missing, 1, _Lines(say))
     return judge(sweep, say)
 
 
@@ -126,16 +121,17 @@ def judge(sweep: Sweep, say: Callable[[str], None]) -> list[str]:
     """Evaluate all models, and write comparison.md and comparison.json into the sweep's folder."""
     folders: dict[str, list[str]] = {}
     summaries = []
-    for job in sweep.jobs:
-        question = EvalConfig.of([*sweep.judged_by, f"model={job.folder}/latest", f"out={sweep.folder}/evals"])
-        folder, summary = evaluate(question)
-        folders.setdefault(job.method, []).append(str(folder))
-        summaries.append({"method": job.method, "seed": job.seed, "evaluation": str(folder), "summary": summary})
-        say(f"{job.method}, seed {job.seed}: judged")
-    methods = [f"{name}={','.join(of)}" for name, of in folders.items()]
+    for one in sweep.jobs:
+        model = f"{one.job.folder}/latest"
+        config = parse_settings(EvalConfig, [*sweep.judged_by, f"model={model}", f"out={sweep.folder}/evals"])
+        folder, summary = evaluate(config)
+        folders.setdefault(one.method, []).append(str(folder))
+        summaries.append({"method": one.method, "seed": one.seed, "evaluation": str(folder), "summary": summary})
+        say(f"{one.job.title}: judged")
+    methods = [f"{name}={','.join(paths)}" for name, paths in folders.items()]
     lines = []
-    for by, there in (("greedy", question.greedy), ("sampled", question.samples > 0)):
-        if there and len(methods) > 1:
+    for by, is_scored in (("greedy", config.greedy), ("sampled", config.samples > 0)):
+        if is_scored and len(methods) > 1:
             lines += compared(methods, by)
     text = "".join(f"- {line}\n" for line in lines)
     (sweep.folder / "comparison.md").write_text(text, encoding="utf-8")

@@ -44,6 +44,7 @@ from RL2.tools import sweep
 from RL2.tools.eval.evaluate import RECORDS, EvalConfig, compared, read, summarise
 from RL2.tools.plan.command import PlanRequest
 from RL2.tools.replay import run_config
+from RL2.tools.settings import parse_settings
 from RL2.tools.view.run_index import RunIndex
 from RL2.trainer.run import LAUNCHERS, begun_by
 from RL2.types import Prompt, Sampling
@@ -149,15 +150,15 @@ def test_keys_that_are_no_texts_and_numbers_that_are_no_floats() -> None:
         build(RLConfig, tree | {"actor": tree["actor"] | {"lr": 10**400}}, "")
 
 
-@pytest.mark.parametrize("of", [EvalConfig.of, PlanRequest.of])
-def test_settings_that_are_no_yaml(of: Any) -> None:
+@pytest.mark.parametrize("settings", [EvalConfig, PlanRequest])
+def test_settings_that_are_no_yaml(settings: type) -> None:
     with pytest.raises(ConfigError, match=r"model=\[: "):
-        of(["model=["])
+        parse_settings(settings, ["model=["])
 
 
 def test_a_plan_of_no_number() -> None:
-    with pytest.raises(ConfigError, match="memory_gib=nan is not a number above 0"):
-        PlanRequest.of(["model=Qwen/Qwen3-4B", "gpus=8", "memory_gib=.nan"])
+    with pytest.raises(ConfigError, match="memory_gib=nan; expected a finite number"):
+        parse_settings(PlanRequest, ["model=Qwen/Qwen3-4B", "gpus=8", "memory_gib=.nan"])
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"[" * 5000])
@@ -275,7 +276,7 @@ def test_metrics_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("line", ["[" * 20_000, "1", "{}", '{"row": "a"}'])
 def test_a_record_that_is_none(line: str, tmp_path: Path) -> None:
     (tmp_path / RECORDS).write_text(line + "\n")
-    with pytest.raises(ConfigError, match=r"records\.jsonl, line 1: .*; remove the folder to begin anew"):
+    with pytest.raises(ConfigError, match=r"records\.jsonl, line 1: .*; remove the folder to start over"):
         read(tmp_path)
     with pytest.raises(ConfigError, match=r"records\.jsonl, line 1"):
         compared([f"a={tmp_path}", f"b={tmp_path}"], "greedy")
@@ -360,7 +361,7 @@ def test_a_position_that_is_none(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="its position in the data"):
             cursor.load_state_dict(cursor.state_dict() | {"drawn": drawn})
     for rates in ({"10": 0.5}, {"1": 2}, {"a": 0.5}, [1]):
-        with pytest.raises(ValueError, match="its success rates of rows"):
+        with pytest.raises(ValueError, match="its success rates do not"):
             curriculum.load_state_dict(curriculum.state_dict() | {"rates": rates})
 
 

@@ -67,7 +67,7 @@ def test_export_is_the_model_of_a_checkpoint(world: World) -> None:
     assert not all(first[name].equal(latest[name]) for name in latest)
     assert AutoModelForCausalLM.from_pretrained(run / "of_1").num_parameters() > 0
 
-    assert str(export(2).exception) == f"rl2 export: {run}/of_2 exists; name a folder that does not"
+    assert str(export(2).exception) == f"rl2 export: {run}/of_2 exists; choose a new folder"
     assert str(export(3).exception).startswith(f"rl2 export: {run}/step_000003 is not a checkpoint")
     shutil.rmtree(run / "of_2")
     config = json.loads((world.model / "config.json").read_text())
@@ -79,7 +79,7 @@ def test_export_is_the_model_of_a_checkpoint(world: World) -> None:
     fewer = {name: x for name, x in weights.items() if f".layers.{layers}." not in name}
     save_file(fewer, other / "model.safetensors", metadata={"format": "pt"})
     failed = str(export(2, "--model", str(other)).exception)
-    assert f"is of another kind of model: only the checkpoint has lm.model.layers.{layers}." in failed
+    assert f"does not fit the model: only the checkpoint has lm.model.layers.{layers}." in failed
     assert not (run / "of_2").exists()
     began_with = f"began with {world.model}"
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(world.model), str(other)))
@@ -145,7 +145,7 @@ def test_export_on_a_full_disk_leaves_nothing(world: World, tmp_path: Path) -> N
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"rl2 export: {tmp_path}/out could not be written: ")
-    assert last.endswith("; nothing of it is left")
+    assert last.endswith("; it was removed")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,7 +167,7 @@ def test_a_package_that_is_not_installed(missing: str, command: list[str]) -> No
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"rl2 {command[0]}: ")
-    assert missing in last and last.endswith("; `rl2 doctor` says what to install")
+    assert missing in last and last.endswith("; `rl2 doctor` lists what to install")
     assert "Traceback" not in done.stderr
 
 
@@ -193,7 +193,7 @@ def test_doctor_says_what_is_missing_and_what_to_do(monkeypatch: pytest.MonkeyPa
     assert found["[wandb]"].remedy == "pip install 'rl2-spo[wandb]'"
     assert found["[lora]"].mark == "ok"
     result = CliRunner().invoke(app, ["doctor"])
-    assert str(result.exception) == "rl2 doctor: not as needed: torch, nothing-of-this-name"
+    assert str(result.exception) == "rl2 doctor: missing or unsuitable: torch, nothing-of-this-name"
 
 
 def test_every_extra_is_explained() -> None:

@@ -174,7 +174,7 @@ def test_an_end_token_that_the_model_does_not_have_is_refused(
     vocabulary = AutoConfig.from_pretrained(folder).vocab_size
     assert f"{program}: {group}.model_name={folder}: " in str(ended.value.code)
     assert f"token {vocabulary}" in str(ended.value.code)
-    assert f"the model knows {vocabulary}; the tokenizer is of another model" in str(ended.value.code)
+    assert f"the model has {vocabulary}; the tokenizer belongs to another model" in str(ended.value.code)
 
 
 @pytest.mark.parametrize("program", ["sft", "rm", "dpo", "spo"])
@@ -189,7 +189,7 @@ def test_weights_that_are_no_numbers_are_refused(program: str, world: World, dry
         dry_run(program, f"{group}.model_name={folder}")
     assert ended.value.code == (
         f"{program}: {group}.model_name={folder}: model.norm.weight in model.safetensors has values that are NaN or "
-        "infinite: the weights are broken; take another checkpoint"
+        "infinite: the weights are broken; use another checkpoint"
     )
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from RL2.errors import ConfigError
 from RL2.tools.eval.evaluate import EvalConfig, compared, evaluate, read, summarise, table
+from RL2.tools.settings import parse_settings
 
 SAMPLES = 4
 ENVIRONMENT = """
@@ -140,7 +141,7 @@ def test_compare_says_what_it_sees(folder: Path, settings: list[str]) -> None:
     ("settings", "said"),
     [
         ("model=x data=y", "env= is missing"),
-        ("model=x data=y env=z sample=3", "nothing reads sample"),
+        ("model=x data=y env=z sample=3", "'sample' is not a setting"),
         ("model=x data=y env=z samples=-1", "samples=-1; must be"),
         ("model=x data=y env=z greedy=false", "leaves nothing to do"),
         ("model=/nowhere data=y env=z", "model=/nowhere"),
@@ -149,7 +150,7 @@ def test_compare_says_what_it_sees(folder: Path, settings: list[str]) -> None:
 )
 def test_mistakes_are_named(settings: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        evaluate(EvalConfig.of(settings.split()))
+        evaluate(parse_settings(EvalConfig, settings.split()))
 
 
 @pytest.mark.parametrize(

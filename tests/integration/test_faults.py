@@ -130,8 +130,8 @@ def test_the_rank_that_is_left_says_what_it_waited_for(
     print(f"{time.monotonic() - began:.1f} s: {errors.splitlines()[-1]}")
     assert left.returncode == 1
     assert re.fullmatch(
-        rf"spo \(rank {1 - victim}\): waited for .+, and another of the 2 processes has died or was not there within "
-        rf"trainer.timeout_s={TIMEOUT_S}",
+        rf"spo \(rank {1 - victim}\): failed while waiting for .+: another of the 2 processes died or did not "
+        rf"arrive within trainer.timeout_s={TIMEOUT_S}",
         errors.splitlines()[-1],
     )
 
@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(world: World, settings: tuple[
     assert run.process.returncode == 1
     assert re.fullmatch(
         rf"spo: the checkpoint of step 3 could not be written into {whole.save_dir} \(.+\); "
-        "go on from the one before it with trainer.load_ckpt_from=latest",
+        "resume from the previous one with trainer.load_ckpt_from=latest",
         run.errors.splitlines()[-1],
     )
     assert sorted(path.name for path in whole.save_dir.glob("step_*") if not path.suffix) == [

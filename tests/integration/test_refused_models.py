@@ -73,7 +73,7 @@ def test_run_and_dry_run_refuse_in_the_same_line(name: str, program: str, world:
     lines = [last_line(program, [*settings, f"trainer.dry_run={dry}"]) for dry in ("true", "false")]
     assert lines[0] == lines[1]
     if (name, program) == ("hybrid", "rm"):
-        said = "lfm2 is no text-only model of this kind in transformers"
+        said = "lfm2 has no text-only model of this class in transformers"
     assert said in lines[0]
     assert lines[0].startswith(f"{program}: {group}.model_name={tmp_path}/model")
     assert "\n" not in lines[0]

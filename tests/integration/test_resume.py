@@ -161,7 +161,7 @@ def test_latest_is_the_checkpoints_of_the_folder_newest_first(tmp_path: Path) ->
 
 
 def test_best_is_the_tested_checkpoint_with_the_highest_score(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no checkpoint of a step that was tested"):
+    with pytest.raises(ConfigError, match="has no checkpoint of a tested step"):
         checkpoint.candidates("best", tmp_path)
     rows = [{"step": step, "test/score": score} for step, score in ((0, 0.95), (2, 0.5), (4, 0.9), (6, 0.9), (9, 0.99))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "te')

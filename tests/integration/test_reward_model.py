@@ -59,7 +59,7 @@ def test_many_at_once_and_solutions_above_their_words_backwards(trained: Run, mo
 def test_a_text_that_it_cannot_read_has_no_reward(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWARD_MODEL", str(trained.save_dir / "latest"))
     environment = load_environment(SCRIPT, 30)
-    with pytest.raises(Unscored, match="1000001 tokens, and the reward model reads 4096"):
+    with pytest.raises(Unscored, match="1000001 tokens, but the reward model reads at most 4096"):
         asyncio.run(environment.step("", "7" * 10**6, {}))
     environment.close()
 

@@ -49,7 +49,7 @@ def test_a_sweep_runs_judges_and_compares_and_goes_on_where_it_was(world: World,
     judged = json.loads((out / "comparison.json").read_text())
     assert [(one["method"], one["seed"]) for one in judged] == [("low", 0), ("high", 0), ("low", 1), ("high", 1)]
 
-    (out / "high-1" / "sweep-done").unlink()
+    (out / "high-1" / "done.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/latest/model.safetensors")}
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0, again.output
@@ -58,7 +58,7 @@ def test_a_sweep_runs_judges_and_compares_and_goes_on_where_it_was(world: World,
     assert again.output.count("done before") == 3
     assert (out / "comparison.md").read_text() == comparison
 
-    (out / "low-0" / "sweep-done").unlink()
+    (out / "low-0" / "done.json").unlink()
     listed = CliRunner().invoke(app, [*arguments, "--slurm", "launch.sh"])
     (line,) = listed.output.splitlines()
     assert line.startswith("sbatch launch.sh spo ")
@@ -69,13 +69,13 @@ def test_mistakes_are_named_before_anything_runs(world: World, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"sweep.yaml, high: train_data.responses_per_prompt=0; must be"):
         read(write(world, tmp_path / "sweep.yaml", responses="0"), 2, tmp_path / "out")
     (tmp_path / "none.yaml").write_text("methods: [spo]")
-    with pytest.raises(ConfigError, match=r"none.yaml is no sweep"):
+    with pytest.raises(ConfigError, match=r"none.yaml is not a sweep"):
         read(tmp_path / "none.yaml", 1, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"nowhere.yaml"):
         read(tmp_path / "nowhere.yaml", 1, tmp_path / "out")
     text = (tmp_path / "sweep.yaml").read_text().replace("responses_per_prompt=0", "responses_per_prompt=4")
     (tmp_path / "eval.yaml").write_text(text.replace("samples=2", "sample=2"))
-    with pytest.raises(ConfigError, match=r"eval.yaml, eval: nothing reads sample"):
+    with pytest.raises(ConfigError, match=r"eval.yaml, eval: 'sample' is not a setting"):
         read(tmp_path / "eval.yaml", 1, tmp_path / "out")
     (tmp_path / "program.yaml").write_text(text.replace("program: ppo", "program: grpo"))
     with pytest.raises(ConfigError, match=r"program.yaml, high: program: grpo; choose one of"):

@@ -52,7 +52,7 @@ def test_what_is_done_is_not_done_again(done: tuple[Path, list[Claim]]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["proof"], "rl2 reproduce: proof: there is one thing to reproduce, `rl2 reproduce thesis`"),
+        (["proof"], "rl2 reproduce: proof: only `rl2 reproduce thesis` exists"),
         (["thesis", "--scale", "7b"], "rl2 reproduce: --scale 7b: choose tiny or 4b"),
     ],
 )

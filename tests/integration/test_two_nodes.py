@@ -24,7 +24,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 STEPS = 12
 SETTINGS = f"trainer.timeout_s={TIMEOUT_S}", "trainer.save_freq=1", f"trainer.max_steps={STEPS}"
 SAID = (
-    r"spo \(rank {rank}\): waited for .+, and another of the 2 processes has died or was not there within "
+    r"spo \(rank {rank}\): failed while waiting for .+: another of the 2 processes died or did not arrive within "
     rf"trainer.timeout_s={TIMEOUT_S}"
 )
 

@@ -167,7 +167,7 @@ def smaller_model(world: World, folder: Path) -> list[str]:
     notes = json.loads((source / "notes.json").read_text())
     notes["models"]["actor.model_name"] = "larger"  # where the world lies is no part of the text
     (source / "notes.json").write_text(json.dumps(notes))
-    digests.write(source, digests.of_files(source, digests.read(source, ())))
+    digests.write(source, digests.compute(source, digests.read(source, ())))
     return [*model(take_a_layer)(world, folder), f"trainer.load_ckpt_from={source}"]
 
 
@@ -201,7 +201,7 @@ FAULTS = [
         "broken JSON",
         "spo",
         data('{"prompt": "a", "extra_info": {}}', '{"prompt": '),
-        "spo: DIR/data.jsonl, row 2: line 2: Expecting value (column 1); train_data.on_bad_row=skip goes on "
+        "spo: DIR/data.jsonl, row 2: line 2: Expecting value (column 1); train_data.on_bad_row=skip continues "
         "without such rows",
     ),
     Fault(
@@ -210,20 +210,20 @@ FAULTS = [
         data('{"question": "a"}'),
         "spo: DIR/data.jsonl, row 1: neither 'prompt' nor 'messages'; its keys are question; example(row) in the "
         "environment script (rollout.env_path, in SFT data.env_path) can make them of others; "
-        "train_data.on_bad_row=skip goes on without such rows",
+        "train_data.on_bad_row=skip continues without such rows",
     ),
     Fault(
         "an empty prompt",
         "spo",
         data('{"prompt": "", "extra_info": {}}'),
-        "spo: DIR/data.jsonl, row 1: 'prompt' is empty; train_data.on_bad_row=skip goes on without such rows",
+        "spo: DIR/data.jsonl, row 1: 'prompt' is empty; train_data.on_bad_row=skip continues without such rows",
     ),
     Fault(
         "a prompt that is too long",
         "spo",
         data(json.dumps({"prompt": "7 " * 200, "extra_info": {}})),
         "spo: DIR/data.jsonl, row 1: its prompt has 400 tokens, the limit is 256; raise actor.max_length_per_device or "
-        "take the row out; train_data.on_bad_row=skip goes on without such rows",
+        "remove the row; train_data.on_bad_row=skip continues without such rows",
     ),
     Fault(
         "a misspelt key",
@@ -232,10 +232,10 @@ FAULTS = [
         "spo: spo has no key 'actor.lrr'; did you mean actor.lr?",
     ),
     Fault(
-        "a folder that is no model",
+        "a folder that is not a model",
         "spo",
         overrides("actor.model_name=DIR"),
-        "spo: actor.model_name=DIR is no model: there is no config.json in it",
+        "spo: actor.model_name=DIR is not a model: it has no config.json",
     ),
     Fault(
         "a model without weights",
@@ -248,21 +248,21 @@ FAULTS = [
         "spo",
         model(not_safetensors),
         "spo: actor.model_name=DIR/model: model.safetensors is broken (Error while deserializing header: invalid JSON "
-        "in header: EOF while parsing a value at line 1 column 0); was a download or a copy cut off? Take it out and "
-        "fetch it again",
+        "in header: EOF while parsing a value at line 1 column 0); was a download or a copy cut off? Remove it and "
+        "download it again",
     ),
     Fault(
         "an interrupted download",
         "spo",
         model(cut_in_half),
         "spo: actor.model_name=DIR/model: model.safetensors is broken (Error while deserializing header: incomplete "
-        "metadata, file not fully covered); was a download or a copy cut off? Take it out and fetch it again",
+        "metadata, file not fully covered); was a download or a copy cut off? Remove it and download it again",
     ),
     Fault(
         "a model without a tokenizer",
         "spo",
         model(without("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")),
-        "spo: actor.model_name=DIR/model has no tokenizer: there is no tokenizer.json in it",
+        "spo: actor.model_name=DIR/model has no tokenizer: it has no tokenizer.json",
     ),
     Fault(
         "messages, and no chat template",
@@ -330,21 +330,21 @@ FAULTS = [
         "a model that does not exist",
         "spo",
         overrides("actor.model_name=DIR/nothing"),
-        "spo: actor.model_name=DIR/nothing: there is no such folder, and a model on the hub is called OWNER/NAME",
+        "spo: actor.model_name=DIR/nothing: there is no such folder, and a model on the hub is named OWNER/NAME",
     ),
     Fault(
         "a file of the weights is missing",
         "spo",
         model(lose_a_shard),
-        "spo: actor.model_name=DIR/model: model-00002-of-00002.safetensors is missing, which "
-        "model.safetensors.index.json names (with it 1 of 2 files); fetch the model again",
+        "spo: actor.model_name=DIR/model: model-00002-of-00002.safetensors is listed in "
+        "model.safetensors.index.json but missing, with 1 of 2 files in all; download the model again",
     ),
     Fault(
         "the tokenizer of another model",
         "spo",
         more_tokens,
-        "spo: actor.model_name=DIR/model: its tokenizer makes token 653 of the data, and the model knows 454; the "
-        "tokenizer is of another model, or the model was not resized for new tokens",
+        "spo: actor.model_name=DIR/model: its tokenizer produces token 653 from the data, but the model has 454; "
+        "the tokenizer belongs to another model, or the model was not resized for it",
     ),
     Fault(
         "a tokenizer whose regular expression does not end",
@@ -357,15 +357,15 @@ FAULTS = [
         "an end token that the model does not have, in data",
         "dpo",
         model(another_end),
-        "dpo: actor.model_name=DIR/model: its tokenizer makes token 454 of the data, and the model knows 454; the "
-        "tokenizer is of another model, or the model was not resized for new tokens",
+        "dpo: actor.model_name=DIR/model: its tokenizer produces token 454 from the data, but the model has 454; "
+        "the tokenizer belongs to another model, or the model was not resized for it",
     ),
     Fault(
         "an end token that the model does not have, in sampling",
         "spo",
         model(another_end),
-        "spo: actor.model_name=DIR/model: its responses end with token 454, and the model knows 454; the tokenizer is "
-        "of another model, or the model was not resized for new tokens",
+        "spo: actor.model_name=DIR/model: its responses end with token 454, but the model has 454; the tokenizer "
+        "belongs to another model, or the model was not resized for it",
     ),
     Fault(
         "an environment that ends the program",
@@ -384,7 +384,7 @@ FAULTS = [
         "a checkpoint of another model",
         "sft",
         smaller_model,
-        "sft: trainer.load_ckpt_from=DIR/before/step_000001 is of a larger model: it has "
+        "sft: trainer.load_ckpt_from=DIR/before/step_000001 belongs to a larger model: it also has "
         "model.lm.model.layers.1.input_layernorm.weight; its run had actor.model_name=larger, and here it is "
         "DIR/model",
     ),
@@ -393,7 +393,7 @@ FAULTS = [
         "sft",
         damaged_checkpoint,
         "sft: trainer.load_ckpt_from=DIR/before/step_000001: DIR/before/step_000001 is damaged: random.safetensors is "
-        "missing; go on from another checkpoint",
+        "missing; resume from another checkpoint",
     ),
     Fault(
         "a folder with another run",
@@ -455,7 +455,7 @@ FAULTS = [
         "spo",
         data('{"prompt": "a", "extra_info": ' + "[" * 100_000),
         "spo: DIR/data.jsonl, row 1: line 1: lists or objects are nested too deeply; "
-        "train_data.on_bad_row=skip goes on without such rows",
+        "train_data.on_bad_row=skip continues without such rows",
     ),
     Fault(
         "a setting that has no effect",

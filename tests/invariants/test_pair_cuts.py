@@ -41,7 +41,10 @@ def make_batch(loss: str, number: int) -> TokenBatch:
         prompt = [draw.randrange(50) for _ in range(draw.randint(1, 20))]
         responses = [[draw.randrange(50) for _ in range(draw.randint(1, 40))] for _ in range(2)]
         sides += [(prompt + r, [False] * len(prompt) + [True] * len(r)) for r in responses]
-    ids, trains = Ragged.of([ids for ids, _ in sides], np.int32), Ragged.of([mask for _, mask in sides], np.bool_)
+    ids, trains = (
+        Ragged.from_rows([ids for ids, _ in sides], np.int32),
+        Ragged.from_rows([mask for _, mask in sides], np.bool_),
+    )
     batch = Rows(ids, trains, per_row=2, scored=loss == "rm").draw(range(number))
     g = torch.Generator().manual_seed(0)
     ref_T = -5 * torch.rand(len(batch.labels_T), generator=g) * batch.action_T

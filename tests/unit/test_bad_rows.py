@@ -94,7 +94,7 @@ def test_a_run_that_stops_names_them_all_at_once(
     said = str(error.value)
     assert said.startswith(f"{path}, row 2: line 2: Expecting property name")
     assert "; row 4: " in said and "; row 5: example(row) failed with KeyError" in said
-    assert said.endswith(" (3 of 5 rows cannot be used); data.on_bad_row=skip goes on without such rows")
+    assert said.endswith(" (3 of 5 rows cannot be used); data.on_bad_row=skip continues without such rows")
     path = write(tmp_path, [GOOD, *[BAD[3]] * 9])
     with pytest.raises(DataError, match=r"row 6: .*\(9 of 10 rows cannot be used, the first 5 of them shown\)$"):
         LOADERS[program](path, tokenizer, BadRows(path))

@@ -100,7 +100,7 @@ def test_the_rows_that_a_run_begins_with_are_in_the_head(tmp_path: Path) -> None
     assert row["name"] == "row 1" and row["pieces"][1] == ["a", True]
     assert LONGEST < len(row["pieces"][0][0]) < LONGEST + 50 and f"[{LONGEST} characters]" in row["pieces"][0][0]
     (tmp_path / "run" / "first_rows.json").write_text('[{"name": 1}]')
-    with pytest.raises(UserError, match=r"first_rows.json is not as a run writes it"):
+    with pytest.raises(UserError, match=r"first_rows.json was not written by a run"):
         RunIndex([str(tmp_path / "run")])
 
 

@@ -401,7 +401,7 @@ def test_waiting_for_another_process_ends(tmp_path: Path, tokenizer: PreTrainedT
         found = cache.table(bad, name, ("row",), lambda writer, tell: writer.add(row=[[1]]) or {}, heard, wait_s=0.3)
     assert len(found) == 1
     assert heard.said == [
-        f"{path}: kept in memory, as its table cannot be on the disk: another process has been at work on it for 0.3 s"
+        f"{path}: kept in memory, as its table cannot be on the disk: another process has been writing it for 0.3 s"
     ]
 
 

@@ -190,9 +190,9 @@ def test_long_rows_are_left_out_and_counted(tmp_path: Path, tokenizer: PreTraine
         ({"prompt": "q", "response": 3}, "'response' must be text, not 3"),
         ({"question": "q"}, "keys are question; .* in SFT data.env_path"),
         ({"messages": turns("q")}, "must end with the assistant, or the row needs a 'response'"),
-        ({"messages": turns("q", "a"), "response": "b"}, "end with the assistant already"),
+        ({"messages": turns("q", "a"), "response": "b"}, "both 'response' and a final assistant turn"),
         ({"messages": turns("q", "a")[1:]}, "nothing to answer"),
-        ({"messages": [*turns("q"), {"role": "assistant", "content": "a", "weight": 0.5}]}, "only 0 and 1 are known"),
+        ({"messages": [*turns("q"), {"role": "assistant", "content": "a", "weight": 0.5}]}, "it must be 0 or 1"),
         ({"messages": [*turns("q"), {"role": "assistant", "content": "a", "weight": 0}]}, "every turn .* has weight 0"),
         ({"messages": turns("q", "a"), "tools": "[3"}, "'tools' must be a list of objects, not"),
         ({"messages": turns("q", "a"), "tools": [{"function": {"name": "f"}}]}, "leaves out the tool 'f'"),
@@ -204,7 +204,7 @@ def test_long_rows_are_left_out_and_counted(tmp_path: Path, tokenizer: PreTraine
         ),
         (
             {"messages": [*turns("q"), {"role": "assistant", "content": [{"type": "image"}]}]},
-            "has a part that is no text",
+            "has a part without text",
         ),
     ],
 )
@@ -235,7 +235,7 @@ def test_a_row_is_shown_with_what_trains(tmp_path: Path, tokenizer: PreTrainedTo
     load_examples(str(path), tokenizer, None, 100, notes=notes)
     header = "<|im_start|>assistant\\n"
     assert notes == [
-        f"{path}: 2 rows train a turn of the assistant that is empty, so its end token alone",
+        f"{path}: 2 rows train an empty turn of the assistant, which is only its end token",
         f"{path}, row 2: <|im_start|>user\\n1<|im_end|>\\n{header}[[2<|im_end|>]]\\n"
         f"<|im_start|>user\\n3<|im_end|>\\n{header}[[4<|im_end|>]]",
     ]

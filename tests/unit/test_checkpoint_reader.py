@@ -53,7 +53,7 @@ def test_metadata_that_call_something_are_refused(depth: int, tmp_path: Path) ->
         metadata = Reader(folder).read_metadata()
         metadata.planner_data = {"a": Hostile(made)}
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(dcp.CheckpointException, match=r"its metadata name pathlib\S*Path.touch"):
+    with pytest.raises(dcp.CheckpointException, match=r"its metadata refer to pathlib\S*Path.touch"):
         load(folder, {"a": torch.zeros(2)})
     assert not made.exists()
     pickle.loads((folder / ".metadata").read_bytes())
@@ -62,5 +62,5 @@ def test_metadata_that_call_something_are_refused(depth: int, tmp_path: Path) ->
 
 def test_an_item_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "state", {"a": torch.zeros(2), "b": {1, 2}})
-    with pytest.raises(dcp.CheckpointException, match="b is no tensor"):
+    with pytest.raises(dcp.CheckpointException, match="b is not a tensor"):
         load(folder, {"a": torch.zeros(2), "b": {1}})

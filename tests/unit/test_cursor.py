@@ -46,7 +46,7 @@ def test_number_of_batches() -> None:
 
 def test_a_position_in_other_data_is_refused() -> None:
     state = Cursor(10, 4, seed=3).state_dict()
-    with pytest.raises(ValueError, match="made with num_rows=10, and now num_rows=11"):
+    with pytest.raises(ValueError, match="saved with num_rows=10, but now num_rows=11"):
         Cursor(11, 4, seed=3).load_state_dict(state)
-    with pytest.raises(ValueError, match="made with seed=3, and now seed=4"):
+    with pytest.raises(ValueError, match="saved with seed=3, but now seed=4"):
         Cursor(10, 4, seed=4).load_state_dict(state)

@@ -18,7 +18,7 @@ REPLACES = """
 import sys
 from itertools import count
 from pathlib import Path
-from RL2 import durable
+from RL2.io import durable
 folder = Path(sys.argv[1])
 for n in count():
     durable.write_text(folder / "number", str(n))

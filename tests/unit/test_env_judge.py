@@ -459,7 +459,7 @@ def test_the_audit_counts_what_the_judge_does_not_answer(load: Any, server: Serv
         audit(ROOT / "envs" / "judge.py", str(data))
     with pytest.raises(UserError, match="--repeats=1 must be at least 2"):
         audit(ROOT / "envs" / "judge.py", str(data), repeats=1)
-    with pytest.raises(UserError, match=r"gsm8k.py is no judge"):
+    with pytest.raises(UserError, match=r"gsm8k.py is not a judge"):
         audit(ROOT / "envs" / "gsm8k.py", str(data))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from RL2.errors import ConfigError
 from RL2.tools.eval.evaluate import RECORDS, EvalConfig, _record, read, summarise, table
+from RL2.tools.settings import parse_settings
 from RL2.types import Sequence, Trajectory
 
 GIVEN = ("model=m", "data=d", "env=e")
@@ -33,15 +34,17 @@ def test_parts_are_summed_up_by_problem() -> None:
         record(1, 0, {"correct": 1.0}, {}),
         record(1, 1, {}, {"calls": 7.0}, unscored="broken"),
     ]
-    summary = summarise(EvalConfig.of([*GIVEN, "samples=2", "weights.format=0.5", "weights.corect=2"]), records)
+    summary = summarise(
+        parse_settings(EvalConfig, [*GIVEN, "samples=2", "weights.format=0.5", "weights.corect=2"]), records
+    )
     assert summary["reward/correct"]["value"] == 0.75
     assert summary["reward/format"]["value"] == 0.5
     assert summary["reward/length"] == -3, "a number alone: its bounds are not known"
     assert summary["env/calls"] == 5
     shown = table(summary)
-    assert shown.caption == "weights.corect weighs no part of any reward"
+    assert shown.caption == "weights.corect match no part of any reward"
     assert {"reward/correct", "reward/length", "env/calls"} <= {*shown.columns[0].cells}
-    greedy = summarise(EvalConfig.of(GIVEN), records[:1])
+    greedy = summarise(parse_settings(EvalConfig, GIVEN), records[:1])
     assert greedy["reward/correct"]["value"] == 0
 
 
@@ -58,8 +61,8 @@ def test_records_of_older_versions_have_no_parts(tmp_path: Path) -> None:
 
 
 def test_weights_are_checked() -> None:
-    assert EvalConfig.of([*GIVEN, "weights.a=0.5"]).weights == {"a": 0.5}
+    assert parse_settings(EvalConfig, [*GIVEN, "weights.a=0.5"]).weights == {"a": 0.5}
     with pytest.raises(ConfigError, match=r"weights\.a='x'; expected a number"):
-        EvalConfig.of([*GIVEN, "weights.a=x"])
+        parse_settings(EvalConfig, [*GIVEN, "weights.a=x"])
     with pytest.raises(ConfigError, match="env= is missing"):
-        EvalConfig.of(GIVEN[:2])
+        parse_settings(EvalConfig, GIVEN[:2])

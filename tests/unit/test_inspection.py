@@ -112,7 +112,7 @@ def attention_with(**arguments: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (attention_with(attention_mask=torch.zeros(1, 1, 4, 4)), "passes a mask of its own to attention"),
+        (attention_with(attention_mask=torch.zeros(1, 1, 4, 4)), "passes its own mask to attention"),
         (attention_with(sliding_window=8), "uses a sliding window"),
         (attention_with(softcap=20.0), "soft-caps its attention scores"),
         (attention_with(s_aux=torch.zeros(4)), "has attention sinks"),
@@ -141,7 +141,7 @@ def attention_with(**arguments: Any) -> Change:
             lambda lm: lm.model.register_buffer("is_known", torch.ones(4, dtype=torch.bool), persistent=False),
             "has buffers that nothing sets, among them model.is_known",
         ),
-        (lambda lm: setattr(lm.model, "vision", nn.Linear(2, 2)), "has weights that text does not pass through"),
+        (lambda lm: setattr(lm.model, "vision", nn.Linear(2, 2)), "has weights that text does not use"),
         (lambda lm: setattr(lm.model.layers[0], "experts", Experts()), "is a mixture of experts"),
         (lambda lm: dropout_in_layer(lm), "draws random numbers in its layers (dropout)"),
     ],
@@ -199,7 +199,7 @@ def test_rotary_frequencies_by_the_longest_sequence_limit_all(rope: dict[str, An
     policy_of(policy, most)
     if limit is not None:
         with pytest.raises(
-            ConfigError, match=f"a sequence has {limit + 1} tokens, and beyond {limit} LlamaForCausalLM"
+            ConfigError, match=f"a sequence has {limit + 1} tokens, but beyond {limit} LlamaForCausalLM"
         ):
             policy_of(policy, limit + 1)
 

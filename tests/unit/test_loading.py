@@ -125,14 +125,14 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path: Path) -> None:
     assert message("cut off").startswith(": model.safetensors is broken (")
     assert message("no safetensors").startswith(": model.safetensors is broken (")
     assert message("a layer more").startswith(" lacks 11 of the tensors of Qwen3ForCausalLM, among them ")
-    assert "proj.weight has shape [48, 32] in model.safetensors, and [64, 32] by config.json" in message("wider")
+    assert "proj.weight has shape [48, 32] in model.safetensors, but [64, 32] in config.json" in message("wider")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json"])
 def test_a_pipe_in_the_folder_is_named_and_not_waited_for(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ConfigError, match=f"{name} is no file but a pipe, a socket or a device"):
+    with pytest.raises(ConfigError, match=f"{name} is a pipe, a socket or a device"):
         refuse_no_model(str(tmp_path), "actor.model_name")
 
 
@@ -142,7 +142,7 @@ def test_a_download_that_was_cut_off_is_named(tmp_path: Path) -> None:
     blobs.mkdir()
     (blobs / "77c0.incomplete").write_bytes(b"half")
     with pytest.raises(
-        ConfigError, match=r"no weights in .* \(the download was cut off at 77c0.incomplete; fetch it again"
+        ConfigError, match=r"no weights in .* \(the download was cut off at 77c0.incomplete; download it again"
     ):
         stored_tensors(snapshot, "owner/name", "actor.model_name")
 
@@ -155,7 +155,7 @@ def test_what_the_hub_does_not_give_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError) as caught:
         load_tokenizer("nobody/nothing", "ref_actor.model_name")
     assert str(caught.value) == (
-        "ref_actor.model_name=nobody/nothing: there is no such folder, and the hub does not give it: "
+        "ref_actor.model_name=nobody/nothing: there is no such folder, and the hub does not provide it: "
         "no route to the hub"
     )
 
@@ -254,9 +254,7 @@ def test_a_tied_head_that_is_stored_with_other_values_is_refused(tmp_path: Path)
     Policy.load(str(same), "k")
     other = saved(tmp_path / "other", lambda t: t.update({head: t["model.embed_tokens.weight"] + 1e-3}), tie=True)
     for load in (lambda: Policy.load(str(other), "k"), lambda: headers(other)):
-        with pytest.raises(
-            ConfigError, match=r"are one by config\.json .* set tie_word_embeddings to false in config\.json"
-        ):
+        with pytest.raises(ConfigError, match=r"are tied .* set tie_word_embeddings to false in config\.json"):
             load()
 
 
@@ -304,7 +302,7 @@ def test_a_tensor_that_two_files_have_is_refused(tmp_path: Path) -> None:
     make(tmp_path, "untied")
     shutil.copy(tmp_path / "model.safetensors", tmp_path / "two.safetensors")
     (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
-    with pytest.raises(ConfigError, match=r"^k=.* is stored in one.safetensors and in two.safetensors; leave only"):
+    with pytest.raises(ConfigError, match=r"^k=.* is stored in one.safetensors and in two.safetensors; keep only"):
         stored_tensors(tmp_path, str(tmp_path), "k")
 
 

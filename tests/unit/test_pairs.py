@@ -157,7 +157,7 @@ def test_as_sequences(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Non
         ({"chosen": turns("q"), "rejected": turns("q", "b")}, "'messages' must end with the assistant"),
         (
             {"messages": turns("p", "a"), "chosen": turns("q", "a"), "rejected": turns("q", "b")},
-            "'chosen' begins with the user and repeats nothing of 'messages' or 'prompt', which end with the assistant",
+            "'chosen' begins with the user and does not repeat 'messages' or 'prompt', which end with the assistant",
         ),
     ],
 )

@@ -14,6 +14,7 @@ from RL2.parallel.cost import PRESETS, Layout, Machine, Shape, Work, kv_bytes, o
 from RL2.tools.cli import app
 from RL2.tools.plan.command import PlanRequest
 from RL2.tools.plan.search import best, cost, layouts
+from RL2.tools.settings import parse_settings
 
 GIB = 2**30
 BILLIONS = dict(zip(PRESETS, (0.596, 1.721, 4.022, 8.191, 14.768, 32.762, 70.554), strict=True))
@@ -149,7 +150,7 @@ def test_the_command_recommends_a_layout() -> None:
     [
         (("model=meta-llama/Llama-3.1-70B", "gpus=64"), "the engine has a whole copy of the weights"),
         (("model=Qwen/Qwen3-8B", "gpus=1", "rollout=false"), "they need at least 2 GPUs"),
-        (("model=Qwen/Qwen3-32B", "gpus=8"), "what stays beside it while it gets them"),
+        (("model=Qwen/Qwen3-32B", "gpus=8"), "what stays beside it while it receives them"),
         (("model=Qwen/Qwen3-1.7B", "gpus=1", "length=65536", "memory_gib=40", "rollout=false"), "for activations"),
     ],
 )
@@ -164,10 +165,10 @@ def test_the_command_says_why_something_does_not_fit(settings: tuple[str, ...], 
     ("settings", "why"),
     [
         (("model=Qwen/Qwen3-4B",), "gpus= is missing"),
-        (("model=Qwen/Qwen3-4B", "gpus=0"), "gpus=0 is not a whole number above 0"),
-        (("model=Qwen/Qwen3-4B", "gpus=8", "rollout=1"), "rollout=1 is not true or false"),
+        (("model=Qwen/Qwen3-4B", "gpus=0"), "gpus=0; must be at least 1"),
+        (("model=Qwen/Qwen3-4B", "gpus=8", "rollout=1"), "rollout=1; expected true or false"),
         (("model=Qwen/Qwen3-4B", "gpus=8", "memory=80"), "'memory' is not a setting"),
-        (("model=Qwen/Qwen3-4B", "gpus=8", "mean_length=9000"), "not between 0 and length=8192"),
+        (("model=Qwen/Qwen3-4B", "gpus=8", "mean_length=9000"), "is above length=8192"),
         (("model=./nothing-here", "gpus=8"), "model=./nothing-here"),
     ],
 )
@@ -179,7 +180,7 @@ def test_settings_that_make_no_sense_are_refused(settings: tuple[str, ...], why:
 
 def test_the_shape_of_a_folder(tmp_path: Path) -> None:
     Qwen3Config(hidden_size=64, num_hidden_layers=3, vocab_size=100, tie_word_embeddings=True).save_pretrained(tmp_path)
-    shape = PlanRequest.of([f"model={tmp_path}", "gpus=2"]).shape
+    shape = parse_settings(PlanRequest, [f"model={tmp_path}", "gpus=2"]).shape
     assert (shape.hidden, shape.layers, shape.vocabulary, shape.tied) == (64, 3, 100, True)
 
 

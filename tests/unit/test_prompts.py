@@ -76,7 +76,10 @@ def test_example_converts_raw_rows(tmp_path: Path, tokenizer: PreTrainedTokenize
         ({"messages": [*USER, {"content": "x"}]}, r"messages\[1\] has no 'role'"),
         ({"messages": [{"role": 1, "content": "x"}]}, r"messages\[0\].role must be text, not 1"),
         ({"messages": [{"role": "user", "content": " "}]}, r"messages\[0\] is empty"),
-        ({"messages": [*USER, {"role": "assistant", "content": "3"}]}, "answer would stand in the prompt; leave that"),
+        (
+            {"messages": [*USER, {"role": "assistant", "content": "3"}]},
+            "so the prompt would contain the answer; remove that turn",
+        ),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] has no 'content'"),
         ({"messages": [{"role": "user", "content": [1]}]}, r"messages\[0\].content must be text"),
         ({"prompt": "q" * 33}, r"has 33 tokens, the limit is 32; raise actor.max_length_per_device"),

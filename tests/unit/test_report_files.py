@@ -16,7 +16,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import RL2
-from RL2.io.report import SAMPLES_BEFORE, RecordsFailed, Report, TensorBoard, _backwards
+from RL2.io.jsonl import lines_backwards
+from RL2.io.report import SAMPLES_BEFORE, RecordsFailed, Report, TensorBoard
 from RL2.tools.view.run_index import RunIndex
 from RL2.types import Trajectory
 
@@ -149,7 +150,7 @@ def test_records_are_cut_back_from_their_end(tmp_path: Path, capsys: pytest.Capt
 def test_lines_are_read_backwards(text: bytes, block: int) -> None:
     forwards = text.splitlines(keepends=True)
     starts = [sum(map(len, forwards[:n])) for n in range(len(forwards))]
-    found = list(_backwards(io.BytesIO(text), block))
+    found = list(lines_backwards(io.BytesIO(text), block))
     assert found[::-1] == list(zip(starts, forwards, strict=True))
 
 

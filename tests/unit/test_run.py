@@ -34,7 +34,7 @@ def checkpoint(folder: Path, step: int, began_with: dict[str, Any] | None = None
     for name in ("notes.json", "random.safetensors", "state/.metadata"):
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).write_text(json.dumps({"models": began_with or {}}))
-    digests.write(made, digests.of_files(made, ("notes.json", "random.safetensors", "state/.metadata")))
+    digests.write(made, digests.compute(made, ("notes.json", "random.safetensors", "state/.metadata")))
     return made
 
 
@@ -131,7 +131,7 @@ def test_other_rows_than_those_of_the_checkpoint_are_said(tmp_path: Path, capsys
     source = checkpoint(tmp_path, 3)
     notes = {"models": {}, "rows": {"data": "9 rows abc", "test data": "1 rows abc"}}
     (source / "notes.json").write_text(json.dumps(notes))
-    digests.write(source, digests.of_files(source, digests.read(source, ())))
+    digests.write(source, digests.compute(source, digests.read(source, ())))
     with start(config(tmp_path, "trainer.load_ckpt_from=latest")) as run:
         run.know_rows({"data": "9 rows abd", "test data": "1 rows abc", "more": "1 rows abc"})
         assert run.checkpoints.rows == {"data": "9 rows abd", "test data": "1 rows abc", "more": "1 rows abc"}

@@ -98,7 +98,7 @@ def test_a_number_that_came_back_is_another_process(tmp_path: Path) -> None:
     file.write_text(json.dumps(owner(tmp_path) | {"started": "1"}))
     other = RunLock(tmp_path)
     other.acquire()
-    with pytest.raises(UserError, match="is no longer this run's"):
+    with pytest.raises(UserError, match="no longer belongs to this run"):
         lock.refuse_if_lost()
     lock.release()
     other.refuse_if_lost()

@@ -139,7 +139,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "bytes.jsonl").write_bytes(b'{"a": "\xff"}')
     for path, message in [
         (str(tmp_path / "b.jsonl"), "there is no such file"),
-        (str(tmp_path / "nothing"), "there is no such file, nor can it be the name of a hub data set"),
+        (str(tmp_path / "nothing"), "there is no such file, and it is not a valid name of a hub data set"),
         ("data/of/mine", "there is no such file"),
         (str(tmp_path / "folder"), "folder: "),
         ("@openai/gsm8k", "write split@name"),

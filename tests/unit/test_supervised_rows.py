@@ -22,7 +22,7 @@ def pairs(number: int, first: int = 0) -> Rows:
 def of(sequences: list[list[int]], per_row: int) -> Rows:
     """All tokens but the first of each sequence train."""
     trains = [[False] + [True] * (len(ids) - 1) for ids in sequences]
-    return Rows(Ragged.of(sequences, np.int32), Ragged.of(trains, np.bool_), per_row)
+    return Rows(Ragged.from_rows(sequences, np.int32), Ragged.from_rows(trains, np.bool_), per_row)
 
 
 def rows_of(rows: Rows) -> set[int]:
@@ -45,8 +45,8 @@ def test_a_row_that_is_drawn_twice_is_two_pairs() -> None:
 
 def test_the_first_rows_are_shown_with_what_trains(tokenizer: PreTrainedTokenizerBase) -> None:
     asked, said = tokenizer("48-19=").input_ids, tokenizer("29\n#### 29").input_ids
-    ids = Ragged.of([[*asked, *said]] * 8, np.int32)
-    trains = Ragged.of([[False] * len(asked) + [True] * len(said)] * 8, np.bool_)
+    ids = Ragged.from_rows([[*asked, *said]] * 8, np.int32)
+    trains = Ragged.from_rows([[False] * len(asked) + [True] * len(said)] * 8, np.bool_)
     shown = [["48-19=", False], ["29\n#### 29", True]]
     rows = first_rows(Rows(ids, trains, per_row=1), tokenizer)
     assert [[list(piece) for piece in row["pieces"]] for row in rows] == [shown] * 5

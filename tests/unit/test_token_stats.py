@@ -260,7 +260,7 @@ def test_only_what_is_asked_for_is_there() -> None:
         token_stats(*random_inputs(1.0), fields=("logprob",))
     with pytest.raises(ValueError, match="top_logp and top_id need top_k above 0"):
         token_stats(*random_inputs(1.0), fields=("top_logp",))
-    with pytest.raises(ValueError, match="top_k=38 of a vocabulary of 37 tokens"):
+    with pytest.raises(ValueError, match="top_k=38 must be at most the vocabulary, 37 tokens"):
         token_stats(*random_inputs(1.0), fields=("top_logp",), top_k=38)
 
 

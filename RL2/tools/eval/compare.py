@@ -1,4 +1,4 @@
-"""Is one method better than another? Paired by problem, with several runs (seeds) of a method as one group."""
+"""Paired comparison of two methods by problem, with one or more runs (seeds) of each."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from statistics import NormalDist, fmean, variance
 from RL2.tools.eval.intervals import over_problems, span_of, student
 
 Scores = Mapping[str, float]
-"""Problem -> mean score of a run's samples of it."""
+"""Problem -> mean score of a run's samples."""
 POWER = 0.8
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much better the second is than the first, in the score's own unit."""
+    """Improvement of the second method over the first, in the unit of the score."""
 
     difference: float
     low: float
     high: float
-    """The 95% interval."""
+    """Upper limit of the 95% interval; `low` is the lower one."""
     smallest: float
-    """The smallest true difference that would have been found in four of five such comparisons."""
+    """Smallest true difference that would be detected in four of five such comparisons."""
     problems: int
-    """That both have."""
+    """Number of problems that both have."""
     seeds: tuple[int, int]
 
     @property
@@ -37,43 +37,42 @@ class Comparison:
     @property
     def words(self) -> str:
         interval = f"{self.low:+.3f} to {self.high:+.3f}"
-        of = f"over {self.seeds[0]} and {self.seeds[1]} runs"
+        scope = f"over {self.seeds[0]} and {self.seeds[1]} runs"
         if self.seeds == (1, 1):
-            of = "between these two runs (other seeds of the same two methods may differ)"
+            scope = "between these two runs (other seeds of the same two methods may differ)"
         elif 1 in self.seeds:
-            of += " (the single run's method is taken to vary between seeds as the other does)"
-        text = f"{self.verdict}: {self.difference:+.3f} ({interval}) on {self.problems} problems, {of}"
+            scope += " (the single run's method is assumed to vary between seeds like the other)"
+        text = f"{self.verdict}: {self.difference:+.3f} ({interval}) on {self.problems} problems, {scope}"
         if self.verdict == "cannot tell":
-            text += f"; a difference below {self.smallest:.3f} would mostly go unseen"
+            text += f"; a difference below {self.smallest:.3f} would mostly go undetected"
         return text
 
 
 def compare(first: Sequence[Scores], second: Sequence[Scores], confidence: float = 0.95) -> Comparison:
-    """Return how much better the runs of the second method are, on the problems that all runs have.
+    """Return the improvement of the second method's runs over the first's, on the problems that all runs share.
 
-    Two sources of chance. Which problems there are and how they were sampled is seen in the differences by problem,
-    with the interval of `over_problems`. How the runs of a method came out is seen in their means. Together they count
-    the sampling twice, so the interval is rather too wide.
+    There are two sources of chance. The choice of problems and the sampling show in the differences by problem; their
+    interval is that of `over_problems`. The variation between seeds shows in the means of the runs. Together they count
+    the sampling twice, so the interval is slightly too wide.
 
-    With several runs of both, the variances add up, and the quantile is Student's with Satterthwaite's degrees of
-    freedom. With several of one, the method with a single run is taken to vary between seeds as the other does, and the
-    half-widths of both sources add up: Satterthwaite's degrees of freedom would be too many for a spread of so few runs
-    that counts so much, and means of scores are skewed where seeds differ widely. With one run each the answer is about
-    these two runs.
+    With several runs of both methods, the variances add up, and the quantile is Student's with Satterthwaite's degrees
+    of freedom. With several runs of only one, the other is assumed to vary between seeds in the same way, and the
+    half-widths of both sources add up: Satterthwaite's degrees of freedom would be too many for so few runs, and means
+    of scores are skewed if seeds differ widely. With one run each, the result is about these two runs.
 
-    Raises ValueError where they have fewer than two problems in common.
+    Raise ValueError if they share fewer than two problems.
     """
     shared = sorted(set.intersection(*(set(run) for run in (*first, *second))))
     if len(shared) < 2:
-        raise ValueError("they have fewer than two problems in common")
+        raise ValueError("they share fewer than two problems")
     span = span_of([run[p] for run in (*first, *second) for p in shared])
     difference_P = [fmean(run[p] for run in second) - fmean(run[p] for run in first) for p in shared]
     difference, low, high = over_problems(difference_P, confidence, (-span, span))
     below, above = difference - low, high - difference
     means = [[fmean(run[p] for p in shared) for run in runs] for runs in (first, second)]
-    several = [of for of in means if len(of) > 1]
+    several = [scores for scores in means if len(scores) > 1]
     if len(several) == 2:
-        parts = [(variance(of) / len(of), len(of) - 1) for of in (difference_P, *several)]
+        parts = [(variance(x) / len(x), len(x) - 1) for x in (difference_P, *several)]
         squared = sum(part for part, _ in parts)
         freedom = squared**2 / sum(part**2 / df for part, df in parts) if squared else math.inf
         half = student(confidence, freedom) * math.sqrt(squared)

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 DRAWS = 10_000
-"""Draws behind an interval of values that are not all 0 or 1: its two tails of 2.5% are then right to 0.2%."""
+"""Number of random draws for values that are not all 0 or 1; its two tails of 2.5% are then accurate to 0.2%."""
 POINTS = 401
-"""At which the density of Student's distribution is integrated."""
+"""Number of points at which the density of Student's distribution is integrated."""
 
 
 class Estimate(NamedTuple):
+    """An estimate with the limits of its interval."""
+
     value: float
     low: float
     high: float
@@ -24,10 +26,10 @@ class Estimate(NamedTuple):
 def accuracy(scores: Sequence[float], confidence: float = 0.95) -> Estimate:
     """Return the mean of scores between 0 and 1 with the interval of `over_problems`.
 
-    Raises ValueError for no scores, or for one that is not between 0 and 1.
+    Raise ValueError if there are no scores, or if one is not between 0 and 1.
     """
     if not all(0 <= score <= 1 for score in scores):
-        raise ValueError("an accuracy is of scores between 0 and 1")
+        raise ValueError("an accuracy needs scores between 0 and 1")
     return over_problems(scores, confidence)
 
 
@@ -36,18 +38,18 @@ def over_problems(
 ) -> Estimate:
     """Return the mean of one value per problem [P] with an interval that holds for few problems and near the bounds.
 
-    `bounds` are the least and the largest value that a problem can have; values beyond them widen them.
+    `bounds` are the smallest and largest value that a problem can have; values beyond them extend them.
 
-    For values that are all at a bound, as 0s and 1s are, this is the exact interval of C. J. Clopper and E. S. Pearson,
-    "The use of confidence or fiducial limits illustrated in the case of the binomial", Biometrika 26 (1934). For
-    others it is its extension by N. Gaffke, "Three test statistics for a nonparametric one-sided hypothesis on the
+    For values that are all at a bound, such as 0s and 1s, this is the exact interval of C. J. Clopper and E. S.
+    Pearson, "The use of confidence or fiducial limits illustrated in the case of the binomial", Biometrika 26 (1934).
+    For others it is its extension by N. Gaffke, "Three test statistics for a nonparametric one-sided hypothesis on the
     mean of a nonnegative variable", Mathematical Methods of Statistics 14 (2005); see also E. Learned-Miller and P.
-    Thomas, arXiv 1905.06208: one more problem is added, with the lower bound as its value for the lower limit and the
-    upper bound for the upper one, and the limits are quantiles of the mean of these P + 1 values under random weights
-    (Dirichlet, all parameters 1). With many problems that is the normal interval. That it covers is proven for 0s and
-    1s; docs/evaluation.md has the coverage, by enumeration, of these and of values of three levels.
+    Thomas, arXiv 1905.06208. One more problem is added, with the lower bound as its value for the lower limit and the
+    upper bound for the upper limit. The limits are quantiles of the mean of these P + 1 values under random weights
+    (Dirichlet, all parameters 1). With many problems this is the normal interval. Coverage is proven for 0s and 1s;
+    docs/evaluation.md shows it, by enumeration, for these and for values of three levels.
 
-    Raises ValueError for no values, or a confidence that is not between 0 and 1.
+    Raise ValueError if there are no values, or if `confidence` is not between 0 and 1.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: must lie between 0 and 1")
@@ -67,7 +69,7 @@ def over_problems(
 
 
 def _least_chance(right: int, n: int, tail: float) -> float:
-    """Return the chance of success with which `right` or more of n succeed with probability `tail`; 0 for none."""
+    """Return the success probability at which `right` or more of n succeed with probability `tail`; 0 for none."""
     if not right:
         return 0.0
     k = np.arange(right, n + 1)
@@ -87,7 +89,7 @@ def _weighted(values: np.ndarray, least: float, most: float, tail: float) -> tup
     added = rng.standard_exponential(DRAWS)
     total, weighted = added.copy(), np.zeros(DRAWS)
     for value, count in zip(*np.unique(values, return_counts=True), strict=True):
-        weight = rng.standard_gamma(count, DRAWS)  # of all problems with this value together
+        weight = rng.standard_gamma(count, DRAWS)  # the weight of all problems with this value together
         total += weight
         weighted += value * weight
     low = np.quantile((weighted + least * added) / total, tail)
@@ -98,9 +100,9 @@ def _weighted(values: np.ndarray, least: float, most: float, tail: float) -> tup
 def paired_difference(before: Sequence[float], after: Sequence[float], confidence: float = 0.95) -> Estimate:
     """Return the mean of `after - before` over the same problems, with the interval of `over_problems`.
 
-    Pairing takes out how hard each problem is, which is most of the noise between two models. For scores of 0 and 1 the
-    interval leaves out 0 where the exact test of McNemar rejects. See E. Miller, "Adding error bars to evals",
-    arXiv 2411.00640, on paired differences. Raises ValueError where the problems cannot be the same.
+    Pairing removes the difficulty of each problem, which is most of the noise between two models. For scores of 0 and 1
+    the interval excludes 0 if the exact test of McNemar rejects. See E. Miller, "Adding error bars to evals", arXiv
+    2411.00640, on paired differences. Raise ValueError if the numbers of problems differ or are too small.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} scores before and {len(after)} after: they must be of the same problems")
@@ -111,26 +113,27 @@ def paired_difference(before: Sequence[float], after: Sequence[float], confidenc
 
 
 def limits(scores: Sequence[float]) -> tuple[float, float]:
-    """Return the least and largest score that can be: 0 and 1, or what was seen where that lies beyond."""
+    """Return the smallest and largest possible score: 0 and 1, or the observed extremes beyond them."""
     return min([0.0, *scores]), max([1.0, *scores])
 
 
 def span_of(scores: Sequence[float]) -> float:
-    """Return the largest difference that two scores can have."""
+    """Return the largest possible difference of two scores."""
     least, most = limits(scores)
     return most - least
 
 
 def first_to_last(values: Sequence[float], edge: int, confidence: float = 0.95) -> Estimate:
-    """Return the mean of the last `edge` values of a series less that of the first, with an interval for its noise.
+    """Return the mean of the last `edge` values of a series minus that of the first, with an interval for its noise.
 
-    Neighbours in a series of training steps are alike, so the interval does not take them as independent. It takes the
-    noise as a first-order autoregression: values k steps apart differ by a variance of V (1 - r^k) / (1 - r), with V
+    Neighbouring training steps are correlated, so the interval does not assume independence. It models the noise as a
+    first-order autoregression: the difference of values k steps apart has the variance V (1 - r^k) / (1 - r), with V
     the variance of the differences between neighbours and r = 1 + 2 (their lag-1 autocorrelation), which a slow trend
-    hardly changes. Differences are cut off at 3 standard deviations: a collapse within a few steps is a change and no
-    noise. r is used one standard error, 2 / sqrt(n), above its estimate, and at most 1 (a random walk). The quantile
-    is Student's with 2 (edge - 1) degrees of freedom. The interval says nothing of other seeds.
-    Raises ValueError for edge < 2, or edges that overlap.
+    hardly changes. Differences are clipped at 3 standard deviations: a collapse within a few steps is a change, not
+    noise. r is taken one standard error, 2 / sqrt(n), above its estimate, and at most 1 (a random walk). The quantile
+    is Student's with 2 (edge - 1) degrees of freedom. The interval does not cover other seeds.
+
+    Raise ValueError if edge < 2 or if the edges overlap.
     """
     if edge < 2 or 2 * edge > len(values):
         raise ValueError(f"{len(values)} values have no two ends of {edge}; each needs at least two")
@@ -138,7 +141,7 @@ def first_to_last(values: Sequence[float], edge: int, confidence: float = 0.95) 
     difference = float(series[-edge:].mean() - series[:edge].mean())
     steps = np.diff(series)
     deviation = steps - np.median(steps)
-    if scale := 1.4826 * float(np.median(abs(deviation))):  # the standard deviation, of a normal distribution
+    if scale := 1.4826 * float(np.median(abs(deviation))):  # equals the standard deviation of a normal distribution
         deviation = deviation.clip(-3 * scale, 3 * scale)
     squared = float((deviation**2).sum())
     if squared <= 1e-24 * float((series**2).sum()):  # a straight line has no noise
@@ -155,9 +158,9 @@ def first_to_last(values: Sequence[float], edge: int, confidence: float = 0.95) 
 
 
 def student(confidence: float, freedom: float) -> float:
-    """Return t such that a Student variable of `freedom` degrees lies within -t and t with probability `confidence`.
+    """Return t such that a Student variable with `freedom` degrees is in [-t, t] with probability `confidence`.
 
-    The density is integrated by Simpson's rule and the quantile found by halving.
+    The density is integrated by Simpson's rule, and the quantile is found by bisection.
     """
     if math.isinf(freedom) or freedom > 1e6:
         return NormalDist().inv_cdf((1 + confidence) / 2)

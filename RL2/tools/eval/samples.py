@@ -1,4 +1,4 @@
-"""What several samples of one problem say: pass@k and majority votes."""
+"""Metrics over several samples of one problem: pass@k and majority votes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from random import Random
 from statistics import fmean
 
 SUBSETS = 500
-"""Votes of k among n samples: over all subsets, or so many of them."""
+"""Limit of the subsets of k among n samples that a vote uses; if there are more, this many are drawn."""
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,21 @@ class Sample:
 
     score: float
     answer: str | None = None
-    """What it votes for; None: it has no vote."""
+    """Answer that the sample votes for; None if it does not vote."""
     reward: float | None = None
-    """Sum of its rewards; None where it was not kept."""
+    """Sum of the rewards; None if it was not stored."""
 
     @property
     def is_right(self) -> bool:
-        """Return whether its reward (without one, its score) is above 0; a score may give partial credit."""
+        """Whether the reward (or the score, if there is none) is above 0; a score may give partial credit."""
         return (self.score if self.reward is None else self.reward) > 0
 
 
 def pass_at(k: int, samples: Sequence[Sample]) -> float:
-    """Return the chance that at least one of k samples is right, without bias from n >= k of them.
+    """Return an unbiased estimate of the probability that at least one of k samples is right, from n >= k samples.
 
-    1 - C(n - c, k) / C(n, k) with c right ones: M. Chen et al., "Evaluating large language models trained on code",
-    arXiv 2107.03374, equation 1.
+    It is 1 - C(n - c, k) / C(n, k) with c right ones: M. Chen et al., "Evaluating large language models trained on
+    code", arXiv 2107.03374, equation 1. Raise ValueError unless 1 <= k <= n.
     """
     n, c = len(samples), sum(sample.is_right for sample in samples)
     if not 1 <= k <= n:
@@ -43,9 +43,10 @@ def pass_at(k: int, samples: Sequence[Sample]) -> float:
 
 
 def majority_at(k: int, samples: Sequence[Sample]) -> float:
-    """Return the mean score of the answer that most of k samples give, over subsets of n >= k: unbiased, as `pass_at`.
+    """Return an unbiased estimate of the score of the majority answer of k samples, from n >= k samples.
 
-    Answers that tie share the outcome. Samples without an answer do not vote; if none votes, the score is 0.
+    Tied answers share the outcome. Samples without an answer do not vote; if none votes, the score is 0. Raise
+    ValueError unless 1 <= k <= n.
     """
     n = len(samples)
     if not 1 <= k <= n:

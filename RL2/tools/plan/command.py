@@ -1,62 +1,47 @@
-"""What `rl2 plan` is asked, and the table that it answers with."""
+"""Settings of `rl2 plan`, and the table that it prints."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from rich.console import ConsoleRenderable, Group
 from rich.table import Table
 
-from RL2.config.load import words
+from RL2.config.values import Count, PositiveFloat
 from RL2.errors import ConfigError, UserError, first_line, in_table
 from RL2.parallel.cost import PRESETS, Machine, Shape, Work, sync_traffic, traffic
 from RL2.tools.plan.search import Plan, best
 
 GIB = 2**30
-KINDS = {"str": "a text", "int": "a whole number above 0", "float": "a number above 0", "bool": "true or false"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """The settings of the command, which says what they mean."""
+    """Settings of `rl2 plan`, documented in its help."""
 
     model: str
-    gpus: int
-    memory_gib: float = 80
-    gpus_per_node: int = 8
-    length: int = 8192
-    mean_length: float = 0
-    sequences: int = 512
+    gpus: Count
+    memory_gib: PositiveFloat = 80
+    gpus_per_node: Count = 8
+    length: Count = 8192
+    mean_length: PositiveFloat | None = None
+    sequences: Count = 512
     rollout: bool = True
-    peak_tflops: float = 989
-    utilisation: float = 0.27
+    peak_tflops: PositiveFloat = 989
+    utilisation: PositiveFloat = 0.27
 
-    @staticmethod
-    def of(settings: Sequence[str]) -> PlanRequest:
-        """Of `key=value` words. Raises ConfigError for one that is not there or no sensible value."""
-        known = {f.name: str(f.type) for f in fields(PlanRequest)}
-        given = words([s for s in settings if "=" in s])
-        if unclear := [s for s in settings if "=" not in s] + [key for key in given if key not in known]:
-            raise ConfigError(f"{unclear[0]!r} is not a setting; they are {', '.join(f'{name}=' for name in known)}")
-        if missing := [name for name in ("model", "gpus") if name not in given]:
-            raise ConfigError(f"{missing[0]}= is missing")
-        for key, value in given.items():
-            wanted = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}[known[key]]
-            is_right = isinstance(value, wanted) and (isinstance(value, bool) == (known[key] == "bool"))
-            if not is_right or (known[key] in ("int", "float") and not 0 < value < math.inf):
-                raise ConfigError(f"{key}={value} is not {KINDS[known[key]]}")
-        question = PlanRequest(**given)
-        if not question.mean_length:
-            question = PlanRequest(**{"mean_length": question.length / 2} | given)
-        if not 0 < question.mean_length <= question.length:
-            raise ConfigError(f"mean_length={question.mean_length:g} is not between 0 and length={question.length}")
-        return question
+    def __post_init__(self) -> None:
+        if self.mean > self.length:
+            raise ConfigError(f"mean_length={self.mean:g} is above length={self.length}")
+
+    @property
+    def mean(self) -> float:
+        """Mean length of a sequence in tokens; half of the longest one unless `mean_length` is set."""
+        return self.length / 2 if self.mean_length is None else self.mean_length
 
     @property
     def shape(self) -> Shape:
-        """Of a model that is known, or whose configuration can be read. Raises UserError if it cannot."""
+        """Shape of a known model, or of one whose configuration can be read. Raise UserError if it cannot."""
         if self.model in PRESETS:
             return PRESETS[self.model]
         from transformers import AutoConfig
@@ -64,14 +49,12 @@ class PlanRequest:
         try:
             config = AutoConfig.from_pretrained(self.model)
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"model={self.model}: {first_line(error)} (known without a look: {', '.join(PRESETS)})"
-            ) from error
+            raise UserError(f"model={self.model}: {first_line(error)} (known offline: {', '.join(PRESETS)})") from error
         return Shape.of(config)
 
     @property
     def work(self) -> Work:
-        return Work(sequences=self.sequences, length=self.length, mean_length=self.mean_length, rollout=self.rollout)
+        return Work(sequences=self.sequences, length=self.length, mean_length=self.mean, rollout=self.rollout)
 
     @property
     def machine(self) -> Machine:
@@ -83,19 +66,19 @@ class PlanRequest:
         )
 
 
-def table(question: PlanRequest) -> tuple[Group, bool]:
-    """The answer, and whether the model fits."""
-    shape = question.shape
-    plan, why = best(shape, question.gpus, question.work, question.machine)
+def table(request: PlanRequest) -> tuple[Group, bool]:
+    """Return the answer, and whether the model fits."""
+    shape = request.shape
+    plan, why = best(shape, request.gpus, request.work, request.machine)
     head = (
-        f"[bold]{in_table(question.model)}[/], {shape.parameters / 1e9:.2f} billion parameters, on {question.gpus} x "
-        f"{question.memory_gib:g} GiB"
+        f"[bold]{in_table(request.model)}[/], {shape.parameters / 1e9:.2f} billion parameters, on {request.gpus} x "
+        f"{request.memory_gib:g} GiB"
     )
-    parts: list[ConsoleRenderable | str] = [_settings(plan), _memory(question, plan)]
+    parts: list[ConsoleRenderable | str] = [_settings(plan), _memory(request, plan)]
     if why:
         why = f"[bold red]does not fit:[/] {in_table(why)}. The layout that comes closest:"
         return Group(head, why, *parts), False
-    return Group(head, *parts, _time(question, shape, plan)), True
+    return Group(head, *parts, _time(request, shape, plan)), True
 
 
 def _settings(plan: Plan) -> str:
@@ -112,30 +95,30 @@ def _settings(plan: Plan) -> str:
     return f"  {' '.join(words)}\n  ({layout.fsdp} FSDP shards, {plan.microbatches} microbatches a step)"
 
 
-def _memory(question: PlanRequest, plan: Plan) -> Table:
-    result = _columns(f"memory of a GPU, of {0.9 * question.memory_gib:.0f} usable GiB", "GiB")
+def _memory(request: PlanRequest, plan: Plan) -> Table:
+    result = _columns(f"memory of a GPU, of {0.9 * request.memory_gib:.0f} usable GiB", "GiB")
     for part, size in plan.memory.items():
         result.add_row(part, f"{size / GIB:.1f}")
     result.add_row("[bold]at the peak of the update", f"[bold]{plan.peak / GIB:.1f}")
-    if question.rollout:
+    if request.rollout:
         result.add_row("engine in the rollout; it sleeps in the update", f"{plan.engine / GIB:.1f}")
         result.add_row("left for keys and values in the rollout", f"{max(0.0, plan.kv_cache) / GIB:.1f}")
     return result
 
 
-def _time(question: PlanRequest, shape: Shape, plan: Plan) -> Table:
+def _time(request: PlanRequest, shape: Shape, plan: Plan) -> Table:
     result = _columns("a step", "s")
     for phase, seconds in plan.seconds.items():
         result.add_row(phase, f"{seconds:.1f}")
     result.add_row("[bold]together", f"[bold]{plan.step_s:.1f}")
-    tokens = max(question.work.tokens / plan.layout.data, question.mean_length)
+    tokens = max(request.work.tokens / plan.layout.data, request.mean)
     sent = traffic(
         shape, plan.layout, microbatches=plan.microbatches, tokens=tokens, actions=tokens, recompute=plan.recompute
     )
     for (axis, collective), size in sent.items():
         if size >= 0.05 * GIB:
             result.add_row(f"sent by a GPU: {axis} {collective}", f"{size / GIB:.1f} GiB")
-    if question.rollout and question.gpus > 1:
+    if request.rollout and request.gpus > 1:
         result.add_row("sent by a GPU: weights for the engine", f"{sync_traffic(shape, plan.layout) / GIB:.1f} GiB")
     return result
 

@@ -1,4 +1,4 @@
-"""Which layout suits a model, a number of GPUs and their memory, by the costs of cost.py."""
+"""Search for the fastest layout of a model on a number of GPUs, by the costs of cost.py."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from RL2.parallel.cost import (
 )
 
 LAUNCH_S = 1e-3
-"""Least time that a layer takes in a decoding step of the embedded engine; assumed."""
+"""Minimum time of a layer in a decoding step of the embedded engine, in seconds; assumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A layout with what it costs."""
+    """A layout and its costs."""
 
     layout: Layout
     max_length_per_device: int
     microbatches: int
     recompute: bool
     offload: bool
-    """offload_model and offload_optimizer."""
+    """Whether offload_model and offload_optimizer are on."""
     memory: dict[str, float]
-    """Bytes by part in the update; with `offload`, not all at once."""
+    """Bytes by part in the update; with `offload`, not all are resident at once."""
     peak: float
-    """Bytes at the worst moment of the update, when the engine sleeps."""
+    """Peak bytes of the update, when the engine sleeps."""
     engine: float
-    """Bytes of its weights while sampling."""
+    """Bytes of the engine's weights while sampling."""
     sync: float
-    """Bytes while it gets them: an offloaded model is back on the GPU then, and a tensor at a time is whole."""
+    """Peak bytes while the engine receives weights: the model is on the GPU, and one tensor at a time is whole."""
     kv_cache: float
-    """Bytes left for keys and values beside it."""
+    """Bytes left for keys and values beside the engine."""
     seconds: dict[str, float]
 
     @property
@@ -55,7 +55,7 @@ class Plan:
 def cost(
     shape: Shape, layout: Layout, work: Work, machine: Machine, max_length: int, *, recompute: bool, offload: bool
 ) -> Plan:
-    """What `work` costs in this layout, whether it fits or not."""
+    """Return the cost of `work` in this layout, whether it fits or not."""
     memory = training_memory(shape, layout, max_length, recompute=recompute)
     engine = 2.0 * shape.parameters if work.rollout else 0.0  # the embedded engine is whole on each process
     state = memory["weights"] + memory["optimizer"]
@@ -87,7 +87,7 @@ def _seconds(
     recompute: bool,
     kv_cache: float,
 ) -> dict[str, float]:
-    """Of a step by phase. FSDP's collectives run beside the computation, those within layers do not."""
+    """Return seconds by phase of a step. FSDP's collectives overlap with computation, those within layers do not."""
     forward = operations(shape, share, work.mean_length) / (layout.sp * layout.tp * machine.peak * machine.utilisation)
     sent = traffic(shape, layout, microbatches=microbatches, tokens=share, actions=share, recompute=recompute)
     span = {"tp": layout.tp, "sp": layout.tp * layout.sp, "fsdp": layout.tp * layout.shards, "ddp": layout.size}
@@ -109,7 +109,7 @@ def _seconds(
 
 
 def misfit(shape: Shape, work: Work, machine: Machine, plan: Plan) -> str:
-    """Why `plan` does not fit; empty if it does."""
+    """Return why `plan` does not fit; empty if it does."""
     gib = machine.memory / 2**30
     states = sum(plan.memory[name] for name in ("weights", "gradients", "optimizer"))
     if plan.engine > machine.memory:
@@ -127,12 +127,12 @@ def misfit(shape: Shape, work: Work, machine: Machine, plan: Plan) -> str:
         part = max(("activations", "statistics", "gathered layers"), key=lambda name: plan.memory[name])
         return (
             f"the update takes {plan.peak / 2**30:.0f} GiB of {gib:.0f}, {plan.memory[part] / 2**30:.0f} of them for "
-            f"{part}; take more GPUs or a smaller length"
+            f"{part}; use more GPUs or a smaller length"
         )
     if plan.sync > machine.memory:
         return (
-            f"the engine's copy of the weights, {plan.engine / 2**30:.0f} GiB, and what stays beside it while it gets "
-            f"them take {plan.sync / 2**30:.0f} GiB of {gib:.0f}; take more GPUs"
+            f"the engine's copy of the weights, {plan.engine / 2**30:.0f} GiB, and what stays beside it while it "
+            f"receives them take {plan.sync / 2**30:.0f} GiB of {gib:.0f}; use more GPUs"
         )
     if work.rollout and plan.kv_cache < kv_bytes(shape) * work.length:
         return (
@@ -143,7 +143,7 @@ def misfit(shape: Shape, work: Work, machine: Machine, plan: Plan) -> str:
 
 
 def layouts(shape: Shape, gpus: int, node: int) -> Iterator[Layout]:
-    """All that divide the GPUs and the heads, with tensor and sequence parallelism within a node."""
+    """Yield all layouts that divide the GPUs and the heads, with tensor and sequence parallelism within a node."""
     sizes = [n for n in (1, 2, 4, 8) if n <= node]
     for tp, sp in product(sizes, sizes):
         queries, keys = shape.heads // tp, shape.kv_heads // tp
@@ -157,9 +157,9 @@ def layouts(shape: Shape, gpus: int, node: int) -> Iterator[Layout]:
 
 
 def best(shape: Shape, gpus: int, work: Work, machine: Machine) -> tuple[Plan, str]:
-    """The fastest that fits, and "". If none does: the one that takes least memory, and why it does not fit.
+    """Return the fastest plan that fits, and ""; if none does, the one with the least memory, and why it does not fit.
 
-    Offloading, which costs time that is not counted, only if nothing fits without.
+    Offloading is tried only if nothing fits without it; its time is not part of the model.
     """
     plans: list[Plan] = []
     for offload in (False, True):
@@ -173,15 +173,15 @@ def best(shape: Shape, gpus: int, work: Work, machine: Machine) -> tuple[Plan, s
         if fitting := [plan for plan in plans if not misfit(shape, work, machine, plan)]:
             return min(fitting, key=_preference), ""
     if not plans:
-        raise UserError(f"no layout of {gpus} GPUs has room for sequences of {work.length} tokens")
+        raise UserError(f"no layout of {gpus} GPUs has enough memory for sequences of {work.length} tokens")
     least = min(plans, key=lambda plan: plan.peak)
     return least, misfit(shape, work, machine, least)
 
 
 def _preference(plan: Plan) -> tuple[float, int, int, float, float]:
-    """Seconds to two digits (the model is no better), then the simpler layout, then what leaves more memory.
+    """Return the sort key: seconds to two digits (the model is no better), the simpler layout, then less memory.
 
-    The update counts once more by itself: beside a long rollout it would vanish in the rounding.
+    The update counts once more by itself, because rounding would hide it beside a long rollout.
     """
     step_s, update_s = (float(f"{seconds:.1e}") for seconds in (plan.step_s, plan.seconds["update"]))
     return step_s, plan.layout.tp, plan.layout.sp, update_s, plan.peak

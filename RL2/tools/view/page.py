@@ -1,4 +1,4 @@
-"""One self-contained HTML page of runs: curves, rollouts, and their tokens; as a file, or served while they go on."""
+"""Self-contained HTML page of runs: curves, rollouts and tokens; a file, or served and updated while runs continue."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from RL2.tools.view.run_index import RunIndex
 from RL2.tools.view.style import COLOURS, DASHES, PLOT_CONFIG, PLOT_LAYOUT
 
 SCRIPTS = ("data.js", "curves.js", "list.js", "reader.js", "rows.js", "start.js")
-"""Files of static/, in this order one script."""
+"""Files of static/ that are concatenated in this order."""
 EVERY_S = 2.0
-"""Files are looked at again after so long, if somebody asks."""
+"""Interval in seconds at which files are read again while a page is open."""
 
 
-def render(book: RunIndex, *, live: bool = False) -> str:
-    """The page; `live`: without its data, which it then asks for under its own address."""
+def render(index: RunIndex, *, live: bool = False) -> str:
+    """Render the page. With `live`, it has no data and requests them from its own address."""
     files = resources.files("RL2.tools.view") / "static"
     script = "\n".join(files.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
     plotly = get_plotlyjs()
-    # only these scripts run, whatever else should ever get into the page
+    # only these scripts may run, whatever else gets into the page
     hashes = " ".join(f"'sha256-{_digest(code)}'" for code in (script, plotly))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8")).render(
-        title=" · ".join(book.methods),
+        title=" · ".join(index.methods),
         hashes=hashes,
         live=live,
         css=files.joinpath("page.css").read_text(encoding="utf-8"),
         script=script,
         plotly=plotly,
         look={"colours": COLOURS, "dashes": DASHES, "layout": PLOT_LAYOUT, "config": PLOT_CONFIG},
-        chunks=() if live else book.chunks(),
+        chunks=() if live else index.chunks(),
     )
 
 
@@ -47,19 +47,20 @@ def _digest(code: str) -> str:
     return base64.b64encode(hashlib.sha256(code.encode("utf-8")).digest()).decode("ascii")
 
 
-def write_page(book: RunIndex, out: Path) -> None:
+def write_page(index: RunIndex, out: Path) -> None:
+    """Write the page of `index`, with its data, to the file `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render(book), encoding="utf-8")
+    out.write_text(render(index), encoding="utf-8")
 
 
 class Server(ThreadingHTTPServer):
-    """The page on this machine alone, always as new as the runs' files."""
+    """HTTP server of the page for this machine only; it follows the runs' files."""
 
     daemon_threads = True
 
-    def __init__(self, book: RunIndex, port: int) -> None:
-        """`port`: 0 takes a free one. Raises OSError if it is taken."""
-        self.book, self.lock, self.looked_s = book, threading.Lock(), time.monotonic()
+    def __init__(self, index: RunIndex, port: int) -> None:
+        """Bind to `port`; 0 picks a free one. Raise OSError if it is in use."""
+        self.index, self.lock, self.looked_s = index, threading.Lock(), time.monotonic()
         super().__init__(("127.0.0.1", port), Handler)
 
     @property
@@ -67,24 +68,26 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/"
 
     def answer(self, path: str) -> tuple[str, str] | None:
-        """(media type, content)."""
+        """Return media type and content of a path; None if it does not exist."""
         with self.lock:
             if path == "/":
-                return "text/html; charset=utf-8", render(self.book, live=True)
+                return "text/html; charset=utf-8", render(self.index, live=True)
             if path == "/version":
                 if time.monotonic() - self.looked_s > EVERY_S:
-                    self.book.refresh()
+                    self.index.refresh()
                     self.looked_s = time.monotonic()
-                return "text/plain", str(self.book.version)
-            chunk = self.book.chunk(path.removeprefix("/chunk/"))
+                return "text/plain", str(self.index.version)
+            chunk = self.index.chunk(path.removeprefix("/chunk/"))
             return None if chunk is None else ("text/plain", chunk)
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Handler of the server's requests."""
+
     server: Server
 
     def do_GET(self) -> None:
-        # a page from elsewhere that calls this machine by another name (DNS rebinding) reads nothing
+        # refuses pages that reach this machine under another name (DNS rebinding)
         host = self.headers.get("Host", "").rpartition(":")[0]
         found = self.server.answer(self.path.partition("?")[0]) if host in ("127.0.0.1", "localhost") else None
         if found is None:
@@ -100,4 +103,4 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: every page asks every few seconds."""
+        """Log nothing: each page sends a request every few seconds."""

@@ -1,9 +1,9 @@
-"""What `rl2 view` shows, read from the folders of runs and packed so that a browser unpacks only what it looks at.
+"""Index of runs for `rl2 view`, packed so that a browser unpacks only what it shows.
 
-Everything is JSON in chunks, each deflated by itself and written in base64: letters that mean nothing to HTML. `head`
-has the runs, their curves and a column for everything that rollouts are sorted by; `text-N` and `token-N` have the
-rollouts' texts and the statistics of their tokens, about `CHUNK` characters each. Files only grow during a run, so
-`refresh` reads what is new and packs only the last chunks again.
+Everything is JSON in chunks, each deflated separately and encoded in base64, which is safe in HTML. `head` has the
+runs, their curves, and a column for each sort key of rollouts. `text-N` and `token-N` have the texts of rollouts and
+the statistics of their tokens, about `CHUNK` characters each. Files only grow during a run, so `refresh` reads what is
+new and packs only the last chunks again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import re
 import sys
 import zlib
@@ -28,44 +27,45 @@ from pyarrow import parquet
 from safetensors.numpy import load_file
 
 from RL2.errors import UserError, first_line
-from RL2.io.report import FIRST_ROWS, SAMPLES_BEFORE, TOKENS, parsed
+from RL2.io.jsonl import JsonlTail
+from RL2.io.report import FIRST_ROWS, SAMPLES_BEFORE, TOKENS
 
 CHUNK = 1 << 17
-"""Characters after which a chunk is full."""
+"""Number of characters after which a chunk is full."""
 OWN = (
     *("seed", "project", "experiment_name", "load_ckpt_from", "save_dir", "save_freq", "keep", "keep_best"),
     *("samples_per_step", "records_mib", "replay_freq", "token_stats_freq", "timeout_s", "dry_run"),
     *("use_wandb", "use_trackio", "use_tensorboard"),
 )
-"""Keys of `trainer` in which runs of one method may differ: which of its seeds it is, and what it writes down."""
+"""Keys of `trainer` that may differ between runs of one method: the seed, and what is written where."""
 NOTHING = 1e-3
-"""A share of the largest loss or gradient weight of a step's tokens that is shown as if it were 0."""
+"""Share of the largest loss or gradient weight of a step's tokens below which a value is shown as 0."""
 COLUMNS = ("run", "step", "split", "row", "group", "sample", "reward", "length", "loss", "mark", "token")
-"""Of the index: a number for each rollout, or null."""
+"""Columns of the index: a number or null for each rollout."""
 SPLITS = ("train", "test")
 LARGEST = sys.float_info.max
 LONGEST = 20_000
-"""Characters of a run of text in the first rows that are shown."""
+"""Limit in characters of each piece of text in the first rows."""
 TRUNCATED, UNSCORED = 1, 2
 """Bits of the column `mark`."""
 
 
 def encoded(value: Any) -> str:
-    """JSON, deflated without a header, in base64."""
+    """Return `value` as JSON, deflated without a header, in base64."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     packer = zlib.compressobj(6, zlib.DEFLATED, -15)
-    # half of a surrogate pair, which no run writes, becomes a question mark
+    # a lone surrogate, which no run writes, becomes a question mark
     data = packer.compress(text.encode("utf-8", "replace")) + packer.flush()
     return base64.b64encode(data).decode("ascii")
 
 
 class ChunkedList:
-    """Items that only ever become more, in chunks."""
+    """Append-only list, packed in chunks."""
 
     def __init__(self) -> None:
         self.full: list[str] = []
         self.starts = [0]
-        """Number of the first item of each chunk."""
+        """Index of the first item of each chunk."""
         self.rest: list[Any] = []
         self.room = CHUNK
 
@@ -73,7 +73,7 @@ class ChunkedList:
         return self.starts[-1] + len(self.rest)
 
     def add(self, item: Any, size: int) -> None:
-        """`size`: its characters, roughly."""
+        """Append an item of about `size` characters."""
         self.rest.append(item)
         self.room -= size
         if self.room <= 0:
@@ -86,43 +86,9 @@ class ChunkedList:
         yield encoded(self.rest)
 
 
-class JsonlTail:
-    """The rows of a .jsonl file that another process writes."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.place = file, 0
-        self.identity: tuple[int, int] | None = None
-
-    def _identity(self) -> tuple[int, int] | None:
-        if not self.file.exists():
-            return None
-        status = self.file.stat()
-        return status.st_dev, status.st_ino
-
-    @property
-    def is_another(self) -> bool:
-        """A resumed run has cut its file back: what was read may no longer be there."""
-        return self.identity is not None and (
-            self._identity() != self.identity or os.path.getsize(self.file) < self.place
-        )
-
-    def new(self) -> Iterator[dict[str, Any]]:
-        """Since the last call; a last line without its end is still being written."""
-        self.identity = self._identity()
-        if self.identity is None:
-            return
-        with self.file.open("rb") as file:
-            file.seek(self.place)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self.place += len(line)
-                yield parsed(line, f"{self.file}: the line that ends at byte {self.place}")
-
-
 @dataclass
 class RunFiles:
-    """One run, as far as it has been read."""
+    """Data read so far from one run."""
 
     name: str
     folder: Path
@@ -137,7 +103,7 @@ class RunFiles:
     """(step, split, row, group, sample) -> number in the index."""
     token_files: set[str] = field(default_factory=set)
     first_rows: list[dict[str, Any]] = field(default_factory=list)
-    """Rows that it trains on: a name, and runs of text with whether they train."""
+    """Rows that the run trains on: a name, and pieces of text with whether they train."""
     replays: dict[int, dict[bytes, dict[str, list[float]]]] = field(default_factory=dict)
     """Step -> token ids of a sequence -> objective -> a number for each action."""
 
@@ -147,11 +113,13 @@ class RunFiles:
 
 
 class RunIndex:
-    """Runs and everything that they have written so far."""
+    """Index of runs and of everything that they have written so far."""
 
     def __init__(self, named: Sequence[str]) -> None:
-        """`named`: folders of runs, or NAME=FOLDER,FOLDER... for seeds of one method. Folders whose configurations
-        differ in nothing but the seed are seeds of one method too. Raises UserError where no run is.
+        """Read the runs in `named`: folders, or NAME=FOLDER,FOLDER... for seeds of one method.
+
+        Folders whose configurations differ only in the seed are also seeds of one method. Raise UserError if a folder
+        is not a run.
         """
         self.named = list(named)
         self.version = 0
@@ -179,7 +147,7 @@ class RunIndex:
         self.seen_replays: set[Path] = set()
 
     def refresh(self) -> bool:
-        """Read what is new; whether there was anything."""
+        """Read what is new, and return whether there was anything."""
         replays = {file for run in self.runs for file in run.replay_files}
         cut_back = any(lines.is_another for run in self.runs for lines in (run.metrics, run.before, run.samples))
         if cut_back or (self.version and replays != self.seen_replays):
@@ -209,7 +177,7 @@ class RunIndex:
                 with _readable(samples.file):
                     self._add(number, run, row)
         for file in sorted(run.folder.glob(f"{TOKENS}/*.parquet")):
-            # samples.jsonl comes first: what it does not have yet is of a later look
+            # samples.jsonl is read first: rollouts that it lacks come with a later refresh
             if file.name not in run.token_files:
                 with _readable(file):
                     found |= self._add_tokens(run, file)
@@ -217,7 +185,7 @@ class RunIndex:
 
     def _add(self, number: int, run: RunFiles, row: dict[str, Any]) -> None:
         if not all(isinstance(text, str) for text in row["texts"]) or not isinstance(row.get("unscored"), str | None):
-            raise TypeError("texts have to be texts")
+            raise TypeError("texts must be strings")
         run.rollouts[_key(row)] = len(self.texts)
         values = {
             "run": number,
@@ -247,7 +215,7 @@ class RunIndex:
         if not all(_key(row) in run.rollouts for row in rows):
             return False
         run.token_files.add(file.name)
-        # colours are of a rollout's own largest value, but not where that is nothing beside the step's
+        # colours are relative to a rollout's own largest value, unless that is negligible in its step
         floors = {
             name: NOTHING * max((abs(x) for row in rows for x in row[column] or () if math.isfinite(x)), default=0.0)
             for name, column in (("loss", "loss_T"), ("pull", "pull_T"))
@@ -264,7 +232,7 @@ class RunIndex:
         return True
 
     def _replayed(self, run: RunFiles, row: dict[str, Any]) -> dict[str, list[float]]:
-        """What `rl2 replay` found for this rollout: objective -> a number for each of its actions."""
+        """Return the results of `rl2 replay` for a rollout: objective -> a number for each of its actions."""
         file = run.folder / f"replay_{row['step']:06d}" / "replay.json"
         if not file.exists():
             return {}
@@ -274,20 +242,20 @@ class RunIndex:
         return run.replays[row["step"]].get(np.asarray(row["token_ids"], np.int64).tobytes(), {})
 
     def chunks(self) -> Iterator[tuple[str, str]]:
-        """(name, content) of every chunk; `head` first."""
+        """Yield name and content of each chunk; `head` first."""
         yield "head", self.head()
         yield from ((f"text-{n}", chunk) for n, chunk in enumerate(self.texts.chunks()))
         yield from ((f"token-{n}", chunk) for n, chunk in enumerate(self.tokens.chunks()))
 
     def chunk(self, name: str) -> str | None:
-        """One of them."""
+        """Return the content of one chunk; None if there is no such chunk."""
         if name == "head":
             return self.head()
         kind, _, number = name.partition("-")
-        shelf = {"text": self.texts, "token": self.tokens}.get(kind)
-        if shelf is None or not number.isascii() or not number.isdigit() or int(number) >= len(shelf.starts):
+        chunked = {"text": self.texts, "token": self.tokens}.get(kind)
+        if chunked is None or not number.isascii() or not number.isdigit() or int(number) >= len(chunked.starts):
             return None
-        return [*shelf.full, ""][int(number)] or encoded(shelf.rest)
+        return [*chunked.full, ""][int(number)] or encoded(chunked.rest)
 
     def head(self) -> str:
         return encoded(
@@ -313,14 +281,14 @@ class RunIndex:
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """What is read within is of `file`; whatever is wrong with it, a UserError says where."""
+    """Convert any error in the `with` block to a UserError that names `file`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{file} is not as a run writes it ({type(error).__name__}: {first_line(error)}); remove it, or mend it"
+            f"{file} was not written by a run ({type(error).__name__}: {first_line(error)}); remove or repair it"
         ) from error
 
 
@@ -329,12 +297,12 @@ def _key(row: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _finite(value: Any) -> float | None:
-    """`value`, if it is a number that a browser has too."""
+    """Return `value` if it is a number that browsers can represent."""
     return value if isinstance(value, int | float) and -LARGEST <= value <= LARGEST else None
 
 
 def _short(value: float, digits: int = 4) -> float | None:
-    """So many significant digits: more than an eye can tell, and half the size. None for what is no number."""
+    """Round to significant digits, more than visible at half the size; return None for a number that is not finite."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
@@ -343,7 +311,7 @@ def _shorts(values: Sequence[float], digits: int = 4) -> list[float | None]:
 
 
 def _token_item(row: dict[str, Any], replayed: dict[str, list[float]]) -> dict[str, Any]:
-    """A rollout token by token; lists but the first two have an entry for each sampled token."""
+    """Return a rollout token by token; lists except the first two have an entry per sampled token."""
     logps, engine = row["logp"], row["engine_logp"]
     gap = None if engine is None else [_short(a - b, 3) for a, b in zip(logps, engine, strict=True)]
     loss = row["loss_T"]
@@ -364,7 +332,7 @@ def _token_item(row: dict[str, Any], replayed: dict[str, list[float]]) -> dict[s
 
 
 def _first_rows(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of the file; of a long run of text the middle is left out."""
+    """Return the rows of the file; long pieces of text are abridged in the middle."""
     rows = json.loads(file.read_text(encoding="utf-8"))
     return [
         {"name": str(row["name"]), "pieces": [[_abridged(str(text)), bool(trains)] for text, trains in row["pieces"]]}
@@ -378,11 +346,11 @@ def _abridged(text: str) -> str:
 
 
 def _replay(file: Path) -> dict[bytes, dict[str, list[float]]]:
-    """Sequences by their token ids, each with what every objective asks of its actions."""
+    """Return token ids of each sequence -> objective -> the weight of each of its actions."""
     replay = json.loads(file.read_text(encoding="utf-8"))
     batch = load_file(file.with_name("batch.safetensors"))
     starts = batch["cu_seqlens"].tolist()
-    # actions before each position: where a sequence's numbers stand
+    # number of actions before each position: where a sequence's numbers start
     before = np.concatenate([[0], batch["action_T"].cumsum()])
     found: dict[bytes, dict[str, list[float]]] = {}
     for a, b in pairwise(starts):
@@ -392,7 +360,7 @@ def _replay(file: Path) -> dict[bytes, dict[str, list[float]]]:
 
 
 def _replay_table(file: Path) -> dict[str, Any]:
-    """What `rl2 replay` prints."""
+    """Return the results of `rl2 replay` for a table."""
     with _readable(file):
         replay = json.loads(file.read_text(encoding="utf-8"))
         shown = ("loss", "norm", "tokens", "entropy", "correct", "wrong")
@@ -407,14 +375,14 @@ def _replay_table(file: Path) -> dict[str, Any]:
 
 
 def _methods(named: Sequence[str]) -> tuple[list[str], list[list[Path]]]:
-    """Names of the methods, and the folders of each."""
-    given = [(name, "", "") if Path(name).is_dir() else name.partition("=") for name in named]
+    """Return the names of the methods, and the folders of each."""
+    pairs = [(name, "", "") if Path(name).is_dir() else name.partition("=") for name in named]
     groups: dict[str, list[Path]] = {}
-    for name, equals, paths in given:
+    for name, equals, paths in pairs:
         if equals:
             groups.setdefault(name, []).extend(Path(path) for path in paths.split(",") if path)
     alike: dict[str, list[Path]] = {}
-    for path in [Path(name) for name, equals, _ in given if not equals]:
+    for path in [Path(name) for name, equals, _ in pairs if not equals]:
         config = _config(path)
         for key in OWN:
             config.get("trainer", {}).pop(key, None)
@@ -429,17 +397,17 @@ def _methods(named: Sequence[str]) -> tuple[list[str], list[list[Path]]]:
     for folders in alike.values():
         letters = zip(*(names[folder] for folder in folders), strict=False)
         title = "".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, letters))
-        # of spo-0 and spo-1 remains spo
+        # "spo-0" and "spo-1" become "spo"
         name = re.sub(r"[-_ /.]*(seed|s)?[-_ ]*$", "", title) if len(folders) > 1 else title
         groups.setdefault(name or names[folders[0]], []).extend(folders)
     return list(groups), list(groups.values())
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
-    """As short as tells them apart."""
+    """Return the shortest names that distinguish the folders."""
     parts = {folder: folder.resolve().parts for folder in folders}
     for length in range(1, max(map(len, parts.values()), default=1) + 1):
-        names = {folder: "/".join(of[-length:]) for folder, of in parts.items()}
+        names = {folder: "/".join(path[-length:]) for folder, path in parts.items()}
         if len(set(names.values())) == len(folders):
             break
     return names
@@ -451,12 +419,12 @@ def _config(folder: Path) -> dict[str, Any]:
         return {}
     with _readable(file):
         text = file.read_text(encoding="utf-8")
-        # a run writes none, and a few lines of them stand for gigabytes
+        # runs write no aliases, and a few lines of them can expand to gigabytes
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ValueError("it has aliases")
-        config = json.loads(json.dumps(yaml.safe_load(text) or {}, default=str))  # all keys are texts then
+        config = json.loads(json.dumps(yaml.safe_load(text) or {}, default=str))  # this makes all keys strings
         if not isinstance(config, dict) or not isinstance(config.get("trainer", {}), dict):
-            raise TypeError("it is no configuration")
+            raise TypeError("it is not a configuration")
         return config
 
 
@@ -468,7 +436,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _differences(settings: dict[str, dict[str, str]]) -> dict[str, list[str]]:
-    """Key -> its value in each run, where they are not the same."""
-    keys = list(dict.fromkeys(key for of in settings.values() for key in of))
-    table = {key: [of.get(key, "") for of in settings.values()] for key in keys}
+    """Return key -> value in each run, for the keys that differ."""
+    keys = list(dict.fromkeys(key for values in settings.values() for key in values))
+    table = {key: [values.get(key, "") for values in settings.values()] for key in keys}
     return {key: values for key, values in table.items() if len(set(values)) > 1}

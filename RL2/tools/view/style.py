@@ -1,15 +1,15 @@
-"""Colours, dashes and layout of plots, the same on all pages."""
+"""Colours, dashes and layout of plots on all pages."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, less black and yellow: one is lost on a dark page, the
-# other on a light one. Dashes and markers say the same once more.
+# Okabe and Ito's colours, which colour-blind people can distinguish, without yellow and black: one is lost on a light
+# page, the other on a dark one. Dashes and markers repeat the distinction.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DASHES = ("solid", "dash", "solid", "dot", "dashdot", "longdash")
 
-# Greys that are overruled by the page's style sheet, which knows whether the page is light or dark.
+# Greys; the page's style sheet overrides them for light and dark pages.
 _GREY = "#80868f"
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif'
 _AXIS = {"gridcolor": "rgba(128,134,143,.25)", "zeroline": False, "automargin": True}
