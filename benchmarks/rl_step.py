@@ -141,12 +141,13 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     from RL2.config.load import load
     from RL2.config.programs import RLConfig
     from RL2.data.prompts import load_prompts
+    from RL2.engines.make import make_engine
     from RL2.models.policy import end_tokens, load_tokenizer
     from RL2.parallel.processes import Processes
     from RL2.rollout.collect import rollout_metrics
     from RL2.rollout.environment import load_environment
     from RL2.rollout.spread import Rollouts
-    from RL2.trainer.rl import judge, make_engine, pack, trainable
+    from RL2.trainer.rl import judge, pack, trainable
     from RL2.workers.actor import Actor
 
     config = load(
@@ -174,7 +175,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     prompts = load_prompts(str(config.train_data.path), tokenizer, environment.example, options.max_length)
     actor = Actor(config.actor, processes, 1000, folder)
-    engine = make_engine(config, actor, lambda ids: str(tokenizer.decode(ids)), options.max_length + 1, folder)
+    engine = make_engine(config.rollout, actor, lambda ids: str(tokenizer.decode(ids)), options.max_length + 1, folder)
     rollouts = Rollouts(
         config.rollout,
         engine=engine,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -16,20 +15,14 @@ from torch import Tensor
 from RL2.batch.advantages import ADVANTAGES, gae, whitened
 from RL2.batch.packing import pack, part_rewards
 from RL2.config.programs import RLConfig
-from RL2.config.rollout import SGLang, Transport
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import largest_token_id
-from RL2.engines.base import Engine
-from RL2.engines.embedded.compiled import refuse_no_compiler
-from RL2.engines.embedded.engine import EmbeddedEngine
-from RL2.engines.served.engine import ServedEngine
-from RL2.engines.sglang import server_spec as sglang
-from RL2.engines.vllm import server_spec as vllm
+from RL2.engines.make import make_engine
 from RL2.errors import ConfigError
 from RL2.io.progress import Progress, time_of_day
 from RL2.io.report import Metrics, Report
-from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
+from RL2.models.policy import load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.objectives.loss import kl_estimate, overlong_penalty
 from RL2.rollout.collect import (
     groups,
@@ -53,7 +46,7 @@ from RL2.trainer.token_log import Microscope
 from RL2.types import TokenBatch, Trajectory
 from RL2.workers.actor import Actor, AdapterFreeReference, RefActor, Reference
 from RL2.workers.critic import Critic
-from RL2.workers.worker import Worker, compute_dtype
+from RL2.workers.worker import Worker
 
 
 def train(config: RLConfig, run: Run) -> None:
@@ -85,7 +78,7 @@ def train(config: RLConfig, run: Run) -> None:
     for key, lm in readers.items():
         refuse_unknown_tokens(lm, [*given, *stop_token_ids], key)
     with progress.phase("starting the engine"):
-        engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
+        engine = make_engine(config.rollout, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
     progress.say(of_engine(config))
     rollouts = Rollouts(
         config.rollout,
@@ -202,61 +195,6 @@ def make_reference(config: RLConfig, actor: Actor) -> Reference:
     if actor.has_adapters and config.ref_actor.model_name == config.actor.model_name:
         return AdapterFreeReference(config.ref_actor, actor)
     return RefActor(config.ref_actor, config.actor, actor.mesh, actor.processes)
-
-
-def make_engine(
-    config: RLConfig, actor: Actor, decode: Callable[[list[int]], str], max_length: int, log_folder: Path
-) -> Engine:
-    """Servers, or the engine of this process: on the actor's own tensors where they are whole and of the right dtype.
-
-    `max_length` is the limit of a sequence in tokens; servers write their logs into `log_folder`.
-    """
-    device = actor.processes.device
-    dtype = actor.dtype if config.rollout.dtype == "auto" else compute_dtype(config.rollout.dtype, device)
-    if (settings := config.rollout.servers) is not None:
-        exact = dtype == actor.dtype == torch.float32
-        transport: Transport = "files"
-        if isinstance(settings, SGLang):
-            kind, arguments = sglang.SGLANG_SERVER, sglang.server_arguments(config.rollout, dtype, max_length)
-            router_url = settings.router_url
-        else:
-            transport, router_url = settings.transport, None
-            if transport == "ipc" and device.type != "cuda":
-                raise ConfigError(
-                    "rollout.vllm.transport=ipc shares a GPU's memory, and there is no GPU: take broadcast"
-                )
-            sleeps = torch.cuda.is_available() and not settings.urls
-            kind = vllm.SLEEPING_VLLM_SERVER if sleeps else vllm.VLLM_SERVER
-            arguments = vllm.server_arguments(config.rollout, actor.lm.config, dtype, max_length)
-        return ServedEngine(
-            kind,
-            settings,
-            arguments=arguments,
-            router_url=router_url,
-            transport=transport,
-            processes=actor.processes,
-            trainer_logps=actor.logps,
-            vocab_size=actor.lm.config.vocab_size,
-            max_length=max_length,
-            max_running_requests=config.rollout.max_running_requests,
-            max_probe_gap=settings.max_probe_gap or (1e-4 if exact else 0.1),
-            log_folder=log_folder,
-        )
-    # what trains and samples at the same time needs a copy for each
-    shared = actor.can_share_weights and dtype == actor.lm.dtype and not config.rollout.is_async
-    compiles = device.type == "cuda" if config.rollout.compile is None else config.rollout.compile
-    if device.type == "cuda":
-        compiles = compiles and not shared
-    elif compiles:
-        refuse_no_compiler()
-    return EmbeddedEngine(
-        actor.lm if shared else empty_model(actor.lm, dtype, device),
-        decode=decode,
-        max_running_requests=config.rollout.max_running_requests,
-        memory_share=config.rollout.gpu_memory_utilization,
-        owns_weights=not shared,
-        compiles=compiles,
-    )
 
 
 def sample(supply: Supply, config: RLConfig, step: int, report: Report) -> list[Trajectory]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from RL2.batch.packing import microbatches, pack_tokens
 from RL2.config.model import Lora, Trainable, TrainablePolicy
 from RL2.errors import ConfigError, UserError
+from RL2.models.dtypes import compute_dtype
 from RL2.models.lora import add_adapters, export_adapter
 from RL2.models.packed import PackedModel, layers, transformers_attention
 from RL2.models.policy import Policy, export, named_weights
@@ -445,12 +446,6 @@ def schedule(config: Trainable, step: int, total: int) -> float:
         return min(1.0, (total - step) / max(1.0, config.decay_ratio * total))
     progress = (step - warmup) / max(1, total - warmup)
     return 1 - progress if config.scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def _adamw(policy: PackedModel, config: Trainable) -> torch.optim.AdamW:

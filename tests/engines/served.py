@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from RL2.config.load import load
 from RL2.engines.base import Engine
+from RL2.engines.make import make_engine
 from RL2.engines.served.engine import ServedEngine
 from RL2.engines.served.server_pool import Keeper
 from RL2.engines.vllm.client import VLLMClient
 from RL2.parallel.processes import Processes
 from RL2.rollout.episode import decode
-from RL2.trainer.rl import make_engine
 from RL2.types import Completion, Sampling
 from RL2.workers.actor import Actor
 
@@ -133,7 +133,7 @@ def serve(
         ],
     )
     actor = Actor(config.actor, processes, 1, folder)
-    made = make_engine(config, actor, lambda ids: decode(tokenizer, ids), MAX_LENGTH, folder)
+    made = make_engine(config.rollout, actor, lambda ids: decode(tokenizer, ids), MAX_LENGTH, folder)
     return Served(engine, made, actor, tokenizer, model)
 
 

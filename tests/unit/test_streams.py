@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from RL2.config.load import load
+from RL2.engines.make import make_engine
 from RL2.engines.served import weight_stream as streams
 from RL2.engines.served.client import ServerError
 from RL2.engines.served.weight_files import write_bucket
@@ -27,7 +28,6 @@ from RL2.engines.vllm.client import VLLMClient
 from RL2.engines.vllm.plugin import rl2_transfer
 from RL2.engines.vllm.plugin.rl2_transfer import Entry, Group, address_toward, bytes_of, tensors
 from RL2.errors import ConfigError
-from RL2.trainer.rl import make_engine
 
 CPU = torch.device("cpu")
 WEIGHTS = {
@@ -309,7 +309,7 @@ def test_ipc_needs_a_gpu(tmp_path: Path) -> None:
     actor: Any = SimpleNamespace(processes=SimpleNamespace(device=CPU), dtype=torch.float32)
     config = load("spo", [*RL, "rollout.engine=vllm", "rollout.vllm.transport=ipc"])
     with pytest.raises(ConfigError, match=r"rollout\.vllm\.transport=ipc .* there is no GPU"):
-        make_engine(config, actor, str, 512, tmp_path)
+        make_engine(config.rollout, actor, str, 512, tmp_path)
 
 
 def test_a_gpu_that_the_server_does_not_see_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
