@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from RL2.config.rollout import VLLM, Rollout, SGLang, Transport
+from RL2.config.rollout import VLLM, Rollout, SGLang
 from RL2.engines.base import Engine
 from RL2.engines.embedded.compiled import refuse_no_compiler
 from RL2.engines.embedded.engine import EmbeddedEngine
-from RL2.engines.served.engine import ServedEngine
+from RL2.engines.served.engine import ServedEngine, make_probe
+from RL2.engines.served.server_spec import EngineSpec
+from RL2.engines.served.weight_sync import WeightCheck
 from RL2.engines.sglang import server_spec as sglang
 from RL2.engines.vllm import server_spec as vllm
 from RL2.errors import ConfigError
@@ -51,9 +53,17 @@ def make_engine(
     """
     device = policy.processes.device
     dtype = policy.dtype if rollout.dtype == "auto" else compute_dtype(rollout.dtype, device)
-    if rollout.servers is None:
+    settings = rollout.servers
+    if settings is None:
         return _embedded(rollout, policy, decode, dtype)
-    return _served(rollout, rollout.servers, policy, dtype, max_length, log_dir)
+    spec = _engine_spec(rollout, settings, policy, dtype, max_length)
+    is_exact = dtype == policy.dtype == torch.float32
+    check = WeightCheck(
+        policy.logps,
+        probe=make_probe(policy.lm.config.vocab_size, max_length),
+        max_gap=settings.max_probe_gap or (1e-4 if is_exact else 0.1),
+    )
+    return ServedEngine(spec, check, policy.processes, log_dir)
 
 
 def _embedded(
@@ -77,37 +87,16 @@ def _embedded(
     )
 
 
-def _served(
-    rollout: Rollout,
-    settings: VLLM | SGLang,
-    policy: TrainedPolicy,
-    dtype: torch.dtype,
-    max_length: int,
-    log_dir: Path,
-) -> ServedEngine:
-    transport: Transport = "files"
+def _engine_spec(
+    rollout: Rollout, settings: VLLM | SGLang, policy: TrainedPolicy, dtype: torch.dtype, max_length: int
+) -> EngineSpec:
+    limit = rollout.max_running_requests
     if isinstance(settings, SGLang):
-        kind, arguments = sglang.SGLANG_SERVER, sglang.server_arguments(rollout, dtype, max_length)
-        router_url = settings.router_url
-    else:
-        transport, router_url = settings.transport, None
-        if transport == "ipc" and policy.processes.device.type != "cuda":
-            raise ConfigError("rollout.vllm.transport=ipc shares a GPU's memory, and there is no GPU: take broadcast")
-        sleeps = torch.cuda.is_available() and not settings.urls
-        kind = vllm.SLEEPING_VLLM_SERVER if sleeps else vllm.VLLM_SERVER
-        arguments = vllm.server_arguments(rollout, policy.lm.config, dtype, max_length)
-    exact = dtype == policy.dtype == torch.float32
-    return ServedEngine(
-        kind,
-        settings,
-        arguments=arguments,
-        router_url=router_url,
-        transport=transport,
-        processes=policy.processes,
-        trainer_logps=policy.logps,
-        vocab_size=policy.lm.config.vocab_size,
-        max_length=max_length,
-        max_running_requests=rollout.max_running_requests,
-        max_probe_gap=settings.max_probe_gap or (1e-4 if exact else 0.1),
-        log_folder=log_dir,
-    )
+        arguments = sglang.server_arguments(rollout, dtype, max_length)
+        return EngineSpec(sglang.SGLANG_SERVER, settings, max_length, limit, arguments, router_url=settings.router_url)
+    if settings.transport == "ipc" and policy.processes.device.type != "cuda":
+        raise ConfigError("rollout.vllm.transport=ipc shares a GPU's memory, and there is no GPU: take broadcast")
+    sleeps = torch.cuda.is_available() and not settings.urls
+    server = vllm.SLEEPING_VLLM_SERVER if sleeps else vllm.VLLM_SERVER
+    arguments = vllm.server_arguments(rollout, policy.lm.config, dtype, max_length)
+    return EngineSpec(server, settings, max_length, limit, arguments, transport=settings.transport)
