@@ -46,7 +46,7 @@ from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
 from RL2.trainer.tasks import Example, Source, TestTasks, reader, test_tasks, train_tasks
 from RL2.types import Prompt, Sampling
-from RL2.workers.worker import refuse_no_recomputation
+from RL2.workers.learner import refuse_no_recomputation
 
 GIB = 2**30
 RESPONSE = "42"
