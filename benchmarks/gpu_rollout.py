@@ -32,10 +32,11 @@ import torch
 from gpu_update import HIDDEN_SIZES, qwen3
 from transformers import Qwen3ForCausalLM
 
-from RL2.engines.embedded.cache import Cache, bytes_per_position
+from RL2.engines.embedded.cache import Cache
 from RL2.engines.embedded.dense import DenseCache
-from RL2.engines.embedded.engine import EmbeddedEngine, free_bytes
+from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.embedded.paged import PagedCache
+from RL2.engines.memory import bytes_per_position, free_bytes
 from RL2.ops.attention import IMPLEMENTATION
 from RL2.types import Sampling
 

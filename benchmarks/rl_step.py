@@ -141,6 +141,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     from RL2.config.load import load
     from RL2.config.programs import RLConfig
     from RL2.data.prompts import load_prompts
+    from RL2.engines.make import make_engine
     from RL2.models.policy import end_tokens, load_tokenizer
     from RL2.parallel.processes import Processes
     from RL2.rollout.environment import load_environment
@@ -148,7 +149,6 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     from RL2.rollout.filters import trainable
     from RL2.rollout.metrics import rollout_metrics
     from RL2.trainer.annotate import annotate
-    from RL2.trainer.build import make_engine
     from RL2.workers.actor import Actor
 
     config = load(
@@ -176,7 +176,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
     prompts = load_prompts(str(config.train_data.path), tokenizer, environment.example, options.max_length)
     actor = Actor(config.actor, processes, 1000, folder)
-    engine = make_engine(config, actor, lambda ids: str(tokenizer.decode(ids)), options.max_length + 1, folder)
+    engine = make_engine(config.rollout, actor, lambda ids: str(tokenizer.decode(ids)), options.max_length + 1, folder)
     setting = Setting(engine, environment, tokenizer, config.rollout.max_turns, options.max_length + 1)
     episodes = Episodes(setting, end_tokens(actor.lm, tokenizer), processes)
     step = 0

@@ -103,7 +103,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     from RL2.trainer import supervised
     from RL2.trainer.dpo_loop import with_reference
     from RL2.types import StatsRequest, TokenBatch
-    from RL2.workers.worker import Learner
+    from RL2.workers.learner import Learner
 
     config = load(
         options.case,

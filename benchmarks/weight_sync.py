@@ -28,11 +28,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
+from RL2.engines.served.buckets import in_buckets, write
 from RL2.engines.served.owned_dirs import SHARED_MEMORY
-from RL2.engines.served.weight_files import write
-from RL2.engines.served.weight_stream import Broadcast, SharedMemory, Stream, packed
+from RL2.engines.served.weight_stream import Broadcast, SharedMemory, Stream
+from RL2.engines.served.wire.rl2_wire import Group, bytes_of, opened, tensors
 from RL2.engines.vllm.client import VLLMClient
-from RL2.engines.vllm.plugin.rl2_transfer import Group, bytes_of, opened, tensors
 
 BUCKET_BYTES = 512 * 2**20
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -109,7 +109,7 @@ def by_files(weights: dict[str, Tensor], other: Other) -> None:
 def by(stream: Stream, weights: dict[str, Tensor], other: Other) -> None:
     clients = {0: other}
     assert not stream.start(clients)
-    for bucket in packed(iter(weights.items()), BUCKET_BYTES, DEVICE):
+    for bucket in in_buckets(iter(weights.items()), BUCKET_BYTES, DEVICE):
         assert not stream.send(bucket, clients)
         del bucket
     stream.free()

@@ -1,4 +1,4 @@
-"""What a rollout needs of an engine."""
+"""The engine protocol: what a rollout and the loop call."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from RL2.types import Completion, Sampling
 
 
 class Engine(Protocol):
-    """Samples tokens. It knows ids and weights only: nothing of text, rewards or training."""
+    """A sampler of tokens. It knows token ids and weights, but no text, rewards or training."""
 
     async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
-        """Continue `token_ids`, by one token at least.
+        """Continue `token_ids` by at least one token.
 
-        Any number of requests may be under way; the engine decides how many it decodes at once. A request that the
-        engine cannot serve raises: that is the run's fault, and stops it.
+        Any number of requests may be pending; the engine decides how many it decodes at once. Raises an error, which
+        stops the run, if it cannot serve the request.
         """
         ...
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Serve these weights from now on; requests that are under way go on with them.
+        """Serve these weights from now on; pending requests continue with them.
 
-        Collective: every rank calls it and draws the iterator to its end, because each tensor may be gathered from
-        all ranks when it is drawn.
+        Collective: every rank calls it and exhausts the iterator, because each tensor may be gathered from all ranks
+        when it is drawn.
         """
         ...
 
     def sleep(self) -> None:
-        """Leave the memory of weights and cache to training; the next `load_weights` takes it again.
+        """Free the memory of weights and cache for training, until the next `load_weights`.
 
-        Requests that are under way stand still until then.
+        Pending requests are suspended until then.
         """
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What it has to say about itself since the last time, by name: for the report of a step."""
+        """Return metrics by name, counted since the last call, for the report of a step."""
         ...
 
     def close(self) -> None:
-        """Give everything back; the engine is not used again."""
+        """Release all resources; the engine cannot be used again."""
         ...

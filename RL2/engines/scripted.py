@@ -1,4 +1,4 @@
-"""An engine without a model, for tests: it says what it is told to say."""
+"""An engine without a model, for tests: its responses are given by a function."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def _minus_one(token_ids: list[int]) -> list[float]:
 
 
 class ScriptedEngine:
-    """`reply(token_ids, sampling)` gives the tokens, `logps(tokens)` their log-probabilities.
+    """An `Engine` whose tokens are `reply(token_ids, sampling)` and whose log-probabilities are `logps(tokens)`.
 
-    A reply is cut as sampling would cut it: after the first of `stop_token_ids`, or at `max_new_tokens`. One that ends
-    by itself counts as stopped.
+    A reply ends like a sampled one: after the first of `stop_token_ids`, or at `max_new_tokens`. A shorter one counts
+    as stopped.
     """
 
     def __init__(self, reply: Reply, logps: Callable[[list[int]], list[float]] = _minus_one) -> None:
@@ -33,7 +33,7 @@ class ScriptedEngine:
 
     async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
         self.requests.append((list(token_ids), sampling))
-        await asyncio.sleep(0)  # requests overlap, as in a real engine
+        await asyncio.sleep(0)  # let requests overlap, as in a real engine
         reply = self._reply(token_ids, sampling)
         stops = [i for i, token in enumerate(reply) if token in sampling.stop_token_ids]
         end = stops[0] + 1 if stops else len(reply)

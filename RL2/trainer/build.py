@@ -7,26 +7,19 @@ from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from RL2.batch.registry import configured as estimator_of
 from RL2.config.programs import RLConfig
-from RL2.config.rollout import SGLang, Transport
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import largest_token_id
 from RL2.engines.base import Engine
-from RL2.engines.embedded.compiled import refuse_no_compiler
-from RL2.engines.embedded.engine import EmbeddedEngine
-from RL2.engines.served.engine import ServedEngine
-from RL2.engines.sglang import server_spec as sglang
-from RL2.engines.vllm import server_spec as vllm
+from RL2.engines.make import make_engine
 from RL2.errors import ConfigError
 from RL2.io.report import Report
-from RL2.models.policy import empty_model, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
+from RL2.models.policy import load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
 from RL2.rollout.episodes import Episodes, Setting
@@ -42,7 +35,7 @@ from RL2.trainer.token_log import TokenLog
 from RL2.types import Prompt, TokenBatch, Trajectory
 from RL2.workers.actor import Actor, AdapterFreeReference, RefActor, Reference
 from RL2.workers.critic import Critic
-from RL2.workers.worker import Worker, compute_dtype
+from RL2.workers.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,7 @@ def build(config: RLConfig, run: Run) -> Parts:
         refuse_unknown_tokens(lm, [*tasks.largest_token_ids, *ends], key)
 
     with progress.phase("starting the engine"):
-        engine = make_engine(config, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
+        engine = make_engine(config.rollout, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
     run.closing.callback(engine.close)
     progress.say(describe_engine(config))
     setting = Setting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest)
@@ -211,58 +204,3 @@ def make_reference(config: RLConfig, actor: Actor) -> Reference:
     if actor.has_adapters and config.ref_actor.model_name == config.actor.model_name:
         return AdapterFreeReference(config.ref_actor, actor)
     return RefActor(config.ref_actor, config.actor, actor.mesh, actor.processes)
-
-
-def make_engine(
-    config: RLConfig, actor: Actor, decode: Callable[[list[int]], str], max_length: int, log_folder: Path
-) -> Engine:
-    """Servers, or the engine of this process: on the actor's own tensors where they are whole and of the right dtype.
-
-    `max_length` is the limit of a sequence in tokens; servers write their logs into `log_folder`.
-    """
-    device = actor.processes.device
-    dtype = actor.dtype if config.rollout.dtype == "auto" else compute_dtype(config.rollout.dtype, device)
-    if (settings := config.rollout.servers) is not None:
-        exact = dtype == actor.dtype == torch.float32
-        transport: Transport = "files"
-        if isinstance(settings, SGLang):
-            kind, arguments = sglang.SGLANG_SERVER, sglang.server_arguments(config.rollout, dtype, max_length)
-            router_url = settings.router_url
-        else:
-            transport, router_url = settings.transport, None
-            if transport == "ipc" and device.type != "cuda":
-                raise ConfigError(
-                    "rollout.vllm.transport=ipc shares a GPU's memory, and there is no GPU: take broadcast"
-                )
-            sleeps = torch.cuda.is_available() and not settings.urls
-            kind = vllm.SLEEPING_VLLM_SERVER if sleeps else vllm.VLLM_SERVER
-            arguments = vllm.server_arguments(config.rollout, actor.lm.config, dtype, max_length)
-        return ServedEngine(
-            kind,
-            settings,
-            arguments=arguments,
-            router_url=router_url,
-            transport=transport,
-            processes=actor.processes,
-            trainer_logps=actor.logps,
-            vocab_size=actor.lm.config.vocab_size,
-            max_length=max_length,
-            max_running_requests=config.rollout.max_running_requests,
-            max_probe_gap=settings.max_probe_gap or (1e-4 if exact else 0.1),
-            log_folder=log_folder,
-        )
-    # what trains and samples at the same time needs a copy for each
-    shared = actor.can_share_weights and dtype == actor.lm.dtype and not config.rollout.is_async
-    compiles = device.type == "cuda" if config.rollout.compile is None else config.rollout.compile
-    if device.type == "cuda":
-        compiles = compiles and not shared
-    elif compiles:
-        refuse_no_compiler()
-    return EmbeddedEngine(
-        actor.lm if shared else empty_model(actor.lm, dtype, device),
-        decode=decode,
-        max_running_requests=config.rollout.max_running_requests,
-        memory_share=config.rollout.gpu_memory_utilization,
-        owns_weights=not shared,
-        compiles=compiles,
-    )

@@ -20,7 +20,8 @@ from RL2.trainer.announce import describe_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import Rows, SupervisedTask, fit, pairs_reader, train_and_test
 from RL2.types import StatsRequest
-from RL2.workers.worker import Learner, Worker
+from RL2.workers.learner import Learner
+from RL2.workers.worker import Worker
 
 AT_ONCE = 8192
 """Pairs that are packed at a time for the reference."""

@@ -33,6 +33,7 @@ from RL2.errors import ConfigError, UserError, first_line, in_table
 from RL2.io import checkpoint
 from RL2.io.progress import Progress
 from RL2.io.run_lock import refuse_if_running
+from RL2.models.dtypes import compute_dtype
 from RL2.models.loading import check_values, folder_here, match_weights, refuse_no_model, stored_tensors
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
@@ -47,7 +48,7 @@ from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
 from RL2.trainer.tasks import Example, Source, reader
 from RL2.types import Prompt, Sampling
-from RL2.workers.worker import compute_dtype, refuse_no_recomputation
+from RL2.workers.learner import refuse_no_recomputation
 
 GIB = 2**30
 RESPONSE = "42"

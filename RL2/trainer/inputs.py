@@ -18,7 +18,7 @@ from RL2.parallel.agree import refuse_differences
 from RL2.parallel.fsdp import local
 from RL2.parallel.processes import Processes
 from RL2.types import Prompt
-from RL2.workers.worker import Learner
+from RL2.workers.learner import Learner
 
 NOT_READ = ("trainer.save_dir", "trainer.load_ckpt_from", "trainer.experiment_name", "trainer.project")
 """Settings whose value may be the name of something on the disk that is no input."""

@@ -11,7 +11,7 @@ from RL2.objectives.preference import bradley_terry
 from RL2.trainer.announce import describe_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import SupervisedTask, fit, pairs_reader, train_and_test
-from RL2.workers.worker import Learner
+from RL2.workers.learner import Learner
 
 
 def train(config: RMConfig, run: Run) -> None:

@@ -36,7 +36,7 @@ from RL2.parallel.processes import Processes
 from RL2.trainer import inputs
 from RL2.trainer.interrupt import Interrupt, Interrupted, listening
 from RL2.types import TokenBatch
-from RL2.workers.worker import Learner
+from RL2.workers.learner import Learner
 
 REPLAY_BATCH = "batch.safetensors"
 """The rollouts of a step that is kept for replay, as they are trained on; the model lies beside them."""

@@ -20,7 +20,7 @@ from RL2.trainer.announce import describe_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import Rows, SupervisedTask, bad_rows, converter, fit, refuse_long, train_and_test
 from RL2.types import StatsRequest, TokenBatch, TokenStats
-from RL2.workers.worker import Learner
+from RL2.workers.learner import Learner
 
 
 def train(config: SFTConfig, run: Run) -> None:

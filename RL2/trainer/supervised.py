@@ -33,7 +33,7 @@ from RL2.trainer.announce import describe_supervised_plan
 from RL2.trainer.inputs import of_tensors, spread
 from RL2.trainer.run import Run
 from RL2.types import StatsRequest, TokenBatch, TokenStats
-from RL2.workers.worker import Learner
+from RL2.workers.learner import Learner
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""The policy as reinforcement learning sees it: statistics of a rollout, and updates on it."""
+"""The policy of reinforcement learning: statistics of rollouts and updates on them, and its reference."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,23 +16,24 @@ from RL2.config.model import RefActor as RefActorConfig
 from RL2.models.lora import adapters_off
 from RL2.models.policy import Policy
 from RL2.objectives.loss import total_loss, with_weights
-from RL2.objectives.objective import Loss
 from RL2.objectives.registry import configured
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch, TokenStats
-from RL2.workers.worker import ON_POLICY, Learner, Progress, Worker
+from RL2.workers.learner import Learner
+from RL2.workers.metrics import Max, Mean, Metric, Totals, mean_over_updates
+from RL2.workers.worker import Progress, Worker
 
 
 def wanted_stats(config: ActorConfig) -> StatsRequest:
-    """The statistics of an update: entropy is always reported, and logp watched against the engine's."""
+    """Return the statistics of an update: the objective's, entropy for the report, logp to compare with the engine."""
     objective = configured(config)
     fields = tuple(dict.fromkeys((*objective.fields, "logp", "entropy")))
     return StatsRequest(fields, objective.top_k, config.temperature, config.logits_budget_mib)
 
 
 class Actor(Learner):
-    """The policy."""
+    """The policy, which an objective updates on rollouts."""
 
     config: ActorConfig
 
@@ -45,6 +45,7 @@ class Actor(Learner):
         save_dir: Path,
         max_logprob_gap: float = math.inf,
     ) -> None:
+        """Make the policy; see `Learner`. An update stops if the mean gap to the engine exceeds `max_logprob_gap`."""
         super().__init__(config, processes, total_steps, save_dir)
         self.max_logprob_gap = max_logprob_gap
         self.objective = configured(config)
@@ -52,7 +53,7 @@ class Actor(Learner):
         self.objective.check(self.lm.config.vocab_size)
 
     def add_old_logprobs(self, batch: TokenBatch, progress: Progress = lambda done: None) -> TokenBatch:
-        """`batch` with the policy's log-probabilities, and what token selection looks at."""
+        """Return `batch` with the policy's log-probabilities, and the statistics that token selection needs."""
         select = self.config.select
         fields = ["logp"] + ["entropy"] * (select.entropy_quantile > 0) + ["max_logp"] * select.not_mode
         request = replace(self.request, fields=tuple(fields), top_k=0)
@@ -63,50 +64,63 @@ class Actor(Learner):
         return batch.with_(off_mode_T=stats.logp < stats.max_logp) if select.not_mode else batch
 
     def logps(self, token_ids: list[int]) -> list[float]:
-        """Log-probability of each of these tokens but the first, at temperature 1 (collective)."""
+        """Return the log-probability of each of these tokens but the first, at temperature 1 (collective)."""
         request = replace(self.request, fields=("logp",), top_k=0, temperature=1.0)
         return self.stats(pack_tokens([token_ids]), request, self.config.max_inference_length_per_device).logp.tolist()
 
     def update(self, batch: TokenBatch, progress: Progress = lambda done: None) -> dict[str, float]:
-        """`update_per_rollout` optimizer steps on one rollout; returns their mean metrics."""
-        history: dict[str, list[float]] = defaultdict(list)
+        """Take `update_per_rollout` optimizer steps on one rollout; return their mean metrics."""
+        updates = []
         for _, minibatch in self.minibatches(batch):
             metrics = self.step(minibatch, self.loss, self.request, progress)
             metrics["trained_share"] = metrics["tokens"] / int(minibatch.action_T.sum())
             if metrics["grad_norm"] == 0:  # weight decay and momentum still move the weights, but nothing was learnt
                 metrics |= {"trained_share": 0.0, "changed_share": 0.0}
-            for name, value in metrics.items():
-                history[name].append(value)
-        return {f"actor/{name}": sum(values) / len(values) for name, values in history.items()}
+            updates.append(metrics)
+        return {f"actor/{name}": value for name, value in mean_over_updates(updates).items()}
 
     def minibatches(self, batch: TokenBatch) -> Iterator[tuple[list[int], TokenBatch]]:
-        """Of each optimizer step of `update`: which sequences of `batch`, and these with their weights."""
+        """Yield, for each optimizer step of `update`, its sequence numbers and its minibatch with weights."""
         for ids in minibatches(batch, self.config.update_per_rollout):
             yield ids, with_weights(batch.sequences(ids), self.config)
 
-    def loss(self, stats: TokenStats, batch: TokenBatch) -> Loss:
-        """The objective with what stands around it."""
+    def loss(self, stats: TokenStats, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
+        """Return the loss of the objective and its regularizers, with metrics of the gap to the engine."""
         assert batch.engine_logp_T is not None
         loss_T, metrics = total_loss(stats, batch, self.config, self.objective)
-        arrived_T = stats.logp.detach() if batch.old_logp_T is None else batch.old_logp_T
-        gap_T = (arrived_T - batch.engine_logp_T).abs()
+        old_T = stats.logp.detach() if batch.old_logp_T is None else batch.old_logp_T
+        gap_T = (old_T - batch.engine_logp_T).abs()
         if batch.age_T is None:
-            return loss_T, metrics | {"logp_gap": gap_T}
-        # what older weights sampled is apart for another reason
+            return loss_T, {**metrics, "logp_gap": gap_T, "logp_gap_max": Max(gap_T)}
+        # tokens of older weights differ for another reason
         present_T = (batch.age_T == 0).float()
-        return loss_T, metrics | {"logp_gap": gap_T * present_T, ON_POLICY: present_T, "drift": gap_T * (1 - present_T)}
+        present_gap_T, stale_T = gap_T * present_T, 1 - present_T
+        gaps: dict[str, Metric] = {"logp_gap": Mean(present_gap_T, present_T), "logp_gap_max": Max(present_gap_T)}
+        return loss_T, {**metrics, **gaps, "on_policy": present_T, "drift": Mean(gap_T * stale_T, stale_T)}
+
+    def fault(self, metrics: dict[str, float], totals: Totals) -> str:
+        """Return an error if trainer and engine are further apart than `max_logprob_gap`."""
+        gap = metrics.get("logp_gap", 0.0)
+        if math.isnan(metrics.get("drift", 0.0)):  # tokens of older weights may differ, but must be numbers
+            gap = math.nan
+        if gap <= self.max_logprob_gap:  # False for NaN
+            return ""
+        return (
+            f"trainer and engine are {gap:g} nats apart in the mean, more than trainer.max_logprob_gap="
+            f"{self.max_logprob_gap:g}: {totals.largest('logp_gap_max')}"
+        )
 
 
 class Reference(Protocol):
     """The frozen policy that the KL divergence is measured from."""
 
     def logp(self, batch: TokenBatch, progress: Progress = lambda done: None) -> Tensor:
-        """Log-probability of every sampled token under it, [T]."""
+        """Return the log-probability of every sampled token under the reference, [T]."""
         ...
 
 
 class AdapterFreeReference:
-    """An actor with adapters, without them: a reference that needs no memory."""
+    """The actor without its adapters, a reference that takes no memory."""
 
     def __init__(self, config: RefActorConfig, actor: Actor) -> None:
         self.actor = actor
@@ -119,10 +133,10 @@ class AdapterFreeReference:
 
 
 class RefActor(Worker):
-    """A model of its own as the reference."""
+    """A separate model as the reference."""
 
     def __init__(self, config: RefActorConfig, actor: ActorConfig, mesh: Mesh, processes: Processes) -> None:
-        """`mesh` is the actor's."""
+        """Load the reference; `actor` and `mesh` are the actor's."""
         super().__init__(
             config.model_name, actor.dtype, mesh, processes, "ref_actor.model_name", Policy, actor.offload_model
         )

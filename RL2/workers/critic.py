@@ -1,8 +1,7 @@
-"""The critic of PPO: values of a rollout, and updates towards its returns."""
+"""The critic of PPO: value estimates of rollouts, and updates towards their returns."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +14,13 @@ from RL2.models.value import VALUE, ValueModel, mark_padding
 from RL2.objectives.value import clipped_value
 from RL2.parallel.processes import Processes
 from RL2.types import TokenBatch
-from RL2.workers.worker import Learner, Progress
+from RL2.workers.learner import Learner
+from RL2.workers.metrics import mean_over_updates
+from RL2.workers.worker import Progress
 
 
 class Critic(Learner):
-    """A value model with an optimizer of its own."""
+    """A value model with its own optimizer."""
 
     config: CriticConfig
 
@@ -27,21 +28,19 @@ class Critic(Learner):
         super().__init__(config, processes, total_steps, save_dir, "critic.model_name", ValueModel)
 
     def values(self, batch: TokenBatch, progress: Progress = lambda done: None) -> Tensor:
-        """The estimate of the rewards to come before every action, [T]."""
+        """Return the value estimate before every action, [T]."""
         return self.stats(batch, VALUE, self.config.max_inference_length_per_device, progress).value
 
     def update(self, batch: TokenBatch, progress: Progress = lambda done: None) -> dict[str, float]:
-        """`update_per_rollout` optimizer steps on one rollout; returns their mean metrics."""
+        """Take `update_per_rollout` optimizer steps on one rollout; return their mean metrics."""
         loss = partial(clipped_value, clip=self.config.clip)
-        history: dict[str, list[float]] = defaultdict(list)
+        updates = []
         for ids in minibatches(batch, self.config.update_per_rollout):
             minibatch = batch.sequences(ids)
             weight_T = loss_weights(minibatch, train_on="all", level=self.config.avg_level, average_over="all")
-            metrics = self.step(minibatch.with_(weight_T=weight_T), loss, VALUE, progress)
-            for name, value in metrics.items():
-                history[name].append(value)
-        means = {name: sum(values) / len(values) for name, values in history.items()}
-        return {f"critic/{name}": x for name, x in (means | explained_variance(batch)).items()}
+            updates.append(self.step(minibatch.with_(weight_T=weight_T), loss, VALUE, progress))
+        metrics = mean_over_updates(updates) | explained_variance(batch)
+        return {f"critic/{name}": value for name, value in metrics.items()}
 
     def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         mark_padding(self.lm, tokenizer)
@@ -49,7 +48,7 @@ class Critic(Learner):
 
 
 def explained_variance(batch: TokenBatch) -> dict[str, float]:
-    """Share of the variance of the returns that the values at arrival explain: 1 is all, 0 what a constant does."""
+    """Return the explained variance of the returns: 1 is perfect, 0 is no better than their mean."""
     assert batch.value_T is not None
     assert batch.return_T is not None
     return_A, value_A = batch.return_T[batch.action_T].double(), batch.value_T[batch.action_T].double()

@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from RL2.config.load import load
 from RL2.engines.base import Engine
+from RL2.engines.make import make_engine
 from RL2.engines.served.engine import ServedEngine
-from RL2.engines.served.server_pool import Keeper
+from RL2.engines.served.server_pool import ServerPool
 from RL2.engines.vllm.client import VLLMClient
 from RL2.parallel.processes import Processes
 from RL2.rollout.episode import decode
-from RL2.trainer.build import make_engine
 from RL2.types import Completion, Sampling
 from RL2.workers.actor import Actor
 
@@ -133,7 +133,7 @@ def serve(
         ],
     )
     actor = Actor(config.actor, processes, 1, folder)
-    made = make_engine(config, actor, lambda ids: decode(tokenizer, ids), MAX_LENGTH, folder)
+    made = make_engine(config.rollout, actor, lambda ids: decode(tokenizer, ids), MAX_LENGTH, folder)
     return Served(engine, made, actor, tokenizer, model)
 
 
@@ -150,14 +150,14 @@ def two_servers(
     served.engine.close()
 
 
-def keeper(served: Served) -> Keeper:
-    assert isinstance(served.engine, ServedEngine) and served.engine.keeper is not None
-    return served.engine.keeper
+def pool(served: Served) -> ServerPool:
+    assert isinstance(served.engine, ServedEngine) and served.engine.pool is not None
+    return served.engine.pool
 
 
 def process_ids(served: Served, i: int) -> list[int]:
     """Of server i: the API server and its engine."""
-    process = keeper(served).servers[i].process
+    process = pool(served).servers[i].process
     assert process is not None
     return [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
 
@@ -176,10 +176,10 @@ def started_by_hand(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    plugin = ROOT / "RL2/engines/vllm/plugin"
+    plugin, wire = ROOT / "RL2/engines/vllm/plugin", ROOT / "RL2/engines/served/wire"
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
-    monkeypatch.setenv("PYTHONPATH", str(plugin))
+    monkeypatch.setenv("PYTHONPATH", f"{plugin}:{wire}")
     command = [VLLM_PYTHON, str(plugin / "launch.py"), *BY_HAND, "--model", str(model), "--port", str(port)]
     with (folder / f"{port}.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

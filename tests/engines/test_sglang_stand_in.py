@@ -23,9 +23,9 @@ from served import (
     ROOT,
     STAND_IN,
     Served,
-    keeper,
     logits_of,
     logps_of,
+    pool,
     save_model,
     serve,
     two_servers,
@@ -48,7 +48,7 @@ def served(
 
 
 def process_id(served: Served, i: int) -> int:
-    process = keeper(served).servers[i].process
+    process = pool(served).servers[i].process
     assert process is not None
     return process.pid
 
@@ -61,14 +61,14 @@ def wait_for(condition: Callable[[], bool], limit_s: float = 60) -> None:
 
 
 def has_restarted(served: Served, restarts: int) -> bool:
-    if keeper(served).restarts <= restarts:
+    if pool(served).restarts <= restarts:
         return False
-    with keeper(served).lock:  # it has the newest weights, and was compared
+    with pool(served).lock:  # it has the newest weights, and was compared
         return True
 
 
 def test_a_server_that_dies_starts_again_and_its_requests_are_made_anew(served: Served) -> None:
-    prompts, restarts = [[5 + i, *PROMPT] for i in range(16)], keeper(served).restarts
+    prompts, restarts = [[5 + i, *PROMPT] for i in range(16)], pool(served).restarts
     expected = served.generate(prompts, LONG)
     served.engine.metrics()
 
@@ -85,7 +85,7 @@ def test_a_server_that_dies_starts_again_and_its_requests_are_made_anew(served: 
     assert served.engine.metrics()["engine/retried"] > 0
     wait_for(lambda: has_restarted(served, restarts))
     lm = served.reference()
-    for client in keeper(served).clients:
+    for client in pool(served).clients:
         ours = torch.tensor(client.logps(PROMPT))
         torch.testing.assert_close(ours, logps_of(lm, PROMPT[:1], PROMPT[1:], LONG), rtol=0, atol=1e-4)
 
@@ -93,7 +93,7 @@ def test_a_server_that_dies_starts_again_and_its_requests_are_made_anew(served: 
 def test_a_server_that_sleeps_is_healthy_has_no_weights_and_gets_them_again(served: Served) -> None:
     before = served.generate([PROMPT], Sampling(max_new_tokens=8))
     served.engine.sleep()
-    client = keeper(served).clients[0]
+    client = pool(served).clients[0]
     assert httpx.get(f"{client.url}/health", trust_env=False).status_code == 503
     assert client.is_healthy(5)
     served.engine.sleep()  # there is nothing more to release
@@ -103,7 +103,7 @@ def test_a_server_that_sleeps_is_healthy_has_no_weights_and_gets_them_again(serv
 
 
 def test_a_server_that_dies_in_its_sleep_gets_the_next_weights(served: Served) -> None:
-    restarts = keeper(served).restarts
+    restarts = pool(served).restarts
     served.engine.sleep()
     os.kill(process_id(served, 1), signal.SIGKILL)
     wait_for(lambda: has_restarted(served, restarts))
@@ -113,15 +113,15 @@ def test_a_server_that_dies_in_its_sleep_gets_the_next_weights(served: Served) -
 
 
 def test_a_server_that_dies_while_it_starts_again_is_started_once_more(served: Served) -> None:
-    before, first = keeper(served).restarts, process_id(served, 0)
+    before, first = pool(served).restarts, process_id(served, 0)
     os.kill(first, signal.SIGKILL)
     wait_for(lambda: process_id(served, 0) != first)
     os.kill(process_id(served, 0), signal.SIGKILL)  # it takes seconds to come up
-    wait_for(lambda: keeper(served).restarts == before + 2)
+    wait_for(lambda: pool(served).restarts == before + 2)
     served.sync()
     assert served.generate([PROMPT], LONG)[0].versions[0] == served.version
-    with keeper(served).lock:
-        assert keeper(served).clients[0].is_healthy(5)
+    with pool(served).lock:
+        assert pool(served).clients[0].is_healthy(5)
 
 
 def test_the_most_likely_tokens_have_log_probabilities_of_their_own(served: Served) -> None:
@@ -150,7 +150,7 @@ def test_a_response_goes_on_over_an_end_token_of_the_model_as_if_it_were_none(se
 
 
 def test_the_token_is_wanted_and_not_to_be_seen(served: Served) -> None:
-    url, token = keeper(served).clients[0].url, keeper(served).addresses.token
+    url, token = pool(served).clients[0].url, pool(served).addresses.token
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         for path in ("/generate", "/pause_generation", "/update_weights_from_disk"):
             assert httpx.post(url + path, json={}, headers=headers, trust_env=False).status_code == 401
@@ -161,7 +161,7 @@ def test_nothing_is_left_after_close(tmp_path: Path, tokenizer: PreTrainedTokeni
     model = save_model(tmp_path / "model", tokenizer, tied=True)
     served = serve("sglang", model, tmp_path, tokenizer, processes)
     served.sync()
-    pid, folder, temporary = process_id(served, 0), keeper(served).folder, keeper(served).temporary.path
+    pid, folder, temporary = process_id(served, 0), pool(served).sync.folder, pool(served).temporary.path
     assert list(folder.rglob("*.safetensors"))
     served.engine.close()
     assert not Path(f"/proc/{pid}").exists() and not folder.exists() and not temporary.exists()

@@ -15,8 +15,8 @@ import torch
 from served import (
     PROMPT,
     Served,
-    keeper,
     logps_of,
+    pool,
     process_ids,
     save_model,
     serve,
@@ -63,12 +63,12 @@ def test_a_server_that_dies_starts_again_and_its_requests_are_made_anew(served: 
     assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
     assert {v for c in completions for v in c.versions} == {served.version}
 
-    wait_for(lambda: keeper(served).servers[0].is_running and keeper(served).clients[0].is_healthy(5))
-    with keeper(served).lock:  # it has the newest weights, and was compared
+    wait_for(lambda: pool(served).servers[0].is_running and pool(served).clients[0].is_healthy(5))
+    with pool(served).lock:  # it has the newest weights, and was compared
         assert served.engine.metrics()["engine/restarts"] == restarts + 1
     assert not [pid for pid in killed if psutil.pid_exists(pid)]
     lm = served.reference()
-    for client in keeper(served).clients:
+    for client in pool(served).clients:
         torch.testing.assert_close(
             torch.tensor(client.logps(PROMPT)), logps_of(lm, PROMPT[:1], PROMPT[1:], LONG), rtol=0, atol=1e-4
         )
@@ -79,7 +79,7 @@ def _seeded(i: int) -> Sampling:
 
 
 def test_only_who_has_the_token_gets_in(served: Served) -> None:
-    client = keeper(served).clients[1]
+    client = pool(served).clients[1]
     for method, path in (
         ("POST", "/inference/v1/generate"),
         ("POST", "/pause"),
@@ -93,7 +93,7 @@ def test_only_who_has_the_token_gets_in(served: Served) -> None:
 
 
 def test_a_file_from_elsewhere_is_not_read(served: Served) -> None:
-    client = keeper(served).clients[1]
+    client = pool(served).clients[1]
     with pytest.raises(Exception, match="is not a file in"):
         client.load_weights([f"../../../{served.model}/model.safetensors"], "99")
     served.sync()  # and it goes on
@@ -128,7 +128,7 @@ def test_nothing_is_left_after_close(tmp_path: Path, tokenizer: PreTrainedTokeni
     model = save_model(tmp_path / "model", tokenizer, tied=True)
     served = serve("vllm", model, tmp_path, tokenizer, processes, "rollout.vllm.max_restarts=0")
     served.sync()
-    weights, temporary, ids = keeper(served).folder, keeper(served).temporary.path, process_ids(served, 0)
+    weights, temporary, ids = pool(served).sync.folder, pool(served).temporary.path, process_ids(served, 0)
     assert list(temporary.glob("0/*")) and list(weights.rglob("*.safetensors"))
 
     async def generate() -> None:

@@ -16,8 +16,8 @@ import torch
 from served import (
     PROMPT,
     Served,
-    keeper,
     logps_of,
+    pool,
     process_ids,
     save_model,
     serve,
@@ -30,7 +30,9 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.engines.served import weight_stream as streams
 from RL2.engines.served.client import ServerError
+from RL2.engines.served.engine import ServedEngine
 from RL2.engines.served.server import EngineFailed
+from RL2.engines.served.weight_sync import Stage
 from RL2.engines.vllm.client import VLLMClient
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
@@ -50,22 +52,27 @@ def pair(
 
 @pytest.fixture
 def served(pair: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
-    monkeypatch.setattr(keeper(pair), "bucket_bytes", SMALL)
+    monkeypatch.setattr(pool(pair).sync, "bucket_bytes", SMALL)
     return pair
 
 
 def check(served: Served) -> None:
     """All servers have the trainer's weights."""
     expected = logps_of(served.reference(), PROMPT[:1], PROMPT[1:], SAMPLING)
-    for client in keeper(served).clients:
+    for client in pool(served).clients:
         torch.testing.assert_close(torch.tensor(client.logps(PROMPT)), expected, rtol=0, atol=1e-4)
+
+
+def refused(served: Served) -> dict[int, str]:
+    """Why servers did not take the last weights from memory."""
+    return {i: state.problem for i, state in enumerate(pool(served).sync.states) if state.problem}
 
 
 def stream(served: Served, seed: int) -> None:
     """New weights, which all servers take from memory."""
     served.change_weights(seed)
     served.sync()
-    assert keeper(served).refused == {}
+    assert refused(served) == {}
     check(served)
 
 
@@ -76,7 +83,7 @@ def test_weights_arrive_in_many_buckets(served: Served) -> None:
         stream(served, seed)
         completions = served.generate([PROMPT, PROMPT[1:]], Sampling(max_new_tokens=2))
         assert {v for c in completions for v in c.versions} == {served.version}
-    assert len(list(keeper(served).folder.rglob("*.safetensors"))) > 10  # for a server that starts again
+    assert len(list(pool(served).sync.folder.rglob("*.safetensors"))) > 10  # for a server that starts again
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["api_server", "engine_core"])
@@ -94,7 +101,7 @@ def test_a_server_that_dies_in_mid_stream_takes_the_files(served: Served, victim
     served.version += 1
     served.engine.load_weights(weights(), served.version)
     assert time.monotonic() - begun < 60
-    assert keeper(served).refused.keys() == {0, 1}  # the group has broken, and the other one took the files too
+    assert refused(served).keys() == {0, 1}  # the group has broken, and the other one took the files too
     assert served.engine.metrics()["engine/restarts"] == restarts + 1
     check(served)
     completions = served.generate([[5 + i, *PROMPT] for i in range(8)], Sampling(max_new_tokens=2))
@@ -131,15 +138,17 @@ def test_a_server_that_dies_between_stream_and_probe_takes_the_files(
     def kill_and_wait(token_ids: list[int]) -> list[float]:
         os.kill(process_ids(served, 0)[0], signal.SIGKILL)
         wait_for(lambda: served.engine.metrics()["engine/restarts"] > restarts)
-        with keeper(served).lock:
-            assert keeper(served).fed == {1}
+        with pool(served).lock:
+            stages = [state.stage for state in pool(served).sync.states]
+            assert stages == [Stage.CURRENT, Stage.STREAMED]
         return served.actor.logps(token_ids)
 
     served.change_weights(seed=5)
     with monkeypatch.context() as patch:
-        patch.setattr(served.engine, "trainer_logps", kill_and_wait)
+        assert isinstance(served.engine, ServedEngine)
+        patch.setattr(served.engine, "check", replace(served.engine.check, trainer_logps=kill_and_wait))
         served.sync()
-    assert keeper(served).refused == {}
+    assert refused(served) == {}
     check(served)
     stream(served, seed=6)
 
@@ -147,7 +156,7 @@ def test_a_server_that_dies_between_stream_and_probe_takes_the_files(
 def test_a_bucket_that_one_server_refuses_comes_in_files_without_a_wait(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, calls = keeper(served).clients[1], 0
+    client, calls = pool(served).clients[1], 0
     assert isinstance(client, VLLMClient)
     update = client.update
 
@@ -163,7 +172,7 @@ def test_a_bucket_that_one_server_refuses_comes_in_files_without_a_wait(
         patch.setattr(client, "update", another)
         served.sync()
     assert time.monotonic() - begun < 20
-    assert "float33 is no type of torch's" in keeper(served).refused[1] and 0 in keeper(served).refused
+    assert "float33 is not a torch dtype" in refused(served)[1] and 0 in refused(served)
     assert served.engine.metrics()["engine/restarts"] == restarts
     check(served)
     stream(served, seed=8)
@@ -172,14 +181,14 @@ def test_a_bucket_that_one_server_refuses_comes_in_files_without_a_wait(
 @pytest.mark.parametrize(
     ("info", "said"),
     [
-        ({"entries": [{"name": "x", "dtype": "Tensor", "shape": [4]}]}, "Tensor is no type of torch's"),
-        ({"entries": [{"name": "x", "dtype": "float32", "shape": [-4]}]}, r"\[-4\] is no shape"),
+        ({"entries": [{"name": "x", "dtype": "Tensor", "shape": [4]}]}, "Tensor is not a torch dtype"),
+        ({"entries": [{"name": "x", "dtype": "float32", "shape": [-4]}]}, r"\[-4\] is not a shape"),
         ({"bytes": 3}, "Invalid update_info"),
         ({}, "without files and entries"),
     ],
 )
 def test_what_is_no_update_is_refused_and_the_server_goes_on(served: Served, info: dict[str, Any], said: str) -> None:
-    client = keeper(served).clients[1]
+    client = pool(served).clients[1]
     assert isinstance(client, VLLMClient)
     client.start_update()
     with pytest.raises((ServerError, ValueError), match=said):
@@ -190,7 +199,7 @@ def test_what_is_no_update_is_refused_and_the_server_goes_on(served: Served, inf
 
 
 def test_what_a_trainer_that_is_gone_has_left_open_is_closed(served: Served) -> None:
-    client = keeper(served).clients[0]
+    client = pool(served).clients[0]
     assert isinstance(client, VLLMClient)
     client.start_update()
     served.sync()
@@ -202,10 +211,10 @@ def test_servers_that_sleep_wake_with_the_next_weights(
     served: Served, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The calls that a server on a GPU gets; on a CPU it keeps its memory, and does all the rest."""
-    for client in keeper(served).clients:
+    for client in pool(served).clients:
         monkeypatch.setattr(client, "can_sleep", True)
     if transport == "files":
-        monkeypatch.setattr(keeper(served), "stream", None)
+        monkeypatch.setattr(pool(served).sync, "stream", None)
     lms = {served.version: served.reference()}
     sampling = Sampling(max_new_tokens=200)
 
@@ -215,15 +224,15 @@ def test_servers_that_sleep_wake_with_the_next_weights(
         await served.engine.generate(PROMPT, Sampling(max_new_tokens=8))
         await asyncio.to_thread(served.engine.sleep)
         await asyncio.to_thread(served.engine.sleep)  # again is the same
-        assert all(client.call("/is_sleeping")["is_sleeping"] for client in keeper(served).clients)
+        assert all(client.call("/is_sleeping")["is_sleeping"] for client in pool(served).clients)
         served.change_weights(seed=10)
         await asyncio.to_thread(served.sync)
-        assert not any(client.call("/is_sleeping")["is_sleeping"] for client in keeper(served).clients)
+        assert not any(client.call("/is_sleeping")["is_sleeping"] for client in pool(served).clients)
         lms[served.version] = served.reference()
         return await asyncio.gather(*requests)
 
     completions = asyncio.run(generate())
-    assert keeper(served).refused == {}
+    assert refused(served) == {}
     assert {v for c in completions for v in c.versions} == set(lms)
     for i, completion in enumerate(completions):
         versions_N = torch.tensor(completion.versions)
@@ -276,7 +285,7 @@ def test_without_restarts_nothing_is_written(
     model = save_model(tmp_path / "model", tokenizer, tied=True)
     served = serve("vllm-broadcast", model, tmp_path, tokenizer, processes, "rollout.vllm.max_restarts=0")
     stream(served, seed=1)
-    assert not list(keeper(served).folder.rglob("*.safetensors"))
+    assert not list(pool(served).sync.folder.rglob("*.safetensors"))
     os.kill(process_ids(served, 0)[1], signal.SIGKILL)
     with pytest.raises(EngineFailed, match=r"weights for the vLLM server at|after 0 restarts"):
         served.sync()
@@ -293,10 +302,10 @@ def test_each_worker_of_a_server_takes_its_part(
     )
     before = set(Path("/dev/shm").iterdir())
     served = serve("vllm-broadcast", model, tmp_path, tokenizer, processes, *parallel)
-    monkeypatch.setattr(keeper(served), "bucket_bytes", SMALL)
+    monkeypatch.setattr(pool(served).sync, "bucket_bytes", SMALL)
     for seed in (1, 2):
         stream(served, seed)
-    client = keeper(served).clients[0]
+    client = pool(served).clients[0]
     assert isinstance(client, VLLMClient) and client.num_workers() == 2
     served.engine.close()
     for left in set(Path("/dev/shm").iterdir()) - before:  # vLLM's executor of several workers does not tidy up

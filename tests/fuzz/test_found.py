@@ -234,12 +234,12 @@ UNASKED = {"type": "stop", "matched": 99}
         (VLLMClient, {"choices": [{**VLLM["choices"][0], "weight_versions": LONG_SPAN}]}, "came with versions of"),
         (SGLangClient, {"output_ids": [7]}, "not of the form that is known"),
         (SGLangClient, sglang(weight_versions=LONG_SPAN), "came with versions of 1000000000000"),
-        (SGLangClient, sglang(output_token_logprobs=[["a", 7, None], [-1, 8, None]]), "each that is a number"),
+        (SGLangClient, sglang(output_token_logprobs=[["a", 7, None], [-1, 8, None]]), "lacks a finite log-probability"),
         (SGLangClient, sglang(finish_reason={"type": []}), r"ended with \[\]"),
         (
             SGLangClient,  # which asks for the rest until nothing is left
             sglang(output_ids=[], output_token_logprobs=[], weight_versions=[], finish_reason=UNASKED),
-            "0 tokens came",
+            "has 0 tokens; expected 1 to 2",
         ),
         (
             SGLangClient,
@@ -249,7 +249,7 @@ UNASKED = {"type": "stop", "matched": 99}
                 weight_versions=[{"version": "4", "start": 0, "end": 3}],
                 finish_reason=UNASKED,
             ),
-            "3 tokens came where at most 2",
+            "has 3 tokens; expected 1 to 2",
         ),
     ],
 )

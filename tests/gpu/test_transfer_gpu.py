@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from RL2.engines.served.weight_stream import Bucket, SharedMemory, _listening, packed
+from RL2.engines.served.buckets import Bucket, in_buckets
+from RL2.engines.served.weight_stream import SharedMemory, _listening
+from RL2.engines.served.wire.rl2_wire import Group, bytes_of, entry, share
 from RL2.engines.vllm.client import VLLMClient
-from RL2.engines.vllm.plugin.rl2_transfer import Group, bytes_of, entry, share
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.device("cuda", 0)
@@ -24,7 +25,7 @@ MIB = 2**20
 OTHER = """
 import json, sys
 import torch
-from RL2.engines.vllm.plugin.rl2_transfer import bytes_of, opened, tensors
+from RL2.engines.served.wire.rl2_wire import bytes_of, opened, tensors
 
 torch.zeros(1, device="cuda")  # its context takes memory once and for all
 print("ready", flush=True)
@@ -99,7 +100,7 @@ def test_two_processes_see_each_bucket_and_the_memory_is_free_afterwards(others:
     stream, number = started(others), 0
     for other in others.values():
         other.got.clear()
-    for bucket in packed(iter(weights.items()), 4 * MIB, CUDA):
+    for bucket in in_buckets(iter(weights.items()), 4 * MIB, CUDA):
         assert stream.send(bucket, others) == {}
         number += 1
     del bucket
@@ -149,7 +150,7 @@ MEMBER = """
 import sys
 from datetime import timedelta
 import torch, torch.distributed as dist
-from RL2.engines.vllm.plugin.rl2_transfer import Group
+from RL2.engines.served.wire.rl2_wire import Group
 
 store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False, timeout=timedelta(seconds=60))
 group = Group("gloo", store, 1, 2, torch.device("cuda", 0), "127.0.0.1", 60)
@@ -186,7 +187,7 @@ def test_nccl_does_not_wait_without_end_for_who_does_not_come() -> None:
     script = """
 import torch
 from RL2.engines.served.weight_stream import _listening
-from RL2.engines.vllm.plugin.rl2_transfer import Group
+from RL2.engines.served.wire.rl2_wire import Group
 try:
     Group("nccl", _listening("127.0.0.1"), 0, 2, torch.device("cuda", 0), "127.0.0.1", 5)
 except RuntimeError as error:

@@ -21,7 +21,7 @@ from RL2.reproduce.model import build_model
 from RL2.reproduce.problems import Demonstrator, draw_problems
 from RL2.trainer.inputs import facts, of_prompts, of_tensors, refuse_other_replicas, spread
 from RL2.types import Prompt
-from RL2.workers.worker import Learner
+from RL2.workers.learner import Learner
 
 
 def refused(processes: Processes, given: dict[str, str]) -> str:

@@ -25,7 +25,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassifi
 
 from RL2.parallel.processes import Processes
 from RL2.workers.actor import Actor
-from RL2.workers.worker import Learner
+from RL2.workers.learner import Learner
 
 TOLERANCE = 1e-5
 DIFFERENCES = {"rank_jsd": 3e-5}

@@ -23,7 +23,7 @@ from RL2.objectives.preference import bradley_terry, dpo, ipo
 from RL2.parallel.processes import Processes
 from RL2.trainer.supervised import Rows
 from RL2.types import StatsRequest, TokenBatch
-from RL2.workers.worker import Learner
+from RL2.workers.learner import Learner
 
 TOLERANCE = 5e-6  # a margin is a difference of sums of log-probabilities, which costs a digit
 LOSSES: dict[str, Any] = {

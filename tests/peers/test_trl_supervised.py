@@ -40,7 +40,7 @@ from RL2.parallel.processes import Processes
 from RL2.trainer.dpo_loop import with_reference
 from RL2.trainer.supervised import Rows
 from RL2.types import StatsRequest
-from RL2.workers.worker import Learner
+from RL2.workers.learner import Learner
 
 STEPS, BATCH, BETA = 5, 4, 0.2
 RATE, DECAY, NORM = 2e-3, 0.1, 1.0

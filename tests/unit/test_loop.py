@@ -13,7 +13,7 @@ from RL2.rollout.filters import filter_metrics, trainable
 from RL2.rollout.metrics import NothingScored
 from RL2.trainer.annotate import annotate
 from RL2.types import Sequence, TokenBatch, Trajectory
-from RL2.workers.worker import schedule
+from RL2.workers.optim import schedule
 
 
 def rates(*overrides: str, total: int = 10) -> list[float]:

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from RL2.engines.embedded import engine as engine_module
-from RL2.engines.embedded.cache import bytes_per_position
 from RL2.engines.embedded.engine import EmbeddedEngine, OutOfMemory
 from RL2.engines.embedded.paged import PagedCache, pages_of, rounded
+from RL2.engines.memory import bytes_per_position
 from RL2.ops import paged_attention
 from RL2.ops.attention import IMPLEMENTATION
 from RL2.types import Completion, Sampling

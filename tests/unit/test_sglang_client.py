@@ -102,7 +102,7 @@ def test_log_probabilities_of_a_cut_distribution_come_from_its_mask() -> None:
     assert got.logps == [-0.25, 0.0]
     assert (body["sampling_params"]["top_k"], body["return_sampling_mask"]) == (20, True)
     for top_k, top_p in ((0, 0.9), (4097, 1.0)):
-        with pytest.raises(ValueError, match="only with a top_k of 1 to 4096"):
+        with pytest.raises(ValueError, match="only with top_k=1 to 4096"):
             request([5], Sampling(max_new_tokens=2, top_k=top_k, top_p=top_p))
     # the most likely token is not drawn: nothing is cut
     assert not request([5], Sampling(max_new_tokens=2, temperature=0.0, top_p=0.9))["return_sampling_mask"]
@@ -113,7 +113,7 @@ def test_log_probabilities_of_a_cut_distribution_come_from_its_mask() -> None:
     [
         ({"output_token_logprobs": [[-0.5, 7, None]]}, "2 tokens came with 1 log-probabilities"),
         ({"output_token_logprobs": [[-0.5, 7, None], [-0.5, 9, None]]}, "not of the same tokens"),
-        ({"output_token_logprobs": [[-0.5, 7, None], [None, 8, None]]}, "without a log-probability of each"),
+        ({"output_token_logprobs": [[-0.5, 7, None], [None, 8, None]]}, "lacks a log-probability of each"),
         ({"weight_versions": [{"version": "4", "start": 0, "end": 1}]}, "2 tokens came with versions of 1"),
         ({"finish_reason": {"type": "stop", "matched": "NaN happened"}}, "a response ended with 'NaN happened'"),
     ],

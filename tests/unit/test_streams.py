@@ -19,15 +19,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from RL2.config.load import load
+from RL2.engines.make import make_engine
 from RL2.engines.served import weight_stream as streams
+from RL2.engines.served.buckets import in_buckets, write_bucket
 from RL2.engines.served.client import ServerError
-from RL2.engines.served.weight_files import write_bucket
-from RL2.engines.served.weight_stream import Broadcast, Calls, own_address, packed
+from RL2.engines.served.weight_stream import Broadcast, Calls, own_address
+from RL2.engines.served.wire import rl2_wire
+from RL2.engines.served.wire.rl2_wire import Entry, Group, address_toward, bytes_of, tensors
 from RL2.engines.vllm.client import VLLMClient
-from RL2.engines.vllm.plugin import rl2_transfer
-from RL2.engines.vllm.plugin.rl2_transfer import Entry, Group, address_toward, bytes_of, tensors
 from RL2.errors import ConfigError
-from RL2.trainer.build import make_engine
 
 CPU = torch.device("cpu")
 WEIGHTS = {
@@ -45,31 +45,31 @@ WEIGHTS = {
 def test_buckets_are_bounded_and_hold_everything(tmp_path: Path) -> None:
     got: dict[str, torch.Tensor] = {}
     sizes, places = [], set()
-    for number, bucket in enumerate(packed(iter(WEIGHTS.items()), 1000, CPU)):
+    for number, bucket in enumerate(in_buckets(iter(WEIGHTS.items()), 1000, CPU)):
         assert bytes_of(bucket.entries) == bucket.flat.numel()
         sizes.append(bucket.flat.numel())
         places.add(bucket.flat.data_ptr())
         got |= {name: weight.clone() for name, weight in bucket.tensors().items()}
-        in_file = load_file(tmp_path / write_bucket(bucket.tensors(), tmp_path, "v-", number))
+        in_file = load_file(tmp_path / write_bucket(bucket, tmp_path, "v-", number))
         assert all(torch.equal(in_file[name], weight) for name, weight in bucket.tensors().items())
     assert got.keys() == WEIGHTS.keys()
     for name, weight in WEIGHTS.items():
         assert got[name].dtype == weight.dtype and got[name].shape == weight.shape and torch.equal(got[name], weight)
-    assert [size for size in sizes if size > 1000] == [rl2_transfer.aligned(40 * 30 * 4)]
+    assert [size for size in sizes if size > 1000] == [rl2_wire.aligned(40 * 30 * 4)]
     assert len(sizes) > 4 and len(places) == 2  # one memory again and again, and the large one's
 
 
 def test_no_weights_make_no_bucket() -> None:
-    assert list(packed(iter(()), 1000, CPU)) == []
+    assert list(in_buckets(iter(()), 1000, CPU)) == []
 
 
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"name": "w", "dtype": "float33", "shape": [2]}, "float33 is no type of torch's"),
-        ({"name": "w", "dtype": "load", "shape": [2]}, "load is no type of torch's"),
-        ({"name": "w", "dtype": "float32", "shape": [2, -1]}, "is no shape"),
-        ({"name": "w", "dtype": "float32", "shape": [2.5]}, "is no shape"),
+        ({"name": "w", "dtype": "float33", "shape": [2]}, "float33 is not a torch dtype"),
+        ({"name": "w", "dtype": "load", "shape": [2]}, "load is not a torch dtype"),
+        ({"name": "w", "dtype": "float32", "shape": [2, -1]}, "is not a shape"),
+        ({"name": "w", "dtype": "float32", "shape": [2.5]}, "is not a shape"),
         ({"name": "w", "dtype": "float32", "shape": [65]}, "a bucket of 256 bytes cannot hold weights of 512"),
     ],
 )
@@ -92,7 +92,7 @@ MEMBER = """
 import sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-from RL2.engines.vllm.plugin.rl2_transfer import Group, address_toward
+from RL2.engines.served.wire.rl2_wire import Group, address_toward
 
 port, what = int(sys.argv[1]), sys.argv[2]
 store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
@@ -309,18 +309,18 @@ def test_ipc_needs_a_gpu(tmp_path: Path) -> None:
     actor: Any = SimpleNamespace(processes=SimpleNamespace(device=CPU), dtype=torch.float32)
     config = load("spo", [*RL, "rollout.engine=vllm", "rollout.vllm.transport=ipc"])
     with pytest.raises(ConfigError, match=r"rollout\.vllm\.transport=ipc .* there is no GPU"):
-        make_engine(config, actor, str, 512, tmp_path)
+        make_engine(config.rollout, actor, str, 512, tmp_path)
 
 
 def test_a_gpu_that_the_server_does_not_see_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(rl2_transfer, "_uuid", lambda device: f"GPU-{device}")
+    monkeypatch.setattr(rl2_wire, "_uuid", lambda device: f"GPU-{device}")
     shared = {"gpu": "GPU-7", "handle": [], "offset": 0, "size": 4}
     with pytest.raises(ValueError, match="does not see the trainer's GPU GPU-7, but GPU-0, GPU-1"):
-        rl2_transfer.opened(shared)
+        rl2_wire.opened(shared)
     with pytest.raises(ValueError, match="has 0 parts, not 7"):
-        rl2_transfer.opened(shared | {"gpu": "GPU-1"})
+        rl2_wire.opened(shared | {"gpu": "GPU-1"})
 
 
 def test_the_store_listens_to_its_address_alone() -> None:

@@ -20,7 +20,7 @@ from RL2.ops.invariants import breaches, first_breach
 from RL2.parallel.processes import Processes
 from RL2.trainer.unused_settings import probe, probe_supervised, synthetic_batch
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
-from RL2.workers.update_stats import UpdateStats
+from RL2.workers.optim import UpdateStats
 
 
 def batch_of(*actions: int, rewards: tuple[float, ...] = ()) -> TokenBatch:

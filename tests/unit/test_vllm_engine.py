@@ -22,11 +22,13 @@ from RL2.config.here import check_here
 from RL2.config.load import load
 from RL2.config.rollout import VLLM
 from RL2.engines.served import engine as engine_module
-from RL2.engines.served import weight_files
-from RL2.engines.served.engine import ServedEngine
-from RL2.engines.served.owned_dirs import OwnFolder
+from RL2.engines.served.buckets import write
+from RL2.engines.served.engine import ServedEngine, make_probe
+from RL2.engines.served.owned_dirs import OwnedDir
 from RL2.engines.served.router import Router
 from RL2.engines.served.server import EngineFailed, Server
+from RL2.engines.served.server_spec import EngineSpec
+from RL2.engines.served.weight_sync import WeightCheck
 from RL2.engines.vllm.server_spec import VLLM_SERVER
 from RL2.errors import ConfigError
 from RL2.parallel.processes import Processes
@@ -181,18 +183,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attach(processes: Processes, folder: Path, *urls: str, trainer: float = -2.0, max_running: int = 8) -> ServedEngine:
     """`trainer`: its log-probability of any token."""
-    engine = ServedEngine(
-        VLLM_SERVER,
-        replace(SETTINGS, urls=urls, sync_dir=str(folder)),
-        arguments=[],
-        processes=processes,
-        trainer_logps=lambda ids: [trainer] * (len(ids) - 1),
-        vocab_size=50,
-        max_length=100,
-        max_running_requests=max_running,
-        max_probe_gap=1e-4,
-        log_folder=folder,
-    )
+    settings = replace(SETTINGS, urls=urls, sync_dir=str(folder))
+    spec = EngineSpec(VLLM_SERVER, settings, max_length=100, max_running_requests=max_running)
+    check = WeightCheck(lambda ids: [trainer] * (len(ids) - 1), make_probe(50, 100), max_gap=1e-4)
+    engine = ServedEngine(spec, check, processes, folder)
     engine.load_weights(iter(WEIGHTS.items()), version=3)
     return engine
 
@@ -323,7 +317,7 @@ def test_members_of_a_group_stay_together_and_groups_spread() -> None:
 def test_buckets_are_bounded_and_hold_everything(tmp_path: Path) -> None:
     weights = {f"w{i}": torch.randn(10, i + 1) for i in range(8)}
     weights["shared"] = weights["w3"][:, 1:]  # neither contiguous nor a memory of its own
-    files = weight_files.write(iter(weights.items()), tmp_path, "v-", bucket_bytes=500)
+    files = write(iter(weights.items()), tmp_path, "v-", bucket_bytes=500)
     read = [load_file(tmp_path / file) for file in files]
     assert [sum(x.nbytes for x in each.values()) <= 500 for each in read] == [True] * len(files)
     assert len(files) > 2
@@ -335,7 +329,7 @@ def test_buckets_are_bounded_and_hold_everything(tmp_path: Path) -> None:
 def test_the_folder_of_a_process_that_died_is_removed(tmp_path: Path) -> None:
     script = (
         "from RL2.engines.served.owned_dirs import *; import sys\n"
-        f"own = OwnFolder(Path({str(tmp_path)!r}), 'own-'); print(own.path)"
+        f"own = OwnedDir(Path({str(tmp_path)!r}), 'own-'); print(own.path)"
     )
     wait = "; sys.stdout.flush(); sys.stdin.read()"
     alive = subprocess.Popen([sys.executable, "-c", script + wait], stdin=-1, stdout=-1, text=True)
@@ -343,7 +337,7 @@ def test_the_folder_of_a_process_that_died_is_removed(tmp_path: Path) -> None:
     living = Path(alive.stdout.readline().strip())
     dead = Path(subprocess.run([sys.executable, "-c", script], stdout=-1, text=True, check=True).stdout.strip())
     assert living.is_dir() and dead.is_dir()
-    mine = OwnFolder(tmp_path, "own-")
+    mine = OwnedDir(tmp_path, "own-")
     assert living.is_dir() and not dead.exists() and mine.path.is_dir()
     alive.communicate()
     mine.remove()

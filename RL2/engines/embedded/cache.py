@@ -1,6 +1,6 @@
-"""What the engine asks of the memory of keys and values. On CPUs it is a `DenseCache`, on GPUs a `PagedCache`.
+"""The protocol of the KV cache: a `DenseCache` on CPUs, a `PagedCache` on GPUs.
 
-Running requests take rows 0, 1, 2, ... without gaps; every row has a length of its own.
+Running requests occupy rows 0, 1, 2, ... without gaps; each row has its own length.
 
 Shapes: R rows, T packed tokens, V vocabulary.
 """
@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from RL2.ops.attention import Attend
 
@@ -21,7 +19,7 @@ Step = Callable[[Tensor, Tensor, Attend], Tensor]
 
 
 class Piece(NamedTuple):
-    """The tokens from `start` to `end` of a prompt, and the rows that share it."""
+    """Tokens `start` to `end` of a prompt, and the rows that share the prompt."""
 
     rows: list[int]
     start: int
@@ -29,36 +27,32 @@ class Piece(NamedTuple):
 
 
 class Cache(Protocol):
+    """Keys and values of the running requests."""
+
     def max_rows(self, longest: int) -> int:
-        """Requests that may run at once when the longest comes to so many tokens; 0 if not even that one fits."""
+        """Return how many requests may run at once if the longest has `longest` tokens; 0 if it does not fit."""
         ...
 
     def add(self, row: int, length: int, like: int | None) -> bool:
-        """Take the next row for a prompt of `length` tokens, which is also that of row `like`; False: no room."""
+        """Take the next row for a prompt of `length` tokens, shared with row `like`; return whether there is room."""
         ...
 
     def reserve(self, lengths: list[int], keep: int, longest: int, rows: int) -> int:
-        """Room for so many tokens in each row; the first `keep` rows hold some already.
+        """Make room for `lengths` tokens in the rows; the first `keep` rows hold tokens already.
 
-        Returns how many rows, the first ones, have it; the others have to leave. `longest` and `rows` are what may be
-        asked for later.
+        Returns how many rows, from the first, have room; the others have to leave. `longest` and `rows` are the most
+        that later calls may ask for.
         """
         ...
 
     def prefill(self, pieces: list[Piece]) -> Attend:
-        """Attention of prompts from their start, packed, or of one piece of one prompt whose earlier ones are there."""
+        """Return the attention of packed prompts from their start, or of one later piece of one prompt."""
         ...
 
     def decode(self, step: Step, ids: list[int], positions: list[int]) -> Tensor:
-        """What `step` makes of one new token in each row, at its position: [R, V]."""
+        """Run `step` on one new token per row, at its position; return the logits [R, V]."""
         ...
 
     def leave(self, gone: list[int], sources: list[int], targets: list[int], length: int) -> None:
-        """The rows `gone` are free; rows `sources`, with `length` tokens at most, take the places `targets`."""
+        """Free the rows `gone`, then move rows `sources`, of at most `length` tokens, to rows `targets`."""
         ...
-
-
-def bytes_per_position(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """What the keys and values of one token take, over all layers."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize

@@ -1,7 +1,7 @@
-"""A decoding step on a CPU as one compiled program: neither Python nor a kernel for every small operation.
+"""Compile a decoding step on a CPU into one program, without Python or a kernel per operation.
 
-A small model keeps a core busy for less time than Python takes to name what is next. The program is compiled once, for
-any number of rows and positions.
+For a small model, Python's overhead per operation exceeds the computation. The program is compiled once, for any number
+of rows and positions.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ COMPILERS = ("g++", "clang++")
 
 
 class CompiledStep:
-    """`step`, compiled when it is called for the first time; a `Step`.
+    """A `Step` that is compiled at its first call.
 
-    A model that cannot be compiled runs as it is, with a warning.
+    A model that cannot be compiled runs uncompiled, with a warning.
     """
 
     def __init__(self, step: Step) -> None:
         self.step = step
         options: dict[str, Any] = {
             "cpp_wrapper": True,
-            # to look at every module and tensor again takes a sixth of a small step. Here nothing of them changes but
-            # sizes, which the program is for; and it is the only one of this code (below)
+            # guards on every module and tensor take a sixth of a small step. Only sizes change here, and they are
+            # dynamic; no other program is compiled from this code object (see `_copy`)
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
         }
         self.compiled = torch.compile(_copy(step), dynamic=True, fullgraph=True, options=options)
         self.can_compile = True
 
     def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        if self.can_compile and len(ids) > 1:  # a size of 1 would be compiled once more
+        if self.can_compile and len(ids) > 1:  # torch would compile again for a size of 1
             try:
                 return self.compiled(ids, positions, attend)
             except TorchDynamoException as error:
@@ -54,7 +54,7 @@ class CompiledStep:
 
 
 def _copy(step: Step) -> Step:
-    """The same with code of its own, by which torch remembers what it has compiled: another model, another program."""
+    """Return `step` with a code object of its own, so that torch compiles a program per model."""
 
     def call(ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         return step(ids, positions, attend)

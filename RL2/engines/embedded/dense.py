@@ -1,4 +1,4 @@
-"""Keys and values of the running requests in one block of memory a layer: a matrix product reads them as they lie.
+"""A KV cache in one dense tensor per layer, which matrix products read without a copy.
 
 Shapes: R rows (one running request each), K key/value heads, H query heads, D head size, L positions, T packed tokens.
 """
@@ -14,13 +14,13 @@ from RL2.engines.embedded.cache import Piece, Step
 from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
 
 LENGTH_STEP = 64
-"""Positions are allocated in multiples of this."""
+"""Granularity of allocated positions."""
 
 
 class DenseCache:
-    """[R, K, L, D] per layer, which grow with what is asked for; a `Cache`.
+    """A `Cache` of tensors [R, K, L, D] per layer, which grow on demand.
 
-    Memory is zeroed: a masked position has weight 0, but 0 times the NaN of raw memory is NaN.
+    Memory is zeroed: a masked position has weight 0, but 0 times a NaN in raw memory is NaN.
     """
 
     def __init__(self, budget_bytes: float, bytes_per_position: int, device: torch.device) -> None:
@@ -37,11 +37,11 @@ class DenseCache:
     def reserve(self, lengths: list[int], keep: int, longest: int, rows: int) -> int:
         length = max(lengths)
         if length >= self.length or len(lengths) >= self.rows:
-            # grow by a quarter at least, and leave room for those who wait but not for those who left
+            # grow by at least a quarter, with room for the waiting requests
             old_length = self.length
             if length >= old_length:
                 length = max(length, min(longest, old_length * 5 // 4))
-            # one more of both than are in use: a step is compiled for a part of the memory, and anew for all of it
+            # one row and position more than in use: a step is compiled again where it uses all of the memory
             self.rows, self.length = rows + 1, max(old_length, (length // LENGTH_STEP + 1) * LENGTH_STEP)
             for i, pair in enumerate(self.layers):
                 self.layers[i] = tuple(self._grown(old, keep, old_length) for old in pair)  # type: ignore[assignment]
@@ -58,7 +58,7 @@ class DenseCache:
         return new
 
     def layer(self, number: int, like_TKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer; the first pass through the model makes them."""
+        """Return keys and values of a layer; the first pass through the model allocates them."""
         if number == len(self.layers):
             shape = (self.rows, like_TKD.shape[1], self.length, like_TKD.shape[2])
             self.layers.append((self._zeros(like_TKD, shape), self._zeros(like_TKD, shape)))
@@ -83,7 +83,7 @@ class DenseCache:
 
 
 class _Prefill:
-    """Keys and values go to the rows of all requests that share a prompt."""
+    """Attention of prompts, which stores keys and values in the rows of all requests that share a prompt."""
 
     def __init__(self, cache: DenseCache, pieces: list[Piece]) -> None:
         self.cache, self.first = cache, pieces[0]
@@ -114,7 +114,7 @@ class _Prefill:
 
 
 class _Decode:
-    """Attention of one new token in each of the rows 0 to R - 1, standing at `positions_R`, all before `length`."""
+    """Attention of one new token in each row, at `positions_R`, over the first `length` positions."""
 
     def __init__(self, cache: DenseCache, positions_R: Tensor, length: int) -> None:
         self.cache, self.positions_R = cache, positions_R
@@ -128,7 +128,7 @@ class _Decode:
         values[self.rows_R, :, self.positions_R] = value_RKD
         num_rows, heads, size = query_RHD.shape
         length = self.bias_R11L.shape[-1]
-        # query heads that share a key/value head are the rows of one small matrix
+        # query heads that share a key/value head form the rows of one small matrix
         query_RKGD = query_RHD.reshape(num_rows, key_RKD.shape[1], -1, size)
         keys_RKLD, values_RKLD = (x[:num_rows, :, :length] for x in (keys, values))
         bias_R11L = self.bias_R11L.to(query_RHD.dtype)

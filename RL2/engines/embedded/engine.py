@@ -1,34 +1,33 @@
-"""The default engine: samples in this process from a transformers causal LM, with continuous batching.
+"""The default engine: continuous batching over a transformers causal LM in this process.
 
-One step of the engine decodes one token for every running request and then admits waiting ones: their prompts run
-packed, each distinct prompt once, a long one in pieces. Finished requests leave their row at once; the last row takes
-its place. New weights send the running requests back to wait, and so does, on GPUs, a cache that is full: keys and
-values are computed again, from what there is by then.
+One step of the engine decodes one token for every running request and then admits waiting ones. Their prompts run
+packed, each distinct prompt once, a long one in pieces. A finished request leaves its row at once, and the last row
+takes its place. New weights send all running requests back to the queue; on GPUs a full cache sends back some. Their
+keys and values are recomputed from the tokens so far.
 
-Requests are served by the event loop of `generate`; the other methods may be called from another thread.
+The event loop of `generate` serves the requests; the other methods may be called from another thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from RL2.engines.embedded.cache import Cache, Piece, Step, bytes_per_position
+from RL2.engines.embedded.cache import Cache, Piece, Step
 from RL2.engines.embedded.compiled import CompiledStep
 from RL2.engines.embedded.dense import DenseCache
 from RL2.engines.embedded.sampling import sample, uniforms
+from RL2.engines.memory import bytes_per_position, free_bytes
 from RL2.errors import UserError
 from RL2.models.inspection import stored_buffers
 from RL2.models.packed import backbone, layers
@@ -37,25 +36,27 @@ from RL2.ops.attention import IN_GRAPH, Attend
 from RL2.types import Completion, Sampling
 
 PREFILL_TOKENS, CPU_PASS_TOKENS = 8192, 1024
-"""Prompt tokens that are admitted between two steps, and that go through the model in one pass on a CPU."""
+"""Most prompt tokens admitted between two steps, and per forward pass on a CPU."""
 PAUSE_S = 0.001
-"""How often an engine that stands still looks whether it may go on."""
+"""Poll interval of a suspended engine, in seconds."""
 
 
 Owners = dict[tuple[int, ...], list[int]]
-"""Prompts, and the rows that begin with each."""
+"""Rows by their prompt."""
 
 
 class OutOfMemory(UserError, RuntimeError):
-    """Not even one request fits into the memory that the engine may take."""
+    """The KV cache of a single request exceeds the memory that the engine may use."""
 
 
 class BrokenWeights(UserError, RuntimeError):
-    """The model's probabilities are not numbers."""
+    """Probabilities of the model are not finite."""
 
 
 @dataclass(eq=False)
 class _Request:
+    """A request and its tokens so far."""
+
     prompt: list[int]
     sampling: Sampling
     future: asyncio.Future[Completion]
@@ -65,7 +66,7 @@ class _Request:
 
     @property
     def ids(self) -> list[int]:
-        """All tokens that there are of it."""
+        """Prompt and sampled tokens."""
         return self.prompt + self.tokens
 
     @property
@@ -77,11 +78,36 @@ class _Request:
         return len(self.prompt) + self.sampling.max_new_tokens
 
 
+class _Gate:
+    """A lock for steps that lets another thread in between two of them, and that can stay closed."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        """Held during a step and while the weights change."""
+        self.is_wanted = False
+        """Whether another thread waits for the lock, which is not fair by itself."""
+        self.is_closed = False
+        """Whether no step may begin."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a step may begin now."""
+        return not (self.is_wanted or self.is_closed)
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Hold the lock as soon as the current step has ended."""
+        self.is_wanted = True
+        with self.lock:
+            self.is_wanted = False
+            yield
+
+
 class EmbeddedEngine:
     """An `Engine` over a causal LM of this process.
 
-    The model may be the actor's own: `load_weights` then finds that every tensor is already in place and copies
-    nothing. `decode` turns token ids into text; it is only asked for requests with stop strings.
+    The model may be the actor's own; `load_weights` then copies nothing. `decode` turns token ids into text, for
+    requests with stop strings.
     """
 
     def __init__(
@@ -94,31 +120,27 @@ class EmbeddedEngine:
         owns_weights: bool = False,
         compiles: bool = False,
     ) -> None:
-        """`owns_weights`: `lm` is this engine's alone, so `sleep` may let go of its weights.
+        """Serve `lm`; with `owns_weights` no other part uses it, so `sleep` may free its weights.
 
-        `compiles` joins small kernels: on GPUs those of a layer, which is not for a model that trains, too; on CPUs all
-        of a decoding step.
+        `compiles` fuses kernels: on GPUs those of a layer, which a model that also trains must not do; on CPUs all of a
+        decoding step.
         """
-        self.lm, self.decode, self.owns_weights = lm, decode, owns_weights
-        self.shapes = {name: tensor.shape for name, tensor in self._stored().items()}
-        self.max_running_requests, self.memory_share = max_running_requests, memory_share
+        self.lm, self.decode = lm, decode
         self.device = next(lm.parameters()).device
-        self.max_length = positions(lm.config)
+        self.shapes = {name: tensor.shape for name, tensor in self._stored().items()} if owns_weights else {}
+        """Shapes of the weights, which `sleep` frees; empty if they are not this engine's alone."""
+        self.max_running_requests, self.memory_share = max_running_requests, memory_share
         self.version = 0
         self.prefilled = 0
-        """Positions that prefills have computed."""
+        """Number of positions that prefills have computed."""
         self.waiting: deque[_Request] = deque()
         self.running: list[_Request] = []
         self.cache: Cache | None = None
-        """While requests are under way."""
+        """The KV cache while requests are pending."""
         self.driver: asyncio.Task[None] | None = None
-        self.lock = threading.Lock()
-        """Held during a step, and while the weights change."""
+        self.gate = _Gate()
         self.longest = 0
-        """Tokens that a request may come to, of those since the engine was idle."""
-        self.is_asleep = False
-        self.is_wanted = False
-        """Somebody waits for the lock, which is not a fair one."""
+        """Maximum length of a request since the engine was idle, in tokens."""
         self.decoding: Step = self._logits
         if compiles and self.device.type == "cuda":
             for layer in layers(lm):
@@ -126,6 +148,11 @@ class EmbeddedEngine:
         elif compiles:
             lm.set_attn_implementation(IN_GRAPH)
             self.decoding = CompiledStep(self._logits)
+
+    @property
+    def max_length(self) -> int:
+        """Maximum length of a sequence in tokens."""
+        return positions(self.lm.config)
 
     async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
         if not token_ids:
@@ -147,24 +174,24 @@ class EmbeddedEngine:
         loaded = set()
         with self._between_steps(), torch.no_grad():
             for name, weight in weights:
-                if own[name].shape != self.shapes[name]:  # it has slept
+                if name in self.shapes and own[name].shape != self.shapes[name]:  # `sleep` freed it
                     own[name].data = own[name].new_empty(self.shapes[name])
                 if own[name].data_ptr() != weight.data_ptr():
                     own[name].copy_(weight)
                 loaded.add(name)
             if missing := own.keys() - loaded:
                 raise RuntimeError(f"weights of version {version} lack {', '.join(sorted(missing)[:3])}")
-            self.version, self.is_asleep = version, False
+            self.version, self.gate.is_closed = version, False
 
     def _stored(self) -> dict[str, Tensor]:
-        """Return what a checkpoint of the model has, by name."""
+        """Return the tensors that a checkpoint of the model has, by name."""
         return dict(self.lm.named_parameters()) | stored_buffers(self.lm)
 
     def sleep(self) -> None:
-        """The cache goes, and the weights too, unless they are the actor's own."""
+        """Free the cache, and the weights too unless they are the actor's."""
         with self._between_steps():
-            self.is_asleep = True
-            if self.owns_weights:
+            self.gate.is_closed = True
+            if self.shapes:
                 for parameter in self.lm.parameters():
                     parameter.data = parameter.new_empty(0)
             if self.device.type == "cuda":
@@ -172,10 +199,8 @@ class EmbeddedEngine:
 
     @contextmanager
     def _between_steps(self) -> Iterator[None]:
-        """No step is at work, and running requests have gone back to wait, in their order."""
-        self.is_wanted = True
-        with self.lock:
-            self.is_wanted = False
+        """Hold the lock between two steps, with all running requests back in the queue."""
+        with self.gate.between_steps():
             self._start_over()
             yield
 
@@ -193,25 +218,25 @@ class EmbeddedEngine:
         self._drop()
 
     async def _drive(self) -> None:
-        """Steps until nothing is left to do, letting other tasks run in between."""
+        """Run steps until no request is left; other tasks run in between."""
         try:
             self.lm.eval()
             while self.waiting or self.running:
-                if not (self.is_wanted or self.is_asleep):
-                    with self.lock, torch.no_grad():
-                        if not self.is_asleep:  # it may have fallen asleep while the lock was waited for
+                if self.gate.is_open:
+                    with self.gate.lock, torch.no_grad():
+                        if not self.gate.is_closed:  # `sleep` may have been called while this waited for the lock
                             self.step()
-                await asyncio.sleep(PAUSE_S if self.is_wanted or self.is_asleep else 0)
-            self._drop()  # of the cache: its memory is the training step's now
-        except Exception as error:  # every caller is told; none is left waiting
+                await asyncio.sleep(0 if self.gate.is_open else PAUSE_S)
+            self._drop()  # frees the cache for the training step
+        except Exception as error:  # fail every pending request, so that no caller waits for ever
             self._drop(error)
 
     def _drop(self, cause: BaseException | None = None) -> None:
         for request in (*self.waiting, *self.running):
             if not request.future.done():
-                # an exception of its own for each: one that is raised in many tasks gathers the traces of all
-                kind = type(cause) if isinstance(cause, UserError) else RuntimeError
-                stopped = kind(f"the engine stopped: {cause or 'it was closed'}")
+                # one exception per request: a shared one would collect the tracebacks of all tasks
+                error = type(cause) if isinstance(cause, UserError) else RuntimeError
+                stopped = error(f"the engine stopped: {cause or 'it was closed'}")
                 stopped.__cause__ = cause
                 request.future.set_exception(stopped)
         self.waiting.clear()
@@ -219,8 +244,8 @@ class EmbeddedEngine:
         self.cache, self.longest = None, 0
 
     def step(self) -> None:
-        """One token for every running request, then admit what fits."""
-        if self.cache is None or not self.cache.max_rows(self.longest):  # made when only shorter ones were known
+        """Decode one token for every running request, then admit the waiting ones that fit."""
+        if self.cache is None or not self.cache.max_rows(self.longest):  # it was sized for shorter requests
             self._start_over()
             self.cache = self._new_cache()
         self._leave(self.cache, [i for i, request in enumerate(self.running) if request.future.cancelled()])
@@ -232,7 +257,7 @@ class EmbeddedEngine:
         budget_bytes = self.memory_share * free_bytes(self.device)
         per_position = bytes_per_position(self.lm.config, self.lm.dtype)
         if self.device.type == "cuda":
-            from RL2.engines.embedded.paged import PagedCache  # Triton is not everywhere
+            from RL2.engines.embedded.paged import PagedCache  # needs Triton, which not every platform has
 
             return PagedCache(
                 budget_bytes,
@@ -249,7 +274,7 @@ class EmbeddedEngine:
             return
         rows = self._max_rows(cache)
         room = rows - len(self.running)
-        # a few large prefills cost less than many small ones, so a trickle of free rows waits until it is worth it
+        # a few large prefills cost less than many small ones, so wait until enough rows are free
         if room < max(1, min(len(self.waiting), rows // 8)):
             return
         owners: Owners = {}
@@ -264,7 +289,7 @@ class EmbeddedEngine:
             owners.setdefault(key, []).append(row)
             self.running.append(self.waiting.popleft())
             tokens += new
-        if not owners:  # until some that run have left
+        if not owners:  # no room until running requests have finished
             return
         held = [request.length - (row < first) for row, request in enumerate(self.running)]
         self._reserve(cache, held, keep=first)
@@ -276,7 +301,7 @@ class EmbeddedEngine:
         )
 
     def _passes(self, owners: Owners) -> Iterator[Owners]:
-        """Prompts that share a forward pass: on a CPU few, so that what they make stays in its cache."""
+        """Split prompts into forward passes: small ones on a CPU, so that activations stay in its cache."""
         most = CPU_PASS_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
         some: Owners = {}
         tokens = 0
@@ -289,14 +314,14 @@ class EmbeddedEngine:
         yield some
 
     def _prefill_pass(self, cache: Cache, owners: Owners) -> Tensor:
-        """Logits after each prompt, in one pass, unless a prompt is too long for that: then it is alone."""
+        """Return the logits after each prompt. A prompt that is too long for one pass is alone and runs in pieces."""
         for start in range(0, max(map(len, owners)), PREFILL_TOKENS):
             pieces = [Piece(of, start, min(len(key), start + PREFILL_TOKENS)) for key, of in owners.items()]
             logits_PV = self._prefill(cache, [key[start : start + PREFILL_TOKENS] for key in owners], pieces)
         return logits_PV
 
     def _prefill(self, cache: Cache, prompts: list[tuple[int, ...]], pieces: list[Piece]) -> Tensor:
-        """Logits after each piece."""
+        """Return the logits after each piece."""
         ids = torch.tensor([i for prompt in prompts for i in prompt], device=self.device)
         positions = torch.cat([torch.arange(piece.start, piece.end, device=self.device) for piece in pieces])
         last = torch.tensor([len(prompt) for prompt in prompts], device=self.device).cumsum(0) - 1
@@ -318,7 +343,7 @@ class EmbeddedEngine:
         return out.last_hidden_state[0]
 
     def _advance(self, cache: Cache, rows: list[int], logits_RV: Tensor) -> None:
-        """Draw a token for each of `rows`, and let the finished ones go."""
+        """Draw a token for each of `rows`, and remove the finished requests."""
         requests = [self.running[i] for i in rows]
         params = [request.sampling for request in requests]
         ids, logps = sample(
@@ -351,12 +376,12 @@ class EmbeddedEngine:
         return "length" if len(request.tokens) == sampling.max_new_tokens else None
 
     def _tail(self, request: _Request) -> str:
-        """Text of the newest tokens, enough for the longest stop string: every token is at least one byte of UTF-8."""
+        """Return the text of the last tokens, enough for the longest stop string: a token has at least one byte."""
         longest = max(len(stop.encode()) for stop in request.sampling.stop)
         return self.decode(request.tokens[-longest:])
 
     def _leave(self, cache: Cache, rows: list[int]) -> None:
-        """Requests at `rows` go; the last running ones take their rows."""
+        """Remove the requests at `rows`; the last running ones move to their rows."""
         if not rows:
             return
         gone = set(rows)
@@ -369,7 +394,7 @@ class EmbeddedEngine:
         del self.running[count:]
 
     def _reserve(self, cache: Cache, lengths: list[int], keep: int) -> None:
-        """Room for what the rows hold after the coming pass, the first `keep` before it too; or they wait once more."""
+        """Make room for `lengths` tokens in the rows; rows without room go back to the queue."""
         wanted = min(self._max_rows(cache), len(self.running) + len(self.waiting))
         count = cache.reserve(lengths, keep, self.longest, wanted)
         back = list(range(count, len(self.running)))
@@ -377,7 +402,7 @@ class EmbeddedEngine:
         self._leave(cache, back)
 
     def _max_rows(self, cache: Cache) -> int:
-        """Requests that may run at once: as many as the cache can hold, up to `max_running_requests`."""
+        """Return how many requests may run at once: what the cache can hold, up to `max_running_requests`."""
         fitting = cache.max_rows(self.longest)
         if fitting == 0:
             raise OutOfMemory(
@@ -385,17 +410,3 @@ class EmbeddedEngine:
                 "the free memory; raise rollout.gpu_memory_utilization or lower max_new_tokens"
             )
         return max(len(self.running), min(self.max_running_requests, fitting))
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that is free now: of the GPU, or this process' share of what the machine could give."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    except (OSError, StopIteration):  # not Linux: half of what there is
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return available / here

@@ -1,7 +1,7 @@
-"""CUDA graphs of a decoding step: the processor says one thing to the GPU instead of a thousand.
+"""CUDA graphs of a decoding step: one launch in place of a thousand.
 
-A layer of a small model keeps the GPU busy for less time than Python takes to launch its kernels. A graph is recorded
-once for each shape of the input and holds as long as the weights and the cache stay where they are in memory.
+For a small model, launching kernels from Python takes longer than running them. A graph is recorded once per input
+shape and stays valid as long as weights and cache keep their addresses.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ class _Recorded:
 
 
 class Graphs:
+    """Recorded graphs of one function, by the shape of its input."""
+
     def __init__(self) -> None:
         self.recorded: dict[tuple[int, ...], _Recorded | None] = {}
-        """By shape; None: seen once."""
+        """Graphs by shape; None for a shape seen once."""
         self.pool = torch.cuda.graph_pool_handle()
         self.can_record = True
 
     def __call__(self, run: Run, inputs: np.ndarray, device: torch.device) -> Tensor:
-        """`run(inputs)`; the result is overwritten by the next call.
+        """Return `run(inputs)`; the next call overwrites the result.
 
-        A shape that comes for the first time is not recorded: it may not come again, and its pass prepares all kernels.
+        The first pass of a shape is not recorded: the shape may not recur, and that pass loads the kernels.
         """
         shape = inputs.shape
         on_host = torch.from_numpy(inputs).pin_memory()
@@ -53,7 +55,7 @@ class Graphs:
     def _record(self, run: Run, inputs: Tensor) -> _Recorded | None:
         graph = torch.cuda.CUDAGraph()
         try:
-            # other threads may use the GPU meanwhile, NCCL's watchdog for one
+            # other threads, such as NCCL's watchdog, may use the GPU meanwhile
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 outputs = run(inputs)
         except RuntimeError as error:

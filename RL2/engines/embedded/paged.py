@@ -1,8 +1,7 @@
-"""Keys and values of the running requests in pages, taken when they are needed; decoding replays CUDA graphs.
+"""A paged KV cache, with decoding by CUDA graphs.
 
-A page belongs to the rows that share a prompt as long as one of them is there, so a group keeps its prompt once. Pages
-are found through a table, so rows move without a copy, and all memory is taken at once, so that a graph finds
-everything where it was when it was recorded.
+Rows that share a prompt share its pages, so a group stores its prompt once. Rows find their pages through a table, so
+they move without a copy. All memory is allocated at once, because CUDA graphs need fixed addresses.
 
 Shapes: R rows, K key/value heads, D head size, S places in all pages, P pages of a row, T packed tokens, V vocabulary.
 """
@@ -20,7 +19,7 @@ from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
 
 
 class PagedCache:
-    """[S, K, D] per layer; a `Cache`. Page 0 belongs to nobody: the rows that pad a graph write there."""
+    """A `Cache` of tensors [S, K, D] per layer. Padding rows of a graph write to page 0, which no request has."""
 
     def __init__(
         self,
@@ -32,9 +31,9 @@ class PagedCache:
         longest: int,
         max_length: int,
     ) -> None:
-        """Memory for `max_rows` requests of `longest` tokens, or as much of it as the budget allows.
+        """Allocate memory for `max_rows` requests of `longest` tokens, or what the budget allows.
 
-        No request comes to more than `max_length` tokens.
+        No request has more than `max_length` tokens.
         """
         self.device = device
         affordable = int(budget_bytes // (bytes_per_position * pages.PAGE))
@@ -42,11 +41,11 @@ class PagedCache:
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.free = list(range(self.num_pages - 1, 0, -1))
         self.users = [0] * self.num_pages
-        """Rows that have a page."""
+        """Number of rows that use each page."""
         self.pages: list[list[int]] = []
-        """Of each row."""
+        """Pages of each row."""
         self.table_RP = np.zeros((max_rows, min(pages_of(max_length), max(1, self.num_pages))), dtype=np.int32)
-        """The same, as decoding reads it; what stands behind a row's last page says nothing."""
+        """The same as an array for decoding; entries beyond a row's last page are undefined."""
         self.graphs = Graphs() if device.type == "cuda" else None
 
     def max_rows(self, longest: int) -> int:
@@ -54,10 +53,10 @@ class PagedCache:
 
     def add(self, row: int, length: int, like: int | None) -> bool:
         assert row == len(self.pages)
-        # the last page, which is not full, is each row's own
+        # the last page, which is not full, is not shared
         shared = [] if like is None else self.pages[like][: length // pages.PAGE]
         new = pages_of(length) - len(shared)
-        if len(self.free) < new + row:  # whoever runs already can go on for a page
+        if len(self.free) < new + row:  # keep one page for each running request
             return False
         for page in shared:
             self.users[page] += 1
@@ -72,7 +71,7 @@ class PagedCache:
                 if self.free:
                     self.table_RP[row, len(self.pages[row])] = page = self._take()
                     self.pages[row].append(page)
-                else:  # the last one, which has run for the shortest time, makes room
+                else:  # the last request, which has run for the shortest time, gives up its pages
                     count -= 1
                     self._give_back(self.pages[count])
                     self.pages[count] = []
@@ -101,14 +100,14 @@ class PagedCache:
                 self.free.append(page)
 
     def layer(self, number: int, like_TKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer; the first pass through the model makes them."""
+        """Return keys and values of a layer; the first pass through the model allocates them."""
         if number == len(self.layers):
             shape = (self.num_pages * pages.PAGE, *like_TKD.shape[1:])
             self.layers.append((like_TKD.new_empty(shape), like_TKD.new_empty(shape)))
         return self.layers[number]
 
     def places(self, row: int, start: int, end: int) -> np.ndarray:
-        """Where the positions `start` to `end` of a row are: int64, below S."""
+        """Return the places, int64 below S, of the positions `start` to `end` of a row."""
         position = np.arange(start, end)
         page = self.table_RP[row, position // pages.PAGE].astype(np.int64)
         return page * pages.PAGE + position % pages.PAGE
@@ -133,7 +132,7 @@ class PagedCache:
 
 
 class _Prefill:
-    """Keys and values go to the pages of all rows that share a prompt, each page once."""
+    """Attention of prompts, which stores keys and values in the pages of all rows that share a prompt, each once."""
 
     def __init__(self, cache: PagedCache, pieces: list[Piece]) -> None:
         self.cache, self.first = cache, pieces[0]
@@ -142,7 +141,7 @@ class _Prefill:
         self.packed = PackedAttention(torch.from_numpy(begins).to(cache.device))
         sources, places = [], []
         for piece, begin in zip(pieces, begins, strict=False):
-            # the full pages of a prompt are those of its first row
+            # all rows share the full pages of the first row
             last_page = max(piece.start, piece.end // pages.PAGE * pages.PAGE)
             for row in piece.rows:
                 start = piece.start if row == piece.rows[0] else last_page
@@ -163,7 +162,7 @@ class _Prefill:
 
 
 class _Decode:
-    """Attention of one new token in each of the rows 0 to R - 1, standing at `positions_R`."""
+    """Attention of one new token in each row, at `positions_R`."""
 
     def __init__(self, cache: PagedCache, positions_R: Tensor, table_RP: Tensor) -> None:
         self.cache, self.positions_R, self.table_RP = cache, positions_R, table_RP
@@ -179,9 +178,10 @@ class _Decode:
 
 
 def pages_of(length: int) -> int:
+    """Return the number of pages of `length` tokens."""
     return -(-length // pages.PAGE)
 
 
 def rounded(number: int) -> int:
-    """The next power of two, or of 64: few sizes, so few graphs."""
+    """Round up to a power of two, or to a multiple of 64: few sizes make few graphs."""
     return 1 << (number - 1).bit_length() if number <= 64 else -(-number // 64) * 64

@@ -1,4 +1,4 @@
-"""From logits to tokens: one draw a row, each from its own request's random numbers.
+"""Sample tokens from logits: one draw per row, with random numbers of its own request.
 
 Shapes: R rows, V vocabulary, B blocks of W tokens.
 """
@@ -13,25 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 1024
-"""Tokens that are looked through one by one, after their block was found."""
+"""Tokens in a block: the draw first finds the block, then the token in it."""
 
 
 def sample(
     logits_RV: Tensor, temperature_R: Tensor, top_p_R: Tensor, top_k_R: Tensor, uniform_R: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A token a row and its log-probability under the distribution that it was drawn from.
+    """Draw one token per row; return the tokens and their log-probabilities under the sampling distribution.
 
     The distribution is softmax(logits / temperature), cut to the `top_k` most likely tokens (0: all) and normalised,
-    then cut to the smallest set of these with probability of at least `top_p` and normalised, which is the order of
-    transformers and vLLM. Temperature 0 takes the most likely token
-    and gives its log-probability under the model. The draw inverts the cumulative distribution at `uniform_R` in [0,
-    1). Parameters and `uniform_R` lie on the CPU, so that nothing waits for a GPU.
+    then cut to the smallest set of these with probability of at least `top_p` and normalised, in the order of
+    transformers and vLLM. Temperature 0 takes the most likely token and returns its log-probability under the model.
+    The draw inverts the cumulative distribution at `uniform_R` in [0, 1). Parameters and `uniform_R` are on the CPU, so
+    that no branch waits for the GPU.
     """
     device = logits_RV.device
     greedy_R = temperature_R == 0
     distinct = set(temperature_R.tolist())
     is_cut = min(top_p_R.tolist()) < 1 or max(top_k_R.tolist()) > 0
-    if distinct <= {0, 1}:  # a pass over all logits less
+    if distinct <= {0, 1}:  # saves a pass over all logits
         logp_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
     else:
         temperature_R1 = torch.where(greedy_R, 1.0, temperature_R).to(device)[:, None]
@@ -46,15 +46,16 @@ def sample(
 
 
 def _draw(p_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The token at which the cumulative sum of p passes `uniform_R` of its total: first its block, then within it.
+    """Return the tokens at which the cumulative sum of p exceeds `uniform_R` of its total.
 
-    Double precision is needed where sums are compared, but for the whole vocabulary it would be most of the work.
+    The search finds a block first, then the token in it: sums need double precision to be compared, but for the whole
+    vocabulary that would be most of the work.
     """
     vocabulary, width = p_RV.shape[1], BLOCK
     if vocabulary <= BLOCK:
         cumulative_RV = p_RV.cumsum(-1, dtype=torch.float64)
         return _first_above(cumulative_RV, (uniform_R * cumulative_RV[:, -1])[:, None])[:, 0]
-    if vocabulary % width and math.gcd(vocabulary, BLOCK) >= BLOCK // 16:  # smaller blocks, without a copy of all
+    if vocabulary % width and math.gcd(vocabulary, BLOCK) >= BLOCK // 16:  # smaller blocks avoid a padded copy
         width = math.gcd(vocabulary, BLOCK)
     if vocabulary % width:
         p_RV = F.pad(p_RV, (0, -vocabulary % width))
@@ -69,10 +70,10 @@ def _draw(p_RV: Tensor, uniform_R: Tensor) -> Tensor:
 
 
 def _first_above(cumulative_RN: Tensor, target_R1: Tensor) -> Tensor:
-    """Where a sum is above the target for the first time, [R, 1]: with any rounding a place at which it grows."""
+    """Return the first index, [R, 1], at which a sum exceeds the target; the sum grows there despite rounding."""
     found_R1 = torch.searchsorted(cumulative_RN, target_R1, right=True)
     last_R1 = torch.searchsorted(cumulative_RN, cumulative_RN[:, -1:].contiguous())
-    return torch.minimum(found_R1, last_R1).clamp(max=cumulative_RN.shape[1] - 1)  # NaN is above nothing
+    return torch.minimum(found_R1, last_R1).clamp(max=cumulative_RN.shape[1] - 1)  # NaN exceeds nothing
 
 
 def _truncated(logp_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def _truncated(logp_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tensor:
     rank_RV = torch.arange(logp_RV.shape[1], device=logp_RV.device).expand_as(logp_RV)
     beyond_k_RV = (top_k_R > 0)[:, None] & (rank_RV >= top_k_R[:, None])
     p_RV = sorted_RV.masked_fill(beyond_k_RV, -torch.inf).softmax(-1)
-    before_RV = p_RV.cumsum(-1) - p_RV  # probability of all that is more likely
+    before_RV = p_RV.cumsum(-1) - p_RV  # probability of all more likely tokens
     cut_RV = beyond_k_RV | ((top_p_R < 1)[:, None] & (before_RV >= top_p_R[:, None]))
     cut_RV[:, 0] = False
     kept_RV = torch.zeros_like(logp_RV).scatter(1, order_RV, sorted_RV.masked_fill(cut_RV, -torch.inf))
@@ -88,9 +89,9 @@ def _truncated(logp_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tensor:
 
 
 def uniforms(seeds: list[int], positions: list[int]) -> np.ndarray:
-    """A number in [0, 1) for each (request seed, position), the same whatever else is in the batch.
+    """Return a number in [0, 1) for each (request seed, position), independent of the rest of the batch.
 
-    SplitMix64 (Steele, Lea and Flood 2014) of seed and position, one vectorised pass.
+    It is SplitMix64 (Steele, Lea and Flood 2014) of seed and position, in one vectorised pass.
     """
     with np.errstate(over="ignore"):
         x = np.array(seeds, dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""One server as its HTTP routes show it: what is the same for all kinds. Nothing of any server is imported."""
+"""HTTP client of one server: the part that vLLM and SGLang share. It imports neither of them."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from RL2.errors import first_line
 from RL2.types import Sampling
 
 CONTROL_TIMEOUT_S = 600
-"""Of one call that changes or measures the server: reading a large model's weights takes minutes."""
+"""Limit of a call that changes or measures the server: reading the weights of a large model takes minutes."""
 
 
 class ServerError(RuntimeError):
-    """The server was not there, broke off, or answered that it could not."""
+    """A failed request: the server was unreachable, broke off, or answered with an error."""
 
     def __init__(self, text: str, *, counts: bool = True, status: int | None = None) -> None:
-        """`counts`: it was there, so trying again and again would not help; `status`: of the HTTP answer."""
+        """Set `counts` to False if the server was unreachable, so that retries are not limited; `status` is HTTP's."""
         super().__init__(text)
         self.counts, self.status = counts, status
 
 
 class Refused(ValueError):
-    """The server says that the request is wrong: no other try would do better."""
+    """HTTP 400 or 422: the request is invalid, and a retry would fail too."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server gives back for one request."""
+    """A server's response to one sampling request."""
 
     token_ids: list[int]
     logps: list[float]
     finish: str
-    """stop, length or abort."""
+    """Reason of the end: stop, length or abort."""
     versions: list[int]
-    """Of the weights that sampled each token; below 0 for those that the server started with."""
+    """Version of the weights that sampled each token; negative for those that the server started with."""
 
 
 class Client(ABC):
-    """Calls a server at `url` with a bearer `token`; '' for a server that wants none."""
+    """Client of the server at `url`, with a bearer `token` ('' if the server needs none)."""
 
     queue_metric: str
-    """Histogram in `/metrics` of the seconds that requests wait."""
+    """Name of the histogram in `/metrics` of the seconds that requests wait."""
 
     def __init__(self, url: str, token: str) -> None:
         self.url = url.rstrip("/")
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def call(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
-        """GET, or POST with a `body`; the JSON of the answer, None if there is none. Raises `ServerError`."""
+        """Send a GET, or a POST with `body`; return the JSON of the response or None. Raises `ServerError`."""
         with _errors(path):
             answer = httpx.request(
                 "GET" if body is None else "POST",
@@ -63,7 +63,7 @@ class Client(ABC):
                 json=body,
                 headers=self.headers,
                 timeout=timeout_s,
-                trust_env=False,  # a proxy has nothing to do with it
+                trust_env=False,  # ignore proxies in the environment
             )
         return _json(path, answer)
 
@@ -74,7 +74,7 @@ class Client(ABC):
         body: dict[str, Any] | None = None,
         timeout_s: float = CONTROL_TIMEOUT_S,
     ) -> Any:
-        """As `call`, without blocking; the server lets go of the request if this is cancelled or runs out of time."""
+        """Do the same as `call` without blocking. Cancellation or a timeout ends the request at the server too."""
         method = "GET" if body is None else "POST"
         with _errors(path):
             answer = await http.request(method, self.url + path, json=body, headers=self.headers, timeout=timeout_s)
@@ -82,10 +82,11 @@ class Client(ABC):
 
     @property
     def health_path(self) -> str:
-        """What a server that is well answers, whatever it does."""
+        """Path that a healthy server answers in any state."""
         return "/health"
 
     def is_healthy(self, timeout_s: float) -> bool:
+        """Return whether the server answers a health check within `timeout_s`."""
         try:
             self.call(self.health_path, timeout_s=timeout_s)
         except ServerError:
@@ -96,32 +97,32 @@ class Client(ABC):
     async def generate(
         self, http: httpx.AsyncClient, token_ids: list[int], sampling: Sampling, timeout_s: float
     ) -> Answer:
-        """One sample. The server lets go of the request if this is cancelled or runs out of time.
+        """Return one sample. Cancellation or a timeout ends the request at the server too.
 
-        Raises `ServerError`, or `Refused` for what another try would not make better.
+        Raises `ServerError`, or `Refused` if the request is invalid.
         """
 
     @abstractmethod
     def logps(self, token_ids: list[int]) -> list[float]:
-        """Log-probability of each token but the first after those before it, at temperature 1; nothing is cached."""
+        """Return the log-probability of each token but the first, at temperature 1, without the prefix cache."""
 
     @abstractmethod
     def use_folder(self, folder: str) -> None:
-        """The server has just been started or attached to; weights will come in files of this folder."""
+        """Tell a server, after a start or attach, the folder in which files of weights will be."""
 
     @abstractmethod
     def pause(self) -> None:
-        """Requests stand still, and go on with a recomputed cache after the next `load_weights`.
+        """Suspend requests until the next `load_weights`, after which they continue with a recomputed cache.
 
-        Until then the server leaves the memory that it can do without to others.
+        Meanwhile the server frees the memory that it does not need.
         """
 
     @abstractmethod
     def load_weights(self, files: list[str], version: str) -> None:
-        """Put the tensors of `files`, which have a folder of their own, in place. Requests stand still meanwhile."""
+        """Put the tensors of `files`, which are alone in their folder, in place; requests are suspended meanwhile."""
 
     def queue_times(self) -> tuple[float, int]:
-        """Seconds that requests have waited at the server before they were decoded, in all, and how many they were."""
+        """Return the total seconds that requests have waited before decoding, and the number of requests."""
         with _errors("/metrics"):
             text = httpx.get(f"{self.url}/metrics", headers=self.headers, timeout=30, trust_env=False).text
         found = (re.findall(rf"^{self.queue_metric}_{x}\S* (\S+)$", text, re.M) for x in ("sum", "count"))
@@ -131,35 +132,36 @@ class Client(ABC):
 
 
 class StreamClient(Client):
-    """A server that takes weights in buckets, each at once; requests stand still from the first to the last."""
+    """Client of a server that takes weights bucket by bucket; requests are suspended from the first to the last."""
 
     @abstractmethod
     def num_workers(self) -> int:
-        """Processes that hold weights: each takes part in a broadcast."""
+        """Return the number of processes with weights; each takes part in a broadcast."""
 
     @abstractmethod
     def join(self, group: dict[str, Any]) -> None:
-        """Its workers come to the group, and return when all are there."""
+        """Make the server's workers join a process group; returns when the group is complete."""
 
     @abstractmethod
     def start_update(self) -> None:
-        """Requests stand still, and go on only after `finish_update`: until then weights are of both versions."""
+        """Suspend requests until `finish_update`, because the weights are mixed until then."""
 
     @abstractmethod
     def update(self, info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """One bucket, said to all workers or to each; afterwards its memory is not looked at any more."""
+        """Transfer one bucket, described to all workers or to each; its memory is not read afterwards."""
 
     @abstractmethod
-    def finish_update(self, version: str) -> None: ...
+    def finish_update(self, version: str) -> None:
+        """Put all buckets in place as `version` and resume requests."""
 
     @abstractmethod
     def abandon_update(self) -> None:
-        """The server is ready for another `start_update`, or for files. Never fails."""
+        """End an update, so that the server can take another one or files. Never fails."""
 
 
 @contextmanager
 def understood(path: str) -> Iterator[None]:
-    """What is read within, of an answer, may not be there, or be something else: a `ServerError` then."""
+    """Turn errors while reading a response into a `ServerError` that says its form is unknown."""
     try:
         yield
     except Refused:
@@ -170,21 +172,21 @@ def understood(path: str) -> Iterator[None]:
 
 
 def checked(answer: Answer, max_new_tokens: int) -> Answer:
-    """`answer`, if it can be trained on: as many numbers of each kind as tokens. Raises `ServerError`."""
+    """Return `answer`; raise `ServerError` unless each token has a finite log-probability and a version."""
     tokens, logps, versions = answer.token_ids, answer.logps, answer.versions
     if not all(type(token) is int and token >= 0 for token in tokens) or not len(tokens) == len(logps) == len(versions):
         raise ServerError(f"{len(tokens)} tokens came with {len(logps)} log-probabilities and {len(versions)} versions")
     if not all(type(logp) in (float, int) and math.isfinite(logp) for logp in logps):
-        raise ServerError(f"{len(tokens)} tokens came without a log-probability of each that is a number")
+        raise ServerError(f"a response of {len(tokens)} tokens lacks a finite log-probability of each")
     if not isinstance(answer.finish, str):
         raise ServerError(f"a response ended with {answer.finish!r:.60}")
     if len(tokens) > max_new_tokens or (not tokens and answer.finish != "abort"):
-        raise ServerError(f"{len(tokens)} tokens came where at most {max_new_tokens}, and one at least, were asked for")
+        raise ServerError(f"a response has {len(tokens)} tokens; expected 1 to {max_new_tokens}")
     return answer
 
 
 def versions_of(spans: list[dict[str, Any]], num_tokens: int) -> list[int]:
-    """The version of each token, from `{"version": label, "start": token, "end": token}` of both kinds of servers."""
+    """Return the version of each token, from spans `{"version": label, "start": token, "end": token}`."""
     number = sum(len(range(span["start"], span["end"])) for span in spans)
     if number != num_tokens:
         raise ServerError(f"{num_tokens} tokens came with versions of {number}")
@@ -196,7 +198,7 @@ def versions_of(spans: list[dict[str, Any]], num_tokens: int) -> list[int]:
 
 
 def gap(ours: list[float], theirs: list[float]) -> float:
-    """Mean abs difference in nats; infinite if any is not a number."""
+    """Return the mean abs difference in nats; infinite if any value is not finite."""
     differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     mean = sum(differences) / len(differences)
     return mean if math.isfinite(mean) else math.inf
@@ -220,4 +222,4 @@ def _json(path: str, answer: httpx.Response) -> Any:
     try:
         return answer.json() if answer.content else None
     except (ValueError, RecursionError) as error:
-        raise ServerError(f"{path}: the answer is not JSON: {answer.text[:200]}") from error
+        raise ServerError(f"{path}: the response is not JSON: {answer.text[:200]}") from error

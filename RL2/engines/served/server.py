@@ -1,4 +1,4 @@
-"""One server as a process of this machine: started, watched, ended with all that belongs to it."""
+"""One server process of this machine."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from RL2.config.secrets import is_secret
-from RL2.engines.served.server_spec import Kind
+from RL2.engines.served.server_spec import ServerSpec
 from RL2.errors import UserError
 
 POLL_S = 0.2
 TERM_S = 10
-"""From SIGTERM to SIGKILL."""
+"""Seconds from SIGTERM to SIGKILL."""
 SHOWN_BYTES = 3000
-"""Of the end of the log, in errors."""
+"""Bytes of the end of a log that error messages show."""
 
 
 class EngineFailed(UserError, RuntimeError):
-    """A server did not start, does not answer any more, or computes with other weights than the trainer."""
+    """A server that does not start, does not answer, or computes with other weights than the trainer."""
 
 
 class Server:
-    """A server with the command line `arguments`, on a loopback port of its own that it keeps when it starts again."""
+    """A server process on a loopback port, which it keeps when it restarts."""
 
     def __init__(
         self,
-        kind: Kind,
+        spec: ServerSpec,
         python: str,
-        arguments: list[str],
+        arguments: Sequence[str],
         environment: Mapping[str, object],
         token: str,
         *,
@@ -42,33 +42,34 @@ class Server:
         log: Path,
         folder: Path,
     ) -> None:
-        """`python` is the interpreter of its environment; `token` what its clients need; `name` it has in errors.
+        """Prepare the command line; `start` runs it.
 
-        `folder`, which is made, is for its temporary files.
+        `python` is the interpreter of the server's environment, `token` the one that clients have to send, `name` is
+        for error messages. `folder` is for temporary files; it is created.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.kind, self.name, self.log, self.folder = kind, name, log, folder
-        self.client = kind.client(f"http://127.0.0.1:{port}", token)
-        self.command = [python, str(kind.launcher), "--host", "127.0.0.1", "--port", str(port), *arguments]
+        self.spec, self.name, self.log, self.folder = spec, name, log, folder
+        self.client = spec.client(f"http://127.0.0.1:{port}", token)
+        self.command = [python, str(spec.launcher), "--host", "127.0.0.1", "--port", str(port), *arguments]
         given = {key: str(value) for key, value in environment.items()}
-        self.environment = {**kind.environment, **given, kind.token_variable: token}
+        self.environment = {**spec.environment, **given, spec.token_variable: token}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the process, in a session of its own, so that one signal reaches all that come of it."""
+        """Start the process in a session of its own, so that one signal reaches all its children."""
         self.folder.mkdir(exist_ok=True)
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith((self.kind.prefix, *_NOT_INHERITED))}
-        # secrets of others: of wandb, of clouds; it may have to fetch a model
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith((self.spec.prefix, *_NOT_INHERITED))}
+        # no secrets of other services; those of the hub stay, because the server may have to download a model
         inherited = {k: v for k, v in inherited.items() if not is_secret(k) or k.startswith(("HF_", "HUGGING_FACE_"))}
         environment = {
             **self.environment,
             "TMPDIR": str(self.folder),
             "RL2_PARENT": str(os.getpid()),
         }
-        if self.kind.plugins is not None:
-            environment["PYTHONPATH"] = str(self.kind.plugins)
+        if self.spec.import_path:
+            environment["PYTHONPATH"] = os.pathsep.join(map(str, self.spec.import_path))
         try:
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
@@ -80,35 +81,37 @@ class Server:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise EngineFailed(f"{self.name} cannot be started: {error}; see rollout.{self.kind.key}.python") from error
+            raise EngineFailed(f"{self.name} cannot be started: {error}; see rollout.{self.spec.key}.python") from error
 
     @property
     def is_running(self) -> bool:
+        """Whether the process has started and not ended."""
         return self.process is not None and self.process.poll() is None
 
     def wait_until_healthy(self, timeout_s: float) -> None:
-        """Raises `EngineFailed` if it ends, or takes longer than `timeout_s`."""
+        """Raise `EngineFailed` if the server ends, or is not healthy within `timeout_s`."""
         limit = time.monotonic() + timeout_s
         while not self.client.is_healthy(timeout_s=5):
             if not self.is_running:
                 raise EngineFailed(f"{self.name} ended while it started; {self.last_words}")
             if time.monotonic() > limit:
                 raise EngineFailed(
-                    f"{self.name} did not come up within rollout.{self.kind.key}.start_timeout_s={timeout_s:g}; "
+                    f"{self.name} did not come up within rollout.{self.spec.key}.start_timeout_s={timeout_s:g}; "
                     f"{self.last_words}"
                 )
             time.sleep(POLL_S)
 
     @property
     def last_words(self) -> str:
+        """The end of the log, for error messages."""
         end = self.log.read_bytes()[-SHOWN_BYTES:].decode(errors="replace") if self.log.exists() else ""
         return f"the end of {self.log}:\n{end}"
 
     def stop(self) -> None:
-        """End the whole process group, gently first; may be called at any time, and again."""
+        """End the whole process group, with SIGTERM first; may be called at any time, and again."""
         if self.process is not None:
             for end, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, TERM_S)):
-                with contextlib.suppress(ProcessLookupError):  # gone, and all its children
+                with contextlib.suppress(ProcessLookupError):  # the whole group has ended
                     os.killpg(self.process.pid, end)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(wait_s)
@@ -116,7 +119,7 @@ class Server:
 
 
 _NOT_INHERITED = (
-    "PYTHON",  # the trainer's paths
+    "PYTHON",  # the trainer's import path
     "LD_PRELOAD",
     "RANK",
     "LOCAL_",
@@ -126,4 +129,4 @@ _NOT_INHERITED = (
     "MASTER_",
     "TORCHELASTIC_",
 )
-"""What is the trainer's own, or would make the server take itself for one of its processes."""
+"""Prefixes of environment variables that would make the server take itself for a rank of the trainer."""

@@ -1,4 +1,4 @@
-"""Weights on their way to servers from memory to memory, in buckets: what is the trainer's part of it."""
+"""The trainer's side of weight transfers from memory to memory, bucket by bucket."""
 
 from __future__ import annotations
 
@@ -6,94 +6,54 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from RL2.config.rollout import Transport
+from RL2.engines.served.buckets import Bucket
 from RL2.engines.served.client import ServerError, StreamClient
 from RL2.engines.served.server import EngineFailed
-from RL2.engines.vllm.plugin.rl2_transfer import Backend, Entry, Group, address_toward, aligned, entry, share, tensors
+from RL2.engines.served.wire.rl2_wire import Backend, Group, address_toward, share
 from RL2.errors import first_line
 
 BUCKET_TIMEOUT_S = 120
-"""Of one broadcast, and until all have come together."""
+"""Limit of one broadcast, and of forming a group."""
 POLL_S, HEALTH_EVERY_S, HEALTH_TIMEOUT_S = 0.1, 2, 30
-"""While a call is waited for."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    flat: Tensor
-    """[bytes] uint8. Its memory is used again for the next one."""
-    entries: list[Entry]
-    """What is in it, one behind the other."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(tensors(self.flat, self.entries))
-
-
-def packed(weights: Iterator[tuple[str, Tensor]], bucket_bytes: int, device: torch.device) -> Iterator[Bucket]:
-    """The weights, copied on `device` into buckets of at most `bucket_bytes`; one that is larger has one of its own."""
-    buffer: Tensor | None = None
-    entries: list[Entry] = []
-    size = 0
-    for name, weight in weights:
-        needed = aligned(weight.nbytes)
-        if entries and size + needed > bucket_bytes:
-            assert buffer is not None
-            yield Bucket(buffer[:size], entries)
-            entries, size = [], 0
-        if needed > bucket_bytes:
-            alone = torch.empty(needed, dtype=torch.uint8, device=device)
-            yield Bucket(_put(weight, name, alone), [entry(name, weight)])
-            continue
-        if buffer is None:
-            buffer = torch.empty(bucket_bytes, dtype=torch.uint8, device=device)
-        _put(weight, name, buffer[size : size + needed])
-        entries, size = [*entries, entry(name, weight)], size + needed
-    if entries:
-        assert buffer is not None
-        yield Bucket(buffer[:size], entries)
-
-
-def _put(weight: Tensor, name: str, place: Tensor) -> Tensor:
-    ((_, view),) = tensors(place, [entry(name, weight)])
-    view.copy_(weight.detach())
-    return place
+"""Intervals at which a pending call is polled and its server's health checked, and the limit of that check."""
 
 
 Clients = Mapping[int, StreamClient]
 Problems = dict[int, str]
-"""What went wrong, by the number of the server."""
+"""Error messages by server index."""
 
 
 class Stream(ABC):
-    """A way for buckets. Every server is told of each at the same time; those that fail get no more."""
+    """A transport for buckets, to all servers at the same time. A server that fails gets no further bucket."""
 
     def start(self, clients: Clients) -> Problems:
+        """Suspend requests and begin an update on every server."""
         return each(clients, lambda client: client.start_update())
 
     @abstractmethod
-    def send(self, bucket: Bucket, clients: Clients) -> Problems: ...
+    def send(self, bucket: Bucket, clients: Clients) -> Problems:
+        """Transfer one bucket to every server; its memory may be reused afterwards."""
 
     @abstractmethod
     def forget(self) -> None:
-        """A server was started again: what it had agreed to is gone."""
+        """Drop the state shared with the servers, because one of them has restarted."""
 
     @abstractmethod
     def free(self) -> None:
-        """All buckets were sent, and are not held any more."""
+        """Free the memory of the buckets; all were sent and none is referenced."""
 
 
 class SharedMemory(Stream):
-    """Servers on this machine look at the bucket where it lies on the trainer's GPU (CUDA IPC)."""
+    """Servers on this machine read each bucket in the memory of the trainer's GPU (CUDA IPC)."""
 
     def __init__(self) -> None:
         self.workers: dict[int, int] = {}
@@ -106,8 +66,8 @@ class SharedMemory(Stream):
         return problems
 
     def send(self, bucket: Bucket, clients: Clients) -> Problems:
-        torch.cuda.synchronize(bucket.flat.device)  # the copies into it are done
-        # a handle is for one process: memory counts as used until each that was made has been let go of, once
+        torch.cuda.synchronize(bucket.flat.device)  # the copies into the bucket are finished
+        # one handle per worker: the memory counts as used until every handle has been closed once
         infos: dict[int, list[dict[str, Any]]] = {
             i: [{"entries": bucket.entries, "shared": share(bucket.flat)} for _ in range(self.workers[i])]
             for i in clients
@@ -122,7 +82,7 @@ class SharedMemory(Stream):
 
 
 class Broadcast(Stream):
-    """Trainer and workers form a group: of NCCL where the weights lie on a GPU, else of gloo."""
+    """Trainer and workers form a process group: NCCL if the weights are on a GPU, else gloo."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -131,26 +91,26 @@ class Broadcast(Stream):
     def start(self, clients: Clients) -> Problems:
         problems = super().start(clients)
         if problems:
-            self.forget()  # it may be of them
-        there = {i: client for i, client in clients.items() if i not in problems}
-        return problems | self._form(there) if there and self.group is None else problems
+            self.forget()  # the failed servers may belong to the group
+        reachable = {i: client for i, client in clients.items() if i not in problems}
+        return problems | self._form(reachable) if reachable and self.group is None else problems
 
     def _form(self, clients: Clients) -> Problems:
-        """Raises EngineFailed if servers that are well do not come together: the next sync would do no better."""
+        """Form the group. Raises EngineFailed if healthy servers cannot join, because the next sync would fail too."""
         asked = Calls(clients, lambda _, client: client.num_workers())
         problems, sizes = asked.wait(), asked.results
-        there = {i: client for i, client in clients.items() if i in sizes}
-        if not there:
+        reachable = {i: client for i, client in clients.items() if i in sizes}
+        if not reachable:
             return problems
         first_ranks, size = {}, 1
         for i, number in sizes.items():
             first_ranks[i], size = size, size + number
         backend: Backend = "nccl" if self.device.type == "cuda" else "gloo"
-        host = own_address([client.url for client in there.values()])
+        host = own_address([client.url for client in reachable.values()])
         store = _listening(host)
-        said = {"backend": backend, "host": host, "port": store.port, "size": size, "timeout_s": BUCKET_TIMEOUT_S}
+        group = {"backend": backend, "host": host, "port": store.port, "size": size, "timeout_s": BUCKET_TIMEOUT_S}
         problem = ""
-        joins = Calls(there, lambda i, client: client.join({**said, "first_rank": first_ranks[i]}))
+        joins = Calls(reachable, lambda i, client: client.join({**group, "first_rank": first_ranks[i]}))
         try:
             self.group = Group(backend, store, 0, size, self.device, host, BUCKET_TIMEOUT_S)
         except RuntimeError as error:
@@ -159,8 +119,8 @@ class Broadcast(Stream):
         if not problem and not failed:
             return problems
         self.forget()
-        failed = {i: failed.get(i, problem) for i in there}
-        if all(client.is_healthy(HEALTH_TIMEOUT_S) for client in there.values()):
+        failed = {i: failed.get(i, problem) for i in reachable}
+        if all(client.is_healthy(HEALTH_TIMEOUT_S) for client in reachable.values()):
             raise EngineFailed(f"trainer and servers could not form a group of {backend}: {'; '.join(failed.values())}")
         return problems | failed
 
@@ -175,7 +135,7 @@ class Broadcast(Stream):
             problem = first_line(error)
             self.forget()
         failed = updates.wait()
-        if failed:  # its workers have left the group
+        if failed:  # workers of the failed servers have left the group
             self.forget()
         return failed or (dict.fromkeys(clients, problem) if problem else {})
 
@@ -189,7 +149,7 @@ class Broadcast(Stream):
 
 
 def make_stream(transport: Transport, device: torch.device) -> Stream | None:
-    """None: weights go through files."""
+    """Return the stream of a transport, or None for files."""
     match transport:
         case "files":
             return None
@@ -200,9 +160,9 @@ def make_stream(transport: Transport, device: torch.device) -> Stream | None:
 
 
 def _listening(host: str) -> dist.TCPStore:
-    """Where those that join a group find each other."""
+    """Return a store on a free port of `host`, where the members of a group find each other."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        listener.bind((host, 0))  # and to no other address
+        listener.bind((host, 0))  # and no other address
         listener.listen()
         return dist.TCPStore(
             host,
@@ -215,7 +175,7 @@ def _listening(host: str) -> dist.TCPStore:
 
 
 def own_address(urls: list[str]) -> str:
-    """The address of this machine that servers at all `urls` reach: loopback only if all of them are here."""
+    """Return the address of this machine that the servers at `urls` reach: loopback only if all are local."""
     places = [urlsplit(url) for url in urls]
     seen = [address_toward(place.hostname or "", place.port or 80) for place in places]
     return next((address for address in seen if address not in ("127.0.0.1", "::1")), seen[0])
@@ -224,7 +184,7 @@ def own_address(urls: list[str]) -> str:
 class Calls:
     """The same call to several servers at the same time.
 
-    One whose engine has died may leave a call unanswered for ever, so those that take long are asked how they are.
+    A server whose engine has died may never answer, so servers with pending calls are asked for their health.
     """
 
     def __init__(self, clients: Clients, do: Callable[[int, StreamClient], Any]) -> None:
@@ -243,7 +203,7 @@ class Calls:
             self.problems.setdefault(i, str(error))
 
     def have_failed(self) -> bool:
-        """Some have, so far."""
+        """Return whether any call has failed so far."""
         if time.monotonic() - self.asked > HEALTH_EVERY_S:
             for i in self.clients.keys() - self.results.keys() - self.problems.keys():
                 if not self.clients[i].is_healthy(HEALTH_TIMEOUT_S):
@@ -252,7 +212,7 @@ class Calls:
         return bool(self.problems)
 
     def wait(self) -> Problems:
-        """What went wrong with any, when all are over."""
+        """Wait until every call has ended; return the errors."""
         for i, thread in self.threads.items():
             while thread.is_alive() and i not in self.problems:
                 thread.join(POLL_S)
@@ -261,4 +221,5 @@ class Calls:
 
 
 def each(clients: Clients, do: Callable[[StreamClient], Any]) -> Problems:
+    """Call `do` for all servers at the same time; return the errors."""
     return Calls(clients, lambda _, client: do(client)).wait()

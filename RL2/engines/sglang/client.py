@@ -1,4 +1,4 @@
-"""One SGLang server as its HTTP routes show it. Nothing of SGLang is imported. Written from the source of 0.5.23."""
+"""HTTP client of one SGLang server, written from the source of 0.5.23. It imports nothing of SGLang."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from RL2.types import Sampling
 
 
 class SGLangClient(Client):
+    """A client of SGLang's native routes."""
+
     queue_metric = "sglang:queue_time_seconds"
 
     def __init__(self, url: str, token: str) -> None:
@@ -24,7 +26,8 @@ class SGLangClient(Client):
 
     @property
     def health_path(self) -> str:
-        return "/model_info" if self.is_paused else "/health"  # which samples a token, and has no answer in a pause
+        """Path that a healthy server answers in any state; `/health` samples a token, which a paused server cannot."""
+        return "/model_info" if self.is_paused else "/health"
 
     async def generate(
         self, http: httpx.AsyncClient, token_ids: list[int], sampling: Sampling, timeout_s: float
@@ -38,8 +41,8 @@ class SGLangClient(Client):
             whole.token_ids.extend(answer.token_ids)
             whole.logps.extend(answer.logps)
             whole.versions.extend(answer.versions)
-            # the model's own end tokens end a request beside those that it names. One that it does not name is a token
-            # as any other, so the rest is asked for: seeds go by positions, so it is what would have come
+            # SGLang also stops at the model's own end tokens. If the request does not name them, ask for the rest:
+            # seeds are per position, so the continuation is the one that would have come
             if answer.finish != "unasked":
                 return replace(whole, finish=answer.finish)
         return whole
@@ -51,7 +54,7 @@ class SGLangClient(Client):
         with understood("/generate"):
             scored = answer["meta_info"]["input_token_logprobs"][1:]
             if [token for _, token, _ in scored] != token_ids[1:]:
-                raise ServerError("the log-probabilities of a prompt are not of its tokens")
+                raise ServerError("the server scored other tokens than those of the prompt")
             return [math.nan if logp is None else float(logp) for logp, _, _ in scored]
 
     def use_folder(self, folder: str) -> None:
@@ -68,12 +71,12 @@ class SGLangClient(Client):
         self._stand_still()
         try:
             if self.is_released:
-                # of what is not released, a server knows nothing to take back and ends
+                # a server that resumes memory it has not released ends
                 self.call("/resume_memory_occupation", {})
                 self.is_released = False
             body = {
-                "model_path": str((self.folder / files[0]).parent),  # all that is in it
-                "load_format": "safetensors",  # the server's own may be dummy, which loads nothing
+                "model_path": str((self.folder / files[0]).parent),  # the server loads all files in it
+                "load_format": "safetensors",  # the server's own format may be dummy, which loads nothing
                 "weight_version": version,
                 "flush_cache": True,
             }
@@ -83,18 +86,18 @@ class SGLangClient(Client):
             self.is_paused = False
 
     def _stand_still(self) -> None:
-        """Requests under way go back to wait. Of the other modes one ends them, one goes on with an old cache."""
+        """Send running requests back to the queue. Other modes would end them, or keep an outdated cache."""
         self.call("/pause_generation", {"mode": "retract"})
         self.is_paused = True
 
 
 def request(token_ids: list[int], sampling: Sampling) -> dict[str, Any]:
-    """The body of `/generate`. Raises ValueError for what SGLang has no log-probabilities of."""
+    """Return the body of `/generate`. Raises ValueError if SGLang has no log-probabilities for this sampling."""
     is_cut = sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0)
     if is_cut and not 0 < sampling.top_k <= SGLANG_MAX_TOP_K:
         raise ValueError(
-            f"SGLang gives the log-probabilities of what was drawn from only with a top_k of 1 to {SGLANG_MAX_TOP_K}, "
-            f"or without top_k and top_p; here are top_k={sampling.top_k} and top_p={sampling.top_p:g}"
+            f"SGLang returns log-probabilities of the sampling distribution only with top_k=1 to {SGLANG_MAX_TOP_K}, "
+            f"or without top_k and top_p; got top_k={sampling.top_k} and top_p={sampling.top_p:g}"
         )
     params = {
         "max_new_tokens": sampling.max_new_tokens,
@@ -103,17 +106,17 @@ def request(token_ids: list[int], sampling: Sampling) -> dict[str, Any]:
         "top_k": sampling.top_k if is_cut else -1,
         "stop": list(sampling.stop),
         "stop_token_ids": list(sampling.stop_token_ids),
-        # it would ignore the run's own end tokens too
+        # with ignore_eos SGLang ignores stop_token_ids too
         "ignore_eos": not sampling.stop_token_ids,
-        # read only with --enable-deterministic-inference
+        # takes effect only with --enable-deterministic-inference
         "sampling_seed": sampling.seed % 2**63,
     }
-    # return_logprob knows of the temperature, but not of what top_k and top_p have cut off; the mask does
+    # return_logprob includes the temperature but not top_k and top_p; the mask includes both
     return {"input_ids": token_ids, "sampling_params": params, "return_logprob": True, "return_sampling_mask": is_cut}
 
 
 def _answer(answer: dict[str, Any], body: dict[str, Any]) -> Answer:
-    """`finish` may also be "unasked": at a token that ends the model's responses, but not this one."""
+    """Parse a response; `finish` is "unasked" if it ended at a token that the request does not name."""
     token_ids, meta, asked = answer["output_ids"], answer["meta_info"], body["sampling_params"]
     drawn = meta["output_token_logprobs"]
     if [token for _, token, _ in drawn] != token_ids:
@@ -122,9 +125,9 @@ def _answer(answer: dict[str, Any], body: dict[str, Any]) -> Answer:
     if body["return_sampling_mask"]:
         logps = meta["output_token_sampling_logprobs"]
     if len(logps) != len(token_ids) or None in logps:
-        raise ServerError(f"{len(token_ids)} tokens came without a log-probability of each that is a number")
+        raise ServerError(f"a response of {len(token_ids)} tokens lacks a log-probability of each")
     if "weight_versions" not in meta:
-        raise ServerError("the answer does not say which weights sampled it (weight_versions): the server is too old")
+        raise ServerError("the response has no weight_versions: this server is too old; update SGLang")
     finish, ended_by = meta["finish_reason"]["type"], meta["finish_reason"].get("matched")
     if finish == "stop" and ended_by not in asked["stop"] + asked["stop_token_ids"]:
         if isinstance(ended_by, str):

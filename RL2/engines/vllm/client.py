@@ -1,4 +1,4 @@
-"""One vLLM server as its HTTP routes show it. Nothing of vLLM is imported."""
+"""HTTP client of one vLLM server. It imports nothing of vLLM."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from RL2.types import Sampling
 
 TOKENS, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
 ROUTE_IS_SHUT = (403, 404)
-"""Without --enable-scale-out."""
+"""Status of the tokens route without --enable-scale-out."""
 
 
 class VLLMClient(StreamClient):
+    """A client of vLLM's routes for tokens and for reinforcement learning."""
+
     can_sleep = False
-    """It was launched with --enable-sleep-mode: while it is paused others have its memory."""
+    """Whether the server runs with --enable-sleep-mode, so that others can use its memory while it is paused."""
     queue_metric = "vllm:request_queue_time_seconds"
 
     def __init__(self, url: str, token: str) -> None:
         super().__init__(url, token)
         self.has_tokens_route = True
         self.is_whole = True
-        """Its weights are of one version, whichever: requests may go on."""
+        """Whether all weights are of one version, so that requests may continue."""
         self.is_asleep = False
 
     async def generate(
@@ -47,7 +49,7 @@ class VLLMClient(StreamClient):
     async def _complete(
         self, http: httpx.AsyncClient, token_ids: list[int], sampling: Sampling, timeout_s: float
     ) -> Answer:
-        """By the route that has no versions: those before and after have to be the same, or the answer is an abort."""
+        """Sample by the completions route, which returns no versions: abort if the version changed meanwhile."""
         known = {name: value for name, value in params(sampling).items() if name != "detokenize"}
         body = {"prompt": token_ids, "return_token_ids": True, **known}
         before = await self.ask(http, "/weight_info")
@@ -85,12 +87,12 @@ class VLLMClient(StreamClient):
             self.call("/pause?mode=keep", {})
         elif not self.is_asleep:
             self.is_whole, self.is_asleep = False, True
-            self.call("/sleep?level=2&mode=keep", {})  # which keeps no weights: others are to come
+            self.call("/sleep?level=2&mode=keep", {})  # level 2 keeps no weights: new ones follow
 
     def load_weights(self, files: list[str], version: str) -> None:
         try:
             self.start_update()
-            self._update({"files": files})  # in place when it finishes, not before
+            self._update({"files": files})  # noted; `finish_update` puts them in place
             self.finish_update(version)
         except BaseException:
             self.abandon_update()
@@ -107,7 +109,7 @@ class VLLMClient(StreamClient):
         self.call("/wake_up?tags=weights" if self.is_asleep else "/pause?mode=keep", {})
         try:
             self.call("/start_weight_update", {})
-        except ServerError:  # somebody who is gone may have left another one open
+        except ServerError:  # a trainer that died may have left an update open
             self._close_update()
             self.call("/start_weight_update", {})
 
@@ -131,7 +133,7 @@ class VLLMClient(StreamClient):
         self.call("/update_weights", {"update_info": info})
 
     def _close_update(self) -> None:
-        with contextlib.suppress(ServerError, Refused):  # it ends with an error of its own
+        with contextlib.suppress(ServerError, Refused):  # vLLM closes an update with an error
             self._update({"abandon": True})
 
     def _go_on(self) -> None:
@@ -142,11 +144,13 @@ class VLLMClient(StreamClient):
 
 
 class SleepingVLLMClient(VLLMClient):
+    """Client of a server with --enable-sleep-mode."""
+
     can_sleep = True
 
 
 def _answer(got: Any) -> Answer:
-    """Of the route that takes and gives tokens."""
+    """Parse a response of the tokens route."""
     (choice,) = got["choices"]
     drawn = (choice["logprobs"] or {}).get("content") or []
     sampled = choice["token_ids"] or []
@@ -158,7 +162,7 @@ def _answer(got: Any) -> Answer:
 
 
 def params(sampling: Sampling) -> dict[str, Any]:
-    """Exactly what vLLM reads: it ignores names that it does not know."""
+    """Return the sampling parameters under vLLM's names; it ignores unknown ones silently."""
     return {
         "n": 1,
         "max_tokens": sampling.max_new_tokens,
@@ -167,9 +171,9 @@ def params(sampling: Sampling) -> dict[str, Any]:
         "top_k": sampling.top_k,
         "stop": list(sampling.stop),
         "stop_token_ids": list(sampling.stop_token_ids),
-        # the run's own end tokens are in stop_token_ids; the model's stand for nothing unless they are among them
+        # only stop_token_ids end a response, not the model's own end tokens
         "ignore_eos": True,
         "seed": sampling.seed % 2**63,
-        "logprobs": 0,  # of the sampled token alone
+        "logprobs": 0,  # the sampled token's only
         "detokenize": bool(sampling.stop),
     }

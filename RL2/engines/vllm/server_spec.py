@@ -1,4 +1,4 @@
-"""How a vLLM server is launched."""
+"""Launch of vLLM servers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from transformers import PretrainedConfig
 
 from RL2.config.rollout import Rollout
-from RL2.engines.embedded.cache import bytes_per_position
-from RL2.engines.embedded.engine import free_bytes
-from RL2.engines.served.server_spec import Kind
+from RL2.engines.memory import bytes_per_position, free_bytes
+from RL2.engines.served.server_spec import ServerSpec
+from RL2.engines.served.wire import rl2_wire
 from RL2.engines.vllm.client import SleepingVLLMClient, VLLMClient
 
 PLUGIN = Path(__file__).parent / "plugin"
+WIRE = Path(rl2_wire.__file__).parent
 
-VLLM_SERVER = Kind(
+VLLM_SERVER = ServerSpec(
     name="vLLM",
     key="vllm",
     client=VLLMClient,
@@ -25,27 +26,27 @@ VLLM_SERVER = Kind(
     token_variable="VLLM_API_KEY",
     prefix="VLLM_",
     environment={
-        "VLLM_SERVER_DEV_MODE": "1",  # the routes that change weights
+        "VLLM_SERVER_DEV_MODE": "1",  # opens the routes that change weights
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     },
-    plugins=PLUGIN,
+    import_path=(PLUGIN, WIRE),
 )
 SLEEPING_VLLM_SERVER = replace(VLLM_SERVER, client=SleepingVLLMClient)
-"""As it is launched on a GPU."""
+"""A server launched on a GPU: while it is paused, others can use its memory."""
 
 
 def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dtype, max_length: int) -> list[str]:
-    """The command line of a server for sequences of up to `max_length` tokens, but for its address."""
+    """Return the command line of a server for sequences of up to `max_length` tokens, without its address."""
     settings = rollout.vllm
     arguments = {
         "model": rollout.model_name,
         "dtype": str(dtype).removeprefix("torch."),
         "max-model-len": max_length,
         "max-num-seqs": rollout.max_running_requests,
-        # a sync brings the weights, and one that does not would show at once
+        # weights come with the first sync; random ones would fail its comparison
         "load-format": "dummy",
-        "generation-config": "vllm",  # not the model's, which would set a temperature of its own
+        "generation-config": "vllm",  # the model's would set a temperature of its own
         "logprobs-mode": "processed_logprobs",  # after temperature, top_p and top_k
         "weight-transfer-config": json.dumps({"backend": "rl2"}),
         "worker-extension-cls": "rl2_plugin.WorkerExtension",
@@ -68,7 +69,7 @@ def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dty
 
 
 CPU_BLOCK = 128
-"""Positions that vLLM's KV cache is cut into on CPUs."""
+"""Positions in one block of vLLM's KV cache on CPUs."""
 
 
 def _kv_cache_bytes(num_sequences: int, model: PretrainedConfig, dtype: torch.dtype, max_length: int) -> int:

@@ -23,6 +23,7 @@ from RL2.data.prompts import load_prompts
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.errors import ConfigError, first_line, in_table
 from RL2.io.jsonl import read_lines, remove_incomplete_line
+from RL2.models.dtypes import compute_dtype
 from RL2.models.loading import weights_folder
 from RL2.models.policy import load_model, load_tokenizer, max_length, stop_tokens
 from RL2.rollout.environment import Environment, load_environment
@@ -32,7 +33,6 @@ from RL2.tools.eval.compare import compare
 from RL2.tools.eval.intervals import Estimate, limits, over_problems
 from RL2.tools.eval.samples import Sample, majority_at, pass_at
 from RL2.types import Prompt, Sampling, Trajectory
-from RL2.workers.worker import compute_dtype
 
 SETTINGS, RECORDS, SUMMARY = "question.json", "records.jsonl", "summary.json"
 WAVE = 512

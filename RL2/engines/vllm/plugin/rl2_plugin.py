@@ -1,8 +1,8 @@
-"""The part of the weight sync that runs inside vLLM (0.32), and the door to its routes.
+"""The part of the weight sync that runs inside vLLM (0.32), and the token check of its routes.
 
-A `WeightTransferEngine` for safetensors files and for buckets that come from memory to memory, behind vLLM's own routes
-for reinforcement learning. The server's worker imports this module because `--worker-extension-cls` names it. Of RL2,
-rl2_transfer beside it is imported and nothing else: the server lives in an environment of its own.
+A `WeightTransferEngine` for safetensors files and for buckets from memory, behind vLLM's own routes for reinforcement
+learning. The server's worker imports this module because `--worker-extension-cls` names it. The server's environment
+has no RL2, so of RL2 it imports only rl2_wire, through PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rl2_transfer import Group, address_toward, bytes_of, opened, tensors
+from rl2_wire import Group, address_toward, bytes_of, opened, tensors
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -30,38 +30,41 @@ from vllm.utils.nccl import unpinned_nccl_env
 
 BACKEND = "rl2"
 OPEN_PATHS = ("/health",)
-"""Answered without the token: they say nothing."""
+"""Paths that need no token, because they reveal nothing."""
 FAULT = "RL2_FAULT_STALE_HEAD_AFTER"
-"""For tests: after so many updates a tied head stays as it is, which is what vLLM does by itself on CPUs."""
+"""Environment variable for tests: after so many updates a tied head keeps its weights, vLLM's behaviour on CPUs."""
 
 
 @dataclass
 class Init(WeightTransferInitInfo):
-    """Either or both, and again at any time between updates."""
+    """Settings of the transfer: either or both, at any time between updates."""
 
     folder: str | None = None
-    """The only one that files are read from."""
+    """The only folder that files are read from."""
     group: dict[str, Any] | None = None
-    """To join for broadcasts: backend, host, port, first_rank (of this server's workers), size, timeout_s."""
+    """Group to join for broadcasts: backend, host, port, first_rank (this server's first worker), size, timeout_s."""
 
 
 @dataclass
 class Update(WeightTransferUpdateInfo):
-    """Tensors under their transformers names: `files`, or a bucket's `entries`, or `abandon`."""
+    """Tensors by their transformers names: `files`, or the `entries` of a bucket, or `abandon`."""
 
     files: list[str] | None = None
-    """Relative to the folder. All are put in place when the update finishes."""
+    """Files relative to the folder. All are put in place when the update finishes."""
     entries: list[Any] | None = None
-    """Of a bucket that is put in place at once; it is broadcast unless it is `shared`."""
+    """Weights of a bucket that is put in place at once; it is broadcast unless it is `shared`."""
     shared: dict[str, Any] | None = None
-    """Where the bucket is, in memory of a GPU of this machine."""
+    """Handle of the bucket in the memory of a GPU of this machine."""
     abandon: bool = False
-    """No more will come of what has begun. It ends with an error, which is how vLLM closes an update."""
+    """Whether to end the open update. It ends with an error, which is how vLLM closes an update."""
 
 
 class WeightTransfer(WeightTransferEngine[Init, Update]):
-    """Files are only noted by `update_weights`; `finish_weight_update` puts all in place between two steps of the
-    scheduler. Buckets are put in place one by one, so requests have to be paused from the first to the end."""
+    """The receiver of weights in vLLM.
+
+    `update_weights` only notes files; `finish_weight_update` puts all in place between two steps of the scheduler.
+    Buckets are put in place one by one, so requests must be paused from the first to the end.
+    """
 
     init_info_cls = Init
     update_info_cls = Update
@@ -69,34 +72,36 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if current_platform.is_cpu():
-            draw_only_what_is_kept()
+            draw_only_kept_tokens()
         self.folder: Path | None = None
         self.group: Group | None = None
         self.files: list[Path] = []
         self.is_open = False
-        """Some layers have new weights, others no memory."""
+        """Whether a reload is open: some layers have new weights, others have no memory."""
         self.updates = 0
 
     def init_transfer_engine(self, init_info: Init) -> None:
         if init_info.folder is not None:
             folder = Path(init_info.folder).resolve()
             if not folder.is_dir():
-                raise ValueError(f"{init_info.folder} is not a folder on the machine of the server")
+                raise ValueError(f"{init_info.folder} is not a folder on the server's machine")
             self.folder = folder
         if init_info.group is not None:
             self.leave_group()
-            self.group = self.joined(**init_info.group)
+            self.group = self.join_group(**init_info.group)
 
-    def joined(self, backend: str, host: str, port: int, first_rank: int, size: int, timeout_s: float) -> Group:
+    def join_group(self, backend: str, host: str, port: int, first_rank: int, size: int, timeout_s: float) -> Group:
+        """Join the group of trainer and workers."""
         if backend == "nccl" and self.device.type != "cuda":
-            raise ValueError(f"the trainer's weights lie on a GPU, and the server computes on {self.device}")
+            raise ValueError(f"the trainer's weights are on a GPU, but the server computes on {self.device}")
         mine = self.parallel_config
         rank = first_rank + mine.data_parallel_index * mine.world_size + mine.rank
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
-        with unpinned_nccl_env():  # the trainer has none of vLLM's settings
+        with unpinned_nccl_env():  # the trainer does not have vLLM's NCCL settings
             return Group(backend, store, rank, size, self.device, address_toward(host, port), timeout_s)
 
     def leave_group(self) -> None:
+        """Leave the group, if there is one."""
         if self.group is not None:
             self.group.leave()
             self.group = None
@@ -108,13 +113,13 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
         try:
             self.receive_weights(self.parse_update_info(update_info))
         except BaseException:
-            self.leave_group()  # or the others would wait for us
+            self.leave_group()  # else the other members would wait for this one
             self.close()
             raise
 
     def receive_weights(self, update_info: Update) -> None:
         if update_info.abandon:
-            raise RuntimeError("the update was abandoned, as it was asked to be")
+            raise RuntimeError("the update was abandoned on request")
         if update_info.files is not None:
             self.note(update_info.files)
         elif update_info.entries is not None:
@@ -123,18 +128,20 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
             raise ValueError("an update without files and entries")
 
     def note(self, files: list[str]) -> None:
+        """Check files and keep their names until the update finishes."""
         if self.folder is None:
             raise RuntimeError("init_weight_transfer_engine with a folder comes first")
         for name in files:
             file = (self.folder / name).resolve()
             if not file.is_relative_to(self.folder) or not file.is_file():
                 raise ValueError(f"{name} is not a file in {self.folder}")
-            with safe_open(file, framework="pt"):  # a bad one fails here: a failing finish leaves the session open
+            # check the file here: an error in the finish would leave the session open
+            with safe_open(file, framework="pt"):
                 pass
             self.files.append(file)
 
     def bucket(self, entries: list[Any], shared: dict[str, Any] | None) -> torch.Tensor:
-        """In memory of its own: layers hold what they have got until they have all that is theirs."""
+        """Return the bytes of a bucket in new memory, because layers keep weights until they have all of theirs."""
         size = bytes_of(entries)
         if shared is not None:
             theirs = opened(shared)
@@ -150,6 +157,7 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
         return flat
 
     def put_in_place(self, flat: torch.Tensor, entries: list[Any]) -> None:
+        """Load the weights of a bucket into the model."""
         self.open()
         self.model.load_weights(tensors(flat, entries))
         if self.device.type == "cuda":
@@ -168,6 +176,7 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
             self.close()
 
     def open(self) -> None:
+        """Begin vLLM's layerwise reload, unless it is open."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         if not self.is_open:
@@ -175,7 +184,7 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
             initialize_layerwise_reload(self.model)
 
     def close(self) -> None:
-        """After a failure too: the next step would compute with tensors that have no memory."""
+        """End the reload, after a failure too: the next step would compute with tensors that have no memory."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         if self.is_open:
@@ -197,10 +206,10 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def pack_again(model: Any) -> None:
-    """Bring the packed copies up to date that layers compute from on CPUs.
+    """Update the packed copies of weights that layers compute with on CPUs.
 
-    The reload packs each layer again that got tensors. A tied head gets none, because the embedding has them, and would
-    go on with the old ones without a word.
+    The reload packs every layer that received tensors. A tied head receives none, because the embedding does, and
+    would silently keep the old weights.
     """
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -208,26 +217,27 @@ def pack_again(model: Any) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def draw_only_what_is_kept() -> None:
-    """While a prompt is read in pieces, or read again after a pause, the token drawn after each piece is thrown away.
+def draw_only_kept_tokens() -> None:
+    """Make vLLM on CPUs draw only tokens that it keeps.
 
-    vLLM then takes back what that drew from the request's own random numbers, in a way that CUDA's generators know and
-    those of CPUs end the engine with. Here they are kept out of it before the draw.
+    While a prompt is read in pieces, or again after a pause, vLLM discards the token drawn after each piece and rewinds
+    the request's random generator. CPU generators cannot be rewound that way, which ends the engine. So the generators
+    of discarded tokens are set aside before the draw.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     sample_tokens = CPUModelRunner.sample_tokens
 
-    def without_those_thrown_away(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def without_discarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = self.input_batch
-        thrown_away = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
-        kept_out = {i: batch.generators.pop(i) for i in thrown_away if i in batch.generators}
+        discarded = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        set_aside = {i: batch.generators.pop(i) for i in discarded if i in batch.generators}
         try:
             return sample_tokens(self, *args, **kwargs)
         finally:
-            batch.generators.update(kept_out)
+            batch.generators.update(set_aside)
 
-    CPUModelRunner.sample_tokens = without_those_thrown_away
+    CPUModelRunner.sample_tokens = without_discarded
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
@@ -235,7 +245,7 @@ if BACKEND not in WeightTransferEngineFactory._registry:
 
 
 class WorkerExtension:
-    """Nothing but a name for `--worker-extension-cls`, so that the worker imports this module before it needs it."""
+    """An empty class for `--worker-extension-cls`, so that the worker imports this module in time."""
 
 
 Scope = MutableMapping[str, Any]
@@ -243,9 +253,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class TokenRequired:
-    """ASGI middleware: only who has the token of $VLLM_API_KEY gets in.
+    """ASGI middleware that requires the token of $VLLM_API_KEY.
 
-    vLLM's own guards what generates, but neither the routes that change weights nor those that pause.
+    vLLM's own check covers the routes that generate, but not those that change weights or pause.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:

@@ -149,7 +149,7 @@ class Model:
                 self.may_start.clear()
                 self.engine.sleep()
             case "/continue_generation":
-                self.engine.is_asleep = False
+                self.engine.gate.is_closed = False
                 self.may_start.set()
             case "/release_memory_occupation":
                 if self.may_start.is_set():
@@ -181,7 +181,7 @@ class Model:
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
         self.label = body["weight_version"]
         self.engine.load_weights(iter(weights.items()), int(self.label))
-        self.engine.is_asleep = not self.may_start.is_set()
+        self.engine.gate.is_closed = not self.may_start.is_set()
         self.reference.load_state_dict(weights, strict=False)  # a tied head is not among them
 
 

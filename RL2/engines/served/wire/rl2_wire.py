@@ -1,7 +1,8 @@
-"""What trainer and server have to agree on when weights go from memory to memory. Both ends import it.
+"""The wire format of weights that go from memory to memory. Trainer and server both import this file.
 
-A bucket is one flat tensor of bytes with weights one behind the other; what they are is said beside it, in JSON. Its
-bytes reach the server in shared memory of a GPU, or by a broadcast.
+A bucket is one flat tensor of bytes with several weights; its entries, in JSON, give their names, dtypes and shapes.
+The bytes reach the server through shared memory of a GPU or by a broadcast. The server's environment has no RL2, so
+this file imports only torch, and its directory is on the server's PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 ALIGNMENT = 256
-"""Of weights in a bucket, in bytes."""
+"""Alignment of weights in a bucket, in bytes."""
 POLL_S = 0.0005
 NEVER = timedelta(days=7)
 
@@ -30,25 +31,27 @@ class Entry(TypedDict):
 
     name: str
     dtype: str
-    """Of torch: bfloat16."""
+    """Name in torch, such as bfloat16."""
     shape: list[int]
 
 
 def aligned(size: int) -> int:
+    """Return `size` rounded up to the alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def entry(name: str, weight: Tensor) -> Entry:
+    """Describe a weight."""
     return {"name": name, "dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape)}
 
 
 def bytes_of(entries: list[Entry]) -> int:
-    """Size of a bucket. Raises ValueError for an entry that is none."""
+    """Return the size of a bucket. Raises ValueError for an invalid entry."""
     return sum(aligned(_dtype(each).itemsize * _numel(each)) for each in entries)
 
 
 def tensors(flat: Tensor, entries: list[Entry]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a bucket, as views. Raises ValueError if they are more than it holds."""
+    """Yield the weights of a bucket, as views. Raises ValueError if it is too small for them."""
     if bytes_of(entries) > flat.numel():
         raise ValueError(f"a bucket of {flat.numel()} bytes cannot hold weights of {bytes_of(entries)}")
     offset = 0
@@ -62,20 +65,20 @@ def tensors(flat: Tensor, entries: list[Entry]) -> Iterator[tuple[str, Tensor]]:
 def _dtype(each: Entry) -> torch.dtype:
     found = getattr(torch, each["dtype"], None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"{each['name']}: {each['dtype']} is no type of torch's")
+        raise ValueError(f"{each['name']}: {each['dtype']} is not a torch dtype")
     return found
 
 
 def _numel(each: Entry) -> int:
     if any(type(length) is not int or length < 0 for length in each["shape"]):
-        raise ValueError(f"{each['name']}: {each['shape']} is no shape")
+        raise ValueError(f"{each['name']}: {each['shape']} is not a shape")
     return math.prod(each["shape"])
 
 
 def share(flat: Tensor) -> dict[str, Any]:
-    """How a process of the same machine gets at a tensor on a GPU (CUDA IPC), as JSON.
+    """Return a handle, as JSON, with which another process of this machine can open a tensor on a GPU (CUDA IPC).
 
-    It has to live, and what is written to it has to be there, while others look at it.
+    The tensor must stay alive, and writes to it must be finished, while other processes read it.
     """
     _, *handle = flat.untyped_storage()._share_cuda_()
     said = [base64.b64encode(each).decode() if isinstance(each, bytes) else each for each in handle]
@@ -83,20 +86,17 @@ def share(flat: Tensor) -> dict[str, Any]:
 
 
 IS_BYTES = (True, False, False, True, False, True, False)
-"""Of a handle: memory, size, offset, counter of users, offset in it, event, whether to wait for it."""
+"""Whether each part of a handle is bytes: memory, size, offset, reference counter and its offset, event, wait flag."""
 
 
 def opened(shared: dict[str, Any]) -> Tensor:
-    """The tensor that another process gave to `share`, in its memory; this process has to see the same GPU.
-
-    Raises ValueError if it does not.
-    """
+    """Open the tensor of a handle made by `share`, without a copy. Raises ValueError if its GPU is not visible here."""
     torch.cuda.init()
     mine = [_uuid(i) for i in range(torch.cuda.device_count())]
     if shared["gpu"] not in mine:
         raise ValueError(
             f"the server does not see the trainer's GPU {shared['gpu']}, but {', '.join(mine)}: CUDA_VISIBLE_DEVICES "
-            "has to name it too, or the transport to be another"
+            "must name it too, or choose another transport"
         )
     if len(shared["handle"]) != len(IS_BYTES):
         raise ValueError(f"the handle of shared memory has {len(shared['handle'])} parts, not {len(IS_BYTES)}")
@@ -117,7 +117,7 @@ Backend = Literal["nccl", "gloo"]
 
 
 class Group:
-    """The trainer, rank 0, and all workers of all servers; nothing to do with torch.distributed's own groups."""
+    """A process group of the trainer (rank 0) and all workers of all servers, apart from torch.distributed's own."""
 
     def __init__(
         self,
@@ -129,19 +129,19 @@ class Group:
         host: str,
         timeout_s: float,
     ) -> None:
-        """Returns when all are there, which takes at most `timeout_s`, as each broadcast does.
+        """Join the group; returns when all members have. Joining and each broadcast take at most `timeout_s`.
 
-        `device` is where a GPU's tensors lie; `host` an address of this machine that the others reach.
+        `device` is the GPU of the tensors, for NCCL; `host` is an address of this machine that the others reach.
         """
         self.timeout_s = timeout_s
         self.is_nccl = backend == "nccl"
         store.set(f"here/{rank}", "")
-        # NCCL's own wait has no end
+        # NCCL itself would wait without limit
         store.wait([f"here/{other}" for other in range(size)], timedelta(seconds=timeout_s))
         if self.is_nccl:
             torch.cuda.set_device(device)
             options: Any = dist.ProcessGroupNCCL.Options()
-            options._timeout = NEVER  # its own watchdog would end the process
+            options._timeout = NEVER  # NCCL's own watchdog would end the process
             self.group: Any = dist.ProcessGroupNCCL(store, rank, size, options)
         else:
             gloo: Any = dist.ProcessGroupGloo
@@ -158,9 +158,9 @@ class Group:
             raise
 
     def broadcast(self, flat: Tensor, given_up: Callable[[], bool] = lambda: False) -> None:
-        """From the trainer to the others. After an error the group is of no use.
+        """Send `flat` from the trainer to the others. The group cannot be used after an error.
 
-        Raises RuntimeError: it took too long, or somebody has left, or `given_up` says that somebody will not come.
+        Raises RuntimeError if it takes too long, a member has left, or `given_up` returns True.
         """
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
@@ -170,25 +170,25 @@ class Group:
             if given_up():
                 raise RuntimeError("not all take part in the broadcast")
             if time.monotonic() > limit:
-                raise RuntimeError(f"the broadcast was not over within {self.timeout_s:g} s")
+                raise RuntimeError(f"the broadcast did not finish within {self.timeout_s:g} s")
             time.sleep(POLL_S)
         work.wait()
         if flat.is_cuda:
             torch.cuda.synchronize(flat.device)
 
     def leave(self) -> None:
-        """Those that still wait for this process are told so. Once only."""
+        """Leave the group, which ends the waiting of the other members; to be called once."""
         if self.is_nccl:
             self.group.abort()
         last = [self.group]
         del self.group
-        # the end of a gloo group waits for what is under way, up to its limit
+        # destroying a gloo group waits for pending operations, up to their limit
         threading.Thread(target=last.clear, daemon=True).start()
 
 
 def address_toward(host: str, port: int) -> str:
-    """The address of this machine that `host` sees when it is reached from here."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)  # which sends nothing
+    """Return the address of this machine as `host` sees it."""
+    family, type_, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, type_) as probe:
+        probe.connect(address)  # of a datagram socket: sends nothing
         return str(probe.getsockname()[0])

@@ -1,0 +1,102 @@
+"""Make the engine that `rollout.engine` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from RL2.config.rollout import VLLM, Rollout, SGLang
+from RL2.engines.base import Engine
+from RL2.engines.embedded.compiled import refuse_no_compiler
+from RL2.engines.embedded.engine import EmbeddedEngine
+from RL2.engines.served.engine import ServedEngine, make_probe
+from RL2.engines.served.server_spec import EngineSpec
+from RL2.engines.served.weight_sync import WeightCheck
+from RL2.engines.sglang import server_spec as sglang
+from RL2.engines.vllm import server_spec as vllm
+from RL2.errors import ConfigError
+from RL2.models.dtypes import compute_dtype
+from RL2.models.policy import empty_model
+from RL2.parallel.processes import Processes
+
+
+class TrainedPolicy(Protocol):
+    """The part of the actor that an engine needs."""
+
+    processes: Processes
+    dtype: torch.dtype
+    """Compute dtype of the forward pass."""
+
+    @property
+    def lm(self) -> PreTrainedModel: ...
+
+    @property
+    def can_share_weights(self) -> bool:
+        """Whether an engine of this process can sample from the parameters of `lm` without a copy."""
+        ...
+
+    def logps(self, token_ids: list[int]) -> list[float]:
+        """Return the log-probability of each token but the first, at temperature 1 (collective)."""
+        ...
+
+
+def make_engine(
+    rollout: Rollout, policy: TrainedPolicy, decode: Callable[[list[int]], str], max_length: int, log_dir: Path
+) -> Engine:
+    """Return the engine that samples from `policy` (collective): servers, or an engine in this process.
+
+    `max_length` is the limit of a sequence in tokens. Servers write their logs into `log_dir`.
+    """
+    device = policy.processes.device
+    dtype = policy.dtype if rollout.dtype == "auto" else compute_dtype(rollout.dtype, device)
+    settings = rollout.servers
+    if settings is None:
+        return _embedded(rollout, policy, decode, dtype)
+    spec = _engine_spec(rollout, settings, policy, dtype, max_length)
+    is_exact = dtype == policy.dtype == torch.float32
+    check = WeightCheck(
+        policy.logps,
+        probe=make_probe(policy.lm.config.vocab_size, max_length),
+        max_gap=settings.max_probe_gap or (1e-4 if is_exact else 0.1),
+    )
+    return ServedEngine(spec, check, policy.processes, log_dir)
+
+
+def _embedded(
+    rollout: Rollout, policy: TrainedPolicy, decode: Callable[[list[int]], str], dtype: torch.dtype
+) -> EmbeddedEngine:
+    device = policy.processes.device
+    # a rollout that overlaps training needs weights of its own: those of the actor change meanwhile
+    shares = policy.can_share_weights and dtype == policy.lm.dtype and not rollout.is_async
+    compiles = device.type == "cuda" if rollout.compile is None else rollout.compile
+    if device.type == "cuda":
+        compiles = compiles and not shares
+    elif compiles:
+        refuse_no_compiler()
+    return EmbeddedEngine(
+        policy.lm if shares else empty_model(policy.lm, dtype, device),
+        decode=decode,
+        max_running_requests=rollout.max_running_requests,
+        memory_share=rollout.gpu_memory_utilization,
+        owns_weights=not shares,
+        compiles=compiles,
+    )
+
+
+def _engine_spec(
+    rollout: Rollout, settings: VLLM | SGLang, policy: TrainedPolicy, dtype: torch.dtype, max_length: int
+) -> EngineSpec:
+    limit = rollout.max_running_requests
+    if isinstance(settings, SGLang):
+        arguments = sglang.server_arguments(rollout, dtype, max_length)
+        return EngineSpec(sglang.SGLANG_SERVER, settings, max_length, limit, arguments, router_url=settings.router_url)
+    if settings.transport == "ipc" and policy.processes.device.type != "cuda":
+        raise ConfigError("rollout.vllm.transport=ipc shares a GPU's memory, and there is no GPU: take broadcast")
+    sleeps = torch.cuda.is_available() and not settings.urls
+    server = vllm.SLEEPING_VLLM_SERVER if sleeps else vllm.VLLM_SERVER
+    arguments = vllm.server_arguments(rollout, policy.lm.config, dtype, max_length)
+    return EngineSpec(server, settings, max_length, limit, arguments, transport=settings.transport)

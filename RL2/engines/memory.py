@@ -1,0 +1,29 @@
+"""Memory that an engine may use, and the memory that keys and values take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return the free memory of a GPU, or of the machine divided by its number of ranks."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    except (OSError, StopIteration):  # not Linux: half of the installed memory
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return available / here
+
+
+def bytes_per_position(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Return the size of one token's keys and values over all layers."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize

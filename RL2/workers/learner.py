@@ -1,0 +1,226 @@
+"""A model with an optimizer: gradients of a loss over a global minibatch, and optimizer steps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from RL2.config.model import Trainable, TrainablePolicy
+from RL2.errors import ConfigError
+from RL2.models.lora import export_adapter
+from RL2.models.packed import PackedModel
+from RL2.models.policy import Policy
+from RL2.objectives.objective import Loss
+from RL2.ops.invariants import first_breach
+from RL2.parallel.fsdp import clip_grad_norm, local
+from RL2.parallel.mesh import Mesh
+from RL2.parallel.processes import Processes
+from RL2.types import StatsRequest, TokenBatch, TokenStats
+from RL2.workers.metrics import LossFunction, Totals
+from RL2.workers.optim import UpdateStats, adamw, move_state, schedule
+from RL2.workers.worker import InvariantError, Progress, Worker
+
+
+class Learner(Worker):
+    """A worker with an optimizer; `step` takes one optimizer step on a global minibatch that every process has."""
+
+    def __init__(
+        self,
+        config: Trainable,
+        processes: Processes,
+        total_steps: int,
+        save_dir: Path,
+        key: str = "actor.model_name",
+        model: type[PackedModel] = Policy,
+    ) -> None:
+        """Load the model and make its optimizer, whose schedule ends after `total_steps` optimizer steps.
+
+        The batch of a step that fails is saved in `save_dir`. `key` is the configuration key of the model's name.
+        """
+        group = key.partition(".")[0]
+        mesh = Mesh.make(processes, config, group)
+        lora = config.lora if isinstance(config, TrainablePolicy) and config.lora.rank else None
+        super().__init__(config.model_name, config.dtype, mesh, processes, key, model, config.offload_model, lora)
+        self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
+        if config.use_liger_kernel:
+            _apply_liger(self.lm, group)
+        if config.gradient_checkpointing:
+            refuse_no_recomputation(self.lm, group)
+            _recompute_activations(self.lm)
+        self.optimizer = adamw(self.policy.parameters(), config)
+        self.update_stats = UpdateStats(self.optimizer, self.dtype)
+        self.steps = 0
+        """Optimizer steps taken."""
+
+    def step(
+        self,
+        batch: TokenBatch,
+        loss: LossFunction,
+        request: StatsRequest,
+        progress: Progress = lambda done: None,
+    ) -> dict[str, float]:
+        """Take one optimizer step on (loss_T * weight_T).sum() over `batch`, the global minibatch.
+
+        Returns the loss, its metrics, gradient norm, learning rate and the update's statistics. Raises `InvariantError`
+        on every process, before the optimizer step, if an invariant of ops/invariants.py does not hold, if `fault`
+        finds one, or if loss or gradient is not finite.
+        """
+        with self.at_work("an update"):
+            means = self.backward(batch, loss, request, progress)
+            return means | self._apply(means["loss"], batch)
+
+    def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """Save the model as `Worker.export` does, or only the adapter with `lora.save=adapter` (collective)."""
+        if not (isinstance(self.config, TrainablePolicy) and self.config.lora.save == "adapter"):
+            return super().export(tokenizer, folder)
+        with self.at_work("gathering the adapters to save"):
+            export_adapter(self.lm, folder, self.processes.is_first)
+        if self.processes.is_first:
+            tokenizer.save_pretrained(folder)
+
+    def backward(
+        self,
+        batch: TokenBatch,
+        loss: LossFunction,
+        request: StatsRequest,
+        progress: Progress = lambda done: None,
+    ) -> dict[str, float]:
+        """Compute the gradients of the loss of `step`, summed over microbatches and processes; return its metrics.
+
+        Sequences without any weight are left out on every process. A process without a sequence for a microbatch runs
+        one of weight 0, so that all processes take part in the same collectives.
+        """
+        self.check_packing(batch)
+        self.policy.train()
+        assert batch.weight_T is not None
+        totals, broken = Totals(self.processes, self.mesh), list[str]()
+        trained = batch.sequence_T[batch.weight_T != 0].unique().tolist()
+        shortest = int(batch.lengths_B.argmin())
+        mine = self.share(batch, trained, self.config.max_length_per_device)
+        for number, ids in enumerate(mine, start=1):
+            if isinstance(self.policy, FSDPModule):  # replicas add up their gradients once per step
+                self.policy.set_requires_all_reduce(number == len(mine))
+            microbatch = batch.sequences(ids or [shortest])
+            if not ids:
+                microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))
+            stats = TokenStats(**self._forward(microbatch, request))
+            actions = microbatch.positions(microbatch.action_T).to(self.processes.device)
+            assert actions.weight_T is not None
+            loss_T, metrics = loss(stats, actions)
+            total = (loss_T * actions.weight_T).sum()
+            total.backward()
+            where = _Where(ids or [shortest], actions)
+            totals.add(total, actions.weight_T != 0, metrics, where)
+            if breach := first_breach(stats, self.lm.config.vocab_size):
+                invariant, t, value = breach
+                broken.append(f"{invariant} does not hold: {value:g} at {where(t)}")
+            progress(len(ids) * self.mesh.data_size)
+        self._sum_partial_gradients()
+        means, faults = totals.means(), self._gather(broken)
+        if fault := faults[0] if faults else self.fault(means, totals):
+            self._stop("broken_law", fault, batch)
+        return means
+
+    def _gather(self, broken: list[str]) -> list[str]:
+        """Return the broken invariants of all processes (collective)."""
+        anywhere = self.processes.sum(torch.tensor(float(len(broken))))
+        return self.processes.gather(broken) if anywhere else []
+
+    def fault(self, metrics: dict[str, float], totals: Totals) -> str:
+        """Return why an update with these metrics must not be taken, '' if it may; the same on every process."""
+        return ""
+
+    def _sum_partial_gradients(self) -> None:
+        """Sum gradients that tensor-parallel processes computed from their own heads only; they are small."""
+        parameters = [parameter for module in self.partial for parameter in module.parameters()]
+        grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if grads:
+            whole = self.processes.sum(torch.cat(grads), self.policy.tp)
+            torch._foreach_copy_(grads, whole.split([len(grad) for grad in grads]))
+
+    def measure(
+        self,
+        batch: TokenBatch,
+        loss: Callable[[TokenStats, TokenBatch], Loss],
+        request: StatsRequest,
+        progress: Progress = lambda done: None,
+    ) -> dict[str, float]:
+        """Return the loss of `batch` and its metrics under the current weights, without an update."""
+        stats = self.stats(batch, request, self.config.max_length_per_device, progress).at(batch.action_T)
+        actions = batch.positions(batch.action_T)
+        assert actions.weight_T is not None
+        loss_T, metrics = loss(stats, actions)
+        trains_T = actions.weight_T != 0
+        means = {name: float(value_T[trains_T].double().mean()) for name, value_T in metrics.items()}
+        return {"loss": float((loss_T * actions.weight_T).sum())} | means
+
+    def _stop(self, what: str, why: str, batch: TokenBatch) -> NoReturn:
+        """Save the batch and raise `InvariantError` (collective)."""
+        file = self.save_dir / f"{what}_step_{self.steps}.safetensors"
+        if self.processes.is_first:
+            batch.save(file)
+        self.processes.wait()  # torchrun ends all processes as soon as one has failed
+        raise InvariantError(f"optimizer step {self.steps}: {why}; the step was not taken, and its batch is in {file}")
+
+    def _apply(self, loss: float, batch: TokenBatch) -> dict[str, float]:
+        """Clip the gradients and take the optimizer step; return its metrics."""
+        grad_norm = clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._stop("nonfinite", f"loss {loss}, gradient norm {grad_norm}", batch)
+        rate = self.config.lr * schedule(self.config, self.steps, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.update_stats.open()
+        if self.config.offload_optimizer:
+            move_state(self.optimizer, self.processes.device)
+        self.optimizer.step()
+        changes = self.update_stats.close(self.processes)
+        if self.config.offload_optimizer:
+            move_state(self.optimizer, torch.device("cpu"))
+        self.optimizer.zero_grad()
+        self.steps += 1
+        return {"loss": loss, "grad_norm": grad_norm, "lr": rate} | changes
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Descriptions of the tokens of a microbatch, for error messages."""
+
+    ids: list[int]
+    actions: TokenBatch
+
+    def __call__(self, t: int) -> str:
+        b = int(self.actions.sequence_T[t])
+        place = t - int(self.actions.cu_seqlens[b])
+        return f"action {place} (token {int(self.actions.labels_T[t])}) of sequence {self.ids[b]}"
+
+
+def refuse_no_recomputation(lm: PreTrainedModel, group: str) -> None:
+    """Raise ConfigError if transformers cannot recompute the activations of the model."""
+    if not lm.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"{group}.gradient_checkpointing=true: {type(lm).__name__} does not support it in transformers; "
+            f"set {group}.gradient_checkpointing=false"
+        )
+
+
+def _recompute_activations(lm: PreTrainedModel) -> None:
+    with warnings.catch_warnings():  # newer transformers have another name for it, older ones only this
+        warnings.simplefilter("ignore", FutureWarning)
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _apply_liger(lm: PreTrainedModel, group: str) -> None:
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise ConfigError(f"{group}.use_liger_kernel=true needs liger-kernel: pip install rl2-spo[liger]") from error
+    _apply_liger_kernel_to_instance(model=lm)
