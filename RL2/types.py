@@ -1,4 +1,4 @@
-"""The nouns of the library. Shape letters: T tokens laid end to end, B sequences, V vocabulary, D hidden size."""
+"""The data types of the library. Shape letters: T tokens laid end to end, B sequences, V vocabulary, D hidden size."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROUNDING = 2.0**-22
-"""Part of the rewards' sum of absolute values up to which a total is rounding: rewards such as 0.6 + 0.3 - 0.9 are not
-exact, and those of a batch are float32, with a relative error of up to 2^-24 each."""
+"""Largest total that counts as rounding, relative to the sum of absolute rewards. Rewards such as 0.6 + 0.3 - 0.9 are
+not exact, and those of a batch are float32, with a relative error of up to 2^-24 each."""
 
 
 def summed(rewards: Seq[float]) -> float:
-    """Return the sum, rounded once, and exactly 0 where the rewards cancel but for rounding."""
+    """Return the sum, rounded once, and exactly 0 where the rewards cancel up to rounding."""
     total, size = math.fsum(rewards), math.fsum(map(abs, rewards))
     return total if abs(total) > ROUNDING * size else 0.0
 
@@ -33,18 +33,18 @@ class Prompt:
     row: int
     """Row number in the data file, from 0."""
     text: str
-    """What the environment sees as its first state."""
+    """The first state of the environment."""
     token_ids: list[int]
-    """`text`, encoded once."""
+    """Token ids of `text`."""
     extra_info: dict[str, Any]
-    """Handed to the environment: answers, tests, tool settings."""
+    """Data for the environment: answers, tests, tool settings."""
     template_arguments: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the chat template beside the messages: `tools` and settings of its own."""
+    """Arguments of the chat template besides the messages: `tools` and its own settings."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request is sampled."""
+    """Sampling settings of one request."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -57,24 +57,24 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     """The request ends with one of these tokens; the token is kept."""
     seed: int = 0
-    """Same seed, same weights, same prompt: same tokens, whatever else is in the batch."""
+    """The same seed, weights and prompt give the same tokens, whatever else is in the batch."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine gives back for one request."""
+    """The response of an engine to one request."""
 
     token_ids: list[int]
     logps: list[float]
     """Log-probability of each token under the distribution it was drawn from; at temperature 0, under the model."""
     finish: Literal["stop", "length"]
     versions: list[int]
-    """Version of the weights that sampled each token; they may change under way."""
+    """Version of the weights that sampled each token; weights may change during a response."""
 
 
 @dataclass
 class Sequence:
-    """Token ids exactly as they were sent and sampled, with what training needs about each."""
+    """Token ids exactly as they were sent and sampled, with the data that training needs for each."""
 
     token_ids: list[int]
     action_mask: list[bool]
@@ -82,14 +82,14 @@ class Sequence:
     logps: list[float]
     """The engine's log-probability of each sampled token; 0 elsewhere."""
     rewards: list[float]
-    """The reward of a turn stands at the turn's last sampled token; 0 elsewhere."""
+    """The reward of a turn is at its last sampled token; 0 elsewhere."""
     versions: list[int] = field(default_factory=list)
-    """Version of the weights that sampled each token; -1 elsewhere. Empty: not known."""
+    """Version of the weights that sampled each token; -1 elsewhere. Empty if unknown."""
 
 
 @dataclass
 class Trajectory:
-    """One episode. Several sequences when the environment rewrote the history."""
+    """One episode. It has several sequences if the environment rewrote the history."""
 
     row: int
     """Row of its prompt."""
@@ -99,48 +99,48 @@ class Trajectory:
     """Number within its group, from 0."""
     sequences: list[Sequence] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    """State, action, state, action, ...: what the environment saw."""
+    """State, action, state, action, ..., as the environment saw them."""
     score: float = 0.0
-    """Sum of the turns' scores; what evaluation reports."""
+    """Sum of the scores of the turns, which evaluation reports."""
     truncated: bool = False
     """The last completion ran into `max_new_tokens` or the length limit."""
     unscored: str | None = None
-    """Why there is no reward. An unscored trajectory does not train and has no score."""
+    """Reason why there is no reward. An unscored trajectory does not train and has no score."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Part of the reward -> its sum over the turns, not weighted; empty where rewards are numbers."""
+    """Unweighted sum over the turns of each part of the reward, by name; empty if rewards are numbers."""
     plain: float = 0.0
-    """Sum of the rewards of those turns that returned a number, where others returned parts."""
+    """Sum of the rewards of turns that returned a number, if other turns returned parts."""
     weighted: float = 0.0
     """`parts` times their weights, and `plain`, summed and rounded once."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What the environment measured: of each, the mean over the turns that gave it."""
+    """Metrics of the environment by name, each the mean over the turns that returned it."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Metric that was no number in some turn -> what it was."""
+    """Metrics that were no numbers in some turn, by name, with their values."""
 
     @property
     def reward(self) -> float:
-        """Sum of its rewards, exactly 0 where they cancel but for rounding. Above 0: the trajectory is correct.
+        """Sum of its rewards, exactly 0 where they cancel up to rounding. Above 0, the trajectory is correct.
 
-        With parts it is the sum of these, each times its weight; rewards of turns have been rounded on their own.
+        With parts it is their weighted sum, because the rewards of turns have been rounded one by one.
         """
         by_token = summed(list(chain.from_iterable(sequence.rewards for sequence in self.sequences)))
         return self.weighted if self.parts and by_token else by_token
 
     @property
     def by_part(self) -> dict[str, float]:
-        """Return `parts`, with the rewards that are numbers as one part without a name."""
+        """The parts of its reward; rewards that are numbers are one part without a name."""
         if not self.parts:
             return {"": self.reward}
         return self.parts | ({"": self.plain} if self.plain else {})
 
     @property
     def num_tokens(self) -> int:
-        """Sampled tokens."""
+        """Number of sampled tokens."""
         return sum(sum(sequence.action_mask) for sequence in self.sequences)
 
     @property
     def versions(self) -> Counter[int]:
-        """Version of the weights -> how many of its tokens they sampled."""
+        """Number of its tokens that each version of the weights sampled."""
         counts = Counter(chain.from_iterable(sequence.versions for sequence in self.sequences))
         del counts[-1]
         return counts
@@ -148,22 +148,23 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """T positions of which only U are different computations: samples of a prompt share its positions, exactly."""
+    """T positions of which only U are computed: samples of a prompt share its positions exactly."""
 
     distinct_U: Tensor
-    """int64: the positions that are computed."""
+    """int64: positions that are computed."""
     place_T: Tensor
-    """int64: where among the U each position finds its result."""
+    """int64: index among the U of the result of each position."""
 
     def to(self, device: torch.device | str) -> SharedPrefix:
+        """Return a copy on `device`."""
         return SharedPrefix(self.distinct_U.to(device), self.place_T.to(device))
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """B sequences laid end to end in one layout, aligned once.
+    """B sequences laid end to end, with all fields aligned.
 
-    Position t holds an input token and, as `labels_T[t]`, the token that follows it; every other `_T` field speaks of
+    Position t has an input token and, as `labels_T[t]`, the token that follows it; every other `_T` field describes
     that label. A sequence of n tokens takes n - 1 positions. Positions whose label was sampled are the *actions*.
     """
 
@@ -171,7 +172,7 @@ class TokenBatch:
     labels_T: Tensor
     position_ids_T: Tensor
     action_T: Tensor
-    """bool: the label was sampled by the policy (in SFT: is trained on)."""
+    """bool: the label was sampled by the policy (in SFT: it is trained on)."""
     reward_T: Tensor
     cu_seqlens: Tensor
     """int64 [B + 1]: sequence b takes positions cu_seqlens[b] to cu_seqlens[b + 1]."""
@@ -180,52 +181,55 @@ class TokenBatch:
     group_B: Tensor
     """int64: number of the prompt group."""
     truncated_B: Tensor | None = None
-    """bool: its trajectory ran into a length limit; absent: none did."""
+    """bool: its trajectory ran into a length limit; None if none did."""
     engine_logp_T: Tensor | None = None
     age_T: Tensor | None = None
-    """int64: by how many versions the weights that sampled the label were older than the present ones. Not there: 0."""
+    """int64: staleness of the label, in versions of the weights; None if all are 0."""
     old_logp_T: Tensor | None = None
-    """The policy's own log-probability when the rollout arrived."""
+    """Log-probability under the old policy, before the updates on this rollout."""
     old_entropy_T: Tensor | None = None
-    """Its entropy then."""
+    """Entropy under the old policy."""
     off_mode_T: Tensor | None = None
-    """bool: the label was not its most likely token then."""
+    """bool: the label was not the most likely token under the old policy."""
     ref_logp_T: Tensor | None = None
     value_T: Tensor | None = None
-    """The critic's estimate, before an action, of the rewards to come; elsewhere it means nothing."""
+    """The critic's estimate, before an action, of the rewards to come; undefined elsewhere."""
     return_T: Tensor | None = None
-    """What the critic shall predict at an action: its advantage plus `value_T`."""
+    """Target of the critic at an action: its advantage before whitening plus `value_T`."""
     advantage_T: Tensor | None = None
     weight_T: Tensor | None = None
     objective_factor_T: Tensor | None = None
-    """Factor of the objective, but not of the KL divergence or the entropy; absent: 1."""
+    """Factor of the objective, but not of the KL divergence or the entropy; None stands for 1."""
 
     @property
     def num_sequences(self) -> int:
+        """B."""
         return len(self.cu_seqlens) - 1
 
     @property
     def largest_token_id(self) -> int:
-        """Largest id among inputs and labels: the last token of a sequence is only a label."""
+        """Largest id among inputs and labels; the last token of a sequence is only a label."""
         ids = torch.cat([self.token_ids_T, self.labels_T])
         return int(ids.max()) if len(ids) else -1
 
     @property
     def lengths_B(self) -> Tensor:
+        """int64: positions of each sequence."""
         return self.cu_seqlens.diff()
 
     @property
     def sequence_T(self) -> Tensor:
-        """int64: which of the B sequences a position belongs to."""
+        """int64: index of the sequence that each position belongs to."""
         return torch.repeat_interleave(torch.arange(self.num_sequences, device=self.cu_seqlens.device), self.lengths_B)
 
     def with_(self, **changes: Tensor) -> TokenBatch:
+        """Return a copy with other fields."""
         return replace(self, **changes)
 
     def shared(self) -> SharedPrefix | None:
-        """Which positions are the same computation, because sequences of a group begin alike; None if none do.
+        """Return the positions that sequences of a group share because they begin alike, or None if none do.
 
-        Every sequence is compared with the first of its group, so it is worth keeping groups together.
+        Every sequence is compared with the first of its group, so groups should stay together.
         """
         starts, lengths = self.cu_seqlens.tolist(), self.lengths_B.tolist()
         source_T = torch.arange(len(self.token_ids_T))
@@ -242,25 +246,26 @@ class TokenBatch:
         return SharedPrefix(distinct_U=is_own_T.nonzero()[:, 0], place_T=(is_own_T.cumsum(0) - 1)[source_T])
 
     def to(self, device: torch.device | str) -> TokenBatch:
+        """Return a copy on `device`."""
         return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
 
     def save(self, file: Path) -> None:
-        """As safetensors; TokenBatch(**load_file(file)) is it again."""
+        """Write the batch as safetensors; `TokenBatch(**load_file(file))` restores it."""
         save_file({name: x.contiguous() for name, x in self.tensors().items()}, file)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are there, by name."""
+        """Return the fields that are not None, by name."""
         return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
 
     def positions(self, keep_T: Tensor) -> TokenBatch:
-        """The same sequences, only at the positions where `keep_T`: what an objective sees."""
+        """Return the batch at the positions where `keep_T` is true; objectives get that of the actions."""
         counts_B = torch.zeros_like(self.lengths_B).index_add_(0, self.sequence_T, keep_T.long())
         index = keep_T.nonzero()[:, 0]
         kept = {name: x.index_select(0, index) for name, x in self.tensors().items() if name.endswith("_T")}
         return replace(self, **kept, cu_seqlens=_starts(counts_B))
 
     def sequences(self, ids: Seq[int]) -> TokenBatch:
-        """The sequences `ids`, in that order."""
+        """Return a batch of the sequences `ids`, in that order."""
         chosen = torch.as_tensor(ids, dtype=torch.long, device=self.cu_seqlens.device)
         lengths_B = self.lengths_B[chosen]
         cu_seqlens = _starts(lengths_B)
@@ -278,8 +283,8 @@ def _starts(lengths_B: Tensor) -> Tensor:
 class TokenStats:
     """Statistics of the next-token distribution p = softmax(logits / temperature) at each position, float32 [T].
 
-    a is the label (the sampled token), m the most likely token. Only the fields that were asked for are there; reading
-    another one is an error that says how to ask.
+    a is the label (the sampled token), m the most likely token. Only requested fields exist; the error for another
+    field says how to request it.
     """
 
     logp: Tensor
@@ -293,13 +298,13 @@ class TokenStats:
     entropy: Tensor
     """-sum_i p_i log p_i, in nats"""
     rank: Tensor
-    """Place of a among all tokens by falling probability, 1 = m; equals by rising id. No gradient."""
+    """Rank of a among all tokens by falling probability, 1 = m; ties by rising id. No gradient."""
     top_logp: Tensor
     """[T, K]: log-probabilities of the K most likely tokens, in the order of `rank`."""
     top_id: Tensor
     """int64 [T, K]: their ids. No gradient."""
     sum_p2: Tensor
-    """sum_i p_i^2, the chance that two samples are the same token"""
+    """sum_i p_i^2, the probability that two samples are the same token"""
 
     def __init__(self, **fields: Tensor) -> None:
         self.__dict__.update(fields)
@@ -312,7 +317,7 @@ class TokenStats:
         """Return the statistics at the positions where `keep_T` is true."""
         return self.map(lambda x: x[keep_T])
 
-    def __getattr__(self, name: str) -> Tensor:  # only called for what __init__ did not set
+    def __getattr__(self, name: str) -> Tensor:  # only called for fields that __init__ did not set
         if name in MENU:
             raise AttributeError(f"the statistic {name!r} was not asked for; declare it with @needs({name!r})")
         raise AttributeError(name)
@@ -320,7 +325,7 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class StatsRequest:
-    """Which token statistics are wanted."""
+    """Token statistics to compute."""
 
     fields: tuple[str, ...]
     top_k: int = 0
@@ -328,8 +333,8 @@ class StatsRequest:
     temperature: float = 1.0
     """Divides the logits."""
     budget_mib: float | None = None
-    """Logits in memory at a time; None: a good size for the device."""
+    """MiB of logits in memory at a time; None takes a good size for the device."""
 
 
 MENU: tuple[str, ...] = tuple(TokenStats.__annotations__)
-"""Every statistic that an objective may ask for."""
+"""Every statistic that an objective may read."""

@@ -21,7 +21,7 @@ READABLE: dict[str, str] = {
     "logps": "batch.engine_logp_T",
     "truncated": "batch.truncated_B",
 }
-"""What an estimator may declare, and where it finds that."""
+"""Names that an estimator may declare, and where it finds each."""
 
 INPUTS = {"group_size": "groups", "part_NP": "parts", "weight_P": "parts"}
 """Arguments that the trainer fills, and what an estimator with such an argument reads."""
@@ -43,7 +43,7 @@ class Estimator(Declared):
     """A function from a rollout to advantages, with its declaration; a call is a call of the function."""
 
     reads: tuple[str, ...]
-    """What it reads: keys of `READABLE`."""
+    """Keys of `READABLE` that it reads."""
     baseline: bool = False
     """The claim that equal rewards in all groups give advantages of exactly 0."""
 

@@ -1,4 +1,4 @@
-"""Trajectories into one packed batch, weights, and the plan of who computes what: pure functions, run on every rank."""
+"""Pack trajectories into one batch, weigh its tokens, and plan microbatches: pure functions, run on every rank."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Field = Literal["token_ids", "action_mask", "logps", "rewards", "versions"]
 
 
 def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatch:
-    """All sequences of `trajectories` end to end; labels are shifted here and never again.
+    """Return all sequences of `trajectories` end to end. Labels are shifted here and never again.
 
-    `version`: of the weights that are going to train, to which the ages of tokens refer.
+    `version` is that of the weights that will train; the ages of tokens count from it.
     """
     sequences = [(n, t.group, s) for n, t in enumerate(trajectories) for s in t.sequences]
     if not sequences:
@@ -55,9 +55,9 @@ def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatc
 def pack_arrays(
     ids_B: Seq[np.ndarray], action_B: Seq[np.ndarray], reward_B: Seq[float], group_B: Seq[int]
 ) -> TokenBatch:
-    """Pack one sequence per trajectory, as `pack` does; no engine sampled them.
+    """Return a batch with one sequence per trajectory, as `pack` does, for sequences that no engine sampled.
 
-    `action_B`: bool, which of the tokens `ids_B` are actions; `reward_B`: reward at the last token.
+    `action_B` marks the actions among the tokens `ids_B`; `reward_B` has the reward at the last token.
     """
     lengths = np.array([len(ids) - 1 for ids in ids_B])
     reward_T = torch.zeros(int(lengths.sum()))
@@ -78,7 +78,7 @@ def pack_arrays(
 def part_rewards(trajectories: Seq[Trajectory], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
     """Return the parts of the reward of each trajectory, float64 [N, P], and their weights [P].
 
-    A trajectory that lacks a part of another one has 0 of it, as in the sum of its parts.
+    A part that a trajectory lacks is 0.
     """
     names = sorted({name for trajectory in trajectories for name in trajectory.by_part})
     rows = [[trajectory.by_part.get(name, 0.0) for name in names] for trajectory in trajectories]
@@ -87,7 +87,7 @@ def part_rewards(trajectories: Seq[Trajectory], weights: Mapping[str, float]) ->
 
 
 def pack_tokens(sequences: Seq[list[int]]) -> TokenBatch:
-    """Pack token ids of which every one but the first of its sequence is an action; each is a group of its own."""
+    """Return a batch of token ids: all but the first of a sequence are actions, and each sequence is a group."""
     return pack(
         [
             Trajectory(n, n, 0, [Sequence(ids, [False] + [True] * (len(ids) - 1), [0.0] * len(ids), [0.0] * len(ids))])
@@ -108,13 +108,13 @@ def loss_weights(
     on_policy: bool = False,
     not_truncated: bool = False,
 ) -> Tensor:
-    """weight_T of every token in the loss, float32 [T]; `(loss_T * weight_T).sum()` is then the mean that is asked for.
+    """Return weight_T of every token, float32 [T], so that `(loss_T * weight_T).sum()` is the configured mean.
 
-    `batch` is the global minibatch of one optimizer step. What trains: the tokens that `kept` keeps. With
-    `level=token` each of them weighs 1 / (number of tokens); `sequence`: 1 / (tokens of its sequence) / (number of
-    sequences); `constant`: 1 / `length` / (number of sequences), as in Dr. GRPO (arXiv 2503.20783). The numbers
-    count every action (`average_over=all`, thesis 3.1), only what trains (`kept`, 3.2) or every action of the sequences
-    that `train_on` keeps (`correct`). With nothing kept all weights are 0.
+    `batch` is the global minibatch of one optimizer step. The tokens that `kept` keeps train. With `level=token` each
+    weighs 1 / (number of tokens); `sequence`: 1 / (tokens of its sequence) / (number of sequences); `constant`:
+    1 / `length` / (number of sequences), as in Dr. GRPO (arXiv 2503.20783). The numbers count every action
+    (`average_over=all`, thesis 3.1), the tokens that train (`kept`, 3.2) or every action of the sequences that
+    `train_on` keeps (`correct`). If nothing is kept, all weights are 0.
     """
     sequence_T = batch.sequence_T
     kept_T = kept(
@@ -141,9 +141,9 @@ def loss_weights(
 
 
 def sequence_weights(batch: TokenBatch) -> Tensor:
-    """weight_T of losses of whole sequences, float32 [T]: 1 / B at the last action of each of the B sequences, else 0.
+    """Return weight_T for losses of whole sequences, float32 [T]: 1 / B at the last action of each of B sequences.
 
-    Every sequence has an action. The trained tokens are then the sequences.
+    The other weights are 0, so each sequence counts as one trained token. Every sequence has an action.
     """
     place = batch.action_T.nonzero()[:, 0]
     sequence = batch.sequence_T[place]
@@ -160,12 +160,12 @@ def kept(
     on_policy: bool = False,
     not_truncated: bool = False,
 ) -> Tensor:
-    """bool [T]: the actions that train, chosen over the whole of `batch`.
+    """Return which actions train, bool [T], chosen over the whole `batch`.
 
-    `train_on=correct`: of sequences of trajectories whose total reward is above 0. Of these, `not_mode`: those that
-    were not the most likely token; `entropy_quantile`: those whose entropy is at or above this quantile (arXiv
-    2506.01939 trains on the top fifth, 0.8). Both as the policy was when the rollout arrived. `on_policy`: those that
-    the weights sampled that are going to train. `not_truncated`: those of trajectories that no length limit ended.
+    `train_on=correct` keeps trajectories whose total reward is above 0. `on_policy` keeps tokens that were sampled by
+    the weights that will train, and `not_truncated` trajectories that no length limit ended. Of these, `not_mode` keeps
+    tokens that were not the most likely one, and `entropy_quantile` those whose entropy is at or above this quantile
+    (arXiv 2506.01939 trains on the top fifth, 0.8), both under the old policy.
     """
     kept_T = batch.action_T
     if on_policy and batch.age_T is not None:
@@ -186,9 +186,9 @@ def kept(
 
 
 def minibatches(batch: TokenBatch, number: int) -> list[list[int]]:
-    """The sequences of each of `number` optimizer steps on one rollout: trajectories in order, cut into even shares.
+    """Return the sequences of each of `number` optimizer steps: trajectories in order, split into even shares.
 
-    With fewer trajectories than steps (most were filtered out or unscored) there is one step a trajectory.
+    With fewer trajectories than steps (most were filtered out or unscored) there is one step for each trajectory.
     """
     trajectory = batch.trajectory_B.tolist()
     order = {t: i for i, t in enumerate(dict.fromkeys(trajectory))}
@@ -200,10 +200,10 @@ def minibatches(batch: TokenBatch, number: int) -> list[list[int]]:
 
 
 def units(batch: TokenBatch, ids: Seq[int], max_tokens: int) -> list[list[int]]:
-    """`ids` in lists that stay together: sequences of one group, as far as `max_tokens` allow.
+    """Split the sequences `ids` into lists that stay together: sequences of one group, up to `max_tokens`.
 
-    They begin alike, and in one microbatch what they share is computed once. The two of a pair need one another there:
-    the losses of pairs compare them.
+    Sequences of a group share a prefix, which is computed once in a microbatch. The two sequences of a pair must be in
+    one microbatch, because the losses of pairs compare them.
     """
     lengths, groups = batch.lengths_B.tolist(), batch.group_B.tolist()
     found: list[list[int]] = []
@@ -219,7 +219,7 @@ def units(batch: TokenBatch, ids: Seq[int], max_tokens: int) -> list[list[int]]:
 
 
 def microbatches(batch: TokenBatch, ids: Seq[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
-    """[rank][microbatch] -> which of the sequences `ids`: `plan` over their `units`."""
+    """Return [rank][microbatch] -> sequences among `ids`: the `plan` of their `units`."""
     together = units(batch, ids, max_tokens)
     length_B = batch.lengths_B.tolist()
     lengths = [sum(length_B[b] for b in unit) for unit in together]
@@ -229,23 +229,23 @@ def microbatches(batch: TokenBatch, ids: Seq[int], max_tokens: int, num_ranks: i
 
 
 ATTENTION_EQUALS_REST = 16_384
-"""Length of a sequence whose attention takes as long as all else. In operations it is parameters / (layers x heads x
-head size): 10,000 for Qwen3 0.6B, 27,000 for 4B, 62,000 for 32B, 107,000 for Llama 70B; attention runs at about half
-the speed of other products."""
+"""Length at which attention takes as long as everything else. In operations it is parameters / (layers x heads x head
+size): 10,000 for Qwen3 0.6B, 27,000 for 4B, 62,000 for 32B, 107,000 for Llama 70B. Attention runs at about half
+the speed of other matrix products."""
 
 
 def cost(length: int) -> float:
-    """Work of a sequence of `length` tokens, in tokens of a very short one: a linear part, and attention's square."""
+    """Return the work of a sequence, in tokens of a very short one: linear, plus a quadratic part for attention."""
     return length + length * length / ATTENTION_EQUALS_REST
 
 
 def plan(lengths: Seq[int], max_tokens: int, num_ranks: int, costs: Seq[float] | None = None) -> list[list[list[int]]]:
-    """[rank][microbatch] -> ids of the sequences: at most `max_tokens` each, few, and alike in `costs` on all ranks.
+    """Return [rank][microbatch] -> sequences: few microbatches of at most `max_tokens`, balanced over ranks.
 
-    Every rank gets the same number of microbatches (some may be empty), so every rank runs the same collectives. As
-    ranks meet in each of them, a step takes what the dearest of each index cost together: of two ways to fill them the
-    one where that is less is taken (benchmarks/packing.py compares them). `costs` are those of `cost` unless given.
-    Raises ValueError if one sequence alone is too long.
+    Every rank gets the same number of microbatches (some may be empty), so every rank runs the same collectives. Ranks
+    wait for each other in each microbatch, so the time of a step is the sum over microbatches of the cost of the
+    slowest rank. The better of two ways to fill microbatches is taken (benchmarks/packing.py compares them). `costs`
+    defaults to `cost` of each length. Raise ValueError if one sequence is longer than `max_tokens`.
     """
     if lengths and max(lengths) > max_tokens:
         raise ValueError(
@@ -263,25 +263,26 @@ def plan(lengths: Seq[int], max_tokens: int, num_ranks: int, costs: Seq[float] |
 
 
 Rounds = list[list[list[int]]]
-"""[microbatch][rank] -> ids"""
+"""Sequences by microbatch and rank."""
 
 
 def fill_evenly(lengths: Seq[int], costs: Seq[float], max_tokens: int, num_ranks: int, number: int) -> Rounds | None:
-    """All `number` microbatches of all ranks alike: the dearest first, each into the cheapest that has room.
+    """Fill all `number` microbatches of all ranks evenly: the most expensive sequence first, into the cheapest bin.
 
-    Those that cost most then meet. None if they have no room for all.
+    Microbatches of similar cost then run at the same time. Return None if the sequences do not fit.
     """
-    bins, left = _spread(_dearest_first(costs), lengths, costs, max_tokens, num_ranks * number)
+    bins, left = _spread(_most_expensive_first(costs), lengths, costs, max_tokens, num_ranks * number)
     bins.sort(key=lambda ids: -sum(costs[i] for i in ids))
     return None if left else [bins[i : i + num_ranks] for i in range(0, len(bins), num_ranks)]
 
 
 def fill_in_turn(lengths: Seq[int], costs: Seq[float], max_tokens: int, num_ranks: int, number: int) -> Rounds | None:
-    """One microbatch of all ranks after the other, each up to an even share or, if that is more, the dearest sequence.
+    """Fill one microbatch of all ranks after the other, each up to an even share of the cost.
 
-    What is much dearer than an even share then has its like beside it. None if the last have no room for the rest.
+    The limit is the cost of the most expensive sequence if that is more, so sequences far above an even share run at
+    the same time. Return None if the sequences do not fit.
     """
-    left, rounds = _dearest_first(costs), []
+    left, rounds = _most_expensive_first(costs), []
     for remaining in range(number, 0, -1):
         share = sum(costs[i] for i in left) / (num_ranks * remaining)
         level = max([share, *(costs[i] for i in left[:1])]) if remaining > 1 else math.inf
@@ -291,14 +292,17 @@ def fill_in_turn(lengths: Seq[int], costs: Seq[float], max_tokens: int, num_rank
 
 
 def time_of(rounds: Rounds, costs: Seq[float]) -> float:
-    """What the dearest rank of each microbatch costs, together."""
+    """Return the sum over microbatches of the cost of the slowest rank."""
     return sum(max(sum(costs[i] for i in ids) for ids in bins) for bins in rounds)
 
 
 def _spread(
     ids: Seq[int], lengths: Seq[int], costs: Seq[float], max_tokens: int, number: int, level: float = math.inf
 ) -> tuple[list[list[int]], list[int]]:
-    """`ids` in order, each into the cheapest of `number` bins with room, up to a cost of `level`; and what is left."""
+    """Put `ids`, in order, each into the cheapest of `number` bins with room, up to a cost of `level`.
+
+    Return the bins, and the sequences that are left.
+    """
     bins: list[list[int]] = [[] for _ in range(number)]
     tokens = [0] * number
     heap, left = [(0.0, i) for i in range(number)], []
@@ -318,5 +322,5 @@ def _spread(
     return bins, left
 
 
-def _dearest_first(costs: Seq[float]) -> list[int]:
+def _most_expensive_first(costs: Seq[float]) -> list[int]:
     return sorted(range(len(costs)), key=lambda i: (-costs[i], i))

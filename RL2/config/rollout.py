@@ -143,7 +143,7 @@ class Rollout:
     dynamic_filtering_rounds: Count
     """Rounds of sampling in a step at most: each after the first rolls out as many further prompts as groups are
     missing (DAPO's dynamic sampling, arXiv 2503.14476). 1: what is dropped is not replaced."""
-    filter: str | None
+    filter: str | None = None
     """path.py:function that gets the groups of a step and returns those that train (docs/own_filter.md). null: none."""
     overlong_filtering: bool
     """Leave trajectories that ran into a length limit out of training, and so out of their group's mean."""

@@ -36,8 +36,9 @@ def _package(path: str | Path) -> tuple[str, str]:
 
 
 def load_script(path: str | Path) -> ModuleType:
-    """The module of the file `path`, in a package made of its folder: it finds its siblings (`from .other import f`),
-    and other imports are as ever. Raises `ScriptError`, with the line in the script where it failed.
+    """Return the module of the file `path`, executed anew, in a package made of its folder.
+
+    So it can import its siblings (`from .other import f`). Raise `ScriptError`, with the line that failed.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,7 +62,7 @@ def load_script(path: str | Path) -> ModuleType:
 
 
 def described(error: BaseException, path: str, file: str | None) -> str:
-    """Type, first line of the message, and the last line of the script that the error passed through."""
+    """Return type and first line of `error`, and the last line of the script that it passed through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if isinstance(error, SyntaxError):
         lines.append(error.lineno)

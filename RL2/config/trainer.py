@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from RL2.config.values import Count, Index, PositiveFloat, Seed, Share
@@ -16,7 +16,7 @@ class Advantage:
     weighted, summed, and normalised over the rollout (GDPO, arXiv 2601.05242). rloo: reward minus the mean of the
     group's others. spo: the reward itself. gae: rewards to come minus the critic's estimate (PPO). path.py:function: an
     estimator of your own."""
-    args: dict[str, Any]
+    args: dict[str, Any] = field(default_factory=dict)
     """Knobs of an estimator of your own: adv.args.NAME=value."""
     gamma: Share
     """gae: discount of a reward for each token between."""

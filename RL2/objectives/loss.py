@@ -1,4 +1,4 @@
-"""What stands around every objective without a line in it: reference, engine-trainer gap, entropy, length."""
+"""Terms that are added around every objective: KL to the reference, importance weight, entropy, length penalty."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from RL2.types import TokenBatch, TokenStats
 
 
 def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
-    """Per-token estimate of KL(policy || reference) at the sampled token (Schulman, "Approximating KL divergence").
+    """Return an estimate of KL(policy || reference) at each sampled token (Schulman, "Approximating KL divergence").
 
     With d = log p_ref - log p: k1 = -d (unbiased), k2 = d^2 / 2 (biased), k3 = e^d - 1 - d (unbiased and never
-    negative). The expected gradient over p, in the loss: 0 of k1, that of KL(policy || reference) of k2, and that of
-    KL(reference || policy) of k3. As a constant in a reward or advantage: that of KL(policy || reference) of k1; of k2
-    and k3 it is of second order in d.
+    negative). In the loss, the expected gradient over p is 0 for k1, the gradient of KL(policy || reference) for k2,
+    and that of KL(reference || policy) for k3. As a constant in a reward or advantage, k1 gives the gradient of
+    KL(policy || reference); k2 and k3 give one of second order in d.
     """
     d_T = ref_logp_T - logp_T
     if estimator == "k1":
@@ -39,11 +39,11 @@ def kl_in_the_loss(
     *,
     weighted: bool,
 ) -> Tensor:
-    """Return the KL term of each token: `kl_estimate`, if `weighted` times r = p / p_old.
+    """Return the KL term of each token: `kl_estimate`, multiplied by r = p / p_old if `weighted`.
 
-    `sampled_logp_T` is log p_old, of the policy that sampled the token. Weighted, k2 (r a constant) and k3 (r not, as
-    in TRL's `use_bias_correction_kl`) both have the gradient r (log p - log p_ref) dlog p, whose mean over p_old is the
-    gradient of KL(policy || reference).
+    `sampled_logp_T` is log p_old, under the policy that sampled the token. With the weight, k2 (r constant) and k3 (r
+    not constant, as in TRL's `use_bias_correction_kl`) have the gradient r (log p - log p_ref) dlog p. Its mean over
+    p_old is the gradient of KL(policy || reference).
     """
     kl_T = kl_estimate(logp_T, ref_logp_T, estimator)
     if not weighted:
@@ -60,9 +60,9 @@ def importance_weight(
     level: Literal["token", "sequence"],
     mode: Literal["truncate", "mask"],
 ) -> Tensor:
-    """p / p_engine, without gradient: corrects for tokens drawn from the engine's slightly other numbers.
+    """Return p / p_engine, without gradient: it corrects for the small difference between trainer and engine.
 
-    `logp_T` is the trainer's log-probability when the rollout arrived. `level=sequence` takes the ratio of the whole
+    `logp_T` is the trainer's log-probability under the old policy. `level=sequence` takes the ratio of the whole
     sequence, the product over its actions, at each of them. A ratio above `cap` becomes `cap` (`truncate`, truncated
     importance sampling, Ionides 2008) or 0 (`mask`).
     """
@@ -72,15 +72,15 @@ def importance_weight(
         log_ratio_T = log_ratio_T.new_zeros(batch.num_sequences).index_add_(0, batch.sequence_T, log_ratio_T)[
             batch.sequence_T
         ]
-    ratio_T = log_ratio_T.exp()  # inf for a long sequence, of which a product with 0 would be NaN
+    ratio_T = log_ratio_T.exp()  # may be inf for a long sequence; multiplied by 0 that would be NaN
     return ratio_T.clamp(max=cap) if mode == "truncate" else ratio_T.masked_fill(ratio_T > cap, 0.0)
 
 
 def overlong_penalty(batch: TokenBatch, *, max_new_tokens: int, buffer: int, penalty: float) -> Tensor:
-    """What a response pays for its length, at the last action of its sequence, [T].
+    """Return the penalty of each response for its length, at the last action of its sequence, [T].
 
-    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): nothing up to `max_new_tokens - buffer` tokens,
-    then linearly more, up to `penalty` at `max_new_tokens`.
+    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): 0 up to `max_new_tokens - buffer` tokens, then
+    rising linearly to `penalty` at `max_new_tokens`.
     """
     sequence_T, action_T = batch.sequence_T, batch.action_T
     tokens_B = torch.zeros_like(batch.lengths_B).index_add_(0, sequence_T, action_T.long())
@@ -93,8 +93,8 @@ def overlong_penalty(batch: TokenBatch, *, max_new_tokens: int, buffer: int, pen
 def with_weights(batch: TokenBatch, config: Actor) -> TokenBatch:
     """Return the global minibatch of one optimizer step with its weights.
 
-    With `regularize_on=all` every action has a weight, that of an average over all, and `objective_factor_T` makes of
-    it the weight of the objective, which is 0 at tokens that do not train.
+    With `regularize_on=all` every action has the weight of an average over all actions. `objective_factor_T` is then
+    the factor from this weight to that of the objective; it is 0 at tokens that do not train.
     """
     weight_T = loss_weights(
         batch,
@@ -114,10 +114,10 @@ def with_weights(batch: TokenBatch, config: Actor) -> TokenBatch:
 
 
 def total_loss(stats: TokenStats, batch: TokenBatch, config: Actor, objective: BoundObjective) -> Loss:
-    """The objective and what stands around it: importance weight, KL to the reference, entropy."""
+    """Return the loss of each token, [T], with importance weight, KL to the reference and entropy; and the metrics."""
     logp_T, entropy_T = stats.logp, stats.entropy
     loss_T, metrics = objective.loss(stats, batch)
-    # the policy's own log-probability when the rollout arrived
+    # log-probability under the old policy
     arrived_T = logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T
     if config.tis_coef > 0:
         weight_T = importance_weight(
@@ -131,7 +131,7 @@ def total_loss(stats: TokenStats, batch: TokenBatch, config: Actor, objective: B
         metrics = metrics | {"kl": kl_estimate(logp_T, batch.ref_logp_T, kl.used_estimator)}
         if kl.type == "loss":
             sampled_T = arrived_T
-            if batch.age_T is not None:  # older weights sampled it, and what they said is the engine's word
+            if batch.age_T is not None:  # older weights sampled it; only the engine has their log-probability
                 assert batch.engine_logp_T is not None
                 sampled_T = torch.where(batch.age_T > 0, batch.engine_logp_T, arrived_T)
             loss_T = loss_T + kl.coef * kl_in_the_loss(
@@ -145,17 +145,17 @@ def total_loss(stats: TokenStats, batch: TokenBatch, config: Actor, objective: B
 
 
 def by_token(stats: TokenStats, actions: TokenBatch, config: Actor, objective: BoundObjective) -> tuple[Tensor, Tensor]:
-    """What each action adds to the loss of a step, and asks of its own log-probability; both [T], without gradient.
+    """Return loss_T, and how the loss of the step changes with the log-probability of each action; both [T], detached.
 
-    `actions` is what an objective sees, with `weight_T`. The first is loss_T. The second is the derivative of
-    -(loss_T * weight_T).sum() by logp: by how much the loss falls as the sampled token's log-probability rises.
-    log(1 - p) moves with it; the other statistics stand still.
+    `actions` is a batch of actions with `weight_T`. The second tensor is the derivative of -(loss_T * weight_T).sum()
+    with respect to logp: how much the loss falls as the log-probability of the sampled token rises. log(1 - p) changes
+    with it, and the other statistics are held constant.
     """
     assert actions.weight_T is not None
     logp_T = stats.logp.detach().clone().requires_grad_()
     leaves = vars(stats) | {"logp": logp_T}
     if "log1mp" in leaves:
-        # its value as it is, its slope that of log(1 - exp(logp))
+        # the given value, with the slope of log(1 - exp(logp))
         slope_T = -bounded(logp_T.detach() - stats.log1mp).exp()
         leaves["log1mp"] = stats.log1mp + slope_T * (logp_T - logp_T.detach())
     loss_T, _ = total_loss(TokenStats(**leaves), actions, config, objective)

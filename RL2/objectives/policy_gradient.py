@@ -1,8 +1,8 @@
 """The policy-gradient family: objectives on rollouts with advantages.
 
-Notation: A is the advantage of the token, p_a its probability, and r = p_a / p_a_old, where p_a_old was the policy's
-own probability when the rollout arrived; on the first of its updates r is 1. All gradients with respect to the logits
-are multiples of e_a - p, the gradient of log p_a.
+Notation: A is the advantage of the token, p_a its probability, and r = p_a / p_a_old, where p_a_old is the probability
+under the old policy; on the first update of a rollout r is 1. All gradients with respect to the logits are multiples of
+e_a - p, the gradient of log p_a.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _advantage(batch: TokenBatch) -> Tensor:
 
 
 def _log_ratio(logp_T: Tensor, batch: TokenBatch) -> Tensor:
-    """log r."""
+    """Return log r, [T]."""
     return logp_T - (logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T)
 
 
@@ -38,18 +38,19 @@ def _clamp(ratio_T: Tensor, clip: float, clip_high: float | None) -> Tensor:
 
 
 def _sequence_mean(x_T: Tensor, batch: TokenBatch) -> Tensor:
-    """The mean over its sequence, at each token."""
+    """Return the mean of each sequence, at each of its tokens, [T]."""
     sum_B = x_T.new_zeros(batch.num_sequences).index_add(0, batch.sequence_T, x_T)
     return (sum_B / batch.lengths_B.clamp(min=1))[batch.sequence_T]
 
 
 def reinforce_gradient(p_TV: Tensor, batch: TokenBatch) -> Tensor:
+    """Return the gradient of `reinforce` with respect to the logits, [T, V]."""
     return -_advantage(batch)[:, None] * dlogp(p_TV, batch.labels_T)
 
 
 @needs("logp", gradient=reinforce_gradient)
 def reinforce(stats: TokenStats, batch: TokenBatch) -> Loss:
-    """-A log p_a (Williams 1992).
+    """Return -A log p_a (Williams 1992).
 
     Gradient: -A (e_a - p). Zero where A = 0 or p_a = 1.
     """
@@ -64,6 +65,7 @@ def ppo_gradient(
     clip_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
+    """Return the gradient of `ppo` with respect to the logits, [T, V]."""
     advantage_T, ratio_T = _advantage(batch), _ratio(_log_ratio(prob(p_TV, batch.labels_T).log(), batch))
     free_T = ratio_T * advantage_T <= _clamp(ratio_T, clip, clip_high) * advantage_T
     if dual_clip is not None:
@@ -80,7 +82,7 @@ def ppo(
     clip_high: PositiveFloat | None = None,
     dual_clip: Annotated[float, Range(1, open_low=True)] | None = None,
 ) -> Loss:
-    """-min(r A, clamp(r, 1 - clip, 1 + clip_high) A) (PPO, Schulman et al. 2017, equation 7).
+    """Return -min(r A, clamp(r, 1 - clip, 1 + clip_high) A) (PPO, Schulman et al. 2017, equation 7).
 
     `clip_high` is `clip` unless it is given: 0.28 is DAPO's clip-higher (arXiv 2503.14476). With `dual_clip` the loss
     of a token with A < 0 is at most -dual_clip A (1912.09729). Gradient: -r A (e_a - p); zero where the ratio has left
@@ -95,6 +97,7 @@ def ppo(
 
 
 def gspo_gradient(p_TV: Tensor, batch: TokenBatch, *, clip: float = 3e-4, clip_high: float | None = None) -> Tensor:
+    """Return the gradient of `gspo` with respect to the logits, [T, V]."""
     log_ratio_T = _log_ratio(prob(p_TV, batch.labels_T).log(), batch)
     ratio_T, advantage_T = _ratio(_sequence_mean(log_ratio_T, batch)), _advantage(batch)
     free_T = ratio_T * advantage_T <= _clamp(ratio_T, clip, clip_high) * advantage_T
@@ -107,12 +110,12 @@ def gspo_gradient(p_TV: Tensor, batch: TokenBatch, *, clip: float = 3e-4, clip_h
 def gspo(
     stats: TokenStats, batch: TokenBatch, *, clip: PositiveFloat = 3e-4, clip_high: PositiveFloat | None = None
 ) -> Loss:
-    """-min(s A, clamp(s, 1 - clip, 1 + clip_high) A), s = exp(mean of log r over the actions of the sequence).
+    """Return -min(s A, clamp(s, 1 - clip, 1 + clip_high) A), s = exp(mean of log r over the actions of the sequence).
 
-    GSPO (arXiv 2507.18071, equations 5 and 7), run there with 3e-4 and 4e-4; `clip_high` is `clip` unless it is given.
-    Its average is `actor.avg_level=sequence`. Gradient of the sum over a sequence of n tokens:
-    -s (sum of A) / n (e_a - p) at each of them; the tokens where s has left the trust region in the direction of A are
-    not in the sum.
+    GSPO (arXiv 2507.18071, equations 5 and 7), with 3e-4 and 4e-4 in the paper; `clip_high` is `clip` unless it is
+    given. The paper averages as `actor.avg_level=sequence` does. Gradient of the sum over a sequence of n tokens:
+    -s (sum of A) / n (e_a - p) at each of them, without the tokens where s has left the trust region in the direction
+    of A.
     """
     ratio_T, advantage_T = _ratio(_sequence_mean(_log_ratio(stats.logp, batch), batch)), _advantage(batch)
     free_T, clipped_T = ratio_T * advantage_T, _clamp(ratio_T, clip, clip_high) * advantage_T
@@ -120,6 +123,7 @@ def gspo(
 
 
 def cispo_gradient(p_TV: Tensor, batch: TokenBatch, *, ratio_min: float = 0.0, ratio_max: float = 5.0) -> Tensor:
+    """Return the gradient of `cispo` with respect to the logits, [T, V]."""
     ratio_T = _ratio(_log_ratio(prob(p_TV, batch.labels_T).log(), batch)).clamp(ratio_min, ratio_max)
     return (-ratio_T * _advantage(batch))[:, None] * dlogp(p_TV, batch.labels_T)
 
@@ -128,10 +132,10 @@ def cispo_gradient(p_TV: Tensor, batch: TokenBatch, *, ratio_min: float = 0.0, r
 def cispo(
     stats: TokenStats, batch: TokenBatch, *, ratio_min: NonNegative = 0.0, ratio_max: PositiveFloat = 5.0
 ) -> Loss:
-    """-w A log p_a with the constant w = clamp(r, ratio_min, ratio_max).
+    """Return -w A log p_a with the constant w = clamp(r, ratio_min, ratio_max).
 
     CISPO (arXiv 2506.13585, equations 4 and 5): the weight is clipped, never the update. The paper has no lower bound
-    and names no upper one; 5 is that of 2510.13786. Gradient: -w A (e_a - p). Zero where A = 0 or p_a = 1.
+    and gives no upper one; 5 is from 2510.13786. Gradient: -w A (e_a - p). Zero where A = 0 or p_a = 1.
     """
     ratio_T = _ratio(_log_ratio(stats.logp, batch)).detach()
     weight_T = ratio_T.clamp(ratio_min, ratio_max)
@@ -139,6 +143,7 @@ def cispo(
 
 
 def sapo_gradient(p_TV: Tensor, batch: TokenBatch, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
+    """Return the gradient of `sapo` with respect to the logits, [T, V]."""
     advantage_T, ratio_T = _advantage(batch), _ratio(_log_ratio(prob(p_TV, batch.labels_T).log(), batch))
     tau_T = torch.full_like(advantage_T, tau_neg).masked_fill(advantage_T > 0, tau_pos)
     gate_T = (tau_T * (ratio_T - 1)).sigmoid()
@@ -147,11 +152,10 @@ def sapo_gradient(p_TV: Tensor, batch: TokenBatch, *, tau_pos: float = 1.0, tau_
 
 @needs("logp", gradient=sapo_gradient)
 def sapo(stats: TokenStats, batch: TokenBatch, *, tau_pos: PositiveFloat = 1.0, tau_neg: PositiveFloat = 1.05) -> Loss:
-    """-(4 / tau) sigmoid(tau (r - 1)) A, tau being `tau_pos` where A > 0 and `tau_neg` elsewhere.
+    """Return -(4 / tau) sigmoid(tau (r - 1)) A, where tau is `tau_pos` if A > 0 and `tau_neg` otherwise.
 
-    SAPO (arXiv 2511.20347). Gradient, with the gate g = sigmoid(tau (r - 1)):
-    -4 g (1 - g) r A (e_a - p), which is REINFORCE's at r = 1 and fades on both sides of it: no token is cut off, and
-    none far from r = 1 pulls hard. Zero where A = 0 or p_a = 1.
+    SAPO (arXiv 2511.20347). Gradient, with the gate g = sigmoid(tau (r - 1)): -4 g (1 - g) r A (e_a - p). It equals
+    that of REINFORCE at r = 1 and decays smoothly on both sides, without a cut-off. Zero where A = 0 or p_a = 1.
     """
     ratio_T, advantage_T = _ratio(_log_ratio(stats.logp, batch)), _advantage(batch)
     tau_T = torch.full_like(advantage_T, tau_neg).masked_fill(advantage_T > 0, tau_pos)

@@ -1,9 +1,8 @@
-"""Losses on pairs: one response was chosen, the other rejected. A pair is a group; the chosen one has reward 1.
+"""Losses on pairs of a chosen and a rejected response. A pair is a group; the chosen response has reward 1.
 
-The loss of a pair stands at every token of both its sequences, and `packing.sequence_weights` gives half its weight to
-the last token of each: a pair counts once. Pure functions on action tokens, as all objectives; the metrics too are of
-the pair, so that their mean is one over pairs. A sequence without its partner (an idle process has one, of weight 0)
-has a finite loss.
+The loss of a pair is at every token of both sequences, and `packing.sequence_weights` gives half its weight to the last
+token of each, so a pair counts once. The metrics are also those of the pair, so their mean is over pairs. A sequence
+without its partner has a finite loss: an idle process runs on one, with weight 0.
 
 Notation: m is the margin of a pair, s(m) = 1 / (1 + exp(-m)), d/dx_c and d/dx_r the derivatives of its loss with
 respect to what the chosen and the rejected sequence contribute.
@@ -20,7 +19,7 @@ from RL2.types import TokenBatch, TokenStats
 
 
 class _Pairs:
-    """Finds its partner for every sequence of a batch."""
+    """The partner of every sequence of a batch."""
 
     def __init__(self, batch: TokenBatch) -> None:
         self.batch = batch
@@ -29,28 +28,28 @@ class _Pairs:
         self.number = len(groups)
 
     def sum(self, x_T: Tensor) -> Tensor:
-        """The sum over each sequence's actions, [B]."""
+        """Sum over the actions of each sequence, [B]."""
         return x_T.new_zeros(self.batch.num_sequences).index_add(0, self.batch.sequence_T, x_T)
 
     def of_pair(self, x_B: Tensor) -> Tensor:
-        """The sum over both sequences of its pair, for each sequence, [B]."""
+        """Sum over both sequences of the pair of each sequence, [B]."""
         return x_B.new_zeros(self.number).index_add(0, self.pair_B, x_B)[self.pair_B]
 
     def margin(self, x_B: Tensor) -> Tensor:
-        """x of the chosen minus x of the rejected, [B]."""
+        """Return x of the chosen minus x of the rejected response, [B]."""
         return self.of_pair(torch.where(self.chosen_B, x_B, -x_B))
 
     def at_tokens(self, loss_B: Tensor, **metrics_B: Tensor) -> Loss:
-        """What sequences have, at each of their tokens."""
+        """Return loss and metrics of each sequence at each of its tokens, [T]."""
         place_T = self.batch.sequence_T
         return loss_B[place_T], {name: x_B.detach()[place_T] for name, x_B in metrics_B.items()}
 
 
 def bradley_terry(stats: TokenStats, batch: TokenBatch) -> Loss:
-    """-log s(m), m = r_c - r_r, with r the value at a sequence's last token.
+    """Return -log s(m), m = r_c - r_r, with r the value at the last token of a sequence.
 
     Bradley and Terry 1952; as a loss of reward models, Ouyang et al. 2022 (arXiv 2203.02155), equation 1. Gradient:
-    d/dr_c = -s(-m), d/dr_r = s(-m). It has no zero: m grows for ever. Every sequence has exactly one action.
+    d/dr_c = -s(-m), d/dr_r = s(-m). It has no minimum: m grows without bound. Every sequence has exactly one action.
     """
     pairs = _Pairs(batch)
     margin_B = pairs.margin(stats.value)
@@ -58,7 +57,7 @@ def bradley_terry(stats: TokenStats, batch: TokenBatch) -> Loss:
 
 
 def _rewards(stats: TokenStats, batch: TokenBatch) -> Tensor:
-    """log(p / p_ref) of each action token."""
+    """Return log(p / p_ref) of each action token, [T]."""
     assert batch.ref_logp_T is not None
     return stats.logp - batch.ref_logp_T
 
@@ -75,7 +74,7 @@ def _reported(pairs: _Pairs, reward_B: Tensor) -> dict[str, Tensor]:
 
 @needs("logp")
 def dpo(stats: TokenStats, batch: TokenBatch, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Loss:
-    """-(1 - e) log s(m) - e log s(-m), m = beta (h_c - h_r), h the sum of log p - log p_ref over the response's tokens.
+    """Return -(1 - e) log s(m) - e log s(-m), m = beta (h_c - h_r), h the sum of log p - log p_ref over the response.
 
     DPO (arXiv 2305.18290, equation 7). e is the label smoothing: above 0 it is the conservative form of the authors'
     code, where a label is wrong with probability e. Gradient: d/dh_c = -beta (s(-m) - e), d/dh_r = beta (s(-m) - e).
@@ -90,10 +89,10 @@ def dpo(stats: TokenStats, batch: TokenBatch, *, beta: float = 0.1, label_smooth
 
 @needs("logp")
 def ipo(stats: TokenStats, batch: TokenBatch, *, beta: float = 0.1) -> Loss:
-    """(h_c - h_r - 1 / (2 beta))^2, h the mean over the response's tokens of log p - log p_ref.
+    """Return (h_c - h_r - 1 / (2 beta))^2, h the mean over the response's tokens of log p - log p_ref.
 
-    IPO (arXiv 2310.12036, equation 17, beta its tau). The paper writes h as a sum; the mean is what its results were
-    made with, according to its authors, and does not grow with the length. Gradient: d/dh_c = 2 (h_c - h_r - 1 / (2
+    IPO (arXiv 2310.12036, equation 17, beta its tau). The paper writes h as a sum; according to its authors their
+    results used the mean, which does not grow with the length. Gradient: d/dh_c = 2 (h_c - h_r - 1 / (2
     beta)), d/dh_r the negative. Zero at h_c - h_r = 1 / (2 beta). The metrics are those of `dpo`.
     """
     pairs = _Pairs(batch)

@@ -18,20 +18,22 @@ from RL2.types import TokenBatch, TokenStats
 
 
 def cross_entropy_gradient(p_TV: Tensor, batch: TokenBatch) -> Tensor:
+    """Return the gradient of `cross_entropy` with respect to the logits, [T, V]."""
     return -dlogp(p_TV, batch.labels_T)
 
 
 @needs("logp", gradient=cross_entropy_gradient)
 def cross_entropy(stats: TokenStats, batch: TokenBatch) -> Loss:
-    """Cross-entropy, -log p_a.
+    """Return the cross-entropy, -log p_a.
 
-    SFT; on successful rollouts (`positive_ce`) it is REINFORCE with the reward 1 and no baseline. Gradient: p - e_a.
-    Zero, with zero gradient, at p_a = 1 only.
+    This is SFT; on successful rollouts (`positive_ce`) it is REINFORCE with the reward 1 and no baseline.
+    Gradient: p - e_a. Zero, with zero gradient, at p_a = 1 only.
     """
     return -stats.logp, {}
 
 
 def spo_gradient(p_TV: Tensor, batch: TokenBatch, *, detach_target: bool = False) -> Tensor:
+    """Return the gradient of `spo` with respect to the logits, [T, V]."""
     a_T, m_T = batch.labels_T, p_TV.argmax(-1)
     p_a, p_m, rest_a, rest_m = prob(p_TV, a_T), prob(p_TV, m_T), others(p_TV, a_T), others(p_TV, m_T)
     gradient_TV = ((p_a - p_m) / rest_a)[:, None] * dlogp(p_TV, a_T)
@@ -42,7 +44,7 @@ def spo_gradient(p_TV: Tensor, batch: TokenBatch, *, detach_target: bool = False
 
 @needs("logp", "log1mp", "max_logp", "max_log1mp", gradient=spo_gradient)
 def spo(stats: TokenStats, batch: TokenBatch, *, detach_target: bool = False) -> Loss:
-    """KL(Bern(p_m) || Bern(p_a)) = p_m log(p_m / p_a) + (1 - p_m) log((1 - p_m) / (1 - p_a)).
+    """Return KL(Bern(p_m) || Bern(p_a)) = p_m log(p_m / p_a) + (1 - p_m) log((1 - p_m) / (1 - p_a)).
 
     Thesis, sections 3.1 and 3.2 (they differ in `actor.average_over`). Zero, with zero gradient, where a = m.
     Gradient: (p_a - p_m) / (p_a (1 - p_a)) dp_a + log(p_m (1 - p_a) / (p_a (1 - p_m))) dp_m; `detach_target` drops the
@@ -55,11 +57,12 @@ def spo(stats: TokenStats, batch: TokenBatch, *, detach_target: bool = False) ->
     loss_T = max_logp.exp() * (max_logp - logp) + max_log1mp.exp() * (max_log1mp - log1mp)
     if not detach_target:
         return loss_T, off_mode
-    # a = m: the detached target is the token itself, and the exact zero is worth more than a rounded one
+    # where a = m the loss is 0; an exact zero is better than a rounded one
     return torch.where(logp == max_logp, loss_T.detach() * 0, loss_T), off_mode
 
 
 def binary_jsd_gradient(p_TV: Tensor, batch: TokenBatch, *, detach_target: bool = False) -> Tensor:
+    """Return the gradient of `binary_jsd` with respect to the logits, [T, V]."""
     a_T, m_T = batch.labels_T, p_TV.argmax(-1)
     p_a, p_m, rest_a, rest_m = prob(p_TV, a_T), prob(p_TV, m_T), others(p_TV, a_T), others(p_TV, m_T)
     odds_T = (p_a + p_m) / (rest_a + rest_m)  # of Bern(M)
@@ -71,8 +74,9 @@ def binary_jsd_gradient(p_TV: Tensor, batch: TokenBatch, *, detach_target: bool 
 
 @needs("logp", "log1mp", "max_logp", "max_log1mp", gradient=binary_jsd_gradient)
 def binary_jsd(stats: TokenStats, batch: TokenBatch, *, detach_target: bool = False) -> Loss:
-    """JSD(Bern(p_m), Bern(p_a)) = KL(Bern(p_m) || Bern(M)) / 2 + KL(Bern(p_a) || Bern(M)) / 2, M = (p_m + p_a) / 2.
+    """Return JSD(Bern(p_m), Bern(p_a)).
 
+    JSD = KL(Bern(p_m) || Bern(M)) / 2 + KL(Bern(p_a) || Bern(M)) / 2 with M = (p_m + p_a) / 2.
     The Jensen-Shannon form of `spo`, at most log 2. Zero, with zero gradient, where a = m. Gradient, with the log-odds
     l(p) = log(p / (1 - p)): (l(p_a) - l(M)) / 2 dp_a + (l(p_m) - l(M)) / 2 dp_m; `detach_target` drops the second term.
     As p_a goes to 0 the first term vanishes; that of `spo` goes to -p_m (e_a - p).
@@ -89,6 +93,7 @@ Region = Literal["above_half", "all", "below_half"]
 
 
 def spo_0p5_gradient(p_TV: Tensor, batch: TokenBatch, *, region: Region = "above_half") -> Tensor:
+    """Return the gradient of `spo_0p5` with respect to the logits, [T, V]."""
     p_a, rest_a = prob(p_TV, batch.labels_T), others(p_TV, batch.labels_T)
     inside_T = {"above_half": p_a > 0.5, "all": p_a > -1, "below_half": p_a <= 0.5}[region]
     return (inside_T * (p_a - rest_a) / (2 * rest_a))[:, None] * dlogp(p_TV, batch.labels_T)
@@ -96,7 +101,7 @@ def spo_0p5_gradient(p_TV: Tensor, batch: TokenBatch, *, region: Region = "above
 
 @needs("logp", "log1mp", gradient=spo_0p5_gradient)
 def spo_0p5(stats: TokenStats, batch: TokenBatch, *, region: Region = "above_half") -> Loss:
-    """KL(Bern(1/2) || Bern(p_a)) = -(log p_a + log(1 - p_a)) / 2 + log(1/2), on the tokens of `region`.
+    """Return KL(Bern(1/2) || Bern(p_a)) = -(log p_a + log(1 - p_a)) / 2 + log(1/2), on the tokens of `region`.
 
     Thesis, section 3.3. Zero, with zero gradient, at p_a = 1/2. Gradient: (2 p_a - 1) / (2 (1 - p_a)) (e_a - p): a step
     against it moves p_a towards a half, from above and from below. `above_half` keeps log p_a > log(1/2) only, as the

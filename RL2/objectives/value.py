@@ -1,6 +1,6 @@
-"""What a critic minimises: a pure function on action tokens, as all objectives.
+"""The loss of a critic: a pure function of action tokens, like objectives.
 
-Notation: v is the critic's value before the token, v_old what it was when the rollout arrived, R the return.
+Notation: v is the critic's value before the token, v_old the value under the critic before the update, R the return.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from RL2.types import TokenBatch, TokenStats
 
 
 def clipped_value(stats: TokenStats, batch: TokenBatch, *, clip: float) -> Loss:
-    """max((v - R)^2, (clamp(v, v_old - clip, v_old + clip) - R)^2) / 2.
+    """Return max((v - R)^2, (clamp(v, v_old - clip, v_old + clip) - R)^2) / 2.
 
-    The value loss of PPO's first code (OpenAI Baselines, ppo2), which the paper does not have; studied in arXiv
-    2005.12729. Gradient with respect to v: v - R; zero where v has moved further than `clip` away from v_old and is
-    nearer to R than the clamped value.
+    The value loss of OpenAI Baselines' ppo2, which is not in the paper of PPO; studied in arXiv 2005.12729. Gradient
+    with respect to v: v - R; zero where v is further than `clip` from v_old and nearer to R than the clamped value.
     """
     assert batch.value_T is not None
     assert batch.return_T is not None

@@ -1,6 +1,6 @@
-"""One step of a run again, through several objectives: what each would have done with the same rollouts and weights.
+"""Replay one step of a run with several objectives: gradients of each on the same rollouts and weights.
 
-`trainer.replay_freq` keeps steps for it. Shapes: T positions of a batch, N actions among them.
+`trainer.replay_freq` keeps steps for it. Shape letters: T positions of a batch, N actions among them.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from RL2.workers.actor import Actor, wanted_stats
 
 @dataclass(frozen=True)
 class Replayed:
-    """What one objective makes of the step."""
+    """The effect of one objective in the step."""
 
     title: str
     loss: float
     norm: float
     """Euclidean norm of the gradient over all weights."""
     tokens: int
-    """How many train."""
+    """Number of tokens that train."""
     entropy: float
     """First-order change of the mean entropy, in nats, for a step of length 1 in weight space along the descent."""
     correct: float
@@ -57,7 +57,7 @@ class Replayed:
     wrong: float
     """The same for those without a reward."""
     weight_N: Tensor
-    """Of each action: by how much the loss falls as the sampled token's log-probability rises, other tokens' apart."""
+    """For each action, how much the loss falls as the log-probability of the sampled token alone rises."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,16 @@ class Replay:
     step: int
     objectives: list[Replayed]
     cosines: dict[tuple[str, str], float]
-    """Between the gradients of two of them."""
+    """Cosine between the gradients of two objectives."""
 
 
 def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) -> Replay:
-    """The step `step` of the run in `run` through each of `wanted`: "NAME [KEY=VALUE ...]".
+    """Return the effect of each objective of `wanted`, "NAME [KEY=VALUE ...]", in the step `step` of the run in `run`.
 
-    A NAME is an objective as of `actor.objective`. It trains on correct rollouts if it reads no advantages, or on all:
-    with the run's own advantages or, where those are the rewards themselves, with rewards less their group's mean.
-    KEY=VALUE changes the run's configuration. For one process. Raises UserError for what is not there.
+    NAME is a value of `actor.objective`. An objective that reads no advantages trains on correct rollouts. Another one
+    trains on all, with the advantages of the run, or with rewards minus the mean of their group if those have no
+    baseline. KEY=VALUE changes the configuration of the run. Runs on one process. Raise UserError for a step, an
+    objective or a key that does not exist.
     """
     folder = replay_folder(run, step)
     if not (folder / REPLAY_BATCH).is_file():
@@ -113,14 +114,14 @@ def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) ->
 
 
 def save(replayed: Replay, file: Path) -> None:
-    """As JSON, the weights of all tokens included."""
+    """Write the replay as JSON, with the weights of all tokens."""
     objectives = [vars(one) | {"weight_N": one.weight_N.tolist()} for one in replayed.objectives]
     cosines = [{"of": a, "and": b, "cosine": value} for (a, b), value in replayed.cosines.items()]
     file.write_text(json.dumps({"step": replayed.step, "objectives": objectives, "cosines": cosines}))
 
 
 def table(replayed: Replay) -> Group:
-    """To read: what each objective does, and the cosines between their gradients."""
+    """Return tables for the terminal: the effect of each objective, and the cosines between their gradients."""
     what = Table(title=f"step {replayed.step}, a step of length 1 against each gradient", title_justify="left")
     for heading in ("objective", "loss", "norm", "tokens", "entropy", "log p correct", "log p wrong"):
         what.add_column(heading, justify="left" if heading == "objective" else "right")
@@ -139,7 +140,7 @@ def table(replayed: Replay) -> Group:
 
 
 def read_batch(file: Path) -> TokenBatch:
-    """Raises UserError if it is not the batch of a run."""
+    """Return the batch in `file`. Raise UserError if it is not the batch of a run."""
     try:
         return TokenBatch(**load_file(file))
     except (OSError, SafetensorError, TypeError) as error:
@@ -147,9 +148,9 @@ def read_batch(file: Path) -> TokenBatch:
 
 
 def run_config(run: Path, folder: Path, title: str) -> RLConfig:
-    """The configuration of the run in `run`, with the objective and the overrides of `title` and the model in `folder`.
+    """Return the configuration of `run` with the objective and the overrides of `title`, and the model in `folder`.
 
-    Raises UserError for one that is not there or does not fit.
+    Raise UserError if the file is missing, or if a setting does not fit.
     """
     try:
         name, *overrides = shlex.split(title)
@@ -159,14 +160,14 @@ def run_config(run: Path, folder: Path, title: str) -> RLConfig:
     keys = {override.partition("=")[0] for override in overrides}
     try:
         fresh: Any = OmegaConf.to_container(OmegaConf.load(file))
-        # what belongs to the run's own objective
+        # settings of the objective of the run
         fresh["actor"] |= {"objective": name, "objective_args": {}, "clip": None}
         fresh["actor"]["path"] = dict.fromkeys(fresh["actor"]["path"])
         values: Any = OmegaConf.to_container(OmegaConf.merge(fresh, given))
         values["actor"] |= {"model_name": str(folder), "ddp_size": 1, "sp_size": 1, "tp_size": 1}
-        values["actor"]["lora"]["rank"] = 0  # what was kept has the adapters in it
+        values["actor"]["lora"]["rank"] = 0  # the adapters are merged into the kept weights
         values["rollout"]["model_name"] = values["ref_actor"]["model_name"] = str(folder)
-    except Exception as error:  # of YAML's, of OmegaConf's, of groups that are no groups
+    except Exception as error:  # errors of YAML and OmegaConf, and of keys that should be groups
         raise UserError(f"{file} is not the configuration of an RL run: {first_line(error)}") from error
     config: RLConfig = build(RLConfig, values, "")
     on_all = reads_advantages(configured(config.actor))
@@ -201,7 +202,7 @@ def _gradient(
     loss: Callable[[TokenStats, TokenBatch], Loss],
     request: StatsRequest,
 ) -> list[Tensor]:
-    """Of (loss_T * weight_T).sum(), on the CPU."""
+    """Return the gradient of (loss_T * weight_T).sum(), on the CPU."""
     actor.optimizer.zero_grad()
     actor.backward(batch, loss, request)
     return [
@@ -220,7 +221,7 @@ def _loss(config: ActorConfig) -> Callable[[TokenStats, TokenBatch], Loss]:
 
 
 def _weights_of_tokens(actor: Actor, batch: TokenBatch, config: ActorConfig) -> tuple[float, Tensor]:
-    """The loss, and what it asks of the log-probability of each action (`by_token`)."""
+    """Return the loss, and the effect of the log-probability of each action on it (`by_token`)."""
     stats = actor.stats(batch, wanted_stats(config), config.max_inference_length_per_device).at(batch.action_T)
     actions = batch.positions(batch.action_T)
     assert actions.weight_T is not None
@@ -241,6 +242,6 @@ def _mean(batch: TokenBatch, chosen_T: Tensor) -> TokenBatch:
 
 
 def _of_sequences(batch: TokenBatch, chosen_B: Tensor) -> TokenBatch:
-    """Weights that add up the actions of each chosen sequence, and average over these."""
+    """Return `batch` with weights that sum over the actions of each chosen sequence and average over sequences."""
     chosen_T = batch.action_T & chosen_B[batch.sequence_T]
     return batch.with_(weight_T=chosen_T.float() / max(1, int(chosen_B.sum())))

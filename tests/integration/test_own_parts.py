@@ -69,6 +69,27 @@ def test_all_four_train_together(world: World, parts: dict[str, Path]) -> None:
     assert run.weights.read_bytes() != world.weights.read_bytes()
 
 
+CRITIC = """
+from RL2.batch.advantages import gae
+from RL2.batch.estimator import reads
+
+
+@reads("rewards", "values")
+def mine(batch, *, lamda: float = 1.0, discount: float = 1.0):
+    return gae(batch, gamma=discount, lamda=lamda)
+"""
+
+
+def test_an_advantage_that_reads_values_gets_a_critic(world: World, tmp_path: Path) -> None:
+    """It trains to the last bit as `gae` does, whitening included."""
+    (tmp_path / "mine.py").write_text(CRITIC)
+    settings = ("adv.lamda=0.9", "adv.global_norm=true", "adv.norm_var=true", "critic.lr=1e-3", "trainer.max_steps=2")
+    ours = world.run("ppo", "adv.estimator=gae", "adv.gamma=0.8", *settings).succeeded()
+    own = world.run("ppo", f"adv.estimator={tmp_path}/mine.py:mine", "adv.args.discount=0.8", *settings).succeeded()
+    assert own.weights.read_bytes() == ours.weights.read_bytes()
+    assert own.metrics[0]["critic/loss"] == ours.metrics[0]["critic/loss"]
+
+
 MISTAKES = [
     ("adv.estimator={advantage}:other", "ppo: adv.estimator={advantage}:other: {advantage} has no function other"),
     (

@@ -1,5 +1,6 @@
 """Each objective against the formula of its source, in float64, gradients with respect to the logits included."""
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from RL2.batch.packing import pack
 from RL2.objectives.loss import kl_estimate
+from RL2.objectives.objective import needs
 from RL2.objectives.policy_gradient import ppo
 from RL2.objectives.registry import OBJECTIVES, BoundObjective, bind
 from RL2.ops.token_stats import token_stats
@@ -390,3 +392,17 @@ def test_the_table_fills_knobs_and_names_what_is_missing() -> None:
         bind("spo", {"clip": 0.2})
     with pytest.raises(ValueError, match=r"actor\.clip='wide'; expected a number"):
         bind("ppo", {"clip": "wide"})
+
+
+def test_an_objective_is_frozen_and_pickled_by_name() -> None:
+    assert (ppo.needs, ppo.top_k, OBJECTIVES["rank_jsd"].top_k) == (("logp",), None, "rank_cap")
+    assert pickle.loads(pickle.dumps(ppo)) is ppo
+    with pytest.raises(AttributeError):
+        ppo.needs = ()  # type: ignore[misc]
+
+
+def test_a_declaration_names_statistics_of_the_menu() -> None:
+    with pytest.raises(ValueError, match="no such token statistic: p; the menu is logp, log1mp"):
+        needs("p")
+    with pytest.raises(ValueError, match=r"go with @needs\(..., top_k='KNOB'\)"):
+        needs("top_logp", "top_id")

@@ -286,3 +286,12 @@ def test_labels_outside_the_vocabulary_are_refused(
         wrong_T = labels_T.index_fill(0, torch.tensor([place]), label)
         with pytest.raises(ValueError, match=rf"labels_T\[{place}\]={label} is not one of the {V} tokens"):
             token_stats(hidden_TD, head_VD, wrong_T, fields=("logp",), tp=shard, implementation=implementation)
+
+
+def test_statistics_at_some_positions() -> None:
+    stats = TokenStats(logp=torch.arange(4.0), top_id=torch.arange(8).reshape(4, 2))
+    some = stats.at(torch.tensor([True, False, False, True]))
+    assert (some.logp.tolist(), some.top_id.tolist()) == ([0, 3], [[0, 1], [6, 7]])
+    assert vars(stats.map(lambda x: x * 2)).keys() == {"logp", "top_id"}
+    with pytest.raises(AttributeError, match="was not asked for"):
+        _ = some.entropy

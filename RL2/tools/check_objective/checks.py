@@ -1,7 +1,7 @@
-"""The checks of conformance.py: each returns what it saw, or raises `Unsound` with what is wrong and what to change.
+"""The checks of an objective: each returns what it saw, or raises `Unsound` with what is wrong and what to change.
 
-Each runs at every setting of the knobs (`Subject.settings`) on the small batch of trial.py. Shape letters: T tokens,
-B sequences, V vocabulary.
+Each runs at every setting of the knobs (`Subject.settings`) on a small batch (`subject.trial`). Shape letters: T
+tokens, B sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from RL2.types import MENU
 
 
 class Unsound(Exception):
-    """A check failed; the message is the reason."""
+    """A failed check; the message is the reason."""
 
 
 def raises(function: Callable[..., Any], error: Exception) -> str:
@@ -31,13 +31,13 @@ def raises(function: Callable[..., Any], error: Exception) -> str:
 
 
 def _at(subject: Subject, setting: Setting) -> str:
-    """The start of a reason: the setting, if it is not the given one."""
+    """Return the start of a reason: the setting, if it is not the given one."""
     changed = subject.named(setting)
     return f"with {changed}: " if changed else ""
 
 
 def contract(subject: Subject) -> str:
-    """A pure function (stats, batch, *, knobs) -> (loss_T, {name: metric_T})."""
+    """Check that it is a pure function (stats, batch, *, knobs) -> (loss_T, {name: metric_T})."""
     _check_signature(subject.function)
     whole = trial(subject.vocabulary)
     cases = {
@@ -104,7 +104,7 @@ def _call(subject: Subject, setting: Setting, on: Trial, where: str) -> None:
 
 
 def statistics(subject: Subject) -> str:
-    """It reads what it declares, and declares what it reads."""
+    """Check that it reads the statistics that it declares and no others."""
     declared = set(subject.function.needs)
     inside = [name for name in MENU if name in declared | subject.read]
     if undeclared := [name for name in inside if name not in declared]:
@@ -116,7 +116,7 @@ def statistics(subject: Subject) -> str:
 
 
 def derivative(subject: Subject) -> str:
-    """The gradient that autograd finds is the derivative of the loss, with what is detached held constant."""
+    """Check that the gradient of autograd is the derivative of the loss, with detached values held constant."""
     whole = trial(subject.vocabulary)
     g = torch.Generator().manual_seed(1)
     weight_T = 0.5 + torch.rand(len(whole.hidden_TD), generator=g, dtype=torch.float64)
@@ -132,7 +132,7 @@ def derivative(subject: Subject) -> str:
 
 
 def _disagreement(subject: Subject, setting: Setting, on: Trial, weight_T: Tensor, direction_TV: Tensor) -> str:
-    """The first logits, along the label or along `direction_TV`, where autograd is not the central difference."""
+    """Return where autograd first differs from the central difference, along the label or along `direction_TV`."""
     constants, leaf_TV, step = Constants(), on.logits_TV.requires_grad_(), 1e-5
     with constants:
         loss_T, _ = subject.dense(setting, leaf_TV, on.batch)
@@ -156,7 +156,7 @@ def _disagreement(subject: Subject, setting: Setting, on: Trial, weight_T: Tenso
 
 
 def closed_form(subject: Subject) -> str:
-    """The closed form, if there is one, is what autograd finds."""
+    """Check that the closed form of the gradient, if there is one, equals autograd."""
     formula = subject.function.gradient
     if formula is None:
         return "none given"
@@ -189,7 +189,7 @@ def _compare(subject: Subject, setting: Setting, on: Trial, formula: Gradient) -
 
 
 def limits(subject: Subject) -> str:
-    """Loss and gradient stay finite in float32 where tokens are certain, impossible or tied."""
+    """Check that loss and gradient are finite in float32 where tokens are certain, impossible or tied."""
     edge, names = extremes(subject.vocabulary)
     for setting in subject.settings:
         logits_TV = edge.hidden_TD.clone().requires_grad_()
@@ -210,7 +210,7 @@ def limits(subject: Subject) -> str:
 
 
 def weights(subject: Subject) -> str:
-    """What has weight 0 gets a gradient of exactly 0."""
+    """Check that tokens and sequences of weight 0 get a gradient of exactly 0."""
     whole = trial(subject.vocabulary)
     odd_T, odd_sequence_T = torch.arange(len(whole.logits_TV)) % 2 == 1, whole.batch.sequence_T % 2 == 1
     coupled = False
@@ -240,7 +240,7 @@ def weights(subject: Subject) -> str:
 
 
 def invariance(subject: Subject, pair: Pair) -> str:
-    """Order, microbatches and processes do not matter."""
+    """Check that the order of sequences, microbatches and processes have no effect."""
     whole = trial(subject.vocabulary)
     everything = list(range(whole.batch.num_sequences))
     cuts = {
@@ -277,7 +277,7 @@ def invariance(subject: Subject, pair: Pair) -> str:
 
 
 def _per_token(subject: Subject, setting: Setting, on: Trial) -> dict[str, Tensor]:
-    """Loss, gradient and metrics, each [T, ...]."""
+    """Return loss, gradient and metrics, each [T, ...]."""
     leaf_TV = on.logits_TV.requires_grad_()
     loss_T, metrics = subject.dense(setting, leaf_TV, on.batch)
     (grad_TV,) = gradient(loss_T, torch.ones_like(loss_T), leaf_TV)
@@ -286,7 +286,7 @@ def _per_token(subject: Subject, setting: Setting, on: Trial) -> dict[str, Tenso
 
 
 def effects(subject: Subject) -> str:
-    """Every knob changes loss, gradient or metrics."""
+    """Check that every knob changes loss, gradient or metrics."""
     whole = trial(subject.vocabulary)
 
     def differ(a: Setting, b: Setting) -> bool:
@@ -299,7 +299,7 @@ def effects(subject: Subject) -> str:
                 f"no other value of the knob {knob} can be tried; annotate it with bool, int, float, Literal[...], "
                 "a range of numbers from RL2.config, or one of them | None"
             )
-        # a knob may only work together with another value of another knob
+        # a knob may only have an effect together with another one
         if not any(differ(other, other | {knob: x}) for other in subject.settings for x in values):
             tried = ", ".join(map(str, values))
             raise Unsound(f"the knob {knob} changes nothing (tried {tried}): use it or remove it")

@@ -1,8 +1,8 @@
-"""Is an objective sound? `rl2 check-objective mine.py:focal`, or in a test `assert_sound("mine.py:focal")`.
+"""Check an objective: `rl2 check-objective mine.py:focal`; in a test, `assert_sound("mine.py:focal")`.
 
-Each check (checks.py) runs at the default knobs and at others, one changed at a time, on one small batch. What it finds
-wrong it says in words that tell what to change. An objective treats a value as constant with `.detach()`; what it does
-under `torch.no_grad()` looks to the gradient check like a part of the derivative that was forgotten.
+Each check (checks.py) runs at the default knobs and with one knob changed at a time, on one small batch. A finding says
+what to change. An objective makes a value constant with `.detach()`: a value computed under `torch.no_grad()` looks to
+the gradient check like a missing part of the derivative.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from RL2.tools.check_objective.two_ranks import Pair, PairError
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """The result of one check."""
 
     name: str
     passed: bool
     reason: str
-    """What is wrong and what to change; of a check that passed, what was seen."""
+    """Fault and remedy; for a check that passed, what was seen."""
 
 
 def check(
     objective: str | Objective, given: Mapping[str, Any] | None = None, *, pair: Pair | None = None
 ) -> list[Finding]:
-    """Every check of an objective: a name of the table, `path.py:function`, or a function at the top of a module.
+    """Return a finding for each check of an objective: a built-in name, `path.py:function`, or the objective itself.
 
-    `given`: knobs that are not at their defaults. `pair`: two processes to use, for many objectives in a row. If the
-    contract is broken the other checks mean nothing and do not run. Raises ConfigError for what cannot be found.
+    `given` has the knobs that are not at their defaults. `pair` has two processes, to check many objectives in a row.
+    If the contract is broken, the other checks do not run. Raise ConfigError for an objective or a knob that cannot be
+    found.
     """
     subject = Subject(objective, dict(given or {}))
     _accept(subject)
@@ -61,7 +62,7 @@ def check(
 def assert_sound(
     objective: str | Objective, given: Mapping[str, Any] | None = None, *, pair: Pair | None = None
 ) -> None:
-    """For tests: AssertionError with a line for each check that failed."""
+    """Raise AssertionError, with a line for each check that failed; for tests."""
     failed = [finding for finding in check(objective, given, pair=pair) if not finding.passed]
     assert not failed, "\n".join(f"{finding.name}: {finding.reason}" for finding in failed)
 

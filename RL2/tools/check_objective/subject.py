@@ -1,4 +1,4 @@
-"""An objective on trial: the batch that conformance.py tries it on, its knob settings, and the ways to evaluate it.
+"""The subject of the checks: an objective, its knob settings, and the batches that it is evaluated on.
 
 Shape letters: T tokens, B sequences, V vocabulary, D hidden size.
 """
@@ -26,12 +26,12 @@ Setting = dict[str, Any]
 """Every knob of an objective with a value."""
 
 LENGTHS = (5, 1, 0, 8, 3, 7)
-"""Actions of each sequence: one has a single one, and one, of a microbatch that is cut short, has none."""
+"""Actions of each sequence, among them a single one and none at all."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A batch of actions, as objectives see it, with the hidden states and the head that its statistics come from."""
+    """A batch of actions, with the hidden states and the head that its statistics are computed from."""
 
     hidden_TD: Tensor
     head_VD: Tensor
@@ -39,25 +39,30 @@ class Trial:
 
     @property
     def logits_TV(self) -> Tensor:
+        """The logits of each token."""
         return self.hidden_TD @ self.head_VD.T
 
     def sequences(self, ids: Sequence[int]) -> Trial:
+        """Return the trial with the sequences `ids`, in that order."""
         place_T = self.batch.with_(token_ids_T=torch.arange(len(self.hidden_TD))).sequences(ids).token_ids_T
         return replace(self, hidden_TD=self.hidden_TD[place_T], batch=self.batch.sequences(ids))
 
     def fresh(self) -> Trial:
-        """As on the first update of a rollout without a reference: the fields that are None then."""
+        """Return the trial as on the first update of a rollout without a reference: some fields are None."""
         return replace(self, batch=replace(self.batch, old_logp_T=None, ref_logp_T=None, value_T=None))
 
     def single(self) -> Trial:
-        """The same in float32."""
+        """Return the trial in float32."""
         floats = {name: x.float() for name, x in self.batch.tensors().items() if x.is_floating_point()}
         return Trial(self.hidden_TD.float(), self.head_VD.float(), self.batch.with_(**floats))
 
 
 def trial(vocabulary: int) -> Trial:
-    """Flat and peaked distributions; labels from the mode to the rarest token; advantages of both signs; old, reference
-    and engine log-probabilities that differ from the present ones. The same at every call, in float64."""
+    """Return a trial in float64, the same at every call.
+
+    Distributions are flat and peaked, labels range from the mode to the rarest token, advantages have both signs, and
+    the log-probabilities of old policy, reference and engine differ from the present ones.
+    """
     g = torch.Generator().manual_seed(0)
     num_tokens = sum(LENGTHS)
     hidden_TD = torch.randn(num_tokens, 8, generator=g, dtype=torch.float64)
@@ -71,7 +76,9 @@ def trial(vocabulary: int) -> Trial:
 
     def near(scale: float) -> Tensor:
         noise_T = scale * torch.randn(num_tokens, generator=g, dtype=torch.float64)
-        noise_T[-4:] = 3.7 * scale * torch.tensor([-1, -1, 1, 1])  # far in both directions, for either advantage
+        noise_T[-4:] = (
+            3.7 * scale * torch.tensor([-1, -1, 1, 1])
+        )  # far in both directions, for advantages of either sign
         return (logp_T + noise_T).clamp(max=-1e-3)
 
     sign_T = 1 - 2 * (torch.arange(num_tokens) % 2)
@@ -89,7 +96,7 @@ def trial(vocabulary: int) -> Trial:
 
 
 def extremes(vocabulary: int) -> tuple[Trial, list[str]]:
-    """Distributions at the edge of float32, and the name of each token's: equals, certain and impossible tokens."""
+    """Return a trial with tied, certain and impossible tokens, and a description of the distribution of each token."""
     rows: list[tuple[str, Tensor, int]] = []
     for name, gap in (("1e-12", 27.7), ("1e-30", 69.1), ("1e-80", 184.3)):
         peaked = torch.zeros(vocabulary)
@@ -135,20 +142,21 @@ def _batch(labels_T: Tensor, lengths: Sequence[int]) -> TokenBatch:
 
 @dataclass(frozen=True)
 class Subject:
-    """An objective with the knob settings that it is tried at."""
+    """An objective with the settings of its knobs that it is tried at."""
 
     source: str | Objective
-    """What another process finds it by."""
+    """The name or the object by which another process finds it."""
     given: Setting
     """Knobs that are not at their defaults."""
 
     @cached_property
     def function(self) -> Objective:
+        """The objective."""
         return find(self.source) if isinstance(self.source, str) else self.source
 
     @cached_property
     def read(self) -> set[str]:
-        """Statistics that it was seen to read."""
+        """Statistics that it has read so far."""
         return set()
 
     @cached_property
@@ -159,18 +167,18 @@ class Subject:
 
     @cached_property
     def alternatives(self) -> dict[str, list[Any]]:
-        """Other values of each knob, out of its annotation."""
+        """Other values of each knob, from its annotation."""
         hints = self.function.hints
         return {knob: [*other_values(hints[knob], value, knob)] for knob, value in self.base.items()}
 
     @cached_property
     def settings(self) -> list[Setting]:
-        """The given one, and each that differs from it in one knob."""
+        """The base setting, and each that differs from it in one knob."""
         one_changed = [self.base | {knob: x} for knob, values in self.alternatives.items() for x in values]
         return [self.base, *(setting for setting in one_changed if not self._refuses(setting))]
 
     def _refuses(self, setting: Setting) -> bool:
-        """A ValueError is how an objective says that values do not go together."""
+        """Return whether the objective raises ValueError, which says that values do not go together."""
         whole = trial(self.vocabulary)
         try:
             self.dense(setting, whole.logits_TV, whole.batch)
@@ -181,32 +189,34 @@ class Subject:
         return False
 
     def named(self, setting: Setting) -> str:
-        """Where the setting differs from the given one."""
+        """Return the knobs in which the setting differs from the base setting, as text."""
         return ", ".join(f"{knob}={x}" for knob, x in setting.items() if x != self.base[knob])
 
     def top_k(self, setting: Setting) -> int:
+        """Return K of `top_logp` and `top_id` at this setting."""
         knob = self.function.top_k
         return 4 if knob is None else setting[knob]
 
     @cached_property
     def vocabulary(self) -> int:
+        """Size of a vocabulary that has room for K at every setting."""
         knob = self.function.top_k
         largest = 0 if knob is None else max([self.base[knob], *self.alternatives[knob]])
         return max(16, largest + 8)
 
     def dense(self, setting: Setting, logits_TV: Tensor, batch: TokenBatch) -> Loss:
-        """Through the dense reference, in the dtype of the logits. Notes what is read."""
+        """Return the loss on the dense reference path, in the dtype of the logits, and record what is read."""
         stats = reference_stats(logits_TV, batch.labels_T, MENU, self.top_k(setting))
         return self.function(_Watched(self.read, stats), batch, **setting)
 
     def chunked(self, setting: Setting, hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch) -> Loss:
-        """As in training. To be called when it is known what the objective reads."""
+        """Return the loss on the chunked path, as in training, with the statistics in `read`."""
         top_k = self.top_k(setting) if {"top_logp", "top_id"} & self.read else 0
         how: dict[str, Any] = {"fields": tuple(self.read), "top_k": top_k, "implementation": "chunked"}
         return self.function(token_stats(hidden_TD, head_VD, batch.labels_T, **how), batch, **setting)
 
     def sums(self, setting: Setting, on: Trial) -> dict[str, Tensor]:
-        """What training sums over microbatches and processes: loss, gradients and metrics."""
+        """Return what training sums over microbatches and processes: loss, gradients and metrics."""
         hidden_TD, head_VD = on.hidden_TD.clone().requires_grad_(), on.head_VD.clone().requires_grad_()
         loss_T, metrics = self.chunked(setting, hidden_TD, head_VD, on.batch)
         hidden, head = gradient(loss_T, torch.ones_like(loss_T), hidden_TD, head_VD)
@@ -217,6 +227,7 @@ class Subject:
 
 
 def other_values(hint: Any, value: Any, knob: str) -> Iterator[Any]:
+    """Yield other values than `value` that fit the annotation `hint` of `knob`."""
     candidates: list[Any] = []
     for part in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         kind = get_args(part)[0] if get_origin(part) is Annotated else part
@@ -243,13 +254,13 @@ def other_values(hint: Any, value: Any, knob: str) -> Iterator[Any]:
 
 
 def gradient(loss_T: Tensor, weight_T: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-    """Of (loss_T * weight_T).sum(), as in training."""
+    """Return the gradient of (loss_T * weight_T).sum(), as in training."""
     grads = torch.autograd.grad((loss_T * weight_T).sum(), leaves, allow_unused=True)
     return tuple(torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True))
 
 
 class _Watched(TokenStats):
-    """Statistics that note which of them are read."""
+    """Token statistics that record which of them are read."""
 
     def __init__(self, read: set[str], stats: TokenStats) -> None:
         super().__init__(**vars(stats))
@@ -262,9 +273,9 @@ class _Watched(TokenStats):
 
 
 class Constants(TorchFunctionMode):
-    """What `.detach()` gives: kept the first time round, and given again in the same order at every later one.
+    """Results of `.detach()`: recorded in the first evaluation, and repeated in the same order in later ones.
 
-    So finite differences see the same constants as autograd. Only `.detach()` is seen, not `torch.no_grad()`.
+    So finite differences use the same constants as autograd. `torch.no_grad()` is not recorded.
     """
 
     def __init__(self) -> None:

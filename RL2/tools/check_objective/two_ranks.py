@@ -1,4 +1,4 @@
-"""Two processes that work on an objective together, as training does: each takes some of the sequences."""
+"""Two processes that evaluate an objective together, as in training: each takes some of the sequences."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ DIED = "one of the two processes died"
 
 
 class PairError(Exception):
-    """A process of the pair failed; the message is its own."""
+    """A failure of one process of the pair; the message is its own."""
 
 
 class Pair:
-    """A gloo group of two processes that can serve any number of objectives; for use in a `with` block."""
+    """A gloo group of two processes that evaluates any number of objectives; for use in a `with` block."""
 
     def __enter__(self) -> Pair:
         self.folder = tempfile.TemporaryDirectory()
@@ -37,7 +37,7 @@ class Pair:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, Path(self.folder.name) / "store", there), daemon=True)
             process.start()
-            there.close()  # so that its death is noticed here
+            there.close()  # otherwise the death of the process is not seen here
             self.pipes.append(here)
             self.processes.append(process)
         return self
@@ -49,9 +49,9 @@ class Pair:
         self.folder.cleanup()
 
     def sums(self, subject: Subject) -> list[dict[str, Tensor]]:
-        """`Subject.sums` of the trial batch at each setting, summed over the two processes.
+        """Return `Subject.sums` of the trial batch at each setting, summed over the two processes.
 
-        Raises PairError; the two then start anew.
+        Raise PairError if a process fails; both are then started again.
         """
         try:
             return self._ask(subject.source, tuple(subject.read), subject.settings, subject.vocabulary)
@@ -61,7 +61,10 @@ class Pair:
             raise
 
     def _ask(self, *job: Any) -> Any:
-        """The answer to a job, the same of both. The first failure ends the wait: the other process may hang by it."""
+        """Return the answer to a job, which is the same from both processes.
+
+        Raise PairError at the first failure, without waiting for the other process, which may hang because of it.
+        """
         try:
             for pipe in self.pipes:
                 pipe.send(job)
