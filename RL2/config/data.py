@@ -167,15 +167,6 @@ class SupervisedData:
             raise ConfigError(f"data.test_path={self.test_path} and data.test_ratio={self.test_ratio}: choose one")
         _check_columns(self.columns, "data.columns", ("prompt", "messages", "response", "chosen", "rejected"))
 
-    def check(self, test_freq: int | None) -> None:
-        """Raise `ConfigError` unless there is a test set where there are tests."""
-        if test_freq is not None and self.test_path is None and self.test_ratio == 0:
-            raise ConfigError(f"trainer.test_freq={test_freq} needs data.test_path or data.test_ratio")
-        if test_freq is None and self.test_ratio > 0:
-            raise ConfigError(f"data.test_ratio={self.test_ratio} has no effect without trainer.test_freq")
-        if test_freq is None and self.test_path is not None:
-            raise ConfigError(f"data.test_path={self.test_path} has no effect without trainer.test_freq")
-
 
 def _check_columns(columns: dict[str, Any], key: str, known: tuple[str, ...]) -> None:
     for name, theirs in columns.items():

@@ -299,3 +299,8 @@ def num_shards(model: Trainable, world_size: int, group: str) -> int:
             f"({world_size} = ddp_size x FSDP shards x sp_size x tp_size)"
         )
     return world_size // product
+
+
+def times_sp(tokens: int, group: str, sp_size: int) -> str:
+    """Return a limit per process as text, with the number of processes that share a microbatch."""
+    return f"{tokens}" + (f" x {group}.sp_size={sp_size}" if sp_size > 1 else "")
