@@ -28,9 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from typer.main import get_command
 
 from RL2.config.legacy_keys import RULES
-from RL2.config.load import FREE_GROUPS, _keys, load, show
+from RL2.config.load import FREE_GROUPS, load, show
 from RL2.config.programs import PROGRAMS, RLConfig, SFTConfig
-from RL2.config.values import build
+from RL2.config.values import build, keys
 from RL2.errors import ConfigError
 from RL2.rollout.environment import load_environment
 from RL2.tools import sweep
@@ -48,7 +48,7 @@ FILES = ("train.jsonl", "rows.jsonl", "runs/demo/data/train.jsonl", "runs/demo/d
 """Data that commands name; what is in them does not matter here."""
 OF_OTHERS = ("python -m sglang.launch_server ", "python RL2/engines/vllm/plugin/launch.py ")
 """Servers of SGLang and vLLM; their options, which are not ours, are not checked."""
-KEYS = {program: set(_keys(cls, "")) for program, cls in PROGRAMS.items()}
+KEYS = {program: set(keys(cls)) for program, cls in PROGRAMS.items()}
 GROUPS = {
     program: {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
     for program, keys in KEYS.items()

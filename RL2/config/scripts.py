@@ -1,4 +1,4 @@
-"""A user's own Python file: an environment or an objective, loaded from where it lies."""
+"""Loading of a user's Python file, such as an environment or an objective, from its path."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from RL2.errors import UserError, one_line
 
 
 class ScriptError(UserError, ValueError):
-    """The script cannot be used at all; found when it is loaded."""
+    """A script that cannot be used; raised when it is loaded."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
 
 
 def load_script(path: str | Path) -> ModuleType:
-    """The module of the file `path`, in a package made of its folder: it finds its siblings (`from .other import f`),
-    and other imports are as ever. Raises `ScriptError`, with the line in the script where it failed.
+    """Return the module of the file `path`, in a package made of its folder.
+
+    The script can import its siblings (`from .other import f`). Raises `ScriptError`, with the line of the script that
+    failed.
     """
     path = Path(path)
     if not path.is_file():
@@ -40,14 +42,14 @@ def load_script(path: str | Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a script that would end the program ends it with a reason
+    except (Exception, SystemExit) as error:  # a script that exits is an error with a reason
         del sys.modules[name]
         raise ScriptError(f"{path} cannot be imported: {described(error, str(path), spec.origin)}") from error
     return module
 
 
 def described(error: BaseException, path: str, file: str | None) -> str:
-    """Type, first line of the message, and the last line of the script that the error passed through."""
+    """Return an error's type, the first line of its message, and the last line of the script in its traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if isinstance(error, SyntaxError):
         lines.append(error.lineno)
@@ -56,6 +58,6 @@ def described(error: BaseException, path: str, file: str | None) -> str:
 
 
 def raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise `error` in the Python code that the thread of this number runs; None takes back what is not raised yet."""
+    """Raise `error` in the thread with this identifier; None cancels an error that is not raised yet."""
     cause = None if error is None else ctypes.py_object(error)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), cause)
