@@ -30,6 +30,15 @@ def ending(command: str) -> Iterator[None]:
         sys.exit(f"rl2 {command}: {error}; `rl2 doctor` says what to install")
 
 
+def check_program(name: str) -> None:
+    """Raise ConfigError unless there is a program of this name."""
+    from RL2.config.programs import PROGRAMS
+    from RL2.errors import ConfigError
+
+    if name not in PROGRAMS:
+        raise ConfigError(f"{name}: choose one of {', '.join(PROGRAMS)}")
+
+
 @app.callback()
 def rl2() -> None:
     """Post-training for language models with torchrun and no Ray, and token-level objectives on successful rollouts."""
@@ -61,22 +70,57 @@ def train(
 ) -> None:
     """Run a program, through torchrun where it takes several processes. The command is printed first, to copy.
 
+    `rl2 keys PROGRAM` lists every KEY with its default and meaning, `rl2 config PROGRAM KEY=VALUE ...` prints the
+    configuration of a run.
+
     Example: rl2 train spo train_data.path=train.jsonl actor.model_name=Qwen/Qwen3-0.6B ... --nproc 8
     """
     import os
     import shlex
 
     with ending("train"):
-        from RL2.config.programs import PROGRAMS
-        from RL2.errors import ConfigError
-
-        if program not in PROGRAMS:
-            raise ConfigError(f"{program}: choose one of {', '.join(PROGRAMS)}")
+        check_program(program)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     dry = ["trainer.dry_run=true"] if dry_run else []
     command = [sys.executable, *launcher, "-m", f"RL2.trainer.{program}", *(settings or []), *dry]
     print(shlex.join(command), flush=True)
     os.execv(sys.executable, command)  # this process becomes it: signals and the exit code are its own
+
+
+@app.command()
+def keys(
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path")],
+    word: Annotated[str, typer.Argument(metavar="WORD", help="Only keys with this in their name or meaning.")] = "",
+) -> None:
+    """List the keys of a program with their defaults, values and meanings.
+
+    Example: rl2 keys ppo entropy
+    """
+    from rich.console import Console
+
+    with ending("keys"):
+        from RL2.tools.keys import table
+
+        check_program(program)
+        found = table(program, word)
+    (Console() if sys.stdout.isatty() else Console(width=160)).print(found)
+
+
+@app.command()
+def config(
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+) -> None:
+    """Print the configuration that settings resolve to, as YAML with the default and meaning of each key as comments.
+
+    Example: rl2 config ppo actor.lr=2e-6
+    """
+    with ending("config"):
+        from RL2.tools.keys import annotated
+
+        check_program(program)
+        text = annotated(program, settings or [])
+    print(text)
 
 
 @app.command()
