@@ -242,7 +242,7 @@ SUPERVISED_MISTAKES = [
     (
         "sft",
         ("data.columns.prompt=[1]",),
-        "data.columns.prompt=[1]; expected the name of a column, or null to leave it out",
+        "data.columns.prompt=[1]; expected the name of a column, or null to ignore it",
     ),
     (
         "dpo",

@@ -124,7 +124,7 @@ class TestData:
             if not NAME.fullmatch(name):
                 raise ConfigError(f"{key}: a test set cannot have this name; {NAME_RULE}")
             if name in ("reward", "env"):
-                raise ConfigError(f"{key}: test/{name}/ is where other metrics are; choose another name")
+                raise ConfigError(f"{key}: test/{name}/ is the prefix of other metrics; choose another name")
             _check_columns(each.columns, f"{key}.columns", ("prompt", "messages", "extra_info"))
             if each.path is None and each.prompts_per_rollout is None:
                 raise ConfigError(
@@ -182,7 +182,7 @@ def _check_columns(columns: dict[str, Any], key: str, known: tuple[str, ...]) ->
         if name not in known:
             raise ConfigError(f"{key}.{name}: there is no such column; choose one of {', '.join(known)}")
         if theirs is not None and not isinstance(theirs, str):
-            raise ConfigError(f"{key}.{name}={theirs!r}; expected the name of a column, or null to leave it out")
+            raise ConfigError(f"{key}.{name}={theirs!r}; expected the name of a column, or null to ignore it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,7 +178,7 @@ class TrainablePolicy(TrainableChat):
 
     def __post_init__(self) -> None:
         if self.lora.rank and self.tp_size > 1:
-            raise ConfigError(f"actor.lora.rank={self.lora.rank} does not go with actor.tp_size={self.tp_size}")
+            raise ConfigError(f"actor.lora.rank={self.lora.rank} needs actor.tp_size=1, and it is {self.tp_size}")
         if self.lora.rank and not self.lora.target_modules:
             raise ConfigError("actor.lora.target_modules is empty: nothing would train")
         if not self.lora.rank and self.lora.save == "adapter":

@@ -169,8 +169,8 @@ class Rollout:
     def __post_init__(self) -> None:
         if self.partial_rollout and not self.max_staleness:
             raise ConfigError(
-                f"rollout.partial_rollout={self.partial_rollout} continues what older weights began, which "
-                "rollout.max_staleness=0 forbids; set that to at least 1"
+                f"rollout.partial_rollout={self.partial_rollout} continues what older weights began, and "
+                "rollout.max_staleness=0 allows none of it; set that to at least 1"
             )
         for servers in (self.vllm, self.sglang):
             if self.engine != servers.key and (servers.urls or servers.args or servers.env):
@@ -187,9 +187,9 @@ class Rollout:
         is_cut = sampling.temperature > 0 and sampling.is_cut
         if self.engine == "sglang" and is_cut and not 0 < sampling.top_k <= SGLANG_MAX_TOP_K:
             raise ConfigError(
-                f"{key}: SGLang gives the log-probabilities of what was drawn from only with a top_k of 1 "
-                f"to {SGLANG_MAX_TOP_K} (which top_p may cut further), or without top_k and top_p; here are "
-                f"top_k={sampling.top_k} and top_p={sampling.top_p:g}"
+                f"{key} has top_k={sampling.top_k} and top_p={sampling.top_p:g}, with which SGLang does not return "
+                f"log-probabilities of the sampling distribution; set top_k to 1 to {SGLANG_MAX_TOP_K}, "
+                "or both to keep all tokens (top_k=0, top_p=1)"
             )
 
     @property

@@ -111,7 +111,7 @@ def training_at_another_temperature(actor: Actor, rollout: Rollout) -> None:
     if actor.temperature != rollout.train_sampling_params.temperature:
         raise ConfigError(
             f"actor.temperature={actor.temperature} is not rollout.train_sampling_params.temperature="
-            f"{rollout.train_sampling_params.temperature}: it would train on a distribution it did not draw from"
+            f"{rollout.train_sampling_params.temperature}: training and sampling would differ"
         )
 
 
@@ -212,8 +212,8 @@ def kl_in_the_reward_of_gdpo(actor: Actor, adv: Advantage) -> None:
     """Refuse actor.kl.type=reward with adv.estimator=gdpo."""
     if adv.estimator == "gdpo" and actor.kl.coef > 0 and actor.kl.type == "reward":
         raise ConfigError(
-            "actor.kl.type=reward with adv.estimator=gdpo: parts of a reward are normalised one by one, and a KL "
-            "divergence is none of them; set actor.kl.type=advantage or loss"
+            "actor.kl.type=reward with adv.estimator=gdpo: parts of a reward are normalised one by one, and the KL "
+            "divergence is not one of them; set actor.kl.type=advantage or loss"
         )
 
 
@@ -234,7 +234,7 @@ def baseline_of_a_single_response(adv: Advantage, train_data: TrainData) -> None
     compares = adv.estimator in ("reinforce", "gdpo", "rloo")
     if compares and train_data.prompts_per_rollout * train_data.responses_per_prompt == 1:
         raise ConfigError(
-            f"adv.estimator={adv.estimator} compares a response with others, and there is one a step; raise "
+            f"adv.estimator={adv.estimator} compares a response with others, and a step has only one; raise "
             "train_data.responses_per_prompt or train_data.prompts_per_rollout"
         )
 
@@ -271,7 +271,7 @@ def curriculum_without_rows(train_data: TrainData) -> None:
     if train_data.path is None and train_data.curriculum != "none":
         raise ConfigError(
             f"train_data.curriculum={train_data.curriculum} needs train_data.path: tasks that the environment "
-            "makes up never come back"
+            "makes up never occur again"
         )
 
 

@@ -147,7 +147,7 @@ def _group(cls: type, value: Any, key: str) -> Any:
     if unknown := sorted(f"{prefix}{name}" for name in set(value) - set(hints)):
         raise ConfigError(f"nothing reads {', '.join(unknown)}")
     if missing := [f.name for f in fields(cls) if f.name not in value and needs_value(f)]:
-        raise ConfigError(f"{', '.join(prefix + name for name in missing)}: this configuration lacks a value")
+        raise ConfigError(f"{', '.join(prefix + name for name in missing)}: missing in the configuration")
     given = [f.name for f in fields(cls) if f.name in value]
     return cls(**{name: build(hints[name], value[name], prefix + name) for name in given})
 

@@ -77,9 +77,11 @@ def train(
     """
     import os
     import shlex
+    from importlib import import_module
 
     with ending("train"):
         check_program(program)
+        import_module("RL2.config.load")  # a package that is not installed is named here, not in a traceback
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     dry = ["trainer.dry_run=true"] if dry_run else []
     command = [sys.executable, *launcher, "-m", f"RL2.trainer.{program}", *(settings or []), *dry]
