@@ -122,7 +122,8 @@ def table(program: str, word: str = "") -> Table:
 def annotated(program: str, overrides: Sequence[str]) -> str:
     """Return the resolved configuration as YAML, with the meaning and the default of each key as a comment.
 
-    If keys are missing, these are ??? and interpolations stay as they are. Raises ConfigError for other mistakes.
+    While required keys are missing, these are ???, interpolations stay as they are, and values are not checked. Raises
+    ConfigError for any other mistake.
     """
     cls = PROGRAMS[program]
     tree, values = loading.composed(program, overrides)
