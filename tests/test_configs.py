@@ -10,14 +10,16 @@ import sys
 import typing
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from RL2.config import data, model, programs, rollout, trainer
+from RL2.config import data, model, programs, rollout, rules, trainer
 from RL2.config.here import check_here
-from RL2.config.load import load, show
+from RL2.config.load import composed, load, show
 from RL2.config.programs import PROGRAMS, RLConfig, trained
+from RL2.config.values import defaults
 from RL2.errors import ConfigError
 from RL2.trainer.estimator_rules import check_estimator
 
@@ -71,9 +73,43 @@ def test_what_the_minimum_lacks_is_asked_for(program: str, missing: int) -> None
     assert str(caught.value) == f"{key} is not set; pass {key}=..."
 
 
+def test_all_that_the_minimum_lacks_is_asked_for_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("sft", SFT[1:3])
+    assert str(caught.value) == (
+        "3 keys are not set; pass data.path=... actor.max_length_per_device=... trainer.experiment_name=... "
+        "(`rl2 keys sft` explains them)"
+    )
+
+
 def test_every_program_has_a_yaml_and_a_module() -> None:
     assert {path.stem for path in YAMLS.glob("*.yaml")} == set(PROGRAMS)
     assert all((ROOT / "RL2" / "trainer" / f"{program}.py").is_file() for program in PROGRAMS)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_yaml_has_only_what_its_program_changes(program: str) -> None:
+    given: Any = OmegaConf.to_container(OmegaConf.load(YAMLS / f"{program}.yaml"))
+    base = given.pop("defaults")[0]
+    before = composed(base, [])[0] if base in PROGRAMS else defaults(PROGRAMS[program])
+    if base not in PROGRAMS:
+        assert base == PROGRAMS[program].__name__
+    assert leaves(given) and leaves(given).keys() <= leaves(before).keys()
+    assert [key for key, value in leaves(given).items() if leaves(before)[key] == value] == []
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, value in tree.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def test_every_rule_has_a_program() -> None:
+    listed = {*rules.RL_RULES, *rules.SFT_RULES, *rules.RM_RULES, *rules.DPO_RULES}
+    functions = [f for name, f in vars(rules).items() if inspect.isfunction(f) and f.__module__ == rules.__name__]
+    assert {f for f in functions if not f.__name__.startswith("_")} - {rules.check, rules.check_limit} == listed
+    assert all(f.__doc__.startswith("Refuse ") for f in listed)
 
 
 def knobs() -> dict[str, bool]:
@@ -110,7 +146,7 @@ MISTAKES = [
     ("actor.lr=null", "actor.lr is not set; pass actor.lr=..."),
     ("actor.clip=0", "actor.clip=0; must be above 0"),
     ("actor.warmup_ratio=1.5", "actor.warmup_ratio=1.5; must be at least 0 and at most 1"),
-    ("actor.update_per_rollout=2.5", "actor.update_per_rollout=2.5; expected a whole number"),
+    ("actor.update_per_rollout=2.5", "actor.update_per_rollout=2.5; expected an integer"),
     ("actor.update_per_rollout=0", "actor.update_per_rollout=0; must be at least 1"),
     ("actor.use_liger_kernel=1", "actor.use_liger_kernel=1; expected true or false"),
     ("actor.betas=0.9", "actor.betas=0.9; expected a list: 'actor.betas=[...]'"),
@@ -164,6 +200,43 @@ def accepted(*overrides: str) -> RLConfig:
     return config
 
 
+REFUSED_BY_HYDRA = [
+    ("actor.betas=[0.9", "actor.betas=[0.9: [ and ] do not match"),
+    ("actor.lr=${trainer.seed", "actor.lr=${trainer.seed: { and } do not match"),
+    ("trainer.project='a", "trainer.project='a: a quotation mark is missing"),
+    (
+        "test_data.path=a,b",
+        "test_data.path=a,b: one value is expected; write a list as 'test_data.path=[a,b]', "
+        "a string as 'test_data.path=\"a,b\"'",
+    ),
+    (
+        "trainer.project=a=b",
+        "trainer.project=a=b: put a value with special characters in quotes: 'trainer.project=\"a=b\"'",
+    ),
+    (
+        "rollout.vllm.args=[--x=1]",
+        'rollout.vllm.args=[--x=1]: put items with special characters in quotes: \'rollout.vllm.args=["...","..."]\'',
+    ),
+    ("trainer.seed=range(1,3)", "trainer.seed=range(1,3): Hydra's sweeps are not supported; give one value "),
+    ("actor.lr=${actor.rate}", "actor.lr=${actor.rate}: Interpolation key 'actor.rate' not found"),
+    ("trainer.project=${trainer.project}", "trainer.project=${trainer.project}: Recursive interpolation detected"),
+    ("trainer.project=${env:HOME}", "trainer.project=${env:HOME}: Unsupported interpolation type env"),
+    ("~actor.lr", "~actor.lr: a key cannot be removed; give it a value, or null"),
+    ("actor=null", "actor=null; actor is a group: set actor.NAME=value"),
+    ("=3", "'=3' is not an override; write key=value"),
+    ("actor@x=1", "ppo has no key 'actor@x'; did you mean actor.lr?"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED_BY_HYDRA, ids=[override for override, _ in REFUSED_BY_HYDRA])
+def test_what_hydra_refuses_is_said_in_a_line_that_names_the_override(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("ppo", (*RL, override, "trainer.max_steps=3"))
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "trainer.max_steps" not in str(caught.value)
+
+
 SUPERVISED_MISTAKES = [
     ("sft", ("trainer.test_freq=5",), "trainer.test_freq=5 needs data.test_path or data.test_ratio"),
     ("rm", ("data.test_ratio=0.1",), "data.test_ratio=0.1 has no effect without trainer.test_freq"),
@@ -177,7 +250,7 @@ SUPERVISED_MISTAKES = [
     (
         "sft",
         ("data.columns.prompt=[1]",),
-        "data.columns.prompt=[1]; expected the name of a column, or null to leave it out",
+        "data.columns.prompt=[1]; expected the name of a column, or null to ignore it",
     ),
     (
         "dpo",

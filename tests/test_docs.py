@@ -28,9 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from typer.main import get_command
 
 from RL2.config.legacy_keys import RULES
-from RL2.config.load import FREE_GROUPS, _keys, load, show
+from RL2.config.load import FREE_GROUPS, load, show
 from RL2.config.programs import PROGRAMS, RLConfig, SFTConfig
-from RL2.config.values import build
+from RL2.config.values import build, keys
 from RL2.errors import ConfigError
 from RL2.rollout.environment import load_environment
 from RL2.tools import sweep
@@ -38,6 +38,8 @@ from RL2.tools.check_advantage import check as check_advantage
 from RL2.tools.check_objective.main import check
 from RL2.tools.cli import app
 from RL2.tools.eval import evaluate
+from RL2.tools.keys import annotated, table
+from RL2.tools.keys import page as page_of_keys
 from RL2.tools.plan.command import PlanRequest
 from RL2.tools.settings import parse_settings
 from RL2.trainer.unused_settings import probe, probe_supervised
@@ -50,7 +52,7 @@ FILES = ("train.jsonl", "rows.jsonl", "runs/demo/data/train.jsonl", "runs/demo/d
 """Data that commands name; what is in them does not matter here."""
 OF_OTHERS = ("python -m sglang.launch_server ", "python RL2/engines/vllm/plugin/launch.py ")
 """Servers of SGLang and vLLM; their options, which are not ours, are not checked."""
-KEYS = {program: set(_keys(cls, "")) for program, cls in PROGRAMS.items()}
+KEYS = {program: set(keys(cls)) for program, cls in PROGRAMS.items()}
 GROUPS = {
     program: {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
     for program, keys in KEYS.items()
@@ -219,6 +221,10 @@ def rl2(name: str, words: list[str]) -> None:
         assert Path(parse_settings(evaluate.EvalConfig, given["settings"]).env).is_file()
     elif name == "audit-env":
         assert given["env"].is_file()
+    elif name == "keys":
+        table(given["program"], given["word"])
+    elif name == "config":
+        annotated(given["program"], given["settings"] or [])
     elif name == "plan":
         parse_settings(PlanRequest, given["settings"])
 
@@ -318,12 +324,12 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
-def test_the_page_of_all_keys_has_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    import hooks  # type: ignore[import-not-found]
-
-    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+) \|$", "\n".join(hooks.reference()), re.MULTILINE)
+def test_the_page_of_all_keys_is_up_to_date_and_has_them_all() -> None:
+    text = (ROOT / "docs" / "keys.md").read_text()
+    assert text == page_of_keys(), "run python -m RL2.tools.keys > docs/keys.md"
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+) \|$", text, re.MULTILINE)
     assert {key for key, _, _ in rows} == set().union(*KEYS.values())
-    assert ("trainer.timeout_s", "`1800`") in {(key, default) for key, default, _ in rows}
-    assert ("actor.tis_coef", "`2.0` (ppo); `0.0` (spo, spo_0p5, path)") in {(key, default) for key, default, _ in rows}
-    assert ("actor.model_name", "*to be set*") in {(key, default) for key, default, _ in rows}
+    default = {(key, default) for key, default, _ in rows}
+    assert ("trainer.timeout_s", "`1800`") in default
+    assert ("actor.tis_coef", "`2.0` (ppo); `0.0` (spo, spo_0p5, path)") in default
+    assert ("data.path", "*required*") in default

@@ -12,23 +12,26 @@ from RL2.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
-    path: str | None
-    """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`; `name` alone is its
-    `train` split. null: no rows, the environment's `reset` makes up tasks, new ones at each step; an epoch of
-    `trainer.n_epochs` is then one step."""
+    """The prompts that a policy trains on."""
+
+    path: str | None = None
+    """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`; `name` alone means its
+    `train` split. null: no rows; the environment's `reset` makes up tasks, new ones at each step, and an epoch of
+    `trainer.n_epochs` is one step."""
     prompts_per_rollout: Count
-    """Prompts of one training step."""
-    responses_per_prompt: Count
-    """Samples of each prompt; they form a group."""
-    curriculum: Literal["none", "failures", "frontier"]
-    """Which rows are drawn once each has been seen. none: all in turn. By their past success rate s, failures:
-    proportional to 1 - s; frontier: to s (1 - s), most of what is solved half of the time (data/curriculum.py)."""
+    """Number of prompts per training step."""
+    responses_per_prompt: Count = 1
+    """Number of samples per prompt; they form a group."""
+    curriculum: Literal["none", "failures", "frontier"] = "none"
+    """How rows are drawn after each has been seen once. none: every row once per epoch. With s the past success rate of
+    a row, failures: with probability proportional to 1 - s; frontier: to s (1 - s), which prefers rows that are solved
+    half of the time."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What becomes of rows that cannot be used. stop: an error names them. skip: the run goes on without them, says how
-    many there are, and lists them in save_dir/skipped_rows.jsonl."""
-    columns: dict[str, Any]
-    """Names of the columns in the rows, where they are others: `columns.prompt=question`. null leaves a column out:
-    with `columns.messages=null` rows that have both are read by their `prompt`."""
+    """What to do with rows that cannot be used. stop: raise an error that names them. skip: continue without them,
+    print their number, and list them in save_dir/skipped_rows.jsonl."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Names of the columns in the rows where they differ from RL2's: `columns.prompt=question`. null ignores a column:
+    with `columns.messages=null`, rows that have both columns are read by `prompt`."""
 
     def __post_init__(self) -> None:
         _check_columns(self.columns, "train_data.columns", ("prompt", "messages", "extra_info"))
@@ -39,77 +42,80 @@ class TestSet:
     """One of `test_data.sets`."""
 
     path: str | None = None
-    """File or data set of its rows; null: `prompts_per_rollout` tasks that `reset` makes up."""
+    """File or data set of the rows; null: `prompts_per_rollout` tasks that the environment's `reset` makes up."""
     env_path: str | None = None
-    """Environment of the set; null: `rollout.env_path`."""
+    """Environment script of this set; null: `rollout.env_path`."""
     prompts_per_rollout: Count | None = None
-    """Prompts in flight at once, or tasks that are made up; null: all rows. `test_data.prompts_per_rollout` does not
-    count here."""
+    """Number of prompts in flight, or of tasks to make up; null: all rows. Not inherited from
+    `test_data.prompts_per_rollout`."""
     responses_per_prompt: Count | None = None
-    """Samples of each prompt; null: `test_data.responses_per_prompt`."""
+    """Number of samples per prompt; null: `test_data.responses_per_prompt`."""
     max_turns: Count | None = None
-    """Responses of one episode at most; null: `rollout.max_turns`."""
+    """Maximum number of responses per episode; null: `rollout.max_turns`."""
     on_bad_row: Literal["stop", "skip"] | None = None
-    """null: `test_data.on_bad_row`."""
+    """What to do with rows that cannot be used; null: `test_data.on_bad_row`."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """Names of columns that differ from those of `test_data.columns`."""
+    """Names of columns that differ from `test_data.columns`."""
     sampling: dict[str, Any] = field(default_factory=dict)
-    """Keys of `rollout.test_sampling_params` that are others in this set: `sampling.temperature=0.6`."""
+    """Sampling parameters that differ from `rollout.test_sampling_params`: `sampling.temperature=0.6`."""
 
 
 @dataclass(frozen=True)
 class TestSettings:
-    """A test set with all that holds for it: `test_data` itself, or one of its sets."""
+    """A test set with every setting resolved: `test_data` itself, or one of its sets."""
 
     name: str
-    """Name of the set; '' is `test_data` itself."""
+    """Name of the set; the empty string is `test_data` itself."""
     path: str | None
-    """File or data set of its rows; None: tasks that `reset` makes up."""
+    """File or data set of the rows; None: tasks that the environment's `reset` makes up."""
     env_path: str
-    """Script of its environment."""
+    """Environment script."""
     prompts_per_rollout: int | None
-    """Prompts in flight at once, or tasks that are made up."""
+    """Number of prompts in flight, or of tasks to make up."""
     responses_per_prompt: int
-    """Samples of each prompt."""
+    """Number of samples per prompt."""
     max_turns: int
-    """Responses of one episode at most."""
+    """Maximum number of responses per episode."""
     on_bad_row: Literal["stop", "skip"]
-    """Stop at rows that cannot be used, or leave them out."""
+    """What to do with rows that cannot be used."""
     columns: dict[str, Any]
-    """Names of the columns in its rows."""
+    """Names of the columns in the rows."""
     sampling: SamplingParams
-    """How it is sampled."""
+    """Sampling parameters."""
 
     @property
     def key(self) -> str:
-        """The group of its keys."""
+        """Prefix of the configuration keys."""
         return f"test_data.sets.{self.name}" if self.name else "test_data"
 
     @property
     def prefix(self) -> str:
-        """Prefix of the names of its metrics."""
+        """Prefix of the metrics."""
         return f"test/{self.name}" if self.name else "test"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestData:
-    path: str | None
-    """As `train_data.path`; null: tasks that `reset` makes up, the same at each test."""
-    prompts_per_rollout: Count | None
-    """Prompts in flight at once; the whole file is tested in any case. null: all at once. Without a file, how many
-    tasks are made up."""
-    responses_per_prompt: Count
-    """Samples of each prompt; the score is the mean over all."""
+    """The prompts that a policy is tested on."""
+
+    path: str | None = None
+    """File or data set of the rows, in the forms of `train_data.path`; null: tasks that the environment's `reset` makes
+    up, the same at each test."""
+    prompts_per_rollout: Count | None = None
+    """Number of prompts in flight; every row is tested in any case. null: all at once. Without `test_data.path`: the
+    number of tasks to make up."""
+    responses_per_prompt: Count = 1
+    """Number of samples per prompt; the score is the mean over all of them."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """As `train_data.on_bad_row`."""
-    columns: dict[str, Any]
-    """As `train_data.columns`, which count here too."""
+    """What to do with rows that cannot be used, as in `train_data.on_bad_row`."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Names of columns that differ from `train_data.columns`."""
     sets: dict[str, TestSet] = field(default_factory=dict)
-    """Further test sets by name, each with its own rows, environment and sampling: `sets.aime.path=...`. The metrics of
-    a set begin with `test/NAME/`."""
+    """Further test sets by name, each with its own rows, environment and sampling: `sets.aime.path=...`. Metrics of a
+    set begin with `test/NAME/`."""
     best_by: str | None = None
-    """Without rows of `test_data` itself, `test/score` is the score of this set; null: the mean of the sets' scores.
-    `test/score` decides what trainer.keep_best, trainer.early_stop and trainer.load_ckpt_from=best take."""
+    """Name of the set whose score is `test/score`, if `test_data` has no rows of its own; null: the mean of the sets'
+    scores. `test/score` is what trainer.keep_best, trainer.early_stop and trainer.load_ckpt_from=best compare."""
 
     def __post_init__(self) -> None:
         _check_columns(self.columns, "test_data.columns", ("prompt", "messages", "extra_info"))
@@ -118,7 +124,7 @@ class TestData:
             if not NAME.fullmatch(name):
                 raise ConfigError(f"{key}: a test set cannot have this name; {NAME_RULE}")
             if name in ("reward", "env"):
-                raise ConfigError(f"{key}: test/{name}/ is where other metrics are; choose another name")
+                raise ConfigError(f"{key}: test/{name}/ is the prefix of other metrics; choose another name")
             _check_columns(each.columns, f"{key}.columns", ("prompt", "messages", "extra_info"))
             if each.path is None and each.prompts_per_rollout is None:
                 raise ConfigError(
@@ -136,45 +142,39 @@ class TestData:
 
     @property
     def has_own(self) -> bool:
-        """Return whether there is something to test on beside `sets`."""
+        """Whether `test_data` has rows or tasks of its own, beside `sets`."""
         return self.path is not None or self.prompts_per_rollout is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedData:
+    """The rows of `rm` and `dpo`, and of `sft` with one more key."""
+
     path: str
-    """As `train_data.path`. Rows of sft: {"prompt", "response"}, {"messages"} or {"messages", "response"}; of rm and
-    dpo: {"prompt", "chosen", "rejected"} or {"chosen", "rejected"} as two lists of messages."""
-    test_path: str | None
-    """As `data.path`: what `trainer.test_freq` tests on."""
-    test_ratio: Annotated[float, Range(0, 0.999)]
-    """Or this share of the rows of `data.path`, drawn once, which is then not trained on; 0: none."""
-    env_path: str | None
-    """A script whose `example(row)` turns a raw row into one of these formats."""
-    columns: dict[str, Any]
-    """Names of the columns in the rows, where they are others, as in `train_data.columns`."""
+    """File or data set of the rows, in the forms of `train_data.path`. sft reads {"prompt", "response"}, {"messages"}
+    or {"messages", "response"}; rm and dpo read {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} as two
+    lists of messages."""
+    test_path: str | None = None
+    """File or data set of the rows that `trainer.test_freq` tests on; null: see `data.test_ratio`."""
+    test_ratio: Annotated[float, Range(0, 0.999)] = 0.0
+    """Share of the rows of `data.path` to hold out for tests, drawn once; 0: none."""
+    env_path: str | None = None
+    """Script whose `example(row)` turns a raw row into one of the formats of `data.path`."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Names of the columns in the rows where they differ from RL2's, as in `train_data.columns`."""
     max_length: Count
-    """Tokens. A longer row, or a pair of which one is longer, is left out. How many is printed. It may be more than
-    fits into a microbatch: a row that is really longer than that is refused."""
-    batch_size: Count
-    """Rows of one optimizer step."""
+    """Maximum length of a row, in tokens; longer rows, and pairs with a longer member, are dropped and counted. May
+    exceed what a microbatch holds; a row that does not fit into one is an error."""
+    batch_size: Count = 128
+    """Number of rows per optimizer step."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What becomes of rows that cannot be used. stop: an error names them. skip: the run goes on without them, says how
-    many there are, and lists them in save_dir/skipped_rows.jsonl."""
+    """What to do with rows that cannot be used. stop: raise an error that names them. skip: continue without them,
+    print their number, and list them in save_dir/skipped_rows.jsonl."""
 
     def __post_init__(self) -> None:
         if self.test_path is not None and self.test_ratio > 0:
             raise ConfigError(f"data.test_path={self.test_path} and data.test_ratio={self.test_ratio}: choose one")
         _check_columns(self.columns, "data.columns", ("prompt", "messages", "response", "chosen", "rejected"))
-
-    def check(self, test_freq: int | None) -> None:
-        """Raise `ConfigError` unless there is a test set where there are tests."""
-        if test_freq is not None and self.test_path is None and self.test_ratio == 0:
-            raise ConfigError(f"trainer.test_freq={test_freq} needs data.test_path or data.test_ratio")
-        if test_freq is None and self.test_ratio > 0:
-            raise ConfigError(f"data.test_ratio={self.test_ratio} has no effect without trainer.test_freq")
-        if test_freq is None and self.test_path is not None:
-            raise ConfigError(f"data.test_path={self.test_path} has no effect without trainer.test_freq")
 
 
 def _check_columns(columns: dict[str, Any], key: str, known: tuple[str, ...]) -> None:
@@ -182,10 +182,12 @@ def _check_columns(columns: dict[str, Any], key: str, known: tuple[str, ...]) ->
         if name not in known:
             raise ConfigError(f"{key}.{name}: there is no such column; choose one of {', '.join(known)}")
         if theirs is not None and not isinstance(theirs, str):
-            raise ConfigError(f"{key}.{name}={theirs!r}; expected the name of a column, or null to leave it out")
+            raise ConfigError(f"{key}.{name}={theirs!r}; expected the name of a column, or null to ignore it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTData(SupervisedData):
+    """The rows of `sft`."""
+
     train_on: Literal["all", "last", "weighted"] = "weighted"
-    """Which turns of the assistant train: all, the last one, or all but those with `weight: 0` (OpenAI's rows)."""
+    """Assistant turns that train: all of them, the last one, or all but those with `weight: 0` (OpenAI's format)."""

@@ -1,4 +1,4 @@
-"""What a run needs on this machine: files, packages, interpreters, processes."""
+"""Checks of what a run needs on this machine: files, packages, interpreters, processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from RL2.errors import ConfigError
 
 
 def missing_here(config: Config) -> list[str]:
-    """Return what a run on this machine would lack, a line each: packages, and the interpreter of its servers."""
+    """Return a line for each package or server interpreter that the run needs and this machine lacks."""
     group, model = trained(config)
     packages = {
         "trainer.use_wandb": ("wandb", "wandb", config.trainer.use_wandb),
@@ -59,7 +59,7 @@ def _check_processes(group: str, model: Trainable, dry_run: bool) -> None:
 
 
 def check_here(config: Config) -> None:
-    """Raise `ConfigError` for what is not here: files that are named, packages, processes to split a model over."""
+    """Raise `ConfigError` if a file or package is missing, or the processes do not fit the model's layout."""
     group, model = trained(config)
     if not config.trainer.dry_run and (missing := missing_here(config)):
         raise ConfigError(missing[0])
@@ -75,7 +75,7 @@ def check_here(config: Config) -> None:
         named |= {"data.path": config.data.path, "data.test_path": config.data.test_path}
         named |= {"data.env_path": config.data.env_path}
     for key, path in named.items():
-        # a name without suffix may be a hub data set or a folder; scripts and templates are always files
+        # a name without a suffix may be a hub data set or a folder; scripts and templates are always files
         if path is None:
             continue
         if key.endswith(("env_path", "chat_template")) and not Path(path).is_file():

@@ -1,8 +1,9 @@
-"""Keys of RL2 and of its SPO fork that have another name here: one table, through which every command is read.
+"""Translation of the keys of the original RL2 and of its SPO fork; every command is read through it.
 
-SET stands for train and test, MODEL for actor and critic, KL for actor.kl and kl, LAYOUT for what a reference has of
-its own there. A key that ends in `.*` is a group, whose keys keep their names. RL2 renamed its keys several times: the
-form of May 2026 (`rollout.train.path`) is here, and those between that and the oldest, whose keys are used here.
+In the tables SET stands for train and test, MODEL for actor and critic, KL for actor.kl and kl, and LAYOUT for the keys
+of a reference model's layout. A key that ends in `.*` is a group, whose keys keep their names. The original renamed its
+keys several times: the tables have the form of May 2026 (`rollout.train.path`) and those between it and the oldest,
+whose keys are used here.
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ TABLE: dict[str, str | dict[str, str]] = {
     "trainer.save_final_model": {"true": ""},
     "trainer.long_budget_seconds": {"0": ""},
 }
-"""Key there -> key here, for the same value; or value there -> settings here, where `*` is any other value. Without
-settings the key is left out: it says what is so here anyway, or how something is done that has no other result here."""
+"""Old key -> new key, for the same value; or old key -> {old value: new settings}, where `*` is any other value. An old
+key without new settings is dropped: it asks for the default, or for something that does not change results here."""
 
 REFUSED = {
     "MODEL=megatron": "RL2 has no Megatron; models are sharded by FSDP2, with MODEL.ddp_size, tp_size and sp_size",
@@ -153,36 +154,37 @@ REFUSED = {
     "rollout.multi_agent.*": "RL2 has one policy and no agents that take turns",
     "trainer.stop_file": "RL2 looks at no file; Ctrl-C ends a run with a checkpoint",
 }
-"""Key, group of keys or setting without a counterpart -> why, and what to do."""
+"""Old key, group of keys or setting without a counterpart -> why, and what to do."""
 
 NEEDS = {"KL.reward_estimator": ("reward", "advantage"), "KL.loss_estimator": ("loss",)}
-"""Key -> the values of actor.kl.type without which it has no effect."""
+"""Old key -> the values of actor.kl.type with which it has an effect."""
 
 RANKED = ("rank_jsd", "rank_kl")
 FORK_RANK_CAP = "actor.objective_args.rank_cap=64"
-"""Default of the fork's objectives on ranks; here it is 32."""
+"""Default of the fork's rank objectives; here it is 32."""
 
 
 class LegacyKeyError(ValueError):
-    """A setting of RL2 or its fork that cannot be followed here; the message is one line for the user."""
+    """An old setting that has no counterpart here; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """One override of a command, and the settings that it is here."""
+    """An override of a command, and the settings that it stands for here."""
 
     override: str
     settings: list[str]
 
     @property
     def note(self) -> str:
+        """Line that tells the user what became of the override."""
         return f"{self.override} -> {' '.join(self.settings) or 'left out, it changes nothing here'}"
 
 
 def translate(program: str, overrides: Sequence[str]) -> list[Given]:
-    """Return what each override is in the keys of this library; one that is no key of RL2 or its fork stays as it is.
+    """Return each override with the settings that it stands for here; an override without an old key stays as it is.
 
-    Raises LegacyKeyError for a key whose effect there is not here, and for a setting that is given in two forms with
+    Raises LegacyKeyError for an old key without a counterpart, and for a setting that is given in two forms with
     different values.
     """
     given: dict[str, Given] = {}
@@ -203,7 +205,7 @@ def _value(override: str) -> str:
 
 
 def _settings(override: str, said: str = "") -> list[str]:
-    """Return what `override` is here: itself, other settings, or none. `said` is how it was given, for errors."""
+    """Return the settings that `override` stands for; `said` is the user's form of it, for errors."""
     said = said or override
     if "=" not in override or override.startswith("~"):
         return [override]
@@ -233,7 +235,7 @@ def _of_value(override: str, rule: dict[str, str], said: str) -> list[str]:
 
 
 def _refuse_idle_estimators(given: dict[str, Given]) -> None:
-    """Raise LegacyKeyError if the estimator of a place is given where the KL divergence is not in that place."""
+    """Raise LegacyKeyError for an estimator of a place (loss, reward) where the KL divergence is not computed."""
     kinds = [_value(setting) for one in given.values() for setting in one.settings if _key(setting) == "actor.kl.type"]
     for key, places in NEEDED.items():
         if key in given and (not kinds or kinds[-1] not in places):
@@ -241,7 +243,7 @@ def _refuse_idle_estimators(given: dict[str, Given]) -> None:
 
 
 def _refuse_two_values(given: list[Given]) -> None:
-    """Raise LegacyKeyError if keys that are one key here have different values, or if only that of tests is given."""
+    """Raise LegacyKeyError if old keys that share a new key have different values, or only that of tests is given."""
     by_key: dict[str, list[tuple[Given, str]]] = {}
     for one in given:
         for setting in one.settings:
@@ -267,7 +269,7 @@ def _equal(first: str, second: str) -> bool:
 
 
 def _with_rank_cap(program: str, given: dict[str, Given]) -> dict[str, Given]:
-    """Return `given` with the fork's default of rank_cap for the objectives that read it, and without it for others."""
+    """Return `given` with the fork's default of rank_cap where the objective reads it, and without it elsewhere."""
     settings = {_key(setting): _value(setting) for one in given.values() for setting in one.settings}
     is_fork = program == "path" or "actor.path.objective" in given
     objective = settings.get("actor.objective", "rank_jsd" if program == "path" else "")
@@ -280,7 +282,7 @@ def _with_rank_cap(program: str, given: dict[str, Given]) -> dict[str, Given]:
 
 
 def _filled(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table with a row for each name that a placeholder stands for."""
+    """Return a table with its placeholders expanded: one row for each name that they stand for."""
     for name, meanings in PLACES.items():
         table = {
             key.replace(name, meaning): _replaced(row, name, meaning) if name in key else row
@@ -302,7 +304,7 @@ NEEDED: dict[str, tuple[str, ...]] = _filled(NEEDS)
 
 
 def rows() -> Iterator[tuple[str, str]]:
-    """Yield the table for a reader: what a setting is called there, and here or why not."""
+    """Yield the rows of the table in the documentation: an old setting, and the new one or why it is refused."""
     for key, row in TABLE.items():
         if isinstance(row, str):
             yield f"`{key}`", f"`{row}`"

@@ -5,27 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from RL2.config.values import Count, Index, NonNegative, PositiveFloat, Range, Share
+from RL2.config.values import Count, Index, NonNegative, PositiveFloat, Range, Share, interpolated
 from RL2.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class KL:
-    coef: NonNegative
-    """Weight of the KL divergence to the reference policy; above 0 a reference model is loaded."""
-    type: Literal["loss", "reward", "advantage"]
-    """Where it enters: added to the loss, taken off the reward of each token, or off its advantage."""
-    estimator: Literal["k1", "k2", "k3"] | None
-    """Per-token estimator (http://joschu.net/blog/kl-approx.html). reward, advantage: k1, as null; the gradient of k2
-    and k3 is not that of KL(policy || reference) there. loss: k2, as null, or k3; k1 has an expected gradient of 0."""
-    importance_weight: bool
-    """loss: each token's term is weighted by p / p_old, p_old being the probability under the policy that sampled it
-    (update_per_rollout, rollout.max_staleness). false: no weight, as in GRPO's paper: both are biased off-policy, and
-    on-policy the gradient of k3 is that of KL(reference || policy)."""
+    """The KL divergence to the reference policy."""
+
+    coef: NonNegative = 0.0
+    """Coefficient of the KL divergence to the reference policy; above 0 a reference model is loaded."""
+    type: Literal["loss", "reward", "advantage"] = "loss"
+    """Where the penalty applies: added to the loss, or subtracted from each token's reward or advantage."""
+    estimator: Literal["k1", "k2", "k3"] | None = None
+    """Per-token estimator (http://joschu.net/blog/kl-approx.html). With type=reward or advantage: k1, also for null;
+    there only k1 has the gradient of KL(policy || reference). With type=loss: k2, also for null, or k3; there the
+    expected gradient of k1 is 0."""
+    importance_weight: bool = True
+    """With type=loss: weight each token's term by p / p_old, where p_old is its probability under the policy that
+    sampled it. Matters off-policy (actor.update_per_rollout, rollout.max_staleness). false, as in GRPO's paper: k2 and
+    k3 are biased off-policy, and the on-policy gradient of k3 is that of KL(reference || policy)."""
 
     @property
     def used_estimator(self) -> Literal["k1", "k2", "k3"]:
-        """`estimator`, or the default of `type`."""
+        """The estimator in use: `estimator`, or the default for `type`."""
         return self.estimator or ("k2" if self.type == "loss" else "k1")
 
     def __post_init__(self) -> None:
@@ -45,39 +48,41 @@ class KL:
 
 @dataclass(frozen=True, kw_only=True)
 class Entropy:
-    coef: float
-    """Subtracted, coef * H: positive encourages entropy, negative penalises it."""
+    """The entropy bonus."""
+
+    coef: float = 0.0
+    """Coefficient of the entropy H; coef * H is subtracted from the loss, so a positive value encourages entropy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PathKnobs:
-    """Knobs of the SPO family (objectives/spo.py)."""
+    """Options of the SPO family (objectives/spo.py)."""
 
-    detach_target: bool | None
-    """spo, binary_jsd: true takes p_m as a fixed target; false, as null, lets the gradient flow through it too (the
-    fork's way)."""
-    region: Literal["above_half", "all", "below_half"] | None
-    """spo_0p5: which tokens train, by their probability. above_half, as null, is the fork's way, all the formula as
-    published."""
+    detach_target: bool | None = None
+    """Objectives spo and binary_jsd: whether p_m, the probability of the most likely token, is a constant target. null
+    and false let the gradient flow through it, as the fork does."""
+    region: Literal["above_half", "all", "below_half"] | None = None
+    """Objective spo_0p5: which tokens train, by their probability. null means above_half, as in the fork; all is the
+    formula as published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Select:
-    """Which tokens train, chosen over the whole minibatch of an optimizer step as the policy was before it."""
+    """Token selection, over the whole minibatch of an optimizer step and under the policy before that step."""
 
-    entropy_quantile: Annotated[float, Range(0, 0.999)]
-    """Only tokens whose entropy is at or above this quantile: 0.8 trains the top fifth; 0: all."""
-    not_mode: bool
-    """Only tokens that were not the most likely one."""
-    on_policy: bool
-    """Only tokens that the present weights sampled, none of older ones (rollout.max_staleness)."""
-    not_truncated: bool
-    """Only tokens of trajectories that did not run into a length limit; the others count in baselines and in what
-    `average_over=all` divides by (rollout.overlong_filtering leaves them out of both)."""
+    entropy_quantile: Annotated[float, Range(0, 0.999)] = 0.0
+    """Train only tokens whose entropy is at or above this quantile: 0.8 trains the top fifth, 0 all tokens."""
+    not_mode: bool = False
+    """Train only tokens that were not the most likely one."""
+    on_policy: bool = False
+    """Train only tokens that the current weights sampled (rollout.max_staleness)."""
+    not_truncated: bool = False
+    """Train only tokens of trajectories that did not reach a length limit. The others still count in baselines and in
+    the denominator of `average_over=all`; rollout.overlong_filtering excludes them from both."""
 
     @property
     def is_on(self) -> bool:
-        """Some sampled tokens may be left out."""
+        """Whether some sampled tokens may be excluded."""
         return self.entropy_quantile > 0 or self.not_mode or self.on_policy or self.not_truncated
 
 
@@ -86,78 +91,80 @@ class Trainable:
     """A model with an optimizer."""
 
     model_name: str
-    """Hub name, or folder with config.json, safetensors and tokenizer."""
-    dtype: Literal["auto", "float32", "bfloat16"]
-    """Compute dtype. auto: bfloat16 on GPUs, float32 on CPUs. Weights that train and the optimizer are stored in
-    float32 in any case; a base under LoRA adapters, which does not train, in the compute dtype."""
-    use_liger_kernel: bool
-    """Liger's Triton kernels for norm, rotary embedding and MLP (GPU; pip install rl2-spo[liger])."""
-    gradient_checkpointing: bool
+    """Hub name, or a folder with config.json, safetensors and tokenizer."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype. auto: bfloat16 on GPUs, float32 on CPUs. Trained weights and optimizer state are stored in
+    float32; the frozen base under LoRA adapters is stored in the compute dtype."""
+    use_liger_kernel: bool = False
+    """Use Liger's Triton kernels for norms, rotary embeddings and MLPs (GPU; pip install rl2-spo[liger])."""
+    gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, more time."""
-    ddp_size: Count
-    """Replicas of the model; each is sharded (FSDP) over the world_size / ddp_size processes of its own (HSDP)."""
-    tp_size: Count
-    """Tensor parallelism: processes over which every layer is split. Neighbours, best within one machine."""
-    sp_size: Count
-    """Sequence parallelism: processes over which the tokens of a microbatch are split, for long sequences."""
-    offload_model: bool
-    """Between its phases of a step the model is in host memory, and leaves that of the GPU to others."""
-    offload_optimizer: bool
-    """Between optimizer steps the optimizer's state is in host memory."""
+    ddp_size: Count = 1
+    """Number of model replicas (HSDP); each is sharded by FSDP over its world_size / ddp_size processes."""
+    tp_size: Count = 1
+    """Tensor-parallel size: number of processes that split every layer. They are neighbours, best on one machine."""
+    sp_size: Count = 1
+    """Sequence-parallel size: number of processes that split the tokens of a microbatch, for long sequences."""
+    offload_model: bool = False
+    """Move the model to host memory while it is not in use, which frees GPU memory for other phases of a step."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory between optimizer steps."""
     max_length_per_device: Count
-    """Tokens of one microbatch on each of the sp_size processes that share it; also limits a sequence."""
-    lr: NonNegative
+    """Tokens of a microbatch per process; sp_size processes share one. Also limits the length of a sequence."""
+    lr: NonNegative = 1e-6
     """Peak learning rate."""
-    betas: tuple[Share, Share]
-    """AdamW."""
-    eps: PositiveFloat
-    """AdamW."""
-    weight_decay: NonNegative
-    """AdamW, on matrices only."""
-    max_grad_norm: PositiveFloat
-    """Gradients are scaled down to this norm."""
-    scheduler: Literal["constant", "linear", "cosine", "wsd"]
-    """After warm-up: constant, linear or cosine to 0, or constant and then linear to 0 over the last `decay_ratio`."""
-    warmup_ratio: Share | None
-    """Share of all optimizer steps over which the rate rises linearly from 0. null: 0 for constant, else 0.1."""
-    decay_ratio: Share
-    """wsd: share of all optimizer steps over which the rate falls to 0."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay rates of the moving averages of the gradient and its square."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's constant in the denominator of an update."""
+    weight_decay: NonNegative = 0.01
+    """AdamW's weight decay, applied to matrices only."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Maximum norm of the gradient; larger gradients are scaled down."""
+    scheduler: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Learning rate after warm-up: constant; linear or cosine decay to 0; or, for wsd, constant and then linear decay
+    to 0 over the last `decay_ratio`."""
+    warmup_ratio: Share | None = None
+    """Share of all optimizer steps for the linear warm-up from 0. null: 0 for scheduler=constant, else 0.1."""
+    decay_ratio: Share = 0.3
+    """Share of all optimizer steps for the decay to 0, with scheduler=wsd."""
 
     @property
     def used_warmup_ratio(self) -> float:
-        """`warmup_ratio`, or the default of `scheduler`."""
+        """The warm-up ratio in use: `warmup_ratio`, or the default for `scheduler`."""
         default = 0.0 if self.scheduler == "constant" else 0.1
         return default if self.warmup_ratio is None else self.warmup_ratio
 
     @property
     def max_length(self) -> int:
-        """Tokens of a microbatch, and so of the longest sequence that can be trained on."""
+        """Maximum number of tokens of a microbatch, and of a sequence to train on."""
         return self.max_length_per_device * self.sp_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableChat(Trainable):
-    """A model with an optimizer whose rows may be chats."""
+    """A model with an optimizer that reads chats."""
 
     chat_template: str | None = None
-    """A file with a chat template (Jinja) in place of the tokenizer's own; null: its own. Exports carry it."""
+    """File with a chat template (Jinja) to use instead of the tokenizer's; null: the tokenizer's. It is exported with
+    the model."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Settings of the chat template by name, such as enable_thinking=false; a row's own go first. Exports keep them as
-    defaults."""
+    """Variables of the chat template by name, such as enable_thinking=false. A row's own values take precedence. They
+    are exported as defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters, which then are all that trains (LoRA, through peft: pip install rl2-spo[lora])."""
+    """Low-rank adapters (LoRA, through peft: pip install rl2-spo[lora]); nothing else trains."""
 
-    rank: Index
-    """Columns of each adapter; 0: none, and all weights train."""
-    alpha: Count
-    """An adapter is scaled by alpha / rank."""
-    target_modules: tuple[str, ...]
-    """Names of the linear layers that get one."""
-    save: Literal["merged", "adapter"]
-    """What the run exports: a model of the usual kind, or the adapter alone, for peft."""
+    rank: Index = 0
+    """Rank of the adapters; 0: no adapters, all weights train."""
+    alpha: Count = 32
+    """Scale of the adapters, which are multiplied by alpha / rank."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get an adapter."""
+    save: Literal["merged", "adapter"] = "merged"
+    """What the run exports: merged, a model with the adapters added to its weights; adapter, a peft adapter alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +173,12 @@ class TrainablePolicy(TrainableChat):
 
     lora: Lora
 
-    logits_budget_mib: PositiveFloat | None
-    """Logits that are in memory at a time, in MiB; null: 64 on CPUs, 512 on GPUs."""
+    logits_budget_mib: PositiveFloat | None = None
+    """Maximum size of the logits in memory at a time, in MiB; null: 64 on CPUs, 512 on GPUs."""
 
     def __post_init__(self) -> None:
         if self.lora.rank and self.tp_size > 1:
-            raise ConfigError(f"actor.lora.rank={self.lora.rank} does not go with actor.tp_size={self.tp_size}")
+            raise ConfigError(f"actor.lora.rank={self.lora.rank} needs actor.tp_size=1, and it is {self.tp_size}")
         if self.lora.rank and not self.lora.target_modules:
             raise ConfigError("actor.lora.target_modules is empty: nothing would train")
         if not self.lora.rank and self.lora.save == "adapter":
@@ -180,55 +187,58 @@ class TrainablePolicy(TrainableChat):
 
 @dataclass(frozen=True, kw_only=True)
 class SFTActor(TrainablePolicy):
-    """What is fine-tuned."""
+    """The model that is fine-tuned."""
 
-    avg_level: Literal["token", "sequence"]
-    """token: every token weighs the same. sequence: mean over each sequence's tokens, then over sequences."""
-    objective: str
-    """What is minimised on the tokens of the responses: sft is cross-entropy; otherwise as of ppo, but one that reads
-    no advantages and no older policy."""
-    objective_args: dict[str, Any]
-    """Knobs of the objective by name; those that are not given keep the defaults of its function."""
+    avg_level: Literal["token", "sequence"] = "token"
+    """How the loss is averaged. token: over all tokens. sequence: over the tokens of each sequence, then over
+    sequences."""
+    objective: str = "sft"
+    """Loss on the tokens of the responses. sft is cross-entropy; any other of docs/objectives.md that reads neither
+    advantages nor an older policy works too, or path.py:function."""
+    objective_args: dict[str, Any] = field(default_factory=dict)
+    """Options of the objective by name; the others keep the defaults of its function."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Actor(TrainablePolicy):
-    """The policy."""
+    """The policy of reinforcement learning."""
 
-    max_inference_length_per_device: Count
-    """Tokens of one microbatch without gradients."""
-    avg_level: Literal["token", "sequence", "constant"]
-    """token: every token weighs the same. sequence: mean over each sequence's tokens, then over sequences. constant:
-    sum over each sequence's tokens / avg_length, then the mean over sequences (Dr. GRPO)."""
-    avg_length: Count | None
-    """constant: tokens that each sequence's sum is divided by; by default the most that a response can have."""
-    temperature: PositiveFloat
-    """Divides the logits in training; the sampling temperature, so that both see one distribution."""
-    objective: str
-    """What is minimised: a name of objectives/registry.py, or path.py:function of your own (docs/objectives.md)."""
-    objective_args: dict[str, Any]
-    """Knobs of the objective by name; those that are not given keep the defaults of its function."""
+    max_inference_length_per_device: Count = interpolated("${actor.max_length_per_device}")
+    """Tokens of a microbatch per process in forward passes without gradients."""
+    avg_level: Literal["token", "sequence", "constant"] = "token"
+    """How the loss is averaged. token: over all tokens. sequence: over the tokens of each sequence, then over
+    sequences. constant: each sequence's sum divided by `avg_length`, then over sequences (Dr. GRPO)."""
+    avg_length: Count | None = interpolated("${rollout.train_sampling_params.max_new_tokens}")
+    """Number of tokens that each sequence's sum is divided by, with avg_level=constant."""
+    temperature: PositiveFloat = interpolated("${rollout.train_sampling_params.temperature}")
+    """Divisor of the logits in training; must equal the sampling temperature."""
+    objective: str = "ppo"
+    """Loss of each token: a name in docs/objectives.md, or path.py:function for one of your own."""
+    objective_args: dict[str, Any] = field(default_factory=dict)
+    """Options of the objective by name; the others keep the defaults of its function."""
     path: PathKnobs
-    clip: PositiveFloat | None
-    """ppo, gspo: the probability ratio is clipped to [1 - clip, 1 + clip]; null: the objective's own default."""
-    train_on: Literal["all", "correct"]
-    """correct: only sequences of trajectories whose total reward is above 0."""
-    average_over: Literal["all", "kept", "correct"]
-    """What the sum is divided by: everything in the optimizer step (thesis 3.1), only what trains (3.2), or, where
-    `select` leaves tokens out, all tokens of the correct sequences."""
-    regularize_on: Literal["kept", "all"]
-    """Tokens that the KL divergence in the loss and the entropy act on. kept: those that train_on and select keep, with
-    their weights. all: every sampled token, averaged over all of them."""
-    update_per_rollout: Count
-    """Optimizer steps on one rollout."""
-    freeze_steps: Index
-    """Steps at the beginning in which only the critic learns (`adv.estimator=gae`)."""
-    tis_coef: NonNegative
-    """Cap of the importance weight exp(trainer logp - engine logp) on each token's loss; 0: no weights."""
-    tis_level: Literal["token", "sequence"]
-    """token: each token's own ratio. sequence: the product over the tokens of its sequence."""
-    tis_mode: Literal["truncate", "mask"]
-    """What becomes of a weight above tis_coef: that number, or 0."""
+    clip: PositiveFloat | None = None
+    """Clip range of the probability ratio, [1 - clip, 1 + clip], in ppo and gspo; null: the objective's default."""
+    train_on: Literal["all", "correct"] = "all"
+    """Sequences that train: all, or only those of trajectories with a total reward above 0."""
+    average_over: Literal["all", "kept", "correct"] = "all"
+    """Denominator of the average. all: everything in the optimizer step (thesis 3.1). kept: what trains (3.2). correct:
+    all tokens of the correct sequences, also those that `select` excludes."""
+    regularize_on: Literal["kept", "all"] = "kept"
+    """Tokens that the KL divergence in the loss and the entropy apply to. kept: those that train, with their weights.
+    all: every sampled token, averaged over all of them."""
+    update_per_rollout: Count = 1
+    """Number of optimizer steps per rollout."""
+    freeze_steps: Index = 0
+    """Number of steps at the start in which only the critic trains (`adv.estimator=gae`)."""
+    tis_coef: NonNegative = 2.0
+    """Cap of truncated importance sampling: each token's loss is weighted by exp(trainer logp - engine logp), at most
+    this; 0: no weights."""
+    tis_level: Literal["token", "sequence"] = "token"
+    """Ratio in the importance weight. token: each token's own. sequence: the product over the tokens of its
+    sequence."""
+    tis_mode: Literal["truncate", "mask"] = "truncate"
+    """Value of an importance weight above tis_coef. truncate: tis_coef. mask: 0."""
     select: Select
     kl: KL
     entropy: Entropy
@@ -249,14 +259,14 @@ class Actor(TrainablePolicy):
 class DPOActor(TrainablePolicy):
     """The policy that learns from preferences (objectives/preference.py)."""
 
-    loss: Literal["sigmoid", "ipo"]
-    """sigmoid: DPO. ipo: the squared distance of the margin from 1 / (2 beta), which bounds it."""
-    beta: PositiveFloat
-    """Scale of the implicit reward: the smaller, the further the policy may go from the reference."""
-    label_smoothing: Annotated[float, Range(0, 0.499)]
-    """sigmoid: probability that a label is wrong (conservative DPO)."""
-    reference_free: bool
-    """Log-probabilities count as they are, not relative to `ref_actor`."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Loss of a pair. sigmoid: DPO. ipo: squared distance of the margin from 1 / (2 beta), which bounds the margin."""
+    beta: PositiveFloat = 0.1
+    """Scale of the implicit reward; a smaller beta lets the policy move further from the reference."""
+    label_smoothing: Annotated[float, Range(0, 0.499)] = 0.0
+    """Probability that a label is wrong (conservative DPO), with loss=sigmoid."""
+    reference_free: bool = False
+    """Use log-probabilities as they are, not relative to `ref_actor`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -268,28 +278,31 @@ class DPOActor(TrainablePolicy):
 class Critic(Trainable):
     """The value model of `adv.estimator=gae`; with another estimator none is loaded."""
 
-    max_inference_length_per_device: Count
-    """Tokens of one microbatch without gradients."""
-    avg_level: Literal["token", "sequence"]
-    """token: every token weighs the same. sequence: mean over each sequence's tokens, then over sequences."""
-    clip: PositiveFloat
-    """A value is not drawn further than this from what it was when the rollout arrived."""
-    update_per_rollout: Count
-    """Optimizer steps on one rollout."""
+    max_inference_length_per_device: Count = interpolated("${critic.max_length_per_device}")
+    """Tokens of a microbatch per process in forward passes without gradients."""
+    avg_level: Literal["token", "sequence"] = "token"
+    """How the loss is averaged. token: over all tokens. sequence: over the tokens of each sequence, then over
+    sequences."""
+    clip: PositiveFloat = 0.5
+    """Clip range of the value: the loss does not reward moving it further than this from the old critic's value."""
+    update_per_rollout: Count = interpolated("${actor.update_per_rollout}")
+    """Number of optimizer steps per rollout."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefActor:
-    model_name: str
-    """As `actor.model_name`; by default the model that training starts from."""
-    max_inference_length_per_device: Count
-    """Tokens of one microbatch."""
+    """The reference policy of the KL divergence and of DPO."""
+
+    model_name: str = interpolated("${actor.model_name}")
+    """Hub name or folder of the reference model; by default the model that training starts from."""
+    max_inference_length_per_device: Count = interpolated("${actor.max_inference_length_per_device}")
+    """Tokens of a microbatch per process."""
 
 
 def num_shards(model: Trainable, world_size: int, group: str) -> int:
-    """FSDP shards of each replica: what ddp_size, sp_size and tp_size leave of the processes.
+    """Return the number of FSDP shards of each replica: world_size / (ddp_size * sp_size * tp_size).
 
-    `group` is that of the keys. Raises ConfigError if the sizes do not divide the processes.
+    `group` is the model's group of keys, for errors. Raises ConfigError if the sizes do not divide the processes.
     """
     product = model.ddp_size * model.sp_size * model.tp_size
     if world_size % product:
@@ -299,3 +312,8 @@ def num_shards(model: Trainable, world_size: int, group: str) -> int:
             f"({world_size} = ddp_size x FSDP shards x sp_size x tp_size)"
         )
     return world_size // product
+
+
+def times_sp(tokens: int, group: str, sp_size: int) -> str:
+    """Return a limit per process as text, with the number of processes that share a microbatch."""
+    return f"{tokens}" + (f" x {group}.sp_size={sp_size}" if sp_size > 1 else "")

@@ -1,4 +1,4 @@
-"""A user's own Python file: an environment or an objective, loaded from where it lies."""
+"""Loading of a user's Python file, such as an environment or an objective, from its path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from RL2.errors import UserError, one_line
 
 
 class ScriptError(UserError, ValueError):
-    """The script cannot be used at all; found when it is loaded."""
+    """A script that cannot be used; raised when it is loaded."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
@@ -38,7 +38,8 @@ def _package(path: str | Path) -> tuple[str, str]:
 def load_script(path: str | Path) -> ModuleType:
     """Return the module of the file `path`, executed anew, in a package made of its folder.
 
-    So it can import its siblings (`from .other import f`). Raise `ScriptError`, with the line that failed.
+    The script can import its siblings (`from .other import f`). Raises `ScriptError`, with the line of the script that
+    failed.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,14 +56,14 @@ def load_script(path: str | Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a script that would end the program ends it with a reason
+    except (Exception, SystemExit) as error:  # a script that exits is an error with a reason
         del sys.modules[name]
         raise ScriptError(f"{path} cannot be imported: {described(error, str(path), spec.origin)}") from error
     return module
 
 
 def described(error: BaseException, path: str, file: str | None) -> str:
-    """Return type and first line of `error`, and the last line of the script that it passed through."""
+    """Return an error's type, the first line of its message, and the last line of the script in its traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if isinstance(error, SyntaxError):
         lines.append(error.lineno)
@@ -71,6 +72,6 @@ def described(error: BaseException, path: str, file: str | None) -> str:
 
 
 def raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise `error` in the Python code that the thread of this number runs; None takes back what is not raised yet."""
+    """Raise `error` in the thread with this identifier; None cancels an error that is not raised yet."""
     cause = None if error is None else ctypes.py_object(error)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), cause)

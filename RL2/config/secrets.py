@@ -1,4 +1,4 @@
-"""Secrets among settings: which they are, and settings without them."""
+"""Detection and masking of secrets in settings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MASK = "***"
 
 
 def is_secret(name: str) -> bool:
-    """Return whether an environment variable is named as secrets are: `*TOKEN*`, `*KEY*`, `*SECRET*`, `*PASSWORD*`."""
+    """Return whether an environment variable's name marks a secret: `*TOKEN*`, `*KEY*`, `*SECRET*`, `*PASSWORD*`."""
     return _SECRET.search(name) is not None and not name.upper().startswith("TOKENIZER")
 
 
 def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `settings` without secrets: in the variables and arguments of servers, and in addresses."""
+    """Return `settings` with the secrets in servers' variables, servers' arguments and addresses masked."""
     shown: dict[str, Any] = {}
     for name, value in settings.items():
         if name == "env" and isinstance(value, Mapping):
@@ -33,7 +33,7 @@ def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(values: list[Any] | tuple[Any, ...]) -> list[Any]:
-    """Return `values` with what follows --api-key and the like, in the same word or the next, masked."""
+    """Return command-line arguments with the values of --api-key and similar options masked."""
     shown, follows = list[Any](), False
     for value in values:
         found = _ARGUMENT.fullmatch(value) if isinstance(value, str) else None

@@ -11,71 +11,78 @@ from RL2.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage:
-    estimator: str
-    """reinforce: reward minus the group's mean (Dr. GRPO). gdpo: each part of the reward normalised within the group,
-    weighted, summed, and normalised over the rollout (GDPO, arXiv 2601.05242). rloo: reward minus the mean of the
-    group's others. spo: the reward itself. gae: rewards to come minus the critic's estimate (PPO). path.py:function: an
-    estimator of your own."""
+    """How advantages are computed from rewards."""
+
+    estimator: str = "reinforce"
+    """Advantage estimator. reinforce: reward minus the group's mean (Dr. GRPO). gdpo: reward parts, each normalised
+    within the group, then weighted, summed and normalised over the rollout (GDPO, arXiv 2601.05242). rloo: reward minus
+    the mean of the other members of the group. spo: the reward itself. gae: generalised advantage estimation with a
+    critic (PPO). path.py:function: an estimator of your own (docs/own_advantage.md)."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Knobs of an estimator of your own: adv.args.NAME=value."""
-    gamma: Share
-    """gae: discount of a reward for each token between."""
-    lamda: Share
-    """gae: 1 sums all rewards to come; 0 takes the next one and the critic's value after it."""
-    global_norm: bool
-    """reinforce: mean (and deviation) over the whole rollout instead of each group. Estimators with a critic: minus the
-    mean over all action tokens of the rollout."""
-    norm_var: bool
-    """reinforce: divide by the standard deviation (GRPO). Estimators with a critic: divide by that over all action
+    """Knobs of an estimator of your own by name: args.NAME=value."""
+    gamma: Share = 1.0
+    """Discount factor per token, with gae."""
+    lamda: Share = 1.0
+    """Decay factor lambda of gae: 1 uses all future rewards, 0 only the next one and the critic's value of the rest."""
+    global_norm: bool = False
+    """With reinforce: take the mean (and the standard deviation) over the whole rollout instead of each group. With
+    a critic: subtract the mean over all action tokens of the rollout."""
+    norm_var: bool = False
+    """Divide by the standard deviation: with reinforce that of the rewards (GRPO), with a critic that over all action
     tokens of the rollout."""
-    std_over: Literal["rollout", "tokens"] | None
-    """reinforce, norm_var: null divides by the deviation over the same trajectories as the mean, the group or the
-    rollout. rollout: by that of all rewards of the rollout. tokens: minus the mean of the advantages over all action
-    tokens of the rollout, divided by their deviation (REINFORCE++)."""
-    overlong_buffer: Index
-    """Tokens before max_new_tokens over which the penalty for length rises linearly (DAPO); 0: no penalty."""
-    overlong_penalty: PositiveFloat
-    """Penalty of a response of max_new_tokens, subtracted from the reward that the advantage is computed from. An
-    estimator that reads the parts of the reward (gdpo): weight of this penalty, which is one more part."""
+    std_over: Literal["rollout", "tokens"] | None = None
+    """Standard deviation of reinforce with norm_var. null: over the group, or the rollout with global_norm, like the
+    mean. rollout: over all rewards of the rollout. tokens: the advantages are centred and scaled over all action tokens
+    of the rollout (REINFORCE++)."""
+    overlong_buffer: Index = 0
+    """Number of tokens before max_new_tokens over which the length penalty grows linearly from 0 (DAPO); 0: no
+    penalty."""
+    overlong_penalty: PositiveFloat = 1.0
+    """Length penalty of a response of max_new_tokens, subtracted from the reward before advantages are computed. With
+    an estimator that reads the parts of the reward (gdpo): weight of this penalty, which is one more part."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    project: str | None
-    """Name of the project in wandb."""
+    """The run as a whole."""
+
+    project: str | None = None
+    """Name of the project in Weights & Biases and Trackio; null: the default of Weights & Biases, and RL2 in
+    Trackio."""
     experiment_name: str
     """Name of the run."""
-    seed: Seed
-    """Of data order, sampling and initialisation."""
-    load_ckpt_from: str | None
-    """A checkpoint folder to resume from, or one of save_dir: `latest`, if there is one yet, or `best`, which has the
-    best test score, to go back to."""
-    n_epochs: Count
-    """Passes over the training data."""
-    max_steps: Index | None
-    """Stop after this many steps, whatever n_epochs says."""
-    test_freq: Count | None
-    """Test every so many steps, before the first and after the last; null: never."""
-    save_dir: str
-    """Everything the run writes: metrics, samples, checkpoints, and the model in `latest`."""
-    save_freq: Count | None
-    """Checkpoint every so many steps; null: only the final model."""
-    keep: Index | None
-    """How many of the newest checkpoints stay; null: three, 0: all."""
-    samples_per_step: Index
-    """Trajectories written to samples.jsonl at each step."""
-    records_mib: Count
-    """MiB that samples.jsonl and tokens/ may take on the disk; beyond, the oldest go."""
-    use_wandb: bool
-    """Metrics go to Weights & Biases too (pip install rl2-spo[wandb])."""
-    use_trackio: bool
-    """Metrics go to Trackio on this machine too (pip install rl2-spo[trackio]); `trackio show` opens them."""
-    use_tensorboard: bool
-    """Metrics go to save_dir/tensorboard too (pip install rl2-spo[tensorboard])."""
-    timeout_s: PositiveFloat
-    """Limit of every wait on another process."""
-    dry_run: bool
-    """Check all that the run needs, try the environment, count rows, steps, memory, and stop: no weights are read."""
+    seed: Seed = 0
+    """Seed of the data order, of sampling and of initialisation."""
+    load_ckpt_from: str | None = None
+    """Checkpoint folder to resume from, or one of save_dir: `latest`, if there is one, or `best`, the one with the best
+    test score. null: start from the model."""
+    n_epochs: Count = 1
+    """Number of passes over the training data."""
+    max_steps: Index | None = None
+    """Maximum number of steps, whatever n_epochs is; null: no maximum."""
+    test_freq: Count | None = None
+    """Number of steps between tests; there is one before the first step and one after the last. null: no tests."""
+    save_dir: str = "ckpts/${trainer.experiment_name}"
+    """Folder for everything the run writes: metrics, samples, checkpoints, and the final model in `latest`."""
+    save_freq: Count | None = None
+    """Number of steps between checkpoints; null: none, only the final model."""
+    keep: Index | None = None
+    """Number of newest checkpoints to keep; 0: all; null: three."""
+    samples_per_step: Index = 8
+    """Number of trajectories per step to write to samples.jsonl."""
+    records_mib: Count = 4096
+    """Maximum size of samples.jsonl and tokens/ on disk, in MiB; beyond it the oldest records are deleted."""
+    use_wandb: bool = False
+    """Send metrics to Weights & Biases too (pip install rl2-spo[wandb])."""
+    use_trackio: bool = False
+    """Write metrics to Trackio on this machine too (pip install rl2-spo[trackio]); `trackio show` opens them."""
+    use_tensorboard: bool = False
+    """Write metrics to save_dir/tensorboard too (pip install rl2-spo[tensorboard])."""
+    timeout_s: PositiveFloat = 1800
+    """Maximum time to wait for another process, in seconds."""
+    dry_run: bool = False
+    """Check everything that the run needs, try the environment, print the number of rows and steps and the memory, and
+    stop; no weights are read."""
 
     def __post_init__(self) -> None:
         if not self.save_dir:
@@ -85,24 +92,27 @@ class Trainer:
 
     @property
     def num_kept(self) -> int | None:
-        """How many of the newest checkpoints stay; None: all."""
+        """Number of newest checkpoints to keep; None: all."""
         return 3 if self.keep is None else self.keep or None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLTrainer(Trainer):
-    replay_freq: Count | None
-    """Keep the rollouts of every so many steps, and the weights before the update, for `rl2 replay`; null: never."""
-    token_stats_freq: Count | None
-    """Statistics of every token of the trajectories in samples.jsonl, for `rl2 view`: at every so many steps, at those
-    of replay_freq and at every test; null: never."""
-    eval_only: bool
-    """Test the model, or the checkpoint of load_ckpt_from, and stop; save_dir is a new folder."""
-    keep_best: bool
-    """The model with the best test score so far is in save_dir/best."""
-    early_stop: bool
-    """Stop when the test score fell twice in a row."""
-    max_logprob_gap: PositiveFloat
-    """Limit of the mean abs(trainer's logp - engine's logp) over the trained tokens of an optimizer step, in nats;
-    beyond it the run stops: the engine has other weights, or sees other tokens. Not watched where top_p or top_k cut
-    the engine's distribution. float32 shows below 1e-5, bfloat16 about 0.01."""
+    """A run of reinforcement learning."""
+
+    replay_freq: Count | None = None
+    """Number of steps between steps whose rollouts, and weights before the update, are kept for `rl2 replay`; null:
+    none are."""
+    token_stats_freq: Count | None = 10
+    """Number of steps between steps at which statistics of every token in samples.jsonl are kept, for `rl2 view`; they
+    are also kept at the steps of replay_freq and at every test. null: never."""
+    eval_only: bool = False
+    """Test the model, or the checkpoint of load_ckpt_from, and stop; save_dir must be a new folder."""
+    keep_best: bool = False
+    """Keep the model with the best test score so far in save_dir/best."""
+    early_stop: bool = False
+    """Stop when the test score has fallen twice in a row."""
+    max_logprob_gap: PositiveFloat = 0.1
+    """Maximum mean abs(trainer's logp - engine's logp) over the trained tokens of an optimizer step, in nats; beyond it
+    the run stops, because the engine has other weights or sees other tokens. Not checked where top_p or top_k cut the
+    engine's distribution. Usual values: below 1e-5 in float32, about 0.01 in bfloat16."""

@@ -1,4 +1,4 @@
-"""Types of the values of keys, and how a plain value becomes one of them."""
+"""Types of the values of keys, defaults, and how a plain value becomes one of these types."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 import types
 import typing
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
 from RL2.errors import ConfigError
@@ -31,7 +31,7 @@ class Range:
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
-"""What names are like that stand in keys and in metrics: parts of a reward, metrics of an environment, test sets."""
+"""Pattern of the names that occur in keys and metrics: reward parts, metrics of an environment, test sets."""
 
 NAME_RULE = "a name has letters, digits, _ and -, and begins with a letter or _"
 
@@ -48,21 +48,66 @@ NonNegative = Annotated[float, Range(0)]
 PositiveFloat = Annotated[float, Range(0, open_low=True)]
 
 
+def interpolated(text: str) -> Any:
+    """Return a field whose default is `text`, in which `${key}` stands for the value of another key."""
+    return field(metadata={"default": text})
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Return the defaults of a group of keys, and of the groups in it, as plain values.
+
+    None stands for a key without a default; interpolations are not resolved.
+    """
+    hints = typing.get_type_hints(cls)
+    return {f.name: defaults(hints[f.name]) if is_dataclass(hints[f.name]) else _default(f) for f in fields(cls)}
+
+
+def _default(f: Field[Any]) -> Any:
+    if f.default_factory is not MISSING:
+        return f.default_factory()
+    if f.default is MISSING:
+        return f.metadata.get("default")
+    return list(f.default) if isinstance(f.default, tuple) else f.default
+
+
+def keys(cls: type, prefix: str = "") -> list[str]:
+    """Return the keys of a group and of the groups in it; NAME stands for a name of the user's own."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            found += keys(hint, f"{prefix}{name}.")
+            continue
+        found.append(f"{prefix}{name}")
+        if (member := member_of(hint)) is not None:
+            found += keys(member, f"{prefix}{name}.NAME.")
+    return found
+
+
+def member_of(hint: Any) -> type | None:
+    """Return the dataclass of the members of a group with names of the user's own, if they are groups too."""
+    member = typing.get_args(hint)[-1] if typing.get_origin(hint) is dict else None
+    return member if isinstance(member, type) and is_dataclass(member) else None
+
+
+def unset(cls: type, values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the keys of a group that need a value and have none."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        value = values.get(name, MISSING)
+        if is_dataclass(hint) and isinstance(value, dict):
+            assert isinstance(hint, type)
+            found += unset(hint, value, f"{prefix}{name}.")
+        elif value is None and type(None) not in typing.get_args(hint) and not is_dataclass(hint):
+            found.append(prefix + name)
+    return found
+
+
 def build(annotation: Any, value: Any, key: str) -> Any:
-    """`value` as `annotation`; `key` is its full name, for errors."""
+    """Return `value` as an instance of `annotation`; `key` is its full name, for errors."""
     if is_dataclass(annotation):
         assert isinstance(annotation, type)
-        if not isinstance(value, dict):
-            raise ConfigError(f"{key}={value!r}; {key} is a group: set {key}.NAME=value")
-        hints = typing.get_type_hints(annotation, include_extras=True)
-        prefix = f"{key}." if key else ""
-        if unknown := sorted(f"{prefix}{name}" for name in set(value) - set(hints)):
-            raise ConfigError(f"nothing reads {', '.join(unknown)}")
-        if missing := [f.name for f in fields(annotation) if f.name not in value and needs_value(f)]:
-            raise ConfigError(f"{', '.join(prefix + name for name in missing)} missing in the YAML")
-        given = [f.name for f in fields(annotation) if f.name in value]
-        return annotation(**{name: build(hints[name], value[name], prefix + name) for name in given})
-
+        return _group(annotation, value, key)
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         number = build(args[0], value, key)
@@ -90,15 +135,34 @@ def build(annotation: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"{key}={value!r}; expected a list: '{key}=[...]'")
         each = [args[0]] * len(value) if args[-1] is Ellipsis else args
         return tuple(build(a, x, f"{key}[{i}]") for i, (a, x) in enumerate(zip(each, value, strict=True)))
+    return _plain(annotation, value, key)
+
+
+def _group(cls: type, value: Any, key: str) -> Any:
+    """Return the dataclass `cls` with the fields of the mapping `value`."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}={value!r}; {key} is a group: set {key}.NAME=value")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    prefix = f"{key}." if key else ""
+    if unknown := sorted(f"{prefix}{name}" for name in set(value) - set(hints)):
+        raise ConfigError(f"nothing reads {', '.join(unknown)}")
+    if missing := [f.name for f in fields(cls) if f.name not in value and needs_value(f)]:
+        raise ConfigError(f"{', '.join(prefix + name for name in missing)}: missing in the configuration")
+    given = [f.name for f in fields(cls) if f.name in value]
+    return cls(**{name: build(hints[name], value[name], prefix + name) for name in given})
+
+
+def _plain(cls: type, value: Any, key: str) -> Any:
+    """Return `value` as an integer, number, string or truth value."""
     if value is None:
         raise ConfigError(f"{key} is not set; pass {key}=...")
-    if annotation is float and type(value) is int:
+    if cls is float and type(value) is int:
         value = float(value) if abs(value) < 2**1023 else math.inf
-    if annotation is str and type(value) in (int, float):
+    if cls is str and type(value) in (int, float):
         return str(value)
-    if type(value) is not annotation:
-        raise ConfigError(f"{key}={value!r}; expected {_NAMES[annotation]}")
-    if annotation is float and not math.isfinite(value):
+    if type(value) is not cls:
+        raise ConfigError(f"{key}={value!r}; expected {TYPES[cls]}")
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}={value!r}; expected a finite number")
     return value
 
@@ -108,4 +172,5 @@ def needs_value(f: Field[Any]) -> bool:
     return f.default is MISSING and f.default_factory is MISSING
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+"""Plain types in words."""

@@ -33,6 +33,15 @@ def ending(command: str) -> Iterator[None]:
         sys.exit(f"rl2 {command}: {error}; `rl2 doctor` lists what to install")
 
 
+def check_program(name: str) -> None:
+    """Raise ConfigError unless there is a program of this name."""
+    from RL2.config.programs import PROGRAMS
+    from RL2.errors import ConfigError
+
+    if name not in PROGRAMS:
+        raise ConfigError(f"{name}: choose one of {', '.join(PROGRAMS)}")
+
+
 @app.callback()
 def rl2() -> None:
     """Post-train language models with torchrun and no Ray, with token-level objectives on successful rollouts."""
@@ -64,22 +73,60 @@ def train(
 ) -> None:
     """Run a program, with torchrun if it takes several processes. The command is printed first, ready to copy.
 
+    `rl2 keys PROGRAM` lists every KEY with its default and meaning, `rl2 config PROGRAM KEY=VALUE ...` prints the
+    configuration of a run.
+
     Example: rl2 train spo train_data.path=train.jsonl actor.model_name=Qwen/Qwen3-0.6B ... --nproc 8
     """
     import os
     import shlex
+    from importlib import import_module
 
     with ending("train"):
-        from RL2.config.programs import PROGRAMS
-        from RL2.errors import ConfigError
+        check_program(program)
+        import_module("RL2.config.load")  # a package that is not installed is named here, not in a traceback
         from RL2.tools.jobs import command_line
 
-        if program not in PROGRAMS:
-            raise ConfigError(f"{program}: choose one of {', '.join(PROGRAMS)}")
     dry = ["trainer.dry_run=true"] if dry_run else []
     command = command_line(program, [*(settings or []), *dry], nproc)
     print(shlex.join(command), flush=True)
     os.execv(sys.executable, command)  # replace this process, so that signals and the exit code are the program's
+
+
+@app.command()
+def keys(
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path")],
+    word: Annotated[str, typer.Argument(metavar="WORD", help="Only keys with this in their name or meaning.")] = "",
+) -> None:
+    """List the keys of a program with their defaults, values and meanings.
+
+    Example: rl2 keys ppo entropy
+    """
+    from rich.console import Console
+
+    with ending("keys"):
+        from RL2.tools.keys import table
+
+        check_program(program)
+        found = table(program, word)
+    (Console() if sys.stdout.isatty() else Console(width=160)).print(found)
+
+
+@app.command()
+def config(
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+) -> None:
+    """Print the configuration that settings resolve to, as YAML with the default and meaning of each key as comments.
+
+    Example: rl2 config ppo actor.lr=2e-6
+    """
+    with ending("config"):
+        from RL2.tools.keys import annotated
+
+        check_program(program)
+        text = annotated(program, settings or [])
+    print(text)
 
 
 @app.command()

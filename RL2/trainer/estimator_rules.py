@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from RL2.batch.registry import KEY, NAMED, BoundEstimator, configured
 from RL2.config.here import check_critic_here
-from RL2.config.programs import RLConfig, check_limit
+from RL2.config.programs import RLConfig
+from RL2.config.rules import check_limit
 from RL2.errors import ConfigError
 
 
@@ -66,8 +67,8 @@ def no_kl_among_parts(config: RLConfig, bound: BoundEstimator) -> None:
     kl = config.actor.kl
     if "parts" in bound.estimator.reads and kl.coef > 0 and kl.type == "reward":
         raise ConfigError(
-            f"actor.kl.type=reward with {KEY}={bound.name}: parts of a reward are normalised one by one, and a KL "
-            "divergence is none of them; set actor.kl.type=advantage or loss"
+            f"actor.kl.type=reward with {KEY}={bound.name}: parts of a reward are normalised one by one, and the KL "
+            "divergence is not one of them; set actor.kl.type=advantage or loss"
         )
 
 
@@ -76,7 +77,7 @@ def responses_are_compared_with_others(config: RLConfig, bound: BoundEstimator) 
     data = config.train_data
     if bound.estimator.baseline and data.prompts_per_rollout * data.responses_per_prompt == 1:
         raise ConfigError(
-            f"{KEY}={bound.name} compares a response with others, and there is one a step; raise "
+            f"{KEY}={bound.name} compares a response with others, and a step has only one; raise "
             "train_data.responses_per_prompt or train_data.prompts_per_rollout"
         )
 

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import NoReturn
 
 from RL2.config.here import check_here
-from RL2.config.load import load, renamed, show
-from RL2.config.programs import RLConfig, SFTConfig
+from RL2.config.load import composed, load, renamed, show
+from RL2.config.programs import PROGRAMS, RLConfig, SFTConfig
+from RL2.config.values import unset
 from RL2.errors import LostProcess, UserError, first_line
 from RL2.io.progress import INTERVAL_S, Progress
 
@@ -27,10 +28,13 @@ LOOPS = {
 
 
 def main(program: str, interval_s: float = INTERVAL_S) -> None:
-    """Run `program` with the overrides of the command line, or `--dry-run`, short for `trainer.dry_run=true`.
+    """Run `program` with the overrides of the command line, `--dry-run` (`trainer.dry_run=true`) or `--help`.
 
     The first process is never silent for longer than `interval_s`. Errors of the user end in one line and exit code 1.
     """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(usage(program))
+        return
     try:
         is_first = int(os.environ.get("RANK", 0)) == 0
         given = ["trainer.dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
@@ -98,6 +102,20 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
             f"{program}: the tokenizer's library gave up ({first_line(error)}); the model's tokenizer.json asks for "
             "what it cannot do, such as a regular expression that does not end on some text"
         )
+
+
+def usage(program: str) -> str:
+    """Return the text of `--help`."""
+    required = unset(PROGRAMS[program], composed(program, [])[0])
+    return f"""\
+usage: python -m RL2.trainer.{program} KEY=VALUE ... [--dry-run]
+       torchrun --nproc_per_node=N -m RL2.trainer.{program} KEY=VALUE ...
+
+Required keys: {" ".join(required)}
+
+`rl2 keys {program} [WORD]` lists every key with its default, values and meaning.
+`rl2 config {program} KEY=VALUE ...` prints the configuration of a run.
+--dry-run checks everything that the run needs, and stops."""
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.batch.packing import pack_arrays
 from RL2.config.data import SupervisedData
-from RL2.config.programs import DPOConfig, RMConfig, SFTConfig, times_sp, trained
+from RL2.config.model import times_sp
+from RL2.config.programs import DPOConfig, RMConfig, SFTConfig, trained
 from RL2.data.bad_rows import BadRows
 from RL2.data.cursor import Cursor
 from RL2.data.preference import SIDES, load_pairs

@@ -19,6 +19,7 @@ from RL2.config.values import build
 from RL2.tools import sweep
 from RL2.tools.eval.evaluate import EvalConfig
 from RL2.tools.plan.command import PlanRequest
+from RL2.tools.settings import parse_settings
 
 NEEDED = {
     "rl": ["train_data.path=a", "train_data.prompts_per_rollout=4", "rollout.train_sampling_params.max_new_tokens=8"],
@@ -90,7 +91,7 @@ settings = st.lists(
 def test_settings_of_commands(given_words: list[str]) -> None:
     for question in (EvalConfig, PlanRequest):
         with clear():
-            check(question.of(given_words))
+            check(parse_settings(question, given_words))
 
 
 SWEEP = (

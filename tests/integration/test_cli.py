@@ -38,7 +38,7 @@ def test_errors_and_exit_codes_are_the_programs(nproc: str) -> None:
         [*RL2, "train", "spo", "--nproc", nproc, "--dry-run"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1
-    assert "train_data.prompts_per_rollout is not set" in done.stderr
+    assert "6 keys are not set; pass train_data.prompts_per_rollout=... actor.model_name=... " in done.stderr
     launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 " if nproc == "2" else ""
     assert done.stdout.startswith(f"{sys.executable} {launcher}-m RL2.trainer.spo trainer.dry_run=true\n")
 

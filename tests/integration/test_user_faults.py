@@ -409,7 +409,7 @@ FAULTS = [
         "sft: trainer.save_dir is empty; name a folder",
     ),
     Fault(
-        "a text for a number",
+        "a string for a number",
         "spo",
         overrides("actor.lr=fast"),
         "spo: actor.lr='fast'; expected a number",
@@ -430,7 +430,7 @@ FAULTS = [
         "nothing to compare a response with",
         "ppo",
         overrides("train_data.prompts_per_rollout=1", "train_data.responses_per_prompt=1"),
-        "ppo: adv.estimator=reinforce compares a response with others, and there is one a step; raise "
+        "ppo: adv.estimator=reinforce compares a response with others, and a step has only one; raise "
         "train_data.responses_per_prompt or train_data.prompts_per_rollout",
     ),
     Fault(

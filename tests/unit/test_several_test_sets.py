@@ -189,7 +189,7 @@ def test_what_cannot_work_is_refused(folder: Path) -> None:
 
 def test_names_that_other_metrics_have_are_refused(folder: Path) -> None:
     for name in ("reward", "env"):
-        with pytest.raises(ConfigError, match=f"test_data.sets.{name}: test/{name}/ is where other metrics are"):
+        with pytest.raises(ConfigError, match=f"test_data.sets.{name}: test/{name}/ is the prefix of other metrics"):
             config(folder, f"test_data.sets.{name}.path=x")
     with pytest.raises(ConfigError, match="best_by=a has no effect with rows of test_data itself"):
         config(folder, "test_data.path=x", "test_data.sets.a.path=x", "test_data.best_by=a")

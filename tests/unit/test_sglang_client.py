@@ -153,7 +153,10 @@ RL = (
         (["rollout.engine=vllm", "rollout.sglang.urls=[http://x]"], "rollout.sglang.urls, args and env have no effect"),
         (["rollout.vllm.env.A=1"], "rollout.vllm.urls, args and env have no effect with rollout.engine=sglang"),
         (["rollout.sglang.router_url=http://x"], "router_url needs rollout.sglang.urls"),
-        (["rollout.train_sampling_params.top_p=0.9"], "train_sampling_params: SGLang gives .* top_k=0 and top_p=0.9"),
+        (
+            ["rollout.train_sampling_params.top_p=0.9"],
+            "train_sampling_params has top_k=0 and top_p=0.9, with which SGLang does not return",
+        ),
         (["rollout.sglang.python=/no/python"], r"rollout.sglang.python=/no/python: there is no such interpreter$"),
     ],
 )

@@ -375,7 +375,10 @@ RL = (
     [
         (["rollout.vllm.urls=[http://x]"], "have no effect with rollout.engine=embedded"),
         (["rollout.vllm.env.A=1"], "have no effect with rollout.engine=embedded"),
-        (["rollout.engine=vllm", "rollout.vllm.urls=[http://x]", "rollout.vllm.num_servers=2"], "no effect with"),
+        (
+            ["rollout.engine=vllm", "rollout.vllm.urls=[http://x]", "rollout.vllm.num_servers=2"],
+            "apply only to servers that RL2 launches",
+        ),
         (["rollout.engine=vllm", "rollout.train_sampling_params.temperature=0.005"], "is below 0.01"),
         (["rollout.engine=vllm", "rollout.vllm.python=/no/python"], "there is no such interpreter"),
         (["rollout.engine=vlm"], "choose one of embedded, vllm, sglang"),
