@@ -83,7 +83,7 @@ def test_export_is_the_model_of_a_checkpoint(world: World) -> None:
     assert not (run / "of_2").exists()
     began_with = f"began with {world.model}"
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(world.model), str(other)))
-    assert f"{run}/step_000002 {began_with} and {run}/config.yaml has {other}" in str(export(2).exception)
+    assert f"{run}/step_000002 {began_with}, {run}/config.yaml has {other}" in str(export(2).exception)
     (run / "config.yaml").unlink()
     assert export(2).exit_code == 0
 
@@ -182,7 +182,7 @@ def test_doctor_says_what_is_missing_and_what_to_do(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "requires", lambda name: needed)
     found = {finding.what: finding for finding in doctor.examine()}
     assert found["torch"].mark == "missing"
-    assert found["torch"].found.endswith("and >=99 is needed")
+    assert found["torch"].found.endswith("but >=99 is needed")
     assert found["nothing-of-this-name"] == (
         "nothing-of-this-name",
         "missing",

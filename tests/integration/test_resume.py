@@ -186,7 +186,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
             "Size mismatch between saved torch.Size([3, 2]) and current: torch.Size([4, 2])",
         ),
         ((2, 3, 1, 5), "Missing key in checkpoint state_dict: model.2.weight"),
-        ((2, 3), "it has model.1.bias"),
+        ((2, 3), "it also has model.1.bias"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(
