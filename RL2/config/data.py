@@ -27,7 +27,7 @@ class TrainData:
     a row, failures: with probability proportional to 1 - s; frontier: to s (1 - s), which prefers rows that are solved
     half of the time."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What to do with rows that cannot be used. stop: raise an error that names them. skip: continue without them,
+    """Treatment of rows that cannot be used. stop: raise an error that names them. skip: continue without them,
     print their number, and list them in save_dir/skipped_rows.jsonl."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Names of the columns in the rows where they differ from RL2's: `columns.prompt=question`. null ignores a column:
@@ -53,7 +53,7 @@ class TestSet:
     max_turns: Count | None = None
     """Maximum number of responses per episode; null: `rollout.max_turns`."""
     on_bad_row: Literal["stop", "skip"] | None = None
-    """What to do with rows that cannot be used; null: `test_data.on_bad_row`."""
+    """Treatment of rows that cannot be used; null: `test_data.on_bad_row`."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Names of columns that differ from `test_data.columns`."""
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class TestSettings:
     max_turns: int
     """Maximum number of responses per episode."""
     on_bad_row: Literal["stop", "skip"]
-    """What to do with rows that cannot be used."""
+    """Treatment of rows that cannot be used."""
     columns: dict[str, Any]
     """Names of the columns in the rows."""
     sampling: SamplingParams
@@ -107,7 +107,7 @@ class TestData:
     responses_per_prompt: Count = 1
     """Number of samples per prompt; the score is the mean over all of them."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What to do with rows that cannot be used, as in `train_data.on_bad_row`."""
+    """Treatment of rows that cannot be used, as in `train_data.on_bad_row`."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Names of columns that differ from `train_data.columns`."""
     sets: dict[str, TestSet] = field(default_factory=dict)
@@ -168,7 +168,7 @@ class SupervisedData:
     batch_size: Count = 128
     """Number of rows per optimizer step."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What to do with rows that cannot be used. stop: raise an error that names them. skip: continue without them,
+    """Treatment of rows that cannot be used. stop: raise an error that names them. skip: continue without them,
     print their number, and list them in save_dir/skipped_rows.jsonl."""
 
     def __post_init__(self) -> None:

@@ -164,7 +164,7 @@ class Lora:
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear layers that get an adapter."""
     save: Literal["merged", "adapter"] = "merged"
-    """What the run exports: merged, a model with the adapters added to its weights; adapter, a peft adapter alone."""
+    """Form of the export. merged: a model with the adapters added to its weights. adapter: a peft adapter alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

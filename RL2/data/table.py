@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BufferedWriter, BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -71,10 +71,10 @@ class Writer:
 
     def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
         self.names, self.folder = names, folder
-        self.files: dict[str, BinaryIO] = {}
+        self.files: dict[str, BytesIO | BufferedWriter] = {}
         self.hashes = {name: hashlib.sha256() for name in (*names, *(f"{name}.{STARTS}" for name in names))}
         for name in self.hashes:
-            self.files[name] = io.BytesIO() if folder is None else (folder / name).open("wb")
+            self.files[name] = BytesIO() if folder is None else (folder / name).open("wb")
         self.ends = dict.fromkeys(names, 0)
         self.rows = 0
         self.objects: dict[int, Any] = {}
@@ -100,16 +100,19 @@ class Writer:
             raise NotStorable
         self.objects[number] = value
 
+    def _in_memory(self, name: str, dtype: Any) -> np.ndarray:
+        """Return the array that was written under `name`, without a copy."""
+        file = self.files[name]
+        assert isinstance(file, BytesIO)
+        return np.frombuffer(file.getbuffer(), dtype)
+
     def finish(self, about: Mapping[str, Any]) -> Table | None:
         """Return the table; None if it was written to the folder, complete and with its digests."""
         if self.folder is None:
             columns = {}
             for name in self.names:
-                values, starts = (
-                    np.frombuffer(self.files[each].getbuffer(), dtype)  # type: ignore[attr-defined]
-                    for each, dtype in ((name, DTYPES.get(name, np.uint8)), (f"{name}.{STARTS}", np.int64))
-                )
-                columns[name] = Ragged(values, starts)
+                values = self._in_memory(name, DTYPES.get(name, np.uint8))
+                columns[name] = Ragged(values, self._in_memory(f"{name}.{STARTS}", np.int64))
             return Table(columns, about, self.objects)
         text = json.dumps(about).encode()
         (self.folder / ABOUT).write_bytes(text)

@@ -77,14 +77,14 @@ def _refuse_quantised(config: PretrainedConfig) -> None:
         )
 
 
-def _build(auto: type, config: PretrainedConfig) -> PreTrainedModel:
+def _build(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
     """Build the model to inspect. Rotary embeddings by length get the plain type; `length_limit` covers them."""
     config = copy.deepcopy(config)
     for rope in _ropes(config):
         if rope["rope_type"] in BY_LENGTH:
             rope["rope_type"] = "default"
     with torch.device("meta"):
-        return auto.from_config(config, dtype=torch.float32, attn_implementation=INSPECTED)  # type: ignore[attr-defined]
+        return auto.from_config(config, dtype=torch.float32, attn_implementation=INSPECTED)
 
 
 def _refuse_more_than_text(config: PretrainedConfig, lm: PreTrainedModel) -> None:
@@ -176,7 +176,7 @@ def reset_buffers(lm: PreTrainedModel) -> None:
         if buffer.is_floating_point():
             buffer.fill_(float("nan"))
     for parameter in lm.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined] # transformers then skips it
+        vars(parameter)["_is_hf_initialized"] = True  # transformers then skips it
     with torch.no_grad():
         for part in lm.modules():
             lm._init_weights(part)

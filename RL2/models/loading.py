@@ -98,12 +98,10 @@ def _generation(model_name: str, key: str) -> GenerationConfig | None:
     return found
 
 
-def empty(auto: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def empty(auto: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return a model on the meta device that calls packed attention; it gets its own copy of the configuration."""
     with torch.device("meta"):
-        return auto.from_config(  # type: ignore[attr-defined]
-            copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION
-        )
+        return auto.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION)
 
 
 def materialise(module: nn.Module, lm: PreTrainedModel, device: torch.device) -> None:

@@ -78,7 +78,7 @@ class Environment:
         self.example = example
         """Turns a raw row of a data file into one of ours, or into None to leave it out; None if there is none."""
         self.vote = vote
-        """What a response answers, for majority votes; '' for none. None if the script has no such function."""
+        """Return the answer of a response, for majority votes; '' for none, None if the script has no such function."""
         self.timeout_s = timeout_s
         self.weights = weights
         """Weights of the parts of a reward."""

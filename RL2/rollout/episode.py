@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -19,7 +19,7 @@ from RL2.engines.base import Engine
 from RL2.rollout.environment import Environment
 from RL2.rollout.spans import last_tokens
 from RL2.rollout.step_result import State, StepResult, Unscored
-from RL2.types import Prompt, Sampling, Sequence, Trajectory, summed
+from RL2.types import Completion, Prompt, Sampling, Sequence, Trajectory, summed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,8 +52,8 @@ async def run_episode(
 ) -> Trajectory:
     """Play `prompt` until the environment is done, `max_turns` responses are there, or `max_length` tokens are full.
 
-    What goes wrong in the environment makes the trajectory unscored; what the engine raises is raised. `template`: that
-    of the tokenizer, if it has been looked at before.
+    Errors of the environment make the trajectory unscored; errors of the engine are raised. `template` is the
+    tokenizer's, if it has been analysed before.
     """
     template = template or Template(tokenizer)
     trajectory = Trajectory(row=prompt.row, group=group, sample=sample)
@@ -89,9 +89,7 @@ async def run_episode(
             _append(sequence, completion.token_ids, completion.logps, completion.versions)
             trajectory.truncated = completion.finish == "length"
 
-            sampled, end = completion.token_ids, ""
-            if completion.finish == "stop" and sampled[-1] in sampling.stop_token_ids:
-                sampled, end = sampled[:-1], decode(tokenizer, sampled[-1:])
+            sampled, end = _without_end(tokenizer, completion, sampling)
             action = decode(tokenizer, sampled)
             trajectory.texts += [state, action]
             result = await environment.step(state, action, extra_info, request)
@@ -107,28 +105,54 @@ async def run_episode(
                 break
 
             assert result.next_state is not None, "checked by the environment"
-            next_state = _next(template, state + action, result.next_state, end, prompt.template_arguments)
-            if next_state.startswith(state + action):
-                # the end token was sampled; the environment may write its text out
-                observation = next_state[len(state + action) :].removeprefix(end)
-                added = _encode(tokenizer, observation, begins=False)
-            else:  # the history was rewritten: what was sampled stays in its own sequence
-                head = head_of(tokenizer)
-                added = _encode(tokenizer, next_state, begins=sequence.token_ids[: len(head)] == head)
-                sequence = Sequence([], [], [], [])
-            state, extra_info = next_state, result.extra_info
+            so_far, extra_info = state + action, result.extra_info
+            state = _next(template, so_far, result.next_state, end, prompt.template_arguments)
+            sequence, added = _observe(tokenizer, sequence, so_far, state, end)
     except Unscored as error:
         trajectory.unscored = error.cause
         trajectory.score = 0.0
         for sequence in trajectory.sequences:
             sequence.rewards = [0.0] * len(sequence.rewards)
         parts.clear()
+    _sum_up(trajectory, parts, metrics, environment.weights)
+    return trajectory
+
+
+def _sum_up(
+    trajectory: Trajectory, parts: dict[str, list[float]], metrics: dict[str, list[float]], weights: Mapping[str, float]
+) -> None:
+    """Set the metrics of `trajectory`, means over turns, and its reward: sums of parts over turns, then weighted."""
     trajectory.metrics = {name: fmean(each) for name, each in metrics.items()}
     trajectory.plain = summed(parts.pop(PLAIN, []))
     trajectory.parts = {name: summed(each) for name, each in parts.items()}
-    terms = [environment.weights.get(name, 1.0) * value for name, value in trajectory.parts.items()]
+    terms = [weights.get(name, 1.0) * value for name, value in trajectory.parts.items()]
     trajectory.weighted = math.fsum([*terms, trajectory.plain])
-    return trajectory
+
+
+def _without_end(
+    tokenizer: PreTrainedTokenizerBase, completion: Completion, sampling: Sampling
+) -> tuple[list[int], str]:
+    """Return the tokens of a response without its end token, and the text of that; '' if it has none."""
+    sampled = completion.token_ids
+    if completion.finish == "stop" and sampled[-1] in sampling.stop_token_ids:
+        return sampled[:-1], decode(tokenizer, sampled[-1:])
+    return sampled, ""
+
+
+def _observe(
+    tokenizer: PreTrainedTokenizerBase, sequence: Sequence, so_far: str, state: str, end: str
+) -> tuple[Sequence, list[int]]:
+    """Return the sequence that the next response belongs to, and the tokens that the environment adds to it.
+
+    `so_far` is the text up to the response, without its `end` token, and `state` the environment's next state. If that
+    does not begin with `so_far`, the environment has rewritten the history: the sampled tokens stay in their sequence,
+    and a new one begins.
+    """
+    if state.startswith(so_far):
+        # the end token was sampled; the environment may write its text out
+        return sequence, _encode(tokenizer, state[len(so_far) :].removeprefix(end), begins=False)
+    head = head_of(tokenizer)
+    return Sequence([], [], [], []), _encode(tokenizer, state, begins=sequence.token_ids[: len(head)] == head)
 
 
 def _append(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What bytes decode to that are no text."""
+"""Replacement character: bytes that are no text decode to it."""
 
 
 def last_tokens(decode: Callable[[list[int]], str], token_ids: Sequence[int], ends: Sequence[int]) -> list[int]:

@@ -18,7 +18,7 @@ LARGEST = 1e15
 """Size of a reward or score beyond which sums of squares of them overflow in float32."""
 REQUIRED = ("next_state", "reward", "score", "done", "extra_info")
 State = str | list[dict[str, Any]]
-"""What a script shows to the model: text as it stands, or messages that go through the chat template."""
+"""State of an episode: text as it stands, or messages that go through the chat template."""
 
 
 class Unscored(Exception):
@@ -57,7 +57,7 @@ class StepResult:
     spans: tuple[Span, ...] = ()
     """Rewards for pieces of the response."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What the script measured."""
+    """Metrics of the environment by name."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Metric that is no number -> what it is; one without a name is `metrics` itself."""
 

@@ -9,7 +9,7 @@ from statistics import fmean
 WINDOW = 5
 """Steps that are averaged, so that one odd batch is no alarm."""
 LOW, HIGH = 1 / 4, 4
-"""Of what it was in the first steps: entropy or length below or above has collapsed or is running away."""
+"""Bounds relative to the first steps: entropy or length below has collapsed, above is running away."""
 FEW_NATS = 0.02
 """Entropy below this has collapsed, however low it began: nearly every token is certain (p_max is at 1)."""
 
@@ -25,7 +25,7 @@ SEEN = (
 )
 """Metrics that are looked at."""
 PART = "/reward/"
-"""What stands in the names of their metrics before parts of the reward."""
+"""Prefix, in names of metrics, of the parts of the reward."""
 FEW = 3
 """Steps in a row without a gradient, or without the score of before, that are no chance."""
 NO_GRADIENT = 1e-8

@@ -1,4 +1,4 @@
-"""What a run says of itself before the first step, a line each: models, engine, plan."""
+"""Lines that a run prints before its first step: models, engine, plan."""
 
 from __future__ import annotations
 

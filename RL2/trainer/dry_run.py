@@ -52,7 +52,7 @@ from RL2.workers.learner import refuse_no_recomputation
 
 GIB = 2**30
 RESPONSE = "42"
-"""What the environment is tried with."""
+"""Response with which the environment is tried."""
 
 
 class Findings:

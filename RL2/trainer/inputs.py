@@ -1,4 +1,4 @@
-"""What a run is given: settings, files, code. Digests tell whether two processes, or two starts, got the same."""
+"""Inputs of a run: settings, files, code. Digests tell whether two processes, or two starts, have the same."""
 
 from __future__ import annotations
 

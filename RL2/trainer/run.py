@@ -1,4 +1,4 @@
-"""What every program does around its loop: processes, seed, folder, report, resume, save."""
+"""The surroundings of every loop: processes, seed, folder, report, resuming, saving."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Run:
     settings: dict[str, Any]
     """The whole configuration, for the dashboards."""
     closing: ExitStack
-    """What is to be closed when the run ends, however it ends."""
+    """Stack that closes resources when the run ends, however it ends."""
     launchers: list[str]
     """The torchruns of this run's processes, one for each machine; empty without torchrun."""
     interrupt: Interrupt
@@ -68,7 +68,7 @@ class Run:
     source: Path | None
     """The checkpoint that the run goes on from."""
     progress: Progress
-    """What the run says while it works."""
+    """Lines and signs of life that the run prints while it works."""
 
     def report(self, num_steps: int) -> Report:
         dashboards: list[Dashboard] = []
