@@ -41,7 +41,7 @@ def served(
 def test_log_probabilities_are_those_of_the_distribution_drawn_from(served: Served, options: dict[str, Any]) -> None:
     sampling = Sampling(max_new_tokens=24, **options)
     if served.name == "sglang" and "top_p" in options:
-        with pytest.raises(ValueError, match="only with a top_k of 1 to 4096"):
+        with pytest.raises(ValueError, match="only with top_k=1 to 4096"):
             served.generate(PROMPTS, sampling)
         return
     lm = served.reference()
