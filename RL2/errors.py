@@ -42,7 +42,6 @@ def one_line(text: str) -> str:
 
 
 MAX_ERROR = 1000
-
 """Maximum length of a one-line error, in characters."""
 
 

@@ -92,7 +92,7 @@ class Lock:
     uid: int | None
     """User id that programs run as, used by nobody else; None keeps the caller's."""
     threads: bool
-    """Whether a program may have THREADS threads; otherwise it has one."""
+    """True if a program may have THREADS threads; otherwise it has one."""
     readable: tuple[str, ...]
 
 

@@ -22,7 +22,7 @@ Tell Test Train Transfer Try Turn Undo Update Wait Watch Wrap Write Yield
 """
 """First words of function docstrings, sorted. Add a verb, in the imperative, when a new docstring needs one."""
 
-FRAGMENTS = frozenset({"As", "Of", "That", "What", "Who", "Whose"})
+FRAGMENTS = frozenset({"As", "How", "Of", "That", "What", "When", "Where", "Whether", "Which", "Who", "Whose"})
 """First words with which a docstring is part of a sentence that the reader has to complete."""
 
 

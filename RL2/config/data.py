@@ -23,7 +23,7 @@ class TrainData:
     responses_per_prompt: Count = 1
     """Number of samples per prompt; they form a group."""
     curriculum: Literal["none", "failures", "frontier"] = "none"
-    """How rows are drawn after each has been seen once. none: every row once per epoch. With s the past success rate of
+    """Order of the rows after each has been seen once. none: every row once per epoch. With s the past success rate of
     a row, failures: with probability proportional to 1 - s; frontier: to s (1 - s), which prefers rows that are solved
     half of the time."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -142,7 +142,7 @@ class TestData:
 
     @property
     def has_own(self) -> bool:
-        """Whether `test_data` has rows or tasks of its own, beside `sets`."""
+        """True if `test_data` has rows or tasks of its own, beside `sets`."""
         return self.path is not None or self.prompts_per_rollout is not None
 
 

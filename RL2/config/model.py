@@ -16,7 +16,7 @@ class KL:
     coef: NonNegative = 0.0
     """Coefficient of the KL divergence to the reference policy; above 0 a reference model is loaded."""
     type: Literal["loss", "reward", "advantage"] = "loss"
-    """Where the penalty applies: added to the loss, or subtracted from each token's reward or advantage."""
+    """Place of the penalty: added to the loss, or subtracted from each token's reward or advantage."""
     estimator: Literal["k1", "k2", "k3"] | None = None
     """Per-token estimator (http://joschu.net/blog/kl-approx.html). With type=reward or advantage: k1, also for null;
     there only k1 has the gradient of KL(policy || reference). With type=loss: k2, also for null, or k3; there the
@@ -82,7 +82,7 @@ class Select:
 
     @property
     def is_on(self) -> bool:
-        """Whether some sampled tokens may be excluded."""
+        """True if some sampled tokens may be excluded."""
         return self.entropy_quantile > 0 or self.not_mode or self.on_policy or self.not_truncated
 
 
@@ -190,7 +190,7 @@ class SFTActor(TrainablePolicy):
     """The model that is fine-tuned."""
 
     avg_level: Literal["token", "sequence"] = "token"
-    """How the loss is averaged. token: over all tokens. sequence: over the tokens of each sequence, then over
+    """Averaging of the loss. token: over all tokens. sequence: over the tokens of each sequence, then over
     sequences."""
     objective: str = "sft"
     """Loss on the tokens of the responses. sft is cross-entropy; any other of docs/objectives.md that reads neither
@@ -206,7 +206,7 @@ class Actor(TrainablePolicy):
     max_inference_length_per_device: Count = interpolated("${actor.max_length_per_device}")
     """Tokens of a microbatch per process in forward passes without gradients."""
     avg_level: Literal["token", "sequence", "constant"] = "token"
-    """How the loss is averaged. token: over all tokens. sequence: over the tokens of each sequence, then over
+    """Averaging of the loss. token: over all tokens. sequence: over the tokens of each sequence, then over
     sequences. constant: each sequence's sum divided by `avg_length`, then over sequences (Dr. GRPO)."""
     avg_length: Count | None = interpolated("${rollout.train_sampling_params.max_new_tokens}")
     """Number of tokens that each sequence's sum is divided by, with avg_level=constant."""
@@ -281,7 +281,7 @@ class Critic(Trainable):
     max_inference_length_per_device: Count = interpolated("${critic.max_length_per_device}")
     """Tokens of a microbatch per process in forward passes without gradients."""
     avg_level: Literal["token", "sequence"] = "token"
-    """How the loss is averaged. token: over all tokens. sequence: over the tokens of each sequence, then over
+    """Averaging of the loss. token: over all tokens. sequence: over the tokens of each sequence, then over
     sequences."""
     clip: PositiveFloat = 0.5
     """Clip range of the value: the loss does not reward moving it further than this from the old critic's value."""

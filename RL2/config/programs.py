@@ -124,7 +124,6 @@ PROGRAMS: dict[str, type] = {
     "spo_0p5": RLConfig,
     "path": RLConfig,
 }
-
 """Class of each program's configuration; `trainer/config/PROGRAM.yaml` has what differs from its defaults."""
 
 

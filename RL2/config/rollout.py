@@ -11,7 +11,7 @@ from RL2.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How an engine samples."""
+    """Settings of sampling."""
 
     temperature: NonNegative = 1.0
     """Sampling temperature; 0 takes the most likely token."""
@@ -27,13 +27,12 @@ class SamplingParams:
 
     @property
     def is_cut(self) -> bool:
-        """Whether top_p or top_k exclude tokens, which makes the others more likely than under the model."""
+        """True if top_p or top_k exclude tokens, which makes the others more likely than under the model."""
         return self.top_p < 1 or self.top_k > 0
 
 
 Transport = Literal["files", "ipc", "broadcast"]
-
-"""How weights are sent to servers."""
+"""Way in which weights are sent to servers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +84,9 @@ class VLLM(Servers):
     python: str = ".venv-vllm/bin/python"
     """Interpreter of the environment that holds vLLM; `make engine` builds one for CPUs."""
     transport: Transport = "files"
-    """How weights are sent to the servers. files: through sync_dir. ipc: servers on this machine read the trainer's GPU
-    memory. broadcast: through a process group of trainer and servers (NCCL on GPUs, gloo on CPUs). With ipc and
-    broadcast, launched servers also keep a copy in files for restarts, unless max_restarts=0."""
+    """Way in which weights are sent to the servers. files: through sync_dir. ipc: servers on this machine read the
+    trainer's GPU memory. broadcast: through a process group of trainer and servers (NCCL on GPUs, gloo on CPUs). With
+    ipc and broadcast, launched servers also keep a copy in files for restarts, unless max_restarts=0."""
     kv_cache_mib: Count | None = None
     """Size of a launched server's KV cache, in MiB. null: on CPUs, room for max_running_requests sequences of full
     length, up to gpu_memory_utilization of the free memory; on GPUs, what that share of the GPU leaves."""
@@ -114,16 +113,15 @@ class SGLang(Servers):
 
 
 SGLANG_MAX_TOP_K = 4096
-
 """Largest top_k with which a server returns log-probabilities (its --sampling-mask-max-tokens)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """How trajectories are sampled."""
+    """Settings of rollouts: the engine, the environment, and how trajectories are sampled."""
 
     engine: Literal["embedded", "vllm", "sglang"] = "embedded"
-    """Where tokens are sampled. embedded: in the training process. vllm, sglang: by servers."""
+    """Engine that samples tokens. embedded: in the training process. vllm, sglang: by servers."""
     vllm: VLLM
     sglang: SGLang
     model_name: str = interpolated("${actor.model_name}")
@@ -166,7 +164,7 @@ class Rollout:
 
     @property
     def is_async(self) -> bool:
-        """Whether rollouts overlap with training."""
+        """True if rollouts overlap with training."""
         return self.max_staleness > 0 and not self.partial_rollout
 
     def __post_init__(self) -> None:
@@ -205,7 +203,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """How the parts of a reward are combined."""
+    """Weights of the parts of a reward."""
 
     weights: dict[str, Any] = field(default_factory=dict)
     """Weights of the parts of a reward, if the environment's `step` returns a dict of them: `weights.format=0.1`. The
@@ -216,7 +214,6 @@ class Reward:
 
 
 MAX_WEIGHT = 1e6
-
 """Largest absolute value of a weight; anything larger is taken for a mistake."""
 
 

@@ -11,7 +11,7 @@ from RL2.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage:
-    """How advantages are computed from rewards."""
+    """Settings of advantages, which are computed from rewards."""
 
     estimator: str = "reinforce"
     """Advantage estimator. reinforce: reward minus the group's mean (Dr. GRPO). gdpo: reward parts, each normalised

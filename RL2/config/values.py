@@ -30,21 +30,15 @@ class Range:
 
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-
 """Pattern of the names that occur in keys and metrics: reward parts, metrics of an environment, test sets."""
 
 NAME_RULE = "a name has letters, digits, _ and -, and begins with a letter or _"
 
 Count = Annotated[int, Range(1)]
-
 Index = Annotated[int, Range(0)]
-
 Seed = Annotated[int, Range(0, 2**63 - 1)]
-
 Share = Annotated[float, Range(0, 1)]
-
 NonNegative = Annotated[float, Range(0)]
-
 PositiveFloat = Annotated[float, Range(0, open_low=True)]
 
 

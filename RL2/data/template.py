@@ -52,17 +52,17 @@ class Template:
             "and cannot be interrupted; the process is killed",
         )
         self.parts = False
-        """Whether the template reads contents only as lists of parts."""
+        """True if the template reads contents only as lists of parts."""
         self.empty: str | None = ""
         """Content that the template needs beside calls without text."""
         self.text_arguments = False
-        """Whether the template needs the arguments of calls as JSON strings."""
+        """True if the template needs the arguments of calls as JSON strings."""
         self.reasoning: str | None = None
         """Key from which the template reads the reasoning."""
         self.end, self.call_end = "", ""
         """Tokens that end a turn, and a turn with calls; empty if no single token does."""
         self.ends_with_next = False
-        """Whether the first token of the next turn ends a turn (GLM)."""
+        """True if the first token of the next turn ends a turn (GLM)."""
         self.ends: tuple[str, ...] = tuple(filter(None, [str(tokenizer.eos_token or "")]))
         """Texts of all tokens that end a turn."""
         self.header = ""

@@ -36,7 +36,7 @@ class TrainedPolicy(Protocol):
 
     @property
     def can_share_weights(self) -> bool:
-        """Whether an engine of this process can sample from the parameters of `lm` without a copy."""
+        """True if an engine of this process can sample from the parameters of `lm` without a copy."""
         ...
 
     def logps(self, token_ids: list[int]) -> list[float]:

@@ -56,7 +56,7 @@ class JsonlTail:
 
     @property
     def is_another(self) -> bool:
-        """Whether the file was replaced or truncated, as by a resumed run; earlier records may be gone."""
+        """True if the file was replaced or truncated, as by a resumed run; earlier records may be gone."""
         return self.identity is not None and (
             self._identity() != self.identity or os.path.getsize(self.file) < self.place
         )

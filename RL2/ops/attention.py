@@ -27,7 +27,7 @@ IN_GRAPH = "rl2_packed_in_graph"
 """The same implementation for a model that is compiled as a whole, including its attention."""
 
 _KERNEL_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""Whether torch's kernel supports grouped-query attention; torch 2.11 needs as many key heads as query heads."""
+"""True if torch's kernel supports grouped-query attention; torch 2.11 needs as many key heads as query heads."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """Function (layer number, query_THD, key_TKD, value_TKD, scaling) -> [T, H * D]."""

@@ -162,7 +162,7 @@ class Work:
     """Length of the longest sequence in tokens."""
     mean_length: float
     rollout: bool = True
-    """Whether the sequences are sampled first, by an engine on the same devices."""
+    """True if the sequences are sampled first, by an engine on the same devices."""
 
     @property
     def tokens(self) -> float:

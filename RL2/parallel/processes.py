@@ -71,7 +71,7 @@ class Processes:
 
     @property
     def is_first_here(self) -> bool:
-        """Whether this is the first process of its machine."""
+        """True if this is the first process of its machine."""
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
     @contextmanager

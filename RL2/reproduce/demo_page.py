@@ -100,7 +100,7 @@ class Summary:
     test_best: float | None = None
     test_last: float | None = None
     collapsed: bool | None = None
-    """Whether the last test score is below half of the best one of the run."""
+    """True if the last test score is below half of the best one of the run."""
     seconds: float | None = None
 
 
@@ -264,7 +264,7 @@ class Piece(NamedTuple):
 
     text: str
     special: bool
-    """Whether this is a token of the chat template."""
+    """True if this is a token of the chat template."""
 
 
 class Rollout(NamedTuple):

@@ -113,7 +113,7 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """Whether the problem is for the test; depends only on the calculation, so no rewording of it is trained on."""
+        """True if the problem is for the test; depends only on the calculation, so no rewording of it is trained on."""
         digest = hashlib.blake2b(self.calculation.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") % HELD_OUT == 0
 

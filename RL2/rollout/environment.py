@@ -31,7 +31,7 @@ from RL2.rollout.step_result import State, StepResult, Unscored, checked, is_sta
 from RL2.types import Sampling
 
 ATTEMPTS = 4
-"""How often a call is handed in before it is given up because others blocked the loop each time."""
+"""Attempts of a call before it is given up because other calls blocked the loop each time."""
 PATIENCE = 1.25
 """Limits without progress after which a loop is taken for blocked. Above 1: a live loop stops a slow call itself."""
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]

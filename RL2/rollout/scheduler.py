@@ -1,4 +1,4 @@
-"""Which groups begin and which train at each step, in the order of the data; some begin before they are needed."""
+"""Schedule of the groups that begin and train at each step; some begin before they are needed."""
 
 from __future__ import annotations
 

@@ -62,12 +62,12 @@ class Job:
 
     @property
     def has_ended(self) -> bool:
-        """Whether a job in this folder has ended successfully, with whatever settings."""
+        """True if a job in this folder has ended successfully, with whatever settings."""
         return (self.folder / DONE).exists()
 
     @property
     def is_done(self) -> bool:
-        """Whether this exact command has ended successfully."""
+        """True if this exact command has ended successfully."""
         return self.has_ended and json.loads((self.folder / DONE).read_text())["command"] == self.shown
 
     @property

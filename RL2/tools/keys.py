@@ -40,7 +40,7 @@ class Key:
     """Type and range, in words."""
     meaning: str
     is_optional: bool
-    """Whether null is a value."""
+    """True if null is a value."""
 
 
 def keys_of(program: str) -> dict[Key, Any]:

@@ -44,7 +44,7 @@ class Rows:
     ids: Ragged
     """Token ids of all sequences."""
     trains: Ragged
-    """Which of the tokens are actions."""
+    """Marks of the tokens that are actions."""
     per_row: int
     scored: bool = False
     """True: the only action of a sequence comes after its last token; there a reward model has read all of it."""

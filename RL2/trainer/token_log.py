@@ -25,7 +25,7 @@ from RL2.types import TokenBatch, TokenStats, Trajectory
 from RL2.workers.actor import Actor
 
 ALTERNATIVES = 5
-"""How many of the most likely tokens are kept of each distribution."""
+"""Number of the most likely tokens that are kept of each distribution."""
 SEEN = ("logp", "max_logp", "entropy", "rank", "top_logp", "top_id")
 
 

@@ -80,7 +80,7 @@ class Worker:
 
     @property
     def can_share_weights(self) -> bool:
-        """Whether an engine of this process can sample from these parameters without a copy."""
+        """True if an engine of this process can sample from these parameters without a copy."""
         return not (isinstance(self.policy, FSDPModule) or self.offload_model or self.has_adapters)
 
     def stats(

@@ -85,13 +85,13 @@ class _Gate:
         self.lock = threading.Lock()
         """Held during a step and while the weights change."""
         self.is_wanted = False
-        """Whether another thread waits for the lock, which is not fair by itself."""
+        """True if another thread waits for the lock, which is not fair by itself."""
         self.is_closed = False
-        """Whether no step may begin."""
+        """True if no step may begin."""
 
     @property
     def is_open(self) -> bool:
-        """Whether a step may begin now."""
+        """True if a step may begin now."""
         return not (self.is_wanted or self.is_closed)
 
     @contextmanager

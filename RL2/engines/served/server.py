@@ -85,7 +85,7 @@ class Server:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process has started and not ended."""
+        """True if the process has started and not ended."""
         return self.process is not None and self.process.poll() is None
 
     def wait_until_healthy(self, timeout_s: float) -> None:

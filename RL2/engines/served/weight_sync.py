@@ -78,7 +78,7 @@ class WeightSync:
         self.states = [ServerState(f"{self.spec.name} server {i}", client) for i, client in enumerate(clients)]
         self.stream = weight_stream.make_stream(engine.transport, device)
         self.keeps_files = self.stream is None or (not settings.urls and settings.max_restarts > 0)
-        """Whether weights are (also) written to files, which a restarted server reads."""
+        """True if weights are (also) written to files, which a restarted server reads."""
         self.owned: OwnedDir | None = None
         if settings.sync_dir is None:
             self.owned = OwnedDir(SHARED_MEMORY if SHARED_MEMORY.is_dir() else SHORT, f"rl2-weights-{os.getuid()}-")

@@ -20,14 +20,14 @@ class VLLMClient(StreamClient):
     """A client of vLLM's routes for tokens and for reinforcement learning."""
 
     can_sleep = False
-    """Whether the server runs with --enable-sleep-mode, so that others can use its memory while it is paused."""
+    """True if the server runs with --enable-sleep-mode, so that others can use its memory while it is paused."""
     queue_metric = "vllm:request_queue_time_seconds"
 
     def __init__(self, url: str, token: str) -> None:
         super().__init__(url, token)
         self.has_tokens_route = True
         self.is_whole = True
-        """Whether all weights are of one version, so that requests may continue."""
+        """True if all weights are of one version, so that requests may continue."""
         self.is_asleep = False
 
     async def generate(

@@ -26,7 +26,7 @@ class Sample:
 
     @property
     def is_right(self) -> bool:
-        """Whether the reward (or the score, if there is none) is above 0; a score may give partial credit."""
+        """True if the reward (or the score, if there is none) is above 0; a score may give partial credit."""
         return (self.score if self.reward is None else self.reward) > 0
 
 

@@ -34,7 +34,7 @@ class Plan:
     microbatches: int
     recompute: bool
     offload: bool
-    """Whether offload_model and offload_optimizer are on."""
+    """True if offload_model and offload_optimizer are on."""
     memory: dict[str, float]
     """Bytes by part in the update; with `offload`, not all are resident at once."""
     peak: float

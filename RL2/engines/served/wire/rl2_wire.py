@@ -86,7 +86,7 @@ def share(flat: Tensor) -> dict[str, Any]:
 
 
 IS_BYTES = (True, False, False, True, False, True, False)
-"""Whether each part of a handle is bytes: memory, size, offset, reference counter and its offset, event, wait flag."""
+"""True if each part of a handle is bytes: memory, size, offset, reference counter and its offset, event, wait flag."""
 
 
 def opened(shared: dict[str, Any]) -> Tensor:

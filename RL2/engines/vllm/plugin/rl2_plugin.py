@@ -56,7 +56,7 @@ class Update(WeightTransferUpdateInfo):
     shared: dict[str, Any] | None = None
     """Handle of the bucket in the memory of a GPU of this machine."""
     abandon: bool = False
-    """Whether to end the open update. It ends with an error, which is how vLLM closes an update."""
+    """Request to end the open update. It ends with an error, which is how vLLM closes an update."""
 
 
 class WeightTransfer(WeightTransferEngine[Init, Update]):
@@ -77,7 +77,7 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
         self.group: Group | None = None
         self.files: list[Path] = []
         self.is_open = False
-        """Whether a reload is open: some layers have new weights, others have no memory."""
+        """True if a reload is open: some layers have new weights, others have no memory."""
         self.updates = 0
 
     def init_transfer_engine(self, init_info: Init) -> None:
