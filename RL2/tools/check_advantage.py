@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,11 +17,8 @@ from torch import Tensor
 from RL2.batch import registry
 from RL2.batch.estimator import READABLE, Estimator
 from RL2.batch.packing import pack
-from RL2.config.values import build
 from RL2.errors import ConfigError
-from RL2.tools.check_objective.checks import Unsound, raises
-from RL2.tools.check_objective.main import Finding
-from RL2.tools.check_objective.subject import Setting, other_values
+from RL2.tools.checking import Finding, Setting, Tried, Unsound, assert_passed, check_effects, check_knobs, raises
 from RL2.types import Sequence as TokenSequence
 from RL2.types import TokenBatch, Trajectory
 
@@ -113,33 +109,22 @@ def case(name: str, sizes: Sequence[int], group_size: int) -> Case:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(Tried):
     """An estimator with the settings of its knobs that it is tried at."""
 
     estimator: Estimator
     given: Setting
     """Knobs that are not at their defaults."""
 
-    @cached_property
-    def base(self) -> Setting:
-        """The given knobs, and the others at their defaults."""
-        hints = self.estimator.hints
-        return self.estimator.defaults | {knob: build(hints[knob], value, knob) for knob, value in self.given.items()}
-
-    @cached_property
-    def alternatives(self) -> dict[str, list[Any]]:
-        """Other values of each knob, from its annotation."""
-        return {knob: [*other_values(self.estimator.hints[knob], value, knob)] for knob, value in self.base.items()}
-
-    @cached_property
-    def settings(self) -> list[Setting]:
-        """The base setting, and each that differs from it in one knob."""
-        return [self.base, *(self.base | {knob: x} for knob, values in self.alternatives.items() for x in values)]
+    @property
+    def declared(self) -> Estimator:
+        """The estimator."""
+        return self.estimator
 
     def where(self, setting: Setting, on: Case) -> str:
         """Return the beginning of a finding: the rollout, and the knob that is not at the base setting."""
-        changed = "".join(f", with {knob}={x}" for knob, x in setting.items() if x != self.base[knob])
-        return f"{on.name}{changed}: "
+        changed = self.named(setting)
+        return f"{on.name}{', with ' if changed else ''}{changed}: "
 
     def result(self, setting: Setting, on: Case) -> Tensor:
         """Return the advantages at all positions, [T]. Raise Unsound if the function fails."""
@@ -167,9 +152,7 @@ def contract(subject: Subject) -> str:
     kinds = [p.kind for p in parameters]
     if kinds[:1] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] or set(kinds[1:]) - {inspect.Parameter.KEYWORD_ONLY}:
         raise Unsound("its parameters must be (batch, *, knobs): everything but batch stands after a star")
-    for name, p in subject.estimator.knobs.items():
-        if name not in subject.estimator.hints or p.default is p.empty:
-            raise Unsound(f"the knob {name} needs an annotation and a default, as in `{name}: float = 0.5`")
+    check_knobs(subject)
     for setting, on in subject.trials():
         before = {name: x.clone() for name, x in on.batch.tensors().items()}
         found, where = subject.result(setting, on), subject.where(setting, on)
@@ -316,22 +299,11 @@ def baseline(subject: Subject) -> str:
 
 def effects(subject: Subject) -> str:
     """Check that every knob changes the advantages."""
-    for knob, values in subject.alternatives.items():
-        if not values:
-            raise Unsound(
-                f"no other value of the knob {knob} can be tried; annotate it with bool, int, float, Literal[...], or "
-                "a range of numbers from RL2.config.values"
-            )
-        # a knob may only have an effect together with another one
-        if not any(
-            not torch.equal(subject.at_actions(other, on), subject.at_actions(other | {knob: x}, on))
-            for other in subject.settings
-            for x in values
-            for on in cases()
-        ):
-            raise Unsound(f"the knob {knob} changes nothing (tried {', '.join(map(str, values))}): use it or remove it")
-    names = list(subject.alternatives)
-    return f"{', '.join(names)} {'each change' if len(names) > 1 else 'changes'} the result" if names else "it has none"
+
+    def differ(one: Setting, other: Setting) -> bool:
+        return any(not torch.equal(subject.at_actions(one, on), subject.at_actions(other, on)) for on in cases())
+
+    return check_effects(subject, differ)
 
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
@@ -364,8 +336,7 @@ def check(source: str | Estimator, given: Mapping[str, Any] | None = None) -> li
 
 def assert_sound(source: str | Estimator, given: Mapping[str, Any] | None = None) -> None:
     """Raise AssertionError, with a line for each check that failed; for tests."""
-    failed = [finding for finding in check(source, given) if not finding.passed]
-    assert not failed, "\n".join(f"{finding.name}: {finding.reason}" for finding in failed)
+    assert_passed(check(source, given))
 
 
 def _run(subject: Subject, name: str) -> Finding:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from RL2.tools.check_objective.main import Finding
+    from RL2.tools.checking import Finding
 
 app = typer.Typer(no_args_is_help=True)
 

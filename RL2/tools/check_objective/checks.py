@@ -7,27 +7,15 @@ tokens, B sequences, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from RL2.config.scripts import described
 from RL2.objectives.objective import Gradient, Objective
-from RL2.tools.check_objective.subject import Constants, Setting, Subject, Trial, extremes, gradient, trial
+from RL2.tools.check_objective.subject import Constants, Subject, Trial, extremes, gradient, trial
 from RL2.tools.check_objective.two_ranks import Pair
+from RL2.tools.checking import Setting, Unsound, check_effects, check_knobs, raises
 from RL2.types import MENU
-
-
-class Unsound(Exception):
-    """A failed check; the message is the reason."""
-
-
-def raises(function: Callable[..., Any], error: Exception) -> str:
-    """Return what a user's function raised, with the line in its file."""
-    file = inspect.getfile(inspect.unwrap(function))
-    return f"it raises {described(error, file, file)}"
 
 
 def _at(subject: Subject, setting: Setting) -> str:
@@ -39,6 +27,7 @@ def _at(subject: Subject, setting: Setting) -> str:
 def contract(subject: Subject) -> str:
     """Check that it is a pure function (stats, batch, *, knobs) -> (loss_T, {name: metric_T})."""
     _check_signature(subject.function)
+    check_knobs(subject)
     whole = trial(subject.vocabulary)
     cases = {
         "": whole,
@@ -52,16 +41,13 @@ def contract(subject: Subject) -> str:
 
 
 def _check_signature(objective: Objective) -> None:
-    """Raise Unsound unless the parameters are (stats, batch, *, knobs), each knob with an annotation and a default."""
+    """Raise Unsound unless the parameters are (stats, batch, *, knobs)."""
     parameters = list(objective.parameters.values())
     kinds = [p.kind for p in parameters]
     if kinds[:2] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2 or set(kinds[2:]) - {inspect.Parameter.KEYWORD_ONLY}:
         raise Unsound(
             "its parameters must be (stats, batch, *, knobs): knobs stand after a star, and there are no others"
         )
-    for p in parameters[2:]:
-        if p.name not in objective.hints or p.default is p.empty:
-            raise Unsound(f"the knob {p.name} needs an annotation and a default, as in `{p.name}: float = 0.5`")
 
 
 def _call(subject: Subject, setting: Setting, on: Trial, where: str) -> None:
@@ -293,15 +279,4 @@ def effects(subject: Subject) -> str:
         x, y = _per_token(subject, a, whole), _per_token(subject, b, whole)
         return any(not torch.allclose(x[name], y[name], rtol=1e-9, atol=1e-12) for name in x)
 
-    for knob, values in subject.alternatives.items():
-        if not values:
-            raise Unsound(
-                f"no other value of the knob {knob} can be tried; annotate it with bool, int, float, Literal[...], "
-                "a range of numbers from RL2.config, or one of them | None"
-            )
-        # a knob may only have an effect together with another one
-        if not any(differ(other, other | {knob: x}) for other in subject.settings for x in values):
-            tried = ", ".join(map(str, values))
-            raise Unsound(f"the knob {knob} changes nothing (tried {tried}): use it or remove it")
-    names = list(subject.alternatives)
-    return f"{', '.join(names)} {'each change' if len(names) > 1 else 'changes'} the result" if names else "it has none"
+    return check_effects(subject, differ)

@@ -9,26 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from RL2.errors import ConfigError
 from RL2.objectives.objective import Objective
 from RL2.objectives.registry import DECLARATION
 from RL2.tools.check_objective import checks
-from RL2.tools.check_objective.checks import Unsound
 from RL2.tools.check_objective.subject import Subject
 from RL2.tools.check_objective.two_ranks import Pair, PairError
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check."""
-
-    name: str
-    passed: bool
-    reason: str
-    """Fault and remedy; for a check that passed, what was seen."""
+from RL2.tools.checking import Finding, Unsound, assert_passed, raises
 
 
 def check(
@@ -63,8 +52,7 @@ def assert_sound(
     objective: str | Objective, given: Mapping[str, Any] | None = None, *, pair: Pair | None = None
 ) -> None:
     """Raise AssertionError, with a line for each check that failed; for tests."""
-    failed = [finding for finding in check(objective, given, pair=pair) if not finding.passed]
-    assert not failed, "\n".join(f"{finding.name}: {finding.reason}" for finding in failed)
+    assert_passed(check(objective, given, pair=pair))
 
 
 def _accept(subject: Subject) -> None:
@@ -83,4 +71,4 @@ def _run(subject: Subject, name: str, one: Callable[[Subject], str]) -> Finding:
     except ConfigError:  # a given value that does not fit its knob
         raise
     except Exception as error:
-        return Finding(name, False, checks.raises(subject.function.function, error))
+        return Finding(name, False, raises(subject.function.function, error))

@@ -8,22 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from RL2.config.values import build
-from RL2.errors import ConfigError
 from RL2.objectives.objective import Loss, Objective
 from RL2.objectives.registry import find
 from RL2.ops.token_stats import reference_stats, token_stats
+from RL2.tools.checking import Setting, Tried
 from RL2.types import MENU, TokenBatch, TokenStats
-
-Setting = dict[str, Any]
-"""Every knob of an objective with a value."""
 
 LENGTHS = (5, 1, 0, 8, 3, 7)
 """Actions of each sequence, among them a single one and none at all."""
@@ -141,7 +136,7 @@ def _batch(labels_T: Tensor, lengths: Sequence[int]) -> TokenBatch:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(Tried):
     """An objective with the settings of its knobs that it is tried at."""
 
     source: str | Objective
@@ -154,28 +149,21 @@ class Subject:
         """The objective."""
         return find(self.source) if isinstance(self.source, str) else self.source
 
+    @property
+    def declared(self) -> Objective:
+        """The objective."""
+        return self.function
+
     @cached_property
     def read(self) -> set[str]:
         """Statistics that it has read so far."""
         return set()
 
     @cached_property
-    def base(self) -> Setting:
-        """The given knobs, and the others at their defaults."""
-        hints = self.function.hints
-        return self.function.defaults | {knob: build(hints[knob], value, knob) for knob, value in self.given.items()}
-
-    @cached_property
-    def alternatives(self) -> dict[str, list[Any]]:
-        """Other values of each knob, from its annotation."""
-        hints = self.function.hints
-        return {knob: [*other_values(hints[knob], value, knob)] for knob, value in self.base.items()}
-
-    @cached_property
     def settings(self) -> list[Setting]:
-        """The base setting, and each that differs from it in one knob."""
-        one_changed = [self.base | {knob: x} for knob, values in self.alternatives.items() for x in values]
-        return [self.base, *(setting for setting in one_changed if not self._refuses(setting))]
+        """The base setting, and each that differs from it in one knob and that the objective accepts."""
+        base, *one_changed = super().settings
+        return [base, *(setting for setting in one_changed if not self._refuses(setting))]
 
     def _refuses(self, setting: Setting) -> bool:
         """Return whether the objective raises ValueError, which says that values do not go together."""
@@ -187,10 +175,6 @@ class Subject:
         except Exception:
             return False
         return False
-
-    def named(self, setting: Setting) -> str:
-        """Return the knobs in which the setting differs from the base setting, as text."""
-        return ", ".join(f"{knob}={x}" for knob, x in setting.items() if x != self.base[knob])
 
     def top_k(self, setting: Setting) -> int:
         """Return K of `top_logp` and `top_id` at this setting."""
@@ -224,33 +208,6 @@ class Subject:
         return {name: x.detach() for name, x in sums.items()} | {
             n: x.detach().double().sum() for n, x in metrics.items()
         }
-
-
-def other_values(hint: Any, value: Any, knob: str) -> Iterator[Any]:
-    """Yield other values than `value` that fit the annotation `hint` of `knob`."""
-    candidates: list[Any] = []
-    for part in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-        kind = get_args(part)[0] if get_origin(part) is Annotated else part
-        number = value if type(value) in (int, float) and value != 0 else None
-        if get_origin(kind) is Literal:
-            candidates += get_args(kind)
-        elif kind is bool:
-            candidates += [True, False]
-        elif kind is int:
-            candidates += [1, 2, 8] if number is None else [number * 2, number // 2, number + 1]
-        elif kind is float:
-            candidates += [0.5, 2.0] if number is None else [number * 2, number / 2]
-        elif kind is type(None):
-            candidates.append(None)
-    tried = [value]
-    for x in candidates:
-        try:
-            fits = build(hint, x, knob)
-        except ConfigError:
-            continue
-        if fits not in tried:
-            tried.append(fits)
-            yield fits
 
 
 def gradient(loss_T: Tensor, weight_T: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from RL2.objectives.objective import Objective
-from RL2.tools.check_objective.subject import Setting, Subject, trial
+from RL2.tools.check_objective.subject import Subject, trial
+from RL2.tools.checking import Setting
 
 TIMEOUT_S = 30.0
 DIED = "one of the two processes died"
