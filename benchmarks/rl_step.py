@@ -145,7 +145,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     from RL2.models.policy import end_tokens, load_tokenizer
     from RL2.parallel.processes import Processes
     from RL2.rollout.environment import load_environment
-    from RL2.rollout.episodes import Episodes, Setting
+    from RL2.rollout.episodes import Episodes, EpisodeSetting
     from RL2.rollout.filters import trainable
     from RL2.rollout.metrics import rollout_metrics
     from RL2.trainer.annotate import annotate
@@ -177,7 +177,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     prompts = load_prompts(str(config.train_data.path), tokenizer, environment.example, options.max_length)
     actor = Actor(config.actor, processes, 1000, folder)
     engine = make_engine(config.rollout, actor, lambda ids: str(tokenizer.decode(ids)), options.max_length + 1, folder)
-    setting = Setting(engine, environment, tokenizer, config.rollout.max_turns, options.max_length + 1)
+    setting = EpisodeSetting(engine, environment, tokenizer, config.rollout.max_turns, options.max_length + 1)
     episodes = Episodes(setting, end_tokens(actor.lm, tokenizer), processes)
     step = 0
     while turns.wait():

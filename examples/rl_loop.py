@@ -32,7 +32,7 @@ from RL2.models.policy import Policy, export, load_tokenizer, max_length, named_
 from RL2.objectives.policy_gradient import ppo
 from RL2.parallel.fsdp import clip_grad_norm
 from RL2.rollout.environment import load_environment
-from RL2.rollout.episodes import Setting
+from RL2.rollout.episodes import EpisodeSetting
 from RL2.types import Sampling, StatsRequest, TokenStats, Trajectory
 
 ENVIRONMENT = Path(__file__).resolve().parents[1] / "envs" / "gsm8k.py"
@@ -66,7 +66,7 @@ def main() -> None:
     # the tasks: rows in a seeded order, and a script that scores responses
     environment = load_environment(options.env, 60)
     prompts = load_prompts(str(options.demo / "data" / "train.jsonl"), tokenizer, environment.example, longest - 1)
-    setting = Setting(engine, environment, tokenizer, max_turns=1, max_length=longest)
+    setting = EpisodeSetting(engine, environment, tokenizer, max_turns=1, max_length=longest)
     cursor = Cursor(len(prompts), options.prompts, SEED)
 
     # AdamW, with weight decay on matrices only

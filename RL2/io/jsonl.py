@@ -86,9 +86,12 @@ def truncate_before(file: Path, step: int) -> None:
 
 def remove_incomplete_line(file: Path) -> None:
     """Remove a last line without its end from a file, if it exists."""
-    end = max((end for _, end in read_lines(file)), default=0)
-    if file.exists() and end < file.stat().st_size:
-        os.truncate(file, end)
+    if not file.exists():
+        return
+    with file.open("r+b") as lines:
+        start, last = next(lines_backwards(lines), (0, b"\n"))
+        if not last.endswith(b"\n"):
+            lines.truncate(start)
 
 
 def lines_backwards(file: BinaryIO, block: int = 2**20) -> Iterator[tuple[int, bytes]]:

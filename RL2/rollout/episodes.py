@@ -44,7 +44,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Setting:
+class EpisodeSetting:
     """Everything that episodes have in common: who plays, against what, and for how long."""
 
     engine: Engine
@@ -119,7 +119,7 @@ class Episodes:
     """
 
     def __init__(
-        self, setting: Setting, end_tokens: tuple[int, ...], processes: Processes, is_async: bool = False
+        self, setting: EpisodeSetting, end_tokens: tuple[int, ...], processes: Processes, is_async: bool = False
     ) -> None:
         """Take `end_tokens`, which end a response; with `is_async`, start the thread of the event loop."""
         self.setting, self.end_tokens, self.processes = setting, end_tokens, processes
@@ -143,7 +143,7 @@ class Episodes:
         responses_per_prompt: int,
         seed: int,
         progress: Progress,
-        setting: Setting | None = None,
+        setting: EpisodeSetting | None = None,
     ) -> list[Trajectory]:
         """Return `responses_per_prompt` trajectories of each prompt, in order; on every process the same (collective).
 
@@ -161,7 +161,7 @@ class Episodes:
         *,
         first: int = 0,
         version: int = 0,
-        setting: Setting | None = None,
+        setting: EpisodeSetting | None = None,
     ) -> list[Group]:
         """Start the groups that are this process's own, and return them.
 

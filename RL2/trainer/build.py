@@ -22,7 +22,7 @@ from RL2.io.report import Report
 from RL2.models.policy import load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
-from RL2.rollout.episodes import Episodes, Setting
+from RL2.rollout.episodes import Episodes, EpisodeSetting
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer.alarms import Alarms
 from RL2.trainer.annotate import annotate
@@ -125,7 +125,7 @@ def build(config: RLConfig, run: Run) -> Parts:
         engine = make_engine(config.rollout, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
     run.closing.callback(engine.close)
     progress.say(describe_engine(config))
-    setting = Setting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest)
+    setting = EpisodeSetting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest)
     episodes = Episodes(setting, ends, run.processes, config.rollout.is_async)
     scheduler = Scheduler(tasks.prompts, cursor, episodes, config, num_steps)
     run.closing.callback(scheduler.close)  # a thread may be at work

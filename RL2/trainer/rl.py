@@ -43,7 +43,7 @@ def train(config: RLConfig, run: Run) -> None:
 
         trained = trainable(trajectories, config)
         batch = parts.annotate(known_tokens(pack(trained, step), parts), trained)
-        parts.token_log.look(step, trajectories, batch)
+        parts.token_log.look(step, trajectories, trained, batch)
         if run.due(trainer.replay_freq, step):
             run.keep_for_replay(step, batch, actor, parts.tokenizer)
         metrics |= update(batch, parts, config, run, step)

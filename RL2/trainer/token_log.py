@@ -20,7 +20,6 @@ from RL2.config.rollout import SamplingParams
 from RL2.io.report import Report
 from RL2.objectives.loss import by_token
 from RL2.rollout.episode import decode
-from RL2.rollout.filters import trainable
 from RL2.types import TokenBatch, TokenStats, Trajectory
 from RL2.workers.actor import Actor
 
@@ -38,10 +37,16 @@ class TokenLog:
         self.tests: list[tuple[list[Trajectory], SamplingParams]] = []
         """Trajectories of each test set since the last look, and how they were sampled."""
 
-    def look(self, step: int, trajectories: Seq[Trajectory] = (), batch: TokenBatch | None = None) -> None:
+    def look(
+        self,
+        step: int,
+        trajectories: Seq[Trajectory] = (),
+        trained: Seq[Trajectory] = (),
+        batch: TokenBatch | None = None,
+    ) -> None:
         """Write statistics of the tests since the last call and, at some steps, of the rollout; the engine is asleep.
 
-        `batch` is `trajectories`, filtered and packed, as they are going to be trained on.
+        `trained` are those of `trajectories` that filters keep, and `batch` is these, packed and annotated.
         """
         trainer = self.config.trainer
         tests, self.tests = self.tests, []
@@ -54,7 +59,7 @@ class TokenLog:
         self.report.tokens(step, "test", rows)
         frequencies = [trainer.token_stats_freq, *filter(None, [trainer.replay_freq])]
         if batch is not None and any(step % frequency == 0 for frequency in frequencies):
-            self.report.tokens(step, "train", self._of_rollout(trajectories, batch))
+            self.report.tokens(step, "train", self._of_rollout(trajectories, trained, batch))
 
     def _of_tests(self, trajectories: list[Trajectory], sampling: SamplingParams) -> list[dict[str, Any]]:
         batch = pack(trajectories)
@@ -64,11 +69,12 @@ class TokenLog:
             self._row(trajectory, batch, stats, n, cut=sampling.is_cut) for n, trajectory in enumerate(trajectories)
         ]
 
-    def _of_rollout(self, trajectories: Seq[Trajectory], batch: TokenBatch) -> list[dict[str, Any]]:
+    def _of_rollout(
+        self, trajectories: Seq[Trajectory], trained: Seq[Trajectory], batch: TokenBatch
+    ) -> list[dict[str, Any]]:
         """Return rows for the first trajectories that train."""
         actor, sampling = self.actor, self.config.rollout.train_sampling_params
         shown = {id(trajectory) for trajectory in trajectories[: self.config.trainer.samples_per_step]}
-        trained = trainable(trajectories, self.config)
         rows = []
         for ids, minibatch in actor.minibatches(batch):
             chosen = [i for i, b in enumerate(ids) if id(trained[int(batch.trajectory_B[b])]) in shown]

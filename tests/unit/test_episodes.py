@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.engines.scripted import ScriptedEngine
 from RL2.rollout.environment import Environment, load_environment
-from RL2.rollout.episodes import Group, Setting, finish
+from RL2.rollout.episodes import EpisodeSetting, Group, finish
 from RL2.rollout.metrics import (
     drop_equal_groups,
     raise_if_all_unscored,
@@ -54,7 +54,7 @@ def gather(environment: Environment, tokenizer: PreTrainedTokenizerBase) -> Call
         progress: Callable[[int], None] | None = None,
     ) -> list[Trajectory]:
         prompts = [Prompt(10 + i, f"p{i}", [100 + i], {"seen": []}) for i in range(3)]
-        setting = Setting(engine, environment, tokenizer, max_turns, max_length)
+        setting = EpisodeSetting(engine, environment, tokenizer, max_turns, max_length)
 
         async def everything() -> list[Trajectory]:
             groups = [

@@ -16,7 +16,7 @@ from RL2.errors import ConfigError
 from RL2.io.report import Report
 from RL2.parallel.processes import Processes
 from RL2.rollout.environment import Environment, load_environment
-from RL2.rollout.episodes import Episodes, Setting
+from RL2.rollout.episodes import Episodes, EpisodeSetting
 from RL2.rollout.filters import with_signal
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer import tasks
@@ -65,7 +65,7 @@ def episodes(
     settings: RLConfig, environment: Environment, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> Episodes:
     engine = ScriptedEngine(one_long_one_short)
-    return Episodes(Setting(engine, environment, tokenizer, settings.rollout.max_turns, 100), (), processes)
+    return Episodes(EpisodeSetting(engine, environment, tokenizer, settings.rollout.max_turns, 100), (), processes)
 
 
 @pytest.mark.parametrize(("rounds", "kept", "limit"), [(1, 2, 4), (2, 3, 6), (10, 4, 20)])

@@ -17,7 +17,7 @@ from RL2.engines.scripted import ScriptedEngine
 from RL2.errors import ConfigError
 from RL2.parallel.processes import Processes
 from RL2.rollout.environment import load_environment
-from RL2.rollout.episodes import Episodes, Setting
+from RL2.rollout.episodes import Episodes, EpisodeSetting
 from RL2.rollout.scheduler import Scheduler
 from RL2.types import Completion, Prompt, Sampling, Trajectory
 
@@ -70,7 +70,7 @@ class World:
             for n in range(WANTED * STEPS)
         ]
         rollout = self.config.rollout
-        setting = Setting(self.engine, self.environment, tokenizer, rollout.max_turns, max_length=100)
+        setting = EpisodeSetting(self.engine, self.environment, tokenizer, rollout.max_turns, max_length=100)
         episodes = Episodes(setting, (), processes, rollout.is_async)
         self.cursor = Cursor(len(self.prompts), WANTED, seed=1)
         self.scheduler = Scheduler(self.prompts, self.cursor, episodes, self.config, STEPS)

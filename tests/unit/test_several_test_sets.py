@@ -17,7 +17,7 @@ from RL2.errors import ConfigError
 from RL2.io.report import Report
 from RL2.parallel.processes import Processes
 from RL2.rollout.environment import load_environment
-from RL2.rollout.episodes import Episodes, Setting
+from RL2.rollout.episodes import Episodes, EpisodeSetting
 from RL2.rollout.metrics import NothingScored
 from RL2.trainer import tasks
 from RL2.trainer.evaluator import Evaluator, scores_of
@@ -77,7 +77,7 @@ class Examined:
         self.notes: list[str] = []
         self.token_log = Shown()
         sets = tasks.test_tasks(settings, environment, tasks.reader(tokenizer, 100, self.notes))
-        setting = Setting(self.engine, environment, tokenizer, settings.rollout.max_turns, max_length=100)
+        setting = EpisodeSetting(self.engine, environment, tokenizer, settings.rollout.max_turns, max_length=100)
         episodes = Episodes(setting, (), processes)
         report = Report(folder, is_first=True, num_steps=1)
         try:

@@ -28,7 +28,7 @@ from RL2.models.loading import weights_folder
 from RL2.models.policy import load_model, load_tokenizer, max_length, stop_tokens
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
-from RL2.rollout.episodes import Group, Setting, finish
+from RL2.rollout.episodes import EpisodeSetting, Group, finish
 from RL2.tools.eval.compare import compare
 from RL2.tools.eval.intervals import Estimate, limits, over_problems
 from RL2.tools.eval.samples import Sample, majority_at, pass_at
@@ -101,7 +101,7 @@ def evaluate(
             max_running_requests=config.max_running_requests,
             memory_share=0.6,
         )
-        setting = Setting(engine, environment, tokenizer, config.max_turns, longest)
+        setting = EpisodeSetting(engine, environment, tokenizer, config.max_turns, longest)
         stop = stop_tokens(lm, tokenizer, "model")
         with asyncio.Runner() as runner:
             size = max(1, WAVE // (config.samples + config.greedy))
@@ -118,7 +118,11 @@ def evaluate(
 
 
 async def _responses(
-    prompts: Sequence[Prompt], setting: Setting, config: EvalConfig, stop: tuple[int, ...], environment: Environment
+    prompts: Sequence[Prompt],
+    setting: EpisodeSetting,
+    config: EvalConfig,
+    stop: tuple[int, ...],
+    environment: Environment,
 ) -> list[dict[str, Any]]:
     """Return a record of each response to each prompt."""
     sampled = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k, stop_token_ids=stop)
