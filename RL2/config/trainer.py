@@ -82,7 +82,7 @@ class Trainer:
     """Maximum time to wait for another process, in seconds."""
     dry_run: bool = False
     """Check everything that the run needs, try the environment, print the number of rows and steps and the memory, and
-    stop; no weights are read."""
+    stop; no model is loaded."""
 
     def __post_init__(self) -> None:
         if not self.save_dir:

@@ -69,7 +69,7 @@ def train(
     program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="processes on this machine: one for each GPU")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything except the weights, then stop")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, load no model, and stop")] = False,
 ) -> None:
     """Run a program, with torchrun if it takes several processes. The command is printed first, ready to copy.
 

@@ -1,4 +1,4 @@
-"""A dry run: what a run needs is looked at, tried and counted, and no weights are read. One table says what was found.
+"""A dry run: what a run needs is looked at, tried and counted, and no model is loaded. One table says what was found.
 
 Nothing is fetched: what is on the hub, and not in its cache here, is named as not looked at.
 """
