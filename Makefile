@@ -29,10 +29,10 @@ $(ENGINE_READY): requirements/vllm.txt
 	@touch $@
 
 demo: setup ## train four methods on a toy task and write runs/demo/report.html
-	$(BIN)/python -m RL2.reproduce.demo
+	$(BIN)/python -m RL2.tools.reproduce.demo
 
 demo-quick: setup ## the same with one method
-	$(BIN)/python -m RL2.reproduce.demo --quick
+	$(BIN)/python -m RL2.tools.reproduce.demo --quick
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration tests/invariants tests/peers tests

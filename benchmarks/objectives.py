@@ -19,7 +19,8 @@ from statistics import fmean
 import torch
 import transformers
 
-from RL2.reproduce.demo import (
+from RL2.tools.jobs import run_jobs
+from RL2.tools.reproduce.demo import (
     FULL,
     JobBars,
     Method,
@@ -31,7 +32,6 @@ from RL2.reproduce.demo import (
     num_cores,
     warm_start,
 )
-from RL2.tools.jobs import run_jobs
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ async def step(state, action, extra_info):
 
 
 def write_task(folder: Path, case: Case) -> None:
-    from RL2.reproduce.model import build_tokenizer
+    from RL2.tools.reproduce.model import build_tokenizer
 
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(300)]

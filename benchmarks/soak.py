@@ -34,8 +34,8 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from RL2.reproduce.model import build_model
-from RL2.reproduce.problems import Demonstrator, draw_problems, write_rows
+from RL2.tools.reproduce.model import build_model
+from RL2.tools.reproduce.problems import Demonstrator, draw_problems, write_rows
 
 ROOT = Path(__file__).parents[1]
 PROMPTS, SAMPLES, ROWS = 4, 4, 250

@@ -21,8 +21,8 @@ from pathlib import Path
 from random import Random
 from statistics import fmean, median
 
-from RL2.reproduce.model import build_model
-from RL2.reproduce.problems import Demonstrator, draw_problem, draw_problems, write_rows
+from RL2.tools.reproduce.model import build_model
+from RL2.tools.reproduce.problems import Demonstrator, draw_problem, draw_problems, write_rows
 
 ENVIRONMENT = Path(__file__).parents[1] / "envs" / "gsm8k.py"
 COUNTS = range(1, 21)

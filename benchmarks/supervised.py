@@ -42,7 +42,7 @@ CASES = ("sft", "dpo")
 
 
 def write_task(folder: Path, case: str) -> None:
-    from RL2.reproduce.model import build_tokenizer
+    from RL2.tools.reproduce.model import build_tokenizer
 
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(300)]

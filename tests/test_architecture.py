@@ -22,9 +22,9 @@ LAYERS = (
     ("rollout",),
     ("workers",),
     ("trainer",),
-    ("tools", "reproduce"),
+    ("tools",),
 )
-"""From the bottom to the top; so nothing of the core imports `tools` or `reproduce`."""
+"""From the bottom to the top; so nothing of the core imports `tools`, which has `tools/reproduce`."""
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
 
@@ -79,6 +79,12 @@ def test_the_library_keeps_to_its_layers() -> None:
     assert breaches(ROOT) == []
 
 
+def test_unit_tests_mirror_the_package() -> None:
+    tested = {folder.name for folder in (ROOT / "tests" / "unit").iterdir() if any(folder.glob("*.py"))}
+    assert tested <= LAYER.keys() | {"envs"}
+    assert not list((ROOT / "tests" / "unit").glob("*.py"))
+
+
 def write(root: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +98,7 @@ GOOD = {
     "RL2/ops/sums.py": "from RL2.types import Prompt\nimport RL2",
     "RL2/workers/actor.py": "from RL2.ops import sums\nfrom RL2.types import Prompt",
     "RL2/tools/view/page.py": "import RL2.trainer.rl",
-    "RL2/reproduce/demo.py": "from RL2.tools.view.page import Page",
+    "RL2/tools/reproduce/demo.py": "from RL2.tools.view.page import Page",
     "RL2/trainer/rl.py": "from RL2.workers.actor import Actor",
     "envs/task.py": "import re",
 }

@@ -58,7 +58,7 @@ def demo(
     Example: rl2 demo --quick
     """
     with ending("demo"):
-        from RL2.reproduce.demo import main
+        from RL2.tools.reproduce.demo import main
 
         code = main([*(["--quick"] if quick else []), "--out", str(out), "--seed", str(seed)])
     raise typer.Exit(code)
@@ -406,8 +406,8 @@ def reproduce(
 
     with ending("reproduce"):
         from RL2.errors import ConfigError
-        from RL2.reproduce import thesis
-        from RL2.reproduce.demo import ProgressBoard
+        from RL2.tools.reproduce import thesis
+        from RL2.tools.reproduce.demo import ProgressBoard
 
         if what != "thesis":
             raise ConfigError(f"{what}: only `rl2 reproduce thesis` exists")

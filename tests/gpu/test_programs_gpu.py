@@ -12,8 +12,8 @@ from random import Random
 
 import pytest
 
-from RL2.reproduce.model import build_model
-from RL2.reproduce.problems import Demonstrator, draw_problems
+from RL2.tools.reproduce.model import build_model
+from RL2.tools.reproduce.problems import Demonstrator, draw_problems
 
 ENVIRONMENT = """
 async def step(state, action, extra_info):

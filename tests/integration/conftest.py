@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from programs import NUM_ROWS, World
 
-from RL2.reproduce.model import build_model
-from RL2.reproduce.problems import Demonstrator, draw_problems
+from RL2.tools.reproduce.model import build_model
+from RL2.tools.reproduce.problems import Demonstrator, draw_problems
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 from programs import World
 
 from envs.calculator import INSTRUCTION, problem
-from RL2.reproduce.model import build_model
+from RL2.tools.reproduce.model import build_model
 
 ENVS = Path(__file__).resolve().parents[2] / "envs"
 

@@ -39,7 +39,7 @@ def test_the_wheel_is_the_package_and_nothing_else(dist: Path) -> None:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         assert names == files_of("RL2")
         # a link in the repository, a file in the wheel: `rl2 demo` runs without the repository
-        assert wheel.read("RL2/reproduce/gsm8k.py") == (ROOT / "envs" / "gsm8k.py").read_bytes()
+        assert wheel.read("RL2/tools/reproduce/gsm8k.py") == (ROOT / "envs" / "gsm8k.py").read_bytes()
 
 
 def test_the_sdist_is_the_whole_source(dist: Path) -> None:

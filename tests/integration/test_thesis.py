@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from RL2.reproduce import thesis
-from RL2.reproduce.claims import Claim
-from RL2.reproduce.demo import Plan, ProgressBoard
 from RL2.tools.cli import app
+from RL2.tools.reproduce import thesis
+from RL2.tools.reproduce.claims import Claim
+from RL2.tools.reproduce.demo import Plan, ProgressBoard
 
 PLAN = Plan(warmup_steps=5, steps=5, test_freq=2, methods=thesis.METHODS, test_rows=8)
 

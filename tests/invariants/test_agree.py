@@ -17,8 +17,8 @@ from RL2.config.load import load
 from RL2.errors import ConfigError
 from RL2.parallel.agree import _difference, refuse_differences
 from RL2.parallel.processes import Processes
-from RL2.reproduce.model import build_model
-from RL2.reproduce.problems import Demonstrator, draw_problems
+from RL2.tools.reproduce.model import build_model
+from RL2.tools.reproduce.problems import Demonstrator, draw_problems
 from RL2.trainer.inputs import facts, of_prompts, of_tensors, refuse_other_replicas, spread
 from RL2.types import Prompt
 from RL2.workers.learner import Learner

@@ -1,1 +1,0 @@
-../../envs/gsm8k.py
