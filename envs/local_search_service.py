@@ -15,6 +15,7 @@ import ipaddress
 import json
 import re
 import socket
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -125,6 +126,11 @@ class Service(ThreadingHTTPServer):
                 [{"document": self.documents[number], "score": score} for number, score in matches] for matches in found
             ]
         }
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print a traceback, unless the client went away before it had all of the answer."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):

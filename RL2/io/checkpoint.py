@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -100,11 +101,14 @@ class Checkpoints:
             notes["critic_steps"] = critic.steps
         states = self.processes.gather([_random_states(self.processes.device)], "the random states of all processes")
         if self.processes.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
             named = {f"{rank}.{name}": x for rank, state in enumerate(states) for name, x in state.items()}
-            save_file(named, partial / RANDOM)
-            (partial / NOTES).write_text(json.dumps(notes, indent=1))
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                save_file(named, partial / RANDOM)
+                (partial / NOTES).write_text(json.dumps(notes, indent=1))
+            except (OSError, SafetensorError) as error:
+                raise self._failed(error) from error
         self.processes.wait("the folder of a checkpoint")
         writer = Writer(partial / STATE)
         upload = dcp.async_save(_state(_learners(learner, critic)), storage_writer=writer, process_group=self.group)
@@ -122,10 +126,13 @@ class Checkpoints:
             raise self.processes.lost(f"the checkpoint of step {self.step} to be written") from error
         except (Exception, dcp.CheckpointException) as error:  # CheckpointException is not an Exception
             cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
-            raise CheckpointFailed(
-                f"the checkpoint of step {self.step} could not be written into {self.folder} "
-                f"({first_line(cause)}); resume from the previous one with trainer.load_ckpt_from=latest"
-            ) from error
+            raise self._failed(cause) from error
+
+    def _failed(self, cause: BaseException) -> CheckpointFailed:
+        return CheckpointFailed(
+            f"the checkpoint of step {self.step} could not be written into {self.folder} "
+            f"({first_line(cause)}); resume from the previous one with trainer.load_ckpt_from=latest"
+        )
 
     def _publish(self, partial: Path, target: Path, writer: Writer, written: Future[None], upload: Future[Any]) -> None:
         """Rename the folder once all processes have written their parts."""

@@ -78,7 +78,8 @@ def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) ->
     """
     folder = replay_folder(run, step)
     if not (folder / REPLAY_BATCH).is_file():
-        kept = ", ".join(str(int(path.name.removeprefix("replay_"))) for path in sorted(run.glob("replay_[0-9]*")))
+        numbers = (path.name.removeprefix("replay_") for path in sorted(run.glob("replay_[0-9]*")))
+        kept = ", ".join(str(int(number)) for number in numbers if number.isdigit())  # others were never finished
         raise UserError(
             f"{run} has not kept step {step}; it has kept {kept or 'none'} (trainer.replay_freq=N keeps every N-th)"
         )

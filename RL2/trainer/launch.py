@@ -119,9 +119,10 @@ Required keys: {" ".join(required)}
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out: Python's, torch's on a CPU, or a GPU's."""
+    """Return whether memory ran out: Python's, torch's on a CPU, a GPU's, or that for the stack of a thread."""
     kind, text = type(error).__name__, str(error)
-    return isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "DefaultCPUAllocator" in text
+    signs = ("DefaultCPUAllocator", "Resource temporarily unavailable", "can't start new thread")
+    return isinstance(error, MemoryError) or kind == "OutOfMemoryError" or any(sign in text for sign in signs)
 
 
 def _leave(message: str, exit_code: int) -> NoReturn:

@@ -156,6 +156,7 @@ def test_weights_of_tokens(replayed: dict[str, Any], dense: Dense) -> None:
 
 
 def test_what_was_not_kept_or_cannot_be(run: Run) -> None:
+    (run.save_dir / "replay_000001.partial").mkdir(exist_ok=True)  # as a kill leaves it
     for arguments, said in (
         (("--step", "1"), "has not kept step 1; it has kept 0, 2 (trainer.replay_freq=N keeps every N-th)"),
         (("--step", "2", "--objectives", "grpo"), "actor.objective=grpo; choose one of"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import sys
 import threading
 import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from plotly.offline import get_plotlyjs
@@ -80,11 +82,18 @@ class Server(ThreadingHTTPServer):
             chunk = self.index.chunk(path.removeprefix("/chunk/"))
             return None if chunk is None else ("text/plain", chunk)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print a traceback, unless the browser went away before it had all of the answer."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class Handler(BaseHTTPRequestHandler):
     """Handler of the server's requests."""
 
     server: Server
+    timeout = 60
+    """Seconds after which a silent connection is closed."""
 
     def do_GET(self) -> None:
         # refuses pages that reach this machine under another name (DNS rebinding)

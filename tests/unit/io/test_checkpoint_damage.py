@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from RL2.data.cursor import Cursor
 from RL2.errors import ConfigError
 from RL2.io import checkpoint
-from RL2.io.checkpoint import Checkpoints
+from RL2.io.checkpoint import CheckpointFailed, Checkpoints
 from RL2.parallel.processes import Processes
 
 DAMAGES = 200
@@ -141,3 +141,11 @@ def test_all_of_a_checkpoint_is_on_the_disk_when_it_gets_its_name(
     assert (tmp_path / "step_000001").is_dir()
     assert unsynced == []
     assert tmp_path.stat().st_ino in synced
+
+
+def test_a_folder_that_cannot_be_written_fails_the_checkpoint(tmp_path: Path, processes: Processes) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(
+        CheckpointFailed, match=r"the checkpoint of step 1 could not be written into .*/run \(.+\); resume"
+    ):
+        Checkpoints(tmp_path / "run", processes).save(1, Small(), Cursor(10, 4, 0))

@@ -183,3 +183,18 @@ def test_data_cannot_end_the_element_that_it_is_in(tmp_path: Path) -> None:
     html = render(RunIndex([f"</script><script>alert(1)={tmp_path}/run"]))
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in html
     assert "<script>alert" not in html
+
+
+def test_a_browser_that_goes_away_leaves_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "run")
+    server = Server(RunIndex([str(tmp_path / "run")]), port=0)
+    try:
+        for error in (BrokenPipeError(), ValueError("a fault of the server")):
+            try:
+                raise error
+            except type(error):
+                server.handle_error(None, ("127.0.0.1", 1))
+    finally:
+        server.server_close()
+    assert "a fault of the server" in (said := capsys.readouterr().err)
+    assert "BrokenPipe" not in said

@@ -158,4 +158,5 @@ def test_memory_that_ran_out_is_told_from_other_errors() -> None:
     assert _is_out_of_memory(on_a_cpu.value)
     assert _is_out_of_memory(MemoryError())
     assert _is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert _is_out_of_memory(RuntimeError("can't start new thread"))
     assert not _is_out_of_memory(RuntimeError("shapes differ"))
