@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 
 from RL2.batch.packing import pack
 from RL2.config.programs import RLConfig
+from RL2.errors import naming
 from RL2.io.report import Metrics, Report
 from RL2.models.policy import refuse_unknown_tokens
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
@@ -94,7 +95,8 @@ def measure(trajectories: Seq[Trajectory], parts: Parts, config: RLConfig, step:
 def known_tokens(batch: TokenBatch, parts: Parts) -> TokenBatch:
     """Return `batch`; raise ConfigError if a model that reads it does not have one of its tokens."""
     for key, lm in parts.readers.items():
-        refuse_unknown_tokens(lm, [batch.largest_token_id], key)
+        with naming(key):
+            refuse_unknown_tokens(lm, [batch.largest_token_id])
     return batch
 
 
