@@ -56,7 +56,7 @@ def main() -> None:
     # the policy, and an engine that samples from its very tensors
     model_name = str(options.demo / "warm-up" / "latest")
     tokenizer = load_tokenizer(model_name)
-    policy = Policy.load(model_name, "model")
+    policy = Policy.load(model_name)
     longest = min(MAX_TOKENS + 1, max_length(model_name))
     engine = EmbeddedEngine(
         policy.lm, decode=tokenizer.decode, max_running_requests=256, memory_share=0.6, owns_weights=False

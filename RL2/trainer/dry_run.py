@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -29,14 +29,14 @@ from RL2.data.cursor import Cursor
 from RL2.data.prompts import given_away
 from RL2.data.source import describe, from_json, is_here
 from RL2.engines.scripted import ScriptedEngine
-from RL2.errors import ConfigError, UserError, first_line, in_table
+from RL2.errors import ConfigError, UserError, first_line, in_table, naming
 from RL2.io import checkpoint
 from RL2.io.progress import Progress
 from RL2.io.run_lock import refuse_if_running
 from RL2.models.dtypes import compute_dtype
 from RL2.models.loading import check_values, folder_here, match_weights, refuse_no_model, stored_tensors
 from RL2.models.packed import PackedModel
-from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
+from RL2.models.policy import Policy, configured_tokenizer, end_tokens, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
@@ -136,14 +136,13 @@ def look_at_model(
     model: TrainableChat, group: str, found: Findings
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """Return the model, on the meta device, and the tokenizer; None for both if they are not on this machine."""
-    key, name = f"{group}.model_name", model.model_name
-    if (folder := folder_of(name, key)) is None:
-        found.miss("model", f"{name}, on the hub")
-        return None, None
-    tokenizer = load_tokenizer(str(folder), key, model.chat_template, model.chat_template_kwargs)
-    lm = look_at_weights(
-        Policy if isinstance(model, TrainablePolicy) else ValueModel, folder, name, key, found.progress
-    )
+    name, kind = model.model_name, Policy if isinstance(model, TrainablePolicy) else ValueModel
+    with naming(f"{group}.model_name"):
+        if (folder := folder_of(name)) is None:
+            found.miss("model", f"{name}, on the hub")
+            return None, None
+        tokenizer = configured_tokenizer(replace(model, model_name=str(folder)), group)
+        lm = look_at_weights(kind, folder, name, found.progress)
     said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
     found.say("model", name, said)
     if model.gradient_checkpointing:
@@ -155,24 +154,24 @@ def look_at_model(
     return lm, tokenizer
 
 
-def folder_of(name: str, key: str) -> Path | None:
-    """Return `folder_here` of a model; raise ConfigError, which names `key`, for a name that can be no model."""
+def folder_of(name: str) -> Path | None:
+    """Return `folder_here` of a model. Raise ModelError for a name that can be no model."""
     try:
         return folder_here(name)
     except ValueError:
-        refuse_no_model(name, key)
+        refuse_no_model(name)
         raise
 
 
-def look_at_weights(kind: type[PackedModel], folder: Path, name: str, key: str, progress: Progress) -> PreTrainedModel:
+def look_at_weights(kind: type[PackedModel], folder: Path, name: str, progress: Progress) -> PreTrainedModel:
     """Build the model of `folder` without memory, and check its weights, if they are there: headers, then values."""
-    lm = kind.build(name if folder == Path(name) else str(folder), key)
+    lm = kind.build(name if folder == Path(name) else str(folder))
     if folder == Path(name) or any(folder.glob("*.safetensors")):  # otherwise they are still to be fetched
-        stored = stored_tensors(folder, name, key)
-        state, _ = match_weights(lm, stored, name, key, kind(lm).initial, kind.UNREAD)
+        stored = stored_tensors(folder, name)
+        state, _ = match_weights(lm, stored, name, kind(lm).initial, kind.UNREAD)
         total = sum(file.stat().st_size for file in {each.file for each in stored.values()})
         with progress.phase(f"looking through the weights of {name}", total / GIB, "GiB") as phase:
-            for num_bytes in check_values(state, stored, f"{key}={name}"):
+            for num_bytes in check_values(state, stored, name):
                 phase.update(num_bytes / GIB)
     return lm
 
@@ -189,10 +188,11 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
     models = {}
     for group, name, kind, model in used:
         key = f"{group}.model_name"
-        if (folder := folder_of(name, key)) is None:
-            found.miss(group, f"{name}, on the hub")
-            continue
-        lm = models[key] = look_at_weights(kind, folder, name, key, found.progress)
+        with naming(key):
+            if (folder := folder_of(name)) is None:
+                found.miss(group, f"{name}, on the hub")
+                continue
+            lm = models[key] = look_at_weights(kind, folder, name, found.progress)
         check_sizes(lm, model.tp_size, model.sp_size, group)
         if kind is ValueModel and model.gradient_checkpointing:
             refuse_no_recomputation(lm, group)
@@ -210,7 +210,8 @@ def look_at_tasks(
     rollout, train, trainer = config.rollout, config.train_data, config.trainer
     longest = config.actor.max_length + 1
     if tokenizer is not None:
-        longest = min(longest, max_length(tokenizer.name_or_path))
+        with naming("actor.model_name"):
+            longest = min(longest, max_length(tokenizer.name_or_path))
     notes: dict[str, list[str]] = {}
 
     def load(source: Source, example: Example) -> Sequence[Prompt]:
@@ -230,9 +231,11 @@ def look_at_tasks(
         tasks = load_tasks(config, load, closing)
         given = list(tasks.largest_token_ids)
         if tokenizer is not None:
-            given += stop_tokens(readers["actor.model_name"], tokenizer)
+            with naming("actor.model_name"):
+                given += stop_tokens(readers["actor.model_name"], tokenizer)
         for key, lm in readers.items():
-            refuse_unknown_tokens(lm, given, key)
+            with naming(key):
+                refuse_unknown_tokens(lm, given)
         say_of_tasks(config, notes, found)
         tried = {tasks.environment: ("rollout.env_path", tasks.prompts)}
         for each in tasks.tests:
@@ -360,7 +363,8 @@ def look_at_rows(
         rows, tests = train_and_test(data, read)
         for each in filter(None, (rows, tests)):
             for key, lm in readers.items():
-                refuse_unknown_tokens(lm, [each.largest_token_id], key)
+                with naming(key):
+                    refuse_unknown_tokens(lm, [each.largest_token_id])
         found.say("data", told["data"], *notes)
         found.say("test data", told["test data"])
     else:

@@ -13,7 +13,7 @@ from RL2.config.programs import SFTConfig
 from RL2.data.cursor import Cursor
 from RL2.data.sft import load_examples
 from RL2.io.progress import Progress
-from RL2.models.policy import load_tokenizer
+from RL2.models.policy import configured_tokenizer
 from RL2.objectives.objective import Loss
 from RL2.objectives.registry import bind
 from RL2.trainer.announce import describe_model
@@ -27,7 +27,7 @@ def train(config: SFTConfig, run: Run) -> None:
     """Train by cross-entropy, or another objective, on the tokens of responses, `batch_size` examples a step."""
     data, actor = config.data, config.actor
     objective = bind(actor.objective, actor.objective_args)
-    tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
+    tokenizer = configured_tokenizer(actor, "actor")
     notes: list[str] = []
 
     def weights(batch: TokenBatch) -> Tensor:

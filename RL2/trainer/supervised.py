@@ -24,7 +24,7 @@ from RL2.data.preference import SIDES, load_pairs
 from RL2.data.sft import pieces
 from RL2.data.source import DataError, Row, with_columns
 from RL2.data.table import Ragged
-from RL2.errors import ConfigError
+from RL2.errors import ConfigError, naming
 from RL2.io.progress import Progress
 from RL2.io.report import NUM_SHOWN, Metrics, Report
 from RL2.models.policy import refuse_unknown_tokens, rotary_limit
@@ -113,7 +113,8 @@ def fit(task: SupervisedTask, cursor: Cursor, num_steps: int, tokenizer: PreTrai
     """Take one optimizer step on every batch of the cursor."""
     trainer, learner = run.config, task.learner
     for rows in filter(None, (task.train, task.test)):
-        refuse_unknown_tokens(learner.lm, [rows.largest_token_id], f"{task.name}.model_name")
+        with naming(f"{task.name}.model_name"):
+            refuse_unknown_tokens(learner.lm, [rows.largest_token_id])
     run.know_rows({name: of_rows(rows) for name, rows in (("data", task.train), ("test data", task.test)) if rows})
     report = run.report(num_steps)
     run.closing.callback(report.close)
@@ -208,7 +209,8 @@ def refuse_long(config: SFTConfig | RMConfig | DPOConfig, rows: Rows, path: str)
     """
     group, model = trained(config)
     length_B = rows.lengths_B
-    limit = rotary_limit(model.model_name, f"{group}.model_name")
+    with naming(f"{group}.model_name"):
+        limit = rotary_limit(model.model_name)
     if limit is not None and int(length_B.max()) > limit:
         raise DataError(
             f"{path}: a row has {int(length_B.max()) + 1} tokens, and beyond {limit} {group}.model_name="

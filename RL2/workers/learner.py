@@ -38,17 +38,16 @@ class Learner(Worker):
         processes: Processes,
         total_steps: int,
         save_dir: Path,
-        key: str = "actor.model_name",
+        group: str = "actor",
         model: type[PackedModel] = Policy,
     ) -> None:
         """Load the model and make its optimizer, whose schedule ends after `total_steps` optimizer steps.
 
-        The batch of a step that fails is saved in `save_dir`. `key` is the configuration key of the model's name.
+        The batch of a step that fails is saved in `save_dir`. `group` is the prefix of the configuration keys.
         """
-        group = key.partition(".")[0]
         mesh = Mesh.make(processes, config, group)
         lora = config.lora if isinstance(config, TrainablePolicy) and config.lora.rank else None
-        super().__init__(config.model_name, config.dtype, mesh, processes, key, model, config.offload_model, lora)
+        super().__init__(config.model_name, config.dtype, mesh, processes, group, model, config.offload_model, lora)
         self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
         if config.use_liger_kernel:
             _apply_liger(self.lm, group)

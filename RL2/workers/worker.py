@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from RL2.batch.packing import microbatches, pack_tokens
 from RL2.config.model import Lora
-from RL2.errors import UserError
+from RL2.errors import UserError, naming
 from RL2.models.dtypes import compute_dtype
 from RL2.models.lora import add_adapters
 from RL2.models.packed import PackedModel, layers, transformers_attention
@@ -48,16 +48,20 @@ class Worker:
         dtype: str,
         mesh: Mesh,
         processes: Processes,
-        key: str = "actor.model_name",
+        group: str = "actor",
         model: type[PackedModel] = Policy,
         offload_model: bool = False,
         lora: Lora | None = None,
     ) -> None:
-        """Load `model_name` as a `model` on `mesh`, with adapters if `lora` is given; `key` names it in errors."""
+        """Load `model_name` as a `model` on `mesh`, with adapters if `lora` is given.
+
+        `group` is the prefix of its configuration keys.
+        """
         self.processes, self.mesh = processes, mesh
         self.dtype = compute_dtype(dtype, processes.device)
-        group = key.partition(".")[0]
-        lm = model.build(model_name, key)
+        key = f"{group}.model_name"
+        with naming(key):
+            lm = model.build(model_name)
         check_sizes(lm, mesh.tp_size, mesh.sp_size, group)
         self.has_adapters = lora is not None
         if lora is not None:
@@ -72,7 +76,8 @@ class Worker:
         self.offload_model, self.users = offload_model, 0
         self.named = f"{key}={model_name}"
         self.packing_checked = False
-        self.policy.fill(model_name, key, torch.device("cpu") if offload_model else processes.device)
+        with naming(key):
+            self.policy.fill(model_name, torch.device("cpu") if offload_model else processes.device)
 
     @property
     def lm(self) -> PreTrainedModel:

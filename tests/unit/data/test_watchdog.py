@@ -14,8 +14,9 @@ import pytest
 from RL2.data.watchdog import Watchdog
 
 
-def names() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "watchdog"]
+def threads_beside(earlier: list[threading.Thread]) -> list[threading.Thread]:
+    """Return the threads that run now and did not before: those of other tests may end at any time."""
+    return [thread for thread in threading.enumerate() if thread not in earlier]
 
 
 def loop_for(watchdog: Watchdog, seconds: float) -> str:
@@ -30,15 +31,15 @@ def loop_for(watchdog: Watchdog, seconds: float) -> str:
 
 
 def test_any_number_of_pieces_has_one_thread_which_ends() -> None:
-    watchdog, most = Watchdog(0.2, ""), 0
+    watchdog, most, earlier = Watchdog(0.2, ""), 0, threading.enumerate()
     for _ in range(2000):
         with watchdog.watching():
-            most = max(most, len(names()))
+            most = max(most, len(threads_beside(earlier)))
     assert most == 1
     end = time.monotonic() + 10
-    while names() and time.monotonic() < end:
+    while threads_beside(earlier) and time.monotonic() < end:
         time.sleep(0.01)
-    assert names() == []
+    assert threads_beside(earlier) == []
     assert loop_for(watchdog, 30) == "it takes longer than 0.2 s", "it begins again when it is needed"
 
 
