@@ -67,21 +67,22 @@ def load_pairs(
     notes: list[str] | None = None,
     bad: BadRows | None = None,
     progress: Progress | None = None,
+    template: Template | None = None,
 ) -> tuple[Pairs, int]:
     """Return the pairs whose sequences have at most `max_length` tokens, and the number of pairs left out as longer.
 
     Rows are {"prompt", "chosen", "rejected"} with three texts, or {"chosen", "rejected"} with two lists of messages
     that end with the assistant. `prompt` or `messages` precede a side that does not repeat them. `example` may convert
     other rows into these. Notes about the rows are appended to `notes`. Unusable rows go to `bad`; without it they
-    raise DataError.
+    raise DataError. `template` is the tokenizer's, if it has been analysed before.
     """
-    bad, template = bad or BadRows(path), Template(tokenizer)
+    bad, known = bad or BadRows(path), template or Template(tokenizer)
 
     def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
         counts = {side: Counter[str]() for side in SIDES}
         odd = Counter[str]()
         for rows in bad.pieces(example, tell):
-            pairs = _encoded(template, rows, bad, counts, max_length)
+            pairs = _encoded(known, rows, bad, counts, max_length)
             _count(odd, pairs)
             sides = [side for pair in pairs for side in pair]
             writer.add(ids=[ids for ids, _ in sides], trains=[mask for _, mask in sides])

@@ -88,17 +88,19 @@ def load_prompts(
     max_length: int,
     bad: BadRows | None = None,
     progress: Progress | None = None,
+    template: Template | None = None,
 ) -> Prompts:
     """Return the rows of a file as prompts.
 
     Rows are {"prompt" | "messages", "extra_info"}, or are converted into these by `example`. Unusable rows, including
-    prompts of more than `max_length` tokens, go to `bad`; without it they raise DataError.
+    prompts of more than `max_length` tokens, go to `bad`; without it they raise DataError. `template` is the
+    tokenizer's, if it has been analysed before.
     """
-    bad, template = bad or BadRows(path), Template(tokenizer)
+    bad, known = bad or BadRows(path), template or Template(tokenizer)
 
     def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
         for rows in bad.pieces(example, tell):
-            _write(writer, rows, template, max_length, bad)
+            _write(writer, rows, known, max_length, bad)
         bad.settle()
         return {}
 

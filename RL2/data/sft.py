@@ -80,19 +80,21 @@ def load_examples(
     notes: list[str] | None = None,
     bad: BadRows | None = None,
     progress: Progress | None = None,
+    template: Template | None = None,
 ) -> tuple[Examples, int]:
     """Return a trajectory per row of at most `max_length` tokens, and the number of rows left out as longer.
 
     Rows are {"prompt", "response"}, {"messages"} or {"messages", "response"}, or are converted into these by `example`.
-    Notes about the rows are appended to `notes`. Unusable rows go to `bad`; without it they raise DataError.
+    Notes about the rows are appended to `notes`. Unusable rows go to `bad`; without it they raise DataError. `template`
+    is the tokenizer's, if it has been analysed before.
     """
-    bad, template = bad or BadRows(path), Template(tokenizer)
+    bad, known = bad or BadRows(path), template or Template(tokenizer)
 
     def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
         counts = Counter[str]()
         for rows in bad.pieces(example, tell):
             found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-            for number, (token_ids, mask) in _encode(template, rows, bad, train_on, counts).items():
+            for number, (token_ids, mask) in _encode(known, rows, bad, train_on, counts).items():
                 with bad.row(number):
                     if not any(mask):
                         raise DataError("no token to train on")

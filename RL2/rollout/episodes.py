@@ -53,11 +53,13 @@ class EpisodeSetting:
     max_turns: int
     max_length: int | None
     """Limit of a sequence in tokens."""
+    analysed: Template | None = None
+    """The tokenizer's chat template, if it has been analysed before."""
 
     @cached_property
     def template(self) -> Template:
-        """The tokenizer's chat template, analysed once."""
-        return Template(self.tokenizer)
+        """The tokenizer's chat template."""
+        return self.analysed or Template(self.tokenizer)
 
     def begin(
         self, prompt: Prompt, sampling: Sampling, *, number: int, group: int, seed: int

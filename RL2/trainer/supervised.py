@@ -24,6 +24,7 @@ from RL2.data.preference import SIDES, load_pairs
 from RL2.data.sft import pieces
 from RL2.data.source import DataError, Row, with_columns
 from RL2.data.table import Ragged
+from RL2.data.template import Template
 from RL2.errors import ConfigError, naming
 from RL2.io.progress import Progress
 from RL2.io.report import NUM_SHOWN, Metrics, Report
@@ -188,11 +189,11 @@ def pairs_reader(
     progress: Progress | None = None,
 ) -> Callable[[str], Rows]:
     """Return a function that reads the pairs of a path, and notes on them; it lists skipped rows in `listing`."""
-    data, example = config.data, converter(config.data)
+    data, example, template = config.data, converter(config.data), Template(tokenizer)
 
     def read(path: str) -> Rows:
         said, bad = list[str](), bad_rows(data, path)
-        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length, said, bad, progress)
+        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length, said, bad, progress, template)
         left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
         notes.extend([f"{path}: {len(pairs)} pairs, {left_out}", *said, *bad.notes(listing)])
         rows = Rows(pairs.ids, pairs.trains, per_row=2, scored=isinstance(config, RMConfig))
