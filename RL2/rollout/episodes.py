@@ -116,8 +116,8 @@ async def first_done(groups: Seq[Group], number: int, oldest: int) -> list[Group
 class Episodes:
     """Groups of episodes on this process, and the trajectories of all processes.
 
-    Episodes live in an event loop. It runs while a caller waits for one of them; with `is_async` it runs all the time,
-    in a thread, and so beside the training.
+    Episodes run in an event loop. It runs while a caller waits for one of them; with `is_async` it always runs, in a
+    thread, and so overlaps with training.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ from RL2.models.policy import refuse_unknown_tokens, rotary_limit
 from RL2.objectives.objective import Loss
 from RL2.rollout.environment import load_example
 from RL2.trainer.announce import describe_supervised_plan
-from RL2.trainer.inputs import of_tensors, spread
+from RL2.trainer.inputs import evenly_spaced, of_tensors
 from RL2.trainer.run import Run
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.learner import Learner
@@ -40,7 +40,7 @@ from RL2.workers.learner import Learner
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a data set, which may lie in files: each is one sequence, or the two of a pair."""
+    """Rows of a data set, which may be in files: each is one sequence, or the two of a pair."""
 
     ids: Ragged
     """Token ids of all sequences."""
@@ -159,7 +159,7 @@ def first_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[dict[str,
 
 def of_rows(rows: Rows) -> str:
     """Return the number of rows and a digest of a part of them."""
-    batch = rows.draw(spread(len(rows)))
+    batch = rows.draw(evenly_spaced(len(rows)))
     return of_tensors(len(rows), {"token_ids": batch.token_ids_T, "action": batch.action_T, "cut": batch.cu_seqlens})
 
 
