@@ -42,7 +42,7 @@ from RL2.tools.keys import annotated, table
 from RL2.tools.keys import page as page_of_keys
 from RL2.tools.plan.command import PlanRequest
 from RL2.tools.settings import parse_settings
-from RL2.trainer.unused_settings import probe, probe_supervised
+from RL2.trainer.unused_settings import refuse_advantage_objectives, refuse_unused_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
@@ -201,9 +201,9 @@ def resolve(module: str, overrides: list[str]) -> None:
         overrides = [*minimal(program), *(override for override in overrides if override != "...")]
     config = load(program, overrides)
     if isinstance(config, RLConfig):
-        probe(config)
+        refuse_unused_settings(config)
     elif isinstance(config, SFTConfig):
-        probe_supervised(config.actor)
+        refuse_advantage_objectives(config.actor)
 
 
 def rl2(name: str, words: list[str]) -> None:

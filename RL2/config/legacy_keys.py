@@ -236,9 +236,9 @@ def _of_value(override: str, rule: dict[str, str], said: str) -> list[str]:
 
 def _refuse_idle_estimators(given: dict[str, Given]) -> None:
     """Raise LegacyKeyError for an estimator of a place (loss, reward) where the KL divergence is not computed."""
-    kinds = [_value(setting) for one in given.values() for setting in one.settings if _key(setting) == "actor.kl.type"]
+    types = [_value(setting) for one in given.values() for setting in one.settings if _key(setting) == "actor.kl.type"]
     for key, places in NEEDED.items():
-        if key in given and (not kinds or kinds[-1] not in places):
+        if key in given and (not types or types[-1] not in places):
             raise LegacyKeyError(f"{given[key].override} has no effect without actor.kl.type={' or '.join(places)}")
 
 

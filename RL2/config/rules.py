@@ -85,7 +85,7 @@ def kl_without_importance_weight_on_policy(actor: Actor, rollout: Rollout) -> No
 
 
 def selection_of_trajectories_that_are_filtered(actor: Actor, rollout: Rollout) -> None:
-    """Refuse actor.select.not_truncated=true beside rollout.overlong_filtering=true."""
+    """Refuse actor.select.not_truncated=true together with rollout.overlong_filtering=true."""
     if actor.select.not_truncated and rollout.overlong_filtering:
         raise ConfigError(
             "actor.select.not_truncated=true has no effect with rollout.overlong_filtering=true, which leaves no "

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ from RL2.data.bad_rows import BadRows
 from RL2.data.cache import key, table
 from RL2.data.chat import encode, is_chat, question_of, template_arguments
 from RL2.data.source import DataError, Row, from_json, shown
-from RL2.data.table import Table, Writer, is_json
+from RL2.data.table import Table, TableView, Writer, is_json
 from RL2.data.template import Chat, Template
 from RL2.io.progress import Progress
 from RL2.types import Prompt
@@ -45,24 +45,14 @@ def given_away(prompt: str, answer: Any) -> str | None:
     return None
 
 
-class Prompts(Sequence[Prompt]):
+class Prompts(TableView[Prompt]):
     """Prompts of a data set, read from the table on access."""
 
     def __init__(self, table: Table) -> None:
-        self.table = table
+        super().__init__(table)
         self.ids, self.texts, self.rest, self.rows = (table.columns[name] for name in COLUMNS)
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @overload
-    def __getitem__(self, number: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Prompt]: ...
-    def __getitem__(self, number: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
-        number = range(len(self))[number]
+    def item(self, number: int) -> Prompt:
         rest = bytes(self.rest[number])
         extra_info, arguments = json.loads(rest) if rest else self.table.objects[number]
         text = bytes(self.texts[number]).decode()
@@ -88,17 +78,19 @@ def load_prompts(
     max_length: int,
     bad: BadRows | None = None,
     progress: Progress | None = None,
+    template: Template | None = None,
 ) -> Prompts:
     """Return the rows of a file as prompts.
 
     Rows are {"prompt" | "messages", "extra_info"}, or are converted into these by `example`. Unusable rows, including
-    prompts of more than `max_length` tokens, go to `bad`; without it they raise DataError.
+    prompts of more than `max_length` tokens, go to `bad`; without it they raise DataError. `template` is the
+    tokenizer's, if it has been analysed before.
     """
-    bad, template = bad or BadRows(path), Template(tokenizer)
+    bad, known = bad or BadRows(path), template or Template(tokenizer)
 
     def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
         for rows in bad.pieces(example, tell):
-            _write(writer, rows, template, max_length, bad)
+            _write(writer, rows, known, max_length, bad)
         bad.settle()
         return {}
 

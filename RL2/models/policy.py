@@ -145,17 +145,24 @@ def positions(config: PretrainedConfig) -> int:
     return length_limit(config) or getattr(config, "max_position_embeddings", None) or 2**31
 
 
-def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end a response: the tokenizer's, the chat template's and the generation configuration's."""
-    ids = {tokenizer.eos_token_id, *Template(tokenizer).end_ids}
+def end_tokens(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template | None = None
+) -> tuple[int, ...]:
+    """Return the ids that end a response: the tokenizer's, the chat template's and the generation configuration's.
+
+    `template` is the tokenizer's, if it has been analysed before.
+    """
+    ids = {tokenizer.eos_token_id, *(template or Template(tokenizer)).end_ids}
     generation = lm.generation_config.eos_token_id if lm.generation_config is not None else None
     ids |= set(generation) if isinstance(generation, list) else {generation}
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def stop_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_tokens(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template | None = None
+) -> tuple[int, ...]:
     """Return `end_tokens` for sampling. Raise ModelError if the model lacks one, since it could never sample it."""
-    found = end_tokens(lm, tokenizer)
+    found = end_tokens(lm, tokenizer, template)
     if found and found[-1] >= lm.config.vocab_size:
         raise ModelError(
             f"{lm.name_or_path}: its responses end with token {found[-1]}, but the model has "

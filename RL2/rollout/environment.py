@@ -1,14 +1,13 @@
-"""The user's script: loaded from its file, run beside the engine, its answers checked.
+"""The user's script: loaded from its file, run concurrently with the engine, its results checked.
 
-A script has `async def step(state, action, extra_info) -> dict` and, if it likes, `async def reset(extra_info) -> str`,
-`def example(row) -> dict` and `def vote(action) -> str`. It imports nothing of this library, but may import what lies
-in the same folder with `from .name import x`. A `step` or `reset` with a parameter `sampling` is told how responses are
-sampled.
+A script has `async def step(state, action, extra_info) -> dict` and optionally `async def reset(extra_info) -> str`,
+`def example(row) -> dict` and `def vote(action) -> str`. It imports nothing of this library, but may import modules of
+its folder with `from .name import x`. A `step` or `reset` with a parameter `sampling` gets the sampling parameters.
 
 Its code runs in one thread with an event loop of its own, so that it may share sessions between calls and may block
-without stopping the engine. Python code that never returns is interrupted; C code that never lets go of the interpreter
-(a runaway regular expression) stops the whole process, and only the script can prevent that. After a blocked call the
-loop is a new one: a session that a script keeps must be made again once `asyncio.get_running_loop()` is another.
+without stopping the engine. Python code that never returns is interrupted. C code that holds the interpreter lock, such
+as a runaway regular expression, stops the whole process, and only the script can prevent that. After a blocked call
+there is a new event loop: a script must open its sessions again when `asyncio.get_running_loop()` has changed.
 """
 
 from __future__ import annotations

@@ -53,11 +53,13 @@ class EpisodeSetting:
     max_turns: int
     max_length: int | None
     """Limit of a sequence in tokens."""
+    analysed: Template | None = None
+    """The tokenizer's chat template, if it has been analysed before."""
 
     @cached_property
     def template(self) -> Template:
-        """The tokenizer's chat template, analysed once."""
-        return Template(self.tokenizer)
+        """The tokenizer's chat template."""
+        return self.analysed or Template(self.tokenizer)
 
     def begin(
         self, prompt: Prompt, sampling: Sampling, *, number: int, group: int, seed: int
@@ -114,8 +116,8 @@ async def first_done(groups: Seq[Group], number: int, oldest: int) -> list[Group
 class Episodes:
     """Groups of episodes on this process, and the trajectories of all processes.
 
-    Episodes live in an event loop. It runs while a caller waits for one of them; with `is_async` it runs all the time,
-    in a thread, and so beside the training.
+    Episodes run in an event loop. It runs while a caller waits for one of them; with `is_async` it always runs, in a
+    thread, and so overlaps with training.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from RL2.config.programs import RLConfig
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import largest_token_id
+from RL2.data.template import Template
 from RL2.engines.base import Engine
 from RL2.engines.make import make_engine
 from RL2.errors import ConfigError, naming
@@ -101,11 +102,12 @@ def build(config: RLConfig, run: Run) -> Parts:
     """Make the parts of a run, resume it, and say what it is going to do (collective)."""
     progress = run.progress
     tokenizer = configured_tokenizer(config.actor, "actor")
+    template = Template(tokenizer)
     with naming("actor.model_name"):
         # the last token of a sequence is only a label and takes no position
         longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
-    tasks = load_tasks(config, reader(tokenizer, longest, notes, run.listing(), progress), run.closing)
+    tasks = load_tasks(config, reader(template, longest, notes, run.listing(), progress), run.closing)
     progress.say(*notes)
     tested = {each.settings.key: of_prompts(each.prompts) for each in tasks.tests}
     run.know_rows({"train_data": of_prompts(tasks.prompts), "test_data": of_prompts([])} | tested)
@@ -118,7 +120,7 @@ def build(config: RLConfig, run: Run) -> Parts:
     named = {"actor": actor, "ref_actor": models.reference, "critic": critic}
     progress.say(*(describe_model(name, worker) for name, worker in named.items() if isinstance(worker, Worker)))
     with naming("actor.model_name"):
-        ends = stop_tokens(actor.lm, tokenizer)
+        ends = stop_tokens(actor.lm, tokenizer, template)
     for key, lm in models.readers.items():
         with naming(key):
             refuse_unknown_tokens(lm, [*tasks.largest_token_ids, *ends])
@@ -127,7 +129,7 @@ def build(config: RLConfig, run: Run) -> Parts:
         engine = make_engine(config.rollout, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
     run.closing.callback(engine.close)
     progress.say(describe_engine(config))
-    setting = EpisodeSetting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest)
+    setting = EpisodeSetting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest, template)
     episodes = Episodes(setting, ends, run.processes, config.rollout.is_async)
     scheduler = Scheduler(tasks.prompts, cursor, episodes, config, num_steps)
     run.closing.callback(scheduler.close)  # a thread may be at work

@@ -28,6 +28,7 @@ from RL2.data.chat import is_chat, question_of
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import given_away
 from RL2.data.source import describe, from_json, is_here
+from RL2.data.template import Template
 from RL2.engines.scripted import ScriptedEngine
 from RL2.errors import ConfigError, UserError, first_line, in_table, naming
 from RL2.io import checkpoint
@@ -208,8 +209,9 @@ def look_at_tasks(
     `readers` are the models that read its tokens, by key.
     """
     rollout, train, trainer = config.rollout, config.train_data, config.trainer
-    longest = config.actor.max_length + 1
+    longest, template = config.actor.max_length + 1, None
     if tokenizer is not None:
+        template = Template(tokenizer)
         with naming("actor.model_name"):
             longest = min(longest, max_length(tokenizer.name_or_path))
     notes: dict[str, list[str]] = {}
@@ -217,22 +219,22 @@ def look_at_tasks(
     def load(source: Source, example: Example) -> Sequence[Prompt]:
         if not is_here(source.path):
             return []
-        if tokenizer is None:
+        if template is None:
             bad = source.bad_rows()
             rows = formatted(bad, example)
             notes[source.key] = [f"{len(rows)} rows, in the right format", *bad.notes(None), *warn_of_answers(rows)]
             return rows
         said_of_rows: list[str] = []
-        prompts = reader(tokenizer, longest, said_of_rows, progress=found.progress)(source, example)
+        prompts = reader(template, longest, said_of_rows, progress=found.progress)(source, example)
         notes[source.key] = [*said_of_rows, *warn_of_answers(prompts)]
         return prompts
 
     with ExitStack() as closing:
         tasks = load_tasks(config, load, closing)
         given = list(tasks.largest_token_ids)
-        if tokenizer is not None:
+        if template is not None:
             with naming("actor.model_name"):
-                given += stop_tokens(readers["actor.model_name"], tokenizer)
+                given += stop_tokens(readers["actor.model_name"], template.tokenizer, template)
         for key, lm in readers.items():
             with naming(key):
                 refuse_unknown_tokens(lm, given)
@@ -244,8 +246,8 @@ def look_at_tasks(
         for environment, (key, of) in tried.items():
             if environment is not tasks.environment:
                 found.say("", f"{key}: {environment.path}")
-            if of and tokenizer is not None:
-                found.say("", *try_environment(config, environment, key, tokenizer, of[0], longest))
+            if of and template is not None:
+                found.say("", *try_environment(config, environment, key, template, of[0], longest))
             else:
                 found.unseen.append("step of the environment")
     found.say("engine", rollout.engine)
@@ -307,11 +309,12 @@ def try_environment(
     config: RLConfig,
     environment: Environment,
     key: str,
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     prompt: Prompt,
     longest: int,
 ) -> list[str]:
     """Play one turn with a fixed response and describe its result. Raise UserError if it has no reward."""
+    tokenizer = template.tokenizer
     engine = ScriptedEngine(lambda token_ids, sampling: tokenizer.encode(RESPONSE, add_special_tokens=False))
     trajectory = asyncio.run(
         run_episode(
@@ -325,6 +328,7 @@ def try_environment(
             group=0,
             sample=0,
             seed=config.trainer.seed,
+            template=template,
         )
     )
     of = f"the first row and the response {RESPONSE!r}"

@@ -1,4 +1,4 @@
-"""The door of every program: configuration, probe of the loss, dry run, errors in plain words; heavy imports wait."""
+"""Start of every program: configuration, check of the loss, dry run, errors in one line. Heavy imports come late."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
             progress.say(f"{program} begins on {time.strftime('%Y-%m-%d at %H:%M:%S')}")
         with progress.phase("checking the objective"):
             if isinstance(config, RLConfig):
-                from RL2.trainer.unused_settings import probe
+                from RL2.trainer.unused_settings import refuse_unused_settings
 
-                probe(config)
+                refuse_unused_settings(config)
             elif isinstance(config, SFTConfig):
-                from RL2.trainer.unused_settings import probe_supervised
+                from RL2.trainer.unused_settings import refuse_advantage_objectives
 
-                probe_supervised(config.actor)
+                refuse_advantage_objectives(config.actor)
         if config.trainer.dry_run:
             from RL2.trainer.dry_run import rehearse
 

@@ -39,7 +39,7 @@ from RL2.types import TokenBatch
 from RL2.workers.learner import Learner
 
 REPLAY_BATCH = "batch.safetensors"
-"""The rollouts of a step that is kept for replay, as they are trained on; the model lies beside them."""
+"""The rollouts of a step that is kept for replay, as they are trained on; the model is in the same folder."""
 EXPORTED = ("latest", "best", "critic")
 """Folders of models that a run replaces as it goes on."""
 LAUNCHERS = "launchers.json"

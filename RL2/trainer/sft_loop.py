@@ -12,6 +12,7 @@ from RL2.batch.packing import loss_weights
 from RL2.config.programs import SFTConfig
 from RL2.data.cursor import Cursor
 from RL2.data.sft import load_examples
+from RL2.data.template import Template
 from RL2.io.progress import Progress
 from RL2.models.policy import configured_tokenizer
 from RL2.objectives.objective import Loss
@@ -59,12 +60,12 @@ def reader(
     progress: Progress | None = None,
 ) -> Callable[[str], Rows]:
     """Return a function that reads the rows of a path, and notes on them; it lists skipped rows in `listing`."""
-    data, example = config.data, converter(config.data)
+    data, example, template = config.data, converter(config.data), Template(tokenizer)
 
     def read(path: str) -> Rows:
         said, bad = list[str](), bad_rows(data, path)
         examples, num_left_out = load_examples(
-            path, tokenizer, example, data.max_length, data.train_on, said, bad, progress
+            path, tokenizer, example, data.max_length, data.train_on, said, bad, progress, template
         )
         left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
         notes.extend([f"{path}: {len(examples)} examples, {left_out}", *said, *bad.notes(listing)])

@@ -16,6 +16,7 @@ from RL2.data.bad_rows import BadRows
 from RL2.data.prompts import Prompts, load_prompts
 from RL2.data.sft import marked, pieces
 from RL2.data.source import Row, with_columns
+from RL2.data.template import Template
 from RL2.errors import ConfigError
 from RL2.io.progress import Progress
 from RL2.io.report import NUM_SHOWN
@@ -57,7 +58,7 @@ class TestTasks:
 
 
 def reader(
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     longest: int,
     notes: list[str],
     listing: Path | None = None,
@@ -65,12 +66,14 @@ def reader(
 ) -> Callable[[Source, Example], Prompts]:
     """Return a function that reads the prompts of a source and adds lines about them to `notes`.
 
-    Skipped rows go to the file `listing`. `longest` is the limit of a sequence in tokens.
+    Skipped rows go to the file `listing`. `template` is that of the tokenizer, and `longest` the limit of a sequence in
+    tokens.
     """
+    tokenizer = template.tokenizer
 
     def read(source: Source, example: Example) -> Prompts:
         bad = source.bad_rows()
-        prompts = load_prompts(source.path, tokenizer, example, longest - 1, bad, progress)
+        prompts = load_prompts(source.path, tokenizer, example, longest - 1, bad, progress, template)
         first = prompts[0]
         shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
         said = [f"{source.path}: {sizes(prompts)}", f"{source.path}, row {first.row + 1}: {shown}[[response]]"]

@@ -62,13 +62,13 @@ class UpdateStats:
     def __init__(self, optimizer: torch.optim.AdamW, served_dtype: torch.dtype) -> None:
         """Watch `optimizer`; the forward pass and the engine round stored weights to `served_dtype`."""
         self.optimizer, self.served_dtype = optimizer, served_dtype
-        self.accounts: list[tuple[dict[str, Any], list[Tensor], Tensor]] = []
+        self.before: list[tuple[dict[str, Any], list[Tensor], Tensor]] = []
         """Each parameter group, its parameters with a gradient, and samples of them before the step."""
 
     def open(self) -> None:
         """Sample the weights before the step."""
         moving = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.optimizer.param_groups]
-        self.accounts = [(group, parameters, _samples(parameters)) for group, parameters in moving if parameters]
+        self.before = [(group, parameters, _samples(parameters)) for group, parameters in moving if parameters]
 
     def close(self, processes: Processes) -> dict[str, float]:
         """Compare the weights after the step, and return the metrics (collective).
@@ -77,15 +77,15 @@ class UpdateStats:
         norm of the computed update, left out if that is 0. `served_changed_share` is the share that changed in the
         dtype of the forward pass, if that is another one.
         """
-        sums = torch.zeros(5, dtype=torch.float64, device=self.accounts[0][2].device)
-        for group, parameters, old in self.accounts:
+        sums = torch.zeros(5, dtype=torch.float64, device=self.before[0][2].device)
+        for group, parameters, old in self.before:
             new = _samples(parameters)
             served = new.to(self.served_dtype) != old.to(self.served_dtype)
             moved, asked = _precise(new) - _precise(old), self._requested(group, parameters, old)
             counts = (new != old).sum(), torch.ones_like(served).sum(), served.sum()
             squares = (x.square().sum(dtype=torch.float64) for x in (moved, asked))
             sums += torch.stack([*counts, *squares]) / _copies(parameters, processes)
-        stored_dtype, self.accounts = old.dtype, []
+        stored_dtype, self.before = old.dtype, []
         changed, number, served_changed, moved_sq, asked_sq = processes.sum(sums).tolist()
         metrics = {"changed_share": changed / number}
         if asked_sq > 0:

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from RL2.config.rollout import check_weights
 from RL2.config.values import Count, Index, PositiveFloat, Seed, Share
 from RL2.data.prompts import load_prompts
+from RL2.data.template import Template
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.errors import ConfigError, first_line, in_table, naming
 from RL2.io.jsonl import read_lines, remove_incomplete_line
@@ -85,7 +86,8 @@ def evaluate(
     with naming("model"):
         tokenizer, longest = load_tokenizer(config.model), max_length(config.model)
     environment = load_environment(config.env, config.env_timeout_s, config.weights)
-    prompts = load_prompts(config.data, tokenizer, environment.example, longest - 1)[: config.limit]
+    template = Template(tokenizer)
+    prompts = load_prompts(config.data, tokenizer, environment.example, longest - 1, template=template)[: config.limit]
     folder = Path(config.out) / key(config, prompts)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_text(json.dumps(asdict(config), indent=1))
@@ -96,14 +98,14 @@ def evaluate(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with naming("model"):
             lm = load_model(config.model, compute_dtype("auto", device)).to(device)  # type: ignore[arg-type]
-            stop = stop_tokens(lm, tokenizer)
+            stop = stop_tokens(lm, tokenizer, template)
         engine = EmbeddedEngine(
             lm,
             decode=lambda ids: decode(tokenizer, ids),
             max_running_requests=config.max_running_requests,
             memory_share=0.6,
         )
-        setting = EpisodeSetting(engine, environment, tokenizer, config.max_turns, longest)
+        setting = EpisodeSetting(engine, environment, tokenizer, config.max_turns, longest, template)
         with asyncio.Runner() as runner:
             size = max(1, WAVE // (config.samples + config.greedy))
             for start in range(0, len(left), size):

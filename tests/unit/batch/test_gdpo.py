@@ -18,7 +18,7 @@ from RL2.objectives.registry import configured
 from RL2.rollout.filters import filter_metrics, trainable, with_signal
 from RL2.trainer.annotate import annotate
 from RL2.trainer.estimator_rules import check_estimator
-from RL2.trainer.unused_settings import probe
+from RL2.trainer.unused_settings import refuse_unused_settings
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
 Parts = dict[str, float]
@@ -198,4 +198,4 @@ def test_what_does_not_go_with_it_is_refused(override: str, message: str) -> Non
 
 def test_an_objective_that_reads_no_advantages_refuses_it() -> None:
     with pytest.raises(ConfigError, match=r"adv\.estimator=gdpo has no effect: .*rank_jsd reads no advantages"):
-        probe(config("actor.objective=rank_jsd"))
+        refuse_unused_settings(config("actor.objective=rank_jsd"))

@@ -165,7 +165,7 @@ def without_star(stats: TokenStats, batch: TokenBatch, clip: float = 0.2) -> Los
     ("objective", "reason"),
     [
         (averages, r"the loss is a single number: it averages by itself"),
-        (wants_an_old_policy, r"on a fresh rollout, .* it raises TypeError: .* \(.*test_conformance.py:\d+\)"),
+        (wants_an_old_policy, r"on a fresh rollout, .* it raises TypeError: .* \(.*test_check_objective.py:\d+\)"),
         (draws, r"two calls with the same input give different losses"),
         (without_default, r"the knob clip needs an annotation and a default"),
         (without_star, r"knobs stand after a star"),
