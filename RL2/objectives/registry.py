@@ -96,6 +96,13 @@ def bind(name: str, given: Mapping[str, Any]) -> BoundObjective:
     return BoundObjective(name, objective, functions.knob_values(KEY, name, objective, given, keys))
 
 
+def bound(objective: str | Objective, knobs: Mapping[str, Any]) -> BoundObjective:
+    """Return an objective with its knobs set, both given in Python. Raise ConfigError as `bind` does."""
+    name, found = functions.argument("objective", objective, OBJECTIVES, Objective, DECLARATION)
+    keys = {knob: knob for knob in (*found.knobs, *knobs)}
+    return BoundObjective(name, found, functions.knob_values("objective", name, found, knobs, keys))
+
+
 def configured(actor: Actor) -> BoundObjective:
     """Return the objective of a configuration."""
     named = {"clip": actor.clip, "detach_target": actor.path.detach_target, "region": actor.path.region}
