@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,15 @@ def test_prompts_may_be_texts_chats_and_rows(
     assert judged.texts[0] == raw[2].texts[0]
 
 
+def test_a_judge_that_fails_gives_no_reward_and_its_line(loaded: tuple[api.Policy, PreTrainedTokenizerBase]) -> None:
+    async def fails(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+        return {"reward": 1 / len(extra_info)}
+
+    (judged,) = api.sample(*loaded, [QUESTION], num_samples=1, max_new_tokens=2, environment=fails)
+    assert judged.unscored is not None
+    assert re.fullmatch(r"ZeroDivisionError: division by zero \(.*test_api.py:\d+\)", judged.unscored)
+
+
 def test_a_seed_decides_also_in_a_notebook(loaded: tuple[api.Policy, PreTrainedTokenizerBase]) -> None:
     def answers(seed: int) -> list[Sequence]:
         sampled = api.sample(*loaded, [QUESTION], num_samples=3, max_new_tokens=6, seed=seed)
@@ -259,7 +269,7 @@ def test_mistakes_are_said_in_one_line(loaded: tuple[api.Policy, PreTrainedToken
     batch, (policy, tokenizer) = rollout(loaded), loaded
     bare = api.pack_texts(tokenizer, TEXTS)
     mistakes = {
-        r"model_name=nobody/nothing": lambda: api.load("nobody/nothing"),
+        r"nobody/nothing": lambda: api.load("nobody/nothing"),
         r"prompts is one text; pass a list": lambda: api.sample(policy, tokenizer, "12"),
         r"prompts\[1\]: neither 'prompt' nor 'messages'": lambda: api.sample(policy, tokenizer, ["12", QUESTION[0]]),
         r"environment: step must be `async def step": lambda: api.sample(policy, tokenizer, ["1"], environment=print),
