@@ -87,11 +87,11 @@ def spans(page: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """What pages load: a language model and a reward model, random."""
+    """What pages load: language models and a reward model, random."""
     folder = tmp_path_factory.mktemp("models")
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, **shape)
-    for name, cls in {"lora": LlamaForCausalLM, "rm": LlamaForSequenceClassification}.items():
+    for name, cls in {"lora": LlamaForCausalLM, "sft": LlamaForCausalLM, "rm": LlamaForSequenceClassification}.items():
         cls(config).save_pretrained(folder / name / "latest")
         tokenizer.save_pretrained(folder / name / "latest")
     return folder

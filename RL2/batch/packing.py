@@ -99,9 +99,9 @@ def pack_tokens(sequences: Seq[list[int]]) -> TokenBatch:
 def loss_weights(
     batch: TokenBatch,
     *,
-    train_on: Literal["all", "correct"],
-    level: Literal["token", "sequence", "constant"],
-    average_over: Literal["all", "kept", "correct"],
+    train_on: Literal["all", "correct"] = "all",
+    level: Literal["token", "sequence", "constant"] = "token",
+    average_over: Literal["all", "kept", "correct"] = "all",
     length: int | None = None,
     entropy_quantile: float = 0.0,
     not_mode: bool = False,

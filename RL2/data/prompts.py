@@ -23,6 +23,8 @@ from RL2.types import Prompt
 COLUMNS = ("ids", "text", "rest", "row")
 """Columns of a table of prompts; `rest` is JSON of `extra_info` and the template's arguments."""
 
+NO_TOKENS = "its prompt has no tokens"
+
 ANSWERS = (
     r"####\s*{}(?!\w|[.,]\d)",
     r"<answer>\s*{}\s*</answer>",
@@ -98,16 +100,32 @@ def load_prompts(
     return Prompts(table(bad, name, COLUMNS, build, progress or Progress(speaks=False)))
 
 
+def make_prompt(row: Row, template: Template, number: int) -> Prompt:
+    """Return a row {"prompt" | "messages", "extra_info"} as a prompt. Raise DataError if it is not one."""
+    chat, text, arguments = _rendered(row, template)
+    (token_ids,) = encode(template.tokenizer, [text], begins=not chat)
+    if not token_ids:
+        raise DataError(NO_TOKENS)
+    return Prompt(number, text, token_ids, _extra_info(row), arguments)
+
+
+def _rendered(row: Row, template: Template) -> tuple[bool, str, dict[str, Any]]:
+    """Return whether a row is a chat, the text of its prompt, and the template's arguments beside the messages."""
+    if not is_chat(row):
+        return False, row["prompt"], {}
+    arguments = template_arguments(row)
+    text = template.ask(Chat(question_of(row), arguments))
+    if not text:
+        raise DataError("the chat template renders an empty prompt")
+    return True, text, arguments
+
+
 def _write(writer: Writer, rows: dict[int, Row], template: Template, max_length: int, bad: BadRows) -> None:
     """Encode and write the usable rows; report the others to `bad`."""
     texts, arguments = dict[bool, dict[int, str]]({True: {}, False: {}}), dict[int, dict[str, Any]]()
     for number, row in rows.items():
         with bad.row(number):
-            chat = is_chat(row)
-            arguments[number] = template_arguments(row) if chat else {}
-            text = template.ask(Chat(question_of(row), arguments[number])) if chat else row["prompt"]
-            if not text:
-                raise DataError("the chat template renders an empty prompt")
+            chat, text, arguments[number] = _rendered(row, template)
             texts[chat][number] = text
     token_ids = dict[int, list[int]]()
     for chat, part in texts.items():
@@ -118,7 +136,7 @@ def _write(writer: Writer, rows: dict[int, Row], template: Template, max_length:
         with bad.row(number):
             length = len(token_ids[number])
             if not length:
-                raise DataError("its prompt has no tokens")
+                raise DataError(NO_TOKENS)
             if length > max_length:
                 raise DataError(
                     f"its prompt has {length} tokens, the limit is {max_length}; "

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from RL2.config.scripts import ScriptError, described, load_script, raise_in
@@ -33,10 +33,14 @@ ATTEMPTS = 4
 """Attempts of a call before it is given up because other calls blocked the loop each time."""
 PATIENCE = 1.25
 """Limits without progress after which a loop is taken for blocked. Above 1: a live loop stops a slow call itself."""
+TIMEOUT_S = 60.0
+"""Limit of a call of a script, in seconds, unless another is given."""
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
 
 
-def load_environment(path: str | Path, timeout_s: float, weights: Mapping[str, float] | None = None) -> Environment:
+def load_environment(
+    path: str | Path, timeout_s: float = TIMEOUT_S, weights: Mapping[str, float] | None = None
+) -> Environment:
     """Load the script at `path`; a call of it that takes longer than `timeout_s` is unscored. Raises `ScriptError`.
 
     `weights` are those of the parts of its reward; a part without one counts once.
@@ -49,6 +53,13 @@ def load_environment(path: str | Path, timeout_s: float, weights: Mapping[str, f
     example = _function(module, path, "example", ("row",), is_async=False)
     vote = _function(module, path, "vote", ("action",), is_async=False)
     return Environment(str(path), module.__file__, step, reset, example, vote, timeout_s, weights or {})
+
+
+def environment_of(step: AsyncFunction, timeout_s: float = TIMEOUT_S) -> Environment:
+    """Return an environment of the function `step` alone, as a script has it. Raise ScriptError if it is not one."""
+    _function(SimpleNamespace(step=step), "environment", "step", ("state", "action", "extra_info"), is_async=True)
+    file = step.__code__.co_filename if inspect.isfunction(step) else None
+    return Environment(file or "step", file, step, None, None, None, timeout_s, {})
 
 
 def load_example(path: str | Path) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
@@ -235,7 +246,9 @@ class _LoopThread(threading.Thread):
         task.cancel()
 
 
-def _function(module: ModuleType, path: str | Path, name: str, parameters: tuple[str, ...], *, is_async: bool) -> Any:
+def _function(
+    module: ModuleType | SimpleNamespace, path: str | Path, name: str, parameters: tuple[str, ...], *, is_async: bool
+) -> Any:
     function = getattr(module, name, None)
     if function is None:
         return None

@@ -84,6 +84,27 @@ class EpisodeSetting:
         return [asyncio.create_task(play(sample=sample)) for sample in range(number)]
 
 
+def begin(
+    setting: EpisodeSetting,
+    prompts: Seq[tuple[int, Prompt]],
+    sampling: Sampling,
+    *,
+    number: int,
+    seed: int,
+    first: int = 0,
+    version: int = 0,
+) -> list[Group]:
+    """Start a group of `number` episodes of each prompt in the running event loop, and return the groups.
+
+    `prompts` come with the places of their groups among those of one `seed`; both make the random numbers of a group.
+    `first` is the number in the run of the group at place 0.
+    """
+    return [
+        Group(setting.begin(prompt, sampling, number=number, group=place, seed=seed), first + place, version)
+        for place, prompt in prompts
+    ]
+
+
 async def finish(groups: Seq[Group], progress: Progress | None = None) -> list[Trajectory]:
     """Return all trajectories of `groups`, in order and under their numbers. `progress(1)` is called for each episode.
 
@@ -171,15 +192,11 @@ class Episodes:
         group, and with `seed` what its random numbers are. `first` is the number in the run of the group at place 0.
         """
         rank, size = self.processes.rank, self.processes.world_size
+        mine = [(place, prompt) for place, prompt in prompts if place % size == rank]
         sampling, setting = self._sampling(params), setting or self.setting
 
         async def start() -> list[Group]:
-            groups = []
-            for place, prompt in prompts:
-                if place % size == rank:
-                    tasks = setting.begin(prompt, sampling, number=responses_per_prompt, group=place, seed=seed)
-                    groups.append(Group(tasks, first + place, version))
-            return groups
+            return begin(setting, mine, sampling, number=responses_per_prompt, seed=seed, first=first, version=version)
 
         return self._run(start())
 

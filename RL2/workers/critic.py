@@ -16,7 +16,7 @@ from RL2.parallel.processes import Processes
 from RL2.types import TokenBatch
 from RL2.workers.learner import Learner
 from RL2.workers.metrics import mean_over_updates
-from RL2.workers.worker import Progress
+from RL2.workers.passes import Progress
 
 
 class Critic(Learner):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,26 +11,51 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from RL2.config.model import Trainable
-from RL2.parallel.fsdp import by_mesh, local
+from RL2.parallel.fsdp import by_mesh, clip_grad_norm, local
 from RL2.parallel.processes import Processes
 
 SAMPLE = 2**16
 """Weights compared in each tensor of each process, evenly spaced; all of a smaller tensor."""
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: Trainable) -> torch.optim.AdamW:
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float = 1e-6,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> torch.optim.AdamW:
     """Return AdamW over the parameters that train; only matrices have weight decay."""
     trained = [p for p in parameters if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     return torch.optim.AdamW(
         [
-            *({"params": group, "weight_decay": config.weight_decay} for group in by_mesh(matrices)),
+            *({"params": group, "weight_decay": weight_decay} for group in by_mesh(matrices)),
             *({"params": group, "weight_decay": 0.0} for group in by_mesh(vectors)),
         ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
+        lr=lr,
+        betas=betas,
+        eps=eps,
     )
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    max_grad_norm: float,
+    check: Callable[[float], None],
+) -> float:
+    """Scale the gradients to a norm of at most `max_grad_norm`, take a step of `optimizer`, and forget the gradients.
+
+    Returns the norm before scaling (collective). `check` gets it before the step; it raises an error to prevent the
+    step.
+    """
+    grad_norm = clip_grad_norm(parameters, max_grad_norm)
+    check(grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
 
 
 def move_state(optimizer: torch.optim.AdamW, device: torch.device) -> None:
