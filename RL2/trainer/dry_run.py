@@ -1,6 +1,6 @@
 """A dry run: what a run needs is looked at, tried and counted, and no model is loaded. One table says what was found.
 
-Nothing is fetched: what is on the hub, and not in its cache here, is named as not looked at.
+Nothing is fetched: what is on the hub, and not in its cache here, is named as not checked.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Findings:
         self.lines += [(what if number == 0 else "", line) for number, line in enumerate(found)]
 
     def miss(self, what: str, why: str) -> None:
-        self.say(what, f"{why}: not looked at")
+        self.say(what, f"{why}: not checked")
         self.unseen.append(what)
 
     def warn(self, what: str) -> None:
@@ -81,7 +81,7 @@ class Findings:
         table = Table(show_header=False)
         for what, line in self.lines:
             table.add_row(f"[bold]{what}[/]", in_table(line))
-        unseen = f"; not looked at: {', '.join(self.unseen)}" if self.unseen else ""
+        unseen = f"; not checked: {', '.join(self.unseen)}" if self.unseen else ""
         console = Console(soft_wrap=True)
         console.print(table)
         if self.warnings:
@@ -171,7 +171,7 @@ def look_at_weights(kind: type[PackedModel], folder: Path, name: str, key: str, 
         stored = stored_tensors(folder, name, key)
         state, _ = match_weights(lm, stored, name, key, kind(lm).initial, kind.UNREAD)
         total = sum(file.stat().st_size for file in {each.file for each in stored.values()})
-        with progress.phase(f"looking through the weights of {name}", total / GIB, "GiB") as phase:
+        with progress.phase(f"checking the weights of {name}", total / GIB, "GiB") as phase:
             for num_bytes in check_values(state, stored, f"{key}={name}"):
                 phase.update(num_bytes / GIB)
     return lm
