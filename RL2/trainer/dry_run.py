@@ -171,7 +171,7 @@ def look_at_weights(kind: type[PackedModel], folder: Path, name: str, key: str, 
         stored = stored_tensors(folder, name, key)
         state, _ = match_weights(lm, stored, name, key, kind(lm).initial, kind.UNREAD)
         total = sum(file.stat().st_size for file in {each.file for each in stored.values()})
-        with progress.phase(f"checking the weights of {name}", total / GIB, "GiB") as phase:
+        with progress.phase(f"looking through the weights of {name}", total / GIB, "GiB") as phase:
             for num_bytes in check_values(state, stored, f"{key}={name}"):
                 phase.update(num_bytes / GIB)
     return lm
