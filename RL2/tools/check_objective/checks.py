@@ -69,7 +69,7 @@ def _call(subject: Subject, setting: Setting, on: Trial, where: str) -> None:
         )
     if not shape or (shape == [1] and num_tokens != 1):
         raise Unsound(
-            f"{where}the loss is a single number: the function averages. Return one value per token, shape [T]; "
+            f"{where}the loss is a single number: it averages by itself. Return one value per token, shape [T]; "
             "the trainer sums loss_T * weight_T, and the weights are the average"
         )
     if shape != [num_tokens]:

@@ -164,7 +164,7 @@ def without_star(stats: TokenStats, batch: TokenBatch, clip: float = 0.2) -> Los
 @pytest.mark.parametrize(
     ("objective", "reason"),
     [
-        (averages, r"the loss is a single number: the function averages"),
+        (averages, r"the loss is a single number: it averages by itself"),
         (wants_an_old_policy, r"on a fresh rollout, .* it raises TypeError: .* \(.*test_check_objective.py:\d+\)"),
         (draws, r"two calls with the same input give different losses"),
         (without_default, r"the knob clip needs an annotation and a default"),
