@@ -106,6 +106,9 @@ def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for name in FILES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}\n")
+    for block in blocks(ROOT / "docs" / "own_objective.md"):  # other pages train with its script
+        if block.file:
+            (tmp_path / block.file).write_text(block.text)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "torchrun").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     (tmp_path / "bin" / "torchrun").chmod(0o755)

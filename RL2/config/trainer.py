@@ -59,7 +59,7 @@ class Trainer:
     n_epochs: Count = 1
     """Number of passes over the training data."""
     max_steps: Index | None = None
-    """Maximum number of steps, whatever n_epochs is; null: no maximum."""
+    """Maximum number of steps, for any n_epochs; null: no maximum."""
     test_freq: Count | None = None
     """Number of steps between tests; there is one before the first step and one after the last. null: no tests."""
     save_dir: str = "ckpts/${trainer.experiment_name}"

@@ -145,7 +145,7 @@ class Report:
             shown.append(f"left {duration(left)}")
         self.say(f"step {step}/{max(step, self.num_steps)}  " + "  ".join(shown))
         if odd := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
-            self.say(f"step {step}: WARNING: not recorded, as JSON has no such numbers: {_values(metrics, odd)}")
+            self.say(f"step {step}: WARNING: not recorded, because JSON has no such numbers: {_values(metrics, odd)}")
             metrics = {name: value for name, value in metrics.items() if name not in odd}
         self._append("metrics.jsonl", [{"step": step} | metrics])
         for dashboard in self.dashboards:

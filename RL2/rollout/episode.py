@@ -79,7 +79,7 @@ async def run_episode(
                 break
             if not sequence.token_ids:
                 if not added:
-                    raise Unscored("the environment gave an empty state: there is no token to go on from")
+                    raise Unscored("the environment gave an empty state: there is no token to continue from")
                 trajectory.sequences.append(sequence)
             _append(sequence, added)
 

@@ -147,9 +147,9 @@ def _lines(cls: type, values: dict[str, Any], about: dict[str, tuple[Key, Any]],
 PAGE = """\
 # Every key
 
-Every configuration key of every program, with its default, values and meaning. Made from `RL2/config/` by
-`python -m RL2.tools.keys > docs/keys.md`. A key that is *required* has no default, and `${key}` stands for the value of
-another key. [Configuration](configuration.md) says how keys are set.
+Every configuration key of every program, with its default, values and meaning. Generated from `RL2/config/` by
+`python -m RL2.tools.keys > docs/keys.md`. A key that is *required* has no default, and `${key}` is the value of
+another key. [Configuration](configuration.md) describes how to set keys.
 """
 
 

@@ -1,6 +1,6 @@
 """A dry run: what a run needs is looked at, tried and counted, and no model is loaded. One table says what was found.
 
-Nothing is fetched: what is on the hub, and not in its cache here, is named as not looked at.
+Nothing is fetched: what is on the hub, and not in its cache here, is named as not checked.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Findings:
         self.lines += [(what if number == 0 else "", line) for number, line in enumerate(found)]
 
     def miss(self, what: str, why: str) -> None:
-        self.say(what, f"{why}: not looked at")
+        self.say(what, f"{why}: not checked")
         self.unseen.append(what)
 
     def warn(self, what: str) -> None:
@@ -82,7 +82,7 @@ class Findings:
         table = Table(show_header=False)
         for what, line in self.lines:
             table.add_row(f"[bold]{what}[/]", in_table(line))
-        unseen = f"; not looked at: {', '.join(self.unseen)}" if self.unseen else ""
+        unseen = f"; not checked: {', '.join(self.unseen)}" if self.unseen else ""
         console = Console(soft_wrap=True)
         console.print(table)
         if self.warnings:

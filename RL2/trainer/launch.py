@@ -87,7 +87,7 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
                 raise
             error = UserError(
                 f"out of memory ({first_line(error)}); lower max_length_per_device, logits_budget_mib or "
-                "rollout.max_running_requests, or take more processes"
+                "rollout.max_running_requests, or use more processes"
             )
         rank = os.environ.get("RANK")
         message = f"{program}{f' (rank {rank})' if rank else ''}: {error}"
@@ -99,8 +99,8 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
         if type(error).__name__ != "PanicException":  # of libraries in Rust, none of which gives its class a name
             raise
         sys.exit(
-            f"{program}: the tokenizer's library gave up ({first_line(error)}); the model's tokenizer.json asks for "
-            "what it cannot do, such as a regular expression that does not end on some text"
+            f"{program}: the tokenizers library failed ({first_line(error)}); the model's tokenizer.json may have a "
+            "regular expression that does not terminate on some text"
         )
 
 

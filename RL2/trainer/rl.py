@@ -25,7 +25,7 @@ def train(config: RLConfig, run: Run) -> None:
     actor, engine, evaluator, trainer = parts.actor, parts.engine, parts.evaluator, config.trainer
     for step in range(parts.first_step, parts.last_step + 1):
         clock = Clock()
-        with run.progress.phase("giving the weights to the engine"):
+        with run.progress.phase("sending the weights to the engine"):
             engine.load_weights(actor.weights(), version=step)
         metrics: Metrics = {}
         if evaluator.tests and (step == parts.last_step or run.due(trainer.test_freq, step)):
@@ -58,7 +58,7 @@ def train(config: RLConfig, run: Run) -> None:
     if metrics:
         finish_step(parts, step, metrics)
     if step < parts.last_step:
-        fell = "the test score fell twice in a row, which is where trainer.early_stop ends the run"
+        fell = "the test score fell twice in a row, so trainer.early_stop ends the run"
         parts.report.say(f"step {step}: {fell}")
     if not trainer.eval_only:
         run.export(actor, parts.tokenizer, parts.critic)

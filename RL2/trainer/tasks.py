@@ -86,7 +86,7 @@ def reader(
 def sizes(prompts: Prompts) -> str:
     """Return the number of prompts and their lengths in words."""
     mean, most = prompts.lengths.mean(), prompts.lengths.max()
-    return f"{len(prompts)} rows; prompts of {mean:.0f} tokens in the mean, at most {most}"
+    return f"{len(prompts)} rows; prompts of {mean:.0f} tokens on average, at most {most}"
 
 
 def first_rows(prompts: Seq[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def first_rows(prompts: Seq[Prompt], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def train_tasks(config: RLConfig, environment: Environment, load: Load) -> Seq[Prompt]:
-    """Return what is trained on: rows by `load`, or tasks that the environment makes up."""
+    """Return what is trained on: rows by `load`, or tasks that the environment generates."""
     data = config.train_data
     if data.path is None and config.trainer.eval_only:
         return synthetic_prompts(data.prompts_per_rollout)  # of which none is played
@@ -139,19 +139,19 @@ def _tasks(
     number: int,
     seed: int | None = None,
 ) -> Seq[Prompt]:
-    """Return the rows of a source or, where only the key of one is given, `number` tasks that `reset` makes up."""
+    """Return the rows of a source or, where only the key of one is given, `number` tasks that `reset` generates."""
     if isinstance(source, Source):
         return load(source, with_columns(columns, environment.example))
     if not environment.has_reset:
         raise ConfigError(
-            f"{source}.path is not set, and {environment.path} has no `reset` that makes up tasks; "
+            f"{source}.path is not set, and {environment.path} has no `reset` that generates tasks; "
             f"pass {source}.path=..."
         )
     return synthetic_prompts(number, seed)
 
 
 def synthetic_prompts(number: int, seed: int | None = None) -> list[Prompt]:
-    """Return prompts without a text, for tasks that `reset` makes up.
+    """Return prompts without a text, for tasks that `reset` generates.
 
     Without a `seed` the tasks are new in each rollout; with one they are always the same.
     """

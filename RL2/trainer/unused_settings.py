@@ -62,7 +62,7 @@ def refuse_advantage_objectives(actor: SFTActor) -> None:
     if reads_advantages(objective):
         raise ConfigError(
             f"actor.objective={actor.objective} reads advantages, and rows of data have none; "
-            "choose sft, rank_jsd or another that trains on what is right"
+            "choose sft, rank_jsd or another objective that reads none"
         )
 
 

@@ -96,7 +96,7 @@ class Actor(Learner):
         if gap <= self.max_logprob_gap:  # False for NaN
             return ""
         return (
-            f"trainer and engine are {gap:g} nats apart in the mean, more than trainer.max_logprob_gap="
+            f"trainer and engine are {gap:g} nats apart on average, more than trainer.max_logprob_gap="
             f"{self.max_logprob_gap:g}: {totals.largest('logp_gap_max')}"
         )
 

@@ -46,7 +46,7 @@ def _check_signature(objective: Objective) -> None:
     kinds = [p.kind for p in parameters]
     if kinds[:2] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2 or set(kinds[2:]) - {inspect.Parameter.KEYWORD_ONLY}:
         raise Unsound(
-            "its parameters must be (stats, batch, *, knobs): knobs stand after a star, and there are no others"
+            "its parameters must be (stats, batch, *, knobs): knobs come after the star, and there are no others"
         )
 
 
@@ -64,12 +64,12 @@ def _call(subject: Subject, setting: Setting, on: SyntheticBatch, where: str) ->
     shape = list(loss_T.shape)
     if shape == [num_sequences] and num_sequences != num_tokens:
         raise Unsound(
-            f"{where}the loss has one value a sequence, shape [B]: a sequence loss without weights. Give every token "
+            f"{where}the loss has one value per sequence, shape [B]: a sequence loss without weights. Give every token "
             "its sequence's value, value_B[batch.sequence_T], so that weight_T can weigh it"
         )
     if not shape or (shape == [1] and num_tokens != 1):
         raise Unsound(
-            f"{where}the loss is a single number: it averages by itself. Return one value a token, shape [T]; "
+            f"{where}the loss is a single number: it averages by itself. Return one value per token, shape [T]; "
             "the trainer sums loss_T * weight_T, and the weights are the average"
         )
     if shape != [num_tokens]:
@@ -82,7 +82,7 @@ def _call(subject: Subject, setting: Setting, on: SyntheticBatch, where: str) ->
         raise Unsound(f"{where}the loss does not depend on any statistic, so nothing would train")
     for name, metric_T in metrics.items():
         if not isinstance(metric_T, Tensor) or list(metric_T.shape) != [num_tokens]:
-            raise Unsound(f"{where}the metric {name} must be a tensor with one value a token, shape [T]")
+            raise Unsound(f"{where}the metric {name} must be a tensor with one value per token, shape [T]")
     if not torch.equal(loss_T, again[0]) and loss_T.isfinite().all():
         raise Unsound(f"{where}two calls with the same input give different losses; it must be a pure function")
     if changed := [name for name, x in batch.tensors().items() if not torch.equal(x, before[name])]:
@@ -97,7 +97,7 @@ def statistics(subject: Subject) -> str:
         line = ", ".join(repr(name) for name in inside)
         raise Unsound(f"it reads {', '.join(undeclared)} without declaring it; write @needs({line})")
     if unread := [name for name in inside if name not in subject.read]:
-        raise Unsound(f"it declares {', '.join(unread)} and never reads it; take it out of @needs, it costs time")
+        raise Unsound(f"it declares {', '.join(unread)} and never reads it; remove it from @needs, it costs time")
     return f"reads {', '.join(inside)}"
 
 
@@ -251,7 +251,7 @@ def invariance(subject: Subject, pair: Pair) -> str:
                         )
                         raise Unsound(
                             f"{_at(subject, setting)}the {what} of a token is another one {how}{detail}. It depends "
-                            "on the rest of the batch: take out every mean, count or normalisation over the batch "
+                            "on the rest of the batch: remove every mean, count or normalisation over the batch "
                             "(weight_T is the average, and knows the whole minibatch; advantages are normalised before)"
                         )
     for setting, together in zip(subject.settings, pair.sums(subject), strict=True):

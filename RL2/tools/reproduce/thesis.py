@@ -85,8 +85,8 @@ SECTIONS = (
     Section(
         "3.1",
         "Towards the most likely token",
-        "KL divergence between the Bernoulli laws of the most likely and of the sampled token, on successful rollouts, "
-        "divided by the number of all rollouts.",
+        "KL divergence between the Bernoulli distributions of the most likely and of the sampled token, on successful "
+        "rollouts, divided by the number of all rollouts.",
         (SPO_31,),
     ),
     Section(

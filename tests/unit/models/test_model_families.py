@@ -78,7 +78,7 @@ def table(verdict: dict[str, str]) -> str:
     rows = [
         f"**Exact** ({len(exact)}): {', '.join(f'`{name}`' for name in exact)}.",
         "",
-        "| refused: it | models |",
+        "| refused, because it | models |",
         "|---|---|",
     ]
     for why, names in sorted(refused.items(), key=lambda item: -len(item[1])):
