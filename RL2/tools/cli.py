@@ -87,9 +87,14 @@ def train(
         import_module("RL2.config.load")  # a package that is not installed is named here, not in a traceback
         from RL2.tools.jobs import command_line
 
-    dry = ["trainer.dry_run=true"] if dry_run else []
-    command = command_line(program, [*(settings or []), *dry], nproc)
-    print(shlex.join(command), flush=True)
+    overrides = [*(settings or []), *(["trainer.dry_run=true"] if dry_run else [])]
+    command = command_line(program, overrides, nproc)
+    if sys.stdout.isatty():  # a line for each override, and dim, so that an error below it is seen
+        start = shlex.join(command[: len(command) - len(overrides)])
+        typer.secho(" \\\n  ".join([start, *map(shlex.quote, overrides)]), dim=True)
+    else:
+        print(shlex.join(command))
+    sys.stdout.flush()
     os.execv(sys.executable, command)  # replace this process, so that signals and the exit code are the program's
 
 
