@@ -46,8 +46,8 @@ from RL2.trainer.unused_settings import refuse_advantage_objectives, refuse_unus
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
-SHOWN = ("", "text", "json")
-"""Languages of blocks that show what comes out."""
+SHOWN = ("", "text", "json", "math", "py")
+"""Languages of blocks that show what comes out, formulas, and programs of other libraries (`py`)."""
 FILES = ("train.jsonl", "rows.jsonl", "runs/demo/data/train.jsonl", "runs/demo/data/test.jsonl")
 """Data that commands name; what is in them does not matter here."""
 OF_OTHERS = ("python -m sglang.launch_server ", "python RL2/engines/vllm/plugin/launch.py ")

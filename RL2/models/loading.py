@@ -352,7 +352,7 @@ def refuse_no_model(model_name: str) -> None:
     """Raise ModelError if the model is neither a local folder nor on the hub; a download would retry for a minute."""
     if Path(model_name).is_dir():
         if not (Path(model_name) / "config.json").is_file():
-            raise ModelError(f"{model_name} is not a model: it has no config.json")
+            raise ModelError(f"{model_name} is not a model: it has no config.json{_exportable(Path(model_name))}")
         for path in Path(model_name).iterdir():
             if path.exists() and not path.is_file() and not path.is_dir():
                 raise ModelError(
@@ -373,6 +373,15 @@ def refuse_no_model(model_name: str) -> None:
         raise ModelError(
             f"{model_name}: there is no such folder, and the hub does not provide it: {first_line(error)}"
         ) from error
+
+
+def _exportable(folder: Path) -> str:
+    """Return how to make a model of a checkpoint or an adapter, for an error; '' if the folder is neither."""
+    if re.fullmatch(r"step_[0-9]+", folder.name):
+        return f"; it is a checkpoint, of which `rl2 export {folder} OUT` makes a model"
+    if (folder / "adapter_config.json").is_file():
+        return "; it is an adapter: `rl2 export` of the checkpoint, without --adapter, merges it into its base"
+    return ""
 
 
 def weights_folder(model_name: str) -> Path:

@@ -36,14 +36,20 @@ PATIENCE = 1.25
 TIMEOUT_S = 60.0
 """Limit of a call of a script, in seconds, unless another is given."""
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
+OnStep = Callable[[str, StepResult], object]
+"""Function that is told each response and its result, to show them."""
 
 
 def load_environment(
-    path: str | Path, timeout_s: float = TIMEOUT_S, weights: Mapping[str, float] | None = None
+    path: str | Path,
+    timeout_s: float = TIMEOUT_S,
+    weights: Mapping[str, float] | None = None,
+    on_step: OnStep | None = None,
 ) -> Environment:
     """Load the script at `path`; a call of it that takes longer than `timeout_s` is unscored. Raises `ScriptError`.
 
-    `weights` are those of the parts of its reward; a part without one counts once.
+    `weights` are those of the parts of its reward; a part without one counts once. `on_step` is called with each
+    response and its checked result.
     """
     module = load_script(path)
     step = _function(module, path, "step", ("state", "action", "extra_info"), is_async=True)
@@ -52,7 +58,7 @@ def load_environment(
     reset = _function(module, path, "reset", ("extra_info",), is_async=True)
     example = _function(module, path, "example", ("row",), is_async=False)
     vote = _function(module, path, "vote", ("action",), is_async=False)
-    return Environment(str(path), module.__file__, step, reset, example, vote, timeout_s, weights or {})
+    return Environment(str(path), module.__file__, step, reset, example, vote, timeout_s, weights or {}, on_step)
 
 
 def environment_of(step: AsyncFunction, timeout_s: float = TIMEOUT_S) -> Environment:
@@ -83,6 +89,7 @@ class Environment:
         vote: Callable[[str], str] | None,
         timeout_s: float,
         weights: Mapping[str, float],
+        on_step: OnStep | None = None,
     ) -> None:
         self.path = path
         self.example = example
@@ -92,6 +99,7 @@ class Environment:
         self.timeout_s = timeout_s
         self.weights = weights
         """Weights of the parts of a reward."""
+        self._on_step = on_step
         self._file = file
         self._step = step
         self._reset = reset
@@ -114,7 +122,10 @@ class Environment:
     ) -> StepResult:
         """Return what `step` of the script returned. Raise Unscored if it has no reward, which is not a reward of 0."""
         result = await self._call("step", _told(self._step, sampling), state, action, extra_info)
-        return checked(result, self.weights, len(action))
+        found = checked(result, self.weights, len(action))
+        if self._on_step is not None:
+            self._on_step(action, found)
+        return found
 
     def close(self) -> None:
         """Stop the script's thread. One that does not stop within a second is left to the end of the process."""

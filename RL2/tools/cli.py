@@ -87,9 +87,14 @@ def train(
         import_module("RL2.config.load")  # a package that is not installed is named here, not in a traceback
         from RL2.tools.jobs import command_line
 
-    dry = ["trainer.dry_run=true"] if dry_run else []
-    command = command_line(program, [*(settings or []), *dry], nproc)
-    print(shlex.join(command), flush=True)
+    overrides = [*(settings or []), *(["trainer.dry_run=true"] if dry_run else [])]
+    command = command_line(program, overrides, nproc)
+    if sys.stdout.isatty():  # a line for each override, and dim, so that an error below it is seen
+        start = shlex.join(command[: len(command) - len(overrides)])
+        typer.secho(" \\\n  ".join([start, *map(shlex.quote, overrides)]), dim=True)
+    else:
+        print(shlex.join(command))
+    sys.stdout.flush()
     os.execv(sys.executable, command)  # replace this process, so that signals and the exit code are the program's
 
 
@@ -425,6 +430,42 @@ def reproduce(
             line = f"{claim.section}  {in_table(claim.text)}: [b]{claim.verdict}[/b]; {in_table(claim.measured)}"
             board.console.print(line, highlight=False, soft_wrap=True)
         board.say(f"{out / 'thesis.html'} written")
+
+
+@app.command()
+def play(
+    env: Annotated[Path, typer.Argument(help="An environment script.")],
+    data: Annotated[str, typer.Option(help="As train_data.path; leave it out where `reset` makes up the tasks.")] = "",
+    row: Annotated[int, typer.Option(help="Number of the row, from 1.", min=1)] = 1,
+    say: Annotated[
+        list[str] | None,
+        typer.Option(help="A response; repeatable, one for each turn. '-': the lines of the standard input."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Model whose tokenizer and chat template are used, not its weights.")] = "",
+    weight: Annotated[list[str] | None, typer.Option(metavar="PART=NUMBER", help="As reward.weights.PART.")] = None,
+    max_turns: Annotated[int, typer.Option(help="As rollout.max_turns.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of a task that `reset` makes up.", min=0)] = 0,
+    timeout_s: Annotated[float, typer.Option(help="As rollout.env_timeout_s.", min=0.001)] = 60,
+) -> None:
+    """Play an environment by hand: read what the model reads, type its responses, and see each reward.
+
+    Without --say, each line of the standard input is a response; a backslash at the end of a line continues it. The
+    exit code is 1 if the episode is unscored.
+
+    Example: rl2 play envs/gsm8k.py --data test@openai/gsm8k:main --say "9 * 2 = 18 #### 18"
+    """
+    from rich.console import Console
+
+    with ending("play"):
+        from RL2.config.load import words
+        from RL2.tools.play import FROM_INPUT, PlayRequest, responses_of
+        from RL2.tools.play import play as run
+
+        request = PlayRequest(env, data, row, model, max_turns, seed, timeout_s, words(weight or []))
+        console = Console(highlight=False)
+        is_scored = run(request, responses_of(say or [FROM_INPUT], console), console)
+    if not is_scored:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -463,7 +463,8 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
     what = ", ".join(f"{part} {bytes_in_words(size)}" for part, size in (parts | beside).items() if size)
     found.say(
         "memory",
-        f"about {bytes_in_words(total)} a GPU at the peak of an update, in {str(dtype).removeprefix('torch.')}, on "
+        f"about {bytes_in_words(total)} a {'GPU' if has_gpu else 'process'} at the peak of an update, in "
+        f"{str(dtype).removeprefix('torch.')}, on "
         f"{layout.size} process(es)",
         what,
     )

@@ -46,7 +46,7 @@ def test_all_is_looked_at(program: str, dry_run: DryRun) -> None:
         "Qwen3ForSequenceClassification" if program == "rm" else "Qwen3ForCausalLM",
         "steps 3",
         "checkpoints every 2 steps",
-        "a GPU at the peak of an update",
+        "a process at the peak of an update",
         "sampling ends with <|im_end|>",
         "[[response]]" if program == "spo" else "<|im_end|>]]",
     ):

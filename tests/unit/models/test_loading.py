@@ -346,3 +346,18 @@ def test_a_damaged_file_is_named_in_one_line(
         what = {"config.json": "its configuration", "model.safetensors.index.json": "null"}.get(file, file)
         assert what.split("_")[0].removesuffix(".json") in str(caught.value) or file in str(caught.value)
         assert not str(caught.value).endswith(":")
+
+
+def test_a_checkpoint_and_an_adapter_are_named_as_such(tmp_path: Path) -> None:
+    checkpoint, adapter = tmp_path / "step_000008", tmp_path / "adapter"
+    for folder in (checkpoint, adapter):
+        folder.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=f"; it is a checkpoint, of which `rl2 export {checkpoint} OUT` makes a model"
+    ):
+        refuse_no_model(str(checkpoint), "model")
+    with pytest.raises(
+        ConfigError, match="; it is an adapter: `rl2 export` of the checkpoint, without --adapter, merges"
+    ):
+        refuse_no_model(str(adapter), "model")
