@@ -1,5 +1,5 @@
 """Changes that mkdocs makes to the pages: links to files of the repository become text, and pictures follow the site's
-light or dark mode, where GitHub takes the reader's, and long commands break between arguments."""
+light or dark mode, where GitHub takes the reader's, and long commands and keys break where one would break them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Return the Markdown of a page of the site; called by mkdocs."""
     return with_short_commands(with_modes(without_links_out(markdown, page.file.src_path)))
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
+    """Return the HTML of a page of the site; called by mkdocs."""
+    return with_breakable_keys(content)
 
 
 def without_links_out(markdown: str, page: str) -> str:
@@ -78,3 +83,12 @@ def broken_command(command: str) -> str:
             lines.append("  ")
         lines[-1] += f" {argument}" if lines[-1].strip() else argument
     return "\n".join(lines)
+
+
+CODE = re.compile(r"(?<=<td><code>)[^<]+(?=</code>)")
+"""A key or a default that begins a cell of a table."""
+
+
+def with_breakable_keys(content: str) -> str:
+    """Return `content` with keys in tables that may break behind their dots, where the page is too narrow for them."""
+    return CODE.sub(lambda match: match[0].replace(".", ".<wbr>"), content)

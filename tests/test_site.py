@@ -1,4 +1,4 @@
-"""The changes that the site makes to the pages: formulas, pictures in two modes, and long commands."""
+"""The changes that the site makes to the pages: formulas, pictures in two modes, long commands and keys."""
 
 from __future__ import annotations
 
@@ -87,3 +87,8 @@ def test_commands_break_between_arguments(page: Path) -> None:
     for block in re.findall(r"^```sh\n(.*?)^```$", broken, re.MULTILINE | re.DOTALL):
         for line in block.splitlines():
             assert len(line) <= hooks.WIDTH or "#" in line or len(shlex.split(line.rstrip("\\"))) == 1
+
+
+def test_keys_in_tables_may_break_behind_their_dots() -> None:
+    row = "<td><code>{}</code></td><td>see <code>actor.lr</code></td>"
+    assert hooks.with_breakable_keys(row.format("actor.kl.coef")) == row.format("actor.<wbr>kl.<wbr>coef")
