@@ -153,6 +153,10 @@ class TrainableChat(Trainable):
     are exported as defaults."""
 
 
+ALL_LINEAR = "all-linear"
+"""The only name of `target_modules` for every linear layer except the head, as in peft."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lora:
     """Low-rank adapters (LoRA, through peft: pip install rl2-spo[lora]); nothing else trains."""
@@ -162,9 +166,14 @@ class Lora:
     alpha: Count = 32
     """Scale of the adapters, which are multiplied by alpha / rank."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers that get an adapter."""
+    """Names of the linear layers that get an adapter; [all-linear]: all of them, without the head."""
     save: Literal["merged", "adapter"] = "merged"
     """Form of the export. merged: a model with the adapters added to its weights. adapter: a peft adapter alone."""
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Names of the layers for an estimate of memory, in which a model has those of Llama."""
+        return type(self).target_modules if self.target_modules == (ALL_LINEAR,) else self.target_modules
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from RL2.config.model import Lora
+from RL2.config.model import ALL_LINEAR, Lora
 from RL2.errors import ConfigError
 from RL2.parallel.fsdp import whole
 
@@ -38,7 +38,8 @@ def add_adapters(lm: PreTrainedModel, lora: Lora, base_dtype: torch.dtype, model
     linear = {
         name.rpartition(".")[2] for name, module in lm.base_model.named_modules() if isinstance(module, nn.Linear)
     }
-    if unknown := set(lora.target_modules) - linear:
+    names = sorted(linear) if lora.target_modules == (ALL_LINEAR,) else list(lora.target_modules)
+    if unknown := set(names) - linear:
         raise ConfigError(
             f"{group}.lora.target_modules has {', '.join(sorted(unknown))}, but the linear layers of "
             f"{type(lm).__name__} are {', '.join(sorted(linear))}"
@@ -49,7 +50,7 @@ def add_adapters(lm: PreTrainedModel, lora: Lora, base_dtype: torch.dtype, model
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=list(lora.target_modules),
+        target_modules=names,
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=model_name,
     )

@@ -442,7 +442,7 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
         return
     has_gpu = torch.cuda.is_available()
     dtype = compute_dtype(model.dtype, torch.device("cuda" if has_gpu else "cpu"))
-    adapters = shape.adapters(model.lora.rank, model.lora.target_modules) if isinstance(model, TrainablePolicy) else 0
+    adapters = shape.adapters(model.lora.rank, model.lora.counted) if isinstance(model, TrainablePolicy) else 0
     parts = training_memory(
         shape,
         layout,
