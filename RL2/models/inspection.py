@@ -212,6 +212,8 @@ def _refuse_own_forward(make: Make, config: PretrainedConfig) -> None:
     for setting in ("is_decoder", "is_causal"):
         if any(vars(part).get(setting) is False for part in lm.modules()):
             raise Unsupported(f"has attention that is not causal ({setting}=false)")
+    if any("Indexer" in type(part).__name__ for part in lm.modules()):
+        raise Unsupported("selects the keys of its attention by an indexer, which looks at padding too")
     if hasattr(lm, "get_output_embeddings") and lm.get_output_embeddings() is not None:
         _tried(lambda: measured_transform(lm), "does not run")
     else:

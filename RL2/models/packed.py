@@ -128,12 +128,12 @@ class PackedModel(nn.Module, ABC):
         refuse_longer(self.lm, max(rows.lengths))
         token_P, place_T = rows.places
         sizes = [number * length for number, length in rows.shapes]
+        # every process gathers the shards of the parameters equally often, so some run a row that counts for nothing
+        idle = range(self._most(len(sizes)) - len(sizes))
         hidden = [
             self._own_forward(ids.view(shape)).flatten(0, 1)
             for ids, shape in zip(batch.token_ids_T[token_P].split(sizes), rows.shapes, strict=True)
         ]
-        # every process gathers the shards of the parameters equally often, so some run rows that count for nothing
-        idle = range(self._most(len(sizes)) - len(sizes))
         hidden += [self._own_forward(batch.token_ids_T[None, :1])[0, :0] for _ in idle]
         return torch.cat(hidden).index_select(0, place_T)
 
