@@ -9,6 +9,8 @@ if that ends in a head that `token_stats` computes. Differences that only number
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +48,7 @@ WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_po
 """Keyword arguments without effect: dropout is never applied, and the packed layout determines the rest."""
 LOGIT_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 """Configuration keys of a factor on the logits; a factor of 1 changes nothing."""
+RANDOM = "draws random numbers in its layers (dropout), which cannot be switched off here"
 OWN_ATTENTION = "computes attention itself, not through transformers' interface"
 BY_LENGTH = ("longrope", "dynamic")
 """Types of rotary embedding whose frequencies depend on the longest sequence of a batch."""
@@ -212,7 +215,10 @@ def _refuse_own_forward(make: Make, config: PretrainedConfig) -> None:
     for setting in ("is_decoder", "is_causal"):
         if any(vars(part).get(setting) is False for part in lm.modules()):
             raise Unsupported(f"has attention that is not causal ({setting}=false)")
-    if any("Indexer" in type(part).__name__ for part in lm.modules()):
+    drops = any("drop" in name and value for name, value in lm.config.to_dict().items() if isinstance(value, float))
+    if drops and "training=self.training" in inspect.getsource(type(decoder_layers(lm)[0])):
+        raise Unsupported(RANDOM)
+    if any(re.search("Indexer|Compressor", type(part).__name__) for part in lm.modules()):
         raise Unsupported("selects the keys of its attention by an indexer, which looks at padding too")
     if hasattr(lm, "get_output_embeddings") and lm.get_output_embeddings() is not None:
         _tried(lambda: measured_transform(lm), "does not run")
@@ -324,15 +330,12 @@ class _TokenMixing(TorchDispatchMode):
         arguments = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | (kwargs or {})
         name = func.overloadpacket.__name__
         if torch.Tag.nondeterministic_seeded in func.tags and arguments.get("p") not in (0, 1):
-            raise Unsupported("draws random numbers in its layers (dropout), which cannot be switched off here")
+            raise Unsupported(RANDOM)
         out = func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
         if any(self.tokens in x.shape for x in inputs) and not self._is_tokenwise(func, name, inputs, arguments, out):
             where = max(self.modules.parents - {"Global"}, key=len, default="the model")
-            raise Unpacked(
-                f"mixes tokens outside attention ({name} in {where}): state would leak from one packed sequence into "
-                "the next"
-            )
+            raise Unpacked(f"mixes tokens outside attention ({name} in {where})")
         return out
 
     def _is_tokenwise(self, func: Any, name: str, inputs: list[Tensor], arguments: dict[str, Any], out: Any) -> bool:
