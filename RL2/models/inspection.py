@@ -377,6 +377,11 @@ def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
     return [rope for rope in (found, *found.values()) if isinstance(rope, dict) and "rope_type" in rope]
 
 
+def has_rope(config: PretrainedConfig) -> bool:
+    """Return whether the model of `config` has rotary embeddings, which have no last position."""
+    return bool(_ropes(config))
+
+
 def length_limit(config: PretrainedConfig) -> int | None:
     """Return the longest length for which the rotary frequencies do not depend on the batch; None if they never do.
 

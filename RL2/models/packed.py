@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from RL2.errors import ConfigError
-from RL2.models.inspection import length_limit
+from RL2.models.inspection import has_rope, length_limit
 from RL2.models.loading import materialise, read_weights
 from RL2.models.lora import first_value
 from RL2.models.structure import decoder_layers
@@ -158,12 +158,21 @@ class PackedModel(nn.Module, ABC):
 
 
 def refuse_longer(lm: PreTrainedModel, longest: int) -> None:
-    """Raise ConfigError if a sequence of this length would change the rotary frequencies of the others in its batch."""
+    """Raise ConfigError if a sequence of this length would change the rotary frequencies of the others in its batch.
+
+    A model that runs row by row without rotary embeddings may have a table of positions, which ends.
+    """
     limit = length_limit(lm.config)
     if limit is not None and longest > limit:
         raise ConfigError(
             f"a sequence has {longest} tokens, but beyond {limit} {type(lm).__name__} chooses its rotary frequencies "
             "by the longest sequence of a batch, which is not supported; shorten or remove longer sequences"
+        )
+    positions = getattr(lm.config, "max_position_embeddings", None) or 0
+    if not is_packed(lm) and not has_rope(lm.config) and 0 < positions < longest:
+        raise ConfigError(
+            f"a sequence has {longest} tokens, but {type(lm).__name__} has {positions} positions; shorten or remove "
+            "longer sequences"
         )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from RL2.batch.packing import pack_tokens
 from RL2.config.load import load
@@ -17,7 +18,7 @@ from RL2.config.programs import trained
 from RL2.errors import ConfigError
 from RL2.models.inspection import logit_transform, own_forward_line, runs_packed
 from RL2.models.packed import PackedModel
-from RL2.models.policy import Policy
+from RL2.models.policy import Policy, export, named_weights
 from RL2.models.value import VALUE, ValueModel
 from RL2.ops.token_stats import LogitTransform
 from RL2.parallel.mesh import Mesh
@@ -136,3 +137,32 @@ def test_adapters_on_a_weight_that_a_kernel_reads_are_refused(tmp_path: Path, pr
     lora = replace(config.lora, rank=2, target_modules=("in_proj", "out_proj"))
     with pytest.raises(ConfigError, match=r"actor.lora.target_modules has out_proj, whose weights Mamba2Mixer reads"):
         Learner(replace(config, lora=lora), processes, 1, tmp_path)
+
+
+def test_a_table_of_positions_ends(tmp_path: Path, processes: Processes) -> None:
+    tiny_model(tiny_config("gpt2", {"max_position_embeddings": 32})).save_pretrained(tmp_path)
+    there = worker(tmp_path, processes)
+    there.stats(batch_of([33, 5]), StatsRequest(("logp",)), 4096)
+    with pytest.raises(ConfigError, match="a sequence has 33 tokens, but GPT2LMHeadModel has 32 positions"):
+        there.stats(batch_of([34, 5]), StatsRequest(("logp",)), 4096)
+
+
+def test_adapters_of_a_model_with_experts_are_exported_merged(
+    tmp_path: Path, processes: Processes, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    overrides = f"""data.path=x.jsonl data.max_length=99 data.batch_size=1 actor.max_length_per_device=4096
+        actor.model_name={saved(tmp_path / "model", "qwen3_moe")} trainer.experiment_name=x"""
+    config = load("sft", overrides.split()).actor
+    lora = replace(config.lora, rank=2, target_modules=("q_proj", "o_proj"))
+    learner = Learner(replace(config, lora=lora), processes, 1, tmp_path)
+    for name, parameter in learner.lm.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter)
+    export(learner.lm, tokenizer, tmp_path / "export", write=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).state_dict()
+    ours = dict(named_weights(learner.lm))
+    assert ours.keys() == again.keys()
+    assert all(torch.equal(again[name], weight) for name, weight in ours.items())
+    base = load_file(tmp_path / "model" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(again[name], base[name])
