@@ -1,13 +1,16 @@
-"""Checks that refuse models which the packed forward would compute wrongly, before any weights are read.
+"""Checks of a model's structure, before any weights are read: is it exact packed, exact row by row, or neither?
 
 A second model of the same configuration runs on the meta device, which computes shapes but no numbers. Its attention
-records how it is called. Differences that only numbers show are found by `Worker.check_packing` on the first batch of
-every run.
+records how it is called. A model that packed attention would compute wrongly runs row by row through its own forward,
+if that ends in a head that `token_stats` computes. Differences that only numbers show are found by
+`Worker.check_packing` on the first batch of every run.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +22,9 @@ from torch.utils.module_tracker import ModuleTracker
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from RL2.errors import ModelError, first_line
+from RL2.models.structure import Unpacked, Unsupported, decoder_layers, is_same, measured_transform
+from RL2.ops.attention import is_packed
+from RL2.ops.token_stats import LogitTransform
 
 INSPECTED = "rl2_inspected"
 """Name of the attention implementation that checks and records its arguments."""
@@ -42,28 +48,69 @@ WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_po
 """Keyword arguments without effect: dropout is never applied, and the packed layout determines the rest."""
 LOGIT_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 """Configuration keys of a factor on the logits; a factor of 1 changes nothing."""
+RANDOM = "draws random numbers in its layers (dropout), which cannot be switched off here"
+OWN_ATTENTION = "computes attention itself, not through transformers' interface"
 BY_LENGTH = ("longrope", "dynamic")
 """Types of rotary embedding whose frequencies depend on the longest sequence of a batch."""
 
 
-class Unsupported(Exception):
-    """A reason to refuse a model; the text continues a sentence that begins with the model's name."""
+Make = Callable[..., PreTrainedModel]
+"""Function (configuration, **settings) -> model: `from_config` of an auto class or of a model's own class."""
 
 
-def refuse_inexact(auto: type, config: PretrainedConfig, model_name: str) -> None:
-    """Raise ModelError unless packed sequences get the same numbers as each sequence alone.
+def refuse_inexact(auto: Any, config: PretrainedConfig, model_name: str) -> str | None:
+    """Return None if packed attention is exact for the model, else the reason why it runs row by row.
 
-    `auto` is the transformers auto class that builds the model of `config`.
+    `auto` is the transformers auto class that builds the model of `config`. Raise ModelError if neither is exact.
     """
     try:
-        _refuse_quantised(config)
-        lm = _tried(lambda: _build(auto, config), "cannot be built")
-        _refuse_more_than_text(config, lm)
-        _tried(lambda: _refuse_structure(lm), "is of an unknown structure")
-        _refuse_forward(lm)
-        _refuse_unset_buffers(lm)
+        return _reason(auto.from_config, config)
     except Unsupported as reason:
         raise ModelError(f"{model_name}: {config.model_type} {reason}") from reason
+
+
+def runs_packed(lm: PreTrainedModel) -> str | None:
+    """Return None if packed attention is exact for `lm`, else the reason why not.
+
+    With a reason, `lm` runs row by row through its own forward. The reason continues a sentence that begins with the
+    model's name, such as "uses a sliding window, which packed attention does not have".
+    """
+    if is_packed(lm):
+        return None
+    try:
+        return _reason(type(lm)._from_config, lm.config)
+    except Unsupported as reason:
+        return str(reason)
+
+
+def own_forward_line(lm: PreTrainedModel) -> str | None:
+    """Return the line that a run prints about a model that runs row by row; None for a packed one."""
+    why = runs_packed(lm)
+    return why and f"{lm.config.model_type} runs row by row through its own forward (slower): it {why}"
+
+
+def _reason(make: Make, config: PretrainedConfig) -> str | None:
+    """Return None if packed attention is exact, else the reason why not. Raise Unsupported if nothing is."""
+    _refuse_quantised(config)
+    lm = _tried(lambda: _build_any(make, config), "cannot be built")
+    _refuse_more_than_text(config, lm)
+    why = _why_not_packed(lm)
+    if why is not None:
+        _refuse_own_forward(make, config)
+    _tried(lambda: _refuse_unset_buffers(lm), "has buffers that cannot be computed")
+    return why
+
+
+def _why_not_packed(lm: PreTrainedModel) -> str | None:
+    """Return None if packed attention is exact for the inspected model, else the reason why not."""
+    try:
+        if lm.config._attn_implementation != INSPECTED:
+            raise Unpacked(OWN_ATTENTION)
+        _tried(lambda: _refuse_structure(lm), "is of an unknown structure", Unpacked)
+        _refuse_forward(lm)
+    except Unpacked as reason:
+        return str(reason)
+    return None
 
 
 def _refuse_quantised(config: PretrainedConfig) -> None:
@@ -76,14 +123,27 @@ def _refuse_quantised(config: PretrainedConfig) -> None:
         )
 
 
-def _build(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model to inspect. Rotary embeddings by length get the plain type; `length_limit` covers them."""
+def _build_any(make: Make, config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model to inspect: with inspected attention, or with its own if transformers cannot exchange it."""
+    try:
+        return _build(make, config, INSPECTED)
+    except (KeyError, ValueError) as error:
+        if INSPECTED not in str(error):
+            raise
+        return _build(make, config, None)
+
+
+def _build(make: Make, config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
+    """Build a model on the meta device with an attention implementation; None leaves the choice to transformers.
+
+    Rotary embeddings by length get the plain type; `length_limit` covers them.
+    """
     config = copy.deepcopy(config)
     for rope in _ropes(config):
         if rope["rope_type"] in BY_LENGTH:
             rope["rope_type"] = "default"
     with torch.device("meta"):
-        return auto.from_config(config, dtype=torch.float32, attn_implementation=INSPECTED)
+        return make(config, dtype=torch.float32, attn_implementation=attention)
 
 
 def _refuse_more_than_text(config: PretrainedConfig, lm: PreTrainedModel) -> None:
@@ -95,13 +155,13 @@ def _refuse_more_than_text(config: PretrainedConfig, lm: PreTrainedModel) -> Non
 def _refuse_structure(lm: PreTrainedModel) -> None:
     layers = getattr(lm.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(lm.config, "num_key_value_heads"):
-        raise Unsupported(f"({type(lm).__name__}) is not built like Llama or Qwen; other structures are not supported")
+        raise Unpacked(f"({type(lm).__name__}) is not built like Llama or Qwen")
     has_window = set(getattr(lm.config, "layer_types", None) or ["all"]) != {"full_attention"}
     if getattr(lm.config, "sliding_window", None) and has_window:
-        raise Unsupported("uses a sliding window, which packed attention does not have")
+        raise Unpacked("uses a sliding window, which packed attention does not have")
     experts = next((name for name, p in layers.named_parameters() if p.ndim == 3 and "conv" not in name), None)
     if experts is not None:
-        raise Unsupported(f"is a mixture of experts (layers.{experts}), which is not supported")
+        raise Unpacked(f"is a mixture of experts (layers.{experts})")
 
 
 def _refuse_forward(lm: PreTrainedModel) -> None:
@@ -111,7 +171,7 @@ def _refuse_forward(lm: PreTrainedModel) -> None:
     sizes = {size for x in (*lm.parameters(), *lm.buffers()) for size in x.shape}
     tokens = next((number for number in TOKENS if all(size % number for size in sizes)), None)
     if tokens is None:
-        raise Unsupported("has sizes that every candidate number of tokens divides")
+        raise Unpacked("has sizes that every candidate number of tokens divides")
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     positions = torch.arange(tokens, device="meta")[None]
     seen: dict[str, Any] = {}
@@ -130,21 +190,44 @@ def _refuse_forward(lm: PreTrainedModel) -> None:
         out = _tried(
             lambda: run(input_ids=ids, position_ids=positions, use_cache=False, attend=calls.append),
             "does not run with packed attention alone",
+            Unpacked,
         )
     if sorted(calls) != list(range(len(lm.base_model.layers))):  # type: ignore[arg-type]
-        raise Unsupported(f"calls attention {len(calls)} times in {len(lm.base_model.layers)} layers")  # type: ignore[arg-type]
+        raise Unpacked(f"calls attention {len(calls)} times in {len(lm.base_model.layers)} layers")  # type: ignore[arg-type]
     if unused:
         raise Unsupported(f"has weights that text does not use ({next(iter(unused))}): it is not a text-only model")
     if head is None:
         return
     if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise Unsupported("has a head with a bias, which is not supported")
-    if not _same(seen["head_in"], seen["hidden"]):
+        raise Unpacked("has a head with a bias")
+    if not is_same(seen["head_in"], seen["hidden"]):
         raise Unsupported("changes the hidden states before the head, which is not supported")
-    if not _same(out.logits, seen["head_out"]) and not any(
+    if not is_same(out.logits, seen["head_out"]) and not any(
         getattr(lm.config, factor, None) == 1 for factor in LOGIT_FACTORS
     ):
-        raise Unsupported("changes its logits after the head (a factor or soft-capping), which is not supported")
+        raise Unpacked("changes its logits after the head (a factor or soft-capping)")
+
+
+def _refuse_own_forward(make: Make, config: PretrainedConfig) -> None:
+    """Raise Unsupported if the model's own forward is not causal, or does not end in a head that is supported."""
+    lm = _tried(lambda: _build_any(make, config), "cannot be built")
+    for setting in ("is_decoder", "is_causal"):
+        if any(vars(part).get(setting) is False for part in lm.modules()):
+            raise Unsupported(f"has attention that is not causal ({setting}=false)")
+    drops = any("drop" in name and value for name, value in lm.config.to_dict().items() if isinstance(value, float))
+    if drops and "training=self.training" in inspect.getsource(type(decoder_layers(lm)[0])):
+        raise Unsupported(RANDOM)
+    if any(re.search("Indexer|Compressor", type(part).__name__) for part in lm.modules()):
+        raise Unsupported("selects the keys of its attention by an indexer, which looks at padding too")
+    if hasattr(lm, "get_output_embeddings") and lm.get_output_embeddings() is not None:
+        _tried(lambda: measured_transform(lm), "does not run")
+    else:
+        decoder_layers(lm)
+
+
+def logit_transform(lm: PreTrainedModel) -> LogitTransform:
+    """Return what `lm` does to the logits of its head: nothing if it is packed, else as its own forward shows."""
+    return LogitTransform() if is_packed(lm) else measured_transform(_build_any(type(lm)._from_config, lm.config))
 
 
 def _refuse_unset_buffers(lm: PreTrainedModel) -> None:
@@ -177,8 +260,15 @@ def reset_buffers(lm: PreTrainedModel) -> None:
     for parameter in lm.parameters():
         vars(parameter)["_is_hf_initialized"] = True  # transformers then skips it
     with torch.no_grad():
-        for part in lm.modules():
-            lm._init_weights(part)
+        _initialise(lm, lm)
+
+
+def _initialise(module: nn.Module, model: PreTrainedModel) -> None:
+    """Initialise `module` and its parts as part of `model`; a model within a model initialises its own parts."""
+    model = module if isinstance(module, PreTrainedModel) else model
+    for part in module.children():
+        _initialise(part, model)
+    model._init_weights(module)
 
 
 def stored_buffers(lm: PreTrainedModel) -> dict[str, Tensor]:
@@ -187,39 +277,34 @@ def stored_buffers(lm: PreTrainedModel) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in lm.named_buffers() if name in stored}
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
-    """Return whether `x` is `y` or a view of all of `y`."""
-    return x.shape == y.shape and (x is y or (x._base is not None and x._base is (y if y._base is None else y._base)))
-
-
 def _inspect(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """Record a call of attention by its layer. Raise Unsupported for arguments that packed attention ignores."""
     attend = settings.pop("attend", None)
     if attend is None:
-        raise Unsupported("does not forward keyword arguments to its attention")
+        raise Unpacked("does not forward keyword arguments to its attention")
     scaling = settings.pop("scaling", None)
     if settings.get("sliding_window"):
-        raise Unsupported("uses a sliding window, which packed attention does not have")
+        raise Unpacked("uses a sliding window, which packed attention does not have")
     if settings.get("softcap"):
-        raise Unsupported("soft-caps its attention scores, which packed attention does not do")
+        raise Unpacked("soft-caps its attention scores, which packed attention does not do")
     if settings.get("s_aux") is not None:
-        raise Unsupported("has attention sinks, which packed attention does not have")
+        raise Unpacked("has attention sinks, which packed attention does not have")
     if attention_mask is not None:
-        raise Unsupported("passes its own mask to attention, which packed attention would ignore")
+        raise Unpacked("passes its own mask to attention, which packed attention would ignore")
     if not getattr(module, "is_causal", True) or settings.get("is_causal") is False:
         raise Unsupported("has attention that is not causal")
     ignored = sorted(k for k, x in settings.items() if k not in WITHOUT_EFFECT and x is not None and x is not False)
     if ignored:
-        raise Unsupported(f"passes {', '.join(ignored)} to attention, which packed attention would ignore")
+        raise Unpacked(f"passes {', '.join(ignored)} to attention, which packed attention would ignore")
     if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
         sizes = f"keys of size {key.shape[-1]} and values of size {value.shape[-1]}"
-        raise Unsupported(f"has {sizes} (multi-head latent attention), which is not supported")
+        raise Unpacked(f"has {sizes} (multi-head latent attention)")
     if not isinstance(scaling, float | int | None):
-        raise Unsupported("scales attention by something other than a number")
+        raise Unpacked("scales attention by something other than a number")
     if not hasattr(module, "layer_idx"):
-        raise Unsupported("has attention modules without `layer_idx`")
+        raise Unpacked("has attention modules without `layer_idx`")
     attend(module.layer_idx)
     return query.transpose(1, 2).flatten(2), None
 
@@ -244,15 +329,12 @@ class _TokenMixing(TorchDispatchMode):
         arguments = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | (kwargs or {})
         name = func.overloadpacket.__name__
         if torch.Tag.nondeterministic_seeded in func.tags and arguments.get("p") not in (0, 1):
-            raise Unsupported("draws random numbers in its layers (dropout), which cannot be switched off here")
+            raise Unsupported(RANDOM)
         out = func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
         if any(self.tokens in x.shape for x in inputs) and not self._is_tokenwise(func, name, inputs, arguments, out):
             where = max(self.modules.parents - {"Global"}, key=len, default="the model")
-            raise Unsupported(
-                f"mixes tokens outside attention ({name} in {where}): state would leak from one packed sequence into "
-                "the next"
-            )
+            raise Unpacked(f"mixes tokens outside attention ({name} in {where})")
         return out
 
     def _is_tokenwise(self, func: Any, name: str, inputs: list[Tensor], arguments: dict[str, Any], out: Any) -> bool:
@@ -274,24 +356,29 @@ class _TokenMixing(TorchDispatchMode):
         return self.tokens not in along or (name == "slice" and out.shape == first.shape)
 
 
-def _tried(act: Callable[[], Any], what: str) -> Any:
-    """Call `act` and return its result; convert any error of transformers to Unsupported."""
+def _tried(act: Callable[[], Any], what: str, kind: type[Unsupported] = Unsupported) -> Any:
+    """Call `act` and return its result; convert any error of transformers to `kind`."""
     try:
         return act()
     except Unsupported:
         raise
     except Exception as error:
         if isinstance(error, KeyError) and INSPECTED in str(error):
-            raise Unsupported("computes attention itself, not through transformers' interface") from error
+            raise Unpacked(OWN_ATTENTION) from error
         if "Unrecognized configuration class" in str(error):
             raise Unsupported("has no text-only model of this class in transformers") from error
-        raise Unsupported(f"{what}: {type(error).__name__}: {first_line(error)}") from error
+        raise kind(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
     """Return the settings of each rotary embedding of `config`: one for all layers, or one per type of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     return [rope for rope in (found, *found.values()) if isinstance(rope, dict) and "rope_type" in rope]
+
+
+def has_rope(config: PretrainedConfig) -> bool:
+    """Return whether the model of `config` has rotary embeddings, which have no last position."""
+    return bool(_ropes(config))
 
 
 def length_limit(config: PretrainedConfig) -> int | None:

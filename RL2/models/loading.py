@@ -8,8 +8,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from RL2.errors import ModelError, first_line
+from RL2.models.conversion import Conversion, conversions
 from RL2.models.inspection import refuse_inexact, reset_buffers, stored_buffers
 from RL2.models.lora import merged_name
 from RL2.ops.attention import IMPLEMENTATION
@@ -58,12 +59,13 @@ READ_AT_ONCE = 2**24
 def build(auto: type, model_name: str, **settings: object) -> PreTrainedModel:
     """Return the model of a hub name or folder, built by the auto class `auto`: float32, on the meta device.
 
-    Raise ModelError if there is no such model, or if it is not known to be exact under packing.
+    It calls packed attention where that is exact. Raise ModelError if there is no such model, or if it is neither
+    exact packed nor row by row.
     """
     refuse_no_model(model_name)
     config = configuration(model_name, **settings)
-    refuse_inexact(auto, config, model_name)
-    lm = empty(auto, config, torch.float32)
+    packed = refuse_inexact(auto, config, model_name) is None
+    lm = empty(auto, config, torch.float32, packed)
     if (generation := _generation(model_name)) is not None:
         lm.generation_config = generation
     return lm
@@ -95,10 +97,11 @@ def _generation(model_name: str) -> GenerationConfig | None:
     return found
 
 
-def empty(auto: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model on the meta device that calls packed attention; it gets its own copy of the configuration."""
+def empty(auto: Any, config: PretrainedConfig, dtype: torch.dtype, packed: bool) -> PreTrainedModel:
+    """Return a model on the meta device, with packed attention or its own; it gets its own copy of `config`."""
     with torch.device("meta"):
-        return auto.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION)
+        attention = IMPLEMENTATION if packed else None
+        return auto.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
 
 
 def materialise(module: nn.Module, lm: PreTrainedModel, device: torch.device) -> None:
@@ -123,28 +126,44 @@ def read_weights(
     stored = stored_tensors(folder, model_name)
     reader = HuggingFaceStorageReader(str(folder))
     reader.fs = _Listing({one.file for one in stored.values()})
-    state, values = match_weights(lm, stored, model_name, initial, unread)
-    for tensor, value in values:
+    match = match_weights(lm, stored, model_name, initial, unread)
+    for tensor, value in match.values:
         _set(tensor, value)
     try:
         with warnings.catch_warnings(action="ignore"):  # about reading without the other processes
-            dcp.load(state, storage_reader=reader, no_dist=True)
+            dcp.load(match.state, storage_reader=reader, no_dist=True)
+        _convert(lm, match, stored, model_name)
     except (dcp.CheckpointException, ValueError, SafetensorError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise ModelError(f"{model_name}: its weights cannot be read: {first_line(cause)}") from error
-    for name, tensor in state.items():
+    for name, tensor in match.state.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         _refuse_not_finite(name, local, stored[name], model_name)
 
 
-def check_values(state: dict[str, Tensor], stored: dict[str, Stored], model_name: str) -> Iterator[int]:
-    """Read the stored tensors that fill `state` piece by piece, and yield the number of bytes of each piece.
+def _convert(lm: PreTrainedModel, match: Match, stored: dict[str, Stored], model_name: str) -> None:
+    """Fill the parameters that are stored in another layout; each process reads one conversion's tensors at a time."""
+
+    def read(name: str) -> Tensor:
+        with safe_open(stored[name].file, framework="pt") as opened:
+            value: Tensor = opened.get_tensor(name)
+        _refuse_not_finite(name, value, stored[name], model_name)
+        return value
+
+    with torch.no_grad():
+        for conversion, tensors in match.converted:
+            for name, value in conversion(lm, read).items():
+                _set(tensors[name], value)
+
+
+def check_values(names: Collection[str], stored: dict[str, Stored], model_name: str) -> Iterator[int]:
+    """Read the stored tensors `names` piece by piece, and yield the number of bytes of each piece.
 
     Raise ModelError for a value that is NaN or infinite.
     """
-    for file in sorted({stored[name].file for name in state}):
+    for file in sorted({stored[name].file for name in names}):
         with safe_open(file, framework="pt") as opened:
-            for name in (name for name in state if stored[name].file == file):
+            for name in (name for name in names if stored[name].file == file):
                 for piece in _pieces(opened.get_slice(name), stored[name].shape):
                     _refuse_not_finite(name, piece, stored[name], model_name)
                     yield piece.nbytes
@@ -158,22 +177,38 @@ def _refuse_not_finite(name: str, values: Tensor, stored: Stored, model_name: st
         )
 
 
+@dataclass
+class Match:
+    """Parameters and buffers of a model, each with the stored tensors that fill it."""
+
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """Stored name -> parameter or buffer in the same layout."""
+    values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Parameters that the checkpoint lacks, with their initial values."""
+    converted: list[tuple[Conversion, dict[str, Tensor]]] = field(default_factory=list)
+    """Conversions from another layout, with the tensors that they fill, by name."""
+
+    @property
+    def names(self) -> list[str]:
+        """Stored names that are read."""
+        return [*self.state, *(name for conversion, _ in self.converted for _, name in conversion.sources)]
+
+
 def match_weights(
     lm: PreTrainedModel,
     stored: dict[str, Stored],
     model_name: str,
     initial: Initial = lambda name, shape: None,
     unread: tuple[str, ...] = (),
-) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
-    """Return stored name -> parameter or buffer of `lm` to fill, and the pairs of parameters and initial values.
+) -> Match:
+    """Find the stored tensors of each parameter and buffer of `lm`.
 
     Only the headers are read, except for tied weights that are stored twice. `initial` gives the values of parameters
     that may be missing; `unread` are patterns of stored names to ignore. Raise ModelError if the files lack a tensor,
     hold one of another shape, an unused one, a quantised one, or two different values of a tied weight.
     """
-    state: dict[str, Tensor] = {}
-    values: list[tuple[Tensor, Tensor]] = []
-    lacking: list[str] = []
+    match = Match()
+    lacking: dict[str, Tensor] = {}
     read: set[str] = set()
 
     def find(names: list[str], tensor: Tensor) -> bool:
@@ -182,20 +217,23 @@ def match_weights(
             read.update(found)
             _refuse_another_value(found, stored, model_name)
             _refuse_other_numbers(found[0], stored[found[0]], tensor, model_name)
-            state[found[0]] = tensor
+            match.state[found[0]] = tensor
         return bool(found)
 
     for names, parameter in _parameters(lm):
         if find(names, parameter):
             continue
         if (value := initial(names[0], parameter.shape)) is not None:
-            values.append((parameter, value))
+            match.values.append((parameter, value))
         else:
-            lacking.append(names[0])
-    lacking += [name for name, buffer in stored_buffers(lm).items() if not find([name], buffer)]
+            lacking[merged_name(names[0])] = parameter
+    lacking |= {name: buffer for name, buffer in stored_buffers(lm).items() if not find([name], buffer)}
+    if lacking:
+        _match_other_layout(lm, stored, lacking, match, model_name)
+        read.update(match.names)
     if lacking:
         raise ModelError(
-            f"{model_name} lacks {len(lacking)} of the tensors of {type(lm).__name__}, among them {lacking[0]}"
+            f"{model_name} lacks {len(lacking)} of the tensors of {type(lm).__name__}, among them {next(iter(lacking))}"
         )
     ignored = [*(lm._keys_to_ignore_on_load_unexpected or ()), *FORMER_BUFFERS, *unread]
     left = [name for name in stored if name not in read and not any(re.search(pattern, name) for pattern in ignored)]
@@ -204,7 +242,32 @@ def match_weights(
             f"{model_name} has {len(left)} tensors that {type(lm).__name__} does not read, among them {left[0]}: it is "
             "a different model, or stored in a layout that is not supported"
         )
-    return state, values
+    return match
+
+
+def _match_other_layout(
+    lm: PreTrainedModel, stored: dict[str, Stored], lacking: dict[str, Tensor], match: Match, model_name: str
+) -> None:
+    """Move to `match` what is `lacking` under its own name, and stored in a layout that transformers converts."""
+    renamed, found = conversions(lm, lacking, stored.keys() - match.state.keys())
+    for stored_name, name in renamed.items():
+        if name in lacking:
+            tensor = match.state[stored_name] = lacking.pop(name)
+            _refuse_other_numbers(stored_name, stored[stored_name], tensor, model_name)
+    for conversion in found:
+        of = [name for _, name in conversion.sources]
+        try:
+            computed = conversion(lm, lambda name: torch.empty(stored[name].shape, device="meta"))
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            raise ModelError(f"{model_name}: {of[0]} and others do not fit together: {first_line(error)}") from error
+        if not computed.keys() <= lacking.keys():
+            continue  # they are reported as tensors that the model does not read
+        tensors = {name: lacking.pop(name) for name in computed}
+        for name, tensor in tensors.items():
+            for each in of:
+                whole = Stored(stored[each].file, stored[each].dtype, tuple(computed[name].shape))
+                _refuse_other_numbers(f"{each} (for {name})", whole, tensor, model_name)
+        match.converted.append((conversion, tensors))
 
 
 def _refuse_other_numbers(name: str, found: Stored, tensor: Tensor, model_name: str) -> None:

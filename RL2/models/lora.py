@@ -5,8 +5,9 @@ peft wraps a linear layer NAME: its weight becomes NAME.base_layer.weight, the a
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ def add_adapters(lm: PreTrainedModel, lora: Lora, base_dtype: torch.dtype, model
     if unknown := set(names) - linear:
         raise ConfigError(
             f"{group}.lora.target_modules has {', '.join(sorted(unknown))}, but the linear layers of "
-            f"{type(lm).__name__} are {', '.join(sorted(linear))}"
+            f"{type(lm).__name__} are {', '.join(sorted(linear)) or 'of another class than torch.nn.Linear'}"
         )
+    refuse_unread(lm, names, group)
     lm.requires_grad_(False)
     for parameter in lm.parameters():
         parameter.data = parameter.data.to(base_dtype)
@@ -58,6 +60,20 @@ def add_adapters(lm: PreTrainedModel, lora: Lora, base_dtype: torch.dtype, model
     for name, parameter in lm.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.float()
+
+
+def refuse_unread(lm: PreTrainedModel, targets: Collection[str], group: str) -> None:
+    """Raise ConfigError if a layer named by `targets` is not called: a fused kernel may read its weight instead.
+
+    An adapter on such a layer would be left out without an error.
+    """
+    for module in {type(part): part for part in lm.base_model.modules()}.values():
+        mine = {name for name, child in module.named_children() if isinstance(child, nn.Linear)} & {*targets}
+        if mine and (read := {name for name in mine if f"self.{name}.weight" in inspect.getsource(type(module))}):
+            raise ConfigError(
+                f"{group}.lora.target_modules has {', '.join(sorted(read))}, whose weights {type(module).__name__} "
+                "reads without calling the layers, so adapters on them might have no effect; remove them"
+            )
 
 
 def is_adapter(name: str) -> bool:

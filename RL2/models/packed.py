@@ -1,4 +1,9 @@
-"""Base of transformers models that run packed sequences, on one process or with sequence parallelism."""
+"""Base of transformers models that run packed sequences, on one process or with sequence parallelism.
+
+Models for which packed attention is exact run all sequences in one row. The others run row by row, through their own
+forward: sequences of similar length form right-padded blocks without a mask. A causal model never sees what is to the
+right, in attention as in convolutions and recurrences, so every sequence gets the numbers that it gets alone.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +15,20 @@ from typing import ClassVar, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from RL2.errors import ConfigError
-from RL2.models.inspection import length_limit
+from RL2.models.inspection import has_rope, length_limit
 from RL2.models.loading import materialise, read_weights
 from RL2.models.lora import first_value
-from RL2.ops.attention import Attend, PackedAttention
+from RL2.models.structure import decoder_layers
+from RL2.ops.attention import Attend, Blocks, PackedAttention, is_packed
 from RL2.parallel.ulysses import Ulysses, spread
 from RL2.types import SharedPrefix, StatsRequest, TokenBatch
+
+MAX_PADDED_SHARE = 1 / 8
+"""Share of a row that may be padding where a model runs row by row; a few tokens of padding are always allowed."""
 
 
 class PackedModel(nn.Module, ABC):
@@ -88,6 +98,9 @@ class PackedModel(nn.Module, ABC):
 
         Shapes: [N, D] and bool [A], for N of A actions here; without sequence parallelism N = A.
         """
+        if not is_packed(self.lm):
+            hidden_AD = self._hidden_by_rows(batch)[batch.action_T]
+            return hidden_AD, torch.ones_like(hidden_AD[:, 0], dtype=torch.bool)
         ids, positions = batch.token_ids_T, batch.position_ids_T
         place_A = batch.action_T.nonzero()[:, 0]
         if shared is not None:  # a prefix that sequences share runs through the backbone once
@@ -109,6 +122,34 @@ class PackedModel(nn.Module, ABC):
         is_mine_A = (place_A >= own.start) & (place_A < own.stop)
         return hidden_ND.index_select(0, place_A[is_mine_A] - own.start), is_mine_A
 
+    def _hidden_by_rows(self, batch: TokenBatch) -> Tensor:
+        """Return the last hidden states of all positions, [T, D], by the model's own forward of padded blocks."""
+        rows = Blocks(batch.cu_seqlens, max_share=MAX_PADDED_SHARE)
+        refuse_longer(self.lm, max(rows.lengths))
+        token_P, place_T = rows.places
+        sizes = [number * length for number, length in rows.shapes]
+        # every process gathers the shards of the parameters equally often, so some run a row that counts for nothing
+        idle = range(self._most(len(sizes)) - len(sizes))
+        hidden = [
+            self._own_forward(ids.view(shape)).flatten(0, 1)
+            for ids, shape in zip(batch.token_ids_T[token_P].split(sizes), rows.shapes, strict=True)
+        ]
+        hidden += [self._own_forward(batch.token_ids_T[None, :1])[0, :0] for _ in idle]
+        return torch.cat(hidden).index_select(0, place_T)
+
+    def _own_forward(self, ids_RL: Tensor) -> Tensor:
+        """Return the last hidden states [R, L, D] of R rows, without a mask."""
+        hidden_RLD: Tensor = backbone(self.lm)(input_ids=ids_RL, use_cache=False).last_hidden_state
+        return hidden_RLD
+
+    def _most(self, number: int) -> int:
+        """Return the maximum of `number` over the processes that share this model's parameters (collective)."""
+        if not isinstance(self, FSDPModule):
+            return number
+        most = torch.tensor(number, device=next(self.parameters()).device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
     def on_all(self, stats: dict[str, Tensor], is_mine_A: Tensor) -> dict[str, Tensor]:
         """Return the statistics of all actions, given those computed here, on each process that shares the batch."""
         if self.sp is None:
@@ -117,18 +158,30 @@ class PackedModel(nn.Module, ABC):
 
 
 def refuse_longer(lm: PreTrainedModel, longest: int) -> None:
-    """Raise ConfigError if a sequence of this length would change the rotary frequencies of the others in its batch."""
+    """Raise ConfigError if a sequence of this length would change the rotary frequencies of the others in its batch.
+
+    A model that runs row by row without rotary embeddings may have a table of positions, which ends.
+    """
     limit = length_limit(lm.config)
     if limit is not None and longest > limit:
         raise ConfigError(
             f"a sequence has {longest} tokens, but beyond {limit} {type(lm).__name__} chooses its rotary frequencies "
             "by the longest sequence of a batch, which is not supported; shorten or remove longer sequences"
         )
+    positions = getattr(lm.config, "max_position_embeddings", None) or 0
+    if not is_packed(lm) and not has_rope(lm.config) and 0 < positions < longest:
+        raise ConfigError(
+            f"a sequence has {longest} tokens, but {type(lm).__name__} has {positions} positions; shorten or remove "
+            "longer sequences"
+        )
 
 
 @contextmanager
 def transformers_attention(lm: PreTrainedModel) -> Iterator[None]:
-    """Let `lm` use transformers' own eager attention and masks within the `with` block."""
+    """Let a packed `lm` use transformers' own eager attention and masks within the `with` block."""
+    if not is_packed(lm):
+        yield
+        return
     before = lm.config._attn_implementation
     lm.set_attn_implementation("eager")
     try:
@@ -144,6 +197,4 @@ def backbone(lm: PreTrainedModel) -> nn.Module:
 
 def layers(lm: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers."""
-    found = backbone(lm).layers
-    assert isinstance(found, nn.ModuleList)
-    return found
+    return decoder_layers(lm)

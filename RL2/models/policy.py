@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,10 +23,12 @@ from transformers import (
 from RL2.config.model import TrainableChat
 from RL2.data.template import Template, change_template
 from RL2.errors import ModelError, first_line, naming
-from RL2.models.inspection import length_limit, stored_buffers
+from RL2.models.conversion import stored_layout
+from RL2.models.inspection import length_limit, logit_transform, stored_buffers
 from RL2.models.loading import build, configuration, empty, folder_here, materialise, refuse_no_model
 from RL2.models.lora import is_adapter, merge, merged_name
 from RL2.models.packed import PackedModel, backbone
+from RL2.ops.attention import is_packed
 from RL2.ops.token_stats import VocabularyShard, token_stats
 from RL2.parallel.fsdp import local, whole
 from RL2.parallel.tp import first_row
@@ -36,6 +39,12 @@ class Policy(PackedModel):
     """Model that returns statistics of the action tokens. Logits never leave `token_stats`."""
 
     CHECKED = StatsRequest(("logp",))
+
+    def __init__(
+        self, lm: PreTrainedModel, sp: dist.ProcessGroup | None = None, tp: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__(lm, sp, tp)
+        self.logit_transform = logit_transform(lm)
 
     @staticmethod
     def build(model_name: str) -> PreTrainedModel:
@@ -53,11 +62,16 @@ class Policy(PackedModel):
 
     def _token_stats(self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest) -> TokenStats:
         total = self.lm.config.vocab_size
+        weight_VD, bias_V = local(head(self.lm).weight), head(self.lm).bias
+        if bias_V is not None:  # a column of the weight, by which a constant is multiplied
+            weight_VD = torch.cat([weight_VD, bias_V[:, None]], 1)
+            hidden_ND = torch.cat([hidden_ND, torch.ones_like(hidden_ND[:, :1])], 1)
         return token_stats(
             hidden_ND,
-            local(head(self.lm).weight),
+            weight_VD,
             labels_N,
             temperature=request.temperature,
+            transform=self.logit_transform,
             fields=request.fields,
             top_k=request.top_k,
             tp=None if self.tp is None else VocabularyShard(self.tp, first_row(total, self.tp), total),
@@ -89,7 +103,7 @@ def load_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def empty_model(like: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Return a model of the same shape with uninitialised weights on `device`."""
-    lm = empty(AutoModelForCausalLM, like.config, dtype)
+    lm = empty(AutoModelForCausalLM, like.config, dtype, is_packed(like))
     materialise(lm, lm, device)
     return lm.eval().requires_grad_(False)
 
@@ -194,14 +208,17 @@ def export(
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads (collective), on each process with `write`.
 
     Files of at most `file_bytes` are written as soon as they are full, so host memory never holds the whole model.
+    Tensors are stored as in the checkpoints that transformers converts, for example each expert on its own.
     """
     shapes = {
         merged_name(name): torch.empty(p.shape, dtype=torch.float32, device="meta")
         for name, p in lm.named_parameters()
         if not is_adapter(name)
     } | {name: buffer.to("meta") for name, buffer in stored_buffers(lm).items()}
+    layout = stored_layout(lm, shapes)
+    stored = {name: x for pair in shapes.items() for name, x in layout(*pair).items()}
     files = split_torch_state_dict_into_shards(
-        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=file_bytes
+        stored, filename_pattern="model{suffix}.safetensors", max_shard_size=file_bytes
     )
     if write:
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +233,7 @@ def export(
             index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     begun: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, weight in named_weights(lm, torch.float32):
+    for name, weight in (pair for one in named_weights(lm, torch.float32) for pair in layout(*one).items()):
         if write:
             file = files.tensor_to_filename[name]
             begun[file][name] = weight.cpu().contiguous()

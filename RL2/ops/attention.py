@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from RL2.types import SharedPrefix
 
@@ -65,33 +65,31 @@ AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(_attention))
 AttentionInterface.register(IN_GRAPH, _attention)
 
 
+def is_packed(lm: PreTrainedModel) -> bool:
+    """Return whether `lm` calls packed attention; otherwise it runs row by row through its own forward."""
+    return lm.config._attn_implementation in (IMPLEMENTATION, IN_GRAPH)
+
+
 MAX_PADDING = 16
 """Tokens of padding that cost less than another block; a sequence joins a block of longer ones within this limit."""
 
 
-class PackedAttention:
-    """Causal attention within each of the B sequences of a packed batch.
+class Blocks:
+    """Right-padded blocks of B packed sequences of similar length: every token has a place in a row of its sequence."""
 
-    On GPUs in half precision it calls torch's variable-length kernel. Otherwise sequences of similar length are padded
-    into blocks for scaled_dot_product_attention.
-    """
-
-    def __init__(self, cu_seqlens: Tensor, shared: SharedPrefix | None = None, max_padding: int = MAX_PADDING) -> None:
-        """Set up attention for one batch. With `shared`, inputs and results are those of its U distinct positions."""
-        self.shared = shared
-        self.cu_seqlens = cu_seqlens.to(torch.int32)
-        self.lengths = cu_seqlens.diff().tolist()
-        self.max_padding = max_padding
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        return (self._variable_length if _has_kernel(query) else self._padded)(query, key, value, scaling)
+    def __init__(self, cu_seqlens: Tensor, max_padding: int = MAX_PADDING, max_share: float = 0.0) -> None:
+        """Plan blocks whose rows have at most `max_padding` tokens of padding, or `max_share` of their length."""
+        self.cu_seqlens = cu_seqlens
+        self.lengths: list[int] = cu_seqlens.diff().tolist()
+        self.max_padding, self.max_share = max_padding, max_share
 
     @cached_property
     def blocks(self) -> list[list[int]]:
         """Sequences by decreasing length, split into blocks; the first of a block is its longest."""
         blocks: list[list[int]] = []
         for b in sorted(range(len(self.lengths)), key=lambda b: -self.lengths[b]):
-            if blocks and self.lengths[blocks[-1][0]] - self.lengths[b] <= self.max_padding:
+            longest = self.lengths[blocks[-1][0]] if blocks else 0
+            if blocks and longest - self.lengths[b] <= max(self.max_padding, int(self.max_share * longest)):
                 blocks[-1].append(b)
             else:
                 blocks.append([b])
@@ -103,10 +101,10 @@ class PackedAttention:
         return [(len(block), self.lengths[block[0]]) for block in self.blocks]
 
     @cached_property
-    def layout(self) -> tuple[Tensor, Tensor]:
-        """Token at each of the P places of all blocks, [P], and the place of each result, [T] or [U].
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Token at each of the P places of all blocks, [P], and the place of each token, [T].
 
-        A shorter row repeats its last token. No other position attends to the copies and their results are dropped, so
+        A shorter row repeats its last token. No other position depends on the copies and their results are dropped, so
         their gradients are 0.
         """
         device = self.cu_seqlens.device
@@ -120,6 +118,28 @@ class PackedAttention:
         place_T = torch.empty(sum(self.lengths), dtype=torch.long, device=device)
         real_P = within_P < length_B[row_P]
         place_T[token_P[real_P]] = real_P.nonzero()[:, 0]
+        return token_P, place_T
+
+
+class PackedAttention(Blocks):
+    """Causal attention within each of the B sequences of a packed batch.
+
+    On GPUs in half precision it calls torch's variable-length kernel. Otherwise sequences of similar length are padded
+    into blocks for scaled_dot_product_attention.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, shared: SharedPrefix | None = None, max_padding: int = MAX_PADDING) -> None:
+        """Set up attention for one batch. With `shared`, inputs and results are those of its U distinct positions."""
+        super().__init__(cu_seqlens.to(torch.int32), max_padding)
+        self.shared = shared
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        return (self._variable_length if _has_kernel(query) else self._padded)(query, key, value, scaling)
+
+    @cached_property
+    def layout(self) -> tuple[Tensor, Tensor]:
+        """Input at each of the P places of all blocks, [P], and the place of each result, [T] or [U]."""
+        token_P, place_T = self.places
         if self.shared is None:
             return token_P, place_T
         return self.shared.place_T[token_P], place_T[self.shared.distinct_U]

@@ -45,22 +45,41 @@ class VocabularyShard:
     total: int
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """Change of the logits after the head: c tanh(s z / c) with scale s and soft cap c; s z without a cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return the changed logits."""
+        z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+UNCHANGED = LogitTransform()
+"""The transform of models whose logits are the result of the head."""
+
+
 def token_stats(
     hidden_TD: Tensor,
     head_VD: Tensor,
     labels_T: Tensor,
     *,
     temperature: float = 1.0,
+    transform: LogitTransform = UNCHANGED,
     fields: Sequence[str],
     top_k: int = 0,
     tp: VocabularyShard | None = None,
     implementation: Implementation = "auto",
     budget_mib: float | None = None,
 ) -> TokenStats:
-    """Return statistics of softmax(hidden @ head.T / temperature) at each token, differentiable in `hidden` and `head`.
+    """Return statistics of softmax(transform(hidden @ head.T) / temperature) at each token.
 
-    `fields` names the statistics, out of `types.MENU`; `top_k` is the K of `top_logp` and `top_id`. Results are float32
-    [T] (float64 for float64 inputs), or [T, K]. Half-precision inputs are multiplied with float32 accumulation.
+    They are differentiable in `hidden` and `head`. `fields` names the statistics, out of `types.MENU`; `top_k` is the
+    K of `top_logp` and `top_id`. Results are float32 [T] (float64 for float64 inputs), or [T, K]. Half-precision inputs
+    are multiplied with float32 accumulation.
 
     `reference` builds dense logits for autograd. `chunked` holds `budget_mib` of logits at a time and recomputes them
     in the backward pass, whose gradient is in closed form. `triton` does the same with two GPU kernels. `auto` is
@@ -73,11 +92,13 @@ def token_stats(
     _check_labels(labels_T, len(head_VD) if tp is None else tp.total)
     if implementation == "reference":
         whole_VD = head_VD if tp is None else _gathered_head(head_VD, tp.group)
-        return reference_stats(_product(hidden_TD, whole_VD.T) / temperature, labels_T, fields, top_k)
+        logits_TV = transform(_product(hidden_TD, whole_VD.T)) / temperature
+        return reference_stats(logits_TV, labels_T, fields, top_k)
     if implementation == "auto":
         implementation = "triton" if hidden_TD.is_cuda and find_spec("triton") else "chunked"
     names = tuple(name for name in MENU if name in fields)
-    job = _Job(names, top_k, temperature, tp, implementation == "triton", budget_mib)
+    cap = transform.softcap and transform.softcap / temperature
+    job = _Job(names, top_k, transform.scale / temperature, cap, tp, implementation == "triton", budget_mib)
     return TokenStats(**dict(zip(names, _Chunked.apply(hidden_TD, head_VD, labels_T, job), strict=True)))
 
 
@@ -131,7 +152,10 @@ class _Job:
 
     names: tuple[str, ...]
     top_k: int
-    temperature: float
+    factor: float
+    """Factor of hidden @ head.T: the transform's scale over the temperature."""
+    cap: float | None
+    """Soft cap of the logits over the temperature."""
     tp: VocabularyShard | None
     triton: bool
     budget_mib: float | None
@@ -198,10 +222,13 @@ class _Chunked(torch.autograd.Function):
                 labels_T[at],
                 saved["top_id"][at] if "top_id" in saved else None,
                 {name: grad[at] for name, grad in asked.items()},
-                1 / job.temperature,
+                job.factor,
             )
             for columns, z_CW, scratch_CW, start in tiles.logits(at):
+                bend_CW = None if job.cap is None else 1 - (z_CW / job.cap).square_()  # the derivative of the soft cap
                 grad_CW = job.ops.gradient(z_CW, start, scratch_CW, slope, tiles.grad_dtype)
+                if bend_CW is not None:
+                    grad_CW.mul_(bend_CW)
                 if grad_hidden_TD is not None:
                     _add_product(grad_hidden_TD[at], grad_CW, head_VD[columns], beta=float(columns.start > 0))
                 if grad_head_VD is not None:
@@ -214,10 +241,10 @@ class _Chunked(torch.autograd.Function):
 
 
 class _Tiles:
-    """Tiles of hidden @ head.T / temperature, in two buffers that all tiles share."""
+    """Tiles of transform(hidden @ head.T) / temperature, in two buffers that all tiles share."""
 
     def __init__(self, hidden_TD: Tensor, head_VD: Tensor, job: _Job, *, backward: bool) -> None:
-        self.hidden_TD, self.head_VD, self.temperature = hidden_TD, head_VD, job.temperature
+        self.hidden_TD, self.head_VD, self.factor, self.cap = hidden_TD, head_VD, job.factor, job.cap
         self.first = 0 if job.tp is None else job.tp.start
         self.num_tokens, self.width = job.tile_shape(len(hidden_TD), len(head_VD), hidden_TD.device)
         size = self.num_tokens * min(self.width, len(head_VD))
@@ -241,7 +268,9 @@ class _Tiles:
             head_WD = self.head_VD[columns]
             shape = (len(hidden_CD), len(head_WD))
             z_CW, scratch_CW = (x[: shape[0] * shape[1]].view(shape) for x in (self.buffer, self.scratch))
-            _add_product(z_CW, hidden_CD, head_WD.T, beta=0.0, alpha=1 / self.temperature)
+            _add_product(z_CW, hidden_CD, head_WD.T, beta=0.0, alpha=self.factor)
+            if self.cap is not None:
+                z_CW.div_(self.cap).tanh_().mul_(self.cap)
             yield columns, z_CW, scratch_CW, self.first + columns.start
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from transformers import PreTrainedModel
 
 from RL2.errors import ConfigError
+from RL2.ops.attention import is_packed
 
 STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 """Words of a plan that split a layer -> torch's parallel style."""
@@ -32,6 +33,14 @@ def check_sizes(lm: PreTrainedModel, tp_size: int, sp_size: int, group: str) -> 
     `group` is the prefix of the configuration keys.
     """
     config, model = lm.config, type(lm).__name__
+    if not is_packed(lm):
+        for name, size in (("tp_size", tp_size), ("sp_size", sp_size)):
+            if size > 1:
+                raise ConfigError(
+                    f"{group}.{name}={size}: {model} runs row by row through its own forward, which only FSDP divides "
+                    f"over processes; set {group}.{name}=1"
+                )
+        return
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     for what, number in (
         ("key/value heads", keys),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from RL2.config.programs import RLConfig
 from RL2.config.trainer import Trainer as TrainerConfig
+from RL2.models.inspection import own_forward_line
 from RL2.trainer.tasks import TestTasks
 from RL2.workers.worker import Worker
 
@@ -27,7 +28,10 @@ def describe_model(name: str, worker: Worker) -> str:
     dtype, device = str(worker.dtype).removeprefix("torch."), worker.processes.device.type
     number = worker.processes.world_size
     where = f"on {device}" if number == 1 else f"on {number} processes ({device})"
-    return f"{name}: {worker.lm.name_or_path}: {type(worker.lm).__name__}, {size}, {dtype}, {where}"
+    said = own_forward_line(worker.lm)
+    return f"{name}: {worker.lm.name_or_path}: {type(worker.lm).__name__}, {size}, {dtype}, {where}" + (
+        f"; {said}" if said else ""
+    )
 
 
 def describe_engine(config: RLConfig) -> str:

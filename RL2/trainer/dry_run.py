@@ -35,10 +35,12 @@ from RL2.io import checkpoint
 from RL2.io.progress import Progress
 from RL2.io.run_lock import refuse_if_running
 from RL2.models.dtypes import compute_dtype
+from RL2.models.inspection import own_forward_line
 from RL2.models.loading import check_values, folder_here, match_weights, refuse_no_model, stored_tensors
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, configured_tokenizer, end_tokens, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.models.value import ValueModel
+from RL2.ops.attention import is_packed
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
 from RL2.rollout.environment import Environment
@@ -145,7 +147,7 @@ def look_at_model(
         tokenizer = configured_tokenizer(replace(model, model_name=str(folder)), group)
         lm = look_at_weights(kind, folder, name, found.progress)
     said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
-    found.say("model", name, said)
+    found.say("model", name, said, *by_rows(lm))
     if model.gradient_checkpointing:
         refuse_no_recomputation(lm, group)
     template = "" if tokenizer.chat_template else ", no chat template"
@@ -169,10 +171,10 @@ def look_at_weights(kind: type[PackedModel], folder: Path, name: str, progress: 
     lm = kind.build(name if folder == Path(name) else str(folder))
     if folder == Path(name) or any(folder.glob("*.safetensors")):  # otherwise they are still to be fetched
         stored = stored_tensors(folder, name)
-        state, _ = match_weights(lm, stored, name, kind(lm).initial, kind.UNREAD)
+        match = match_weights(lm, stored, name, kind(lm).initial, kind.UNREAD)
         total = sum(file.stat().st_size for file in {each.file for each in stored.values()})
         with progress.phase(f"looking through the weights of {name}", total / GIB, "GiB") as phase:
-            for num_bytes in check_values(state, stored, name):
+            for num_bytes in check_values(match.names, stored, name):
                 phase.update(num_bytes / GIB)
     return lm
 
@@ -197,8 +199,14 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
         check_sizes(lm, model.tp_size, model.sp_size, group)
         if kind is ValueModel and model.gradient_checkpointing:
             refuse_no_recomputation(lm, group)
-        found.say(group, f"{name}, {type(lm).__name__}")
+        found.say(group, f"{name}, {type(lm).__name__}", *by_rows(lm))
     return models
+
+
+def by_rows(lm: PreTrainedModel) -> list[str]:
+    """Return the line about a model that runs row by row; none for a packed one."""
+    line = own_forward_line(lm)
+    return [line] if line else []
 
 
 def look_at_tasks(
@@ -435,6 +443,9 @@ def lora_rank(config: Config) -> int:
 def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: Findings) -> None:
     """Report an estimate of the memory of one process, made for GPUs (parallel/cost.py)."""
     model = trained(config)[1]
+    if not is_packed(lm):
+        found.miss("memory", "the estimate is for dense decoders like Llama")
+        return
     try:
         shape = Shape.of(lm.config)
     except UserError as error:

@@ -19,6 +19,7 @@ from RL2.models.dtypes import compute_dtype
 from RL2.models.lora import add_adapters
 from RL2.models.packed import PackedModel, layers, transformers_attention
 from RL2.models.policy import Policy, export, named_weights
+from RL2.ops.attention import MAX_PADDING, is_packed
 from RL2.parallel.fsdp import shard
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
@@ -97,20 +98,25 @@ class Worker:
         return stats.map(lambda x: self.processes.sum(x, self.mesh.data))
 
     def check_packing(self, batch: TokenBatch) -> None:
-        """Compare packed sequences of `batch` with each alone in transformers' own forward, once per model.
+        """Compare sequences of `batch`, packed or in a padded block, with each alone in transformers' own forward.
 
-        Raises InvariantError on every process if they differ by more than rounding.
+        Once per model. Raises InvariantError on every process if they differ by more than rounding.
         """
+        by_rows = not is_packed(self.lm)
         sequences = _some_sequences(batch)
+        if by_rows:
+            sequences = _for_one_block(sequences)
         if self.packing_checked or len(sequences) < 2:
             return
         self.packing_checked = True
-        self.policy.eval()
+        # dropout in a layer's own code would show in training mode; the check of the structure finds it if packed
+        self.policy.train(by_rows)
         request = self.policy.CHECKED
         together = pack_tokens(sequences)
         together = together.with_(group_B=torch.zeros_like(together.group_B))  # a common prefix runs once
         with self.at_work("the comparison of packed and lone sequences"), torch.no_grad():
             (packed_A,) = vars(forward(self.policy, together, request)).values()
+            self.policy.eval()
             with transformers_attention(self.lm):
                 lone = [
                     self.policy(pack_tokens([ids]).to(self.processes.device), None, request, alone=True)
@@ -123,8 +129,9 @@ class Worker:
         if not math.isfinite(float(alone_A.sum())):
             raise InvariantError(f"{self.named}: the model's own numbers are not finite; look for NaN in its weights")
         if not gap <= most:
+            where = "padded block" if by_rows else "packed batch"
             raise InvariantError(
-                f"{self.named}: in a packed batch its sequences get numbers that differ by {gap:.2g} in the mean from "
+                f"{self.named}: in a {where} its sequences get numbers that differ by {gap:.2g} in the mean from "
                 f"those that each gets alone through transformers' own forward (rounding explains {most:g}); "
                 f"{type(self.lm).__name__} is not computed exactly here, so nothing was trained"
             )
@@ -165,6 +172,14 @@ class Worker:
             self.users -= 1
             if self.offload_model and self.users == 0:
                 self.policy.to("cpu")
+
+
+def _for_one_block(sequences: list[list[int]]) -> list[list[int]]:
+    """Cut the sequences to one length, and the first shorter, so that they form a block with padding."""
+    length = min(map(len, sequences), default=0)
+    shorter = length - min(MAX_PADDING, length // 2)
+    cut = [ids[: length if number else shorter] for number, ids in enumerate(sequences)]
+    return [ids for ids in cut if len(ids) > 1]
 
 
 def _some_sequences(batch: TokenBatch) -> list[list[int]]:

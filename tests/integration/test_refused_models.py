@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -43,11 +44,8 @@ def quantised(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Make, str]] = {
-    "hybrid": (tiny("lfm2"), "lfm2 mixes tokens outside attention ("),
-    "mixture of experts": (
-        tiny("qwen3_moe", num_experts=4, num_experts_per_tok=2),
-        "qwen3_moe is a mixture of experts (",
-    ),
+    "sees later tokens": (tiny("bert"), "bert has attention that is not causal (is_decoder=false)"),
+    "dropout": (tiny("biogpt"), "biogpt draws random numbers in its layers (dropout), which cannot be switched off"),
     "quantised": (quantised, "qwen3 is quantised (fp8), and its scales would be lost"),
     "more tensors": (more_tensors, " has 1 tensors that "),
 }
@@ -72,11 +70,23 @@ def test_run_and_dry_run_refuse_in_the_same_line(name: str, program: str, world:
     settings = [*world.settings(program), f"{group}.model_name={tmp_path}/model", f"trainer.save_dir={tmp_path}/run"]
     lines = [last_line(program, [*settings, f"trainer.dry_run={dry}"]) for dry in ("true", "false")]
     assert lines[0] == lines[1]
-    if (name, program) == ("hybrid", "rm"):
-        said = "lfm2 has no text-only model of this class in transformers"
     assert said in lines[0]
     assert lines[0].startswith(f"{program}: {group}.model_name={tmp_path}/model")
     assert "\n" not in lines[0]
+
+
+def test_run_and_dry_run_say_that_a_model_runs_row_by_row(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world.model, tmp_path / "model")
+    tiny("lfm2")(tmp_path / "model")
+    settings = [*world.settings("sft"), f"actor.model_name={tmp_path}/model", f"trainer.save_dir={tmp_path}/run"]
+    for dry in ("true", "false"):
+        monkeypatch.setattr(sys, "argv", ["", *settings, f"trainer.dry_run={dry}"])
+        main("sft")
+        said = re.sub(r"[│\s]+", " ", capsys.readouterr().out)  # without the borders and line breaks of a table
+        assert "lfm2 runs row by row through its own forward (slower): it mixes tokens outside attention (con" in said
+    assert list((tmp_path / "run").rglob("model.safetensors"))
 
 
 @pytest.mark.parametrize("program", ["sft", "dpo"])

@@ -1,4 +1,4 @@
-"""Structures that are refused, planted one at a time into a model that is exact otherwise."""
+"""Structures that packed attention does not compute, planted one at a time into a model that is exact otherwise."""
 
 from __future__ import annotations
 
@@ -34,9 +34,14 @@ class Planted:
         return lm
 
 
-def refusal(change: Change, **settings: Any) -> str:
+def judged(change: Change, **settings: Any) -> str | None:
+    """Return why the changed Llama runs row by row; None if it runs packed. Raise ConfigError if it is refused."""
+    return refuse_inexact(Planted(change), tiny_config("llama", settings), "F")
+
+
+def refusal(change: Change) -> str:
     with pytest.raises(ConfigError) as caught:
-        refuse_inexact(Planted(change), tiny_config("llama", settings), "F")  # type: ignore[arg-type]
+        judged(change)
     assert "\n" not in str(caught.value)
     return str(caught.value).removeprefix("F: llama ")
 
@@ -69,16 +74,12 @@ MIXERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_whatever_mixes_tokens_outside_attention_is_refused(mixer: str) -> None:
-    assert refusal(in_mlp(MIXERS[mixer])).startswith("mixes tokens outside attention ("), mixer
+def test_whatever_mixes_tokens_outside_attention_is_not_packed(mixer: str) -> None:
+    assert str(judged(in_mlp(MIXERS[mixer]))).startswith("mixes tokens outside attention ("), mixer
 
 
-def test_what_acts_on_each_token_alone_is_not_refused() -> None:
-    refuse_inexact(
-        Planted(in_mlp(lambda x: x.softmax(-1) * x.mean(-1, keepdim=True) + x.cumsum(-1).flip(-1))),  # type: ignore[arg-type]
-        tiny_config("llama"),
-        "F",
-    )
+def test_what_acts_on_each_token_alone_is_packed() -> None:
+    assert judged(in_mlp(lambda x: x.softmax(-1) * x.mean(-1, keepdim=True) + x.cumsum(-1).flip(-1))) is None
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_what_acts_on_each_token_alone_is_not_refused() -> None:
     ],
 )
 def test_sizes_and_settings_without_effect_are_no_reason(model_type: str, settings: dict[str, Any]) -> None:
-    refuse_inexact(AutoModelForCausalLM, tiny_config(model_type, settings), "F")
+    assert refuse_inexact(AutoModelForCausalLM, tiny_config(model_type, settings), "F") is None
 
 
 def attention_with(**arguments: Any) -> Change:
@@ -116,18 +117,29 @@ def attention_with(**arguments: Any) -> Change:
         (attention_with(softcap=20.0), "soft-caps its attention scores"),
         (attention_with(s_aux=torch.zeros(4)), "has attention sinks"),
         (attention_with(position_bias=torch.zeros(1)), "passes position_bias to attention"),
-        (attention_with(is_causal=False), "has attention that is not causal"),
-        (lambda lm: setattr(lm.model.layers[0].self_attn, "is_causal", False), "has attention that is not causal"),
         (lambda lm: setattr(lm.model.layers[1].self_attn, "layer_idx", 0), "calls attention 2 times in 2 layers"),
         (
             lambda lm: setattr(lm.lm_head, "bias", nn.Parameter(torch.zeros(320, device="meta"))),
             "has a head with a bias",
         ),
+        (lambda lm: lm.register_forward_hook(double_logits), "changes its logits after the head"),
+        (lambda lm: setattr(lm.model.layers[0], "experts", Experts()), "is a mixture of experts"),
+    ],
+)
+def test_a_model_with_more_than_packed_attention_runs_row_by_row(change: Change, said: str) -> None:
+    assert str(judged(change)).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (attention_with(is_causal=False), "has attention that is not causal"),
+        (lambda lm: setattr(lm.model.layers[0].self_attn, "is_causal", False), "has attention that is not causal"),
         (
             lambda lm: lm.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
             "changes the hidden states before the head",
         ),
-        (lambda lm: lm.register_forward_hook(double_logits), "changes its logits after the head"),
+        (lambda lm: lm.register_forward_hook(squared_logits), "changes its logits after the head by neither"),
         (
             lambda lm: lm.model.register_buffer("offset", torch.zeros(4), persistent=False),
             "has buffers that nothing sets",
@@ -141,11 +153,10 @@ def attention_with(**arguments: Any) -> Change:
             "has buffers that nothing sets, among them model.is_known",
         ),
         (lambda lm: setattr(lm.model, "vision", nn.Linear(2, 2)), "has weights that text does not use"),
-        (lambda lm: setattr(lm.model.layers[0], "experts", Experts()), "is a mixture of experts"),
         (lambda lm: dropout_in_layer(lm), "draws random numbers in its layers (dropout)"),
     ],
 )
-def test_what_the_packed_forward_would_leave_out_is_refused(change: Change, said: str) -> None:
+def test_what_neither_path_computes_is_refused(change: Change, said: str) -> None:
     assert refusal(change).startswith(said)
 
 
@@ -157,6 +168,11 @@ class Experts(nn.Module):
 
 def double_logits(_: nn.Module, __: Any, out: Any) -> Any:
     out["logits"] = out["logits"] * 2
+    return out
+
+
+def squared_logits(_: nn.Module, __: Any, out: Any) -> Any:
+    out["logits"] = out["logits"] * out["logits"].abs()
     return out
 
 

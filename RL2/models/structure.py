@@ -1,0 +1,88 @@
+"""Parts that every causal language model has: decoder layers, and a head from hidden states to logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from RL2.ops.token_stats import LogitTransform
+
+PROBE = torch.cat([torch.tensor([1.0, 1e9]), torch.linspace(-100, 100, 199)]).double()
+"""Logits by which the change after the head is measured: the second one is far beyond any soft cap."""
+
+
+class Unsupported(Exception):
+    """A reason to refuse a model; the text continues a sentence that begins with the model's name."""
+
+
+class Unpacked(Unsupported):
+    """A reason why packed attention is not exact for a model that may be exact row by row."""
+
+
+def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder layers: `layers` of the backbone, else its list of modules with the most parameters.
+
+    Raise Unsupported if the model has no list of layers.
+    """
+    found = getattr(lm.base_model, "layers", None)
+    if isinstance(found, nn.ModuleList):
+        return found
+    lists = [part for part in lm.base_model.modules() if isinstance(part, nn.ModuleList)]
+    if not lists:
+        raise Unsupported("has no list of layers")
+    return max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
+
+
+def measured_transform(lm: PreTrainedModel) -> LogitTransform:
+    """Return what the forward of `lm` does to the logits of its head.
+
+    `lm` is on the meta device and loses its layers: only its embedding, last norm and head run. In place of the head's
+    result its forward gets `PROBE`. Raise Unsupported if hidden states change before the head, or if the change of the
+    logits is neither a factor nor a soft cap.
+    """
+    head = lm.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise Unsupported(f"has no linear head ({type(head).__name__})")
+    layers = decoder_layers(lm)
+    for part in list(lm.base_model.modules()):
+        for name, child in part.named_children():
+            if child is layers:
+                setattr(part, name, nn.ModuleList())
+    seen: dict[str, Any] = {}
+
+    def probe(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        seen["head_in"] = args[0]
+        logits = torch.zeros(out.shape, dtype=torch.double)
+        logits[..., : len(PROBE)] = PROBE[: out.shape[-1]]
+        return logits
+
+    lm.base_model.register_forward_hook(lambda _, __, out: seen.update(hidden=out[0]))
+    head.register_forward_hook(probe)
+    try:
+        logits = _logits(lm, torch.device("meta"))
+    except RuntimeError:  # it looks at a number, such as a position
+        logits = _logits(lm.to_empty(device="cpu"), torch.device("cpu"))
+    if seen.keys() != {"head_in", "hidden"} or not is_same(seen["head_in"], seen["hidden"]):
+        raise Unsupported("changes the hidden states before the head, which is not supported")
+    after = logits[0, -1, : len(PROBE)].double()
+    before = PROBE[: len(after)]
+    cap = float(after[1]) if abs(after[1]) < 1e6 else None
+    found = LogitTransform(scale=1.0 if cap else float(after[0]), softcap=cap)
+    if not torch.allclose(found(before), after, rtol=1e-5, atol=1e-5):
+        raise Unsupported("changes its logits after the head by neither a factor nor a soft cap")
+    return found
+
+
+def _logits(lm: PreTrainedModel, device: torch.device) -> Tensor:
+    ids = torch.zeros((1, 2), dtype=torch.long, device=device)
+    with torch.no_grad():
+        logits: Tensor = lm.eval()(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def is_same(x: Tensor, y: Tensor) -> bool:
+    """Return whether `x` is `y` or a view of all of `y`."""
+    return x.shape == y.shape and (x is y or (x._base is not None and x._base is (y if y._base is None else y._base)))

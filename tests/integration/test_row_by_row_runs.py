@@ -1,0 +1,53 @@
+"""Programs with models that run row by row, on one process and on two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from programs import World
+from tiny_models import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+
+def make(world: World, model_type: str, folder: Path) -> Path:
+    """Save a tiny model of this type with the tokenizer of the world's model."""
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    tiny_model(tiny_config(model_type, {"vocab_size": len(tokenizer)})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("program", "model_type", "nproc"), [("sft", "gemma2", 2), ("dpo", "qwen3_5_text", 1), ("rm", "qwen3_moe", 2)]
+)
+def test_a_run_trains_and_its_model_loads_in_transformers(
+    program: str, model_type: str, nproc: int, world: World, tmp_path: Path
+) -> None:
+    group = "critic" if program == "rm" else "actor"
+    model = make(world, model_type, tmp_path / "model")
+    run = world.run(program, f"{group}.model_name={model}", nproc=nproc).succeeded()
+    assert f"{model_type} runs row by row through its own forward (slower): it " in run.output
+    assert len(run.metrics) == 3
+    assert all(0 < row[f"{group}/grad_norm"] < float("inf") for row in run.metrics)
+    auto = AutoModelForSequenceClassification if program == "rm" else AutoModelForCausalLM
+    before, after = (auto.from_pretrained(path) for path in (model, run.save_dir / "latest"))
+    moved = [not torch.equal(x, after.state_dict()[name]) for name, x in before.state_dict().items()]
+    assert sum(moved) > len(moved) / 2
+
+
+@pytest.mark.parametrize(
+    ("program", "model_type", "more"),
+    [("spo", "lfm2", []), ("ppo", "qwen3_moe", ["adv.estimator=gae", "critic.max_length_per_device=256"])],
+)
+def test_trainer_and_engine_have_the_same_numbers(
+    program: str, model_type: str, more: list[str], world: World, tmp_path: Path
+) -> None:
+    pytest.importorskip("RL2.engines.embedded.lockstep", reason="the engine samples only packed models")
+    model = make(world, model_type, tmp_path / "model")
+    critic = [f"critic.model_name={model}"] if more else []
+    run = world.run(program, f"actor.model_name={model}", *critic, *more).succeeded()
+    gaps = [row["actor/logp_gap"] for row in run.metrics if "actor/logp_gap" in row]
+    assert gaps
+    assert max(gaps) < 1e-4
