@@ -22,7 +22,14 @@ from torch.utils.module_tracker import ModuleTracker
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from RL2.errors import ModelError, first_line
-from RL2.models.structure import Unpacked, Unsupported, decoder_layers, is_same, measured_transform
+from RL2.models.structure import (
+    Unpacked,
+    Unsupported,
+    decoder_layers,
+    is_same,
+    measured_transform,
+    reset_buffers,
+)
 from RL2.ops.attention import is_packed
 from RL2.ops.token_stats import LogitTransform
 
@@ -247,28 +254,6 @@ def _refuse_unset_buffers(lm: PreTrainedModel) -> None:
 def _buffers_to_cpu(module: nn.Module) -> None:
     for name, buffer in module.named_buffers(recurse=False):
         setattr(module, name, torch.empty_like(buffer, device="cpu"))
-
-
-def reset_buffers(lm: PreTrainedModel) -> None:
-    """Compute the buffers of `lm` that follow from the configuration, such as rotary frequencies; set others to NaN.
-
-    Parameters are unchanged.
-    """
-    for buffer in lm.buffers():
-        if buffer.is_floating_point():
-            buffer.fill_(float("nan"))
-    for parameter in lm.parameters():
-        vars(parameter)["_is_hf_initialized"] = True  # transformers then skips it
-    with torch.no_grad():
-        _initialise(lm, lm)
-
-
-def _initialise(module: nn.Module, model: PreTrainedModel) -> None:
-    """Initialise `module` and its parts as part of `model`; a model within a model initialises its own parts."""
-    model = module if isinstance(module, PreTrainedModel) else model
-    for part in module.children():
-        _initialise(part, model)
-    model._init_weights(module)
 
 
 def stored_buffers(lm: PreTrainedModel) -> dict[str, Tensor]:

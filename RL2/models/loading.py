@@ -28,8 +28,9 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from RL2.errors import ModelError, first_line
 from RL2.models.conversion import Conversion, conversions
-from RL2.models.inspection import refuse_inexact, reset_buffers, stored_buffers
+from RL2.models.inspection import refuse_inexact, stored_buffers
 from RL2.models.lora import merged_name
+from RL2.models.structure import reset_buffers
 from RL2.ops.attention import IMPLEMENTATION
 
 HUB_TIMEOUT_S = 5

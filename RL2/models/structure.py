@@ -64,7 +64,8 @@ def measured_transform(lm: PreTrainedModel) -> LogitTransform:
     try:
         logits = _logits(lm, torch.device("meta"))
     except RuntimeError:  # it looks at a number, such as a position
-        logits = _logits(lm.to_empty(device="cpu"), torch.device("cpu"))
+        reset_buffers(lm.to_empty(device="cpu"))
+        logits = _logits(lm, torch.device("cpu"))
     if seen.keys() != {"head_in", "hidden"} or not is_same(seen["head_in"], seen["hidden"]):
         raise Unsupported("changes the hidden states before the head, which is not supported")
     after = logits[0, -1, : len(PROBE)].double()
@@ -81,6 +82,28 @@ def _logits(lm: PreTrainedModel, device: torch.device) -> Tensor:
     with torch.no_grad():
         logits: Tensor = lm.eval()(input_ids=ids, use_cache=False).logits
     return logits
+
+
+def reset_buffers(lm: PreTrainedModel) -> None:
+    """Compute the buffers of `lm` that follow from the configuration, such as rotary frequencies; set others to NaN.
+
+    Parameters are unchanged.
+    """
+    for buffer in lm.buffers():
+        if buffer.is_floating_point():
+            buffer.fill_(float("nan"))
+    for parameter in lm.parameters():
+        vars(parameter)["_is_hf_initialized"] = True  # transformers then skips it
+    with torch.no_grad():
+        _initialise(lm, lm)
+
+
+def _initialise(module: nn.Module, model: PreTrainedModel) -> None:
+    """Initialise `module` and its parts as part of `model`; a model within a model initialises its own parts."""
+    model = module if isinstance(module, PreTrainedModel) else model
+    for part in module.children():
+        _initialise(part, model)
+    model._init_weights(module)
 
 
 def is_same(x: Tensor, y: Tensor) -> bool:
