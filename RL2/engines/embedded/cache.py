@@ -1,7 +1,7 @@
 """The protocol between the engine and what runs the model for it.
 
-It is a `DenseCache` on CPUs, a `PagedCache` on GPUs. Running requests occupy rows 0, 1, 2, ... without gaps; each row
-has its own length.
+A model with packed attention has a `DenseCache` on CPUs, a `PagedCache` on GPUs; any other has a `LockstepCache`.
+Running requests occupy rows 0, 1, 2, ... without gaps; each row has its own length.
 
 Shapes: R rows, P prompts, V vocabulary.
 """

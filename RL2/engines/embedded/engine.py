@@ -4,6 +4,9 @@ One step of the engine decodes one token for every running request and then admi
 runs once. A finished request leaves its row at once, and the last row takes its place. New weights send all running
 requests back to the queue; on GPUs a full cache sends back some. Their cache is recomputed from the tokens so far.
 
+A model with packed attention decodes requests of all lengths in one batch (`KVCache`). Any other model runs its own
+forward, on batches of requests of equal length (`LockstepCache`).
+
 The event loop of `generate` serves the requests; the other methods may be called from another thread.
 """
 
@@ -24,12 +27,14 @@ from transformers import PreTrainedModel
 
 from RL2.engines.embedded.cache import PREFILL_TOKENS, Cache, Owners
 from RL2.engines.embedded.dense import DenseCache
+from RL2.engines.embedded.lockstep import OwnForward
 from RL2.engines.embedded.packed import PackedForward
 from RL2.engines.embedded.sampling import sample, uniforms
 from RL2.engines.memory import bytes_per_position, free_bytes
 from RL2.errors import UserError
 from RL2.models.inspection import stored_buffers
 from RL2.models.policy import positions
+from RL2.ops.attention import is_packed
 from RL2.types import Completion, Sampling
 
 PAUSE_S = 0.001
@@ -117,7 +122,7 @@ class EmbeddedEngine:
         decoding step.
         """
         self.lm, self.decode = lm, decode
-        self.model = PackedForward(lm, compiles)
+        self.model: PackedForward | OwnForward = PackedForward(lm, compiles) if is_packed(lm) else OwnForward(lm)
         self.device = next(lm.parameters()).device
         self.shapes = {name: tensor.shape for name, tensor in self._stored().items()} if owns_weights else {}
         """Shapes of the weights, which `sleep` frees; empty if they are not this engine's alone."""
@@ -238,6 +243,8 @@ class EmbeddedEngine:
 
     def _new_cache(self) -> Cache:
         budget_bytes = self.memory_share * free_bytes(self.device)
+        if isinstance(self.model, OwnForward):
+            return self.model.new_cache(budget_bytes)
         per_position = bytes_per_position(self.lm.config, self.lm.dtype)
         if self.device.type == "cuda":
             from RL2.engines.embedded.paged import PagedCache  # needs Triton, which not every platform has
