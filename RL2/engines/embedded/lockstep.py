@@ -105,8 +105,7 @@ class OwnForward:
         except Exception as error:  # models fail in many ways
             reason = f"its own cache cannot be used ({type(error).__name__}: {first_line(error)})"
         else:
-            # NaN is no fault of the cache: the first sample reports broken weights
-            if not gap > (SLACK if self.lm.dtype == torch.float32 else HALF_SLACK):
+            if gap <= (SLACK if self.lm.dtype == torch.float32 else HALF_SLACK):  # False for NaN
                 return self.with_cache, row_size
             reason = f"its own cache changes log-probabilities by {gap:.2g} in the mean"
         logger.warning(
@@ -151,8 +150,12 @@ class OwnForward:
 
 
 def _difference(logp_RLV: Tensor, wanted_RLV: Tensor) -> Tensor:
-    """Return the expected difference of the log-probability of a sampled token, [R, L]."""
-    return (wanted_RLV.exp() * (logp_RLV - wanted_RLV).abs()).sum(-1)
+    """Return the expected difference of the log-probability of a sampled token, [R, L].
+
+    Where the model itself returns NaN it is 0: that is no fault of the cache, and the first sample reports it.
+    """
+    p_RLV = wanted_RLV.exp()
+    return torch.where(p_RLV > 0, p_RLV * (logp_RLV - wanted_RLV).abs(), 0.0).sum(-1)
 
 
 @dataclass

@@ -206,12 +206,13 @@ def test_a_model_without_a_cache_recomputes(caplog: pytest.LogCaptureFixture) ->
     assert line.startswith("recurrent_gemma samples slowly, with a forward over the whole sequence for each token: ")
 
 
-def test_a_cache_that_changes_numbers_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("change", [0.1, float("nan")])
+def test_a_cache_that_changes_numbers_is_not_used(change: float, caplog: pytest.LogCaptureFixture) -> None:
     lm = make_model("qwen3_moe")
 
     def spoil(_: object, args: object, named: dict[str, Any], out: Any) -> None:
         if named.get("past_key_values") is not None:
-            out.logits[:, :, 7] += 0.1
+            out.logits[:, :, 7] += change
 
     lm.register_forward_hook(spoil, with_kwargs=True)
     asked = prompts(5, 5, 9)
