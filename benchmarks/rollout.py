@@ -197,6 +197,7 @@ def vllm(folder: Path, turns: Turns, python: str, compiles: bool) -> None:
 def prefill_work(folder: Path) -> tuple[int, int]:
     """Return the positions that prefill computes for 16 prompts with 8 samples each, and without sharing."""
     from RL2.engines.embedded.engine import EmbeddedEngine
+    from RL2.engines.embedded.packed import PackedForward
     from RL2.models.policy import load_model
     from RL2.types import Sampling
 
@@ -211,7 +212,8 @@ def prefill_work(folder: Path) -> tuple[int, int]:
         await asyncio.gather(*requests)
 
     asyncio.run(everything())
-    return engine.prefilled, 16 * 8 * 300
+    assert isinstance(engine.model, PackedForward)
+    return engine.model.prefilled, 16 * 8 * 300
 
 
 def run_side(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from RL2.engines.vllm import server_spec as vllm
 from RL2.errors import ConfigError
 from RL2.models.dtypes import compute_dtype
 from RL2.models.policy import empty_model
+from RL2.ops.attention import is_packed
 from RL2.parallel.processes import Processes
 
 
@@ -72,7 +73,13 @@ def _embedded(
     device = policy.processes.device
     # a rollout that overlaps training needs weights of its own: those of the actor change meanwhile
     shares = policy.can_share_weights and dtype == policy.lm.dtype and not rollout.is_async
-    compiles = device.type == "cuda" if rollout.compile is None else rollout.compile
+    packed = is_packed(policy.lm)
+    if rollout.compile and not packed:
+        raise ConfigError(
+            f"rollout.compile=true compiles models with packed attention, and {policy.lm.config.model_type} samples "
+            "through its own forward; leave rollout.compile out"
+        )
+    compiles = packed and (device.type == "cuda" if rollout.compile is None else rollout.compile)
     if device.type == "cuda":
         compiles = compiles and not shares
     elif compiles:

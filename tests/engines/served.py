@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from tiny_models import tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
@@ -39,13 +41,17 @@ PROMPT = [5 + (7 * n) % 250 for n in range(40)]
 STAND_IN = Path(__file__).parent / "stand_in"
 """Has an `sglang.launch_server` that speaks its routes; no real SGLang was ever run."""
 
+OWN_FORWARD: dict[str, dict[str, Any]] = {"lfm2": {}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2}}
+"""A hybrid and a mixture of experts, which run their own forward: settings by type of the model."""
+
 ENGINES = [
     "embedded",
+    *(pytest.param(f"embedded-{model_type}", marks=pytest.mark.slow) for model_type in OWN_FORWARD),
     "sglang",
     pytest.param("vllm", marks=pytest.mark.vllm),
     pytest.param("vllm-broadcast", marks=pytest.mark.vllm),
 ]
-"""With the transport of the weights, if it is not files."""
+"""With the type of a model that runs its own forward, or the transport of the weights if it is not files."""
 
 
 @dataclass
@@ -103,6 +109,14 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, tied: bool) -> 
         dtype="float32",
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_own_forward(folder: Path, tokenizer: PreTrainedTokenizerBase, model_type: str) -> Path:
+    """A small model of a type in OWN_FORWARD."""
+    tokens = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    tiny_model(tiny_config(model_type, OWN_FORWARD[model_type] | tokens)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

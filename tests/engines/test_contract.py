@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from served import ENGINES, MAX_LENGTH, Served, logits_of, logps_of, save_model, serve
+from served import ENGINES, MAX_LENGTH, Served, logits_of, logps_of, save_model, save_own_forward, serve
 from transformers import PreTrainedTokenizerBase
 
 from RL2.parallel.processes import Processes
@@ -26,8 +26,13 @@ def served(
     processes: Processes,
 ) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    model = save_model(folder / "model", tokenizer, tied=True)
-    served = serve(request.param, model, folder, tokenizer, processes)
+    name, _, model_type = request.param.partition("-")
+    if name == "embedded" and model_type:
+        model = save_own_forward(folder / "model", tokenizer, model_type)
+        served = serve(name, model, folder, tokenizer, processes)
+    else:
+        model = save_model(folder / "model", tokenizer, tied=True)
+        served = serve(request.param, model, folder, tokenizer, processes)
     served.sync()
     yield served
     served.engine.close()

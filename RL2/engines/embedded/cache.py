@@ -1,33 +1,27 @@
-"""The protocol of the KV cache: a `DenseCache` on CPUs, a `PagedCache` on GPUs.
+"""The protocol between the engine and what runs the model for it.
 
+A model with packed attention has a `DenseCache` on CPUs, a `PagedCache` on GPUs; any other has a `LockstepCache`.
 Running requests occupy rows 0, 1, 2, ... without gaps; each row has its own length.
 
-Shapes: R rows, T packed tokens, V vocabulary.
+Shapes: R rows, P prompts, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from RL2.ops.attention import Attend
+PREFILL_TOKENS, CPU_PASS_TOKENS = 8192, 1024
+"""Most prompt tokens admitted between two steps, and per forward pass on a CPU."""
 
-Step = Callable[[Tensor, Tensor, Attend], Tensor]
-"""(token ids [T], positions [T], attention) -> logits [T, V]: a pass through the model."""
-
-
-class Piece(NamedTuple):
-    """Tokens `start` to `end` of a prompt, and the rows that share the prompt."""
-
-    rows: list[int]
-    start: int
-    end: int
+Owners = dict[tuple[int, ...], list[int]]
+"""Rows by their prompt."""
 
 
 class Cache(Protocol):
-    """Keys and values of the running requests."""
+    """Results of the model for the running requests, and the passes that compute more."""
 
     def max_rows(self, longest: int) -> int:
         """Return how many requests may run at once if the longest has `longest` tokens; 0 if it does not fit."""
@@ -45,14 +39,19 @@ class Cache(Protocol):
         """
         ...
 
-    def prefill(self, pieces: list[Piece]) -> Attend:
-        """Return the attention of packed prompts from their start, or of one later piece of one prompt."""
+    def prefill(self, owners: Owners) -> Tensor:
+        """Run each prompt once for all rows that share it; return the logits after each prompt, [P, V]."""
         ...
 
-    def decode(self, step: Step, ids: list[int], positions: list[int]) -> Tensor:
-        """Run `step` on one new token per row, at its position; return the logits [R, V]."""
+    def decode(self, ids: list[int], positions: list[int]) -> Tensor:
+        """Run one new token per row, at its position; return the logits [R, V]."""
         ...
 
     def leave(self, gone: list[int], sources: list[int], targets: list[int], length: int) -> None:
         """Free the rows `gone`, then move rows `sources`, of at most `length` tokens, to rows `targets`."""
         ...
+
+
+def pass_tokens(device: torch.device) -> int:
+    """Return how many tokens a forward pass takes: few on a CPU, so that activations stay in its cache."""
+    return CPU_PASS_TOKENS if device.type == "cpu" else PREFILL_TOKENS

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from RL2.engines.embedded.cache import Step
 from RL2.errors import ConfigError
 from RL2.ops.attention import Attend
 
 logger = logging.getLogger(__name__)
 
 COMPILERS = ("g++", "clang++")
+
+Step = Callable[[Tensor, Tensor, Attend], Tensor]
+"""(token ids [T], positions [T], attention) -> logits [T, V]: a pass through the model."""
 
 
 class CompiledStep:

@@ -10,21 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo import mark_dynamic
 
-from RL2.engines.embedded.cache import Piece, Step
+from RL2.engines.embedded.packed import KVCache, PackedForward, Piece
 from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
 
 LENGTH_STEP = 64
 """Granularity of allocated positions."""
 
 
-class DenseCache:
-    """A `Cache` of tensors [R, K, L, D] per layer, which grow on demand.
+class DenseCache(KVCache):
+    """A `KVCache` of tensors [R, K, L, D] per layer, which grow on demand.
 
     Memory is zeroed: a masked position has weight 0, but 0 times a NaN in raw memory is NaN.
     """
 
-    def __init__(self, budget_bytes: float, bytes_per_position: int, device: torch.device) -> None:
-        self.positions, self.device = int(budget_bytes // bytes_per_position), device
+    def __init__(self, model: PackedForward, budget_bytes: float, bytes_per_position: int) -> None:
+        super().__init__(model)
+        self.positions = int(budget_bytes // bytes_per_position)
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.rows, self.length = 0, 0
 
@@ -64,16 +65,16 @@ class DenseCache:
             self.layers.append((self._zeros(like_TKD, shape), self._zeros(like_TKD, shape)))
         return self.layers[number]
 
-    def prefill(self, pieces: list[Piece]) -> Attend:
+    def attention(self, pieces: list[Piece]) -> Attend:
         return _Prefill(self, pieces)
 
-    def decode(self, step: Step, ids: list[int], positions: list[int]) -> Tensor:
+    def decode(self, ids: list[int], positions: list[int]) -> Tensor:
         ids_R, positions_R = (torch.tensor(x, device=self.device) for x in (ids, positions))
         attend = _Decode(self, positions_R, max(positions) + 1)
         for x in (ids_R, positions_R, attend.rows_R, attend.bias_R11L):
             mark_dynamic(x, 0)
         mark_dynamic(attend.bias_R11L, 3)
-        return step(ids_R, positions_R, attend)
+        return self.model.step(ids_R, positions_R, attend)
 
     def leave(self, gone: list[int], sources: list[int], targets: list[int], length: int) -> None:
         if sources:

@@ -1,9 +1,11 @@
 """The default engine: continuous batching over a transformers causal LM in this process.
 
-One step of the engine decodes one token for every running request and then admits waiting ones. Their prompts run
-packed, each distinct prompt once, a long one in pieces. A finished request leaves its row at once, and the last row
-takes its place. New weights send all running requests back to the queue; on GPUs a full cache sends back some. Their
-keys and values are recomputed from the tokens so far.
+One step of the engine decodes one token for every running request and then admits waiting ones; each distinct prompt
+runs once. A finished request leaves its row at once, and the last row takes its place. New weights send all running
+requests back to the queue; on GPUs a full cache sends back some. Their cache is recomputed from the tokens so far.
+
+A model with packed attention decodes requests of all lengths in one batch (`KVCache`). Any other model runs its own
+forward, on batches of requests of equal length (`LockstepCache`).
 
 The event loop of `generate` serves the requests; the other methods may be called from another thread.
 """
@@ -23,26 +25,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from RL2.engines.embedded.cache import Cache, Piece, Step
-from RL2.engines.embedded.compiled import CompiledStep
+from RL2.engines.embedded.cache import PREFILL_TOKENS, Cache, Owners
 from RL2.engines.embedded.dense import DenseCache
+from RL2.engines.embedded.lockstep import OwnForward
+from RL2.engines.embedded.packed import PackedForward
 from RL2.engines.embedded.sampling import sample, uniforms
 from RL2.engines.memory import bytes_per_position, free_bytes
 from RL2.errors import UserError
 from RL2.models.inspection import stored_buffers
-from RL2.models.packed import backbone, layers
-from RL2.models.policy import head, positions
-from RL2.ops.attention import IN_GRAPH, Attend
+from RL2.models.policy import positions
+from RL2.ops.attention import is_packed
 from RL2.types import Completion, Sampling
 
-PREFILL_TOKENS, CPU_PASS_TOKENS = 8192, 1024
-"""Most prompt tokens admitted between two steps, and per forward pass on a CPU."""
 PAUSE_S = 0.001
 """Poll interval of a suspended engine, in seconds."""
-
-
-Owners = dict[tuple[int, ...], list[int]]
-"""Rows by their prompt."""
 
 
 class OutOfMemory(UserError, RuntimeError):
@@ -126,28 +122,20 @@ class EmbeddedEngine:
         decoding step.
         """
         self.lm, self.decode = lm, decode
+        self.model: PackedForward | OwnForward = PackedForward(lm, compiles) if is_packed(lm) else OwnForward(lm)
         self.device = next(lm.parameters()).device
         self.shapes = {name: tensor.shape for name, tensor in self._stored().items()} if owns_weights else {}
         """Shapes of the weights, which `sleep` frees; empty if they are not this engine's alone."""
         self.max_running_requests, self.memory_share = max_running_requests, memory_share
         self.version = 0
-        self.prefilled = 0
-        """Number of positions that prefills have computed."""
         self.waiting: deque[_Request] = deque()
         self.running: list[_Request] = []
         self.cache: Cache | None = None
-        """The KV cache while requests are pending."""
+        """The cache while requests are pending."""
         self.driver: asyncio.Task[None] | None = None
         self.gate = _Gate()
         self.longest = 0
         """Maximum length of a request since the engine was idle, in tokens."""
-        self.decoding: Step = self._logits
-        if compiles and self.device.type == "cuda":
-            for layer in layers(lm):
-                layer.compile(dynamic=True)
-        elif compiles:
-            lm.set_attn_implementation(IN_GRAPH)
-            self.decoding = CompiledStep(self._logits)
 
     @property
     def max_length(self) -> int:
@@ -255,19 +243,21 @@ class EmbeddedEngine:
 
     def _new_cache(self) -> Cache:
         budget_bytes = self.memory_share * free_bytes(self.device)
+        if isinstance(self.model, OwnForward):
+            return self.model.new_cache(budget_bytes)
         per_position = bytes_per_position(self.lm.config, self.lm.dtype)
         if self.device.type == "cuda":
             from RL2.engines.embedded.paged import PagedCache  # needs Triton, which not every platform has
 
             return PagedCache(
+                self.model,
                 budget_bytes,
                 per_position,
-                self.device,
                 max_rows=self.max_running_requests,
                 longest=self.longest,
                 max_length=self.max_length,
             )
-        return DenseCache(budget_bytes, per_position, self.device)
+        return DenseCache(self.model, budget_bytes, per_position)
 
     def _admit(self, cache: Cache) -> None:
         if not self.waiting:
@@ -293,54 +283,18 @@ class EmbeddedEngine:
             return
         held = [request.length - (row < first) for row, request in enumerate(self.running)]
         self._reserve(cache, held, keep=first)
-        logits_PV = torch.cat([self._prefill_pass(cache, some) for some in self._passes(owners)])
+        logits_PV = cache.prefill(owners)
         prompt_of = {row: p for p, sharing in enumerate(owners.values()) for row in sharing}
         admitted = list(range(first, len(self.running)))
         self._advance(
             cache, admitted, logits_PV[torch.tensor([prompt_of[row] for row in admitted], device=self.device)]
         )
 
-    def _passes(self, owners: Owners) -> Iterator[Owners]:
-        """Split prompts into forward passes: small ones on a CPU, so that activations stay in its cache."""
-        most = CPU_PASS_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
-        some: Owners = {}
-        tokens = 0
-        for prompt, rows in owners.items():
-            if some and tokens + len(prompt) > most:
-                yield some
-                some, tokens = {}, 0
-            some[prompt] = rows
-            tokens += len(prompt)
-        yield some
-
-    def _prefill_pass(self, cache: Cache, owners: Owners) -> Tensor:
-        """Return the logits after each prompt. A prompt that is too long for one pass is alone and runs in pieces."""
-        for start in range(0, max(map(len, owners)), PREFILL_TOKENS):
-            pieces = [Piece(of, start, min(len(key), start + PREFILL_TOKENS)) for key, of in owners.items()]
-            logits_PV = self._prefill(cache, [key[start : start + PREFILL_TOKENS] for key in owners], pieces)
-        return logits_PV
-
-    def _prefill(self, cache: Cache, prompts: list[tuple[int, ...]], pieces: list[Piece]) -> Tensor:
-        """Return the logits after each piece."""
-        ids = torch.tensor([i for prompt in prompts for i in prompt], device=self.device)
-        positions = torch.cat([torch.arange(piece.start, piece.end, device=self.device) for piece in pieces])
-        last = torch.tensor([len(prompt) for prompt in prompts], device=self.device).cumsum(0) - 1
-        self.prefilled += len(ids)
-        hidden_TD = self._forward(ids, positions, cache.prefill(pieces))
-        return head(self.lm)(hidden_TD[last])
-
     def _decode(self, cache: Cache) -> None:
         self._reserve(cache, [request.length for request in self.running], keep=len(self.running))
         ids = [request.tokens[-1] for request in self.running]
         positions = [request.length - 1 for request in self.running]
-        self._advance(cache, list(range(len(ids))), cache.decode(self.decoding, ids, positions))
-
-    def _logits(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        return head(self.lm)(self._forward(ids, positions, attend))
-
-    def _forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        out = backbone(self.lm)(input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend)
-        return out.last_hidden_state[0]
+        self._advance(cache, list(range(len(ids))), cache.decode(ids, positions))
 
     def _advance(self, cache: Cache, rows: list[int], logits_RV: Tensor) -> None:
         """Draw a token for each of `rows`, and remove the finished requests."""

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from RL2.engines.embedded.cache import Piece, Step
 from RL2.engines.embedded.graphs import Graphs
+from RL2.engines.embedded.packed import KVCache, PackedForward, Piece
 from RL2.ops import paged_attention as pages
 from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
 
 
-class PagedCache:
-    """A `Cache` of tensors [S, K, D] per layer. Padding rows of a graph write to page 0, which no request has."""
+class PagedCache(KVCache):
+    """A `KVCache` of tensors [S, K, D] per layer. Padding rows of a graph write to page 0, which no request has."""
 
     def __init__(
         self,
+        model: PackedForward,
         budget_bytes: float,
         bytes_per_position: int,
-        device: torch.device,
         *,
         max_rows: int,
         longest: int,
@@ -35,7 +35,7 @@ class PagedCache:
 
         No request has more than `max_length` tokens.
         """
-        self.device = device
+        super().__init__(model)
         affordable = int(budget_bytes // (bytes_per_position * pages.PAGE))
         self.num_pages = min(affordable, max_rows * pages_of(longest) + 1)
         self.layers: list[tuple[Tensor, Tensor]] = []
@@ -46,7 +46,7 @@ class PagedCache:
         """Pages of each row."""
         self.table_RP = np.zeros((max_rows, min(pages_of(max_length), max(1, self.num_pages))), dtype=np.int32)
         """The same as an array for decoding; entries beyond a row's last page are undefined."""
-        self.graphs = Graphs() if device.type == "cuda" else None
+        self.graphs = Graphs() if self.device.type == "cuda" else None
 
     def max_rows(self, longest: int) -> int:
         return self.num_pages - 1 if pages_of(longest) < self.num_pages else 0
@@ -112,10 +112,10 @@ class PagedCache:
         page = self.table_RP[row, position // pages.PAGE].astype(np.int64)
         return page * pages.PAGE + position % pages.PAGE
 
-    def prefill(self, pieces: list[Piece]) -> Attend:
+    def attention(self, pieces: list[Piece]) -> Attend:
         return _Prefill(self, pieces)
 
-    def decode(self, step: Step, ids: list[int], positions: list[int]) -> Tensor:
+    def decode(self, ids: list[int], positions: list[int]) -> Tensor:
         count = len(ids)
         parts = -(-(max(positions) + 1) // (pages.PAGE * pages.PART_PAGES))
         num_rows, num_pages = rounded(count), rounded(parts) * pages.PART_PAGES
@@ -125,7 +125,7 @@ class PagedCache:
 
         def run(inputs_RI: Tensor) -> Tensor:
             ids_R, positions_R, table_RP = inputs_RI[:, 0], inputs_RI[:, 1], inputs_RI[:, 2:]
-            return step(ids_R, positions_R, _Decode(self, positions_R, table_RP))
+            return self.model.step(ids_R, positions_R, _Decode(self, positions_R, table_RP))
 
         logits_RV = self.graphs(run, inputs, self.device) if self.graphs else run(torch.from_numpy(inputs))
         return logits_RV[:count]

@@ -123,8 +123,8 @@ def test_requests_that_come_later_join_in(lm: PreTrainedModel, prompts: list[lis
 def test_a_group_shares_its_prompt(lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(lm, rows=16)
     lengths: list[int] = []
-    forward = engine._forward
-    monkeypatch.setattr(engine, "_forward", lambda ids, *rest: (lengths.append(len(ids)), forward(ids, *rest))[1])
+    forward = engine.model.hidden
+    monkeypatch.setattr(engine.model, "hidden", lambda ids, *rest: (lengths.append(len(ids)), forward(ids, *rest))[1])
     out = generate(engine, [[4, 5, 6, 7]] * 8 + [[8, 9]] * 8, Sampling(max_new_tokens=3))
     assert lengths == [6, 16, 16]
     assert len({tuple(c.token_ids) for c in out}) > 2

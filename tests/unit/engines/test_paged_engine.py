@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from RL2.engines.embedded import engine as engine_module
+from RL2.engines.embedded import packed as packed_module
 from RL2.engines.embedded.engine import EmbeddedEngine, OutOfMemory
 from RL2.engines.embedded.paged import PagedCache, pages_of, rounded
 from RL2.engines.memory import bytes_per_position
@@ -113,7 +114,7 @@ class Paged(EmbeddedEngine):
         position = bytes_per_position(self.lm.config, self.lm.dtype)
         budget, rows = position * PAGE * self.num_pages, self.max_running_requests
         self.made += 1
-        return PagedCache(budget, position, DEVICE, max_rows=rows, longest=self.longest, max_length=self.max_length)
+        return PagedCache(self.model, budget, position, max_rows=rows, longest=self.longest, max_length=self.max_length)
 
     def step(self) -> None:
         super().step()
@@ -156,13 +157,13 @@ def test_samples_are_those_of_the_other_cache(lm: PreTrainedModel, num_pages: in
     dense._new_cache = lambda: dense_cache(dense)  # type: ignore[method-assign]
     paged = Paged(lm, 16, num_pages)
     alike(generate(paged, prompts(), sampling), generate(dense, prompts(), sampling))
-    assert (paged.prefilled > dense.prefilled) == (num_pages == 16)
+    assert (paged.model.prefilled > dense.model.prefilled) == (num_pages == 16)
 
 
 def dense_cache(engine: EmbeddedEngine) -> Any:
     from RL2.engines.embedded.dense import DenseCache
 
-    return DenseCache(1e9, bytes_per_position(engine.lm.config, engine.lm.dtype), DEVICE)
+    return DenseCache(engine.model, 1e9, bytes_per_position(engine.lm.config, engine.lm.dtype))
 
 
 def test_a_group_has_its_prompt_once(lm: PreTrainedModel) -> None:
@@ -217,10 +218,11 @@ def test_a_long_prompt_runs_in_pieces(lm: PreTrainedModel, paged: bool, monkeypa
         for _ in range(2)
     )
     right = generate(whole, everything, Sampling(max_new_tokens=20))
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 70)
+    for module in (engine_module, packed_module):
+        monkeypatch.setattr(module, "PREFILL_TOKENS", 70)
     passes: list[int] = []
-    forward = pieces._forward
-    monkeypatch.setattr(pieces, "_forward", lambda ids, *rest: (passes.append(len(ids)), forward(ids, *rest))[1])
+    forward = pieces.model.hidden
+    monkeypatch.setattr(pieces.model, "hidden", lambda ids, *rest: (passes.append(len(ids)), forward(ids, *rest))[1])
     alike(generate(pieces, everything, Sampling(max_new_tokens=20)), right)
     assert passes[:2] == [3, 1] and {70, 40} < set(passes) and max(passes) == 70
 

@@ -1,0 +1,97 @@
+"""Prefill and decoding of a model with packed attention; its keys and values are in a `KVCache`.
+
+Shapes: R rows, P prompts, T packed tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from RL2.engines.embedded.cache import PREFILL_TOKENS, Owners, pass_tokens
+from RL2.engines.embedded.compiled import CompiledStep, Step
+from RL2.models.packed import backbone, layers
+from RL2.models.policy import head
+from RL2.ops.attention import IN_GRAPH, Attend
+
+
+class PackedForward:
+    """The forward pass of a model with packed attention."""
+
+    def __init__(self, lm: PreTrainedModel, compiles: bool) -> None:
+        """Run `lm`. `compiles` fuses kernels: on GPUs those of a layer, on CPUs all of a decoding step."""
+        self.lm = lm
+        self.device = next(lm.parameters()).device
+        self.prefilled = 0
+        """Number of positions that prefills have computed."""
+        self.step: Step = self.logits
+        if compiles and self.device.type == "cuda":
+            for layer in layers(lm):
+                layer.compile(dynamic=True)
+        elif compiles:
+            lm.set_attn_implementation(IN_GRAPH)
+            self.step = CompiledStep(self.logits)
+
+    def logits(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Return the logits [T, V]."""
+        return head(self.lm)(self.hidden(ids, positions, attend))
+
+    def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Return the last hidden states [T, D]."""
+        out = backbone(self.lm)(input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend)
+        return out.last_hidden_state[0]
+
+
+class Piece(NamedTuple):
+    """Tokens `start` to `end` of a prompt, and the rows that share the prompt."""
+
+    rows: list[int]
+    start: int
+    end: int
+
+
+class KVCache(ABC):
+    """Base of the caches of keys and values. Prompts run packed, a long one in pieces."""
+
+    def __init__(self, model: PackedForward) -> None:
+        self.model, self.device = model, model.device
+
+    @abstractmethod
+    def attention(self, pieces: list[Piece]) -> Attend:
+        """Return the attention of packed prompts from their start, or of one later piece of one prompt."""
+
+    def prefill(self, owners: Owners) -> Tensor:
+        return torch.cat([self._pass(some) for some in self._passes(owners)])
+
+    def _passes(self, owners: Owners) -> Iterator[Owners]:
+        """Split prompts into forward passes."""
+        some: Owners = {}
+        tokens = 0
+        for prompt, rows in owners.items():
+            if some and tokens + len(prompt) > pass_tokens(self.device):
+                yield some
+                some, tokens = {}, 0
+            some[prompt] = rows
+            tokens += len(prompt)
+        yield some
+
+    def _pass(self, owners: Owners) -> Tensor:
+        """Return the logits after each prompt. A prompt that is too long for one pass is alone and runs in pieces."""
+        for start in range(0, max(map(len, owners)), PREFILL_TOKENS):
+            pieces = [Piece(of, start, min(len(key), start + PREFILL_TOKENS)) for key, of in owners.items()]
+            logits_PV = self._run([key[start : start + PREFILL_TOKENS] for key in owners], pieces)
+        return logits_PV
+
+    def _run(self, prompts: list[tuple[int, ...]], pieces: list[Piece]) -> Tensor:
+        """Return the logits after each piece."""
+        ids = torch.tensor([i for prompt in prompts for i in prompt], device=self.device)
+        positions = torch.cat([torch.arange(piece.start, piece.end, device=self.device) for piece in pieces])
+        last = torch.tensor([len(prompt) for prompt in prompts], device=self.device).cumsum(0) - 1
+        self.model.prefilled += len(ids)
+        hidden_TD = self.model.hidden(ids, positions, self.attention(pieces))
+        return head(self.model.lm)(hidden_TD[last])

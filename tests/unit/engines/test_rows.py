@@ -1,0 +1,64 @@
+"""Rows of transformers' caches: selected, repeated and joined whatever a cache consists of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from RL2.engines.embedded.rows import CannotJoin, UnusableCache, bytes_per_row, join, select
+
+
+def make_cache(rows: int, length: int, seed: int = 0) -> DynamicCache:
+    torch.manual_seed(seed)
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(torch.randn(rows, 2, length, 4), torch.randn(rows, 2, length, 4), layer)
+    return cache
+
+
+def keys(cache: DynamicCache) -> Tensor:
+    return torch.stack([layer.keys for layer in cache.layers])
+
+
+def test_rows_are_selected_and_repeated_and_the_original_stays() -> None:
+    cache = make_cache(3, 5)
+    before = keys(cache)
+    chosen = select(cache, 3, torch.tensor([2, 0, 0, 1]))
+    assert torch.equal(keys(chosen), before[:, [2, 0, 0, 1]])
+    chosen.update(torch.zeros(4, 2, 1, 4), torch.zeros(4, 2, 1, 4), 0)
+    assert torch.equal(keys(cache), before)
+    assert cache.get_seq_length() == 5 and chosen.get_seq_length() == 6
+
+
+def test_caches_of_equal_length_join() -> None:
+    one, other = make_cache(3, 5), make_cache(2, 5, seed=1)
+    assert torch.equal(keys(join(one, 3, other, 2)), torch.cat([keys(one), keys(other)], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (make_cache(3, 5), make_cache(2, 6)),
+        ({"a": torch.zeros(3), "step": 1}, {"a": torch.zeros(2), "step": 2}),
+        ({"a": torch.zeros(3)}, {"b": torch.zeros(2)}),
+        ([torch.zeros(3)], [torch.zeros(2), torch.zeros(2)]),
+        ([torch.zeros(3), torch.tensor(1)], [torch.zeros(2), torch.tensor(2)]),
+        (torch.zeros(3), torch.zeros(2).double()),
+        (torch.zeros(3), None),
+    ],
+    ids=["length", "number", "key", "list", "scalar", "type", "none"],
+)
+def test_caches_that_differ_do_not_join(one: Any, other: Any) -> None:
+    with pytest.raises(CannotJoin):
+        join(one, 3, other, 2)
+
+
+def test_a_tensor_without_rows_is_found() -> None:
+    assert bytes_per_row(make_cache(3, 5), 3) == 2 * 2 * 2 * 5 * 4 * 4
+    assert bytes_per_row({"a": torch.zeros(3, 2), "window": torch.tensor(4), "empty": torch.tensor([])}, 3) == 8 + 8 / 3
+    with pytest.raises(UnusableCache, match=r"a tensor of shape \[2, 3\] for 3 sequences"):
+        bytes_per_row([torch.zeros(3), torch.zeros(2, 3)], 3)
