@@ -44,7 +44,6 @@ def test_a_run_trains_and_its_model_loads_in_transformers(
 def test_trainer_and_engine_have_the_same_numbers(
     program: str, model_type: str, more: list[str], world: World, tmp_path: Path
 ) -> None:
-    pytest.importorskip("RL2.engines.embedded.lockstep", reason="the engine samples only packed models")
     model = make(world, model_type, tmp_path / "model")
     critic = [f"critic.model_name={model}"] if more else []
     run = world.run(program, f"actor.model_name={model}", *critic, *more).succeeded()
