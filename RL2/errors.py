@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _DRIVES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that can drive a terminal or break a line: C0 without tab and line feed, DEL, C1, marks of direction and
@@ -33,6 +35,19 @@ class ConfigError(UserError, ValueError):
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
+
+
+class ModelError(ConfigError):
+    """A model that cannot be used; the message begins with its name."""
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Add the configuration key of a model's name in front of the message of a ModelError from the `with` block."""
+    try:
+        yield
+    except ModelError as error:
+        raise ConfigError(f"{key}={error}") from error
 
 
 def one_line(text: str) -> str:

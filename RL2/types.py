@@ -319,7 +319,7 @@ class TokenStats:
 
     def __getattr__(self, name: str) -> Tensor:  # only called for fields that __init__ did not set
         if name in MENU:
-            raise AttributeError(f"the statistic {name!r} was not asked for; declare it with @needs({name!r})")
+            raise AttributeError(f"the statistic {name!r} was not requested; declare it with @needs({name!r})")
         raise AttributeError(name)
 
 

@@ -4,7 +4,7 @@
 
 `runs/demo` is the folder of `rl2 demo`. All runs begin with its warmed-up model. The sick runs have a planted fault.
 The healthy runs are four methods that improve on this task, each with five seeds or learning rates. SPO 3.3 is not
-among them: it loses score here (docs/results.md) and triggers a warning.
+among them: it loses score here (docs/measurements.md) and triggers a warning.
 """
 
 from __future__ import annotations

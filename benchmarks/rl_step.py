@@ -146,7 +146,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     from RL2.parallel.processes import Processes
     from RL2.rollout.environment import load_environment
     from RL2.rollout.episodes import Episodes, EpisodeSetting
-    from RL2.rollout.filters import trainable
+    from RL2.rollout.filters import trainable, with_signal
     from RL2.rollout.metrics import rollout_metrics
     from RL2.trainer.annotate import annotate
     from RL2.workers.actor import Actor
@@ -185,7 +185,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
         trajectories = episodes.play(prompts, config.rollout.train_sampling_params, RESPONSES, step, lambda done: None)
         metrics = rollout_metrics(trajectories, "train")
         rollout_s = time.perf_counter() - turns.begun
-        trained = trainable(trajectories, config)
+        trained = trainable(trajectories, with_signal(trajectories, config), config)
         batch = annotate(pack(trained), trained, config=config, actor=actor, reference=None)
         metrics |= actor.update(batch)
         answer(turns, rollout_s, tokens=metrics["actor/tokens"], reward=metrics["train/reward"])

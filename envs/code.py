@@ -26,25 +26,15 @@ from typing import Any
 
 from .gsm8k import behind_reasoning
 from .sandbox import Programs
+from .variables import chosen, number
 
-
-def setting(name: str, default: str, *choices: str) -> str:
-    """Return an environment variable. Raise ValueError if it is not one of `choices` or not a non-negative integer."""
-    value = os.environ.get(name, default)
-    if choices and value not in choices:
-        raise ValueError(f"{name}={value!r}: choose {' or '.join(choices)}")
-    if not choices and not (value.isdecimal() and value.isascii()):
-        raise ValueError(f"{name}={value!r}: expected an integer")
-    return value
-
-
-LIMIT_S = max(1, int(setting("CODE_LIMIT_S", "5")))
-MEMORY_BYTES = max(64, int(setting("CODE_MEMORY_MB", "1024"))) << 20
-IS_FRACTION = setting("CODE_REWARD", "all", "all", "fraction") == "fraction"
-IS_CHAT = setting("CODE_FORM", "chat", "chat", "completion") == "chat"
-SHOWN_TESTS = int(setting("CODE_SHOWN_TESTS", "1"))
-SANDBOX = setting("CODE_SANDBOX", "auto", "auto", "namespaces", "landlock")
-IS_UNSAFE = setting("CODE_ALLOW_UNSAFE", "false", "true", "false") == "true"
+LIMIT_S = max(1, number("CODE_LIMIT_S", "5"))
+MEMORY_BYTES = max(64, number("CODE_MEMORY_MB", "1024")) << 20
+IS_FRACTION = chosen("CODE_REWARD", "all", "fraction") == "fraction"
+IS_CHAT = chosen("CODE_FORM", "chat", "completion") == "chat"
+SHOWN_TESTS = number("CODE_SHOWN_TESTS", "1")
+SANDBOX = chosen("CODE_SANDBOX", "auto", "namespaces", "landlock")
+IS_UNSAFE = chosen("CODE_ALLOW_UNSAFE", "false", "true") == "true"
 LONGEST = 100_000
 """Limit in characters of a program; a longer one earns nothing."""
 
@@ -212,12 +202,12 @@ def defined(node: ast.AST) -> Iterator[str]:
 async def share_of_outputs(code: str, inputs: list[str], outputs: list[str]) -> tuple[float, str | None]:
     """Return the share of inputs with the expected output, and the first failure."""
     right, why = 0, None
-    for number, (given, expected) in enumerate(zip(inputs, outputs, strict=True), 1):
+    for place, (given, expected) in enumerate(zip(inputs, outputs, strict=True), 1):
         found = await programs.run(code, given)
         if found["why"] is None and lines(found["output"]) == lines(expected):
             right += 1
             continue
-        why = why or f"test {number}: {found['why'] or 'another output'}"
+        why = why or f"test {place}: {found['why'] or 'another output'}"
         if not IS_FRACTION:
             break
     return right / len(inputs), why

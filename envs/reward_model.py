@@ -32,11 +32,9 @@ from transformers import (
 )
 
 from .gsm8k import is_unclosed
+from .variables import required
 
-if "REWARD_MODEL" not in os.environ:
-    raise ValueError("REWARD_MODEL is not set; it names the reward model, for example REWARD_MODEL=ckpts/rm/latest")
-
-NAME = os.environ["REWARD_MODEL"]
+NAME = required("REWARD_MODEL", "names the reward model, for example REWARD_MODEL=ckpts/rm/latest")
 STEP = os.environ.get("REWARD_STEP", "\n\n").replace("\\n", "\n")
 STEPS = os.environ.get("REWARD_STEPS", "mean")
 DEVICE = (

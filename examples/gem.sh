@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Games of GEM over several turns with advantages normalised over the rollout; no data set: the games are made up as they are needed.
+# Games of GEM over several turns with advantages normalised over the rollout; no data set: games are generated when they are needed.
 # Needs: pip install 'rl2-spo[gem]' && pip install --no-deps gem-llm. GEM_ENV names another game.
 # Hardware: written for one node of 8 GPUs with 80 GB each; NPROC=n takes n of them. Time and score: not measured.
 set -eu

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tasks of Reasoning Gym with Dr. GRPO; no data set: the tasks are made up as they are needed.
+# Tasks of Reasoning Gym with Dr. GRPO; no data set: tasks are generated when they are needed.
 # Needs: pip install 'rl2-spo[reasoning-gym]'. REASONING_GYM names another of its data sets.
 # Hardware: written for one node of 8 GPUs with 80 GB each; NPROC=n takes n of them. Time and score: not measured.
 set -eu

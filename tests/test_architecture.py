@@ -21,6 +21,7 @@ LAYERS = (
     ("engines",),
     ("rollout",),
     ("workers",),
+    ("api",),
     ("trainer",),
     ("tools",),
 )

@@ -162,7 +162,7 @@ MISTAKES = [
     (
         "trainer.test_freq=5",
         "trainer.test_freq=5 needs test_data.path, or test_data.prompts_per_rollout tasks that the environment "
-        "makes up, or test_data.sets",
+        "generates, or test_data.sets",
     ),
     ("trainer.keep=2", "trainer.keep=2 has no effect without trainer.save_freq"),
     ("trainer.keep_best=true", "trainer.keep_best=true has no effect without trainer.test_freq"),

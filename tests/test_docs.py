@@ -42,12 +42,12 @@ from RL2.tools.keys import annotated, table
 from RL2.tools.keys import page as page_of_keys
 from RL2.tools.plan.command import PlanRequest
 from RL2.tools.settings import parse_settings
-from RL2.trainer.unused_settings import probe, probe_supervised
+from RL2.trainer.unused_settings import refuse_advantage_objectives, refuse_unused_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
-SHOWN = ("", "text", "json")
-"""Languages of blocks that show what comes out."""
+SHOWN = ("", "text", "json", "math", "py")
+"""Languages of blocks that show what comes out, formulas, and programs of other libraries (`py`)."""
 FILES = ("train.jsonl", "rows.jsonl", "runs/demo/data/train.jsonl", "runs/demo/data/test.jsonl")
 """Data that commands name; what is in them does not matter here."""
 OF_OTHERS = ("python -m sglang.launch_server ", "python RL2/engines/vllm/plugin/launch.py ")
@@ -87,11 +87,11 @@ def spans(page: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """What pages load: a language model and a reward model, random."""
+    """What pages load: language models and a reward model, random."""
     folder = tmp_path_factory.mktemp("models")
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, **shape)
-    for name, cls in {"lora": LlamaForCausalLM, "rm": LlamaForSequenceClassification}.items():
+    for name, cls in {"lora": LlamaForCausalLM, "sft": LlamaForCausalLM, "rm": LlamaForSequenceClassification}.items():
         cls(config).save_pretrained(folder / name / "latest")
         tokenizer.save_pretrained(folder / name / "latest")
     return folder
@@ -106,6 +106,9 @@ def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for name in FILES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}\n")
+    for block in blocks(ROOT / "docs" / "own_objective.md"):  # other pages train with its script
+        if block.file:
+            (tmp_path / block.file).write_text(block.text)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "torchrun").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     (tmp_path / "bin" / "torchrun").chmod(0o755)
@@ -201,9 +204,9 @@ def resolve(module: str, overrides: list[str]) -> None:
         overrides = [*minimal(program), *(override for override in overrides if override != "...")]
     config = load(program, overrides)
     if isinstance(config, RLConfig):
-        probe(config)
+        refuse_unused_settings(config)
     elif isinstance(config, SFTConfig):
-        probe_supervised(config.actor)
+        refuse_advantage_objectives(config.actor)
 
 
 def rl2(name: str, words: list[str]) -> None:

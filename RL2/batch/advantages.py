@@ -25,8 +25,9 @@ def reinforce(
 ) -> Tensor:
     """Return the total reward of the trajectory minus the mean of its group, on each of its action tokens, [T].
 
-    This is Dr. GRPO (arXiv 2503.20783). `global_norm` takes the mean over the whole rollout, as do groups of one
-    member. `group_size` is the number of members that a group was sampled with; None counts the members in the batch.
+    This is the advantage of Dr. GRPO (arXiv 2503.20783). `global_norm` takes the mean over the whole rollout, as do
+    groups of one member. `group_size` is the number of members that a group was sampled with; None counts the members
+    in the batch.
 
     `norm_var` divides by a standard deviation plus 1e-6, with n - 1 in its denominator. By default the deviation is
     over the same trajectories as the mean: GRPO (2402.03300), or with `global_norm` RL2. `std_over=rollout` takes it

@@ -99,9 +99,9 @@ def pack_tokens(sequences: Seq[list[int]]) -> TokenBatch:
 def loss_weights(
     batch: TokenBatch,
     *,
-    train_on: Literal["all", "correct"],
-    level: Literal["token", "sequence", "constant"],
-    average_over: Literal["all", "kept", "correct"],
+    train_on: Literal["all", "correct"] = "all",
+    level: Literal["token", "sequence", "constant"] = "token",
+    average_over: Literal["all", "kept", "correct"] = "all",
     length: int | None = None,
     entropy_quantile: float = 0.0,
     not_mode: bool = False,
@@ -271,7 +271,7 @@ def fill_evenly(lengths: Seq[int], costs: Seq[float], max_tokens: int, num_ranks
 
     Microbatches of similar cost then run at the same time. Return None if the sequences do not fit.
     """
-    bins, left = _spread(_most_expensive_first(costs), lengths, costs, max_tokens, num_ranks * number)
+    bins, left = _fill(_most_expensive_first(costs), lengths, costs, max_tokens, num_ranks * number)
     bins.sort(key=lambda ids: -sum(costs[i] for i in ids))
     return None if left else [bins[i : i + num_ranks] for i in range(0, len(bins), num_ranks)]
 
@@ -286,7 +286,7 @@ def fill_in_turn(lengths: Seq[int], costs: Seq[float], max_tokens: int, num_rank
     for remaining in range(number, 0, -1):
         share = sum(costs[i] for i in left) / (num_ranks * remaining)
         level = max([share, *(costs[i] for i in left[:1])]) if remaining > 1 else math.inf
-        bins, left = _spread(left, lengths, costs, max_tokens, num_ranks, level)
+        bins, left = _fill(left, lengths, costs, max_tokens, num_ranks, level)
         rounds.append(bins)
     return None if left else rounds
 
@@ -296,7 +296,7 @@ def time_of(rounds: Rounds, costs: Seq[float]) -> float:
     return sum(max(sum(costs[i] for i in ids) for ids in bins) for bins in rounds)
 
 
-def _spread(
+def _fill(
     ids: Seq[int], lengths: Seq[int], costs: Seq[float], max_tokens: int, number: int, level: float = math.inf
 ) -> tuple[list[list[int]], list[int]]:
     """Put `ids`, in order, each into the cheapest of `number` bins with room, up to a cost of `level`.

@@ -49,6 +49,13 @@ def find(name: str) -> Estimator:
     return functions.find(KEY, name, ESTIMATORS, Estimator, DECLARATION)
 
 
+def bound(estimator: str | Estimator, knobs: Mapping[str, Any]) -> BoundEstimator:
+    """Return an estimator with its knobs set, both given in Python. Raise ConfigError as `configured` does."""
+    name, found = functions.argument("estimator", estimator, ESTIMATORS, Estimator, DECLARATION)
+    keys = {knob: knob for knob in (*found.knobs, *knobs)}
+    return BoundEstimator(name, found, functions.knob_values("estimator", name, found, knobs, keys))
+
+
 def configured(adv: Advantage) -> BoundEstimator:
     """Return the estimator of a configuration.
 

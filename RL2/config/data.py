@@ -16,7 +16,7 @@ class TrainData:
 
     path: str | None = None
     """A .json, .jsonl, .csv, .parquet or .arrow file, or a hub data set as `split@name:subset`; `name` alone means its
-    `train` split. null: no rows; the environment's `reset` makes up tasks, new ones at each step, and an epoch of
+    `train` split. null: no rows; the environment's `reset` generates tasks, new ones at each step, and an epoch of
     `trainer.n_epochs` is one step."""
     prompts_per_rollout: Count
     """Number of prompts per training step."""
@@ -42,11 +42,11 @@ class TestSet:
     """One of `test_data.sets`."""
 
     path: str | None = None
-    """File or data set of the rows; null: `prompts_per_rollout` tasks that the environment's `reset` makes up."""
+    """File or data set of the rows; null: `prompts_per_rollout` tasks that the environment's `reset` generates."""
     env_path: str | None = None
     """Environment script of this set; null: `rollout.env_path`."""
     prompts_per_rollout: Count | None = None
-    """Number of prompts in flight, or of tasks to make up; null: all rows. Not inherited from
+    """Number of prompts in flight, or of tasks to generate; null: all rows. Not inherited from
     `test_data.prompts_per_rollout`."""
     responses_per_prompt: Count | None = None
     """Number of samples per prompt; null: `test_data.responses_per_prompt`."""
@@ -67,11 +67,11 @@ class TestSettings:
     name: str
     """Name of the set; the empty string is `test_data` itself."""
     path: str | None
-    """File or data set of the rows; None: tasks that the environment's `reset` makes up."""
+    """File or data set of the rows; None: tasks that the environment's `reset` generates."""
     env_path: str
     """Environment script."""
     prompts_per_rollout: int | None
-    """Number of prompts in flight, or of tasks to make up."""
+    """Number of prompts in flight, or of tasks to generate."""
     responses_per_prompt: int
     """Number of samples per prompt."""
     max_turns: int
@@ -103,7 +103,7 @@ class TestData:
     up, the same at each test."""
     prompts_per_rollout: Count | None = None
     """Number of prompts in flight; every row is tested in any case. null: all at once. Without `test_data.path`: the
-    number of tasks to make up."""
+    number of tasks to generate."""
     responses_per_prompt: Count = 1
     """Number of samples per prompt; the score is the mean over all of them."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -129,7 +129,7 @@ class TestData:
             if each.path is None and each.prompts_per_rollout is None:
                 raise ConfigError(
                     f"{key} has nothing to test on: set {key}.path, or {key}.prompts_per_rollout for tasks that its "
-                    "environment makes up"
+                    "environment generates"
                 )
         if self.best_by is not None and self.best_by not in self.sets:
             have = ", ".join(self.sets) or "none"

@@ -97,6 +97,16 @@ def find(key: str, name: str, table: Mapping[str, D], kind: type[D], declaration
     return table[name]
 
 
+def argument(key: str, what: str | D, table: Mapping[str, D], kind: type[D], declaration: str) -> tuple[str, D]:
+    """Return the name and the function of `what`, an argument `key` in Python: a function, or as in `find`."""
+    if isinstance(what, str):
+        return what, find(key, what, table, kind, declaration)
+    name = getattr(getattr(what, "function", what), "__name__", repr(what))
+    if not isinstance(what, kind):
+        raise ConfigError(f"{key}={name}: say what it reads, {declaration}")
+    return name, what
+
+
 def knob_values(key: str, name: str, of: Declared, given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
     """Return every knob of `of` with its value: those `given`, the others at their defaults.
 

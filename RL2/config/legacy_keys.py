@@ -144,15 +144,15 @@ key without new settings is dropped: it asks for the default, or for something t
 REFUSED = {
     "MODEL=megatron": "RL2 has no Megatron; models are sharded by FSDP2, with MODEL.ddp_size, tp_size and sp_size",
     "ref_actor=megatron": "RL2 has no Megatron; the reference has the layout of the actor",
-    "MODEL.tf_config.*": "RL2 has no Megatron; take MODEL.tp_size and MODEL.sp_size",
+    "MODEL.tf_config.*": "RL2 has no Megatron; use MODEL.tp_size and MODEL.sp_size",
     "MODEL.optimizer.min_lr": "the learning rate has no floor here",
     "ref_actor.LAYOUT": "the reference has the actor's layout, dtype and temperature",
     "rollout.server_args.*": "servers get arguments by rollout.engine=sglang rollout.sglang.args=[...]",
-    "rollout.test_ratio": "take slices: train_data.path='train[3%:]@NAME' test_data.path='train[:3%]@NAME'",
-    "rollout.use_gem_env": "take rollout.env_path=envs/gem.py, and GEM_ENV for the game",
-    "rollout.gem_env.*": "take rollout.env_path=envs/gem.py, and GEM_ENV for the game",
+    "rollout.test_ratio": "use slices: train_data.path='train[3%:]@NAME' test_data.path='train[:3%]@NAME'",
+    "rollout.use_gem_env": "use rollout.env_path=envs/gem.py, and GEM_ENV for the game",
+    "rollout.gem_env.*": "use rollout.env_path=envs/gem.py, and GEM_ENV for the game",
     "rollout.multi_agent.*": "RL2 has one policy and no agents that take turns",
-    "trainer.stop_file": "RL2 looks at no file; Ctrl-C ends a run with a checkpoint",
+    "trainer.stop_file": "RL2 watches no file; Ctrl-C ends a run with a checkpoint",
 }
 """Old key, group of keys or setting without a counterpart -> why, and what to do."""
 
@@ -178,7 +178,7 @@ class Given:
     @property
     def note(self) -> str:
         """Line that tells the user what became of the override."""
-        return f"{self.override} -> {' '.join(self.settings) or 'left out, it changes nothing here'}"
+        return f"{self.override} -> {' '.join(self.settings) or 'left out: it has no effect here'}"
 
 
 def translate(program: str, overrides: Sequence[str]) -> list[Given]:
@@ -236,9 +236,9 @@ def _of_value(override: str, rule: dict[str, str], said: str) -> list[str]:
 
 def _refuse_idle_estimators(given: dict[str, Given]) -> None:
     """Raise LegacyKeyError for an estimator of a place (loss, reward) where the KL divergence is not computed."""
-    kinds = [_value(setting) for one in given.values() for setting in one.settings if _key(setting) == "actor.kl.type"]
+    types = [_value(setting) for one in given.values() for setting in one.settings if _key(setting) == "actor.kl.type"]
     for key, places in NEEDED.items():
-        if key in given and (not kinds or kinds[-1] not in places):
+        if key in given and (not types or types[-1] not in places):
             raise LegacyKeyError(f"{given[key].override} has no effect without actor.kl.type={' or '.join(places)}")
 
 

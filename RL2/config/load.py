@@ -1,4 +1,4 @@
-"""`load`, the one door through which a configuration comes in.
+"""Loading of configurations: `load` makes every one of them.
 
 The dataclasses of this package say what a key means, what it may be, and its default; `trainer/config/PROGRAM.yaml`
 has what a program changes. Errors are `ConfigError`s that name the override to change.

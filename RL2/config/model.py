@@ -207,7 +207,7 @@ class Actor(TrainablePolicy):
     """Tokens of a microbatch per process in forward passes without gradients."""
     avg_level: Literal["token", "sequence", "constant"] = "token"
     """Averaging of the loss. token: over all tokens. sequence: over the tokens of each sequence, then over
-    sequences. constant: each sequence's sum divided by `avg_length`, then over sequences (Dr. GRPO)."""
+    sequences (GRPO). constant: each sequence's sum divided by `avg_length`, then over sequences (Dr. GRPO)."""
     avg_length: Count | None = interpolated("${rollout.train_sampling_params.max_new_tokens}")
     """Number of tokens that each sequence's sum is divided by, with avg_level=constant."""
     temperature: PositiveFloat = interpolated("${rollout.train_sampling_params.temperature}")

@@ -53,7 +53,7 @@ class Servers:
     env: dict[str, Any] = field(default_factory=dict)
     """Further environment variables of a launched server."""
     sync_dir: str | None = None
-    """Folder for weights on their way to the servers, which must see it under the same path; it holds one copy of the
+    """Folder for weight files, which the servers must see under the same path; it holds one copy of the
     model. null: shared memory, for servers on this machine."""
     bucket_mib: Count = 512
     """Amount of weights gathered in memory before they are written or sent, in MiB."""

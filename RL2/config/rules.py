@@ -85,7 +85,7 @@ def kl_without_importance_weight_on_policy(actor: Actor, rollout: Rollout) -> No
 
 
 def selection_of_trajectories_that_are_filtered(actor: Actor, rollout: Rollout) -> None:
-    """Refuse actor.select.not_truncated=true beside rollout.overlong_filtering=true."""
+    """Refuse actor.select.not_truncated=true together with rollout.overlong_filtering=true."""
     if actor.select.not_truncated and rollout.overlong_filtering:
         raise ConfigError(
             "actor.select.not_truncated=true has no effect with rollout.overlong_filtering=true, which leaves no "
@@ -219,7 +219,7 @@ def curriculum_without_rows(train_data: TrainData) -> None:
     if train_data.path is None and train_data.curriculum != "none":
         raise ConfigError(
             f"train_data.curriculum={train_data.curriculum} needs train_data.path: tasks that the environment "
-            "makes up never occur again"
+            "generates never occur again"
         )
 
 
@@ -228,7 +228,7 @@ def missing_test_set(trainer: RLTrainer, test_sets: list[TestSettings]) -> None:
     if trainer.test_freq and not test_sets:
         raise ConfigError(
             f"trainer.test_freq={trainer.test_freq} needs test_data.path, or test_data.prompts_per_rollout "
-            "tasks that the environment makes up, or test_data.sets"
+            "tasks that the environment generates, or test_data.sets"
         )
 
 

@@ -14,10 +14,10 @@ class Advantage:
     """Settings of advantages, which are computed from rewards."""
 
     estimator: str = "reinforce"
-    """Advantage estimator. reinforce: reward minus the group's mean (Dr. GRPO). gdpo: reward parts, each normalised
-    within the group, then weighted, summed and normalised over the rollout (GDPO, arXiv 2601.05242). rloo: reward minus
-    the mean of the other members of the group. spo: the reward itself. gae: generalised advantage estimation with a
-    critic (PPO). path.py:function: an estimator of your own (docs/own_advantage.md)."""
+    """Advantage estimator. reinforce: reward minus the group's mean (GRPO and Dr. GRPO, docs/ppo.md). gdpo: reward
+    parts, each normalised within the group, then weighted, summed and normalised over the rollout (GDPO, arXiv
+    2601.05242). rloo: reward minus the mean of the other members of the group. spo: the reward itself. gae: generalised
+    advantage estimation with a critic (PPO). path.py:function: an estimator of your own (docs/own_advantage.md)."""
     args: dict[str, Any] = field(default_factory=dict)
     """Knobs of an estimator of your own by name: args.NAME=value."""
     gamma: Share = 1.0
@@ -28,8 +28,8 @@ class Advantage:
     """With reinforce: take the mean (and the standard deviation) over the whole rollout instead of each group. With
     a critic: subtract the mean over all action tokens of the rollout."""
     norm_var: bool = False
-    """Divide by the standard deviation: with reinforce that of the rewards (GRPO), with a critic that over all action
-    tokens of the rollout."""
+    """Divide by the standard deviation: with reinforce that of the rewards (as in GRPO), with a critic that over all
+    action tokens of the rollout."""
     std_over: Literal["rollout", "tokens"] | None = None
     """Standard deviation of reinforce with norm_var. null: over the group, or the rollout with global_norm, like the
     mean. rollout: over all rewards of the rollout. tokens: the advantages are centred and scaled over all action tokens
@@ -59,7 +59,7 @@ class Trainer:
     n_epochs: Count = 1
     """Number of passes over the training data."""
     max_steps: Index | None = None
-    """Maximum number of steps, whatever n_epochs is; null: no maximum."""
+    """Maximum number of steps, for any n_epochs; null: no maximum."""
     test_freq: Count | None = None
     """Number of steps between tests; there is one before the first step and one after the last. null: no tests."""
     save_dir: str = "ckpts/${trainer.experiment_name}"

@@ -6,6 +6,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
@@ -47,54 +48,79 @@ def interpolated(text: str) -> Any:
     return field(metadata={"default": text})
 
 
-def defaults(cls: type) -> dict[str, Any]:
-    """Return the defaults of a group of keys, and of the groups in it, as plain values.
+@dataclass(frozen=True)
+class Node:
+    """A key of a configuration, or a group of keys."""
 
-    None stands for a key without a default; interpolations are not resolved.
+    path: tuple[str, ...]
+    """Names of the groups that it is in, from the outermost on, and its own."""
+    hint: Any
+    """Type of its values; a group has a dataclass."""
+    owner: type
+    """Dataclass that declares it."""
+    field: Field[Any]
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.path)
+
+    @property
+    def is_group(self) -> bool:
+        return is_dataclass(self.hint)
+
+    @property
+    def default(self) -> Any:
+        """Default of a key as a plain value; None for a key without one. Interpolations are not resolved."""
+        if self.field.default_factory is not MISSING:
+            return self.field.default_factory()
+        if self.field.default is MISSING:
+            return self.field.metadata.get("default")
+        return list(self.field.default) if isinstance(self.field.default, tuple) else self.field.default
+
+
+def nodes(cls: type, path: tuple[str, ...] = (), *, members: bool = False) -> Iterator[Node]:
+    """Yield the keys and groups of a dataclass in their order, each group before what is in it.
+
+    With `members`, they include the keys of groups with names of the user's own, where NAME is in place of a name.
     """
-    hints = typing.get_type_hints(cls)
-    return {f.name: defaults(hints[f.name]) if is_dataclass(hints[f.name]) else _default(f) for f in fields(cls)}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for each in fields(cls):
+        node = Node((*path, each.name), hints[each.name], cls, each)
+        yield node
+        if node.is_group:
+            yield from nodes(node.hint, node.path, members=members)
+        elif members and typing.get_origin(node.hint) is dict:
+            member = typing.get_args(node.hint)[-1]
+            if isinstance(member, type) and is_dataclass(member):
+                yield from nodes(member, (*node.path, "NAME"), members=True)
 
 
-def _default(f: Field[Any]) -> Any:
-    if f.default_factory is not MISSING:
-        return f.default_factory()
-    if f.default is MISSING:
-        return f.metadata.get("default")
-    return list(f.default) if isinstance(f.default, tuple) else f.default
+def value_at(values: Any, path: Sequence[str]) -> Any:
+    """Return the value at `path` in nested mappings; MISSING if there is none."""
+    for name in path:
+        if not isinstance(values, dict):
+            return MISSING
+        values = values.get(name, MISSING)
+    return values
 
 
-def keys(cls: type, prefix: str = "") -> list[str]:
+def defaults(cls: type) -> dict[str, Any]:
+    """Return the defaults of a group of keys, and of the groups in it, as plain values; see `Node.default`."""
+    found: dict[str, Any] = {}
+    for node in nodes(cls):
+        value_at(found, node.path[:-1])[node.path[-1]] = {} if node.is_group else node.default
+    return found
+
+
+def keys(cls: type) -> list[str]:
     """Return the keys of a group and of the groups in it; NAME stands for a name of the user's own."""
-    found = []
-    for name, hint in typing.get_type_hints(cls).items():
-        if is_dataclass(hint):
-            assert isinstance(hint, type)
-            found += keys(hint, f"{prefix}{name}.")
-            continue
-        found.append(f"{prefix}{name}")
-        if (member := member_of(hint)) is not None:
-            found += keys(member, f"{prefix}{name}.NAME.")
-    return found
+    return [node.key for node in nodes(cls, members=True) if not node.is_group]
 
 
-def member_of(hint: Any) -> type | None:
-    """Return the dataclass of the members of a group with names of the user's own, if they are groups too."""
-    member = typing.get_args(hint)[-1] if typing.get_origin(hint) is dict else None
-    return member if isinstance(member, type) and is_dataclass(member) else None
-
-
-def unset(cls: type, values: dict[str, Any], prefix: str = "") -> list[str]:
+def unset(cls: type, values: dict[str, Any]) -> list[str]:
     """Return the keys of a group that need a value and have none."""
-    found = []
-    for name, hint in typing.get_type_hints(cls).items():
-        value = values.get(name, MISSING)
-        if is_dataclass(hint) and isinstance(value, dict):
-            assert isinstance(hint, type)
-            found += unset(hint, value, f"{prefix}{name}.")
-        elif value is None and type(None) not in typing.get_args(hint) and not is_dataclass(hint):
-            found.append(prefix + name)
-    return found
+    required = (node for node in nodes(cls) if not node.is_group and type(None) not in typing.get_args(node.hint))
+    return [node.key for node in required if value_at(values, node.path) is None]
 
 
 def build(annotation: Any, value: Any, key: str) -> Any:

@@ -111,7 +111,9 @@ def table(
         except NotStorable:
             pass
         except OSError as error:
-            progress.say(f"{bad.path}: kept in memory, as its table cannot be on the disk: {first_line(error)}")
+            progress.say(
+                f"{bad.path}: kept in memory, because its table cannot be written to disk: {first_line(error)}"
+            )
     if found is None:
         writer = Writer(columns)
         with progress.phase(f"reading {bad.path}", 1) as phase:

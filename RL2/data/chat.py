@@ -139,7 +139,7 @@ def is_chat(row: Row) -> bool:
     # a null key belongs to other rows of the file
     prompt, messages = row.get("prompt"), row.get("messages")
     if prompt is None and messages is None:
-        hint = "example(row) in the environment script (rollout.env_path, in SFT data.env_path) can make them of others"
+        hint = "example(row) in the environment script (rollout.env_path, in SFT data.env_path) can convert others"
         raise DataError(f"neither 'prompt' nor 'messages'; its keys are {keys(row)}; {hint}")
     if prompt is None:
         return True

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +13,7 @@ from RL2.data.bad_rows import BadRows
 from RL2.data.cache import key, table
 from RL2.data.sft import Demonstration, Example, demonstration, encode_demonstrations, marked, said_of
 from RL2.data.source import DataError, Row, from_json, keys, shown
-from RL2.data.table import Table, Writer
+from RL2.data.table import Table, TableView, Writer
 from RL2.data.template import Template
 from RL2.io.progress import Progress
 
@@ -37,24 +36,18 @@ A user after the assistant is not accepted: it could continue the conversation o
 """
 
 
-class Pairs(Seq[Pair]):
+class Pairs(TableView[Pair]):
     """Pairs of a data set, read from the table on access. Row 2n is the chosen side of pair n."""
 
     def __init__(self, table: Table) -> None:
-        self.table = table
+        super().__init__(table)
         self.ids, self.trains = (table.columns[name] for name in COLUMNS)
 
     def __len__(self) -> int:
         return len(self.table) // 2
 
-    @overload
-    def __getitem__(self, number: int) -> Pair: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Pair]: ...
-    def __getitem__(self, number: int | slice) -> Pair | list[Pair]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
-        first = 2 * range(len(self))[number]
+    def item(self, number: int) -> Pair:
+        first = 2 * number
         chosen, rejected = ((self.ids[n].tolist(), self.trains[n].tolist()) for n in (first, first + 1))
         return chosen, rejected
 
@@ -67,21 +60,22 @@ def load_pairs(
     notes: list[str] | None = None,
     bad: BadRows | None = None,
     progress: Progress | None = None,
+    template: Template | None = None,
 ) -> tuple[Pairs, int]:
     """Return the pairs whose sequences have at most `max_length` tokens, and the number of pairs left out as longer.
 
     Rows are {"prompt", "chosen", "rejected"} with three texts, or {"chosen", "rejected"} with two lists of messages
     that end with the assistant. `prompt` or `messages` precede a side that does not repeat them. `example` may convert
     other rows into these. Notes about the rows are appended to `notes`. Unusable rows go to `bad`; without it they
-    raise DataError.
+    raise DataError. `template` is the tokenizer's, if it has been analysed before.
     """
-    bad, template = bad or BadRows(path), Template(tokenizer)
+    bad, known = bad or BadRows(path), template or Template(tokenizer)
 
     def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
         counts = {side: Counter[str]() for side in SIDES}
         odd = Counter[str]()
         for rows in bad.pieces(example, tell):
-            pairs = _encoded(template, rows, bad, counts, max_length)
+            pairs = _encoded(known, rows, bad, counts, max_length)
             _count(odd, pairs)
             sides = [side for pair in pairs for side in pair]
             writer.add(ids=[ids for ids, _ in sides], trains=[mask for _, mask in sides])

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,13 +15,15 @@ from RL2.data.bad_rows import BadRows
 from RL2.data.cache import key, table
 from RL2.data.chat import encode, is_chat, question_of, template_arguments
 from RL2.data.source import DataError, Row, from_json, shown
-from RL2.data.table import Table, Writer, is_json
+from RL2.data.table import Table, TableView, Writer, is_json
 from RL2.data.template import Chat, Template
 from RL2.io.progress import Progress
 from RL2.types import Prompt
 
 COLUMNS = ("ids", "text", "rest", "row")
 """Columns of a table of prompts; `rest` is JSON of `extra_info` and the template's arguments."""
+
+NO_TOKENS = "its prompt has no tokens"
 
 ANSWERS = (
     r"####\s*{}(?!\w|[.,]\d)",
@@ -45,24 +47,14 @@ def given_away(prompt: str, answer: Any) -> str | None:
     return None
 
 
-class Prompts(Sequence[Prompt]):
+class Prompts(TableView[Prompt]):
     """Prompts of a data set, read from the table on access."""
 
     def __init__(self, table: Table) -> None:
-        self.table = table
+        super().__init__(table)
         self.ids, self.texts, self.rest, self.rows = (table.columns[name] for name in COLUMNS)
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @overload
-    def __getitem__(self, number: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Prompt]: ...
-    def __getitem__(self, number: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
-        number = range(len(self))[number]
+    def item(self, number: int) -> Prompt:
         rest = bytes(self.rest[number])
         extra_info, arguments = json.loads(rest) if rest else self.table.objects[number]
         text = bytes(self.texts[number]).decode()
@@ -88,17 +80,19 @@ def load_prompts(
     max_length: int,
     bad: BadRows | None = None,
     progress: Progress | None = None,
+    template: Template | None = None,
 ) -> Prompts:
     """Return the rows of a file as prompts.
 
     Rows are {"prompt" | "messages", "extra_info"}, or are converted into these by `example`. Unusable rows, including
-    prompts of more than `max_length` tokens, go to `bad`; without it they raise DataError.
+    prompts of more than `max_length` tokens, go to `bad`; without it they raise DataError. `template` is the
+    tokenizer's, if it has been analysed before.
     """
-    bad, template = bad or BadRows(path), Template(tokenizer)
+    bad, known = bad or BadRows(path), template or Template(tokenizer)
 
     def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
         for rows in bad.pieces(example, tell):
-            _write(writer, rows, template, max_length, bad)
+            _write(writer, rows, known, max_length, bad)
         bad.settle()
         return {}
 
@@ -106,16 +100,32 @@ def load_prompts(
     return Prompts(table(bad, name, COLUMNS, build, progress or Progress(speaks=False)))
 
 
+def make_prompt(row: Row, template: Template, number: int) -> Prompt:
+    """Return a row {"prompt" | "messages", "extra_info"} as a prompt. Raise DataError if it is not one."""
+    chat, text, arguments = _rendered(row, template)
+    (token_ids,) = encode(template.tokenizer, [text], begins=not chat)
+    if not token_ids:
+        raise DataError(NO_TOKENS)
+    return Prompt(number, text, token_ids, _extra_info(row), arguments)
+
+
+def _rendered(row: Row, template: Template) -> tuple[bool, str, dict[str, Any]]:
+    """Return whether a row is a chat, the text of its prompt, and the template's arguments beside the messages."""
+    if not is_chat(row):
+        return False, row["prompt"], {}
+    arguments = template_arguments(row)
+    text = template.ask(Chat(question_of(row), arguments))
+    if not text:
+        raise DataError("the chat template renders an empty prompt")
+    return True, text, arguments
+
+
 def _write(writer: Writer, rows: dict[int, Row], template: Template, max_length: int, bad: BadRows) -> None:
     """Encode and write the usable rows; report the others to `bad`."""
     texts, arguments = dict[bool, dict[int, str]]({True: {}, False: {}}), dict[int, dict[str, Any]]()
     for number, row in rows.items():
         with bad.row(number):
-            chat = is_chat(row)
-            arguments[number] = template_arguments(row) if chat else {}
-            text = template.ask(Chat(question_of(row), arguments[number])) if chat else row["prompt"]
-            if not text:
-                raise DataError("the chat template renders an empty prompt")
+            chat, text, arguments[number] = _rendered(row, template)
             texts[chat][number] = text
     token_ids = dict[int, list[int]]()
     for chat, part in texts.items():
@@ -126,7 +136,7 @@ def _write(writer: Writer, rows: dict[int, Row], template: Template, max_length:
         with bad.row(number):
             length = len(token_ids[number])
             if not length:
-                raise DataError("its prompt has no tokens")
+                raise DataError(NO_TOKENS)
             if length > max_length:
                 raise DataError(
                     f"its prompt has {length} tokens, the limit is {max_length}; "

@@ -6,10 +6,9 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +16,7 @@ from RL2.data.bad_rows import BadRows
 from RL2.data.cache import key, table
 from RL2.data.chat import Message, encode, is_chat, messages_of, template_arguments, template_errors, unicode
 from RL2.data.source import DataError, Row, keys, shown
-from RL2.data.table import Table, Writer
+from RL2.data.table import Table, TableView, Writer
 from RL2.data.template import Chat, Template, reasoning_of
 from RL2.data.turns import Piece, cut_at_turns
 from RL2.io.progress import Progress
@@ -48,24 +47,14 @@ class Demonstration:
     """Indices of the messages that train."""
 
 
-class Examples(Seq[Trajectory]):
+class Examples(TableView[Trajectory]):
     """Demonstrations of a data set as trajectories, read from the table on access."""
 
     def __init__(self, table: Table) -> None:
-        self.table = table
+        super().__init__(table)
         self.ids, self.trains, self.rows = (table.columns[name] for name in COLUMNS)
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @overload
-    def __getitem__(self, number: int) -> Trajectory: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Trajectory]: ...
-    def __getitem__(self, number: int | slice) -> Trajectory | list[Trajectory]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
-        number = range(len(self))[number]
+    def item(self, number: int) -> Trajectory:
         row, zeros = int(self.rows[number][0]), [0.0] * len(self.ids[number])
         sequence = Sequence(self.ids[number].tolist(), self.trains[number].tolist(), zeros, zeros.copy())
         return Trajectory(row=row, group=row, sample=0, sequences=[sequence])
@@ -80,19 +69,21 @@ def load_examples(
     notes: list[str] | None = None,
     bad: BadRows | None = None,
     progress: Progress | None = None,
+    template: Template | None = None,
 ) -> tuple[Examples, int]:
     """Return a trajectory per row of at most `max_length` tokens, and the number of rows left out as longer.
 
     Rows are {"prompt", "response"}, {"messages"} or {"messages", "response"}, or are converted into these by `example`.
-    Notes about the rows are appended to `notes`. Unusable rows go to `bad`; without it they raise DataError.
+    Notes about the rows are appended to `notes`. Unusable rows go to `bad`; without it they raise DataError. `template`
+    is the tokenizer's, if it has been analysed before.
     """
-    bad, template = bad or BadRows(path), Template(tokenizer)
+    bad, known = bad or BadRows(path), template or Template(tokenizer)
 
     def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
         counts = Counter[str]()
         for rows in bad.pieces(example, tell):
             found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-            for number, (token_ids, mask) in _encode(template, rows, bad, train_on, counts).items():
+            for number, (token_ids, mask) in _encode(known, rows, bad, train_on, counts).items():
                 with bad.row(number):
                     if not any(mask):
                         raise DataError("no token to train on")

@@ -207,8 +207,8 @@ def describe(path: str | None) -> str:
     if _is_saved(Path(path)):
         return f"{path}: folder saved by datasets"
     split, name, subset = _parse(path)
-    kind = "folder" if Path(name).is_dir() else "hub data set"
-    return f"{path}: {kind} {name}, " + (f"subset {subset}, " if subset else "") + f"split {split}"
+    where = "folder" if Path(name).is_dir() else "hub data set"
+    return f"{path}: {where} {name}, " + (f"subset {subset}, " if subset else "") + f"split {split}"
 
 
 def is_here(path: str | None) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedWriter, BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -21,6 +22,7 @@ ABOUT = "about.json"
 DTYPES: dict[str, type[np.generic]] = {"ids": np.int32, "trains": np.bool_, "row": np.int64}
 """Column -> type of its values; other columns are bytes."""
 STARTS = "starts"
+T = TypeVar("T")
 
 
 class NotStorable(ValueError):
@@ -64,6 +66,29 @@ class Table:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
+
+
+class TableView(Sequence[T], ABC):
+    """Objects that are made from the rows of a table on access."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    @abstractmethod
+    def item(self, number: int) -> T:
+        """Return the object with the index `number`, counted from 0."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, number: int) -> T: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[T]: ...
+    def __getitem__(self, number: int | slice) -> T | list[T]:
+        if isinstance(number, slice):
+            return [self.item(each) for each in range(*number.indices(len(self)))]
+        return self.item(range(len(self))[number])
 
 
 class Writer:

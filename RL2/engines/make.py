@@ -95,7 +95,7 @@ def _engine_spec(
         arguments = sglang.server_arguments(rollout, dtype, max_length)
         return EngineSpec(sglang.SGLANG_SERVER, settings, max_length, limit, arguments, router_url=settings.router_url)
     if settings.transport == "ipc" and policy.processes.device.type != "cuda":
-        raise ConfigError("rollout.vllm.transport=ipc shares a GPU's memory, and there is no GPU: take broadcast")
+        raise ConfigError("rollout.vllm.transport=ipc shares a GPU's memory, and there is no GPU: use broadcast")
     sleeps = torch.cuda.is_available() and not settings.urls
     server = vllm.SLEEPING_VLLM_SERVER if sleeps else vllm.VLLM_SERVER
     arguments = vllm.server_arguments(rollout, policy.lm.config, dtype, max_length)

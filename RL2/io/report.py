@@ -43,7 +43,8 @@ CONSOLE = {
     "critic/loss": ("critic loss", "{:+.4f}"),
     "actor/accuracy": ("accuracy", "{:.3f}"),
     "critic/accuracy": ("accuracy", "{:.3f}"),
-    "actor/entropy": ("entropy", "{:.3f}"),
+    "train/entropy": ("rollout entropy", "{:.3f}"),
+    "actor/entropy": ("trained entropy", "{:.3f}"),
     "train/length": ("length", "{:.1f}"),
     "actor/grad_norm": ("grad", "{:.2f}"),
     "time/tokens_per_s": ("tok/s", "{:.0f}"),
@@ -145,7 +146,7 @@ class Report:
             shown.append(f"left {duration(left)}")
         self.say(f"step {step}/{max(step, self.num_steps)}  " + "  ".join(shown))
         if odd := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
-            self.say(f"step {step}: WARNING: not recorded, as JSON has no such numbers: {_values(metrics, odd)}")
+            self.say(f"step {step}: WARNING: not recorded, because JSON has no such numbers: {_values(metrics, odd)}")
             metrics = {name: value for name, value in metrics.items() if name not in odd}
         self._append("metrics.jsonl", [{"step": step} | metrics])
         for dashboard in self.dashboards:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from RL2.errors import ConfigError, first_line
+from RL2.errors import ModelError, first_line
 
 INSPECTED = "rl2_inspected"
 """Name of the attention implementation that checks and records its arguments."""
@@ -50,11 +50,10 @@ class Unsupported(Exception):
     """A reason to refuse a model; the text continues a sentence that begins with the model's name."""
 
 
-def refuse_inexact(auto: type, config: PretrainedConfig, name: str, key: str) -> None:
-    """Raise ConfigError unless packed sequences get the same numbers as each sequence alone.
+def refuse_inexact(auto: type, config: PretrainedConfig, model_name: str) -> None:
+    """Raise ModelError unless packed sequences get the same numbers as each sequence alone.
 
-    `auto` is the transformers auto class that builds the model of `config`. `name` and `key` are the model's name and
-    its configuration key, for errors.
+    `auto` is the transformers auto class that builds the model of `config`.
     """
     try:
         _refuse_quantised(config)
@@ -64,7 +63,7 @@ def refuse_inexact(auto: type, config: PretrainedConfig, name: str, key: str) ->
         _refuse_forward(lm)
         _refuse_unset_buffers(lm)
     except Unsupported as reason:
-        raise ConfigError(f"{key}={name}: {config.model_type} {reason}") from reason
+        raise ModelError(f"{model_name}: {config.model_type} {reason}") from reason
 
 
 def _refuse_quantised(config: PretrainedConfig) -> None:

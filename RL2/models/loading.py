@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from RL2.errors import ConfigError, first_line
+from RL2.errors import ModelError, first_line
 from RL2.models.inspection import refuse_inexact, reset_buffers, stored_buffers
 from RL2.models.lora import merged_name
 from RL2.ops.attention import IMPLEMENTATION
@@ -55,33 +55,32 @@ READ_AT_ONCE = 2**24
 """Number of values of a stored tensor that are read at a time."""
 
 
-def build(auto: type, model_name: str, key: str, **settings: object) -> PreTrainedModel:
+def build(auto: type, model_name: str, **settings: object) -> PreTrainedModel:
     """Return the model of a hub name or folder, built by the auto class `auto`: float32, on the meta device.
 
-    `key` is the configuration key of the name, for errors. Raise ConfigError if there is no such model, or if it is not
-    known to be exact under packing.
+    Raise ModelError if there is no such model, or if it is not known to be exact under packing.
     """
-    refuse_no_model(model_name, key)
-    config = configuration(model_name, key, **settings)
-    refuse_inexact(auto, config, model_name, key)
+    refuse_no_model(model_name)
+    config = configuration(model_name, **settings)
+    refuse_inexact(auto, config, model_name)
     lm = empty(auto, config, torch.float32)
-    if (generation := _generation(model_name, key)) is not None:
+    if (generation := _generation(model_name)) is not None:
         lm.generation_config = generation
     return lm
 
 
-def configuration(model_name: str, key: str, **settings: object) -> PretrainedConfig:
-    """Return the configuration of a hub name or folder. Raise ConfigError, naming `key`, if it cannot be read."""
+def configuration(model_name: str, **settings: object) -> PretrainedConfig:
+    """Return the configuration of a hub name or folder. Raise ModelError if it cannot be read."""
     try:
         return AutoConfig.from_pretrained(model_name, **settings)
     except Exception as error:  # transformers raises a type of its own for each kind of damage
-        raise ConfigError(f"{key}={model_name}: its configuration cannot be read: {first_line(error)}") from error
+        raise ModelError(f"{model_name}: its configuration cannot be read: {first_line(error)}") from error
 
 
-def _generation(model_name: str, key: str) -> GenerationConfig | None:
+def _generation(model_name: str) -> GenerationConfig | None:
     """Return the generation configuration of a model, which names the tokens that end a response; None without one.
 
-    Raise ConfigError if it is damaged.
+    Raise ModelError if it is damaged.
     """
     try:
         found = GenerationConfig.from_pretrained(model_name)
@@ -89,12 +88,10 @@ def _generation(model_name: str, key: str) -> GenerationConfig | None:
         here = folder_here(model_name)
         if isinstance(error, OSError) and not (here and (here / GENERATION_CONFIG_NAME).is_file()):
             return None
-        raise ConfigError(
-            f"{key}={model_name}: its {GENERATION_CONFIG_NAME} cannot be read: {first_line(error)}"
-        ) from error
+        raise ModelError(f"{model_name}: its {GENERATION_CONFIG_NAME} cannot be read: {first_line(error)}") from error
     ends = found.eos_token_id
     if not all(isinstance(token, int) for token in (ends if isinstance(ends, list) else [ends or 0])):
-        raise ConfigError(f"{key}={model_name}: eos_token_id={ends!r} in its {GENERATION_CONFIG_NAME} is no token id")
+        raise ModelError(f"{model_name}: eos_token_id={ends!r} in its {GENERATION_CONFIG_NAME} is no token id")
     return found
 
 
@@ -114,20 +111,19 @@ def materialise(module: nn.Module, lm: PreTrainedModel, device: torch.device) ->
 def read_weights(
     lm: PreTrainedModel,
     model_name: str,
-    key: str,
     initial: Initial = lambda name, shape: None,
     unread: tuple[str, ...] = (),
 ) -> None:
     """Fill the parameters (whole or sharded) and stored buffers of `lm` from the safetensors of a hub name or folder.
 
-    Each process reads only its own pieces, directly from the files. Raise ConfigError if a file is missing or broken,
+    Each process reads only its own pieces, directly from the files. Raise ModelError if a file is missing or broken,
     or if `match_weights` refuses the files.
     """
-    folder = weights_folder(model_name, key)
-    stored = stored_tensors(folder, model_name, key)
+    folder = weights_folder(model_name)
+    stored = stored_tensors(folder, model_name)
     reader = HuggingFaceStorageReader(str(folder))
     reader.fs = _Listing({one.file for one in stored.values()})
-    state, values = match_weights(lm, stored, model_name, key, initial, unread)
+    state, values = match_weights(lm, stored, model_name, initial, unread)
     for tensor, value in values:
         _set(tensor, value)
     try:
@@ -135,29 +131,29 @@ def read_weights(
             dcp.load(state, storage_reader=reader, no_dist=True)
     except (dcp.CheckpointException, ValueError, SafetensorError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
-        raise ConfigError(f"{key}={model_name}: its weights cannot be read: {first_line(cause)}") from error
+        raise ModelError(f"{model_name}: its weights cannot be read: {first_line(cause)}") from error
     for name, tensor in state.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        _refuse_not_finite(name, local, stored[name], f"{key}={model_name}")
+        _refuse_not_finite(name, local, stored[name], model_name)
 
 
-def check_values(state: dict[str, Tensor], stored: dict[str, Stored], where: str) -> Iterator[int]:
+def check_values(state: dict[str, Tensor], stored: dict[str, Stored], model_name: str) -> Iterator[int]:
     """Read the stored tensors that fill `state` piece by piece, and yield the number of bytes of each piece.
 
-    Raise ConfigError, beginning with `where`, for a value that is NaN or infinite.
+    Raise ModelError for a value that is NaN or infinite.
     """
     for file in sorted({stored[name].file for name in state}):
         with safe_open(file, framework="pt") as opened:
             for name in (name for name in state if stored[name].file == file):
                 for piece in _pieces(opened.get_slice(name), stored[name].shape):
-                    _refuse_not_finite(name, piece, stored[name], where)
+                    _refuse_not_finite(name, piece, stored[name], model_name)
                     yield piece.nbytes
 
 
-def _refuse_not_finite(name: str, values: Tensor, stored: Stored, where: str) -> None:
+def _refuse_not_finite(name: str, values: Tensor, stored: Stored, model_name: str) -> None:
     if values.numel() and values.is_floating_point() and not torch.stack(torch.aminmax(values)).isfinite().all():
-        raise ConfigError(
-            f"{where}: {name} in {stored.file.name} has values that are NaN or infinite: the weights are broken; "
+        raise ModelError(
+            f"{model_name}: {name} in {stored.file.name} has values that are NaN or infinite: the weights are broken; "
             "use another checkpoint"
         )
 
@@ -166,17 +162,15 @@ def match_weights(
     lm: PreTrainedModel,
     stored: dict[str, Stored],
     model_name: str,
-    key: str,
     initial: Initial = lambda name, shape: None,
     unread: tuple[str, ...] = (),
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
     """Return stored name -> parameter or buffer of `lm` to fill, and the pairs of parameters and initial values.
 
     Only the headers are read, except for tied weights that are stored twice. `initial` gives the values of parameters
-    that may be missing; `unread` are patterns of stored names to ignore. Raise ConfigError if the files lack a tensor,
+    that may be missing; `unread` are patterns of stored names to ignore. Raise ModelError if the files lack a tensor,
     hold one of another shape, an unused one, a quantised one, or two different values of a tied weight.
     """
-    where = f"{key}={model_name}"
     state: dict[str, Tensor] = {}
     values: list[tuple[Tensor, Tensor]] = []
     lacking: list[str] = []
@@ -186,8 +180,8 @@ def match_weights(
         found = [name for name in dict.fromkeys(chain.from_iterable(map(_spellings, names))) if name in stored]
         if found:
             read.update(found)
-            _refuse_another_value(found, stored, where)
-            _refuse_other_numbers(found[0], stored[found[0]], tensor, where)
+            _refuse_another_value(found, stored, model_name)
+            _refuse_other_numbers(found[0], stored[found[0]], tensor, model_name)
             state[found[0]] = tensor
         return bool(found)
 
@@ -200,38 +194,38 @@ def match_weights(
             lacking.append(names[0])
     lacking += [name for name, buffer in stored_buffers(lm).items() if not find([name], buffer)]
     if lacking:
-        raise ConfigError(
-            f"{where} lacks {len(lacking)} of the tensors of {type(lm).__name__}, among them {lacking[0]}"
+        raise ModelError(
+            f"{model_name} lacks {len(lacking)} of the tensors of {type(lm).__name__}, among them {lacking[0]}"
         )
     ignored = [*(lm._keys_to_ignore_on_load_unexpected or ()), *FORMER_BUFFERS, *unread]
     left = [name for name in stored if name not in read and not any(re.search(pattern, name) for pattern in ignored)]
     if left:
-        raise ConfigError(
-            f"{where} has {len(left)} tensors that {type(lm).__name__} does not read, among them {left[0]}: it is "
+        raise ModelError(
+            f"{model_name} has {len(left)} tensors that {type(lm).__name__} does not read, among them {left[0]}: it is "
             "a different model, or stored in a layout that is not supported"
         )
     return state, values
 
 
-def _refuse_other_numbers(name: str, found: Stored, tensor: Tensor, where: str) -> None:
+def _refuse_other_numbers(name: str, found: Stored, tensor: Tensor, model_name: str) -> None:
     if tensor.is_floating_point() and found.dtype not in FLOATS:
-        raise ConfigError(
-            f"{where}: {name} is stored as {found.dtype} ({found.file.name}): the model is quantised, and its scales "
-            "would be lost; use a checkpoint in bfloat16 or float32"
+        raise ModelError(
+            f"{model_name}: {name} is stored as {found.dtype} ({found.file.name}): the model is quantised, and its "
+            "scales would be lost; use a checkpoint in bfloat16 or float32"
         )
     if found.shape != tuple(tensor.shape):
-        raise ConfigError(
-            f"{where}: {name} has shape {list(found.shape)} in {found.file.name}, but {list(tensor.shape)} in "
+        raise ModelError(
+            f"{model_name}: {name} has shape {list(found.shape)} in {found.file.name}, but {list(tensor.shape)} in "
             "config.json"
         )
 
 
-def _refuse_another_value(names: list[str], stored: dict[str, Stored], where: str) -> None:
-    """Raise ConfigError if a tied weight is stored under two names with different values: one would be lost."""
+def _refuse_another_value(names: list[str], stored: dict[str, Stored], model_name: str) -> None:
+    """Raise ModelError if a tied weight is stored under two names with different values: one would be lost."""
     for other in names[1:]:
         if not _equal(names[0], stored[names[0]], other, stored[other]):
-            raise ConfigError(
-                f"{where}: {names[0]} and {other} are tied (tie_word_embeddings) but have different values; "
+            raise ModelError(
+                f"{model_name}: {names[0]} and {other} are tied (tie_word_embeddings) but have different values; "
                 "set tie_word_embeddings to false in config.json to keep both"
             )
 
@@ -255,39 +249,39 @@ def _pieces(stored: Any, shape: tuple[int, ...]) -> Iterator[Tensor]:
         yield stored[i : i + rows]
 
 
-def stored_tensors(folder: Path, model_name: str, key: str) -> dict[str, Stored]:
+def stored_tensors(folder: Path, model_name: str) -> dict[str, Stored]:
     """Return the tensors in a folder's safetensors by name; only the headers are read.
 
-    Raise ConfigError, naming the file, if one is broken, if one of the index is missing, or if two hold a tensor of the
+    Raise ModelError, naming the file, if one is broken, if one of the index is missing, or if two hold a tensor of the
     same name.
     """
     found: dict[str, Stored] = {}
-    for file in _weight_files(folder, f"{key}={model_name}"):
+    for file in _weight_files(folder, model_name):
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - safe_open is no dictionary
                     part = opened.get_slice(name)
                     stored = Stored(file, part.get_dtype(), tuple(part.get_shape()))
                     if name in found:
-                        raise ConfigError(
-                            f"{key}={model_name}: {name} is stored in {found[name].file.name} and in {file.name}; "
+                        raise ModelError(
+                            f"{model_name}: {name} is stored in {found[name].file.name} and in {file.name}; "
                             "keep only the files of one checkpoint in the folder"
                         )
                     found[name] = stored
         except (OSError, SafetensorError) as error:
-            raise ConfigError(
-                f"{key}={model_name}: {file.name} is broken ({first_line(error)}); was a download or a copy cut off? "
+            raise ModelError(
+                f"{model_name}: {file.name} is broken ({first_line(error)}); was a download or a copy cut off? "
                 "Remove it and download it again"
             ) from error
     if not found:
         why = f"no *.safetensors in {folder}"
         if begun := list(folder.glob("../../blobs/*.incomplete")):  # `folder` is a snapshot in the hub's cache
             why = f"the download was cut off at {begun[0].name}; download it again"
-        raise ConfigError(f"{key}={model_name} has no weights in safetensors format ({why})")
+        raise ModelError(f"{model_name} has no weights in safetensors format ({why})")
     return found
 
 
-def _weight_files(folder: Path, where: str) -> list[Path]:
+def _weight_files(folder: Path, model_name: str) -> list[Path]:
     """Return the files that transformers would load: `model.safetensors`, else those of the index, else all.
 
     The folder may also hold the weights in another library's layout, an adapter, or old shards.
@@ -300,11 +294,11 @@ def _weight_files(folder: Path, where: str) -> list[Path]:
     try:
         named = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{where}: {index.name} is broken ({first_line(error)})") from error
+        raise ModelError(f"{model_name}: {index.name} is broken ({first_line(error)})") from error
     if missing := [file for file in named if not (folder / file).is_file()]:
-        raise ConfigError(
-            f"{where}: {missing[0]} is listed in {index.name} but missing, with {len(missing)} of {len(named)} files "
-            "in all; download the model again"
+        raise ModelError(
+            f"{model_name}: {missing[0]} is listed in {index.name} but missing, with {len(missing)} of {len(named)} "
+            "files in all; download the model again"
         )
     return [folder / file for file in named]
 
@@ -354,38 +348,47 @@ def folder_here(model_name: str) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def refuse_no_model(model_name: str, key: str) -> None:
-    """Raise ConfigError if the model is neither a local folder nor on the hub; a download would retry for a minute."""
+def refuse_no_model(model_name: str) -> None:
+    """Raise ModelError if the model is neither a local folder nor on the hub; a download would retry for a minute."""
     if Path(model_name).is_dir():
         if not (Path(model_name) / "config.json").is_file():
-            raise ConfigError(f"{key}={model_name} is not a model: it has no config.json")
+            raise ModelError(f"{model_name} is not a model: it has no config.json{_exportable(Path(model_name))}")
         for path in Path(model_name).iterdir():
             if path.exists() and not path.is_file() and not path.is_dir():
-                raise ConfigError(
-                    f"{key}={model_name}: {path.name} is a pipe, a socket or a device, and reading it may "
+                raise ModelError(
+                    f"{model_name}: {path.name} is a pipe, a socket or a device, and reading it may "
                     "block forever; remove it"
                 )
         return
     try:
         here = folder_here(model_name)
     except ValueError as error:
-        raise ConfigError(
-            f"{key}={model_name}: there is no such folder, and a model on the hub is named OWNER/NAME"
+        raise ModelError(
+            f"{model_name}: there is no such folder, and a model on the hub is named OWNER/NAME"
         ) from error
     try:
         if here is None:
             HfApi().model_info(model_name, timeout=HUB_TIMEOUT_S)
     except Exception as error:  # no such name, no network, a proxy: the client raises a type of its own for each
-        raise ConfigError(
-            f"{key}={model_name}: there is no such folder, and the hub does not provide it: {first_line(error)}"
+        raise ModelError(
+            f"{model_name}: there is no such folder, and the hub does not provide it: {first_line(error)}"
         ) from error
 
 
-def weights_folder(model_name: str, key: str) -> Path:
+def _exportable(folder: Path) -> str:
+    """Return how to make a model of a checkpoint or an adapter, for an error; '' if the folder is neither."""
+    if re.fullmatch(r"step_[0-9]+", folder.name):
+        return f"; it is a checkpoint, of which `rl2 export {folder} OUT` makes a model"
+    if (folder / "adapter_config.json").is_file():
+        return "; it is an adapter: `rl2 export` of the checkpoint, without --adapter, merges it into its base"
+    return ""
+
+
+def weights_folder(model_name: str) -> Path:
     """Return the folder of a model's weight files, downloading them from the hub if needed."""
     if Path(model_name).is_dir():
         return Path(model_name)
     try:
         return Path(snapshot_download(model_name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ConfigError(f"{key}={model_name}: {first_line(error)}") from error
+        raise ModelError(f"{model_name}: {first_line(error)}") from error

@@ -25,23 +25,23 @@ ADAPTER = "default"
 BASE = ".base_layer"
 
 
-def add_adapters(lm: PreTrainedModel, lora: Lora, base_dtype: torch.dtype, model_name: str, key: str) -> None:
+def add_adapters(lm: PreTrainedModel, lora: Lora, base_dtype: torch.dtype, model_name: str, group: str) -> None:
     """Wrap the layers named by `lora` in place, on the meta device; afterwards only adapters require gradients.
 
-    The base is converted to `base_dtype`; the adapters are float32. `key` is the prefix of the configuration keys, for
-    errors. Raise ConfigError if peft is missing or if `target_modules` names no linear layer of the model.
+    The base is converted to `base_dtype`; the adapters are float32. `group` is the prefix of the configuration keys.
+    Raise ConfigError if peft is missing or if `target_modules` names no linear layer of the model.
     """
     try:
         from peft import LoraConfig, TaskType, inject_adapter_in_model
     except ImportError as error:
-        raise ConfigError(f"{key}.lora.rank={lora.rank} needs peft: pip install 'rl2-spo[lora]'") from error
+        raise ConfigError(f"{group}.lora.rank={lora.rank} needs peft: pip install 'rl2-spo[lora]'") from error
     linear = {
         name.rpartition(".")[2] for name, module in lm.base_model.named_modules() if isinstance(module, nn.Linear)
     }
     if unknown := set(lora.target_modules) - linear:
         raise ConfigError(
-            f"{key}.lora.target_modules has {', '.join(sorted(unknown))}, but the linear layers of {type(lm).__name__} "
-            f"are {', '.join(sorted(linear))}"
+            f"{group}.lora.target_modules has {', '.join(sorted(unknown))}, but the linear layers of "
+            f"{type(lm).__name__} are {', '.join(sorted(linear))}"
         )
     lm.requires_grad_(False)
     for parameter in lm.parameters():

@@ -41,10 +41,10 @@ class PackedModel(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def build(model_name: str, key: str) -> PreTrainedModel:
-        """Build the model of a hub name or folder on the meta device; `key` is its configuration key, for errors.
+    def build(model_name: str) -> PreTrainedModel:
+        """Build the model of a hub name or folder on the meta device.
 
-        Raise ConfigError if it is missing or not supported.
+        Raise ModelError if it is missing or not supported.
         """
 
     def initial(self, name: str, shape: torch.Size) -> Tensor | None:
@@ -52,16 +52,16 @@ class PackedModel(nn.Module, ABC):
         return first_value(name, shape)
 
     @classmethod
-    def load(cls, model_name: str, key: str, device: torch.device | str = "cpu") -> Self:
+    def load(cls, model_name: str, device: torch.device | str = "cpu") -> Self:
         """Load the whole model on this process, in float32."""
-        model = cls(cls.build(model_name, key))
-        model.fill(model_name, key, torch.device(device))
+        model = cls(cls.build(model_name))
+        model.fill(model_name, torch.device(device))
         return model
 
-    def fill(self, model_name: str, key: str, device: torch.device) -> None:
+    def fill(self, model_name: str, device: torch.device) -> None:
         """Allocate all parameters (whole or this process's shards) on `device` and load the checkpoint's values."""
         materialise(self, self.lm, device)
-        read_weights(self.lm, model_name, key, self.initial, self.UNREAD)
+        read_weights(self.lm, model_name, self.initial, self.UNREAD)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the layers, which recompute activations in training mode. Dropout is never applied.

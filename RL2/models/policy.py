@@ -6,7 +6,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -20,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from RL2.config.model import TrainableChat
 from RL2.data.template import Template, change_template
-from RL2.errors import ConfigError, first_line
+from RL2.errors import ModelError, first_line, naming
 from RL2.models.inspection import length_limit, stored_buffers
 from RL2.models.loading import build, configuration, empty, folder_here, materialise, refuse_no_model
 from RL2.models.lora import is_adapter, merge, merged_name
@@ -38,8 +38,8 @@ class Policy(PackedModel):
     CHECKED = StatsRequest(("logp",))
 
     @staticmethod
-    def build(model_name: str, key: str) -> PreTrainedModel:
-        return build(AutoModelForCausalLM, model_name, key)
+    def build(model_name: str) -> PreTrainedModel:
+        return build(AutoModelForCausalLM, model_name)
 
     def forward(
         self, batch: TokenBatch, shared: SharedPrefix | None, request: StatsRequest, alone: bool = False
@@ -79,9 +79,9 @@ def head(lm: PreTrainedModel) -> nn.Linear:
     return lm.get_output_embeddings()
 
 
-def load_model(model_name: str, dtype: torch.dtype, key: str = "actor.model_name") -> PreTrainedModel:
-    """Load the whole causal LM of a hub name or folder in `dtype`, with packed attention. `key` is for errors."""
-    lm = Policy.load(model_name, key).lm
+def load_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the whole causal LM of a hub name or folder in `dtype`, with packed attention."""
+    lm = Policy.load(model_name).lm
     for parameter in lm.parameters():  # the rotary frequencies stay float32
         parameter.data = parameter.data.to(dtype)
     return lm
@@ -94,45 +94,47 @@ def empty_model(like: PreTrainedModel, dtype: torch.dtype, device: torch.device)
     return lm.eval().requires_grad_(False)
 
 
-def load_tokenizer(
-    model_name: str,
-    key: str = "actor.model_name",
-    template: str | None = None,
-    template_arguments: dict[str, Any] | None = None,
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub name or folder, optionally with another chat template.
+def configured_tokenizer(config: TrainableChat, group: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a configured model, with its chat template.
 
-    `key` is the configuration key of the name, for errors. Raise ConfigError if it cannot be read.
+    `group` is the prefix of its configuration keys. Raise ConfigError if one of the settings is invalid.
     """
-    refuse_no_model(model_name, key)
-    configuration(model_name, key)  # the tokenizer is looked up by it; the error then names the damaged file
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
-    except Exception as error:  # transformers raises a type of its own for each kind of damage
-        raise ConfigError(f"{key}={model_name}: its tokenizer cannot be read: {first_line(error)}") from error
-    if not tokenizer.encode("a 1", add_special_tokens=False):  # the result if only a configuration exists
-        raise ConfigError(f"{key}={model_name} has no tokenizer: it has no tokenizer.json")
-    change_template(tokenizer, template, template_arguments or {}, key.partition(".")[0])
+    with naming(f"{group}.model_name"):
+        tokenizer = load_tokenizer(config.model_name)
+    change_template(tokenizer, config.chat_template, config.chat_template_kwargs, group)
     return tokenizer
 
 
-def refuse_unknown_tokens(lm: PreTrainedModel, token_ids: Iterable[int], key: str) -> None:
-    """Raise ConfigError if `token_ids` contains an id that the model does not have."""
+def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name or folder. Raise ModelError if it cannot be read."""
+    refuse_no_model(model_name)
+    configuration(model_name)  # the tokenizer is looked up by it; the error then names the damaged file
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+    except Exception as error:  # transformers raises a type of its own for each kind of damage
+        raise ModelError(f"{model_name}: its tokenizer cannot be read: {first_line(error)}") from error
+    if not tokenizer.encode("a 1", add_special_tokens=False):  # the result if only a configuration exists
+        raise ModelError(f"{model_name} has no tokenizer: it has no tokenizer.json")
+    return tokenizer
+
+
+def refuse_unknown_tokens(lm: PreTrainedModel, token_ids: Iterable[int]) -> None:
+    """Raise ModelError if `token_ids` contains an id that the model does not have."""
     if (largest := max(token_ids, default=0)) >= lm.config.vocab_size:
-        raise ConfigError(
-            f"{key}={lm.name_or_path}: its tokenizer produces token {largest} from the data, but the model has "
+        raise ModelError(
+            f"{lm.name_or_path}: its tokenizer produces token {largest} from the data, but the model has "
             f"{lm.config.vocab_size}; the tokenizer belongs to another model, or the model was not resized for it"
         )
 
 
-def max_length(model_name: str, key: str = "actor.model_name") -> int:
+def max_length(model_name: str) -> int:
     """Return the maximum length of a sequence in tokens, as `positions`; only the configuration is read."""
-    return positions(configuration(model_name, key))
+    return positions(configuration(model_name))
 
 
-def rotary_limit(model_name: str, key: str) -> int | None:
+def rotary_limit(model_name: str) -> int | None:
     """Return `length_limit` of a model if its configuration is on this machine, else None."""
-    return None if folder_here(model_name) is None else length_limit(configuration(model_name, key))
+    return None if folder_here(model_name) is None else length_limit(configuration(model_name))
 
 
 def positions(config: PretrainedConfig) -> int:
@@ -143,22 +145,27 @@ def positions(config: PretrainedConfig) -> int:
     return length_limit(config) or getattr(config, "max_position_embeddings", None) or 2**31
 
 
-def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end a response: the tokenizer's, the chat template's and the generation configuration's."""
-    ids = {tokenizer.eos_token_id, *Template(tokenizer).end_ids}
+def end_tokens(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template | None = None
+) -> tuple[int, ...]:
+    """Return the ids that end a response: the tokenizer's, the chat template's and the generation configuration's.
+
+    `template` is the tokenizer's, if it has been analysed before.
+    """
+    ids = {tokenizer.eos_token_id, *(template or Template(tokenizer)).end_ids}
     generation = lm.generation_config.eos_token_id if lm.generation_config is not None else None
     ids |= set(generation) if isinstance(generation, list) else {generation}
     return tuple(sorted(i for i in ids if i is not None))
 
 
 def stop_tokens(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, key: str = "actor.model_name"
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template | None = None
 ) -> tuple[int, ...]:
-    """Return `end_tokens` for sampling. Raise ConfigError if the model lacks one, since it could never sample it."""
-    found = end_tokens(lm, tokenizer)
+    """Return `end_tokens` for sampling. Raise ModelError if the model lacks one, since it could never sample it."""
+    found = end_tokens(lm, tokenizer, template)
     if found and found[-1] >= lm.config.vocab_size:
-        raise ConfigError(
-            f"{key}={lm.name_or_path}: its responses end with token {found[-1]}, but the model has "
+        raise ModelError(
+            f"{lm.name_or_path}: its responses end with token {found[-1]}, but the model has "
             f"{lm.config.vocab_size}; the tokenizer belongs to another model, or the model was not resized for it"
         )
     return found

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from RL2.errors import ConfigError
+from RL2.errors import ModelError
 from RL2.models.loading import build
 from RL2.models.packed import PackedModel, backbone
 from RL2.types import SharedPrefix, StatsRequest, TokenBatch
@@ -26,12 +26,12 @@ class ValueModel(PackedModel):
     UNREAD = (r"^lm_head\.",)
 
     @staticmethod
-    def build(model_name: str, key: str) -> PreTrainedModel:
+    def build(model_name: str) -> PreTrainedModel:
         """Build a backbone with a linear head to one number."""
-        lm = build(AutoModelForSequenceClassification, model_name, key, num_labels=1)
+        lm = build(AutoModelForSequenceClassification, model_name, num_labels=1)
         head = getattr(lm, "score", None)
         if not isinstance(head, nn.Linear) or head.bias is not None:
-            raise ConfigError(f"{key}={model_name}: {type(lm).__name__} has no linear head `score` without a bias")
+            raise ModelError(f"{model_name}: {type(lm).__name__} has no linear head `score` without a bias")
         return lm
 
     def initial(self, name: str, shape: torch.Size) -> Tensor | None:

@@ -19,7 +19,7 @@ from RL2.types import TokenBatch, TokenStats
 
 
 def _advantage(batch: TokenBatch) -> Tensor:
-    assert batch.advantage_T is not None
+    assert batch.advantage_T is not None, "no advantages: set batch.advantage_T"
     return batch.advantage_T
 
 

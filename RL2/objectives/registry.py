@@ -14,7 +14,7 @@ from RL2.objectives.objective import Gradient, Loss, Objective
 from RL2.objectives.policy_gradient import cispo, gspo, ppo, reinforce, sapo
 from RL2.objectives.rank import rank_jsd, rank_kl
 from RL2.objectives.spo import binary_jsd, cross_entropy, spo, spo_0p5
-from RL2.types import TokenBatch, TokenStats
+from RL2.types import StatsRequest, TokenBatch, TokenStats
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": cross_entropy,
@@ -62,6 +62,10 @@ class BoundObjective:
         """K of `top_logp` and `top_id`; 0 if it reads neither."""
         return 0 if self.objective.top_k is None else self.knobs[self.objective.top_k]
 
+    def request(self, temperature: float = 1.0) -> StatsRequest:
+        """Return the statistics of an update: those that it reads, `logp` to compare with the engine, and `entropy`."""
+        return StatsRequest(tuple(dict.fromkeys((*self.fields, "logp", "entropy"))), self.top_k, temperature)
+
     @property
     def gradient(self) -> Gradient | None:
         """Closed form of its gradient, if there is one."""
@@ -90,6 +94,13 @@ def bind(name: str, given: Mapping[str, Any]) -> BoundObjective:
     objective = find(name)
     keys = {knob: NAMED.get(knob, f"{ARGS}.{knob}") for knob in (*objective.knobs, *given)}
     return BoundObjective(name, objective, functions.knob_values(KEY, name, objective, given, keys))
+
+
+def bound(objective: str | Objective, knobs: Mapping[str, Any]) -> BoundObjective:
+    """Return an objective with its knobs set, both given in Python. Raise ConfigError as `bind` does."""
+    name, found = functions.argument("objective", objective, OBJECTIVES, Objective, DECLARATION)
+    keys = {knob: knob for knob in (*found.knobs, *knobs)}
+    return BoundObjective(name, found, functions.knob_values("objective", name, found, knobs, keys))
 
 
 def configured(actor: Actor) -> BoundObjective:

@@ -139,7 +139,7 @@ class Machine:
     peak: float = 989e12
     """Dense bfloat16 operations per second."""
     utilisation: float = 0.27
-    """Share of the peak that is reached; measured for 1.7B on one GPU (docs/results.md)."""
+    """Share of the peak that is reached; measured for 1.7B on one GPU (docs/measurements.md)."""
     memory_rate: float = 2e12
     """Bytes per second that decoding reads from memory: 60% of the peak; assumed."""
     node: int = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,11 @@ class Processes:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return processes
 
+    @staticmethod
+    def alone(device: torch.device) -> Processes:
+        """Return a single process that joins no group, as in a notebook."""
+        return Processes(rank=0, world_size=1, device=device, timeout_s=math.inf)
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
@@ -92,13 +98,15 @@ class Processes:
 
     def sum(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         """Sum `x` in place over all processes, or those of `group`, and return it."""
-        with self.expecting("a sum over all processes"):
-            dist.all_reduce(x, dist.ReduceOp.SUM, group=group)
+        if self.world_size > 1:
+            with self.expecting("a sum over all processes"):
+                dist.all_reduce(x, dist.ReduceOp.SUM, group=group)
         return x
 
     def max(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-        with self.expecting("a maximum of all"):
-            dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+        if self.world_size > 1:
+            with self.expecting("a maximum of all"):
+                dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
         return x
 
     def gather(self, items: list[Any], what: str = "what all processes have") -> list[Any]:

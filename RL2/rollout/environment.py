@@ -1,14 +1,13 @@
-"""The user's script: loaded from its file, run beside the engine, its answers checked.
+"""The user's script: loaded from its file, run concurrently with the engine, its results checked.
 
-A script has `async def step(state, action, extra_info) -> dict` and, if it likes, `async def reset(extra_info) -> str`,
-`def example(row) -> dict` and `def vote(action) -> str`. It imports nothing of this library, but may import what lies
-in the same folder with `from .name import x`. A `step` or `reset` with a parameter `sampling` is told how responses are
-sampled.
+A script has `async def step(state, action, extra_info) -> dict` and optionally `async def reset(extra_info) -> str`,
+`def example(row) -> dict` and `def vote(action) -> str`. It imports nothing of this library, but may import modules of
+its folder with `from .name import x`. A `step` or `reset` with a parameter `sampling` gets the sampling parameters.
 
 Its code runs in one thread with an event loop of its own, so that it may share sessions between calls and may block
-without stopping the engine. Python code that never returns is interrupted; C code that never lets go of the interpreter
-(a runaway regular expression) stops the whole process, and only the script can prevent that. After a blocked call the
-loop is a new one: a session that a script keeps must be made again once `asyncio.get_running_loop()` is another.
+without stopping the engine. Python code that never returns is interrupted. C code that holds the interpreter lock, such
+as a runaway regular expression, stops the whole process, and only the script can prevent that. After a blocked call
+there is a new event loop: a script must open its sessions again when `asyncio.get_running_loop()` has changed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from RL2.config.scripts import ScriptError, described, load_script, raise_in
@@ -34,13 +33,23 @@ ATTEMPTS = 4
 """Attempts of a call before it is given up because other calls blocked the loop each time."""
 PATIENCE = 1.25
 """Limits without progress after which a loop is taken for blocked. Above 1: a live loop stops a slow call itself."""
+TIMEOUT_S = 60.0
+"""Limit of a call of a script, in seconds, unless another is given."""
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
+OnStep = Callable[[str, StepResult], object]
+"""Function that is told each response and its result, to show them."""
 
 
-def load_environment(path: str | Path, timeout_s: float, weights: Mapping[str, float] | None = None) -> Environment:
+def load_environment(
+    path: str | Path,
+    timeout_s: float = TIMEOUT_S,
+    weights: Mapping[str, float] | None = None,
+    on_step: OnStep | None = None,
+) -> Environment:
     """Load the script at `path`; a call of it that takes longer than `timeout_s` is unscored. Raises `ScriptError`.
 
-    `weights` are those of the parts of its reward; a part without one counts once.
+    `weights` are those of the parts of its reward; a part without one counts once. `on_step` is called with each
+    response and its checked result.
     """
     module = load_script(path)
     step = _function(module, path, "step", ("state", "action", "extra_info"), is_async=True)
@@ -49,7 +58,14 @@ def load_environment(path: str | Path, timeout_s: float, weights: Mapping[str, f
     reset = _function(module, path, "reset", ("extra_info",), is_async=True)
     example = _function(module, path, "example", ("row",), is_async=False)
     vote = _function(module, path, "vote", ("action",), is_async=False)
-    return Environment(str(path), module.__file__, step, reset, example, vote, timeout_s, weights or {})
+    return Environment(str(path), module.__file__, step, reset, example, vote, timeout_s, weights or {}, on_step)
+
+
+def environment_of(step: AsyncFunction, timeout_s: float = TIMEOUT_S) -> Environment:
+    """Return an environment of the function `step` alone, as a script has it. Raise ScriptError if it is not one."""
+    _function(SimpleNamespace(step=step), "environment", "step", ("state", "action", "extra_info"), is_async=True)
+    file = step.__code__.co_filename if inspect.isfunction(step) else None
+    return Environment(file or "step", file, step, None, None, None, timeout_s, {})
 
 
 def load_example(path: str | Path) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
@@ -73,6 +89,7 @@ class Environment:
         vote: Callable[[str], str] | None,
         timeout_s: float,
         weights: Mapping[str, float],
+        on_step: OnStep | None = None,
     ) -> None:
         self.path = path
         self.example = example
@@ -82,6 +99,7 @@ class Environment:
         self.timeout_s = timeout_s
         self.weights = weights
         """Weights of the parts of a reward."""
+        self._on_step = on_step
         self._file = file
         self._step = step
         self._reset = reset
@@ -104,7 +122,10 @@ class Environment:
     ) -> StepResult:
         """Return what `step` of the script returned. Raise Unscored if it has no reward, which is not a reward of 0."""
         result = await self._call("step", _told(self._step, sampling), state, action, extra_info)
-        return checked(result, self.weights, len(action))
+        found = checked(result, self.weights, len(action))
+        if self._on_step is not None:
+            self._on_step(action, found)
+        return found
 
     def close(self) -> None:
         """Stop the script's thread. One that does not stop within a second is left to the end of the process."""
@@ -236,7 +257,9 @@ class _LoopThread(threading.Thread):
         task.cancel()
 
 
-def _function(module: ModuleType, path: str | Path, name: str, parameters: tuple[str, ...], *, is_async: bool) -> Any:
+def _function(
+    module: ModuleType | SimpleNamespace, path: str | Path, name: str, parameters: tuple[str, ...], *, is_async: bool
+) -> Any:
     function = getattr(module, name, None)
     if function is None:
         return None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PLAIN = ""
 """Name of a reward that is a number, among parts."""
 RESPONSE = "[[response]]"
-"""Stands for a response where the chat template is asked what it writes behind one."""
+"""Placeholder of a response, to find out what the chat template writes after one."""
 
 
 def request_seed(seed: int, group: int, sample: int, turn: int) -> int:
@@ -79,7 +79,7 @@ async def run_episode(
                 break
             if not sequence.token_ids:
                 if not added:
-                    raise Unscored("the environment gave an empty state: there is no token to go on from")
+                    raise Unscored("the environment gave an empty state: there is no token to continue from")
                 trajectory.sequences.append(sequence)
             _append(sequence, added)
 
@@ -93,14 +93,14 @@ async def run_episode(
             action = decode(tokenizer, sampled)
             trajectory.texts += [state, action]
             result = await environment.step(state, action, extra_info, request)
-            _pay(sequence, len(completion.token_ids), result, partial(decode, tokenizer), sampled)
+            _assign_rewards(sequence, len(completion.token_ids), result, partial(decode, tokenizer), sampled)
             trajectory.score += result.score
             for found, values in ((parts, result.parts or {PLAIN: result.total}), (metrics, result.metrics)):
                 for name, value in values.items():
                     found[name].append(value)
             trajectory.left_out |= result.left_out
             if not result.train:
-                _take_as_given(sequence, len(completion.token_ids))
+                _exclude_from_training(sequence, len(completion.token_ids))
             if result.done or turn + 1 == max_turns:
                 break
 
@@ -168,7 +168,7 @@ def _append(
     assert len(sequence.versions) == len(sequence.token_ids), "an engine gives each token its version"
 
 
-def _pay(
+def _assign_rewards(
     sequence: Sequence,
     number: int,
     result: StepResult,
@@ -184,7 +184,7 @@ def _pay(
         sequence.rewards[place - number] = summed(rewards)
 
 
-def _take_as_given(sequence: Sequence, number: int) -> None:
+def _exclude_from_training(sequence: Sequence, number: int) -> None:
     """Exclude the last `number` tokens from training, as those of a prompt."""
     sequence.action_mask[-number:] = [False] * number
     sequence.logps[-number:] = [0.0] * number

@@ -53,11 +53,13 @@ class EpisodeSetting:
     max_turns: int
     max_length: int | None
     """Limit of a sequence in tokens."""
+    analysed: Template | None = None
+    """The tokenizer's chat template, if it has been analysed before."""
 
     @cached_property
     def template(self) -> Template:
-        """The tokenizer's chat template, analysed once."""
-        return Template(self.tokenizer)
+        """The tokenizer's chat template."""
+        return self.analysed or Template(self.tokenizer)
 
     def begin(
         self, prompt: Prompt, sampling: Sampling, *, number: int, group: int, seed: int
@@ -80,6 +82,27 @@ class EpisodeSetting:
             template=self.template,
         )
         return [asyncio.create_task(play(sample=sample)) for sample in range(number)]
+
+
+def begin(
+    setting: EpisodeSetting,
+    prompts: Seq[tuple[int, Prompt]],
+    sampling: Sampling,
+    *,
+    number: int,
+    seed: int,
+    first: int = 0,
+    version: int = 0,
+) -> list[Group]:
+    """Start a group of `number` episodes of each prompt in the running event loop, and return the groups.
+
+    `prompts` come with the places of their groups among those of one `seed`; both make the random numbers of a group.
+    `first` is the number in the run of the group at place 0.
+    """
+    return [
+        Group(setting.begin(prompt, sampling, number=number, group=place, seed=seed), first + place, version)
+        for place, prompt in prompts
+    ]
 
 
 async def finish(groups: Seq[Group], progress: Progress | None = None) -> list[Trajectory]:
@@ -114,8 +137,8 @@ async def first_done(groups: Seq[Group], number: int, oldest: int) -> list[Group
 class Episodes:
     """Groups of episodes on this process, and the trajectories of all processes.
 
-    Episodes live in an event loop. It runs while a caller waits for one of them; with `is_async` it runs all the time,
-    in a thread, and so beside the training.
+    Episodes run in an event loop. It runs while a caller waits for one of them; with `is_async` it always runs, in a
+    thread, and so overlaps with training.
     """
 
     def __init__(
@@ -169,15 +192,11 @@ class Episodes:
         group, and with `seed` what its random numbers are. `first` is the number in the run of the group at place 0.
         """
         rank, size = self.processes.rank, self.processes.world_size
+        mine = [(place, prompt) for place, prompt in prompts if place % size == rank]
         sampling, setting = self._sampling(params), setting or self.setting
 
         async def start() -> list[Group]:
-            groups = []
-            for place, prompt in prompts:
-                if place % size == rank:
-                    tasks = setting.begin(prompt, sampling, number=responses_per_prompt, group=place, seed=seed)
-                    groups.append(Group(tasks, first + place, version))
-            return groups
+            return begin(setting, mine, sampling, number=responses_per_prompt, seed=seed, first=first, version=version)
 
         return self._run(start())
 

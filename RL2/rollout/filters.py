@@ -65,22 +65,22 @@ def success_rates(trajectories: Seq[Trajectory]) -> dict[int, float]:
     return {row: sum(reward > 0 for reward in of_row) / len(of_row) for row, of_row in rewards.items()}
 
 
-def trainable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
-    """Return the trajectories that filters keep, or all usable ones if they keep none.
+def trainable(trajectories: Seq[Trajectory], kept: list[Trajectory], config: RLConfig) -> list[Trajectory]:
+    """Return `kept`, which is `with_signal` of the trajectories, or all usable ones if it is empty.
 
     Raise NothingScored if none is usable.
     """
-    if not (kept := usable(trajectories, config)):
+    if not (found := kept or usable(trajectories, config)):
         raise NothingScored(
             f"each of the {len(trajectories)} trajectories is unscored or ran into a length limit, and "
             "rollout.overlong_filtering=true leaves none to train on; set it to false or raise "
             "rollout.train_sampling_params.max_new_tokens"
         )
-    return with_signal(kept, config) or kept
+    return found
 
 
-def filter_metrics(trajectories: Seq[Trajectory], config: RLConfig) -> dict[str, float]:
-    """Return the share of the sampled groups that filters dropped, if a filter is on."""
+def filter_metrics(trajectories: Seq[Trajectory], kept: Seq[Trajectory], config: RLConfig) -> dict[str, float]:
+    """Return the share of the sampled groups that filters dropped, if a filter is on; `kept` is what they kept."""
     if not config.rollout.dynamic_filtering and config.rollout.filter is None:
         return {}
-    return {"train/filtered": 1 - len(groups(with_signal(trajectories, config))) / len(groups(trajectories))}
+    return {"train/filtered": 1 - len(groups(kept)) / len(groups(trajectories))}

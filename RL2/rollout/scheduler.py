@@ -18,10 +18,9 @@ class Scheduler:
     """The rollouts of one step after the other.
 
     A step trains on `train_data.prompts_per_rollout` groups. On-policy they begin when the step does. With
-    `rollout.max_staleness=K` they begin K steps before, and go on beside the training. With `rollout.partial_rollout`
-    more of them are in flight, the step takes those that end first, and the others stand still during the update; those
-    that would be too old at the next step are waited for. In each case the group of one number has the same prompt and
-    seed.
+    `rollout.max_staleness=K` they begin K steps before, and overlap with training. With `rollout.partial_rollout`
+    more of them are in flight, the step takes those that end first, and the others pause during the update; it waits
+    for those that would be too old at the next step. In each case the group of one number has the same prompt and seed.
     """
 
     def __init__(

@@ -109,7 +109,8 @@ def is_state(value: Any) -> bool:
 
 
 def name_of(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _parts(reward: dict[Any, Any]) -> dict[str, float]:

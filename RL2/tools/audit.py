@@ -2,7 +2,7 @@
 
 For one-turn environments whose rows contain the right answer as a string or number. Responses are derived from one that
 is known to be right (a demonstration in the data, or a template around the answer): an audit needs one that earns the
-reward, and adds a fault to it.
+reward, and adds a fault to it. A response after which the episode goes on is counted and not taken for unpaid.
 
 If a reward has parts, the parts about correctness are audited, each as its own reward: they pay the right answer more
 than other answers in the same form. Parts such as a format or a length pay both alike, which is not a fault.
@@ -28,7 +28,7 @@ from RL2.data.prompts import given_away
 from RL2.data.source import from_json, in_row
 from RL2.errors import UserError, in_table
 from RL2.rollout.environment import Environment, load_environment
-from RL2.rollout.step_result import Unscored
+from RL2.rollout.step_result import StepResult, Unscored
 
 TEMPLATES = ("#### {answer}", "<answer>{answer}</answer>", "\\boxed{{{answer}}}", "The answer is {answer}.", "{answer}")
 """Forms of an answer that are tried in this order when the data have no demonstrations."""
@@ -142,14 +142,18 @@ async def _audit(environment: Environment, data: str, problems: list[Problem], k
     template, norms, notes = await _norms(environment, data, problems, answers, others, parts)
     tried: dict[str, int] = {}
     findings = []
-    most = 0.0
+    most, open_episodes = 0.0, 0
     for n, (problem, answer) in enumerate(zip(problems, answers, strict=True), 1):
         tried[COPIED] = n
         if found := given_away(problem.prompt, problem.info[key]):
             findings.append(Finding(n, COPIED, answer, found, "into the prompt"))
         for case in cases(template, answer, others[n - 1], problem.demonstration, problem.prompt):
             tried[case.kind] = tried.get(case.kind, 0) + 1
-            values = await _values(environment, problem.prompt + case.in_prompt, case.response, problem.info)
+            result = await _step(environment, problem.prompt + case.in_prompt, case.response, problem.info)
+            open_episodes += _goes_on(result)
+            if case.is_right and _goes_on(result):
+                continue  # a later turn may pay it
+            values = _values(result)
             for part, verdict in _wrong(values, norms, is_right=case.is_right).items():
                 findings.append(Finding(n, case.kind, answer, case.response, verdict, part))
             if case.kind == OTHER and isinstance(values, dict):
@@ -159,11 +163,13 @@ async def _audit(environment: Environment, data: str, problems: list[Problem], k
             f"with weights of 1 a wrong answer earns up to {most:g} in all, and what earns more than 0 counts as "
             "correct (actor.train_on=correct, pass@k): reward.weights.NAME weighs a part"
         )
+    if open_episodes:
+        notes.append(f"{open_episodes} responses do not end the episode (done is false). {_play(environment, data)}")
     response, first = template.format(answer=answers[0]), problems[0]
     without = {name: value for name, value in first.info.items() if name != key}
     for kind, info in (("data without a right answer", without), ("an empty right answer", first.info | {key: None})):
         tried[kind] = 1
-        values = await _values(environment, first.prompt, response, info)
+        values = _values(await _step(environment, first.prompt, response, info))
         if isinstance(values, dict):  # a failure of the environment is not a failure of the model
             findings.append(Finding(1, kind, "none", response, _shown(values)))
     return Audit(len(problems), tried, findings, notes)
@@ -182,8 +188,11 @@ async def _norms(
     Raise UserError if there is no such template.
     """
     seen: list[str] = []
+    goes_on = False
     for template in TEMPLATES:
-        first = await _values(environment, problems[0].prompt, template.format(answer=answers[0]), problems[0].info)
+        result = await _step(environment, problems[0].prompt, template.format(answer=answers[0]), problems[0].info)
+        goes_on |= _goes_on(result)
+        first = _values(result)
         if not isinstance(first, dict):
             continue
         seen = list(dict.fromkeys([*seen, *first]))
@@ -202,7 +211,13 @@ async def _norms(
                 why = "other parts were named" if parts else "pays right answers no more than others"
                 notes.append(f"not audited: {', '.join(left)} ({why}; name those about correctness with --part)")
             return template, {part: _norm(compared, part) for part in chosen}, notes
-    raise UserError(_nothing_earned(environment, data, answers[0], seen, parts))
+    why = _nothing_earned(environment, data, answers[0], seen, parts)
+    raise UserError(f"{why}. The episode goes on (done is false). {_play(environment, data)}" if goes_on else why)
+
+
+def _play(environment: Environment, data: str) -> str:
+    """Return what to do about an environment of several turns."""
+    return f"An audit sees the first turn only; play several with rl2 play {environment.path} --data {data}"
 
 
 def _nothing_earned(environment: Environment, data: str, answer: str, seen: Sequence[str], parts: Sequence[str]) -> str:
@@ -228,7 +243,7 @@ async def _comparison(
     compared = []
     for problem, answer, other in list(zip(problems, answers, others, strict=True))[:COMPARED]:
         texts = [template.format(answer=text) for text in (answer, *(other or _wrong_answers(answer)))]
-        earned = [await _values(environment, problem.prompt, text, problem.info) for text in (*texts, "")]
+        earned = [_values(await _step(environment, problem.prompt, text, problem.info)) for text in (*texts, "")]
         compared.append([values if isinstance(values, dict) else {} for values in earned])
     return compared
 
@@ -327,13 +342,22 @@ def _prompt(row: dict[str, Any]) -> str:
     return "\n".join(str(message["content"]) for message in row["messages"])
 
 
-async def _values(environment: Environment, prompt: str, response: str, info: dict[str, Any]) -> Values | str:
-    """Return the values of the response by part, or the reason why there is no reward."""
+async def _step(environment: Environment, prompt: str, response: str, info: dict[str, Any]) -> StepResult | str:
+    """Return the result of the response, or the reason why there is none."""
     try:
-        result = await environment.step(prompt, response, dict(info))
+        return await environment.step(prompt, response, dict(info))
     except Unscored as error:
         return f"{UNSCORED}{error.cause}"
-    return result.parts or {WHOLE: result.total}
+
+
+def _values(result: StepResult | str) -> Values | str:
+    """Return the values of the response by part, or the reason why there is no reward."""
+    return result if isinstance(result, str) else result.parts or {WHOLE: result.total}
+
+
+def _goes_on(result: StepResult | str) -> bool:
+    """Return whether the episode goes on after the response."""
+    return isinstance(result, StepResult) and not result.done
 
 
 def _shown(values: Values) -> str:

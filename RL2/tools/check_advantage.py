@@ -151,7 +151,7 @@ def contract(subject: Subject) -> str:
     parameters = list(subject.estimator.parameters.values())
     kinds = [p.kind for p in parameters]
     if kinds[:1] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] or set(kinds[1:]) - {inspect.Parameter.KEYWORD_ONLY}:
-        raise Unsound("its parameters must be (batch, *, knobs): everything but batch stands after a star")
+        raise Unsound("its parameters must be (batch, *, knobs): all others are keyword-only, after the star")
     check_knobs(subject)
     for setting, on in subject.trials():
         before = {name: x.clone() for name, x in on.batch.tensors().items()}
@@ -208,7 +208,7 @@ def declaration(subject: Subject) -> str:
         line = ", ".join(repr(what) for what in names)
         raise Unsound(f"it reads {', '.join(undeclared)} without declaring it; write @reads({line})")
     if unread := [what for what in names if what not in read]:
-        raise Unsound(f"it declares {', '.join(unread)} and never reads it; take it out of @reads")
+        raise Unsound(f"it declares {', '.join(unread)} and never reads it; remove it from @reads")
     return f"reads {', '.join(names)}"
 
 
@@ -277,7 +277,7 @@ def _rearranged(on: Case) -> Iterator[tuple[str, Case, Tensor]]:
     apart = sorted(everything, key=lambda b: (turn[b], -trajectory[b]))
     yield "the sequences of a trajectory were packed apart", *on.reordered(apart)
     renumbered = replace(on, batch=batch.with_(group_B=70 - 7 * batch.group_B))
-    yield "the groups got other numbers", renumbered, torch.arange(len(batch.reward_T))
+    yield "the groups were renumbered", renumbered, torch.arange(len(batch.reward_T))
 
 
 def baseline(subject: Subject) -> str:

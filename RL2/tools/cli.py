@@ -49,9 +49,9 @@ def rl2() -> None:
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="a short warm-up and SPO 3.2 alone: two minutes")] = False,
-    out: Annotated[Path, typer.Option(help="folder for everything it writes")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Only a short warm-up and SPO 3.2: two minutes.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for all output.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the data, the model and the runs.")] = 0,
 ) -> None:
     """Train four methods on a toy task, on a CPU, and write OUT/report.html.
 
@@ -66,10 +66,10 @@ def demo(
 
 @app.command()
 def train(
-    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path")],
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="processes on this machine: one for each GPU")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, load no model, and stop")] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine: one per GPU.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no model, and stop.")] = False,
 ) -> None:
     """Run a program, with torchrun if it takes several processes. The command is printed first, ready to copy.
 
@@ -87,15 +87,20 @@ def train(
         import_module("RL2.config.load")  # a package that is not installed is named here, not in a traceback
         from RL2.tools.jobs import command_line
 
-    dry = ["trainer.dry_run=true"] if dry_run else []
-    command = command_line(program, [*(settings or []), *dry], nproc)
-    print(shlex.join(command), flush=True)
+    overrides = [*(settings or []), *(["trainer.dry_run=true"] if dry_run else [])]
+    command = command_line(program, overrides, nproc)
+    if sys.stdout.isatty():  # a line for each override, and dim, so that an error below it is seen
+        start = shlex.join(command[: len(command) - len(overrides)])
+        typer.secho(" \\\n  ".join([start, *map(shlex.quote, overrides)]), dim=True)
+    else:
+        print(shlex.join(command))
+    sys.stdout.flush()
     os.execv(sys.executable, command)  # replace this process, so that signals and the exit code are the program's
 
 
 @app.command()
 def keys(
-    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path")],
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path.")],
     word: Annotated[str, typer.Argument(metavar="WORD", help="Only keys with this in their name or meaning.")] = "",
 ) -> None:
     """List the keys of a program with their defaults, values and meanings.
@@ -114,7 +119,7 @@ def keys(
 
 @app.command()
 def config(
-    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path")],
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
 ) -> None:
     """Print the configuration that settings resolve to, as YAML with the default and meaning of each key as comments.
@@ -133,10 +138,10 @@ def config(
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder step_NNNNNN of a run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    model: Annotated[str, typer.Option(help="Model that the run began with, if its config.yaml is missing.")] = "",
+    model: Annotated[str, typer.Option(help="Model that the run started from, if its config.yaml is missing.")] = "",
     adapter: Annotated[bool, typer.Option("--adapter", help="Export only the LoRA adapters, for peft.")] = False,
 ) -> None:
-    """Export a checkpoint as a folder for from_pretrained, in float32. A finished run exports to its latest itself.
+    """Export a checkpoint as a folder for from_pretrained, in float32; a run exports its last step itself, to `latest`.
 
     A reward model becomes a folder for AutoModelForSequenceClassification, any other model one for
     AutoModelForCausalLM, with LoRA adapters merged.
@@ -170,7 +175,7 @@ def doctor() -> None:
 def check_objective(
     objective: Annotated[str, typer.Argument(metavar="PATH:FUNCTION", help="Or an objective's name, such as spo.")],
     knobs: Annotated[
-        list[str] | None, typer.Argument(metavar="KNOB=VALUE", help="Settings that differ from their defaults.")
+        list[str] | None, typer.Argument(metavar="KNOB=VALUE", help="Knobs that differ from their defaults.")
     ] = None,
 ) -> None:
     """Check an objective for mistakes, in seconds; the exit code is 1 if it has one.
@@ -186,7 +191,7 @@ def check_objective(
 def check_advantage(
     estimator: Annotated[str, typer.Argument(metavar="PATH:FUNCTION", help="Or a built-in name, such as rloo.")],
     knobs: Annotated[
-        list[str] | None, typer.Argument(metavar="KNOB=VALUE", help="Knobs that are not at their defaults.")
+        list[str] | None, typer.Argument(metavar="KNOB=VALUE", help="Knobs that differ from their defaults.")
     ] = None,
 ) -> None:
     """Check an advantage estimator on small rollouts, in seconds; the exit code is 1 if a check fails.
@@ -389,10 +394,10 @@ def sweep(
 @app.command()
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="thesis")],
-    scale: Annotated[str, typer.Option(help="tiny: run it here; 4b: print the commands for a node of GPUs")] = "tiny",
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    nproc: Annotated[int, typer.Option(min=1, help="4b: GPUs of the node")] = 8,
-    out: Annotated[Path, typer.Option(help="folder for the runs and the page")] = Path("runs/thesis"),
+    scale: Annotated[str, typer.Option(help="tiny: run here. 4b: print the commands for a GPU node.")] = "tiny",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    nproc: Annotated[int, typer.Option(min=1, help="With --scale 4b: GPUs of the node.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/thesis"),
 ) -> None:
     """Repeat the experiments of the thesis under several seeds, and write a page with each claim's verdict.
 
@@ -425,6 +430,42 @@ def reproduce(
             line = f"{claim.section}  {in_table(claim.text)}: [b]{claim.verdict}[/b]; {in_table(claim.measured)}"
             board.console.print(line, highlight=False, soft_wrap=True)
         board.say(f"{out / 'thesis.html'} written")
+
+
+@app.command()
+def play(
+    env: Annotated[Path, typer.Argument(help="An environment script.")],
+    data: Annotated[str, typer.Option(help="As train_data.path; leave it out where `reset` makes up the tasks.")] = "",
+    row: Annotated[int, typer.Option(help="Number of the row, from 1.", min=1)] = 1,
+    say: Annotated[
+        list[str] | None,
+        typer.Option(help="A response; repeatable, one for each turn. '-': the lines of the standard input."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Model whose tokenizer and chat template are used, not its weights.")] = "",
+    weight: Annotated[list[str] | None, typer.Option(metavar="PART=NUMBER", help="As reward.weights.PART.")] = None,
+    max_turns: Annotated[int, typer.Option(help="As rollout.max_turns.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of a task that `reset` makes up.", min=0)] = 0,
+    timeout_s: Annotated[float, typer.Option(help="As rollout.env_timeout_s.", min=0.001)] = 60,
+) -> None:
+    """Play an environment by hand: read what the model reads, type its responses, and see each reward.
+
+    Without --say, each line of the standard input is a response; a backslash at the end of a line continues it. The
+    exit code is 1 if the episode is unscored.
+
+    Example: rl2 play envs/gsm8k.py --data test@openai/gsm8k:main --say "9 * 2 = 18 #### 18"
+    """
+    from rich.console import Console
+
+    with ending("play"):
+        from RL2.config.load import words
+        from RL2.tools.play import FROM_INPUT, PlayRequest, responses_of
+        from RL2.tools.play import play as run
+
+        request = PlayRequest(env, data, row, model, max_turns, seed, timeout_s, words(weight or []))
+        console = Console(highlight=False)
+        is_scored = run(request, responses_of(say or [FROM_INPUT], console), console)
+    if not is_scored:
+        raise typer.Exit(1)
 
 
 @app.command()

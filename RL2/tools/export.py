@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 
 from RL2.config.model import Lora
 from RL2.config.values import build
-from RL2.errors import ConfigError, first_line
+from RL2.data.template import change_template
+from RL2.errors import ConfigError, first_line, naming
 from RL2.io import durable
 from RL2.io.checkpoint import NOTES, damage, load_weights, models, stored_weights
 from RL2.models.lora import add_adapters, export_adapter, is_adapter
@@ -44,13 +45,15 @@ def export(checkpoint: Path, out: Path, model_name: str, *, adapter: bool) -> No
     began = _began_with(checkpoint, group, is_given=bool(model_name), has_adapters=has_adapters)
     model_name = model_name or began["model_name"]
 
-    tokenizer = load_tokenizer(model_name, KEY, began["chat_template"], began["chat_template_kwargs"])
-    kind = ValueModel if group == "critic" else Policy
-    lm = kind.build(model_name, KEY)
-    if has_adapters:
-        add_adapters(lm, build(Lora, began["lora"], "actor.lora"), torch.float32, model_name, "actor")
-    model = kind(lm)
-    model.fill(model_name, KEY, torch.device("cpu"))
+    with naming(KEY):
+        tokenizer = load_tokenizer(model_name)
+        change_template(tokenizer, began["chat_template"], began["chat_template_kwargs"] or {}, group)
+        kind = ValueModel if group == "critic" else Policy
+        lm = kind.build(model_name)
+        if has_adapters:
+            add_adapters(lm, build(Lora, began["lora"], "actor.lora"), torch.float32, model_name, "actor")
+        model = kind(lm)
+        model.fill(model_name, torch.device("cpu"))
     load_weights(checkpoint, model)
     if group == "critic":
         mark_padding(lm, tokenizer)

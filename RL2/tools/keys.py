@@ -10,7 +10,7 @@ import textwrap
 import typing
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import MISSING, asdict, dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from rich.text import Text
 from RL2.config import load as loading
 from RL2.config.programs import PROGRAMS
 from RL2.config.secrets import masked
-from RL2.config.values import build, defaults, member_of, unset
+from RL2.config.values import Node, build, nodes, unset, value_at
 from RL2.errors import ConfigError, printable
 
 TYPES = {int: "integer", float: "number", str: "string", bool: "true or false", Any: "anything"}
@@ -46,19 +46,13 @@ class Key:
 def keys_of(program: str) -> dict[Key, Any]:
     """Return the keys of a program with their defaults; None, if null is no value of the key, means required."""
     tree, _ = loading.composed(program, [])
-    return dict(_keys(PROGRAMS[program], "", tree))
-
-
-def _keys(cls: type, prefix: str, tree: dict[str, Any]) -> Iterator[tuple[Key, Any]]:
-    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        if is_dataclass(hint):
-            assert isinstance(hint, type)
-            yield from _keys(hint, f"{prefix}{name}.", tree[name])
-            continue
-        is_optional = type(None) in typing.get_args(hint)
-        yield Key(prefix + name, _values(hint), _meaning(cls, name), is_optional), tree[name]
-        if (member := member_of(hint)) is not None:
-            yield from _keys(member, f"{prefix}{name}.NAME.", defaults(member))
+    found = {}
+    for node in nodes(PROGRAMS[program], members=True):
+        if not node.is_group:
+            default = value_at(tree, node.path)
+            key = Key(node.key, _values(node.hint), _meaning(node), type(None) in typing.get_args(node.hint))
+            found[key] = node.default if default is MISSING else default
+    return found
 
 
 def _values(hint: Any) -> str:
@@ -77,8 +71,9 @@ def _values(hint: Any) -> str:
     return TYPES[hint]
 
 
-def _meaning(cls: type, field: str) -> str:
-    return next(_docstrings()[base.__name__, field] for base in cls.__mro__ if (base.__name__, field) in _docstrings())
+def _meaning(node: Node) -> str:
+    candidates = ((base.__name__, node.field.name) for base in node.owner.__mro__)
+    return next(_docstrings()[each] for each in candidates if each in _docstrings())
 
 
 @cache
@@ -131,34 +126,30 @@ def annotated(program: str, overrides: Sequence[str]) -> str:
     head = f"# required, and not set (???): {' '.join(missing)}\n" if missing else ""
     about = {key.name: (key, default) for key, default in keys_of(program).items()}
     resolved = tree if missing else asdict(build(cls, values, ""))
-    return printable(head + "\n".join(_lines(cls, "", masked(resolved), about, set(missing))))
+    return printable(head + "\n".join(_lines(cls, masked(resolved), about, set(missing))))
 
 
-def _lines(
-    cls: type, prefix: str, values: dict[str, Any], about: dict[str, tuple[Key, Any]], missing: set[str]
-) -> Iterator[str]:
-    indent = "  " * prefix.count(".")
-    for name, hint in typing.get_type_hints(cls).items():
-        if is_dataclass(hint):
-            assert isinstance(hint, type)
+def _lines(cls: type, values: dict[str, Any], about: dict[str, tuple[Key, Any]], missing: set[str]) -> Iterator[str]:
+    for node in nodes(cls):
+        indent, name = "  " * (len(node.path) - 1), node.path[-1]
+        if node.is_group:
             yield f"{indent}{name}:"
-            yield from _lines(hint, f"{prefix}{name}.", values[name], about, missing)
             continue
-        key, default = about[prefix + name]
+        key, default = about[node.key]
         comment = f"{key.meaning} [{key.values}; default: {shown(key, default)}]"
         if shown(key, default) == "required":
             comment = f"{key.meaning} [{key.values}; required]"
         yield textwrap.indent(textwrap.fill(comment, WIDTH - len(indent), break_on_hyphens=False), f"{indent}# ")
-        value = "???" if key.name in missing else values[name]
+        value = "???" if key.name in missing else value_at(values, node.path)
         yield textwrap.indent(OmegaConf.to_yaml(OmegaConf.create({name: value})).rstrip("\n"), indent)
 
 
 PAGE = """\
 # Every key
 
-Every configuration key of every program, with its default, values and meaning. Made from `RL2/config/` by
-`python -m RL2.tools.keys > docs/keys.md`. A key that is *required* has no default, and `${key}` stands for the value of
-another key. [Configuration](configuration.md) says how keys are set.
+Every configuration key of every program, with its default, values and meaning. Generated from `RL2/config/` by
+`python -m RL2.tools.keys > docs/keys.md`. A key that is *required* has no default, and `${key}` is the value of
+another key. [Configuration](configuration.md) describes how to set keys.
 """
 
 

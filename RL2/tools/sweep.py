@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 from RL2.config.load import load
 from RL2.config.programs import PROGRAMS
-from RL2.errors import ConfigError, first_line
+from RL2.errors import ConfigError, first_line, printable
+from RL2.io.progress import duration
 from RL2.tools.eval.evaluate import EvalConfig, compared, evaluate
 from RL2.tools.jobs import Job, run_jobs
 from RL2.tools.settings import parse_settings
+
+TELL_S = 60
+"""Seconds between lines about a run that goes on."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +92,35 @@ def slurm(sweep: Sweep, script: str) -> Iterator[str]:
             yield shlex.join(["sbatch", script, one.job.program, *one.job.overrides])
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Lines:
-    """Monitor that prints a line at the beginning and at the end of each job."""
+    """Monitor that prints a line when a job begins and ends, and its last step once a minute."""
 
     say: Callable[[str], None]
+    left: int
+    """Number of jobs that have not ended."""
+    told: float = 0.0
+    """Time of the last line, by `time.monotonic`."""
+    took: list[float] = field(default_factory=list)
+    """Seconds of the jobs that have ended."""
 
     def begin(self, job: Job) -> None:
+        self.told = time.monotonic()
         self.say(f"{job.title}: {job.log}")
 
-    def look(self, job: Job) -> None: ...
+    def look(self, job: Job) -> None:
+        if time.monotonic() - self.told < TELL_S:
+            return
+        self.told = time.monotonic()
+        lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if steps := [line for line in lines if line.startswith("step ")]:
+            self.say(printable(f"{job.title}: {steps[-1]}"))
 
     def end(self, job: Job) -> None:
-        self.say(f"{job.title}: {job.seconds:.0f} s")
+        self.left -= 1
+        self.took.append(job.seconds)
+        left = f"; {self.left} to go, about {duration(fmean(self.took) * self.left)}" if self.left else ""
+        self.say(f"{job.title}: {duration(job.seconds)}{left}")
 
 
 def run(sweep: Sweep, nproc: int, say: Callable[[str], None]) -> list[str]:
@@ -113,7 +135,7 @@ def run(sweep: Sweep, nproc: int, say: Callable[[str], None]) -> list[str]:
             say(f"{title}: done before")
         else:
             missing.append(replace(one.job, title=title, nproc=nproc))
-    run_jobs(missing, 1, _Lines(say))
+    run_jobs(missing, 1, _Lines(say, len(missing)))
     return judge(sweep, say)
 
 
@@ -136,4 +158,5 @@ def judge(sweep: Sweep, say: Callable[[str], None]) -> list[str]:
     text = "".join(f"- {line}\n" for line in lines)
     (sweep.folder / "comparison.md").write_text(text, encoding="utf-8")
     (sweep.folder / "comparison.json").write_text(json.dumps(summaries, indent=1))
+    say(f"comparison: {sweep.folder / 'comparison.md'}")
     return lines

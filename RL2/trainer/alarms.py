@@ -96,7 +96,7 @@ class Alarms:
             return ""
         if rewards and not any(rewards[-FEW:]):
             why = "no response has earned a reward"
-            what = "see in samples.jsonl whether any should have; take easier rows or a model that solves some"
+            what = "check in samples.jsonl whether any should have; use easier rows or a model that solves some"
             if any(rewards):
                 why, what = f"{why}, and earlier ones did", "the model may be broken; lower actor.lr"
         elif tokens and not any(tokens[-FEW:]):
@@ -104,7 +104,7 @@ class Alarms:
             what = "see actor.train_on, actor.select and rollout.overlong_filtering"
         else:
             why = f"the rewards within each group are equal (mean {fmean(rewards[-FEW:]) if rewards else 0:.3g})"
-            what = "raise train_data.responses_per_prompt, or take rows that are solved sometimes"
+            what = "raise train_data.responses_per_prompt, or use rows that are solved sometimes"
         return f"nothing was learnt in the last {FEW} steps, the gradient is 0: {why}; {what}"
 
     def _without_part(self) -> str:
@@ -139,8 +139,8 @@ class Alarms:
         if len(entropy) < WINDOW or fmean(entropy) > NO_NATS:
             return ""
         return (
-            f"the entropy is {fmean(entropy):.2g} nats: the samples of a prompt are all alike; raise "
-            "rollout.train_sampling_params.temperature, or go back to a model that is less certain"
+            f"the entropy is {fmean(entropy):.2g} nats: the samples of a prompt are nearly identical; raise "
+            "rollout.train_sampling_params.temperature, or start from a model that is less certain"
         )
 
     def _broken(self) -> str:
@@ -193,5 +193,5 @@ class Alarms:
             return "test the model (trainer.test_freq) to know which step was good"
         return (
             f"step {self._best_step} had the best test score: trainer.save_dir={self.save_dir} "
-            "trainer.load_ckpt_from=best goes back to the best checkpoint"
+            "trainer.load_ckpt_from=best resumes from the best checkpoint"
         )

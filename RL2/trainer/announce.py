@@ -21,7 +21,7 @@ def describe_model(name: str, worker: Worker) -> str:
     parameters = list(worker.policy.parameters())
     size = count(sum(parameter.numel() for parameter in parameters))
     if worker.has_adapters:
-        size += f" parameters, of which adapters of {count(sum(p.numel() for p in parameters if p.requires_grad))}"
+        size += f" parameters, {count(sum(p.numel() for p in parameters if p.requires_grad))} of them in adapters"
     else:
         size += " parameters"
     dtype, device = str(worker.dtype).removeprefix("torch."), worker.processes.device.type
@@ -34,7 +34,7 @@ def describe_engine(config: RLConfig) -> str:
     """Describe the engine that samples."""
     rollout = config.rollout
     if (servers := rollout.servers) is None:
-        return f"engine: {rollout.engine}, in the processes that train"
+        return f"engine: {rollout.engine}, in the training processes"
     if servers.urls:
         return f"engine: {rollout.engine} at {', '.join(servers.urls)}"
     return f"engine: {rollout.engine}, {servers.num_servers} server(s) of this run; their logs are in trainer.save_dir"

@@ -15,11 +15,12 @@ from RL2.config.programs import RLConfig
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import largest_token_id
+from RL2.data.template import Template
 from RL2.engines.base import Engine
 from RL2.engines.make import make_engine
-from RL2.errors import ConfigError
+from RL2.errors import ConfigError, naming
 from RL2.io.report import Report
-from RL2.models.policy import load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
+from RL2.models.policy import configured_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import decode
 from RL2.rollout.episodes import Episodes, EpisodeSetting
@@ -100,12 +101,13 @@ class Parts:
 def build(config: RLConfig, run: Run) -> Parts:
     """Make the parts of a run, resume it, and say what it is going to do (collective)."""
     progress = run.progress
-    template = config.actor.chat_template, config.actor.chat_template_kwargs
-    tokenizer = load_tokenizer(config.actor.model_name, "actor.model_name", *template)
-    # the last token of a sequence is only a label and takes no position
-    longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
+    tokenizer = configured_tokenizer(config.actor, "actor")
+    template = Template(tokenizer)
+    with naming("actor.model_name"):
+        # the last token of a sequence is only a label and takes no position
+        longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
-    tasks = load_tasks(config, reader(tokenizer, longest, notes, run.listing(), progress), run.closing)
+    tasks = load_tasks(config, reader(template, longest, notes, run.listing(), progress), run.closing)
     progress.say(*notes)
     tested = {each.settings.key: of_prompts(each.prompts) for each in tasks.tests}
     run.know_rows({"train_data": of_prompts(tasks.prompts), "test_data": of_prompts([])} | tested)
@@ -117,15 +119,17 @@ def build(config: RLConfig, run: Run) -> Parts:
     actor, critic = models.actor, models.critic
     named = {"actor": actor, "ref_actor": models.reference, "critic": critic}
     progress.say(*(describe_model(name, worker) for name, worker in named.items() if isinstance(worker, Worker)))
-    ends = stop_tokens(actor.lm, tokenizer)
+    with naming("actor.model_name"):
+        ends = stop_tokens(actor.lm, tokenizer, template)
     for key, lm in models.readers.items():
-        refuse_unknown_tokens(lm, [*tasks.largest_token_ids, *ends], key)
+        with naming(key):
+            refuse_unknown_tokens(lm, [*tasks.largest_token_ids, *ends])
 
     with progress.phase("starting the engine"):
         engine = make_engine(config.rollout, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
     run.closing.callback(engine.close)
     progress.say(describe_engine(config))
-    setting = EpisodeSetting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest)
+    setting = EpisodeSetting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest, template)
     episodes = Episodes(setting, ends, run.processes, config.rollout.is_async)
     scheduler = Scheduler(tasks.prompts, cursor, episodes, config, num_steps)
     run.closing.callback(scheduler.close)  # a thread may be at work

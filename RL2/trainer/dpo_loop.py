@@ -11,8 +11,9 @@ from RL2.batch.packing import sequence_weights
 from RL2.config.programs import DPOConfig
 from RL2.data.cursor import Cursor
 from RL2.data.table import Ragged
+from RL2.errors import naming
 from RL2.io.progress import Progress
-from RL2.models.policy import load_tokenizer, refuse_unknown_tokens
+from RL2.models.policy import configured_tokenizer, refuse_unknown_tokens
 from RL2.objectives.preference import dpo, ipo
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
@@ -30,7 +31,7 @@ AT_ONCE = 8192
 def train(config: DPOConfig, run: Run) -> None:
     """Train by DPO or IPO on the responses of chosen and rejected, `batch_size` pairs a step."""
     data, actor = config.data, config.actor
-    tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
+    tokenizer = configured_tokenizer(actor, "actor")
     notes: list[str] = []
     pairs_of = pairs_reader(config, tokenizer, notes, run.listing(), run.progress)
 
@@ -62,11 +63,12 @@ def with_reference(pairs: Rows, config: DPOConfig, processes: Processes, progres
         return replace(pairs, ref_logp=Ragged(np.broadcast_to(np.float32(0), starts[-1]), starts))
     reference, actor = config.ref_actor, config.actor
     mesh = Mesh.make(processes, actor)
-    key = "actor.model_name" if reference.model_name == actor.model_name else "ref_actor.model_name"
+    group = "actor" if reference.model_name == actor.model_name else "ref_actor"
     progress = progress or Progress(speaks=False)
     with progress.phase("loading the reference"):
-        worker = Worker(reference.model_name, actor.dtype, mesh, processes, key)
-    refuse_unknown_tokens(worker.lm, [pairs.largest_token_id], key)
+        worker = Worker(reference.model_name, actor.dtype, mesh, processes, group)
+    with naming(f"{group}.model_name"):
+        refuse_unknown_tokens(worker.lm, [pairs.largest_token_id])
     limit, found = reference.max_inference_length_per_device, np.empty(starts[-1], np.float32)
     with progress.phase("log-probabilities of the reference", 2 * len(pairs), "sequences") as phase:
         for first in range(0, len(pairs), AT_ONCE):

@@ -1,6 +1,6 @@
 """A dry run: what a run needs is looked at, tried and counted, and no model is loaded. One table says what was found.
 
-Nothing is fetched: what is on the hub, and not in its cache here, is named as not looked at.
+Nothing is fetched: what is on the hub, and not in its cache here, is named as not checked.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -28,15 +28,16 @@ from RL2.data.chat import is_chat, question_of
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import given_away
 from RL2.data.source import describe, from_json, is_here
+from RL2.data.template import Template
 from RL2.engines.scripted import ScriptedEngine
-from RL2.errors import ConfigError, UserError, first_line, in_table
+from RL2.errors import ConfigError, UserError, first_line, in_table, naming
 from RL2.io import checkpoint
 from RL2.io.progress import Progress
 from RL2.io.run_lock import refuse_if_running
 from RL2.models.dtypes import compute_dtype
 from RL2.models.loading import check_values, folder_here, match_weights, refuse_no_model, stored_tensors
 from RL2.models.packed import PackedModel
-from RL2.models.policy import Policy, end_tokens, load_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
+from RL2.models.policy import Policy, configured_tokenizer, end_tokens, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.models.value import ValueModel
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.tp import check_sizes
@@ -68,7 +69,7 @@ class Findings:
         self.lines += [(what if number == 0 else "", line) for number, line in enumerate(found)]
 
     def miss(self, what: str, why: str) -> None:
-        self.say(what, f"{why}: not looked at")
+        self.say(what, f"{why}: not checked")
         self.unseen.append(what)
 
     def warn(self, what: str) -> None:
@@ -81,7 +82,7 @@ class Findings:
         table = Table(show_header=False)
         for what, line in self.lines:
             table.add_row(f"[bold]{what}[/]", in_table(line))
-        unseen = f"; not looked at: {', '.join(self.unseen)}" if self.unseen else ""
+        unseen = f"; not checked: {', '.join(self.unseen)}" if self.unseen else ""
         console = Console(soft_wrap=True)
         console.print(table)
         if self.warnings:
@@ -136,14 +137,13 @@ def look_at_model(
     model: TrainableChat, group: str, found: Findings
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """Return the model, on the meta device, and the tokenizer; None for both if they are not on this machine."""
-    key, name = f"{group}.model_name", model.model_name
-    if (folder := folder_of(name, key)) is None:
-        found.miss("model", f"{name}, on the hub")
-        return None, None
-    tokenizer = load_tokenizer(str(folder), key, model.chat_template, model.chat_template_kwargs)
-    lm = look_at_weights(
-        Policy if isinstance(model, TrainablePolicy) else ValueModel, folder, name, key, found.progress
-    )
+    name, kind = model.model_name, Policy if isinstance(model, TrainablePolicy) else ValueModel
+    with naming(f"{group}.model_name"):
+        if (folder := folder_of(name)) is None:
+            found.miss("model", f"{name}, on the hub")
+            return None, None
+        tokenizer = configured_tokenizer(replace(model, model_name=str(folder)), group)
+        lm = look_at_weights(kind, folder, name, found.progress)
     said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
     found.say("model", name, said)
     if model.gradient_checkpointing:
@@ -155,24 +155,24 @@ def look_at_model(
     return lm, tokenizer
 
 
-def folder_of(name: str, key: str) -> Path | None:
-    """Return `folder_here` of a model; raise ConfigError, which names `key`, for a name that can be no model."""
+def folder_of(name: str) -> Path | None:
+    """Return `folder_here` of a model. Raise ModelError for a name that can be no model."""
     try:
         return folder_here(name)
     except ValueError:
-        refuse_no_model(name, key)
+        refuse_no_model(name)
         raise
 
 
-def look_at_weights(kind: type[PackedModel], folder: Path, name: str, key: str, progress: Progress) -> PreTrainedModel:
+def look_at_weights(kind: type[PackedModel], folder: Path, name: str, progress: Progress) -> PreTrainedModel:
     """Build the model of `folder` without memory, and check its weights, if they are there: headers, then values."""
-    lm = kind.build(name if folder == Path(name) else str(folder), key)
+    lm = kind.build(name if folder == Path(name) else str(folder))
     if folder == Path(name) or any(folder.glob("*.safetensors")):  # otherwise they are still to be fetched
-        stored = stored_tensors(folder, name, key)
-        state, _ = match_weights(lm, stored, name, key, kind(lm).initial, kind.UNREAD)
+        stored = stored_tensors(folder, name)
+        state, _ = match_weights(lm, stored, name, kind(lm).initial, kind.UNREAD)
         total = sum(file.stat().st_size for file in {each.file for each in stored.values()})
         with progress.phase(f"looking through the weights of {name}", total / GIB, "GiB") as phase:
-            for num_bytes in check_values(state, stored, f"{key}={name}"):
+            for num_bytes in check_values(state, stored, name):
                 phase.update(num_bytes / GIB)
     return lm
 
@@ -189,10 +189,11 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
     models = {}
     for group, name, kind, model in used:
         key = f"{group}.model_name"
-        if (folder := folder_of(name, key)) is None:
-            found.miss(group, f"{name}, on the hub")
-            continue
-        lm = models[key] = look_at_weights(kind, folder, name, key, found.progress)
+        with naming(key):
+            if (folder := folder_of(name)) is None:
+                found.miss(group, f"{name}, on the hub")
+                continue
+            lm = models[key] = look_at_weights(kind, folder, name, found.progress)
         check_sizes(lm, model.tp_size, model.sp_size, group)
         if kind is ValueModel and model.gradient_checkpointing:
             refuse_no_recomputation(lm, group)
@@ -208,31 +209,35 @@ def look_at_tasks(
     `readers` are the models that read its tokens, by key.
     """
     rollout, train, trainer = config.rollout, config.train_data, config.trainer
-    longest = config.actor.max_length + 1
+    longest, template = config.actor.max_length + 1, None
     if tokenizer is not None:
-        longest = min(longest, max_length(tokenizer.name_or_path))
+        template = Template(tokenizer)
+        with naming("actor.model_name"):
+            longest = min(longest, max_length(tokenizer.name_or_path))
     notes: dict[str, list[str]] = {}
 
     def load(source: Source, example: Example) -> Sequence[Prompt]:
         if not is_here(source.path):
             return []
-        if tokenizer is None:
+        if template is None:
             bad = source.bad_rows()
             rows = formatted(bad, example)
             notes[source.key] = [f"{len(rows)} rows, in the right format", *bad.notes(None), *warn_of_answers(rows)]
             return rows
         said_of_rows: list[str] = []
-        prompts = reader(tokenizer, longest, said_of_rows, progress=found.progress)(source, example)
+        prompts = reader(template, longest, said_of_rows, progress=found.progress)(source, example)
         notes[source.key] = [*said_of_rows, *warn_of_answers(prompts)]
         return prompts
 
     with ExitStack() as closing:
         tasks = load_tasks(config, load, closing)
         given = list(tasks.largest_token_ids)
-        if tokenizer is not None:
-            given += stop_tokens(readers["actor.model_name"], tokenizer)
+        if template is not None:
+            with naming("actor.model_name"):
+                given += stop_tokens(readers["actor.model_name"], template.tokenizer, template)
         for key, lm in readers.items():
-            refuse_unknown_tokens(lm, given, key)
+            with naming(key):
+                refuse_unknown_tokens(lm, given)
         say_of_tasks(config, notes, found)
         tried = {tasks.environment: ("rollout.env_path", tasks.prompts)}
         for each in tasks.tests:
@@ -241,8 +246,8 @@ def look_at_tasks(
         for environment, (key, of) in tried.items():
             if environment is not tasks.environment:
                 found.say("", f"{key}: {environment.path}")
-            if of and tokenizer is not None:
-                found.say("", *try_environment(config, environment, key, tokenizer, of[0], longest))
+            if of and template is not None:
+                found.say("", *try_environment(config, environment, key, template, of[0], longest))
             else:
                 found.unseen.append("step of the environment")
     found.say("engine", rollout.engine)
@@ -304,11 +309,12 @@ def try_environment(
     config: RLConfig,
     environment: Environment,
     key: str,
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     prompt: Prompt,
     longest: int,
 ) -> list[str]:
     """Play one turn with a fixed response and describe its result. Raise UserError if it has no reward."""
+    tokenizer = template.tokenizer
     engine = ScriptedEngine(lambda token_ids, sampling: tokenizer.encode(RESPONSE, add_special_tokens=False))
     trajectory = asyncio.run(
         run_episode(
@@ -322,6 +328,7 @@ def try_environment(
             group=0,
             sample=0,
             seed=config.trainer.seed,
+            template=template,
         )
     )
     of = f"the first row and the response {RESPONSE!r}"
@@ -360,7 +367,8 @@ def look_at_rows(
         rows, tests = train_and_test(data, read)
         for each in filter(None, (rows, tests)):
             for key, lm in readers.items():
-                refuse_unknown_tokens(lm, [each.largest_token_id], key)
+                with naming(key):
+                    refuse_unknown_tokens(lm, [each.largest_token_id])
         found.say("data", told["data"], *notes)
         found.say("test data", told["test data"])
     else:
@@ -455,7 +463,8 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
     what = ", ".join(f"{part} {bytes_in_words(size)}" for part, size in (parts | beside).items() if size)
     found.say(
         "memory",
-        f"about {bytes_in_words(total)} a GPU at the peak of an update, in {str(dtype).removeprefix('torch.')}, on "
+        f"about {bytes_in_words(total)} a {'GPU' if has_gpu else 'process'} at the peak of an update, in "
+        f"{str(dtype).removeprefix('torch.')}, on "
         f"{layout.size} process(es)",
         what,
     )

@@ -59,7 +59,7 @@ def changed(before: Path, shown: str) -> list[str]:
 
 def of_prompts(prompts: Sequence[Prompt]) -> str:
     """Return the number of some prompts and a digest of a part of them."""
-    chosen = [prompts[i] for i in spread(len(prompts))]
+    chosen = [prompts[i] for i in evenly_spaced(len(prompts))]
     content = [(prompt.text, list(map(int, prompt.token_ids)), prompt.extra_info) for prompt in chosen]
     return f"{len(prompts)} rows {hashlib.sha256(repr(content).encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
 
@@ -73,8 +73,8 @@ def of_tensors(num_rows: int, tensors: Mapping[str, torch.Tensor]) -> str:
     return f"{num_rows} rows {found.hexdigest()[:12]}"
 
 
-def spread(number: int) -> list[int]:
-    """Return up to `ROWS` numbers below `number`, evenly spread, first and last among them."""
+def evenly_spaced(number: int) -> list[int]:
+    """Return up to `ROWS` numbers below `number`, evenly spaced, first and last among them."""
     if number <= ROWS:
         return list(range(number))
     return [(number - 1) * place // (ROWS - 1) for place in range(ROWS)]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 WORDS = {
-    signal.SIGINT: "Ctrl-C: the run ends after this step, with a checkpoint; once more: at once",
+    signal.SIGINT: "Ctrl-C: the run ends after this step, with a checkpoint; press it again to end at once",
     signal.SIGTERM: "SIGTERM: the run ends after this step, with a checkpoint",
 }
 """Signal -> what is said when it comes first."""

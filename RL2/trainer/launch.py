@@ -1,4 +1,4 @@
-"""The door of every program: configuration, probe of the loss, dry run, errors in plain words; heavy imports wait."""
+"""Start of every program: configuration, check of the loss, dry run, errors in one line. Heavy imports come late."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
             progress.say(f"{program} begins on {time.strftime('%Y-%m-%d at %H:%M:%S')}")
         with progress.phase("checking the objective"):
             if isinstance(config, RLConfig):
-                from RL2.trainer.unused_settings import probe
+                from RL2.trainer.unused_settings import refuse_unused_settings
 
-                probe(config)
+                refuse_unused_settings(config)
             elif isinstance(config, SFTConfig):
-                from RL2.trainer.unused_settings import probe_supervised
+                from RL2.trainer.unused_settings import refuse_advantage_objectives
 
-                probe_supervised(config.actor)
+                refuse_advantage_objectives(config.actor)
         if config.trainer.dry_run:
             from RL2.trainer.dry_run import rehearse
 
@@ -87,7 +87,7 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
                 raise
             error = UserError(
                 f"out of memory ({first_line(error)}); lower max_length_per_device, logits_budget_mib or "
-                "rollout.max_running_requests, or take more processes"
+                "rollout.max_running_requests, or use more processes"
             )
         rank = os.environ.get("RANK")
         message = f"{program}{f' (rank {rank})' if rank else ''}: {error}"
@@ -99,8 +99,8 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
         if type(error).__name__ != "PanicException":  # of libraries in Rust, none of which gives its class a name
             raise
         sys.exit(
-            f"{program}: the tokenizer's library gave up ({first_line(error)}); the model's tokenizer.json asks for "
-            "what it cannot do, such as a regular expression that does not end on some text"
+            f"{program}: the tokenizers library failed ({first_line(error)}); the model's tokenizer.json may have a "
+            "regular expression that does not terminate on some text"
         )
 
 

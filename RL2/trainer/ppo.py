@@ -1,4 +1,4 @@
-"""`torchrun -m RL2.trainer.ppo key=value ...`: policy gradient with PPO's ratio, by default Dr. GRPO."""
+"""`torchrun -m RL2.trainer.ppo key=value ...`: policy gradient with PPO's ratio and the advantages of Dr. GRPO."""
 
 from RL2.trainer.launch import main
 

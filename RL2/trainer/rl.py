@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 
 from RL2.batch.packing import pack
 from RL2.config.programs import RLConfig
+from RL2.errors import naming
 from RL2.io.report import Metrics, Report
 from RL2.models.policy import refuse_unknown_tokens
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
@@ -24,7 +25,7 @@ def train(config: RLConfig, run: Run) -> None:
     actor, engine, evaluator, trainer = parts.actor, parts.engine, parts.evaluator, config.trainer
     for step in range(parts.first_step, parts.last_step + 1):
         clock = Clock()
-        with run.progress.phase("giving the weights to the engine"):
+        with run.progress.phase("sending the weights to the engine"):
             engine.load_weights(actor.weights(), version=step)
         metrics: Metrics = {}
         if evaluator.tests and (step == parts.last_step or run.due(trainer.test_freq, step)):
@@ -35,13 +36,13 @@ def train(config: RLConfig, run: Run) -> None:
         if step == parts.last_step or evaluator.ends_run:
             break
 
-        trajectories = sample(parts.scheduler, config, step, parts.report)
-        metrics |= measure(trajectories, parts, config, step)
+        trajectories, kept = sample(parts.scheduler, config, step, parts.report)
+        metrics |= measure(trajectories, kept, parts, config, step)
         if not config.rollout.is_async:
             engine.sleep()
         clock.lap("rollout")
 
-        trained = trainable(trajectories, config)
+        trained = trainable(trajectories, kept, config)
         batch = parts.annotate(known_tokens(pack(trained, step), parts), trained)
         parts.token_log.look(step, trajectories, trained, batch)
         if run.due(trainer.replay_freq, step):
@@ -57,36 +58,43 @@ def train(config: RLConfig, run: Run) -> None:
     if metrics:
         finish_step(parts, step, metrics)
     if step < parts.last_step:
-        fell = "the test score fell twice in a row, which is where trainer.early_stop ends the run"
+        fell = "the test score fell twice in a row, so trainer.early_stop ends the run"
         parts.report.say(f"step {step}: {fell}")
     if not trainer.eval_only:
         run.export(actor, parts.tokenizer, parts.critic)
 
 
-def sample(scheduler: Scheduler, config: RLConfig, step: int, report: Report) -> list[Trajectory]:
-    """Return the rollout of a step, with groups in place of filtered ones; write some of it to samples.jsonl."""
+def sample(
+    scheduler: Scheduler, config: RLConfig, step: int, report: Report
+) -> tuple[list[Trajectory], list[Trajectory]]:
+    """Return the rollout of a step, with groups in place of filtered ones, and those of it that filters keep.
+
+    Some of it is written to samples.jsonl.
+    """
     number, wanted = config.train_data.responses_per_prompt, config.train_data.prompts_per_rollout
     with report.progress.phase(f"rollout of step {step}", wanted * number, "responses") as phase:
         trajectories = scheduler.take(step, phase.update)
+    kept = with_signal(trajectories, config)
     for _ in range(1, config.rollout.dynamic_filtering_rounds):
-        # equal on all processes, as all have all trajectories
-        missing = wanted - len(groups(with_signal(trajectories, config)))
+        missing = wanted - len(groups(kept))  # equal on all processes, as all have all trajectories
         if not missing:
             break
         with report.progress.phase(f"more rollouts of step {step}", missing * number, "responses") as phase:
-            trajectories += scheduler.take_more(missing, step, len(groups(trajectories)), phase.update)
+            more = scheduler.take_more(missing, step, len(groups(trajectories)), phase.update)
+        trajectories += more
+        kept += with_signal(more, config)
     scheduler.cursor.learn(success_rates(trajectories))
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")
     warn_of_metrics(trajectories, step, report)
     report.samples(step, "train", trajectories[: config.trainer.samples_per_step])
-    return trajectories
+    return trajectories, kept
 
 
-def measure(trajectories: Seq[Trajectory], parts: Parts, config: RLConfig, step: int) -> Metrics:
+def measure(trajectories: Seq[Trajectory], kept: Seq[Trajectory], parts: Parts, config: RLConfig, step: int) -> Metrics:
     """Return metrics of the rollout, of the order of the data, and of the engine."""
-    metrics = rollout_metrics(trajectories, "train") | filter_metrics(trajectories, config)
+    metrics = rollout_metrics(trajectories, "train") | filter_metrics(trajectories, kept, config)
     metrics |= parts.scheduler.cursor.metrics() | parts.engine.metrics()
     return metrics | staleness(trajectories, step, config.rollout.max_staleness)
 
@@ -94,7 +102,8 @@ def measure(trajectories: Seq[Trajectory], parts: Parts, config: RLConfig, step:
 def known_tokens(batch: TokenBatch, parts: Parts) -> TokenBatch:
     """Return `batch`; raise ConfigError if a model that reads it does not have one of its tokens."""
     for key, lm in parts.readers.items():
-        refuse_unknown_tokens(lm, [batch.largest_token_id], key)
+        with naming(key):
+            refuse_unknown_tokens(lm, [batch.largest_token_id])
     return batch
 
 

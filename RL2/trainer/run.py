@@ -39,7 +39,7 @@ from RL2.types import TokenBatch
 from RL2.workers.learner import Learner
 
 REPLAY_BATCH = "batch.safetensors"
-"""The rollouts of a step that is kept for replay, as they are trained on; the model lies beside them."""
+"""The rollouts of a step that is kept for replay, as they are trained on; the model is in the same folder."""
 EXPORTED = ("latest", "best", "critic")
 """Folders of models that a run replaces as it goes on."""
 LAUNCHERS = "launchers.json"
@@ -123,7 +123,9 @@ class Run:
             durable.write_text(self.save_dir / LAUNCHERS, json.dumps(self.launchers))
         self.processes.wait("the report to be cut back")
         if asked := self._asked():
-            raise Interrupted(f"ended by {_name(asked)} before step {step}; start it again as it was", asked)
+            raise Interrupted(
+                f"ended by {_name(asked)} before step {step}; start it again with the same command", asked
+            )
         return step
 
     def save_if_due(
@@ -147,7 +149,7 @@ class Run:
         if asked:
             self.finish()
             raise Interrupted(
-                f"ended by {_name(asked)} after step {step - 1}; go on with trainer.save_dir={self.save_dir} "
+                f"ended by {_name(asked)} after step {step - 1}; resume with trainer.save_dir={self.save_dir} "
                 "trainer.load_ckpt_from=latest",
                 asked,
             )
@@ -240,7 +242,7 @@ def start(config: Config, progress: Progress | None = None) -> Iterator[Run]:
             "the first process to take trainer.save_dir",
         )
         source, damaged = checkpoint.choose(wanted, save_dir, processes)
-        progress.say(*(f"WARNING: {fault}; the checkpoint before it is taken" for fault in damaged))
+        progress.say(*(f"WARNING: {fault}; the previous checkpoint is used" for fault in damaged))
         if source is not None:
             refuse_another_base(source, settings)
         checkpoints = Checkpoints(save_dir, processes, trainer.num_kept, models(settings))
@@ -308,7 +310,7 @@ def refuse_another_run(save_dir: Path) -> None:
     """Raise ConfigError if there is one in the folder of a run that begins."""
     if (save_dir / "metrics.jsonl").exists():
         raise ConfigError(
-            f"trainer.save_dir={save_dir} already holds a run; go on with it (trainer.load_ckpt_from=latest) "
+            f"trainer.save_dir={save_dir} already contains a run; resume it (trainer.load_ckpt_from=latest) "
             "or choose another trainer.save_dir"
         )
 
@@ -331,8 +333,8 @@ def refuse_another_base(source: Path, settings: dict[str, Any]) -> None:
         return  # whole weights take the place of what the model began with
     if told := differences({key: began[key] for key in began if key.startswith("actor.")}, ours):
         raise ConfigError(
-            f"trainer.load_ckpt_from={source} has adapters alone{told}; name its own model (a link to it, if it has "
-            "moved) and its own actor.lora"
+            f"trainer.load_ckpt_from={source} contains only adapters{told}; pass the model that they were "
+            "trained on (a link to it, if it has moved) and its actor.lora"
         )
 
 

@@ -12,8 +12,9 @@ from RL2.batch.packing import loss_weights
 from RL2.config.programs import SFTConfig
 from RL2.data.cursor import Cursor
 from RL2.data.sft import load_examples
+from RL2.data.template import Template
 from RL2.io.progress import Progress
-from RL2.models.policy import load_tokenizer
+from RL2.models.policy import configured_tokenizer
 from RL2.objectives.objective import Loss
 from RL2.objectives.registry import bind
 from RL2.trainer.announce import describe_model
@@ -27,7 +28,7 @@ def train(config: SFTConfig, run: Run) -> None:
     """Train by cross-entropy, or another objective, on the tokens of responses, `batch_size` examples a step."""
     data, actor = config.data, config.actor
     objective = bind(actor.objective, actor.objective_args)
-    tokenizer = load_tokenizer(actor.model_name, "actor.model_name", actor.chat_template, actor.chat_template_kwargs)
+    tokenizer = configured_tokenizer(actor, "actor")
     notes: list[str] = []
 
     def weights(batch: TokenBatch) -> Tensor:
@@ -59,12 +60,12 @@ def reader(
     progress: Progress | None = None,
 ) -> Callable[[str], Rows]:
     """Return a function that reads the rows of a path, and notes on them; it lists skipped rows in `listing`."""
-    data, example = config.data, converter(config.data)
+    data, example, template = config.data, converter(config.data), Template(tokenizer)
 
     def read(path: str) -> Rows:
         said, bad = list[str](), bad_rows(data, path)
         examples, num_left_out = load_examples(
-            path, tokenizer, example, data.max_length, data.train_on, said, bad, progress
+            path, tokenizer, example, data.max_length, data.train_on, said, bad, progress, template
         )
         left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
         notes.extend([f"{path}: {len(examples)} examples, {left_out}", *said, *bad.notes(listing)])

@@ -24,14 +24,15 @@ from RL2.data.preference import SIDES, load_pairs
 from RL2.data.sft import pieces
 from RL2.data.source import DataError, Row, with_columns
 from RL2.data.table import Ragged
-from RL2.errors import ConfigError
+from RL2.data.template import Template
+from RL2.errors import ConfigError, naming
 from RL2.io.progress import Progress
 from RL2.io.report import NUM_SHOWN, Metrics, Report
 from RL2.models.policy import refuse_unknown_tokens, rotary_limit
 from RL2.objectives.objective import Loss
 from RL2.rollout.environment import load_example
 from RL2.trainer.announce import describe_supervised_plan
-from RL2.trainer.inputs import of_tensors, spread
+from RL2.trainer.inputs import evenly_spaced, of_tensors
 from RL2.trainer.run import Run
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.learner import Learner
@@ -39,7 +40,7 @@ from RL2.workers.learner import Learner
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a data set, which may lie in files: each is one sequence, or the two of a pair."""
+    """Rows of a data set, which may be in files: each is one sequence, or the two of a pair."""
 
     ids: Ragged
     """Token ids of all sequences."""
@@ -113,7 +114,8 @@ def fit(task: SupervisedTask, cursor: Cursor, num_steps: int, tokenizer: PreTrai
     """Take one optimizer step on every batch of the cursor."""
     trainer, learner = run.config, task.learner
     for rows in filter(None, (task.train, task.test)):
-        refuse_unknown_tokens(learner.lm, [rows.largest_token_id], f"{task.name}.model_name")
+        with naming(f"{task.name}.model_name"):
+            refuse_unknown_tokens(learner.lm, [rows.largest_token_id])
     run.know_rows({name: of_rows(rows) for name, rows in (("data", task.train), ("test data", task.test)) if rows})
     report = run.report(num_steps)
     run.closing.callback(report.close)
@@ -157,7 +159,7 @@ def first_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[dict[str,
 
 def of_rows(rows: Rows) -> str:
     """Return the number of rows and a digest of a part of them."""
-    batch = rows.draw(spread(len(rows)))
+    batch = rows.draw(evenly_spaced(len(rows)))
     return of_tensors(len(rows), {"token_ids": batch.token_ids_T, "action": batch.action_T, "cut": batch.cu_seqlens})
 
 
@@ -187,11 +189,11 @@ def pairs_reader(
     progress: Progress | None = None,
 ) -> Callable[[str], Rows]:
     """Return a function that reads the pairs of a path, and notes on them; it lists skipped rows in `listing`."""
-    data, example = config.data, converter(config.data)
+    data, example, template = config.data, converter(config.data), Template(tokenizer)
 
     def read(path: str) -> Rows:
         said, bad = list[str](), bad_rows(data, path)
-        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length, said, bad, progress)
+        pairs, num_left_out = load_pairs(path, tokenizer, example, data.max_length, said, bad, progress, template)
         left_out = f"{num_left_out} left out (data.max_length={data.max_length} tokens)"
         notes.extend([f"{path}: {len(pairs)} pairs, {left_out}", *said, *bad.notes(listing)])
         rows = Rows(pairs.ids, pairs.trains, per_row=2, scored=isinstance(config, RMConfig))
@@ -208,7 +210,8 @@ def refuse_long(config: SFTConfig | RMConfig | DPOConfig, rows: Rows, path: str)
     """
     group, model = trained(config)
     length_B = rows.lengths_B
-    limit = rotary_limit(model.model_name, f"{group}.model_name")
+    with naming(f"{group}.model_name"):
+        limit = rotary_limit(model.model_name)
     if limit is not None and int(length_B.max()) > limit:
         raise DataError(
             f"{path}: a row has {int(length_B.max()) + 1} tokens, and beyond {limit} {group}.model_name="

@@ -16,6 +16,7 @@ from RL2.data.bad_rows import BadRows
 from RL2.data.prompts import Prompts, load_prompts
 from RL2.data.sft import marked, pieces
 from RL2.data.source import Row, with_columns
+from RL2.data.template import Template
 from RL2.errors import ConfigError
 from RL2.io.progress import Progress
 from RL2.io.report import NUM_SHOWN
@@ -57,7 +58,7 @@ class TestTasks:
 
 
 def reader(
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     longest: int,
     notes: list[str],
     listing: Path | None = None,
@@ -65,12 +66,14 @@ def reader(
 ) -> Callable[[Source, Example], Prompts]:
     """Return a function that reads the prompts of a source and adds lines about them to `notes`.
 
-    Skipped rows go to the file `listing`. `longest` is the limit of a sequence in tokens.
+    Skipped rows go to the file `listing`. `template` is that of the tokenizer, and `longest` the limit of a sequence in
+    tokens.
     """
+    tokenizer = template.tokenizer
 
     def read(source: Source, example: Example) -> Prompts:
         bad = source.bad_rows()
-        prompts = load_prompts(source.path, tokenizer, example, longest - 1, bad, progress)
+        prompts = load_prompts(source.path, tokenizer, example, longest - 1, bad, progress, template)
         first = prompts[0]
         shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
         said = [f"{source.path}: {sizes(prompts)}", f"{source.path}, row {first.row + 1}: {shown}[[response]]"]
@@ -83,7 +86,7 @@ def reader(
 def sizes(prompts: Prompts) -> str:
     """Return the number of prompts and their lengths in words."""
     mean, most = prompts.lengths.mean(), prompts.lengths.max()
-    return f"{len(prompts)} rows; prompts of {mean:.0f} tokens in the mean, at most {most}"
+    return f"{len(prompts)} rows; prompts of {mean:.0f} tokens on average, at most {most}"
 
 
 def first_rows(prompts: Seq[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -97,7 +100,7 @@ def first_rows(prompts: Seq[Prompt], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def train_tasks(config: RLConfig, environment: Environment, load: Load) -> Seq[Prompt]:
-    """Return what is trained on: rows by `load`, or tasks that the environment makes up."""
+    """Return what is trained on: rows by `load`, or tasks that the environment generates."""
     data = config.train_data
     if data.path is None and config.trainer.eval_only:
         return synthetic_prompts(data.prompts_per_rollout)  # of which none is played
@@ -136,19 +139,19 @@ def _tasks(
     number: int,
     seed: int | None = None,
 ) -> Seq[Prompt]:
-    """Return the rows of a source or, where only the key of one is given, `number` tasks that `reset` makes up."""
+    """Return the rows of a source or, where only the key of one is given, `number` tasks that `reset` generates."""
     if isinstance(source, Source):
         return load(source, with_columns(columns, environment.example))
     if not environment.has_reset:
         raise ConfigError(
-            f"{source}.path is not set, and {environment.path} has no `reset` that makes up tasks; "
+            f"{source}.path is not set, and {environment.path} has no `reset` that generates tasks; "
             f"pass {source}.path=..."
         )
     return synthetic_prompts(number, seed)
 
 
 def synthetic_prompts(number: int, seed: int | None = None) -> list[Prompt]:
-    """Return prompts without a text, for tasks that `reset` makes up.
+    """Return prompts without a text, for tasks that `reset` generates.
 
     Without a `seed` the tasks are new in each rollout; with one they are always the same.
     """

@@ -28,7 +28,7 @@ from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 NUM_TRAJECTORIES, LONGEST = 32, 16
 
 
-def probe(config: RLConfig) -> None:
+def refuse_unused_settings(config: RLConfig) -> None:
     """Raise ConfigError, with the reason, for a setting of the loss or of the advantages that has no effect.
 
     Raise it also for a function of one's own that cannot be found.
@@ -56,13 +56,13 @@ def probe(config: RLConfig) -> None:
             raise ConfigError(f"{setting} has no effect: actor.objective={actor.objective} reads no advantages")
 
 
-def probe_supervised(actor: SFTActor) -> None:
+def refuse_advantage_objectives(actor: SFTActor) -> None:
     """Raise ConfigError for an objective that reads advantages, which rows of data do not have."""
     objective = bind(actor.objective, actor.objective_args)
     if reads_advantages(objective):
         raise ConfigError(
             f"actor.objective={actor.objective} reads advantages, and rows of data have none; "
-            "choose sft, rank_jsd or another that trains on what is right"
+            "choose sft, rank_jsd or another objective that reads none"
         )
 
 

@@ -21,15 +21,14 @@ from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.learner import Learner
-from RL2.workers.metrics import Max, Mean, Metric, Totals, mean_over_updates
-from RL2.workers.worker import Progress, Worker
+from RL2.workers.metrics import Metric, Totals, engine_gap, mean_over_updates
+from RL2.workers.passes import Progress
+from RL2.workers.worker import Worker
 
 
 def wanted_stats(config: ActorConfig) -> StatsRequest:
     """Return the statistics of an update: the objective's, entropy for the report, logp to compare with the engine."""
-    objective = configured(config)
-    fields = tuple(dict.fromkeys((*objective.fields, "logp", "entropy")))
-    return StatsRequest(fields, objective.top_k, config.temperature, config.logits_budget_mib)
+    return replace(configured(config).request(config.temperature), budget_mib=config.logits_budget_mib)
 
 
 class Actor(Learner):
@@ -86,17 +85,8 @@ class Actor(Learner):
 
     def loss(self, stats: TokenStats, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
         """Return the loss of the objective and its regularizers, with metrics of the gap to the engine."""
-        assert batch.engine_logp_T is not None
         loss_T, metrics = total_loss(stats, batch, self.config, self.objective)
-        old_T = stats.logp.detach() if batch.old_logp_T is None else batch.old_logp_T
-        gap_T = (old_T - batch.engine_logp_T).abs()
-        if batch.age_T is None:
-            return loss_T, {**metrics, "logp_gap": gap_T, "logp_gap_max": Max(gap_T)}
-        # tokens of older weights differ for another reason
-        present_T = (batch.age_T == 0).float()
-        present_gap_T, stale_T = gap_T * present_T, 1 - present_T
-        gaps: dict[str, Metric] = {"logp_gap": Mean(present_gap_T, present_T), "logp_gap_max": Max(present_gap_T)}
-        return loss_T, {**metrics, **gaps, "on_policy": present_T, "drift": Mean(gap_T * stale_T, stale_T)}
+        return loss_T, metrics | engine_gap(stats, batch)
 
     def fault(self, metrics: dict[str, float], totals: Totals) -> str:
         """Return an error if trainer and engine are further apart than `max_logprob_gap`."""
@@ -106,7 +96,7 @@ class Actor(Learner):
         if gap <= self.max_logprob_gap:  # False for NaN
             return ""
         return (
-            f"trainer and engine are {gap:g} nats apart in the mean, more than trainer.max_logprob_gap="
+            f"trainer and engine are {gap:g} nats apart on average, more than trainer.max_logprob_gap="
             f"{self.max_logprob_gap:g}: {totals.largest('logp_gap_max')}"
         )
 
@@ -137,9 +127,7 @@ class RefActor(Worker):
 
     def __init__(self, config: RefActorConfig, actor: ActorConfig, mesh: Mesh, processes: Processes) -> None:
         """Load the reference; `actor` and `mesh` are the actor's."""
-        super().__init__(
-            config.model_name, actor.dtype, mesh, processes, "ref_actor.model_name", Policy, actor.offload_model
-        )
+        super().__init__(config.model_name, actor.dtype, mesh, processes, "ref_actor", Policy, actor.offload_model)
         self.policy.requires_grad_(False)
         self.request = StatsRequest(("logp",), temperature=actor.temperature, budget_mib=actor.logits_budget_mib)
         self.limit = config.max_inference_length_per_device

@@ -16,7 +16,7 @@ from RL2.parallel.processes import Processes
 from RL2.types import TokenBatch
 from RL2.workers.learner import Learner
 from RL2.workers.metrics import mean_over_updates
-from RL2.workers.worker import Progress
+from RL2.workers.passes import Progress
 
 
 class Critic(Learner):
@@ -25,7 +25,7 @@ class Critic(Learner):
     config: CriticConfig
 
     def __init__(self, config: CriticConfig, processes: Processes, total_steps: int, save_dir: Path) -> None:
-        super().__init__(config, processes, total_steps, save_dir, "critic.model_name", ValueModel)
+        super().__init__(config, processes, total_steps, save_dir, "critic", ValueModel)
 
     def values(self, batch: TokenBatch, progress: Progress = lambda done: None) -> Tensor:
         """Return the value estimate before every action, [T]."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from RL2.config.model import Trainable, TrainablePolicy
@@ -19,14 +17,14 @@ from RL2.models.lora import export_adapter
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy
 from RL2.objectives.objective import Loss
-from RL2.ops.invariants import first_breach
-from RL2.parallel.fsdp import clip_grad_norm, local
+from RL2.parallel.fsdp import local
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.metrics import LossFunction, Totals
-from RL2.workers.optim import UpdateStats, adamw, move_state, schedule
-from RL2.workers.worker import InvariantError, Progress, Worker
+from RL2.workers.optim import UpdateStats, adamw, clipped_step, move_state, schedule
+from RL2.workers.passes import Progress, backward, trained_sequences
+from RL2.workers.worker import InvariantError, Worker
 
 
 class Learner(Worker):
@@ -38,24 +36,29 @@ class Learner(Worker):
         processes: Processes,
         total_steps: int,
         save_dir: Path,
-        key: str = "actor.model_name",
+        group: str = "actor",
         model: type[PackedModel] = Policy,
     ) -> None:
         """Load the model and make its optimizer, whose schedule ends after `total_steps` optimizer steps.
 
-        The batch of a step that fails is saved in `save_dir`. `key` is the configuration key of the model's name.
+        The batch of a step that fails is saved in `save_dir`. `group` is the prefix of the configuration keys.
         """
-        group = key.partition(".")[0]
         mesh = Mesh.make(processes, config, group)
         lora = config.lora if isinstance(config, TrainablePolicy) and config.lora.rank else None
-        super().__init__(config.model_name, config.dtype, mesh, processes, key, model, config.offload_model, lora)
+        super().__init__(config.model_name, config.dtype, mesh, processes, group, model, config.offload_model, lora)
         self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
         if config.use_liger_kernel:
             _apply_liger(self.lm, group)
         if config.gradient_checkpointing:
             refuse_no_recomputation(self.lm, group)
             _recompute_activations(self.lm)
-        self.optimizer = adamw(self.policy.parameters(), config)
+        self.optimizer = adamw(
+            self.policy.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
         self.update_stats = UpdateStats(self.optimizer, self.dtype)
         self.steps = 0
         """Optimizer steps taken."""
@@ -99,30 +102,9 @@ class Learner(Worker):
         one of weight 0, so that all processes take part in the same collectives.
         """
         self.check_packing(batch)
-        self.policy.train()
-        assert batch.weight_T is not None
-        totals, broken = Totals(self.processes, self.mesh), list[str]()
-        trained = batch.sequence_T[batch.weight_T != 0].unique().tolist()
-        shortest = int(batch.lengths_B.argmin())
-        mine = self.share(batch, trained, self.config.max_length_per_device)
-        for number, ids in enumerate(mine, start=1):
-            if isinstance(self.policy, FSDPModule):  # replicas add up their gradients once per step
-                self.policy.set_requires_all_reduce(number == len(mine))
-            microbatch = batch.sequences(ids or [shortest])
-            if not ids:
-                microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))
-            stats = TokenStats(**self._forward(microbatch, request))
-            actions = microbatch.positions(microbatch.action_T).to(self.processes.device)
-            assert actions.weight_T is not None
-            loss_T, metrics = loss(stats, actions)
-            total = (loss_T * actions.weight_T).sum()
-            total.backward()
-            where = _Where(ids or [shortest], actions)
-            totals.add(total, actions.weight_T != 0, metrics, where)
-            if breach := first_breach(stats, self.lm.config.vocab_size):
-                invariant, t, value = breach
-                broken.append(f"{invariant} does not hold: {value:g} at {where(t)}")
-            progress(len(ids) * self.mesh.data_size)
+        totals, size = Totals(self.processes, self.mesh.data), self.mesh.data_size
+        mine = self.share(batch, trained_sequences(batch), self.config.max_length_per_device)
+        broken = backward(self.policy, batch, mine, loss, request, totals, lambda done: progress(done * size))
         self._sum_partial_gradients()
         means, faults = totals.means(), self._gather(broken)
         if fault := faults[0] if faults else self.fault(means, totals):
@@ -172,35 +154,23 @@ class Learner(Worker):
 
     def _apply(self, loss: float, batch: TokenBatch) -> dict[str, float]:
         """Clip the gradients and take the optimizer step; return its metrics."""
-        grad_norm = clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._stop("nonfinite", f"loss {loss}, gradient norm {grad_norm}", batch)
+
+        def check(grad_norm: float) -> None:
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                self._stop("nonfinite", f"loss {loss}, gradient norm {grad_norm}", batch)
+
         rate = self.config.lr * schedule(self.config, self.steps, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.update_stats.open()
         if self.config.offload_optimizer:
             move_state(self.optimizer, self.processes.device)
-        self.optimizer.step()
+        grad_norm = clipped_step(self.optimizer, self.policy.parameters(), self.config.max_grad_norm, check)
         changes = self.update_stats.close(self.processes)
         if self.config.offload_optimizer:
             move_state(self.optimizer, torch.device("cpu"))
-        self.optimizer.zero_grad()
         self.steps += 1
         return {"loss": loss, "grad_norm": grad_norm, "lr": rate} | changes
-
-
-@dataclass(frozen=True)
-class _Where:
-    """Descriptions of the tokens of a microbatch, for error messages."""
-
-    ids: list[int]
-    actions: TokenBatch
-
-    def __call__(self, t: int) -> str:
-        b = int(self.actions.sequence_T[t])
-        place = t - int(self.actions.cu_seqlens[b])
-        return f"action {place} (token {int(self.actions.labels_T[t])}) of sequence {self.ids[b]}"
 
 
 def refuse_no_recomputation(lm: PreTrainedModel, group: str) -> None:

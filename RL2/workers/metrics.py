@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import TokenBatch, TokenStats
 
@@ -43,8 +43,9 @@ LossFunction = Callable[[TokenStats, TokenBatch], tuple[Tensor, Mapping[str, Met
 class Totals:
     """Sums and maxima of metrics over microbatches and processes. Their names must be equal on all processes."""
 
-    def __init__(self, processes: Processes, mesh: Mesh) -> None:
-        self.processes, self.mesh = processes, mesh
+    def __init__(self, processes: Processes, data: dist.ProcessGroup | None = None) -> None:
+        """Start at 0; `data` is the group with one process from each part of the data, None for all processes."""
+        self.processes, self.data = processes, data
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         self.counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         self.peaks: dict[str, tuple[float, str]] = {}
@@ -89,16 +90,36 @@ class Totals:
     def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
         if not sums:
             return {}
-        summed = self.processes.sum(torch.stack(list(sums.values())), self.mesh.data).tolist()
+        summed = self.processes.sum(torch.stack(list(sums.values())), self.data).tolist()
         return dict(zip(sums, summed, strict=True))
 
     def _max_over_processes(self, peak: float) -> float:
-        return float(self.processes.max(torch.tensor(peak, dtype=torch.float64), self.mesh.data))
+        return float(self.processes.max(torch.tensor(peak, dtype=torch.float64), self.data))
 
     def largest(self, name: str) -> str:
         """Describe the largest value of a `Max` metric over all processes (collective)."""
         value, where = max(self.processes.gather([self.peaks[name]]))
         return f"the largest is {value:g} at {where}"
+
+
+def engine_gap(stats: TokenStats, batch: TokenBatch) -> dict[str, Metric]:
+    """Return metrics of the distance between the log-probabilities of trainer and engine, in nats.
+
+    Tokens that older weights sampled differ for another reason; `drift` has their distance.
+    """
+    assert batch.engine_logp_T is not None
+    old_T = stats.logp.detach() if batch.old_logp_T is None else batch.old_logp_T
+    gap_T = (old_T - batch.engine_logp_T).abs()
+    if batch.age_T is None:
+        return {"logp_gap": gap_T, "logp_gap_max": Max(gap_T)}
+    present_T = (batch.age_T == 0).float()
+    present_gap_T, stale_T = gap_T * present_T, 1 - present_T
+    return {
+        "logp_gap": Mean(present_gap_T, present_T),
+        "logp_gap_max": Max(present_gap_T),
+        "on_policy": present_T,
+        "drift": Mean(gap_T * stale_T, stale_T),
+    }
 
 
 def mean_over_updates(updates: Iterable[Mapping[str, float]]) -> dict[str, float]:

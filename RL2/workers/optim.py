@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,26 +11,51 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from RL2.config.model import Trainable
-from RL2.parallel.fsdp import by_mesh, local
+from RL2.parallel.fsdp import by_mesh, clip_grad_norm, local
 from RL2.parallel.processes import Processes
 
 SAMPLE = 2**16
 """Weights compared in each tensor of each process, evenly spaced; all of a smaller tensor."""
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: Trainable) -> torch.optim.AdamW:
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float = 1e-6,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> torch.optim.AdamW:
     """Return AdamW over the parameters that train; only matrices have weight decay."""
     trained = [p for p in parameters if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     return torch.optim.AdamW(
         [
-            *({"params": group, "weight_decay": config.weight_decay} for group in by_mesh(matrices)),
+            *({"params": group, "weight_decay": weight_decay} for group in by_mesh(matrices)),
             *({"params": group, "weight_decay": 0.0} for group in by_mesh(vectors)),
         ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
+        lr=lr,
+        betas=betas,
+        eps=eps,
     )
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    max_grad_norm: float,
+    check: Callable[[float], None],
+) -> float:
+    """Scale the gradients to a norm of at most `max_grad_norm`, take a step of `optimizer`, and forget the gradients.
+
+    Returns the norm before scaling (collective). `check` gets it before the step; it raises an error to prevent the
+    step.
+    """
+    grad_norm = clip_grad_norm(parameters, max_grad_norm)
+    check(grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
 
 
 def move_state(optimizer: torch.optim.AdamW, device: torch.device) -> None:
@@ -62,13 +87,13 @@ class UpdateStats:
     def __init__(self, optimizer: torch.optim.AdamW, served_dtype: torch.dtype) -> None:
         """Watch `optimizer`; the forward pass and the engine round stored weights to `served_dtype`."""
         self.optimizer, self.served_dtype = optimizer, served_dtype
-        self.accounts: list[tuple[dict[str, Any], list[Tensor], Tensor]] = []
+        self.before: list[tuple[dict[str, Any], list[Tensor], Tensor]] = []
         """Each parameter group, its parameters with a gradient, and samples of them before the step."""
 
     def open(self) -> None:
         """Sample the weights before the step."""
         moving = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.optimizer.param_groups]
-        self.accounts = [(group, parameters, _samples(parameters)) for group, parameters in moving if parameters]
+        self.before = [(group, parameters, _samples(parameters)) for group, parameters in moving if parameters]
 
     def close(self, processes: Processes) -> dict[str, float]:
         """Compare the weights after the step, and return the metrics (collective).
@@ -77,15 +102,15 @@ class UpdateStats:
         norm of the computed update, left out if that is 0. `served_changed_share` is the share that changed in the
         dtype of the forward pass, if that is another one.
         """
-        sums = torch.zeros(5, dtype=torch.float64, device=self.accounts[0][2].device)
-        for group, parameters, old in self.accounts:
+        sums = torch.zeros(5, dtype=torch.float64, device=self.before[0][2].device)
+        for group, parameters, old in self.before:
             new = _samples(parameters)
             served = new.to(self.served_dtype) != old.to(self.served_dtype)
             moved, asked = _precise(new) - _precise(old), self._requested(group, parameters, old)
             counts = (new != old).sum(), torch.ones_like(served).sum(), served.sum()
             squares = (x.square().sum(dtype=torch.float64) for x in (moved, asked))
             sums += torch.stack([*counts, *squares]) / _copies(parameters, processes)
-        stored_dtype, self.accounts = old.dtype, []
+        stored_dtype, self.before = old.dtype, []
         changed, number, served_changed, moved_sq, asked_sq = processes.sum(sums).tolist()
         metrics = {"changed_share": changed / number}
         if asked_sq > 0:

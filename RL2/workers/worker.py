@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from RL2.batch.packing import microbatches, pack_tokens
 from RL2.config.model import Lora
-from RL2.errors import UserError
+from RL2.errors import UserError, naming
 from RL2.models.dtypes import compute_dtype
 from RL2.models.lora import add_adapters
 from RL2.models.packed import PackedModel, layers, transformers_attention
@@ -24,10 +24,7 @@ from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.parallel.tp import check_sizes, split
 from RL2.types import StatsRequest, TokenBatch, TokenStats
-
-Progress = Callable[[int], object]
-"""Called with the number of further sequences that are done."""
-
+from RL2.workers.passes import Progress, forward, statistics
 
 CHECKED_TOKENS = 64
 """Tokens per sequence that `Worker.check_packing` compares."""
@@ -48,16 +45,20 @@ class Worker:
         dtype: str,
         mesh: Mesh,
         processes: Processes,
-        key: str = "actor.model_name",
+        group: str = "actor",
         model: type[PackedModel] = Policy,
         offload_model: bool = False,
         lora: Lora | None = None,
     ) -> None:
-        """Load `model_name` as a `model` on `mesh`, with adapters if `lora` is given; `key` names it in errors."""
+        """Load `model_name` as a `model` on `mesh`, with adapters if `lora` is given.
+
+        `group` is the prefix of its configuration keys.
+        """
         self.processes, self.mesh = processes, mesh
         self.dtype = compute_dtype(dtype, processes.device)
-        group = key.partition(".")[0]
-        lm = model.build(model_name, key)
+        key = f"{group}.model_name"
+        with naming(key):
+            lm = model.build(model_name)
         check_sizes(lm, mesh.tp_size, mesh.sp_size, group)
         self.has_adapters = lora is not None
         if lora is not None:
@@ -72,7 +73,8 @@ class Worker:
         self.offload_model, self.users = offload_model, 0
         self.named = f"{key}={model_name}"
         self.packing_checked = False
-        self.policy.fill(model_name, key, torch.device("cpu") if offload_model else processes.device)
+        with naming(key):
+            self.policy.fill(model_name, torch.device("cpu") if offload_model else processes.device)
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -88,23 +90,11 @@ class Worker:
     ) -> TokenStats:
         """Return statistics at all T positions of `batch`, equal on every process; 0 where there is no action."""
         self.check_packing(batch)
-        self.policy.eval()
-        out: dict[str, Tensor] = {}
-        starts = batch.cu_seqlens.tolist()
-        everything = range(batch.num_sequences)
+        size, mine = self.mesh.data_size, self.share(batch, range(batch.num_sequences), max_tokens)
         with self.at_work("the statistics of a batch"):
-            for ids in self.share(batch, everything, max_tokens):
-                microbatch = batch.sequences(ids or [0])
-                with torch.no_grad():
-                    stats = self._forward(microbatch, request)
-                for name, value in stats.items():
-                    out.setdefault(name, value.new_zeros(len(batch.labels_T), *value.shape[1:], device="cpu"))
-                    if ids:
-                        places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
-                        out[name][places] = value.cpu()
-                progress(len(ids) * self.mesh.data_size)
+            stats = statistics(self.policy, batch, mine, request, lambda done: progress(done * size))
             self._reshard()
-        return TokenStats(**out).map(lambda x: self.processes.sum(x, self.mesh.data))
+        return stats.map(lambda x: self.processes.sum(x, self.mesh.data))
 
     def check_packing(self, batch: TokenBatch) -> None:
         """Compare packed sequences of `batch` with each alone in transformers' own forward, once per model.
@@ -120,7 +110,7 @@ class Worker:
         together = pack_tokens(sequences)
         together = together.with_(group_B=torch.zeros_like(together.group_B))  # a common prefix runs once
         with self.at_work("the comparison of packed and lone sequences"), torch.no_grad():
-            (packed_A,) = self._forward(together, request).values()
+            (packed_A,) = vars(forward(self.policy, together, request)).values()
             with transformers_attention(self.lm):
                 lone = [
                     self.policy(pack_tokens([ids]).to(self.processes.device), None, request, alone=True)
@@ -143,10 +133,6 @@ class Worker:
         """Return this process's microbatches of the sequences `ids`: at most `max_tokens` per process sharing one."""
         mesh = self.mesh
         return microbatches(batch, ids, max_tokens * mesh.sp_size, mesh.data_size)[mesh.data_rank]
-
-    def _forward(self, microbatch: TokenBatch, request: StatsRequest) -> dict[str, Tensor]:
-        device, shared = self.processes.device, microbatch.shared()
-        return self.policy(microbatch.to(device), shared and shared.to(device), request)
 
     def _reshard(self) -> None:
         """Free the unsharded root module, which would stay in the compute dtype until the next backward."""

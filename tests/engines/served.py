@@ -162,7 +162,7 @@ def process_ids(served: Served, i: int) -> list[int]:
     return [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
 
 
-def wait_for(condition: object, limit_s: float = 60) -> None:
+def wait_for(condition: object, limit_s: float = 300) -> None:
     assert callable(condition)
     end = time.monotonic() + limit_s
     while not condition():

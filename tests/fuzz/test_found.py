@@ -230,9 +230,9 @@ UNASKED = {"type": "stop", "matched": 99}
 @pytest.mark.parametrize(
     ("kind", "answer", "error"),
     [
-        (VLLMClient, None, "not of the form that is known"),
+        (VLLMClient, None, "unexpected response format"),
         (VLLMClient, {"choices": [{**VLLM["choices"][0], "weight_versions": LONG_SPAN}]}, "came with versions of"),
-        (SGLangClient, {"output_ids": [7]}, "not of the form that is known"),
+        (SGLangClient, {"output_ids": [7]}, "unexpected response format"),
         (SGLangClient, sglang(weight_versions=LONG_SPAN), "came with versions of 1000000000000"),
         (SGLangClient, sglang(output_token_logprobs=[["a", 7, None], [-1, 8, None]]), "lacks a finite log-probability"),
         (SGLangClient, sglang(finish_reason={"type": []}), r"ended with \[\]"),
@@ -266,7 +266,7 @@ def test_answers_of_another_form(kind: Any, answer: Any, error: str) -> None:
 def test_metrics_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "vllm:request_queue_time_seconds_sum 1.5x\nvllm:request_queue_time_seconds_count 3\n"
     monkeypatch.setattr(httpx, "get", lambda *args, **of: httpx.Response(200, text=text))
-    with pytest.raises(ServerError, match="/metrics: the answer is not of the form"):
+    with pytest.raises(ServerError, match="/metrics: unexpected response format"):
         VLLMClient("http://server", "").queue_times()
 
 

@@ -42,7 +42,7 @@ def test_once_saves_and_says_how_to_go_on(
     (saved,) = run.save_dir.glob("step_*")
     step = int(saved.name.removeprefix("step_"))
     assert json.loads((saved / "notes.json").read_text())["step"] == step == len(run.metrics)
-    assert f"ended by {name} after step {step - 1}; go on with trainer.save_dir={run.save_dir}" in run.errors
+    assert f"ended by {name} after step {step - 1}; resume with trainer.save_dir={run.save_dir}" in run.errors
     more = [f"trainer.max_steps={step + 2}", "trainer.load_ckpt_from=latest"]
     again = world.run(program, *more, save_dir=run.save_dir, nproc=nproc).succeeded()
     assert [row["step"] for row in again.metrics] == list(range(step + 2))
@@ -56,7 +56,7 @@ def test_twice_ends_at_once(world: World, tmp_path: Path) -> None:
     time.sleep(3)  # into the rollout, which takes most of a minute
     run.process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + 10
-    while "once more: at once" not in run.errors and time.monotonic() < deadline:
+    while "press it again to end at once" not in run.errors and time.monotonic() < deadline:
         time.sleep(0.05)
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)

@@ -46,7 +46,7 @@ def test_all_is_looked_at(program: str, dry_run: DryRun) -> None:
         "Qwen3ForSequenceClassification" if program == "rm" else "Qwen3ForCausalLM",
         "steps 3",
         "checkpoints every 2 steps",
-        "a GPU at the peak of an update",
+        "a process at the peak of an update",
         "sampling ends with <|im_end|>",
         "[[response]]" if program == "spo" else "<|im_end|>]]",
     ):
@@ -106,7 +106,7 @@ def test_every_test_set_is_looked_at(dry_run: DryRun, world: World, tmp_path: Pa
         with pytest.raises(SystemExit, match=f"test_data.sets.few.{key}={value}: there is no such file"):
             dry_run("spo", *sets, f"test_data.sets.few.{key}={value}")
     (tmp_path / "other.py").write_text("async def step(state, action, extra_info):\n    return 1\n")
-    with pytest.raises(SystemExit, match=r"test_data\.sets\.few\.env_path=.*step returned a int; expected a dict"):
+    with pytest.raises(SystemExit, match=r"test_data\.sets\.few\.env_path=.*step returned an int; expected a dict"):
         dry_run("spo", *sets)
 
 
@@ -134,12 +134,12 @@ def test_without_rows_an_epoch_is_a_step(dry_run: DryRun, tmp_path: Path) -> Non
 
 def test_what_is_on_the_hub_is_named(dry_run: DryRun) -> None:
     said = dry_run("spo", "actor.model_name=nobody/nothing", "rollout.model_name=nobody/nothing")
-    assert "model nobody/nothing, on the hub: not looked at" in said
+    assert "model nobody/nothing, on the hub: not checked" in said
     assert f"{NUM_ROWS} rows, in the right format" in said
-    assert said.endswith("dry run: all checks passed; not looked at: model, step of the environment")
+    assert said.endswith("dry run: all checks passed; not checked: model, step of the environment")
     said = dry_run("dpo", "data.path=nobody/pairs")
     assert "nobody/pairs: hub data set nobody/pairs, split train" in said
-    assert said.endswith("not looked at: rows")
+    assert said.endswith("not checked: rows")
 
 
 def test_adapters_take_less_memory(dry_run: DryRun) -> None:

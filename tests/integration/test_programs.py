@@ -120,8 +120,8 @@ def test_a_folder_that_holds_a_run_is_not_written_over(runs: Runs) -> None:
     first, second = runs["sft"].result().succeeded(), runs["again"].result()
     assert second.process.returncode == 1
     assert second.errors.splitlines()[-1] == (
-        f"sft: trainer.save_dir={first.save_dir} already holds a run; "
-        "go on with it (trainer.load_ckpt_from=latest) or choose another trainer.save_dir"
+        f"sft: trainer.save_dir={first.save_dir} already contains a run; "
+        "resume it (trainer.load_ckpt_from=latest) or choose another trainer.save_dir"
     )
     assert len(first.metrics) == 3
 

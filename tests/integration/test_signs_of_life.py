@@ -45,9 +45,9 @@ def test_a_log_of_reinforcement_learning(world: World, tmp_path: Path) -> None:
         [
             r"spo begins on \d{4}-\d\d-\d\d at \d\d:\d\d:\d\d",
             r"1 process\(es\), cpu; the run writes into .*",
-            rf"{data}: 24 rows; prompts of \d+ tokens in the mean, at most \d+",
+            rf"{data}: 24 rows; prompts of \d+ tokens on average, at most \d+",
             r"actor: .*model: \w+ForCausalLM, \d+ thousand parameters, float32, on cpu",
-            r"engine: embedded, in the processes that train",
+            r"engine: embedded, in the training processes",
             r"plan: 2 steps, each of 4 prompts x 4 responses of at most 12 tokens: at most 384 tokens in all; "
             r"a test every 1 steps, a checkpoint every 2 steps, the model at the end",
             r"first test: 24 prompts x 1 responses of at most \d+ tokens",

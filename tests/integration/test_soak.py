@@ -1,4 +1,4 @@
-"""The soak of docs/results.md, for 40 steps instead of 2,000: servers are killed, the environment fails."""
+"""The soak of docs/measurements.md, for 40 steps instead of 2,000: servers are killed, the environment fails."""
 
 from __future__ import annotations
 

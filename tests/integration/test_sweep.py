@@ -42,6 +42,8 @@ def test_a_sweep_runs_judges_and_compares_and_goes_on_where_it_was(world: World,
     assert first.exit_code == 0, first.output
     for name in ("low-0", "high-0", "low-1", "high-1"):
         assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 2
+    assert f"comparison: {out / 'comparison.md'}" in first.output
+    assert "; 3 to go, about " in first.output
     comparison = (out / "comparison.md").read_text()
     assert "high: greedy score" in comparison
     assert "high: sampled score" in comparison

@@ -209,7 +209,7 @@ FAULTS = [
         "spo",
         data('{"question": "a"}'),
         "spo: DIR/data.jsonl, row 1: neither 'prompt' nor 'messages'; its keys are question; example(row) in the "
-        "environment script (rollout.env_path, in SFT data.env_path) can make them of others; "
+        "environment script (rollout.env_path, in SFT data.env_path) can convert others; "
         "train_data.on_bad_row=skip continues without such rows",
     ),
     Fault(
@@ -265,7 +265,7 @@ FAULTS = [
         "spo: actor.model_name=DIR/model has no tokenizer: it has no tokenizer.json",
     ),
     Fault(
-        "messages, and no chat template",
+        "messages without a chat template",
         "spo",
         chat_without_template,
         "spo: DIR/data.jsonl, row 1: the tokenizer has no chat template; pass rows with 'prompt' or a tokenizer with a "
@@ -293,10 +293,10 @@ FAULTS = [
         "`step` returns the wrong type",
         "spo",
         step("return 3"),
-        f"{NO_REWARD}step returned a int; expected a dict",
+        f"{NO_REWARD}step returned an int; expected a dict",
     ),
     Fault(
-        "a reward that is no number",
+        "a reward that is not a number",
         "spo",
         step("return " + RESULT.format("float('nan')")),
         f"{NO_REWARD}step returned reward=nan; expected a finite number",
@@ -314,17 +314,17 @@ FAULTS = [
         "spo: trainer.save_dir=DIR/file/run cannot be written: [Errno 20] Not a directory: 'DIR/file/run'",
     ),
     Fault(
-        "no checkpoint where one is named",
+        "a folder that is not a checkpoint",
         "spo",
         overrides("trainer.load_ckpt_from=DIR"),
         "spo: trainer.load_ckpt_from=DIR is not a checkpoint (it has no notes.json)",
     ),
     Fault(
-        "an objective that needs advantages, for data",
+        "an objective that needs advantages, in `sft`",
         "sft",
         overrides("actor.objective=ppo"),
-        "sft: actor.objective=ppo reads advantages, and rows of data have none; choose sft, rank_jsd or another that "
-        "trains on what is right",
+        "sft: actor.objective=ppo reads advantages, and rows of data have none; choose sft, rank_jsd or another "
+        "objective that reads none",
     ),
     Fault(
         "a model that does not exist",
@@ -333,7 +333,7 @@ FAULTS = [
         "spo: actor.model_name=DIR/nothing: there is no such folder, and a model on the hub is named OWNER/NAME",
     ),
     Fault(
-        "a file of the weights is missing",
+        "a missing file of the weights",
         "spo",
         model(lose_a_shard),
         "spo: actor.model_name=DIR/model: model-00002-of-00002.safetensors is listed in "
@@ -347,11 +347,11 @@ FAULTS = [
         "the tokenizer belongs to another model, or the model was not resized for it",
     ),
     Fault(
-        "a tokenizer whose regular expression does not end",
+        "a tokenizer with an endless regular expression",
         "spo",
         endless_row,
-        "spo: the tokenizer's library gave up (Onig: Regex search error: retry-limit-in-match over); the model's "
-        "tokenizer.json asks for what it cannot do, such as a regular expression that does not end on some text",
+        "spo: the tokenizers library failed (Onig: Regex search error: retry-limit-in-match over); the model's "
+        "tokenizer.json may have a regular expression that does not terminate on some text",
     ),
     Fault(
         "an end token that the model does not have, in data",
@@ -374,7 +374,7 @@ FAULTS = [
         "spo: DIR/env.py cannot be imported: SystemExit: 3 (DIR/env.py:1)",
     ),
     Fault(
-        "`step` does not come back",
+        "`step` does not return",
         "spo",
         blocked,
         "spo: none of the 4 trajectories has a reward; the most common causes: 4 times: step took longer than "
@@ -396,14 +396,14 @@ FAULTS = [
         "missing; resume from another checkpoint",
     ),
     Fault(
-        "a folder with another run",
+        "a folder that contains another run",
         "sft",
         another_run,
-        "sft: trainer.save_dir=DIR/other already holds a run; go on with it (trainer.load_ckpt_from=latest) or "
+        "sft: trainer.save_dir=DIR/other already contains a run; resume it (trainer.load_ckpt_from=latest) or "
         "choose another trainer.save_dir",
     ),
     Fault(
-        "no folder to write to",
+        "an empty trainer.save_dir",
         "sft",
         overrides("trainer.save_dir="),
         "sft: trainer.save_dir is empty; name a folder",
@@ -500,7 +500,7 @@ def test_a_tokenizer_without_a_padding_token_is_none(program: str, world: World,
 
 
 def test_the_document_lists_them() -> None:
-    rows = ["| what is wrong | what is said |\n", "|---|---|\n"]
+    rows = ["| mistake | message |\n", "|---|---|\n"]
     rows += [f"| {fault.what} | `{fault.said.replace('|', chr(92) + '|').replace('`', '')}` |\n" for fault in FAULTS]
     text = DOCUMENT.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)

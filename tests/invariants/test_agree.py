@@ -19,7 +19,7 @@ from RL2.parallel.agree import _difference, refuse_differences
 from RL2.parallel.processes import Processes
 from RL2.tools.reproduce.model import build_model
 from RL2.tools.reproduce.problems import Demonstrator, draw_problems
-from RL2.trainer.inputs import facts, of_prompts, of_tensors, refuse_other_replicas, spread
+from RL2.trainer.inputs import evenly_spaced, facts, of_prompts, of_tensors, refuse_other_replicas
 from RL2.types import Prompt
 from RL2.workers.learner import Learner
 
@@ -151,4 +151,4 @@ def test_rows_differ_in_number_order_and_content() -> None:
     assert of_prompts([Prompt(n, str(n), [n, 5], {"answer": n + 1}) for n in range(1000)]) != found
     assert of_tensors(3, {"a": torch.arange(3)}) != of_tensors(3, {"a": torch.arange(3) + 1})
     assert of_tensors(3, {"a": torch.tensor(True)}) != of_tensors(3, {"b": torch.tensor(True)})
-    assert spread(1000)[0] == 0 and spread(1000)[-1] == 999 and spread(2) == [0, 1]
+    assert evenly_spaced(1000)[0] == 0 and evenly_spaced(1000)[-1] == 999 and evenly_spaced(2) == [0, 1]

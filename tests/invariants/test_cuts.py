@@ -237,7 +237,7 @@ def test_a_broken_law_stops_every_process_before_the_step(
         saved = f"the step was not taken, and its batch is in {folder}/broken_law_step_{step}.safetensors"
         engine, statistics = result["messages"][0]["engine"], result["messages"][0]["statistics"]
         assert re.match(
-            rf"optimizer step {step}: trainer and engine are [0-9.]+ nats apart in the mean, more than "
+            rf"optimizer step {step}: trainer and engine are [0-9.]+ nats apart on average, more than "
             r"trainer.max_logprob_gap=0.1: the largest is [0-9.]+ at action \d+ \(token \d+\) of sequence \d+; ",
             engine,
         )

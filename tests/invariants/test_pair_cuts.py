@@ -57,9 +57,9 @@ def make_learner(
     program = "rm" if loss == "rm" else "dpo"
     overrides = f"""actor.model_name={folder}/{"value" if loss == "rm" else "causal"} actor.max_length_per_device=4096
         actor.lr=1e-3 data.path=x.jsonl data.max_length=99 data.batch_size=1 trainer.experiment_name=x"""
-    key, config = trained(loaded(program, overrides.replace("actor", "critic" if loss == "rm" else "actor")))
+    group, config = trained(loaded(program, overrides.replace("actor", "critic" if loss == "rm" else "actor")))
     config = replace(config, dtype=dtype, **(sizes or {}))
-    return Learner(config, processes, 10, folder, f"{key}.model_name", ValueModel if loss == "rm" else Policy)
+    return Learner(config, processes, 10, folder, group, ValueModel if loss == "rm" else Policy)
 
 
 def request(loss: str) -> StatsRequest:

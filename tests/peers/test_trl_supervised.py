@@ -85,7 +85,7 @@ class World:
             data.max_length=128 data.batch_size={BATCH} trainer.experiment_name=x"""
         config = load(program, [*given.split(), *overrides])
         if program == "rm":
-            args = config.critic, self.processes, STEPS, self.folder, "critic.model_name", ValueModel
+            args = config.critic, self.processes, STEPS, self.folder, "critic", ValueModel
             return config, Learner(*args)
         return config, Learner(config.actor, self.processes, STEPS, self.folder)
 

@@ -156,7 +156,7 @@ class EmbeddedEngine:
 
     async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
         if not token_ids:
-            raise ValueError("an empty prompt: there is no token to go on from")
+            raise ValueError("an empty prompt: there is no token to continue from")
         if len(token_ids) >= self.max_length:
             raise ValueError(f"a prompt of {len(token_ids)} tokens leaves no room: the model ends at {self.max_length}")
         room = self.max_length - len(token_ids)

@@ -168,7 +168,7 @@ def understood(path: str) -> Iterator[None]:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"{type(error).__name__}: {first_line(error)}"
-        raise ServerError(f"{path}: the answer is not of the form that is known ({what})") from error
+        raise ServerError(f"{path}: unexpected response format ({what})") from error
 
 
 def checked(answer: Answer, max_new_tokens: int) -> Answer:

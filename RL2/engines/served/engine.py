@@ -82,7 +82,7 @@ class ServedEngine:
     async def generate(self, token_ids: list[int], sampling: Sampling) -> Completion:
         """Continue `token_ids`, as `Engine.generate` says."""
         if not token_ids:
-            raise ValueError("an empty prompt: there is no token to go on from")
+            raise ValueError("an empty prompt: there is no token to continue from")
         max_length = self.spec.max_length
         room = max_length - len(token_ids)
         if room <= 0:

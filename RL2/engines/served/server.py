@@ -96,7 +96,7 @@ class Server:
                 raise EngineFailed(f"{self.name} ended while it started; {self.last_words}")
             if time.monotonic() > limit:
                 raise EngineFailed(
-                    f"{self.name} did not come up within rollout.{self.spec.key}.start_timeout_s={timeout_s:g}; "
+                    f"{self.name} did not start within rollout.{self.spec.key}.start_timeout_s={timeout_s:g}; "
                     f"{self.last_words}"
                 )
             time.sleep(POLL_S)

@@ -126,7 +126,7 @@ class Broadcast(Stream):
 
     def send(self, bucket: Bucket, clients: Clients) -> Problems:
         if self.group is None:
-            return dict.fromkeys(clients, "the group of the broadcast has broken")
+            return dict.fromkeys(clients, "the broadcast group is broken")
         problem = ""
         updates = Calls(clients, lambda _, client: client.update({"entries": bucket.entries}))
         try:
@@ -207,7 +207,7 @@ class Calls:
         if time.monotonic() - self.asked > HEALTH_EVERY_S:
             for i in self.clients.keys() - self.results.keys() - self.problems.keys():
                 if not self.clients[i].is_healthy(HEALTH_TIMEOUT_S):
-                    self.problems.setdefault(i, "it does not answer any more")
+                    self.problems.setdefault(i, "it no longer responds")
             self.asked = time.monotonic()
         return bool(self.problems)
 

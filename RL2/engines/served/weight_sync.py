@@ -196,7 +196,7 @@ class WeightSync:
             raise EngineFailed(
                 f"weights of version {self.version}: the {self.spec.name} server at {client.url} computes with others "
                 f"than the trainer. Over a probe of {len(self.check.probe)} tokens their log-probabilities are "
-                f"{apart:g} nats apart in the mean, more than {self.check.max_gap:g} "
+                f"{apart:g} nats apart on average, more than {self.check.max_gap:g} "
                 f"(rollout.{self.spec.key}.max_probe_gap)"
             )
         state.stage = Stage.CURRENT

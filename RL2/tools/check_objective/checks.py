@@ -1,7 +1,7 @@
 """The checks of an objective: each returns what it saw, or raises `Unsound` with what is wrong and what to change.
 
-Each runs at every setting of the knobs (`Subject.settings`) on a small batch (`subject.trial`). Shape letters: T
-tokens, B sequences, V vocabulary.
+Each runs at every setting of the knobs (`Subject.settings`) on a small batch (`subject.synthetic_batch`).
+Shape letters: T tokens, B sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from RL2.objectives.objective import Gradient, Objective
-from RL2.tools.check_objective.subject import Constants, Subject, Trial, extremes, gradient, trial
+from RL2.tools.check_objective.subject import Constants, Subject, SyntheticBatch, extremes, gradient, synthetic_batch
 from RL2.tools.check_objective.two_ranks import Pair
 from RL2.tools.checking import Setting, Unsound, check_effects, check_knobs, raises
 from RL2.types import MENU
@@ -28,7 +28,7 @@ def contract(subject: Subject) -> str:
     """Check that it is a pure function (stats, batch, *, knobs) -> (loss_T, {name: metric_T})."""
     _check_signature(subject.function)
     check_knobs(subject)
-    whole = trial(subject.vocabulary)
+    whole = synthetic_batch(subject.vocabulary)
     cases = {
         "": whole,
         "on a fresh rollout, where old_logp_T and ref_logp_T of the batch are None: ": whole.fresh(),
@@ -46,11 +46,11 @@ def _check_signature(objective: Objective) -> None:
     kinds = [p.kind for p in parameters]
     if kinds[:2] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2 or set(kinds[2:]) - {inspect.Parameter.KEYWORD_ONLY}:
         raise Unsound(
-            "its parameters must be (stats, batch, *, knobs): knobs stand after a star, and there are no others"
+            "its parameters must be (stats, batch, *, knobs): knobs come after the star, and there are no others"
         )
 
 
-def _call(subject: Subject, setting: Setting, on: Trial, where: str) -> None:
+def _call(subject: Subject, setting: Setting, on: SyntheticBatch, where: str) -> None:
     leaf_TV, batch = on.logits_TV.requires_grad_(), on.batch
     before = {name: x.clone() for name, x in batch.tensors().items()}
     try:
@@ -64,12 +64,12 @@ def _call(subject: Subject, setting: Setting, on: Trial, where: str) -> None:
     shape = list(loss_T.shape)
     if shape == [num_sequences] and num_sequences != num_tokens:
         raise Unsound(
-            f"{where}the loss has one value a sequence, shape [B]: a sequence loss without weights. Give every token "
+            f"{where}the loss has one value per sequence, shape [B]: a sequence loss without weights. Give every token "
             "its sequence's value, value_B[batch.sequence_T], so that weight_T can weigh it"
         )
     if not shape or (shape == [1] and num_tokens != 1):
         raise Unsound(
-            f"{where}the loss is a single number: it averages by itself. Return one value a token, shape [T]; "
+            f"{where}the loss is a single number: it averages by itself. Return one value per token, shape [T]; "
             "the trainer sums loss_T * weight_T, and the weights are the average"
         )
     if shape != [num_tokens]:
@@ -82,7 +82,7 @@ def _call(subject: Subject, setting: Setting, on: Trial, where: str) -> None:
         raise Unsound(f"{where}the loss does not depend on any statistic, so nothing would train")
     for name, metric_T in metrics.items():
         if not isinstance(metric_T, Tensor) or list(metric_T.shape) != [num_tokens]:
-            raise Unsound(f"{where}the metric {name} must be a tensor with one value a token, shape [T]")
+            raise Unsound(f"{where}the metric {name} must be a tensor with one value per token, shape [T]")
     if not torch.equal(loss_T, again[0]) and loss_T.isfinite().all():
         raise Unsound(f"{where}two calls with the same input give different losses; it must be a pure function")
     if changed := [name for name, x in batch.tensors().items() if not torch.equal(x, before[name])]:
@@ -97,13 +97,13 @@ def statistics(subject: Subject) -> str:
         line = ", ".join(repr(name) for name in inside)
         raise Unsound(f"it reads {', '.join(undeclared)} without declaring it; write @needs({line})")
     if unread := [name for name in inside if name not in subject.read]:
-        raise Unsound(f"it declares {', '.join(unread)} and never reads it; take it out of @needs, it costs time")
+        raise Unsound(f"it declares {', '.join(unread)} and never reads it; remove it from @needs, it costs time")
     return f"reads {', '.join(inside)}"
 
 
 def derivative(subject: Subject) -> str:
     """Check that the gradient of autograd is the derivative of the loss, with detached values held constant."""
-    whole = trial(subject.vocabulary)
+    whole = synthetic_batch(subject.vocabulary)
     g = torch.Generator().manual_seed(1)
     weight_T = 0.5 + torch.rand(len(whole.hidden_TD), generator=g, dtype=torch.float64)
     direction_TV = torch.randn(whole.logits_TV.shape, generator=g, dtype=torch.float64)
@@ -117,7 +117,9 @@ def derivative(subject: Subject) -> str:
     return "equals finite differences in float64, with what is detached held constant"
 
 
-def _disagreement(subject: Subject, setting: Setting, on: Trial, weight_T: Tensor, direction_TV: Tensor) -> str:
+def _disagreement(
+    subject: Subject, setting: Setting, on: SyntheticBatch, weight_T: Tensor, direction_TV: Tensor
+) -> str:
     """Return where autograd first differs from the central difference, along the label or along `direction_TV`."""
     constants, leaf_TV, step = Constants(), on.logits_TV.requires_grad_(), 1e-5
     with constants:
@@ -146,14 +148,14 @@ def closed_form(subject: Subject) -> str:
     formula = subject.function.gradient
     if formula is None:
         return "none given"
-    whole = trial(subject.vocabulary)
+    whole = synthetic_batch(subject.vocabulary)
     for setting in subject.settings:
         for on in (whole, whole.fresh()):
             _compare(subject, setting, on, formula)
     return "equals autograd in float64"
 
 
-def _compare(subject: Subject, setting: Setting, on: Trial, formula: Gradient) -> None:
+def _compare(subject: Subject, setting: Setting, on: SyntheticBatch, formula: Gradient) -> None:
     at, leaf_TV = _at(subject, setting), on.logits_TV.requires_grad_()
     p_TV = leaf_TV.detach().softmax(-1)
     loss_T, _ = subject.dense(setting, leaf_TV, on.batch)
@@ -197,7 +199,7 @@ def limits(subject: Subject) -> str:
 
 def weights(subject: Subject) -> str:
     """Check that tokens and sequences of weight 0 get a gradient of exactly 0."""
-    whole = trial(subject.vocabulary)
+    whole = synthetic_batch(subject.vocabulary)
     odd_T, odd_sequence_T = torch.arange(len(whole.logits_TV)) % 2 == 1, whole.batch.sequence_T % 2 == 1
     coupled = False
     for setting in subject.settings:
@@ -227,7 +229,7 @@ def weights(subject: Subject) -> str:
 
 def invariance(subject: Subject, pair: Pair) -> str:
     """Check that the order of sequences, microbatches and processes have no effect."""
-    whole = trial(subject.vocabulary)
+    whole = synthetic_batch(subject.vocabulary)
     everything = list(range(whole.batch.num_sequences))
     cuts = {
         "after the sequences changed places": [everything[::-1]],
@@ -249,7 +251,7 @@ def invariance(subject: Subject, pair: Pair) -> str:
                         )
                         raise Unsound(
                             f"{_at(subject, setting)}the {what} of a token is another one {how}{detail}. It depends "
-                            "on the rest of the batch: take out every mean, count or normalisation over the batch "
+                            "on the rest of the batch: remove every mean, count or normalisation over the batch "
                             "(weight_T is the average, and knows the whole minibatch; advantages are normalised before)"
                         )
     for setting, together in zip(subject.settings, pair.sums(subject), strict=True):
@@ -262,7 +264,7 @@ def invariance(subject: Subject, pair: Pair) -> str:
     return "the same in any order, in any microbatches, and in two processes"
 
 
-def _per_token(subject: Subject, setting: Setting, on: Trial) -> dict[str, Tensor]:
+def _per_token(subject: Subject, setting: Setting, on: SyntheticBatch) -> dict[str, Tensor]:
     """Return loss, gradient and metrics, each [T, ...]."""
     leaf_TV = on.logits_TV.requires_grad_()
     loss_T, metrics = subject.dense(setting, leaf_TV, on.batch)
@@ -273,7 +275,7 @@ def _per_token(subject: Subject, setting: Setting, on: Trial) -> dict[str, Tenso
 
 def effects(subject: Subject) -> str:
     """Check that every knob changes loss, gradient or metrics."""
-    whole = trial(subject.vocabulary)
+    whole = synthetic_batch(subject.vocabulary)
 
     def differ(a: Setting, b: Setting) -> bool:
         x, y = _per_token(subject, a, whole), _per_token(subject, b, whole)

@@ -25,7 +25,7 @@ LENGTHS = (5, 1, 0, 8, 3, 7)
 
 
 @dataclass(frozen=True)
-class Trial:
+class SyntheticBatch:
     """A batch of actions, with the hidden states and the head that its statistics are computed from."""
 
     hidden_TD: Tensor
@@ -37,23 +37,23 @@ class Trial:
         """The logits of each token."""
         return self.hidden_TD @ self.head_VD.T
 
-    def sequences(self, ids: Sequence[int]) -> Trial:
-        """Return the trial with the sequences `ids`, in that order."""
+    def sequences(self, ids: Sequence[int]) -> SyntheticBatch:
+        """Return the batch with the sequences `ids`, in that order."""
         place_T = self.batch.with_(token_ids_T=torch.arange(len(self.hidden_TD))).sequences(ids).token_ids_T
         return replace(self, hidden_TD=self.hidden_TD[place_T], batch=self.batch.sequences(ids))
 
-    def fresh(self) -> Trial:
-        """Return the trial as on the first update of a rollout without a reference: some fields are None."""
+    def fresh(self) -> SyntheticBatch:
+        """Return the batch as on the first update of a rollout without a reference: some fields are None."""
         return replace(self, batch=replace(self.batch, old_logp_T=None, ref_logp_T=None, value_T=None))
 
-    def single(self) -> Trial:
-        """Return the trial in float32."""
+    def single(self) -> SyntheticBatch:
+        """Return the batch in float32."""
         floats = {name: x.float() for name, x in self.batch.tensors().items() if x.is_floating_point()}
-        return Trial(self.hidden_TD.float(), self.head_VD.float(), self.batch.with_(**floats))
+        return SyntheticBatch(self.hidden_TD.float(), self.head_VD.float(), self.batch.with_(**floats))
 
 
-def trial(vocabulary: int) -> Trial:
-    """Return a trial in float64, the same at every call.
+def synthetic_batch(vocabulary: int) -> SyntheticBatch:
+    """Return a batch in float64, the same at every call.
 
     Distributions are flat and peaked, labels range from the mode to the rarest token, advantages have both signs, and
     the log-probabilities of old policy, reference and engine differ from the present ones.
@@ -77,7 +77,7 @@ def trial(vocabulary: int) -> Trial:
         return (logp_T + noise_T).clamp(max=-1e-3)
 
     sign_T = 1 - 2 * (torch.arange(num_tokens) % 2)
-    return Trial(
+    return SyntheticBatch(
         hidden_TD,
         head_VD,
         batch.with_(
@@ -90,8 +90,8 @@ def trial(vocabulary: int) -> Trial:
     )
 
 
-def extremes(vocabulary: int) -> tuple[Trial, list[str]]:
-    """Return a trial with tied, certain and impossible tokens, and a description of the distribution of each token."""
+def extremes(vocabulary: int) -> tuple[SyntheticBatch, list[str]]:
+    """Return a batch with tied, certain and impossible tokens, and a description of the distribution of each token."""
     rows: list[tuple[str, Tensor, int]] = []
     for name, gap in (("1e-12", 27.7), ("1e-30", 69.1), ("1e-80", 184.3)):
         peaked = torch.zeros(vocabulary)
@@ -116,7 +116,7 @@ def extremes(vocabulary: int) -> tuple[Trial, list[str]]:
         value_T=torch.zeros(len(rows)),
         advantage_T=sign_T,
     )
-    return Trial(logits_TV, torch.eye(vocabulary), batch), [name for name, _, _ in rows]
+    return SyntheticBatch(logits_TV, torch.eye(vocabulary), batch), [name for name, _, _ in rows]
 
 
 def _batch(labels_T: Tensor, lengths: Sequence[int]) -> TokenBatch:
@@ -167,7 +167,7 @@ class Subject(Tried):
 
     def _refuses(self, setting: Setting) -> bool:
         """Return whether the objective raises ValueError, which says that values do not go together."""
-        whole = trial(self.vocabulary)
+        whole = synthetic_batch(self.vocabulary)
         try:
             self.dense(setting, whole.logits_TV, whole.batch)
         except ValueError:
@@ -199,7 +199,7 @@ class Subject(Tried):
         how: dict[str, Any] = {"fields": tuple(self.read), "top_k": top_k, "implementation": "chunked"}
         return self.function(token_stats(hidden_TD, head_VD, batch.labels_T, **how), batch, **setting)
 
-    def sums(self, setting: Setting, on: Trial) -> dict[str, Tensor]:
+    def sums(self, setting: Setting, on: SyntheticBatch) -> dict[str, Tensor]:
         """Return what training sums over microbatches and processes: loss, gradients and metrics."""
         hidden_TD, head_VD = on.hidden_TD.clone().requires_grad_(), on.head_VD.clone().requires_grad_()
         loss_T, metrics = self.chunked(setting, hidden_TD, head_VD, on.batch)

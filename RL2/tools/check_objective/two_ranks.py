@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from RL2.objectives.objective import Objective
-from RL2.tools.check_objective.subject import Subject, trial
+from RL2.tools.check_objective.subject import Subject, synthetic_batch
 from RL2.tools.checking import Setting
 
 TIMEOUT_S = 30.0
@@ -50,7 +50,7 @@ class Pair:
         self.folder.cleanup()
 
     def sums(self, subject: Subject) -> list[dict[str, Tensor]]:
-        """Return `Subject.sums` of the trial batch at each setting, summed over the two processes.
+        """Return `Subject.sums` of the synthetic batch at each setting, summed over the two processes.
 
         Raise PairError if a process fails; both are then started again.
         """
@@ -112,7 +112,7 @@ def _serve(rank: int, store: Path, pipe: Connection) -> None:
 def _work(
     rank: int, source: str | Objective, read: tuple[str, ...], settings: list[Setting], vocabulary: int
 ) -> list[dict[str, Tensor]]:
-    subject, whole = Subject(source, {}), trial(vocabulary)
+    subject, whole = Subject(source, {}), synthetic_batch(vocabulary)
     subject.read.update(read)
     own = whole.sequences(range(rank, whole.batch.num_sequences, 2))
     sums = [subject.sums(setting, own) for setting in settings]

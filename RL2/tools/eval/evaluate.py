@@ -20,8 +20,9 @@ from transformers.utils import logging as transformers_logging
 from RL2.config.rollout import check_weights
 from RL2.config.values import Count, Index, PositiveFloat, Seed, Share
 from RL2.data.prompts import load_prompts
+from RL2.data.template import Template
 from RL2.engines.embedded.engine import EmbeddedEngine
-from RL2.errors import ConfigError, first_line, in_table
+from RL2.errors import ConfigError, first_line, in_table, naming
 from RL2.io.jsonl import read_lines, remove_incomplete_line
 from RL2.models.dtypes import compute_dtype
 from RL2.models.loading import weights_folder
@@ -82,10 +83,11 @@ def evaluate(
     Raise UserError before anything is generated if an input cannot be read.
     """
     transformers_logging.disable_progress_bar()
-    tokenizer = load_tokenizer(config.model, "model")
+    with naming("model"):
+        tokenizer, longest = load_tokenizer(config.model), max_length(config.model)
     environment = load_environment(config.env, config.env_timeout_s, config.weights)
-    longest = max_length(config.model)
-    prompts = load_prompts(config.data, tokenizer, environment.example, longest - 1)[: config.limit]
+    template = Template(tokenizer)
+    prompts = load_prompts(config.data, tokenizer, environment.example, longest - 1, template=template)[: config.limit]
     folder = Path(config.out) / key(config, prompts)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_text(json.dumps(asdict(config), indent=1))
@@ -94,15 +96,16 @@ def evaluate(
     progress(len(done), len(prompts))
     if left:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        lm = load_model(config.model, compute_dtype("auto", device), "model").to(device)  # type: ignore[arg-type]
+        with naming("model"):
+            lm = load_model(config.model, compute_dtype("auto", device)).to(device)  # type: ignore[arg-type]
+            stop = stop_tokens(lm, tokenizer, template)
         engine = EmbeddedEngine(
             lm,
             decode=lambda ids: decode(tokenizer, ids),
             max_running_requests=config.max_running_requests,
             memory_share=0.6,
         )
-        setting = EpisodeSetting(engine, environment, tokenizer, config.max_turns, longest)
-        stop = stop_tokens(lm, tokenizer, "model")
+        setting = EpisodeSetting(engine, environment, tokenizer, config.max_turns, longest, template)
         with asyncio.Runner() as runner:
             size = max(1, WAVE // (config.samples + config.greedy))
             for start in range(0, len(left), size):
@@ -370,7 +373,8 @@ def scores(records: Sequence[dict[str, Any]], which: str) -> dict[str, float]:
 def key(config: EvalConfig, prompts: Sequence[Prompt]) -> str:
     """Return a name that changes with the weights, the tokenizer, the problems, the environment and the sampling."""
     digest = hashlib.sha256()
-    folder = weights_folder(config.model, "model")
+    with naming("model"):
+        folder = weights_folder(config.model)
     for file in sorted(folder.glob("*")):
         if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
             digest.update(file.name.encode())

@@ -319,6 +319,7 @@ def page(plan: Plan, jobs: Sequence[Job], out: Path, seed: int, quick: bool, sec
         settings={
             "seed": str(seed),
             "warm-up": f"{plan.warmup_steps} steps of {WARMUP_BATCH} demonstrations",
+            "Dr. GRPO": "reward minus the group's mean; the loss is averaged over tokens",
             "test": f"every {plan.test_freq} steps, before the first and after the last",
             "time": f"{seconds:.0f} s in all on {num_cores()} cores ({platform.machine()})",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "

@@ -85,8 +85,8 @@ SECTIONS = (
     Section(
         "3.1",
         "Towards the most likely token",
-        "KL divergence between the Bernoulli laws of the most likely and of the sampled token, on successful rollouts, "
-        "divided by the number of all rollouts.",
+        "KL divergence between the Bernoulli distributions of the most likely and of the sampled token, on successful "
+        "rollouts, divided by the number of all rollouts.",
         (SPO_31,),
     ),
     Section(
@@ -339,6 +339,7 @@ def page(
             "seeds": f"{num_seeds}, each with data, model and warm-up of its own",
             "model": "245,000 parameters in Qwen3's architecture",
             "from scratch": f"{plan.warmup_steps} steps of {WARMUP_BATCH} careless demonstrations",
+            "Dr. GRPO": "reward minus the group's mean; the loss is averaged over tokens",
             "on rewards": f"{plan.steps} steps of {SEQUENCES_PER_STEP} responses",
             "tests": f"{plan.test_rows} held-out problems of each seed",
             "time": f"{seconds / 60:.0f} minutes of runs, {num_cores()} of them side by side on as many cores "

@@ -18,7 +18,7 @@ from RL2.objectives.registry import configured
 from RL2.rollout.filters import filter_metrics, trainable, with_signal
 from RL2.trainer.annotate import annotate
 from RL2.trainer.estimator_rules import check_estimator
-from RL2.trainer.unused_settings import probe
+from RL2.trainer.unused_settings import refuse_unused_settings
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
 Parts = dict[str, float]
@@ -137,18 +137,19 @@ def test_groups_with_a_signal_in_their_parts_are_kept() -> None:
         "tilted": [{"a": 2, "b": 0, "c": 0}, {"a": 0, "b": 1, "c": 1}],
     }
     trajectories = [trajectory(n, parts, weights) for n, of in enumerate(groups.values()) for parts in of]
-    kept = {list(groups)[t.group] for t in with_signal(trajectories, settings)}
+    signal = with_signal(trajectories, settings)
+    kept = {list(groups)[t.group] for t in signal}
     advantages = dict(zip(map(id, trajectories), found(trajectories, weights), strict=True))
     assert (
         kept == {list(groups)[t.group] for t in trajectories if advantages[id(t)]} == {"equal sums", "unlike", "tilted"}
     )
-    assert filter_metrics(trajectories, settings) == {"train/filtered": pytest.approx(2 / 5)}
+    assert filter_metrics(trajectories, signal, settings) == {"train/filtered": pytest.approx(2 / 5)}
     summed = rl_config(*SHAPE, "rollout.dynamic_filtering=true", "reward.weights.watched=0")
     assert {list(groups)[t.group] for t in with_signal(trajectories, summed)} == {"unlike", "cancelling"}
 
 
 def judged(trajectories: list[Trajectory], settings: RLConfig) -> TokenBatch:
-    kept = trainable(trajectories, settings)
+    kept = trainable(trajectories, with_signal(trajectories, settings), settings)
     batch = annotate(pack(kept), kept, config=settings, actor=None, reference=None)  # type: ignore[arg-type]
     return with_weights(batch, settings.actor)
 
@@ -197,4 +198,4 @@ def test_what_does_not_go_with_it_is_refused(override: str, message: str) -> Non
 
 def test_an_objective_that_reads_no_advantages_refuses_it() -> None:
     with pytest.raises(ConfigError, match=r"adv\.estimator=gdpo has no effect: .*rank_jsd reads no advantages"):
-        probe(config("actor.objective=rank_jsd"))
+        refuse_unused_settings(config("actor.objective=rank_jsd"))

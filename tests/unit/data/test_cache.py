@@ -276,7 +276,7 @@ def test_a_folder_that_cannot_be_written_leaves_the_rows_in_memory(
         heard = Heard()
         assert prompts(path, tokenizer, progress=heard) == made
         assert len(heard.said) == 1
-        assert heard.said[0].startswith(f"{path}: kept in memory, as its table cannot be on the disk: ")
+        assert heard.said[0].startswith(f"{path}: kept in memory, because its table cannot be written to disk: ")
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -401,7 +401,8 @@ def test_waiting_for_another_process_ends(tmp_path: Path, tokenizer: PreTrainedT
         found = cache.table(bad, name, ("row",), lambda writer, tell: writer.add(row=[[1]]) or {}, heard, wait_s=0.3)
     assert len(found) == 1
     assert heard.said == [
-        f"{path}: kept in memory, as its table cannot be on the disk: another process has been writing it for 0.3 s"
+        f"{path}: kept in memory, because its table cannot be written to disk: "
+        "another process has been writing it for 0.3 s"
     ]
 
 

@@ -14,7 +14,7 @@ from RL2.config.load import load
 from RL2.data.prompts import load_prompts
 from RL2.data.template import change_template
 from RL2.errors import ConfigError
-from RL2.models.policy import load_tokenizer
+from RL2.models.policy import configured_tokenizer
 
 THINKING = """\
 
@@ -81,8 +81,7 @@ def test_the_keys(program: str, group: str, tmp_path: Path, tokenizer: PreTraine
         else ["data.path=1", "data.max_length=4", "data.batch_size=1", f"{group}.max_length_per_device=8"]
     )
     config = load(program, [*data, *given, f"{group}.model_name={tmp_path}", "trainer.experiment_name=x"])
-    model = getattr(config, group)
     LlamaConfig().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded = load_tokenizer(model.model_name, f"{group}.model_name", model.chat_template, model.chat_template_kwargs)
+    loaded = configured_tokenizer(getattr(config, group), group)
     assert prompts(tmp_path, loaded)[:2] == ["\nuser: q\nassistant: (no)\n", "\nuser: q\nassistant:"]

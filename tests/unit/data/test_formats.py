@@ -296,7 +296,7 @@ def table() -> str:
     lines = ["| rows as in | keys | program | how |", "|---|---|---|---|"]
     for name, program, script, row, expected in FLAT:
         program = {"dpo": "`rm`, `dpo`", "ppo": "reinforcement learning", "sft": "`sft`"}[program]
-        how = f"through `envs/{script}.py`" if script else canonical(row)[1] or "as it is"
+        how = f"through `envs/{script}.py`" if script else canonical(row)[1] or "as is"
         if isinstance(expected, DataError):
             how = f"refused: {expected}"
         lines.append(f"| {name} | `{', '.join(row)}` | {program} | {how} |")

@@ -9,8 +9,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from RL2.data.prompts import given_away, load_prompts
+from RL2.data.prompts import given_away, load_prompts, make_prompt
 from RL2.data.source import DataError
+from RL2.data.template import Template
 from RL2.types import Prompt
 
 USER = [{"role": "user", "content": "How many apples?"}]
@@ -41,6 +42,14 @@ def test_prompts_and_messages(tmp_path: Path, tokenizer: PreTrainedTokenizerBase
         Prompt(2, "48-19=", ids("48-19="), {}),
     ]
     assert ids(chat)[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_a_single_row_makes_the_same_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with_bos: Any = copy.deepcopy(tokenizer)
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    rows = [{"prompt": "12+30=", "extra_info": {"answer": "42"}}, {"messages": USER, "chat_template_kwargs": {"a": 1}}]
+    prompts = load_prompts(jsonl(tmp_path / "a.jsonl", rows), with_bos, None, 100)
+    assert list(prompts) == [make_prompt(row, Template(with_bos), number) for number, row in enumerate(rows)]
 
 
 def test_only_raw_prompts_get_the_tokenizers_bos(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

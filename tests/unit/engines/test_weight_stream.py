@@ -269,7 +269,7 @@ def test_a_call_that_a_dead_engine_leaves_unanswered_is_given_up(monkeypatch: py
     clients = {0: Stub(), 1: Stub("/start_weight_update", is_well=False), 2: Stub("/pause?mode=keep")}
     begun = time.monotonic()
     calls = Calls(clients, lambda i, client: client.start_update() or i)
-    assert calls.wait() == {1: "it does not answer any more", 2: "HTTP 500"}
+    assert calls.wait() == {1: "it no longer responds", 2: "HTTP 500"}
     assert calls.results == {0: 0} and time.monotonic() - begun < 5
     clients[1].over.set()
 

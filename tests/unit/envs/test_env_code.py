@@ -197,7 +197,7 @@ def test_rows_without_tests_are_refused(row: dict[str, Any], error: str) -> None
     ("setting", "error"),
     [
         ("CODE_REWARD=half", "CODE_REWARD='half': choose all or fraction"),
-        ("CODE_LIMIT_S=soon", "CODE_LIMIT_S='soon': expected an integer"),
+        ("CODE_LIMIT_S=soon", "CODE_LIMIT_S='soon': expected a whole number of at least 0"),
         ("CODE_SANDBOX=bubblewrap", "CODE_SANDBOX='bubblewrap': choose auto or namespaces or landlock"),
     ],
 )

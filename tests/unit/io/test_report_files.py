@@ -34,6 +34,11 @@ def test_a_step_is_a_line_here_and_there(tmp_path: Path, capsys: pytest.CaptureF
     assert [(e.step, e.value) for e in events.Scalars("actor/loss")] == [(3, -0.25)]
 
 
+def test_the_console_says_whose_entropy_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Report(tmp_path, is_first=True, num_steps=9).step(0, {"train/entropy": 0.08, "actor/entropy": 0.82})
+    assert "  rollout entropy 0.080  trained entropy 0.820  " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_trackio_goes_on_with_the_run_of_its_folder(tmp_path: Path) -> None:
     """In a process of its own, as it reads where to write when it is imported, and starts threads."""

@@ -36,9 +36,9 @@ class Planted:
 
 def refusal(change: Change, **settings: Any) -> str:
     with pytest.raises(ConfigError) as caught:
-        refuse_inexact(Planted(change), tiny_config("llama", settings), "F", "actor.model_name")  # type: ignore[arg-type]
+        refuse_inexact(Planted(change), tiny_config("llama", settings), "F")  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
-    return str(caught.value).removeprefix("actor.model_name=F: llama ")
+    return str(caught.value).removeprefix("F: llama ")
 
 
 def in_mlp(mix: Callable[[Tensor], Tensor]) -> Change:
@@ -78,7 +78,6 @@ def test_what_acts_on_each_token_alone_is_not_refused() -> None:
         Planted(in_mlp(lambda x: x.softmax(-1) * x.mean(-1, keepdim=True) + x.cumsum(-1).flip(-1))),  # type: ignore[arg-type]
         tiny_config("llama"),
         "F",
-        "k",
     )
 
 
@@ -94,7 +93,7 @@ def test_what_acts_on_each_token_alone_is_not_refused() -> None:
     ],
 )
 def test_sizes_and_settings_without_effect_are_no_reason(model_type: str, settings: dict[str, Any]) -> None:
-    refuse_inexact(AutoModelForCausalLM, tiny_config(model_type, settings), "F", "k")
+    refuse_inexact(AutoModelForCausalLM, tiny_config(model_type, settings), "F")
 
 
 def attention_with(**arguments: Any) -> Change:
@@ -169,8 +168,8 @@ def dropout_in_layer(lm: LlamaForCausalLM) -> None:
 def test_a_quantised_configuration_is_refused() -> None:
     config = tiny_config("qwen3")
     config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(ConfigError, match=r"^k=F: qwen3 is quantised \(fp8\), and its scales would be lost"):
-        refuse_inexact(AutoModelForCausalLM, config, "F", "k")
+    with pytest.raises(ConfigError, match=r"^F: qwen3 is quantised \(fp8\), and its scales would be lost"):
+        refuse_inexact(AutoModelForCausalLM, config, "F")
 
 
 @pytest.mark.parametrize(

@@ -115,10 +115,10 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path: Path) -> None:
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
         with pytest.raises(ConfigError) as caught:
-            Policy.load(str(folder), "actor.model_name")
+            Policy.load(str(folder))
         said = str(caught.value)
-        assert said.startswith(f"actor.model_name={folder}") and "\n" not in said
-        return said.removeprefix(f"actor.model_name={folder}")
+        assert said.startswith(str(folder)) and "\n" not in said
+        return said.removeprefix(str(folder))
 
     assert message("no folder").startswith(": there is no such folder")
     assert message("no weights").startswith(" has no weights in safetensors format (no *.safetensors in ")
@@ -133,7 +133,7 @@ def test_a_pipe_in_the_folder_is_named_and_not_waited_for(name: str, tmp_path: P
     (tmp_path / "config.json").write_text("{}")
     os.mkfifo(tmp_path / name)
     with pytest.raises(ConfigError, match=f"{name} is a pipe, a socket or a device"):
-        refuse_no_model(str(tmp_path), "actor.model_name")
+        refuse_no_model(str(tmp_path))
 
 
 def test_a_download_that_was_cut_off_is_named(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_download_that_was_cut_off_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"no weights in .* \(the download was cut off at 77c0.incomplete; download it again"
     ):
-        stored_tensors(snapshot, "owner/name", "actor.model_name")
+        stored_tensors(snapshot, "owner/name")
 
 
 def test_what_the_hub_does_not_give_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,10 +153,9 @@ def test_what_the_hub_does_not_give_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("RL2.models.loading.HfApi.model_info", unreachable)
     with pytest.raises(ConfigError) as caught:
-        load_tokenizer("nobody/nothing", "ref_actor.model_name")
+        load_tokenizer("nobody/nothing")
     assert str(caught.value) == (
-        "ref_actor.model_name=nobody/nothing: there is no such folder, and the hub does not provide it: "
-        "no route to the hub"
+        "nobody/nothing: there is no such folder, and the hub does not provide it: no route to the hub"
     )
 
 
@@ -198,7 +197,7 @@ def test_what_a_checkpoint_has_and_lacks_is_read_or_refused(
     tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], said: str
 ) -> None:
     folder = saved(tmp_path, change)
-    for load in (lambda: Policy.load(str(folder), "k"), lambda: headers(folder)):
+    for load in (lambda: Policy.load(str(folder)), lambda: headers(folder)):
         with pytest.raises(ConfigError) as caught:
             load()
         assert said in str(caught.value)
@@ -207,7 +206,7 @@ def test_what_a_checkpoint_has_and_lacks_is_read_or_refused(
 
 def headers(folder: Path) -> None:
     """Look at a checkpoint as a dry run does."""
-    match_weights(Policy.build(str(folder), "k"), stored_tensors(folder, str(folder), "k"), str(folder), "k")
+    match_weights(Policy.build(str(folder)), stored_tensors(folder, str(folder)), str(folder))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -221,12 +220,12 @@ def test_a_value_that_is_no_number_is_refused(
         tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = value
 
     folder = saved(tmp_path, spoil)
-    lm = program.build(str(folder), "k")
-    stored = stored_tensors(folder, str(folder), "k")
-    state, _ = match_weights(lm, stored, str(folder), "k", program(lm).initial, program.UNREAD)
-    for load in (lambda: program.load(str(folder), "k"), lambda: list(check_values(state, stored, f"k={folder}"))):
+    lm = program.build(str(folder))
+    stored = stored_tensors(folder, str(folder))
+    state, _ = match_weights(lm, stored, str(folder), program(lm).initial, program.UNREAD)
+    for load in (lambda: program.load(str(folder)), lambda: list(check_values(state, stored, str(folder)))):
         with pytest.raises(
-            ConfigError, match=r"^k=\S+: model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors has values that"
+            ConfigError, match=r"^\S+: model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors has values that"
         ):
             load()
 
@@ -234,9 +233,9 @@ def test_a_value_that_is_no_number_is_refused(
 def test_all_values_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("RL2.models.loading.READ_AT_ONCE", 100)  # so that tensors come in pieces, the last one smaller
     folder = saved(tmp_path, lambda t: None)
-    stored = stored_tensors(folder, str(folder), "k")
-    state, _ = match_weights(Policy.build(str(folder), "k"), stored, str(folder), "k")
-    assert sum(check_values(state, stored, "k")) == sum(
+    stored = stored_tensors(folder, str(folder))
+    state, _ = match_weights(Policy.build(str(folder)), stored, str(folder))
+    assert sum(check_values(state, stored, "F")) == sum(
         t.nbytes for t in load_file(folder / "model.safetensors").values()
     )
 
@@ -244,22 +243,22 @@ def test_all_values_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_names_that_old_checkpoints_store_are_left_out(tmp_path: Path) -> None:
     folder = saved(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     headers(folder)
-    Policy.load(str(folder), "k")
+    Policy.load(str(folder))
 
 
 def test_a_tied_head_that_is_stored_with_other_values_is_refused(tmp_path: Path) -> None:
     head = "lm_head.weight"
     same = saved(tmp_path / "same", lambda t: t.update({head: t["model.embed_tokens.weight"].clone()}), tie=True)
     headers(same)
-    Policy.load(str(same), "k")
+    Policy.load(str(same))
     other = saved(tmp_path / "other", lambda t: t.update({head: t["model.embed_tokens.weight"] + 1e-3}), tie=True)
-    for load in (lambda: Policy.load(str(other), "k"), lambda: headers(other)):
+    for load in (lambda: Policy.load(str(other)), lambda: headers(other)):
         with pytest.raises(ConfigError, match=r"are tied .* set tie_word_embeddings to false in config\.json"):
             load()
 
 
 def test_a_value_model_reads_a_language_model_but_for_its_head(tmp_path: Path) -> None:
-    ValueModel.load(str(saved(tmp_path, lambda t: None)), "k")
+    ValueModel.load(str(saved(tmp_path, lambda t: None)))
 
 
 def half_and_stale(folder: Path) -> None:
@@ -302,8 +301,8 @@ def test_a_tensor_that_two_files_have_is_refused(tmp_path: Path) -> None:
     make(tmp_path, "untied")
     shutil.copy(tmp_path / "model.safetensors", tmp_path / "two.safetensors")
     (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
-    with pytest.raises(ConfigError, match=r"^k=.* is stored in one.safetensors and in two.safetensors; keep only"):
-        stored_tensors(tmp_path, str(tmp_path), "k")
+    with pytest.raises(ConfigError, match=r"^\S+: \S+ is stored in one.safetensors and in two.safetensors; keep only"):
+        stored_tensors(tmp_path, str(tmp_path))
 
 
 DAMAGED = [
@@ -337,13 +336,28 @@ def test_a_damaged_file_is_named_in_one_line(
         content = json.dumps({**json.loads((tmp_path / file).read_text()), **content})
     (tmp_path / file).write_text(content)
     for read in (
-        lambda: (load_tokenizer(str(tmp_path), "k"), headers(tmp_path)),
-        lambda: (max_length(str(tmp_path), "k"), Policy.load(str(tmp_path), "k"), load_tokenizer(str(tmp_path), "k")),
+        lambda: (load_tokenizer(str(tmp_path)), headers(tmp_path)),
+        lambda: (max_length(str(tmp_path)), Policy.load(str(tmp_path)), load_tokenizer(str(tmp_path))),
     ):
         with pytest.raises(ConfigError) as caught:
             read()
-        assert str(caught.value).startswith(f"k={tmp_path}")
+        assert str(caught.value).startswith(str(tmp_path))
         assert "\n" not in str(caught.value)
         what = {"config.json": "its configuration", "model.safetensors.index.json": "null"}.get(file, file)
         assert what.split("_")[0].removesuffix(".json") in str(caught.value) or file in str(caught.value)
         assert not str(caught.value).endswith(":")
+
+
+def test_a_checkpoint_and_an_adapter_are_named_as_such(tmp_path: Path) -> None:
+    checkpoint, adapter = tmp_path / "step_000008", tmp_path / "adapter"
+    for folder in (checkpoint, adapter):
+        folder.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=f"; it is a checkpoint, of which `rl2 export {checkpoint} OUT` makes a model"
+    ):
+        refuse_no_model(str(checkpoint), "model")
+    with pytest.raises(
+        ConfigError, match="; it is an adapter: `rl2 export` of the checkpoint, without --adapter, merges"
+    ):
+        refuse_no_model(str(adapter), "model")

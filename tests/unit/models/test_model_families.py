@@ -49,11 +49,11 @@ def verdicts() -> dict[str, str]:
 
 def reason(config: PretrainedConfig) -> str:
     try:
-        refuse_inexact(AutoModelForCausalLM, config, "FOLDER", "actor.model_name")
+        refuse_inexact(AutoModelForCausalLM, config, "FOLDER")
     except ConfigError as refused:
         said = str(refused)
-        assert said.startswith("actor.model_name=FOLDER: ") and "\n" not in said
-        return said.removeprefix(f"actor.model_name=FOLDER: {config.model_type} ")
+        assert said.startswith("FOLDER: ") and "\n" not in said
+        return said.removeprefix(f"FOLDER: {config.model_type} ")
     return ""
 
 
@@ -78,7 +78,7 @@ def table(verdict: dict[str, str]) -> str:
     rows = [
         f"**Exact** ({len(exact)}): {', '.join(f'`{name}`' for name in exact)}.",
         "",
-        "| refused: it | models |",
+        "| refused, because it | models |",
         "|---|---|",
     ]
     for why, names in sorted(refused.items(), key=lambda item: -len(item[1])):
@@ -121,8 +121,8 @@ def test_an_exact_model_gives_the_numbers_of_transformers(
     sequences = [torch.randint(4, 300, (length,), generator=generator).tolist() for length in LENGTHS]
     wanted = torch.cat([alone(plain, ids) for ids in sequences])
 
-    match_weights(Policy.build(str(folder), "model"), stored_tensors(folder, "F", "model"), "F", "model")  # the dry run
-    policy = Policy.load(str(folder), "model")
+    match_weights(Policy.build(str(folder)), stored_tensors(folder, "F"), "F")  # the dry run
+    policy = Policy.load(str(folder))
     for mode in (True, False):
         with torch.no_grad():
             packed = policy.train(mode)(pack_tokens(sequences), None, StatsRequest(("logp",)))["logp"]

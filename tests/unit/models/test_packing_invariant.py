@@ -40,7 +40,7 @@ def make(folder: Path, processes: Processes, kind: type[PackedModel], dtype: str
     overrides = f"""data.path=x.jsonl data.max_length=99 data.batch_size=1 actor.model_name={folder}
         actor.max_length_per_device=4096 trainer.experiment_name=x"""
     _, config = trained(load("sft", overrides.split()))
-    return Worker(str(folder), dtype, Mesh.make(processes, config), processes, "actor.model_name", kind)
+    return Worker(str(folder), dtype, Mesh.make(processes, config), processes, "actor", kind)
 
 
 def batch_of(lengths: list[int]) -> TokenBatch:

@@ -18,7 +18,7 @@ from RL2.errors import ConfigError
 from RL2.objectives.loss import importance_weight, overlong_penalty
 from RL2.ops.invariants import breaches, first_breach
 from RL2.parallel.processes import Processes
-from RL2.trainer.unused_settings import probe, probe_supervised, synthetic_batch
+from RL2.trainer.unused_settings import refuse_advantage_objectives, refuse_unused_settings, synthetic_batch
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 from RL2.workers.optim import UpdateStats
 
@@ -207,7 +207,7 @@ def test_the_ledger_asks_for_what_adamw_does(processes: Processes) -> None:
     assert update_stats.close(processes) == {"changed_share": 0.0}
 
 
-# the probe
+# settings without effect
 
 RL = [
     "actor.model_name=m",
@@ -253,7 +253,7 @@ GOOD = [
 
 @pytest.mark.parametrize("settings", GOOD, ids=" ".join)
 def test_settings_that_work_pass(settings: tuple[str, ...]) -> None:
-    probe(config(*settings))
+    refuse_unused_settings(config(*settings))
 
 
 CONSTANT = """
@@ -291,18 +291,18 @@ def test_a_setting_without_effect_is_refused(settings: tuple[str, ...], message:
         settings = tuple(setting.replace(word, name) for setting in settings)
         message = message.replace(word, name)
     with pytest.raises(ConfigError, match=message):
-        probe(config(*settings))
+        refuse_unused_settings(config(*settings))
 
 
 @pytest.mark.parametrize("objective", ["sft", "spo", "spo_0p5", "binary_jsd", "rank_jsd", "rank_kl"])
 def test_what_reads_no_advantages_can_fine_tune(objective: str) -> None:
-    probe_supervised(load("sft", [*SFT, f"actor.objective={objective}"]).actor)
+    refuse_advantage_objectives(load("sft", [*SFT, f"actor.objective={objective}"]).actor)
 
 
 @pytest.mark.parametrize("objective", ["reinforce", "ppo", "gspo", "cispo", "sapo"])
 def test_what_reads_advantages_cannot(objective: str) -> None:
     with pytest.raises(ConfigError, match=f"actor.objective={objective} reads advantages, and rows of data have none"):
-        probe_supervised(load("sft", [*SFT, f"actor.objective={objective}"]).actor)
+        refuse_advantage_objectives(load("sft", [*SFT, f"actor.objective={objective}"]).actor)
 
 
 def test_the_probe_has_something_of_everything() -> None:

@@ -254,7 +254,7 @@ def test_bfloat16_is_computed_in_float32() -> None:
 def test_only_what_is_asked_for_is_there() -> None:
     stats = token_stats(*random_inputs(1.0), fields=("logp",))
     assert stats.logp.shape == (T,)
-    with pytest.raises(AttributeError, match=r"'entropy' was not asked for; declare it with @needs\('entropy'\)"):
+    with pytest.raises(AttributeError, match=r"'entropy' was not requested; declare it with @needs\('entropy'\)"):
         _ = stats.entropy
     with pytest.raises(ValueError, match="no such token statistic: logprob; the menu is logp"):
         token_stats(*random_inputs(1.0), fields=("logprob",))
@@ -293,5 +293,5 @@ def test_statistics_at_some_positions() -> None:
     some = stats.at(torch.tensor([True, False, False, True]))
     assert (some.logp.tolist(), some.top_id.tolist()) == ([0, 3], [[0, 1], [6, 7]])
     assert vars(stats.map(lambda x: x * 2)).keys() == {"logp", "top_id"}
-    with pytest.raises(AttributeError, match="was not asked for"):
+    with pytest.raises(AttributeError, match="was not requested"):
         _ = some.entropy

@@ -17,7 +17,7 @@ from RL2.io.report import Report
 from RL2.parallel.processes import Processes
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episodes import Episodes, EpisodeSetting
-from RL2.rollout.filters import with_signal
+from RL2.rollout.filters import filter_metrics, trainable
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer import tasks
 from RL2.trainer.rl import sample
@@ -79,7 +79,7 @@ def test_dropped_groups_are_replaced_by_further_rows(
     report = Report(folder, is_first=True, num_steps=1)
     played = episodes(settings, environment, tokenizer, processes)
     scheduler = Scheduler(prompts, cursor, played, settings, num_steps=1)
-    trajectories = sample(scheduler, settings, 0, report)
+    trajectories, signal = sample(scheduler, settings, 0, report)
     scheduler.close()
     environment.close()
 
@@ -88,9 +88,39 @@ def test_dropped_groups_are_replaced_by_further_rows(
     assert rows == expected.next(cursor.drawn)
     assert [t.group for t in trajectories] == [n // 2 for n in range(2 * len(rows))]
     assert len(rows) <= limit
-    signal = with_signal(trajectories, settings)
     assert [t.row for t in signal if t.sample == 0] == [row for row in rows if row < EASY]
     assert len(signal) == 2 * kept
+
+
+COUNTING = """
+from pathlib import Path
+
+def counted(groups):
+    with Path(__file__).with_suffix(".log").open("a") as log:
+        print(*(group[0].group for group in groups), file=log)
+    return [group for group in groups if len({trajectory.reward for trajectory in group}) > 1]
+"""
+
+
+def test_a_filter_is_called_once_for_each_group(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes
+) -> None:
+    (folder / "mine.py").write_text(COUNTING)
+    filtering = "rollout.dynamic_filtering_rounds=10", f"rollout.filter={folder}/mine.py:counted"
+    settings = rl_config("train_data.prompts_per_rollout=4", *filtering)
+    environment = load_environment(folder / "env.py", 5)
+    prompts = [Prompt(n, "p", [100], {"easy": n >= EASY}) for n in range(2 * EASY)]
+    played = episodes(settings, environment, tokenizer, processes)
+    scheduler = Scheduler(prompts, Cursor(len(prompts), 4, seed=1), played, settings, num_steps=1)
+    trajectories, kept = sample(scheduler, settings, 0, Report(folder, is_first=True, num_steps=1))
+    assert trainable(trajectories, kept, settings) == kept
+    filter_metrics(trajectories, kept, settings)
+    scheduler.close()
+    environment.close()
+
+    rounds = [line.split() for line in (folder / "mine.log").read_text().splitlines()]
+    assert len(rounds) > 1
+    assert [int(group) for groups in rounds for group in groups] == list(range(len(trajectories) // 2))
 
 
 def no_rows(source: Source, example: Example) -> list[Prompt]:

@@ -170,8 +170,8 @@ def test_rewards_of_tokens_that_do_not_train_still_count(play: Play) -> None:
 @pytest.mark.parametrize(
     ("spans", "cause"),
     [
-        ("3", "step returned spans=a int; expected a list"),
-        ("[3]", "step returned spans[0]=a int; expected a dict with reward, span"),
+        ("3", "step returned spans=an int; expected a list"),
+        ("[3]", "step returned spans[0]=an int; expected a dict with reward, span"),
         ("[{'span': [0, 1]}]", "step returned spans[0]=a dict with span; expected a dict with reward, span"),
         (
             "[{'span': [0, 1], 'reward': 1, 'part': 'a'}]",

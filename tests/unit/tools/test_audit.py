@@ -210,3 +210,30 @@ def test_a_part_that_is_not_there_is_refused(tmp_path: Path, plain: str) -> None
         audit(script(tmp_path, composite(CORRECT)), plain, parts=["corect"])
     with pytest.raises(UserError, match="its reward has no parts"):
         audit(script(tmp_path, CORRECT), plain, parts=["correct"])
+
+
+TURNS = """
+async def step(state, action, extra_info):
+    answer = extra_info["answer"]
+    if answer is None:
+        raise ValueError("no answer")
+    right = action.strip().endswith(f"#### {answer}")
+    done = DONE
+    reward = float(right and done)
+    return {"next_state": state + action, "reward": reward, "score": reward, "done": done, "extra_info": extra_info}
+"""
+
+
+def test_responses_that_do_not_end_the_episode_are_not_taken_for_unpaid(tmp_path: Path, plain: str) -> None:
+    env = script(tmp_path, TURNS.replace("DONE", 'action.startswith("####")'))
+    found = audit(env, plain)
+    assert found.findings == []
+    assert [note.replace(str(env), "ENV").replace(plain, "DATA") for note in found.notes] == [
+        "20 responses do not end the episode (done is false). An audit sees the first turn only; play several with "
+        "rl2 play ENV --data DATA"
+    ]
+
+
+def test_an_environment_that_never_ends_in_its_first_turn_is_for_rl2_play(tmp_path: Path, plain: str) -> None:
+    with pytest.raises(UserError, match=r"The episode goes on \(done is false\)\. .* play several with rl2 play "):
+        audit(script(tmp_path, TURNS.replace("DONE", '"tool" in state')), plain)

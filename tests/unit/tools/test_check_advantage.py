@@ -35,7 +35,7 @@ REASONS = {
         "invariance": r"an advantage is",
     },
     "undeclared": {"declaration": r"it reads truncated without declaring it; write @reads\('rewards', 'truncated'\)"},
-    "unread": {"declaration": r"it declares values and never reads it; take it out of @reads"},
+    "unread": {"declaration": r"it declares values and never reads it; remove it from @reads"},
     "rough_baseline": {"baseline": r"every reward \S+: an advantage is \S+; it claims a baseline"},
     "one_a_sequence": {"contract": r"groups of four: it returns torch.float64 \[18\]; it must be a tensor of floats"},
     "in_place": {"contract": r"it changes reward_T of the batch in place"},

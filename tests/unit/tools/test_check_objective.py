@@ -38,11 +38,11 @@ def test_the_objectives_of_the_library_are_sound(name: str, pair: Pair) -> None:
 
 REASONS = {
     "nan_at_one": {"limits": r"the loss is not finite in float32 at p = 1 - 1e-12"},
-    "batch_mean": {"invariance": r"the loss of a token is another one when .* take out every mean"},
+    "batch_mean": {"invariance": r"the loss of a token is another one when .* remove every mean"},
     "unused_knob": {"knobs": r"the knob margin changes nothing \(tried 0.2, 0.05\)"},
     "wrong_closed_form": {"closed form": r"the closed form is \S+ where autograd finds \S+ \(the logit of the sampled"},
     "undeclared": {"statistics": r"it reads entropy without declaring it; write @needs\('logp', 'entropy'\)"},
-    "sequence_loss": {"contract": r"one value a sequence, shape \[B\]: a sequence loss without weights"},
+    "sequence_loss": {"contract": r"one value per sequence, shape \[B\]: a sequence loss without weights"},
     "cut_graph": {"gradient": r"autograd says \S+ where finite differences of the loss say \S+"},
     "couples_sequences": {
         "weights": r"a sequence of weight 0 gets a gradient, through the losses of other sequences",
@@ -165,10 +165,10 @@ def without_star(stats: TokenStats, batch: TokenBatch, clip: float = 0.2) -> Los
     ("objective", "reason"),
     [
         (averages, r"the loss is a single number: it averages by itself"),
-        (wants_an_old_policy, r"on a fresh rollout, .* it raises TypeError: .* \(.*test_conformance.py:\d+\)"),
+        (wants_an_old_policy, r"on a fresh rollout, .* it raises TypeError: .* \(.*test_check_objective.py:\d+\)"),
         (draws, r"two calls with the same input give different losses"),
         (without_default, r"the knob clip needs an annotation and a default"),
-        (without_star, r"knobs stand after a star"),
+        (without_star, r"knobs come after the star"),
     ],
 )
 def test_a_broken_contract_is_the_only_finding(objective: object, reason: str) -> None:

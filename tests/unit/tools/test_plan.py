@@ -36,13 +36,13 @@ def test_presets_have_the_published_number_of_parameters(model: str, billions: f
     ],
 )
 def test_memory_is_what_a_gpu_took(model: str, recompute: bool, gib: float) -> None:
-    """The peaks of benchmarks/gpu_update.py in docs/results.md: 8,192 positions, one H200."""
+    """The peaks of benchmarks/gpu_update.py in docs/measurements.md: 8,192 positions, one H200."""
     said = sum(training_memory(PRESETS[model], Layout(), 8192, recompute=recompute).values()) / GIB
     assert said == pytest.approx(gib, rel=0.1)
 
 
 def test_time_is_what_a_gpu_took() -> None:
-    """1.7B, activations kept: 1.34 s for 32,768 tokens in sequences of 2,048 (docs/results.md)."""
+    """1.7B, activations kept: 1.34 s for 32,768 tokens in sequences of 2,048 (docs/measurements.md)."""
     shape, work = PRESETS["Qwen/Qwen3-1.7B"], Work(sequences=16, length=2048, mean_length=2048, rollout=False)
     plan = cost(shape, Layout(), work, Machine(), 8192, recompute=False, offload=False)
     assert plan.microbatches == 4

@@ -30,7 +30,7 @@ def test_a_score_that_rises_and_falls_names_the_step_to_go_back_to() -> None:
     (text,) = warnings(rows(scores=[0.2, 0.5, 0.9, 0.85, 0.1, 0.05]))
     assert text == (
         "step 3: WARNING: the test score has fallen from 0.900 (step 2) to 0.850; "
-        "step 2 had the best test score: trainer.save_dir=ckpts/x trainer.load_ckpt_from=best goes back to the best "
+        "step 2 had the best test score: trainer.save_dir=ckpts/x trainer.load_ckpt_from=best resumes from the best "
         "checkpoint"
     )
 

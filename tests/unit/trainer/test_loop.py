@@ -9,7 +9,8 @@ from rl_settings import rl_config
 from torch import Tensor
 
 from RL2.batch.packing import pack
-from RL2.rollout.filters import filter_metrics, trainable
+from RL2.config.programs import RLConfig
+from RL2.rollout.filters import filter_metrics, trainable, with_signal
 from RL2.rollout.metrics import NothingScored
 from RL2.trainer.annotate import annotate
 from RL2.types import Sequence, TokenBatch, Trajectory
@@ -42,28 +43,32 @@ def trajectory(group: int, reward: float, unscored: str | None = None) -> Trajec
     return Trajectory(row=0, group=group, sample=0, sequences=[sequence], unscored=unscored)
 
 
+def trained(trajectories: list[Trajectory], config: RLConfig) -> list[Trajectory]:
+    return trainable(trajectories, with_signal(trajectories, config), config)
+
+
 def test_what_may_train() -> None:
     equal, mixed = [trajectory(0, 1.0), trajectory(0, 1.0)], [trajectory(1, 0.0), trajectory(1, 1.0)]
     failed = trajectory(1, 0.0, unscored="time-out")
     everything = [*equal, *mixed, failed]
-    assert trainable(everything, rl_config()) == [*equal, *mixed]
+    assert trained(everything, rl_config()) == [*equal, *mixed]
     filtering = rl_config("rollout.dynamic_filtering=true")
-    assert trainable(everything, filtering) == mixed
-    assert trainable(equal, filtering) == equal  # rather a step without signal than none
-    assert filter_metrics(everything, filtering) == {"train/filtered": 0.5}
-    assert filter_metrics(everything, rl_config()) == {}
+    assert (kept := trained(everything, filtering)) == mixed
+    assert trained(equal, filtering) == equal  # rather a step without signal than none
+    assert filter_metrics(everything, kept, filtering) == {"train/filtered": 0.5}
+    assert filter_metrics(everything, everything, rl_config()) == {}
 
 
 def test_truncated_trajectories_are_left_out_on_request() -> None:
     whole, cut = trajectory(0, 1.0), replace(trajectory(0, 0.0), truncated=True)
-    assert trainable([whole, cut], rl_config()) == [whole, cut]
+    assert trained([whole, cut], rl_config()) == [whole, cut]
     filtering = rl_config("rollout.overlong_filtering=true")
-    assert trainable([whole, cut], filtering) == [whole]
+    assert trained([whole, cut], filtering) == [whole]
     with pytest.raises(NothingScored, match="overlong_filtering=true leaves none to train on"):
-        trainable([cut], filtering)
+        trained([cut], filtering)
     # a group whose rewards differ only in what was cut says nothing
     both = rl_config("rollout.overlong_filtering=true", "rollout.dynamic_filtering=true")
-    assert trainable([whole, whole, cut, (other := trajectory(1, 0.0)), (best := trajectory(1, 1.0))], both) == [
+    assert trained([whole, whole, cut, (other := trajectory(1, 0.0)), (best := trajectory(1, 1.0))], both) == [
         other,
         best,
     ]

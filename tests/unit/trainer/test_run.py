@@ -56,7 +56,7 @@ def running(folder: Path) -> list[str]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "another run": (another_run, "already holds a run"),
+    "another run": (another_run, "already contains a run"),
     "no checkpoint": (no_checkpoint, "is not a checkpoint"),
     "a running one": (running, "is in use by the run of process"),
 }

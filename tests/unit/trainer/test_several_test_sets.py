@@ -12,6 +12,7 @@ from rl_settings import rl_config
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.programs import RLConfig
+from RL2.data.template import Template
 from RL2.engines.scripted import ScriptedEngine
 from RL2.errors import ConfigError
 from RL2.io.report import Report
@@ -76,7 +77,7 @@ class Examined:
         self.engine = ScriptedEngine(lambda token_ids, sampling: [40] * sampling.max_new_tokens)
         self.notes: list[str] = []
         self.token_log = Shown()
-        sets = tasks.test_tasks(settings, environment, tasks.reader(tokenizer, 100, self.notes))
+        sets = tasks.test_tasks(settings, environment, tasks.reader(Template(tokenizer), 100, self.notes))
         setting = EpisodeSetting(self.engine, environment, tokenizer, settings.rollout.max_turns, max_length=100)
         episodes = Episodes(setting, (), processes)
         report = Report(folder, is_first=True, num_steps=1)

@@ -59,7 +59,7 @@ def batch(actor: Actor, odd: dict[int, float], age: int) -> TokenBatch:
 def test_a_log_probability_that_is_no_number_stops_the_update(actor: Actor, odd: dict[int, float], age: int) -> None:
     before = [weight.detach().clone() for weight in actor.policy.parameters()]
     with pytest.raises(
-        InvariantError, match=r"trainer and engine are nan nats apart in the mean, .*the step was not taken"
+        InvariantError, match=r"trainer and engine are nan nats apart on average, .*the step was not taken"
     ):
         actor.update(batch(actor, odd, age))
     actor.optimizer.zero_grad()

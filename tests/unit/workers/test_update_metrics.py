@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -26,8 +24,7 @@ def processes() -> Iterator[Processes]:
 
 
 def totals_of(processes: Processes, *microbatches: tuple[Tensor, dict[str, Metric]]) -> Totals:
-    mesh: Any = SimpleNamespace(data=None)
-    totals = Totals(processes, mesh)
+    totals = Totals(processes)
     for trains_T, metrics in microbatches:
         totals.add(torch.tensor(0.5), trains_T, metrics, lambda t: f"token {t}")
     return totals

@@ -207,7 +207,7 @@ function plainTexts(texts) {
     el(
       "p",
       { className: "hint" },
-      "This rollout's tokens were not looked at; trainer.token_stats_freq=N does so at every N-th step.",
+      "This rollout has no token statistics; trainer.token_stats_freq=N records them at every N-th step.",
     ),
   ];
 }

@@ -11,7 +11,7 @@ function drawData() {
   $("data").replaceChildren(
     runs.length
       ? el("p", { className: "hint" }, "Highlighted: what trains. A loss is taken at these tokens and at no others.")
-      : el("p", { className: "empty" }, "No rows: the environment makes up the tasks, or nothing has been read yet."),
+      : el("p", { className: "empty" }, "No rows: the environment generates the tasks, or nothing has been read yet."),
     ...runs.flatMap((run) => [el("h2", {}, run.name), ...run.rows.map(dataRow)]),
   );
 }

@@ -1,0 +1,115 @@
+"""Passes of a model over the microbatches of one process: forward for statistics, and backward for gradients.
+
+Shape letters: T positions of a batch, A actions of a microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from RL2.models.packed import PackedModel
+from RL2.ops.invariants import first_breach
+from RL2.types import StatsRequest, TokenBatch, TokenStats
+from RL2.workers.metrics import LossFunction, Totals
+
+Progress = Callable[[int], object]
+"""Called with the number of further sequences that are done."""
+
+
+def forward(model: PackedModel, microbatch: TokenBatch, request: StatsRequest) -> TokenStats:
+    """Return the statistics of the actions of `microbatch`, [A], on the device of `model`.
+
+    Prefixes that sequences share run once.
+    """
+    device, shared = next(model.parameters()).device, microbatch.shared()
+    return TokenStats(**model(microbatch.to(device), shared and shared.to(device), request))
+
+
+def statistics(
+    model: PackedModel,
+    batch: TokenBatch,
+    microbatches: Sequence[Sequence[int]],
+    request: StatsRequest,
+    progress: Progress = lambda done: None,
+) -> TokenStats:
+    """Return statistics at all T positions of `batch`, on the CPU: 0 where there is no action, or not in this process.
+
+    `microbatches` are the sequences of each microbatch of this process. For an empty one, the first sequence runs, so
+    that all processes take part in the same collectives.
+    """
+    model.eval()
+    out: dict[str, Tensor] = {}
+    starts = batch.cu_seqlens.tolist()
+    for ids in microbatches:
+        microbatch = batch.sequences(ids or [0])
+        with torch.no_grad():
+            stats = forward(model, microbatch, request)
+        for name, value in vars(stats).items():
+            out.setdefault(name, value.new_zeros(len(batch.labels_T), *value.shape[1:], device="cpu"))
+            if ids:
+                places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
+                out[name][places] = value.cpu()
+        progress(len(ids))
+    return TokenStats(**out)
+
+
+def trained_sequences(batch: TokenBatch) -> list[int]:
+    """Return the sequences of `batch` that have some weight."""
+    assert batch.weight_T is not None
+    trained: list[int] = batch.sequence_T[batch.weight_T != 0].unique().tolist()
+    return trained
+
+
+def backward(
+    model: PackedModel,
+    batch: TokenBatch,
+    microbatches: Sequence[Sequence[int]],
+    loss: LossFunction,
+    request: StatsRequest,
+    totals: Totals,
+    progress: Progress = lambda done: None,
+) -> list[str]:
+    """Add the gradients of (loss_T * weight_T).sum() over `microbatches`, the sequences of each of this process.
+
+    Adds loss and metrics to `totals`, and returns the invariants of ops/invariants.py that do not hold. For an empty
+    microbatch the shortest sequence runs with weight 0, so that all processes take part in the same collectives.
+    """
+    model.train()
+    broken, shortest = list[str](), int(batch.lengths_B.argmin())
+    for number, ids in enumerate(microbatches, start=1):
+        if isinstance(model, FSDPModule):  # replicas add up their gradients once per step
+            model.set_requires_all_reduce(number == len(microbatches))
+        microbatch = batch.sequences(ids or [shortest])
+        if not ids:
+            microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))
+        stats = forward(model, microbatch, request)
+        actions = microbatch.positions(microbatch.action_T).to(next(model.parameters()).device)
+        assert actions.weight_T is not None
+        loss_T, metrics = loss(stats, actions)
+        total = (loss_T * actions.weight_T).sum()
+        total.backward()
+        where = _Where(ids or [shortest], actions)
+        totals.add(total, actions.weight_T != 0, metrics, where)
+        if breach := first_breach(stats, model.lm.config.vocab_size):
+            invariant, t, value = breach
+            broken.append(f"{invariant} does not hold: {value:g} at {where(t)}")
+        progress(len(ids))
+    return broken
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Descriptions of the tokens of a microbatch, for error messages."""
+
+    ids: Sequence[int]
+    actions: TokenBatch
+
+    def __call__(self, t: int) -> str:
+        b = int(self.actions.sequence_T[t])
+        place = t - int(self.actions.cu_seqlens[b])
+        return f"action {place} (token {int(self.actions.labels_T[t])}) of sequence {self.ids[b]}"
