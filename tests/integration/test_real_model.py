@@ -70,7 +70,7 @@ def tokenizer(world: World) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def policy(world: World) -> Policy:
-    return Policy.load(str(world.model), "actor.model_name")
+    return Policy.load(str(world.model))
 
 
 def start(world: World, name: str, *overrides: str) -> Run:
