@@ -116,6 +116,8 @@ class Trajectory:
     """Metrics of the environment by name, each the mean over the turns that returned it."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Metrics that were no numbers in some turn, by name, with their values."""
+    unfinished: bool = False
+    """The limit of turns ended it before the environment was done."""
 
     @property
     def reward(self) -> float:

@@ -102,6 +102,7 @@ async def run_episode(
             if not result.train:
                 _exclude_from_training(sequence, len(completion.token_ids))
             if result.done or turn + 1 == max_turns:
+                trajectory.unfinished = not result.done
                 break
 
             assert result.next_state is not None, "checked by the environment"

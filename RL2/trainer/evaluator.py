@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from statistics import fmean
 
@@ -100,6 +101,16 @@ def decisive(tests: list[TestTasks], config: RLConfig) -> list[TestTasks]:
     if config.test_data.has_own:
         return tests[:1]
     return [each for each in tests if config.test_data.best_by in (None, each.settings.name)]
+
+
+def warn_of_turns(trajectories: Seq[Trajectory], max_turns: int, step: int, report: Report) -> None:
+    """Say, once in a run, that episodes ended before the environment was done."""
+    if number := sum(each.unfinished for each in trajectories):
+        report.say_once(
+            "turns",
+            f"step {step}: {number} of {len(trajectories)} episodes ended after rollout.max_turns={max_turns} "
+            "responses, before the environment was done",
+        )
 
 
 def warn_of_metrics(trajectories: Iterable[Trajectory], step: int, report: Report) -> None:

@@ -14,7 +14,7 @@ from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_s
 from RL2.rollout.metrics import groups, raise_if_all_unscored, rollout_metrics, staleness, unscored_causes
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer.build import Parts, build
-from RL2.trainer.evaluator import warn_of_metrics
+from RL2.trainer.evaluator import warn_of_metrics, warn_of_turns
 from RL2.trainer.run import Run
 from RL2.types import TokenBatch, Trajectory
 
@@ -88,6 +88,7 @@ def sample(
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")
     warn_of_metrics(trajectories, step, report)
+    warn_of_turns(trajectories, config.rollout.max_turns, step, report)
     report.samples(step, "train", trajectories[: config.trainer.samples_per_step])
     return trajectories, kept
 

@@ -45,7 +45,9 @@ def convert(package: Path, folder: Path) -> None:
     for name in ("quantization_config", "model_type", "transformers_version", "_name_or_path"):
         settings.pop(name, None)
     # a fresh model: one that remembers its quantisation refuses to be saved
-    lm = LlamaForCausalLM(LlamaConfig(**settings | {"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}))
+    lm = LlamaForCausalLM(
+        LlamaConfig(**settings | {"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]})
+    )
     weights = quantised.state_dict()
     if not torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]):
         raise ConfigError(f"{FILE}: its head is not its embedding, as SmolLM2's is")

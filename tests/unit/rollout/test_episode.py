@@ -141,6 +141,7 @@ def test_turns_are_limited(play: Play) -> None:
     trajectory = play(PREFIX, engine, max_turns=3, extra_info={"turns": 9})
     assert len(engine.requests) == 3
     assert not trajectory.truncated
+    assert trajectory.unfinished, "the environment was not done"
 
 
 def test_a_response_cut_short_is_truncated(play: Play) -> None:
