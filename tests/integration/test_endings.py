@@ -87,4 +87,4 @@ def test_tasks_are_new_at_each_step_and_the_same_at_each_test(world: World, fold
 
     again = world.run("ppo", *settings, f"trainer.load_ckpt_from={run.save_dir}/step_000002", save_dir=run.save_dir)
     assert again.process.returncode == 1
-    assert "already holds a run" in again.errors
+    assert "already contains a run" in again.errors

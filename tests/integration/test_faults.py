@@ -80,7 +80,7 @@ def test_a_run_that_was_refused_is_not_gone_on_with(
     more = f"trainer.max_steps={2 * len(uninterrupted.metrics)}"
     run = world.run("spo", *settings, more, nproc=2, max_restarts=1, save_dir=uninterrupted.save_dir)
     assert run.process.returncode == 1
-    assert run.errors.count("already holds a run") >= 2
+    assert run.errors.count("already contains a run") >= 2
     assert uninterrupted.weights.read_bytes() == before
 
 
