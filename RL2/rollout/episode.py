@@ -110,8 +110,7 @@ async def run_episode(
             state = _next(template, so_far, result.next_state, end, prompt.template_arguments)
             sequence, added = _observe(tokenizer, sequence, so_far, state, end)
     except Unscored as error:
-        trajectory.unscored = error.cause
-        trajectory.score = 0.0
+        trajectory.unscored, trajectory.score = error.cause, 0.0
         for sequence in trajectory.sequences:
             sequence.rewards = [0.0] * len(sequence.rewards)
         parts.clear()
