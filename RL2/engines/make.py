@@ -19,6 +19,7 @@ from RL2.engines.served.weight_sync import WeightCheck
 from RL2.engines.sglang import server_spec as sglang
 from RL2.engines.vllm import server_spec as vllm
 from RL2.errors import ConfigError
+from RL2.models.conversion import is_stored_by_name
 from RL2.models.dtypes import compute_dtype
 from RL2.models.policy import empty_model
 from RL2.ops.attention import is_packed
@@ -57,6 +58,7 @@ def make_engine(
     settings = rollout.servers
     if settings is None:
         return _embedded(rollout, policy, decode, dtype)
+    refuse_other_layout(policy.lm, rollout.engine)
     spec = _engine_spec(rollout, settings, policy, dtype, max_length)
     is_exact = dtype == policy.dtype == torch.float32
     check = WeightCheck(
@@ -65,6 +67,15 @@ def make_engine(
         max_gap=settings.max_probe_gap or (1e-4 if is_exact else 0.1),
     )
     return ServedEngine(spec, check, policy.processes, log_dir)
+
+
+def refuse_other_layout(lm: PreTrainedModel, engine: str) -> None:
+    """Raise ConfigError if servers know weights of `lm` by other names than it has, as those of fused experts."""
+    if not is_stored_by_name(lm):
+        raise ConfigError(
+            f"rollout.engine={engine}: {lm.config.model_type} has fused weights, as of experts, which are "
+            "not sent to servers yet; use rollout.engine=embedded"
+        )
 
 
 def _embedded(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -21,6 +22,8 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+
+from RL2.models.lora import is_adapter, merged_name
 
 
 @dataclass
@@ -63,6 +66,16 @@ def conversions(
         elif name in known and pattern is not None:
             found.setdefault(name, Conversion(name, of_pattern[pattern])).sources.append((pattern, stored_name))
     return renamed, list(found.values())
+
+
+def is_stored_by_name(lm: PreTrainedModel) -> bool:
+    """Return whether a checkpoint stores each parameter and buffer of `lm` under its own name."""
+    tensors = [*lm.named_parameters(), *lm.named_buffers()]
+    shapes = {merged_name(name): torch.empty(x.shape, device="meta") for name, x in tensors if not is_adapter(name)}
+    try:
+        return revert_weight_conversion(lm, dict(shapes)).keys() == shapes.keys()
+    except (RuntimeError, ValueError, KeyError, AttributeError):  # a rule that needs values
+        return False
 
 
 def stored_layout(lm: PreTrainedModel, shapes: dict[str, Tensor]) -> Callable[[str, Tensor], dict[str, Tensor]]:
