@@ -86,6 +86,11 @@ def test_unit_tests_mirror_the_package() -> None:
     assert not list((ROOT / "tests" / "unit").glob("*.py"))
 
 
+def test_test_files_have_names_of_their_own() -> None:
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), "pytest imports one module of a name"
+
+
 def write(root: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
