@@ -58,8 +58,8 @@ def make_engine(
     settings = rollout.servers
     if settings is None:
         return _embedded(rollout, policy, decode, dtype)
-    refuse_other_layout(policy.lm, rollout.engine)
     spec = _engine_spec(rollout, settings, policy, dtype, max_length)
+    refuse_other_layout(policy.lm, rollout.engine)
     is_exact = dtype == policy.dtype == torch.float32
     check = WeightCheck(
         policy.logps,
