@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from RL2.models.inspection import stored_buffers
 from RL2.models.lora import is_adapter, merged_name
 
 
@@ -68,22 +69,31 @@ def conversions(
     return renamed, list(found.values())
 
 
+def weight_shapes(lm: PreTrainedModel) -> dict[str, Tensor]:
+    """Return all parameters and stored buffers of `lm` on the meta device, with adapters merged into parameters."""
+    return {
+        merged_name(name): torch.empty(p.shape, dtype=torch.float32, device="meta")
+        for name, p in lm.named_parameters()
+        if not is_adapter(name)
+    } | {name: buffer.to("meta") for name, buffer in stored_buffers(lm).items()}
+
+
 def is_stored_by_name(lm: PreTrainedModel) -> bool:
     """Return whether a checkpoint stores each parameter and buffer of `lm` under its own name."""
-    tensors = [*lm.named_parameters(), *lm.named_buffers()]
-    shapes = {merged_name(name): torch.empty(x.shape, device="meta") for name, x in tensors if not is_adapter(name)}
+    shapes = weight_shapes(lm)
     try:
         return revert_weight_conversion(lm, dict(shapes)).keys() == shapes.keys()
     except (RuntimeError, ValueError, KeyError, AttributeError):  # a rule that needs values
         return False
 
 
-def stored_layout(lm: PreTrainedModel, shapes: dict[str, Tensor]) -> Callable[[str, Tensor], dict[str, Tensor]]:
+def stored_layout(lm: PreTrainedModel) -> Callable[[str, Tensor], dict[str, Tensor]]:
     """Return a function from a parameter's name and value to the tensors that a checkpoint of `lm` stores for it.
 
-    `shapes` are all parameters and buffers on the meta device. If a checkpoint computes a tensor from several
-    parameters, the function keeps names and values, which transformers loads too.
+    If a checkpoint computes a tensor from several parameters, the function keeps names and values, which transformers
+    loads too.
     """
+    shapes = weight_shapes(lm)
 
     def alone(name: str, value: Tensor) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = revert_weight_conversion(lm, {name: value})

@@ -79,7 +79,7 @@ class PackedModel(nn.Module, ABC):
         Old, reference and current log-probabilities are therefore values of the same function.
         """
         super().train(False)
-        for layer in layers(self.lm):
+        for layer in decoder_layers(self.lm):
             layer.training = mode
         return self
 
@@ -193,8 +193,3 @@ def transformers_attention(lm: PreTrainedModel) -> Iterator[None]:
 def backbone(lm: PreTrainedModel) -> nn.Module:
     """Return the model without its head."""
     return lm.base_model
-
-
-def layers(lm: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers."""
-    return decoder_layers(lm)

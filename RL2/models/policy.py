@@ -23,7 +23,7 @@ from transformers import (
 from RL2.config.model import TrainableChat
 from RL2.data.template import Template, change_template
 from RL2.errors import ModelError, first_line, naming
-from RL2.models.conversion import stored_layout
+from RL2.models.conversion import stored_layout, weight_shapes
 from RL2.models.inspection import length_limit, logit_transform, stored_buffers
 from RL2.models.loading import build, configuration, empty, folder_here, materialise, refuse_no_model
 from RL2.models.lora import is_adapter, merge, merged_name
@@ -94,7 +94,7 @@ def head(lm: PreTrainedModel) -> nn.Linear:
 
 
 def load_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the whole causal LM of a hub name or folder in `dtype`, with packed attention."""
+    """Load the whole causal LM of a hub name or folder in `dtype`, packed or with its own forward as in training."""
     lm = Policy.load(model_name).lm
     for parameter in lm.parameters():  # the rotary frequencies stay float32
         parameter.data = parameter.data.to(dtype)
@@ -210,13 +210,8 @@ def export(
     Files of at most `file_bytes` are written as soon as they are full, so host memory never holds the whole model.
     Tensors are stored as in the checkpoints that transformers converts, for example each expert on its own.
     """
-    shapes = {
-        merged_name(name): torch.empty(p.shape, dtype=torch.float32, device="meta")
-        for name, p in lm.named_parameters()
-        if not is_adapter(name)
-    } | {name: buffer.to("meta") for name, buffer in stored_buffers(lm).items()}
-    layout = stored_layout(lm, shapes)
-    stored = {name: x for pair in shapes.items() for name, x in layout(*pair).items()}
+    layout = stored_layout(lm)
+    stored = {name: x for pair in weight_shapes(lm).items() for name, x in layout(*pair).items()}
     files = split_torch_state_dict_into_shards(
         stored, filename_pattern="model{suffix}.safetensors", max_shard_size=file_bytes
     )

@@ -194,8 +194,8 @@ class Transcript:
         self.show("responses", str(self.turns))
         self.show("reward", f"{trajectory.reward:g}" + (", so it is correct" if trajectory.reward > 0 else ""))
         self.show("score", f"{trajectory.score:g}")
-        if self.turns == max_turns:
-            self.show("ended by", f"--max-turns {max_turns}, unless the last step was done")
+        if trajectory.unfinished:
+            self.show("ended by", f"--max-turns {max_turns}, before the environment was done")
         if self.turns > 1:
             self.show("to train", f"rollout.max_turns={self.turns} or more; unless set, it is {Rollout.max_turns}")
 

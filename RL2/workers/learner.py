@@ -15,8 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from RL2.config.model import Trainable, TrainablePolicy
 from RL2.errors import ConfigError
 from RL2.models.lora import export_adapter
-from RL2.models.packed import PackedModel, layers
+from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy
+from RL2.models.structure import decoder_layers
 from RL2.objectives.objective import Loss
 from RL2.parallel.fsdp import local
 from RL2.parallel.mesh import Mesh
@@ -176,7 +177,7 @@ class Learner(Worker):
 
 def refuse_no_recomputation(lm: PreTrainedModel, group: str) -> None:
     """Raise ConfigError if transformers cannot recompute the activations of the model's layers."""
-    recomputes = all(isinstance(layer, GradientCheckpointingLayer) for layer in layers(lm))
+    recomputes = all(isinstance(layer, GradientCheckpointingLayer) for layer in decoder_layers(lm))
     if not (lm.supports_gradient_checkpointing and recomputes):
         raise ConfigError(
             f"{group}.gradient_checkpointing=true: {type(lm).__name__} does not support it in transformers; "

@@ -17,8 +17,9 @@ from RL2.config.model import Lora
 from RL2.errors import UserError, naming
 from RL2.models.dtypes import compute_dtype
 from RL2.models.lora import add_adapters
-from RL2.models.packed import PackedModel, layers, transformers_attention
+from RL2.models.packed import PackedModel, transformers_attention
 from RL2.models.policy import Policy, export, named_weights
+from RL2.models.structure import decoder_layers
 from RL2.ops.attention import MAX_PADDING, is_packed
 from RL2.parallel.fsdp import shard
 from RL2.parallel.mesh import Mesh
@@ -70,7 +71,7 @@ class Worker:
         self.policy = model(lm, mesh.sp, None if mesh.tp is None else mesh.tp.get_group())
         # a single process in float32 needs no sharding, and can share its weights with the engine
         if processes.world_size > 1 or self.dtype != torch.float32:
-            shard(self.policy, layers(lm), mesh.shards, self.dtype)
+            shard(self.policy, decoder_layers(lm), mesh.shards, self.dtype)
         self.offload_model, self.users = offload_model, 0
         self.named = f"{key}={model_name}"
         self.packing_checked = False

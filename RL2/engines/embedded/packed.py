@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from RL2.engines.embedded.cache import PREFILL_TOKENS, Owners, pass_tokens
 from RL2.engines.embedded.compiled import CompiledStep, Step
-from RL2.models.packed import backbone, layers
+from RL2.models.packed import backbone
 from RL2.models.policy import head
+from RL2.models.structure import decoder_layers
 from RL2.ops.attention import IN_GRAPH, Attend
 
 
@@ -31,7 +32,7 @@ class PackedForward:
         """Number of positions that prefills have computed."""
         self.step: Step = self.logits
         if compiles and self.device.type == "cuda":
-            for layer in layers(lm):
+            for layer in decoder_layers(lm):
                 layer.compile(dynamic=True)
         elif compiles:
             lm.set_attn_implementation(IN_GRAPH)
