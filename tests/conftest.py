@@ -1,14 +1,17 @@
-"""What many tests need: a small tokenizer, made here and now."""
+"""What many tests need: a small tokenizer, and this process as a group of one."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from chatml import CHATML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from RL2.parallel.processes import Processes
 
 # without a GPU kernels are interpreted; Triton reads this when it is first imported, which other libraries do too
 if not torch.cuda.is_available():
@@ -53,3 +56,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def tokenizer() -> PreTrainedTokenizerBase:
     """Shared by all tests; one that changes it takes a copy."""
     return make_tokenizer()
+
+
+@pytest.fixture(scope="module")  # a process has one group at a time, and other tests want theirs
+def processes() -> Iterator[Processes]:
+    """This process alone."""
+    processes = Processes.start(timeout_s=60)
+    yield processes
+    processes.stop()

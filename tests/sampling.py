@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from RL2.engines.base import Engine
+from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.ops.attention import PackedAttention
 from RL2.types import Completion, Sampling
 
@@ -21,6 +22,31 @@ def generate(engine: Engine, prompts: list[list[int]], sampling: Sampling) -> li
         return await asyncio.gather(
             *(engine.generate(p, replace(sampling, seed=100 + i)) for i, p in enumerate(prompts))
         )
+
+    return asyncio.run(everything())
+
+
+def generate_across_weights(
+    engine: EmbeddedEngine, prompts: list[list[int]], new: PreTrainedModel, limit: int, change_at: int, sleeps: bool
+) -> list[Completion]:
+    """At most `limit` tokens for each prompt, all at once; request i has seed i.
+
+    When `change_at` tokens are there, the engine gets the weights of `new` as version 2, with `sleeps` after a sleep.
+    """
+
+    async def everything() -> list[Completion]:
+        tasks = [
+            asyncio.create_task(engine.generate(p, Sampling(max_new_tokens=limit, seed=i)))
+            for i, p in enumerate(prompts)
+        ]
+        while sum(len(request.tokens) for request in engine.running) < change_at:
+            await asyncio.sleep(0)
+        if sleeps:
+            engine.sleep()
+            await asyncio.sleep(0.02)
+            assert not any(parameter.numel() for parameter in engine.lm.parameters())
+        engine.load_weights(iter(new.named_parameters()), version=2)
+        return await asyncio.gather(*tasks)
 
     return asyncio.run(everything())
 

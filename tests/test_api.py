@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -51,13 +50,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def loaded(folder: Path) -> tuple[api.Policy, PreTrainedTokenizerBase]:
     return api.load(folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=60)
-    yield processes
-    processes.stop()
 
 
 async def long_answer(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:

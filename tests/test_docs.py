@@ -87,7 +87,7 @@ def spans(page: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """What pages load: language models and a reward model, random."""
+    """Random models that the pages load: language models and a reward model."""
     folder = tmp_path_factory.mktemp("models")
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, **shape)

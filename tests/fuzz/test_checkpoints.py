@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,6 @@ class Tiny:
         self.optimizer = torch.optim.AdamW(self.policy.parameters())
         self.policy(torch.ones(2)).sum().backward()
         self.optimizer.step()
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=60)
-    yield processes
-    processes.stop()
 
 
 def cursor() -> Curriculum:

@@ -6,7 +6,6 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -96,13 +95,6 @@ class Small:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
-
-
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=30)
-    yield processes
-    processes.stop()
 
 
 def save(folder: Path, step: int, learner: Small, cursor: Cursor, processes: Processes, critic: Any = None) -> Path:

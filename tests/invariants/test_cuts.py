@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from pools import Result, assert_same, in_pool, loaded, whole
+from pools import Result, assert_same, loaded, whole
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -135,16 +135,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     Qwen3ForCausalLM(config).save_pretrained(folder / "model")
     return folder
-
-
-@pytest.fixture(scope="module")
-def one(folder: Path, processes: Processes) -> dict[str, Result]:
-    return run_cases(folder, processes)
-
-
-@pytest.fixture(scope="module")
-def two(folder: Path) -> dict[str, Result]:
-    return in_pool(run_cases, folder, 2)[0]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from pools import Result, assert_same, in_pool, whole
+from pools import Result, assert_same, whole
 from safetensors.torch import load_file
 from test_cuts import actor_config, gradients, make_batch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
@@ -78,11 +78,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder: Path, processes: Processes) -> dict[str, Result]:
     return run_cases(folder, processes)["alone"]
-
-
-@pytest.fixture(scope="module")
-def two(folder: Path) -> dict[str, dict[str, Result]]:
-    return in_pool(run_cases, folder, 2)[0]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pools import Result, assert_same, in_pool, loaded, whole
+from pools import Result, assert_same, loaded, whole
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from RL2.batch.packing import microbatches, sequence_weights
@@ -104,16 +104,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Qwen3ForCausalLM(config).save_pretrained(folder / "causal")
     Qwen3ForSequenceClassification(config).save_pretrained(folder / "value")
     return folder
-
-
-@pytest.fixture(scope="module")
-def one(folder: Path, processes: Processes) -> dict[str, Result]:
-    return run_cases(folder, processes)
-
-
-@pytest.fixture(scope="module")
-def two(folder: Path) -> dict[str, Result]:
-    return in_pool(run_cases, folder, 2)[0]
 
 
 @pytest.mark.parametrize("loss", LOSSES)

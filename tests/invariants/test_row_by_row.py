@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pools import Result, assert_same, in_pool, whole
+from pools import Result, assert_same, whole
 from test_cuts import actor_config, gradients, make_batch, mixed
 from tiny_models import tiny_config, tiny_model
 
@@ -54,16 +54,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in MODELS:
         tiny_model(tiny_config(name)).save_pretrained(folder / name)
     return folder
-
-
-@pytest.fixture(scope="module")
-def one(folder: Path, processes: Processes) -> dict[str, Result]:
-    return run_cases(folder, processes)
-
-
-@pytest.fixture(scope="module")
-def two(folder: Path) -> dict[str, Result]:
-    return in_pool(run_cases, folder, 2)[0]
 
 
 @pytest.mark.parametrize("name", MODELS)

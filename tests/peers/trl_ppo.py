@@ -13,7 +13,6 @@ Adam does not see the scale of a gradient, and nothing is clipped, so two optimi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,13 +62,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(seed)
         kind(config if kind is Qwen3ForCausalLM else classifier).save_pretrained(folder / name)
     return folder
-
-
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=60)
-    yield processes
-    processes.stop()
 
 
 def responses(end: bool) -> list[list[int]]:

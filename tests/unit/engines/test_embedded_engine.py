@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sampling import generate, logits_of
+from sampling import generate, generate_across_weights, logits_of
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import (
@@ -28,7 +28,7 @@ from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.embedded.sampling import sample, uniforms
 from RL2.errors import ConfigError
 from RL2.ops.attention import IMPLEMENTATION
-from RL2.types import Completion, Sampling
+from RL2.types import Sampling
 
 V = 64
 SHAPE: dict[str, Any] = {
@@ -174,20 +174,7 @@ def test_requests_go_on_with_new_weights(sleeps: bool, prompts: list[list[int]])
     engine = EmbeddedEngine(lm, decode=str, max_running_requests=4, memory_share=0.5, owns_weights=True)
     engine.load_weights(iter(old.named_parameters()), version=1)
 
-    async def everything() -> list[Completion]:
-        tasks = [
-            asyncio.create_task(engine.generate(p, Sampling(max_new_tokens=30, seed=i))) for i, p in enumerate(prompts)
-        ]
-        while sum(len(request.tokens) for request in engine.running) < 40:
-            await asyncio.sleep(0)
-        if sleeps:
-            engine.sleep()
-            await asyncio.sleep(0.02)
-            assert not any(parameter.numel() for parameter in lm.parameters())
-        engine.load_weights(iter(new.named_parameters()), version=2)
-        return await asyncio.gather(*tasks)
-
-    completions = asyncio.run(everything())
+    completions = generate_across_weights(engine, prompts, new, limit=30, change_at=40, sleeps=sleeps)
     assert sum(len(set(c.versions)) == 2 for c in completions) == 4
     for prompt, completion in zip(prompts, completions, strict=True):
         assert len(completion.versions) == len(completion.token_ids)

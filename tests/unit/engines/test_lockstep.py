@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sampling import generate
+from sampling import generate, generate_across_weights
 from tiny_models import tiny_config, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ def make_engine(lm: PreTrainedModel, rows: int = 6, owns_weights: bool = False) 
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the engine logged; transformers logs which kernels are missing."""
+    """Messages that the engine logged, without those of transformers about missing kernels."""
     return [record.getMessage() for record in caplog.records if record.name.startswith("RL2.")]
 
 
@@ -137,20 +137,8 @@ def test_requests_go_on_with_new_weights(name: str, sleeps: bool) -> None:
     engine, asked = make_engine(lm, owns_weights=True), prompts(3, 30, 1, 30, 7, 7)
     engine.load_weights(iter(old.named_parameters()), version=1)
 
-    async def everything() -> list[Completion]:
-        tasks = [
-            asyncio.create_task(engine.generate(p, Sampling(max_new_tokens=20, seed=i))) for i, p in enumerate(asked)
-        ]
-        while sum(len(request.tokens) for request in engine.running) < 30:
-            await asyncio.sleep(0)
-        if sleeps:
-            engine.sleep()
-            await asyncio.sleep(0.02)
-            assert not any(parameter.numel() for parameter in lm.parameters())
-        engine.load_weights(iter(new.named_parameters()), version=2)
-        return await asyncio.gather(*tasks)
-
-    for prompt, completion in zip(asked, asyncio.run(everything()), strict=True):
+    completions = generate_across_weights(engine, asked, new, limit=20, change_at=30, sleeps=sleeps)
+    for prompt, completion in zip(asked, completions, strict=True):
         versions_N, logps_N = torch.tensor(completion.versions), torch.tensor(completion.logps)
         assert completion.versions == sorted(completion.versions) and set(completion.versions) == {1, 2}
         for version, weights in ((1, old), (2, new)):

@@ -168,13 +168,6 @@ def stand_in() -> Iterator[StandIn]:
     server.server_close()
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=30)
-    yield processes
-    processes.stop()
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "RETRY_S", 0.02)

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,13 +35,6 @@ class Small:
     @property
     def weights(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.policy.parameters()]
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=60)
-    yield processes
-    processes.stop()
 
 
 @pytest.fixture(scope="module")

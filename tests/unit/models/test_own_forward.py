@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,13 +26,6 @@ from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch
 from RL2.workers.learner import Learner
 from RL2.workers.worker import InvariantError, Worker
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=60)
-    yield processes
-    processes.stop()
 
 
 def saved(folder: Path, model_type: str) -> Path:

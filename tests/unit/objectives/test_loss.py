@@ -163,13 +163,6 @@ def test_no_statistics_break_no_law() -> None:
 # update_stats
 
 
-@pytest.fixture
-def processes() -> Any:
-    processes = Processes.start(timeout_s=30)
-    yield processes
-    processes.stop()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ledger_sees_what_rounding_loses(dtype: torch.dtype, processes: Processes) -> None:
     """Steps of 1e-6 on weights near 1: bfloat16 keeps none of them, float32 most."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,13 +32,6 @@ async def step(state, action, extra_info):
     return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
 """
 WITH_RESET = SCRIPT + "async def reset(extra_info): return str(extra_info['seed'])\n"
-
-
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=30)
-    yield processes
-    processes.stop()
 
 
 @pytest.fixture

@@ -41,13 +41,6 @@ class Turns(ScriptedEngine):
         return await super().generate(token_ids, sampling)
 
 
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=30)
-    yield processes
-    processes.stop()
-
-
 class World:
     """Steps of a loop that trains nothing."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,6 @@ class Shown:
 
     def __init__(self) -> None:
         self.tests: list[Any] = []
-
-
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=30)
-    yield processes
-    processes.stop()
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -14,13 +12,6 @@ from RL2.workers.metrics import Max, Mean, Metric, Totals, mean_over_updates
 
 TRAINS_T = torch.tensor([True, True, False, True])
 VALUE_T = torch.tensor([1.0, 4.0, 100.0, 4.0])
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    processes = Processes.start(timeout_s=30)
-    yield processes
-    processes.stop()
 
 
 def totals_of(processes: Processes, *microbatches: tuple[Tensor, dict[str, Metric]]) -> Totals:
