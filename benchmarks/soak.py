@@ -4,8 +4,8 @@
 
 `spo` on word problems, 4 prompts with 4 samples per step, a model of 245,000 parameters, rollouts from a server (vllm:
 the one of `make engine`; sglang: the tests' stand-in; embedded: none). Of the environment's calls 2% raise, 1% answer
-too late, 1% return NaN, 1% return something that is not a result, and every 4,000th blocks its thread. About once a
-minute a process of the server is killed (SIGKILL). Random choices follow `--seed`.
+too late, 1% return NaN, 1% return something that is not a result, and every 4,000th blocks its thread. About every 50
+steps a process of the server is killed (SIGKILL). Random choices follow `--seed`.
 
 At the end all of these must hold, or the exit code is 1:
 
@@ -43,6 +43,8 @@ LOOK_EVERY_S = 0.5
 STEP_LIMIT_S = 300
 """Seconds without a step after which the run counts as hanging."""
 CALL_LIMIT_S = 0.5
+LAUNCHER = "launch.py"
+"""Last part of the path that starts a server of either engine."""
 
 ENVIRONMENT = """
 import asyncio, itertools, json, time
@@ -119,8 +121,7 @@ def watch(run: subprocess.Popen[bytes], folder: Path, arguments: argparse.Namesp
     """Return rows of step, seconds, MiB of the trainer and the servers, and kills so far, until the run ends."""
     draw, trainer = Random(f"{arguments.seed} kills"), psutil.Process(run.pid)
     begun = stepped = time.monotonic()
-    kill_at = begun + arguments.kill_every_s
-    seen, kills, step = list[dict[str, float]](), 0, 0
+    seen, kills, step, kill_at = list[dict[str, float]](), 0, 0, arguments.kill_every
     metrics = folder / "run" / "metrics.jsonl"
     with tqdm(total=arguments.steps, desc="steps") as bar:
         while run.poll() is None:
@@ -133,17 +134,24 @@ def watch(run: subprocess.Popen[bytes], folder: Path, arguments: argparse.Namesp
                 run.kill()
                 raise SystemExit(f"no step in {STEP_LIMIT_S} s after step {step}: see {folder}/log")
             try:
-                servers = trainer.children(recursive=True)
+                servers = server_processes(trainer)
                 mib = [process.memory_info().rss / 2**20 for process in (trainer, *servers)]
             except psutil.NoSuchProcess:  # a process has just ended
                 continue
             seen.append(
                 {"step": step, "s": now - begun, "trainer_mib": mib[0], "servers_mib": sum(mib[1:]), "kills": kills}
             )
-            if servers and step and now > kill_at:
+            if servers and step >= kill_at:
                 draw.choice(servers).kill()
-                kills, kill_at = kills + 1, now + arguments.kill_every_s * draw.uniform(0.5, 1.5)
+                kills, kill_at = kills + 1, step + round(arguments.kill_every * draw.uniform(0.5, 1.5))
     return seen
+
+
+def server_processes(trainer: psutil.Process) -> list[psutil.Process]:
+    """Return the living processes of the trainer's servers, without its other children (one watches templates)."""
+    servers = [child for child in trainer.children() if any(Path(part).name == LAUNCHER for part in child.cmdline())]
+    processes = [process for server in servers for process in (server, *server.children(recursive=True))]
+    return [process for process in processes if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -237,7 +245,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     options.add_argument("--steps", type=int, default=2000)
     options.add_argument("--engine", choices=("vllm", "sglang", "embedded"), default="vllm")
-    options.add_argument("--kill-every-s", type=float, default=60.0)
+    options.add_argument("--kill-every", type=int, default=50, help="steps between kills, on average")
     options.add_argument("--max-growth", type=float, default=0.05, help="limit of the growth of the trainer's memory")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, help="folder for the run; default: a temporary one")
