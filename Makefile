@@ -8,7 +8,7 @@ ENGINE_VENV ?= .venv-vllm
 ENGINE_READY := $(ENGINE_VENV)/.ready
 REAL_READY := $(VENV)/.real
 
-.PHONY: setup engine real demo demo-quick test test-fast test-engine test-real test-browser check lint docs audit bench format clean
+.PHONY: setup engine real demo demo-quick demo-real test test-fast test-engine test-real test-browser check lint docs audit bench format clean
 
 setup: $(READY)
 
@@ -40,6 +40,9 @@ demo: setup ## train four methods on a toy task and write runs/demo/report.html
 
 demo-quick: setup ## the same with one method
 	$(BIN)/python -m RL2.tools.reproduce.demo --quick
+
+demo-real: setup real ## two methods with a pretrained model of 135M parameters; runs/demo-real/report.html
+	$(BIN)/python -m RL2.tools.reproduce.demo --real
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration tests/invariants tests/peers tests

@@ -50,7 +50,10 @@ def rl2() -> None:
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Only a short warm-up and SPO 3.2: two minutes.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for all output.")] = Path("runs/demo"),
+    real: Annotated[bool, typer.Option("--real", help="With a pretrained model of 135M parameters.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for all output; default: runs/demo or runs/demo-real.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the data, the model and the runs.")] = 0,
 ) -> None:
     """Train four methods on a toy task, on a CPU, and write OUT/report.html.
@@ -60,7 +63,8 @@ def demo(
     with ending("demo"):
         from RL2.tools.reproduce.demo import main
 
-        code = main([*(["--quick"] if quick else []), "--out", str(out), "--seed", str(seed)])
+        options = [name for name, given in (("--quick", quick), ("--real", real)) if given]
+        code = main([*options, *(["--out", str(out)] if out else []), "--seed", str(seed)])
     raise typer.Exit(code)
 
 

@@ -1,7 +1,8 @@
-"""Demonstration of the thesis's results in miniature, on a laptop's CPU: python -m RL2.tools.reproduce.demo [--quick]
+"""Demonstration of the thesis's results on a laptop's CPU: python -m RL2.tools.reproduce.demo [--quick | --real]
 
 A model of 245,000 parameters learns to solve word problems from a careless demonstrator, then from rewards, with Dr.
-GRPO and with SPO 3.1, 3.2 and 3.3, all from the same warm start and through the programs that train large models. The
+GRPO and with SPO 3.1, 3.2 and 3.3, all from the same warm start and through the programs that train large models. With
+--real, a pretrained model of 135 million parameters does so in fewer and smaller steps, with Dr. GRPO and SPO 3.2. The
 results are written to OUT/report.html and OUT/summary.json.
 """
 
@@ -16,9 +17,11 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -26,17 +29,16 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from RL2.errors import UserError
+from RL2.errors import ConfigError, UserError
 from RL2.io.jsonl import JsonlTail
 from RL2.tools.eval import evaluate as evaluation
 from RL2.tools.jobs import Job, JobError, run_jobs
 from RL2.tools.reproduce.demo_page import Page, RunView, Scores, findings, headline, summary_json, write_report
 from RL2.tools.reproduce.model import build_model
-from RL2.tools.reproduce.problems import write_data
+from RL2.tools.reproduce.problems import Problem, draw_problem, write_data
+from RL2.tools.reproduce.smollm2 import smollm2
 
 MAX_NEW_TOKENS = 36
-SEQUENCES_PER_STEP = 256
-WARMUP_BATCH = 32
 WARMUP = "warm-up"
 
 
@@ -51,28 +53,67 @@ class Method:
     settings: tuple[str, ...]
 
 
+DR_GRPO, SPO_3_2 = "Dr. GRPO", "SPO 3.2"
 # Each method has a learning rate that suits it, 50 to 100 times that of a model with billions of parameters.
 METHODS = (
-    Method("dr_grpo", "Dr. GRPO", "ppo", 4, ("actor.lr=1e-4",)),
+    Method("dr_grpo", DR_GRPO, "ppo", 4, ("actor.lr=1e-4",)),
     Method("spo_3_1", "SPO 3.1", "spo", 1, ("actor.lr=5e-5",)),
-    Method("spo_3_2", "SPO 3.2", "spo", 1, ("actor.average_over=kept", "actor.lr=1e-4", "actor.scheduler=linear")),
+    Method("spo_3_2", SPO_3_2, "spo", 1, ("actor.average_over=kept", "actor.lr=1e-4", "actor.scheduler=linear")),
     Method("spo_3_3", "SPO 3.3", "spo_0p5", 1, ("actor.lr=5e-5",)),
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the demo: steps of the warm-up and of each method, and how often to test."""
+    """Model, problems and sizes of the demo: steps of the warm-up and of each method, and how often to test."""
 
     warmup_steps: int
     steps: int
     test_freq: int
     methods: tuple[Method, ...]
     test_rows: int = 512
+    sequences_per_step: int = 256
+    warmup_batch: int = 32
+    warmup_settings: tuple[str, ...] = (
+        "actor.lr=3e-3",
+        "actor.betas=[0.9,0.98]",
+        "actor.scheduler=wsd",
+        "actor.decay_ratio=0.3",
+        "actor.warmup_ratio=0.03",
+    )
+    draw: Callable[[Random], Problem] = draw_problem
+    model: str | None = None
+    """Folder or hub name of a pretrained model; by default a new one of 245,000 parameters."""
+
+    @property
+    def model_words(self) -> str:
+        """The model in words."""
+        return "SmolLM2-135M-Instruct" if self.model else "A model of 245,000 parameters"
 
 
 FULL = Plan(warmup_steps=1000, steps=80, test_freq=10, methods=METHODS)
 QUICK = Plan(warmup_steps=500, steps=40, test_freq=10, methods=METHODS[2:3])
+
+
+def real_plan(model: str) -> Plan:
+    """Return the plan of the demo with a pretrained model of a hub name or folder."""
+    return Plan(
+        warmup_steps=20,
+        steps=20,
+        test_freq=10,
+        methods=(
+            Method("dr_grpo", DR_GRPO, "ppo", 4, ("actor.lr=1e-5",)),
+            Method(
+                "spo_3_2", SPO_3_2, "spo", 1, ("actor.average_over=kept", "actor.lr=5e-6", "actor.scheduler=linear")
+            ),
+        ),
+        test_rows=128,
+        sequences_per_step=64,
+        warmup_batch=16,
+        warmup_settings=("actor.lr=1e-4", "actor.warmup_ratio=0.1", "actor.scheduler=linear"),
+        draw=partial(draw_problem, counts=(1,), weights=(1.0,)),
+        model=model,
+    )
 
 
 class DemoError(UserError):
@@ -87,15 +128,11 @@ def warmup_job(
     overrides = (
         f"data.path={out}/data/warmup.jsonl",
         "data.max_length=256",
-        f"data.batch_size={WARMUP_BATCH}",
-        f"actor.model_name={out}/model",
-        "actor.max_length_per_device=32768",
+        f"data.batch_size={plan.warmup_batch}",
+        f"actor.model_name={plan.model or out / 'model'}",
+        f"actor.max_length_per_device={_microbatch(plan)}",
         "actor.gradient_checkpointing=false",
-        "actor.lr=3e-3",
-        "actor.betas=[0.9,0.98]",
-        "actor.scheduler=wsd",
-        "actor.decay_ratio=0.3",
-        "actor.warmup_ratio=0.03",
+        *plan.warmup_settings,
         *settings,
         f"trainer.max_steps={plan.warmup_steps}",
         f"trainer.experiment_name={name}",
@@ -110,11 +147,11 @@ def method_job(method: Method, plan: Plan, out: Path, seed: int, env_path: Path)
     folder = out / method.name
     overrides = (
         f"train_data.path={out}/data/train.jsonl",
-        f"train_data.prompts_per_rollout={SEQUENCES_PER_STEP // method.responses_per_prompt}",
+        f"train_data.prompts_per_rollout={plan.sequences_per_step // method.responses_per_prompt}",
         f"train_data.responses_per_prompt={method.responses_per_prompt}",
         f"test_data.path={out}/data/test.jsonl",
         f"actor.model_name={out}/{WARMUP}/latest",
-        "actor.max_length_per_device=32768",
+        f"actor.max_length_per_device={_microbatch(plan)}",
         "actor.gradient_checkpointing=false",
         "actor.betas=[0.9,0.99]",
         "actor.weight_decay=0",
@@ -131,6 +168,11 @@ def method_job(method: Method, plan: Plan, out: Path, seed: int, env_path: Path)
     )
     # one thread: a second gains little for so small a model, and two concurrent runs use two cores better
     return Job(method.title, method.program, overrides, folder, plan.steps, environment=_environment(1))
+
+
+def _microbatch(plan: Plan) -> int:
+    """Return how many tokens a microbatch may have: all of a step, or as many as a laptop's memory holds."""
+    return 2048 if plan.model else 32768
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -260,25 +302,26 @@ def write_plan_data(plan: Plan, out: Path, seed: int) -> list[str]:
     return write_data(
         out / "data",
         seed,
-        warmup_rows=plan.warmup_steps * WARMUP_BATCH,
-        train_rows=plan.steps * SEQUENCES_PER_STEP,
+        warmup_rows=plan.warmup_steps * plan.warmup_batch,
+        train_rows=plan.steps * plan.sequences_per_step,
         test_rows=plan.test_rows,
+        draw=plan.draw,
     )
 
 
 def warm_start(plan: Plan, out: Path, seed: int, board: ProgressBoard) -> Job:
-    """Create data, tokenizer and model, and run the warm-up from which all methods start."""
+    """Create data, tokenizer and a model if the plan has none, and run the warm-up from which all methods start."""
     texts = write_plan_data(plan, out, seed)
-    build_model(out / "model", texts, seed)
+    if plan.model is None:
+        build_model(out / "model", texts, seed)
     warmup = warmup_job(plan, out, seed)
     run_jobs([warmup], 1, JobBars(board))
     return warmup
 
 
-def demo(out: Path, seed: int, quick: bool, board: ProgressBoard) -> None:
+def demo(out: Path, seed: int, plan: Plan, board: ProgressBoard) -> None:
     """Run the whole demo and write report.html and summary.json to `out`."""
-    started = time.monotonic()
-    plan, env_path = QUICK if quick else FULL, find_environment()
+    started, env_path = time.monotonic(), find_environment()
     clear(out)
     warmup = warm_start(plan, out, seed, board)
     jobs = [method_job(method, plan, out, seed, env_path) for method in plan.methods]
@@ -292,14 +335,14 @@ def demo(out: Path, seed: int, quick: bool, board: ProgressBoard) -> None:
     total = time.monotonic() - started
     summary = {
         "seed": seed,
-        "quick": quick,
+        "quick": plan is QUICK,
         "seconds": total,
         "headline": headline(runs),
         "findings": {finding.title: finding.text for finding in findings(runs)},
         "methods": summary_json(runs),
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    write_report(out / "report.html", runs, page(plan, [warmup, *jobs], out, seed, quick, total))
+    write_report(out / "report.html", runs, page(plan, [warmup, *jobs], out, seed, total))
 
     board.say(f"\n{headline(runs)}")
     for finding in findings(runs):
@@ -307,18 +350,19 @@ def demo(out: Path, seed: int, quick: bool, board: ProgressBoard) -> None:
     board.say(f"{out / 'report.html'} written; {total:.0f} s in all.")
 
 
-def page(plan: Plan, jobs: Sequence[Job], out: Path, seed: int, quick: bool, seconds: float) -> Page:
+def page(plan: Plan, jobs: Sequence[Job], out: Path, seed: int, seconds: float) -> Page:
     """Return the text around the figures of the demo's page."""
+    option = ["--real"] if plan.model else ["--quick"] if plan is QUICK else []
     return Page(
-        title="Learning from reward, in miniature",
+        title=f"Learning from reward, {'with a pretrained model' if plan.model else 'in miniature'}",
         lead=(
-            "A model of 245,000 parameters is warmed up on careless solutions of grade-school word problems, then "
-            f"trained on rewards for {plan.steps} steps of {SEQUENCES_PER_STEP} answers: {_titles(plan)}. "
+            f"{plan.model_words} is warmed up on careless solutions of grade-school word problems, then "
+            f"trained on rewards for {plan.steps} steps of {plan.sequences_per_step} answers: {_titles(plan)}. "
             "The test problems share no calculation with those of training."
         ),
         settings={
             "seed": str(seed),
-            "warm-up": f"{plan.warmup_steps} steps of {WARMUP_BATCH} demonstrations",
+            "warm-up": f"{plan.warmup_steps} steps of {plan.warmup_batch} demonstrations",
             "Dr. GRPO": "reward minus the group's mean; the loss is averaged over tokens",
             "test": f"every {plan.test_freq} steps, before the first and after the last",
             "time": f"{seconds:.0f} s in all on {num_cores()} cores ({platform.machine()})",
@@ -326,16 +370,7 @@ def page(plan: Plan, jobs: Sequence[Job], out: Path, seed: int, quick: bool, sec
             f"transformers {transformers.__version__}",
         },
         reproduce=shlex.join(
-            [
-                "python",
-                "-m",
-                "RL2.tools.reproduce.demo",
-                "--out",
-                str(out),
-                "--seed",
-                str(seed),
-                *(["--quick"] if quick else []),
-            ]
+            ["python", "-m", "RL2.tools.reproduce.demo", "--out", str(out), "--seed", str(seed), *option]
         ),
         commands=[job.shown for job in jobs],
     )
@@ -349,9 +384,13 @@ def _titles(plan: Plan) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo from command-line arguments and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m RL2.tools.reproduce.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything it writes")
+    parser.add_argument(
+        "--out", type=Path, help="folder for everything it writes; default: runs/demo or runs/demo-real"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a short warm-up and SPO 3.2 alone")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a short warm-up and SPO 3.2 alone")
+    size.add_argument("--real", action="store_true", help="a pretrained model of 135M parameters, in 20 minutes")
     options = parser.parse_args(arguments)
 
     # so small a model gains nothing from a GPU, and without one the results are the same everywhere
@@ -361,10 +400,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # end the children on `kill` as on Ctrl-C
 
     board = ProgressBoard()
+    out = options.out or Path("runs/demo-real" if options.real else "runs/demo")
     try:
+        plan = real_plan(str(smollm2())) if options.real else QUICK if options.quick else FULL
         with board.progress:
-            demo(options.out, options.seed, options.quick, board)
-    except (DemoError, JobError) as error:
+            demo(out, options.seed, plan, board)
+    except (ConfigError, DemoError, JobError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -206,17 +206,23 @@ def draw_problems(
 
 
 def write_data(
-    folder: Path, seed: int, *, warmup_rows: int = 32_000, train_rows: int = 20_480, test_rows: int = 512
+    folder: Path,
+    seed: int,
+    *,
+    warmup_rows: int = 32_000,
+    train_rows: int = 20_480,
+    test_rows: int = 512,
+    draw: Callable[[Random], Problem] = draw_problem,
 ) -> list[str]:
-    """Write warmup.jsonl (demonstrations), train.jsonl and test.jsonl (questions and answers).
+    """Write warmup.jsonl (demonstrations), train.jsonl and test.jsonl (questions and answers), drawn by `draw`.
 
     Return the texts of the warm-up, for the tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # one generator per file, so that the size of one does not change the others
-    warmup = draw_problems(Random(f"{seed} warm-up"), warmup_rows, held_out=False)
-    train = draw_problems(Random(f"{seed} train"), train_rows, held_out=False)
-    test = draw_problems(Random(f"{seed} test"), test_rows, held_out=True)
+    warmup = draw_problems(Random(f"{seed} warm-up"), warmup_rows, held_out=False, draw=draw)
+    train = draw_problems(Random(f"{seed} train"), train_rows, held_out=False, draw=draw)
+    test = draw_problems(Random(f"{seed} test"), test_rows, held_out=True, draw=draw)
 
     pairs = write_demonstrations(folder / "warmup.jsonl", warmup, Random(f"{seed} demonstrator"))
     write_rows(folder / "train.jsonl", map(_row, train))

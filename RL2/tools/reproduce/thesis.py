@@ -32,9 +32,7 @@ from RL2.tools.reproduce import claims
 from RL2.tools.reproduce.claims import Claim, SeedRun
 from RL2.tools.reproduce.demo import (
     FULL,
-    SEQUENCES_PER_STEP,
     WARMUP,
-    WARMUP_BATCH,
     JobBars,
     Method,
     Plan,
@@ -338,9 +336,9 @@ def page(
         settings={
             "seeds": f"{num_seeds}, each with data, model and warm-up of its own",
             "model": "245,000 parameters in Qwen3's architecture",
-            "from scratch": f"{plan.warmup_steps} steps of {WARMUP_BATCH} careless demonstrations",
+            "from scratch": f"{plan.warmup_steps} steps of {plan.warmup_batch} careless demonstrations",
             "Dr. GRPO": "reward minus the group's mean; the loss is averaged over tokens",
-            "on rewards": f"{plan.steps} steps of {SEQUENCES_PER_STEP} responses",
+            "on rewards": f"{plan.steps} steps of {plan.sequences_per_step} responses",
             "tests": f"{plan.test_rows} held-out problems of each seed",
             "time": f"{seconds / 60:.0f} minutes of runs, {num_cores()} of them side by side on as many cores "
             f"({platform.machine()})",
