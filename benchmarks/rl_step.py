@@ -66,7 +66,11 @@ async def step(state, action, extra_info):
 # The task: a folder with a model, its tokenizer, prompts and the environment.
 
 
-def write_task(folder: Path, case: Case) -> None:
+Write = Callable[[Path, float, int, int], None]
+"""Function that writes a model: (folder, probability of the end token, end token, padding token)."""
+
+
+def write_task(folder: Path, case: Case, write: Write) -> None:
     from RL2.tools.reproduce.model import build_tokenizer
 
     rng = random.Random(0)
@@ -82,7 +86,7 @@ def write_task(folder: Path, case: Case) -> None:
     rng.shuffle(prompts)
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
     (folder / "environment.py").write_text(ENVIRONMENT)
-    write_model(folder, case.end_probability, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    write(folder, case.end_probability, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def write_model(folder: Path, end_probability: float, end: int, pad: int) -> None:
@@ -281,21 +285,27 @@ ROWS = (
 )
 
 
-def measure(case: Case, options: argparse.Namespace) -> Steps:
+def measure(case: Case, options: argparse.Namespace, write: Write = write_model) -> Steps:
     """Return the steps of both sides, after a warm-up of one step each."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_task(folder, case)
+        write_task(folder, case, write)
         arguments = ["--folder", name, "--threads", str(options.threads), "--max-length", str(options.max_length)]
         arguments += ["--max-new-tokens", str(case.max_new_tokens), "--peer-batch", str(options.peer_batch)]
         sides = [Side(__file__, side, arguments, options.threads, folder / f"{side}.log") for side in SIDES]
         return alternate(sides, options.steps)
 
 
-def main() -> None:
-    arguments = parser(__doc__)
+def step_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options of both sides."""
+    arguments = parser(description)
     arguments.add_argument("--max-length", type=int, default=4096, help="RL2: tokens per microbatch")
     arguments.add_argument("--peer-batch", type=int, default=128, help="TRL: sequences per microbatch")
+    return arguments
+
+
+def main() -> None:
+    arguments = step_parser(__doc__)
     arguments.add_argument("--case", choices=[case.name for case in CASES], help="only this case")
     arguments.add_argument("--folder", help=argparse.SUPPRESS)
     arguments.add_argument("--max-new-tokens", type=int, help=argparse.SUPPRESS)
