@@ -21,6 +21,7 @@ from RL2.engines.vllm import server_spec as vllm
 from RL2.errors import ConfigError
 from RL2.models.conversion import is_stored_by_name
 from RL2.models.dtypes import compute_dtype
+from RL2.models.multimodal import checkpoint_config
 from RL2.models.policy import empty_model
 from RL2.ops.attention import is_packed
 from RL2.parallel.processes import Processes
@@ -70,7 +71,12 @@ def make_engine(
 
 
 def refuse_other_layout(lm: PreTrainedModel, engine: str) -> None:
-    """Raise ConfigError if servers know weights of `lm` by other names than it has, as those of fused experts."""
+    """Raise ConfigError if servers know weights of `lm` by other names: of fused experts, or in a multimodal model."""
+    if (checkpoint := checkpoint_config(lm)) is not None:
+        raise ConfigError(
+            f"rollout.engine={engine}: {checkpoint.model_type} is multimodal, and weights of its text part are not "
+            "sent to servers yet; use rollout.engine=embedded"
+        )
     if not is_stored_by_name(lm):
         raise ConfigError(
             f"rollout.engine={engine}: {lm.config.model_type} has fused weights, as of experts, which are "

@@ -30,6 +30,7 @@ from RL2.errors import ModelError, first_line
 from RL2.models.conversion import Conversion, conversions
 from RL2.models.inspection import refuse_inexact, stored_buffers
 from RL2.models.lora import merged_name
+from RL2.models.multimodal import multimodal, note_checkpoint, refuse_other_text, text_part
 from RL2.models.structure import reset_buffers
 from RL2.ops.attention import IMPLEMENTATION
 
@@ -49,10 +50,28 @@ class Stored:
     shape: tuple[int, ...]
 
 
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types of stored tensors by safetensors' names."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """Stored types with plain values; others need the scales of a quantised checkpoint."""
 FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 """Patterns of names that old checkpoints store and that are computed today."""
+SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+"""Patterns of the other files of a checkpoint: of the configuration, of tokenizers and processors."""
 READ_AT_ONCE = 2**24
 """Number of values of a stored tensor that are read at a time."""
 
@@ -64,16 +83,29 @@ def build(auto: type, model_name: str, **settings: object) -> PreTrainedModel:
     exact packed nor row by row.
     """
     refuse_no_model(model_name)
-    config = configuration(model_name, **settings)
+    whole = _configuration(model_name, **settings)
+    config = text_part(whole)
+    if config is not whole:
+        config.update(settings)
     packed = refuse_inexact(auto, config, model_name) is None
     lm = empty(auto, config, torch.float32, packed)
+    if config is not whole:
+        note_checkpoint(lm, whole)
+        refuse_other_text(lm)
     if (generation := _generation(model_name)) is not None:
         lm.generation_config = generation
     return lm
 
 
-def configuration(model_name: str, **settings: object) -> PretrainedConfig:
-    """Return the configuration of a hub name or folder. Raise ModelError if it cannot be read."""
+def configuration(model_name: str) -> PretrainedConfig:
+    """Return the configuration of a hub name or folder, or of its text model if it is multimodal.
+
+    Raise ModelError if it cannot be read.
+    """
+    return text_part(_configuration(model_name))
+
+
+def _configuration(model_name: str, **settings: object) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model_name, **settings)
     except Exception as error:  # transformers raises a type of its own for each kind of damage
@@ -211,9 +243,12 @@ def match_weights(
     match = Match()
     lacking: dict[str, Tensor] = {}
     read: set[str] = set()
+    whole = multimodal(lm)
+    named = {name: name for name in stored} if whole is None else whole.split(stored)[0]  # as if the text were alone
 
     def find(names: list[str], tensor: Tensor) -> bool:
-        found = [name for name in dict.fromkeys(chain.from_iterable(map(_spellings, names))) if name in stored]
+        spellings = dict.fromkeys(chain.from_iterable(map(_spellings, names)))
+        found = [named[name] for name in spellings if name in named]
         if found:
             read.update(found)
             _refuse_another_value(found, stored, model_name)
@@ -230,14 +265,14 @@ def match_weights(
             lacking[merged_name(names[0])] = parameter
     lacking |= {name: buffer for name, buffer in stored_buffers(lm).items() if not find([name], buffer)}
     if lacking:
-        _match_other_layout(lm, stored, lacking, match, model_name)
+        _match_other_layout(lm, named, stored, lacking, match, model_name)
         read.update(match.names)
     if lacking:
         raise ModelError(
             f"{model_name} lacks {len(lacking)} of the tensors of {type(lm).__name__}, among them {next(iter(lacking))}"
         )
     ignored = [*(lm._keys_to_ignore_on_load_unexpected or ()), *FORMER_BUFFERS, *unread]
-    left = [name for name in stored if name not in read and not any(re.search(pattern, name) for pattern in ignored)]
+    left = [name for name in named if named[name] not in read and not any(re.search(each, name) for each in ignored)]
     if left:
         raise ModelError(
             f"{model_name} has {len(left)} tensors that {type(lm).__name__} does not read, among them {left[0]}: it is "
@@ -247,15 +282,25 @@ def match_weights(
 
 
 def _match_other_layout(
-    lm: PreTrainedModel, stored: dict[str, Stored], lacking: dict[str, Tensor], match: Match, model_name: str
+    lm: PreTrainedModel,
+    named: dict[str, str],
+    stored: dict[str, Stored],
+    lacking: dict[str, Tensor],
+    match: Match,
+    model_name: str,
 ) -> None:
-    """Move to `match` what is `lacking` under its own name, and stored in a layout that transformers converts."""
-    renamed, found = conversions(lm, lacking, stored.keys() - match.state.keys())
-    for stored_name, name in renamed.items():
+    """Move to `match` what is `lacking` under its own name, and stored in a layout that transformers converts.
+
+    `named` is name in a checkpoint of `lm` alone -> stored name.
+    """
+    renamed, found = conversions(lm, lacking, [name for name, each in named.items() if each not in match.state])
+    for other_name, name in renamed.items():
         if name in lacking:
+            stored_name = named[other_name]
             tensor = match.state[stored_name] = lacking.pop(name)
             _refuse_other_numbers(stored_name, stored[stored_name], tensor, model_name)
     for conversion in found:
+        conversion.sources[:] = [(pattern, named[name]) for pattern, name in conversion.sources]
         of = [name for _, name in conversion.sources]
         try:
             computed = conversion(lm, lambda name: torch.empty(stored[name].shape, device="meta"))
@@ -453,6 +498,6 @@ def weights_folder(model_name: str) -> Path:
     if Path(model_name).is_dir():
         return Path(model_name)
     try:
-        return Path(snapshot_download(model_name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+        return Path(snapshot_download(model_name, allow_patterns=["*.safetensors", *SETTINGS_FILES]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ModelError(f"{model_name}: {first_line(error)}") from error

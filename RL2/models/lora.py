@@ -5,12 +5,13 @@ peft wraps a linear layer NAME: its weight becomes NAME.base_layer.weight, the a
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -119,15 +120,25 @@ def merge(lm: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
     return weight.float().addmm(up, down, alpha=layer.scaling[ADAPTER])
 
 
-def export_adapter(lm: PreTrainedModel, folder: Path, write: bool) -> None:
-    """Write a folder that `peft.PeftModel.from_pretrained` loads (collective); only a process with `write` writes."""
+def export_adapter(
+    lm: PreTrainedModel, folder: Path, write: bool, whole_name: Callable[[str], str] | None = None
+) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` loads (collective); only a process with `write` writes.
+
+    `whole_name` returns the name in a multimodal model of a module or parameter of `lm`, its text part.
+    """
     weights = {}
+    layers = set()
     for name, parameter in lm.named_parameters():
         if is_adapter(name):
             weight = whole(parameter.detach())
+            name = name if whole_name is None else whole_name(name)
+            layers.add(name.partition(".lora_")[0])
             weights[f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"] = weight.cpu().contiguous()
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-        config: Any = lm.peft_config
-        config[ADAPTER].save_pretrained(folder)
+        config: Any = copy.copy(cast(Any, lm.peft_config)[ADAPTER])
+        if whole_name is not None:  # the other parts have layers of the same names
+            config.target_modules = sorted(layers)
+        config.save_pretrained(folder)
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from RL2.models.conversion import stored_layout, weight_shapes
 from RL2.models.inspection import length_limit, logit_transform, stored_buffers
 from RL2.models.loading import build, configuration, empty, folder_here, materialise, refuse_no_model
 from RL2.models.lora import is_adapter, merge, merged_name
+from RL2.models.multimodal import multimodal
+from RL2.models.other_parts import other_parts
 from RL2.models.packed import PackedModel, backbone
 from RL2.ops.attention import is_packed
 from RL2.ops.token_stats import VocabularyShard, token_stats
@@ -84,7 +87,9 @@ class Policy(PackedModel):
         if self.tp is not None:  # the head is sharded, which only token_stats handles
             hidden_TD = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state[0]
             return self._token_stats(hidden_TD, batch.labels_T, self.CHECKED).logp
-        logits_TV = self.lm(input_ids=ids, use_cache=False).logits[0].float()
+        whole = multimodal(self.lm)  # the model whose numbers count
+        lm = self.lm if whole is None else whole.around(self.lm)
+        logits_TV = lm(input_ids=ids, use_cache=False).logits[0].float()
         return logits_TV.log_softmax(-1).gather(-1, batch.labels_T[:, None])[:, 0]
 
 
@@ -205,32 +210,42 @@ def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iter
 def export(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, write: bool, file_bytes: int = 4 * 2**30
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads (collective), on each process with `write`.
+    """Write a folder that transformers loads (collective), on each process with `write`.
 
     Files of at most `file_bytes` are written as soon as they are full, so host memory never holds the whole model.
-    Tensors are stored as in the checkpoints that transformers converts, for example each expert on its own.
+    Tensors are stored as in the checkpoints that transformers converts, for example each expert on its own. The text
+    model of a multimodal checkpoint is stored under the checkpoint's names, beside its other parts as they are.
     """
-    layout = stored_layout(lm)
+    parts = other_parts(lm)
+    layout = stored_layout(lm) if parts is None else parts.layout(lm)
     stored = {name: x for pair in weight_shapes(lm).items() for name, x in layout(*pair).items()}
+    stored |= {} if parts is None else parts.shapes
     files = split_torch_state_dict_into_shards(
         stored, filename_pattern="model{suffix}.safetensors", max_shard_size=file_bytes
     )
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-        lm.config.architectures = [type(lm).__name__]
-        lm.config.save_pretrained(folder)
-        if lm.generation_config is not None:
-            if ends := end_tokens(lm, tokenizer):  # programs that sample from the export stop where training did
-                lm.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
-            lm.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save_configuration(lm, tokenizer, folder)
+        if parts is not None:
+            parts.copy_files(folder)
         if files.is_sharded:
             index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     begun: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, weight in (pair for one in named_weights(lm, torch.float32) for pair in layout(*one).items()):
+    trained = (pair for one in named_weights(lm, torch.float32) for pair in layout(*one).items())
+    for name, weight in chain(trained, parts.tensors() if write and parts is not None else ()):
         if write:
             file = files.tensor_to_filename[name]
             begun[file][name] = weight.cpu().contiguous()
             if len(begun[file]) == len(files.filename_to_tensors[file]):
                 save_file(begun.pop(file), folder / file, metadata={"format": "pt"})
+
+
+def _save_configuration(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    lm.config.architectures = [type(lm).__name__]
+    lm.config.save_pretrained(folder)
+    if lm.generation_config is not None:
+        if ends := end_tokens(lm, tokenizer):  # programs that sample from the export stop where training did
+            lm.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
+        lm.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

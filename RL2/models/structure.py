@@ -36,17 +36,17 @@ def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
     return max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
 
 
-def measured_transform(lm: PreTrainedModel) -> LogitTransform:
+def measured_transform(lm: PreTrainedModel, layers: nn.ModuleList | None = None) -> LogitTransform:
     """Return what the forward of `lm` does to the logits of its head.
 
-    `lm` is on the meta device and loses its layers: only its embedding, last norm and head run. In place of the head's
-    result its forward gets `PROBE`. Raise Unsupported if hidden states change before the head, or if the change of the
-    logits is neither a factor nor a soft cap.
+    `lm` is on the meta device and loses `layers`, by default its decoder layers: only its embedding, last norm and head
+    run. In place of the head's result its forward gets `PROBE`. Raise Unsupported if hidden states change before the
+    head, or if the change of the logits is neither a factor nor a soft cap.
     """
     head = lm.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise Unsupported(f"has no linear head ({type(head).__name__})")
-    layers = decoder_layers(lm)
+    layers = layers if layers is not None else decoder_layers(lm)
     for part in list(lm.base_model.modules()):
         for name, child in part.named_children():
             if child is layers:

@@ -37,6 +37,7 @@ from RL2.io.run_lock import refuse_if_running
 from RL2.models.dtypes import compute_dtype
 from RL2.models.inspection import own_forward_line
 from RL2.models.loading import check_values, folder_here, match_weights, refuse_no_model, stored_tensors
+from RL2.models.multimodal import multimodal_line
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, configured_tokenizer, end_tokens, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.models.value import ValueModel
@@ -147,7 +148,7 @@ def look_at_model(
         tokenizer = configured_tokenizer(replace(model, model_name=str(folder)), group)
         lm = look_at_weights(kind, folder, name, found.progress)
     said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
-    found.say("model", name, said, *by_rows(lm))
+    found.say("model", name, said, *filter(None, (multimodal_line(lm), own_forward_line(lm))))
     if model.gradient_checkpointing:
         refuse_no_recomputation(lm, group)
     template = "" if tokenizer.chat_template else ", no chat template"
@@ -199,14 +200,9 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
         check_sizes(lm, model.tp_size, model.sp_size, group)
         if kind is ValueModel and model.gradient_checkpointing:
             refuse_no_recomputation(lm, group)
-        found.say(group, f"{name}, {type(lm).__name__}", *by_rows(lm))
+        whole = multimodal_line(lm) if kind is ValueModel else None
+        found.say(group, f"{name}, {type(lm).__name__}", *filter(None, (whole, own_forward_line(lm))))
     return models
-
-
-def by_rows(lm: PreTrainedModel) -> list[str]:
-    """Return the line about a model that runs row by row; none for a packed one."""
-    line = own_forward_line(lm)
-    return [line] if line else []
 
 
 def look_at_tasks(

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from RL2.config.model import Trainable, TrainablePolicy
 from RL2.errors import ConfigError
 from RL2.models.lora import export_adapter
+from RL2.models.multimodal import multimodal
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy
 from RL2.models.structure import decoder_layers
@@ -87,7 +88,8 @@ class Learner(Worker):
         if not (isinstance(self.config, TrainablePolicy) and self.config.lora.save == "adapter"):
             return super().export(tokenizer, folder)
         with self.at_work("gathering the adapters to save"):
-            export_adapter(self.lm, folder, self.processes.is_first)
+            whole = multimodal(self.lm)
+            export_adapter(self.lm, folder, self.processes.is_first, None if whole is None else whole.whole_name)
         if self.processes.is_first:
             tokenizer.save_pretrained(folder)
 

@@ -31,6 +31,7 @@ from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.errors import ConfigError
 from RL2.models.inspection import refuse_inexact
 from RL2.models.loading import match_weights, stored_tensors
+from RL2.models.multimodal import text_part
 from RL2.models.policy import Policy, empty_model, export, named_weights
 from RL2.types import Sampling, StatsRequest
 
@@ -62,6 +63,8 @@ def verdicts() -> dict[str, Verdict]:
         except Exception as error:  # a configuration that transformers itself refuses at this size
             found[name] = "refused", f"cannot be built at a small size: {str(error).splitlines()[-1].strip()}"
             continue
+        if text_part(config) is not config:
+            continue  # see test_multimodal_families.py
         found[name] = ("refused", NOT_THE_SAME[name]) if name in NOT_THE_SAME else judged(config)
     return found
 

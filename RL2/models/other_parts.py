@@ -1,0 +1,84 @@
+"""Parts of a multimodal checkpoint that are not trained: copied from its files into an export, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from RL2.models.conversion import stored_layout, weight_shapes
+from RL2.models.loading import SETTINGS_FILES, TORCH_DTYPES, Stored, stored_tensors, weights_folder
+from RL2.models.multimodal import Multimodal, multimodal
+
+
+@dataclass(frozen=True)
+class OtherParts:
+    """Tensors and files of a multimodal checkpoint beside those of its text model."""
+
+    whole: Multimodal
+    folder: Path
+    """Folder of the checkpoint."""
+    text: dict[str, str]
+    """Name in a checkpoint of the text model alone -> its name in this one."""
+    stored: dict[str, Stored]
+    """Tensors that are copied."""
+
+    @property
+    def shapes(self) -> dict[str, Tensor]:
+        """The tensors on the meta device."""
+        return {
+            name: torch.empty(each.shape, dtype=TORCH_DTYPES[each.dtype], device="meta")
+            for name, each in self.stored.items()
+        }
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors, one at a time."""
+        for name, each in self.stored.items():
+            with safe_open(each.file, framework="pt") as opened:
+                yield name, opened.get_tensor(name)
+
+    def layout(self, lm: PreTrainedModel) -> Callable[[str, Tensor], dict[str, Tensor]]:
+        """Return a function from a parameter's name and value to the tensors that this checkpoint has of it.
+
+        A checkpoint has fused experts or each on its own. If it has neither, names are those of the multimodal class.
+        """
+        alone = stored_layout(lm)
+        split = {name for pair in weight_shapes(lm).items() for name in alone(*pair)}
+
+        def by_names(name: str, value: Tensor) -> dict[str, Tensor]:
+            found = alone(name, value) if split <= self.text.keys() else {name: value}
+            return {self.text.get(each) or self.whole.whole_name(each): x for each, x in found.items()}
+
+        return by_names
+
+    def copy_files(self, folder: Path) -> None:
+        """Copy the configuration, with float32 as the type of the weights, and the files of processors to `folder`."""
+        config = json.loads((self.folder / CONFIG_NAME).read_text())
+        config.pop("torch_dtype", None)
+        (folder / CONFIG_NAME).write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+        for file in (file for pattern in SETTINGS_FILES for file in sorted(self.folder.glob(pattern))):
+            if file.name != SAFE_WEIGHTS_INDEX_NAME and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+
+
+def other_parts(lm: PreTrainedModel) -> OtherParts | None:
+    """Return the parts that an export of `lm` has beside it; None for a text-only export.
+
+    A value model is exported alone: no multimodal class has its head.
+    """
+    whole = multimodal(lm) if lm.get_output_embeddings() is not None else None
+    if whole is None:
+        return None
+    name = str(lm.name_or_path)
+    folder = weights_folder(name)
+    stored = stored_tensors(folder, name)
+    text, others = whole.split(stored)
+    return OtherParts(whole, folder, text, {name: stored[name] for name in others})
