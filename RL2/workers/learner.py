@@ -26,6 +26,7 @@ from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.metrics import LossFunction, Totals
 from RL2.workers.optim import UpdateStats, adamw, clipped_step, move_state, schedule
 from RL2.workers.passes import Progress, backward, trained_sequences
+from RL2.workers.routing import RoutingTotals
 from RL2.workers.worker import InvariantError, Worker
 
 
@@ -106,9 +107,12 @@ class Learner(Worker):
         self.check_packing(batch)
         totals, size = Totals(self.processes, self.mesh.data), self.mesh.data_size
         mine = self.share(batch, trained_sequences(batch), self.config.max_length_per_device)
-        broken = backward(self.policy, batch, mine, loss, request, totals, lambda done: progress(done * size))
+        routing = RoutingTotals(self.processes, self.mesh.data) if self.policy.routers else None
+        broken = backward(self.policy, batch, mine, loss, request, totals, lambda done: progress(done * size), routing)
         self._sum_partial_gradients()
         means, faults = totals.means(), self._gather(broken)
+        if routing is not None:
+            means |= routing.metrics()
         if fault := faults[0] if faults else self.fault(means, totals):
             self._stop("broken_law", fault, batch)
         return means

@@ -13,21 +13,25 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from RL2.models.packed import PackedModel
+from RL2.models.routing import RoutingSums
 from RL2.ops.invariants import first_breach
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.metrics import LossFunction, Totals
+from RL2.workers.routing import RoutingTotals
 
 Progress = Callable[[int], object]
 """Called with the number of further sequences that are done."""
 
 
-def forward(model: PackedModel, microbatch: TokenBatch, request: StatsRequest) -> TokenStats:
+def forward(
+    model: PackedModel, microbatch: TokenBatch, request: StatsRequest, routing: RoutingSums | None = None
+) -> TokenStats:
     """Return the statistics of the actions of `microbatch`, [A], on the device of `model`.
 
-    Prefixes that sequences share run once.
+    Prefixes that sequences share run once. The decisions of routers are added to `routing`.
     """
     device, shared = next(model.parameters()).device, microbatch.shared()
-    return TokenStats(**model(microbatch.to(device), shared and shared.to(device), request))
+    return TokenStats(**model(microbatch.to(device), shared and shared.to(device), request, routing=routing))
 
 
 def statistics(
@@ -73,11 +77,13 @@ def backward(
     request: StatsRequest,
     totals: Totals,
     progress: Progress = lambda done: None,
+    routing: RoutingTotals | None = None,
 ) -> list[str]:
     """Add the gradients of (loss_T * weight_T).sum() over `microbatches`, the sequences of each of this process.
 
-    Adds loss and metrics to `totals`, and returns the invariants of ops/invariants.py that do not hold. For an empty
-    microbatch the shortest sequence runs with weight 0, so that all processes take part in the same collectives.
+    Adds loss and metrics to `totals` and decisions of routers to `routing`, and returns the invariants of
+    ops/invariants.py that do not hold. For an empty microbatch the shortest sequence runs with weight 0, so that all
+    processes take part in the same collectives.
     """
     model.train()
     broken, shortest = list[str](), int(batch.lengths_B.argmin())
@@ -87,7 +93,8 @@ def backward(
         microbatch = batch.sequences(ids or [shortest])
         if not ids:
             microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))
-        stats = forward(model, microbatch, request)
+        seen = None if routing is None else RoutingSums(model.routers)
+        stats = forward(model, microbatch, request, seen)
         actions = microbatch.positions(microbatch.action_T).to(next(model.parameters()).device)
         assert actions.weight_T is not None
         loss_T, metrics = loss(stats, actions)
@@ -95,6 +102,8 @@ def backward(
         total.backward()
         where = _Where(ids or [shortest], actions)
         totals.add(total, actions.weight_T != 0, metrics, where)
+        if routing is not None and seen is not None:
+            routing.add(seen, counts=bool(ids))
         if breach := first_breach(stats, model.lm.config.vocab_size):
             invariant, t, value = breach
             broken.append(f"{invariant} does not hold: {value:g} at {where(t)}")
