@@ -177,10 +177,28 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Moe:
+    """Losses of the routers of a mixture of experts, over all tokens of the sequences that train."""
+
+    aux_coef: NonNegative = 0.0
+    """Coefficient of the load balancing loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6) as transformers
+    computes it: of each microbatch, over all layers together, averaged over microbatches by their tokens."""
+    z_coef: NonNegative = 0.0
+    """Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906): mean square of the logsumexp of router logits."""
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The coefficients above 0, by key."""
+        found = {"aux_coef": self.aux_coef, "z_coef": self.z_coef}
+        return {key: coef for key, coef in found.items() if coef}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainablePolicy(TrainableChat):
     """A language model with an optimizer."""
 
     lora: Lora
+    moe: Moe
 
     logits_budget_mib: PositiveFloat | None = None
     """Maximum size of the logits in memory at a time, in MiB; null: 64 on CPUs, 512 on GPUs."""

@@ -59,6 +59,13 @@ def why_unseen(lm: PreTrainedModel) -> str | None:
     return _unseen(modules[0]) if modules else "has no router that transformers names"
 
 
+def why_no_losses(lm: PreTrainedModel) -> str | None:
+    """Return why the losses of routers are not defined for `lm`, after its name; None if they are."""
+    if any(router.scores == "sigmoid" for router in find_routers(lm)):
+        return "chooses experts by sigmoids of the router's logits, for which these losses are not defined"
+    return why_unseen(lm)
+
+
 def _modules(lm: PreTrainedModel) -> list[nn.Module]:
     """Return the modules that transformers names as those that return router logits first."""
     named = (getattr(lm, "_can_record_outputs", None) or {}).get("router_logits")
@@ -95,21 +102,25 @@ def watching(routers: tuple[Router, ...], see: See) -> Iterator[None]:
 
 
 class RoutingSums:
-    """Sums over the tokens of a batch of the decisions of each router, without gradient."""
+    """Sums over the tokens of a batch of the decisions of each router."""
 
-    def __init__(self, routers: tuple[Router, ...]) -> None:
-        self.routers = routers
+    def __init__(self, routers: tuple[Router, ...], with_losses: bool = False) -> None:
+        """Start at 0; `with_losses` keeps what `balance_loss` and `z_loss` need, with its gradient."""
+        self.routers, self.with_losses = routers, with_losses
         self.tokens = 0.0
         self.load_LE = torch.zeros(())
         """Number of tokens of each expert."""
         self.entropy_L = torch.zeros(())
         """Sum of the entropies of the probabilities, in nats."""
+        self.p_LE = torch.zeros(())
+        """Sum of the probabilities."""
+        self.square_L = torch.zeros(())
+        """Sum of the squares of logsumexp(logits)."""
 
     @contextmanager
     def seeing(self, real_N: Tensor) -> Iterator[None]:
         """Add the decisions for a block, of which `real_N` marks the tokens that are not padding."""
-        load: dict[int, Tensor] = {}
-        entropy: dict[int, Tensor] = {}
+        load, entropy, logits = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
 
         @torch.no_grad()
         def see(number: int, logits_NE: Tensor, experts_NK: Tensor) -> None:
@@ -117,10 +128,30 @@ class RoutingSums:
             entropy[number] = (torch.special.entr(p_NE).sum(-1) * real_N).sum()
             counted_NK = real_N[:, None].expand_as(experts_NK)
             load[number] = p_NE.new_zeros(p_NE.shape[1]).index_add_(0, experts_NK.flatten(), counted_NK.flatten())
+            if self.with_losses:
+                logits[number] = logits_NE
 
         with watching(self.routers, see):
             yield
-        numbers = range(len(self.routers))
-        self.load_LE = self.load_LE.to(real_N.device) + torch.stack([load[n] for n in numbers])
-        self.entropy_L = self.entropy_L.to(real_N.device) + torch.stack([entropy[n] for n in numbers])
+
+        def added(total: Tensor, block: dict[int, Tensor]) -> Tensor:
+            return total.to(real_N.device) + torch.stack([block[number] for number in range(len(self.routers))])
+
         self.tokens += float(real_N.sum())
+        self.load_LE, self.entropy_L = added(self.load_LE, load), added(self.entropy_L, entropy)
+        if self.with_losses:  # after the layers have ended: nothing here is recomputed with them
+            p = {n: real_N @ self.routers[n].probabilities(x_NE) for n, x_NE in logits.items()}
+            square = {n: real_N @ x_NE.float().logsumexp(-1).square() for n, x_NE in logits.items()}
+            self.p_LE, self.square_L = added(self.p_LE, p), added(self.square_L, square)
+
+    def balance_loss(self) -> Tensor:
+        """Return the load balancing loss as `load_balancing_loss_func` of transformers: E sum_e load_e p_e.
+
+        Both are means over all tokens and layers; load has no gradient. It is K if the load is even.
+        """
+        rows, num_experts = self.tokens * len(self.routers), self.load_LE.shape[1]
+        return num_experts * (self.load_LE.sum(0) / rows * self.p_LE.sum(0) / rows).sum()
+
+    def z_loss(self) -> Tensor:
+        """Return the mean of logsumexp(logits)^2 over all tokens and layers."""
+        return self.square_L.mean() / self.tokens

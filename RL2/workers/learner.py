@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from RL2.config.model import Trainable, TrainablePolicy
+from RL2.config.model import Moe, Trainable, TrainablePolicy
 from RL2.errors import ConfigError
 from RL2.models.lora import export_adapter
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy
+from RL2.models.routing import why_no_losses
 from RL2.models.structure import decoder_layers
 from RL2.objectives.objective import Loss
 from RL2.parallel.fsdp import local
@@ -50,6 +51,8 @@ class Learner(Worker):
         lora = config.lora if isinstance(config, TrainablePolicy) and config.lora.rank else None
         super().__init__(config.model_name, config.dtype, mesh, processes, group, model, config.offload_model, lora)
         self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
+        self.moe = config.moe if isinstance(config, TrainablePolicy) else Moe()
+        refuse_no_routers(self.lm, self.moe)
         if config.use_liger_kernel:
             _apply_liger(self.lm, group)
         if config.gradient_checkpointing:
@@ -106,8 +109,12 @@ class Learner(Worker):
         """
         self.check_packing(batch)
         totals, size = Totals(self.processes, self.mesh.data), self.mesh.data_size
-        mine = self.share(batch, trained_sequences(batch), self.config.max_length_per_device)
-        routing = RoutingTotals(self.processes, self.mesh.data) if self.policy.routers else None
+        trained = trained_sequences(batch)
+        mine = self.share(batch, trained, self.config.max_length_per_device)
+        routing = None
+        if self.policy.routers:
+            tokens = int(batch.lengths_B[trained].sum())
+            routing = RoutingTotals(self.moe, tokens, self.processes, self.mesh.data)
         broken = backward(self.policy, batch, mine, loss, request, totals, lambda done: progress(done * size), routing)
         self._sum_partial_gradients()
         means, faults = totals.means(), self._gather(broken)
@@ -187,6 +194,13 @@ def refuse_no_recomputation(lm: PreTrainedModel, group: str) -> None:
             f"{group}.gradient_checkpointing=true: {type(lm).__name__} does not support it in transformers; "
             f"set {group}.gradient_checkpointing=false"
         )
+
+
+def refuse_no_routers(lm: PreTrainedModel, moe: Moe) -> None:
+    """Raise ConfigError if a loss of routers is switched on and not defined for the model."""
+    for key, coef in moe.terms.items():
+        if why := why_no_losses(lm):
+            raise ConfigError(f"actor.moe.{key}={coef}: {type(lm).__name__} {why}; set actor.moe.{key}=0")
 
 
 def _recompute_activations(lm: PreTrainedModel) -> None:

@@ -93,17 +93,17 @@ def backward(
         microbatch = batch.sequences(ids or [shortest])
         if not ids:
             microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))
-        seen = None if routing is None else RoutingSums(model.routers)
+        seen = None if routing is None else routing.sums(model.routers)
         stats = forward(model, microbatch, request, seen)
         actions = microbatch.positions(microbatch.action_T).to(next(model.parameters()).device)
         assert actions.weight_T is not None
         loss_T, metrics = loss(stats, actions)
         total = (loss_T * actions.weight_T).sum()
+        if routing is not None and seen is not None:
+            total = total + routing.add(seen, counts=bool(ids)).to(total.device)
         total.backward()
         where = _Where(ids or [shortest], actions)
         totals.add(total, actions.weight_T != 0, metrics, where)
-        if routing is not None and seen is not None:
-            routing.add(seen, counts=bool(ids))
         if breach := first_breach(stats, model.lm.config.vocab_size):
             invariant, t, value = breach
             broken.append(f"{invariant} does not hold: {value:g} at {where(t)}")

@@ -11,6 +11,7 @@ from pools import Result, assert_same, whole
 from test_cuts import actor_config, gradients, make_batch, mixed
 from tiny_models import tiny_config, tiny_model
 
+from RL2.config.model import Moe
 from RL2.errors import ConfigError
 from RL2.models.policy import Policy, named_weights
 from RL2.parallel.processes import Processes
@@ -38,8 +39,9 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
         for _ in range(2):
             actor.update(batch)
         results[f"{name}, two steps"] = {"grads": {n: whole(w) for n, w in actor.weights()}, "metrics": {}}
-    torch.manual_seed(0)  # the adapters' first values
     config = actor_config("spo", str(folder / "qwen3_moe"))
+    results["z-loss"] = gradients(Actor(replace(config, moe=Moe(z_coef=0.1)), processes, 10, folder), batch, 4096)
+    torch.manual_seed(0)  # the adapters' first values
     lora = replace(config.lora, rank=4, alpha=8, target_modules=("q_proj", "o_proj"))
     adapted = Actor(replace(config, lora=lora), processes, 10, folder)
     for _ in range(2):
@@ -69,6 +71,12 @@ def test_two_processes_are_one(name: str, one: dict[str, Result], two: dict[str,
 def test_microbatches_are_one_batch(name: str, one: dict[str, Result], two: dict[str, Result]) -> None:
     for results in (one, two):
         assert_same(one[name], results[f"{name}, cut"], TOLERANCE)
+
+
+def test_losses_of_routers_are_summed_over_processes(one: dict[str, Result], two: dict[str, Result]) -> None:
+    assert_same(one["z-loss"], two["z-loss"], TOLERANCE)
+    added = one["z-loss"]["metrics"]["loss"] - one["qwen3_moe"]["metrics"]["loss"]
+    assert added == pytest.approx(0.1 * one["z-loss"]["metrics"]["moe/z_loss"], rel=1e-3)
 
 
 def test_adapters_train_alike(one: dict[str, Result], two: dict[str, Result]) -> None:
