@@ -192,6 +192,30 @@ class Moe:
         found = {"aux_coef": self.aux_coef, "z_coef": self.z_coef}
         return {key: coef for key, coef in found.items() if coef}
 
+    @property
+    def follows(self) -> bool:
+        """True if routers take recorded experts in place of their choice."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedMoe(Moe):
+    """Routing in reinforcement learning."""
+
+    replay: Literal["none", "compare", "engine", "old"] = "none"
+    """Experts of each token in training (router replay). none: the routers' choice. engine: those that the engine took,
+    so that trainer and engine compute the same function. old: those of the pass for log-probabilities before the
+    updates. compare: the routers' choice, compared with the engine's. Weights always follow from the present router."""
+
+    @property
+    def follows(self) -> bool:
+        return self.replay in ("engine", "old")
+
+    @property
+    def reads_engine(self) -> bool:
+        """True if the engine records the experts of each token."""
+        return self.replay in ("engine", "compare")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainablePolicy(TrainableChat):
@@ -270,6 +294,7 @@ class Actor(TrainablePolicy):
     select: Select
     kl: KL
     entropy: Entropy
+    moe: ReplayedMoe
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -279,6 +304,11 @@ class Actor(TrainablePolicy):
             )
         if self.average_over == "correct" and self.train_on == "all":
             raise ConfigError("actor.average_over=correct needs actor.train_on=correct")
+        if self.moe.replay == "old" and self.update_per_rollout == 1:
+            raise ConfigError(
+                "actor.moe.replay=old has no effect with actor.update_per_rollout=1: the first update has the experts "
+                "of the old policy; set actor.moe.replay=engine"
+            )
         if self.tis_coef == 0 and (self.tis_level, self.tis_mode) != ("token", "truncate"):
             raise ConfigError("actor.tis_level and actor.tis_mode have no effect with actor.tis_coef=0")
 

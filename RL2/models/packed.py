@@ -140,12 +140,15 @@ class PackedModel(nn.Module, ABC):
         # every process gathers the shards of the parameters equally often, so some run a row that counts for nothing
         idle = range(self._most(len(sizes)) - len(sizes))
         real_P = torch.zeros_like(token_P, dtype=torch.float32).index_fill_(0, place_T, 1.0)
+        given = [None] * len(sizes) if batch.experts_T is None else batch.experts_T[token_P].split(sizes)
         hidden = []
-        for ids, real, shape in zip(
-            batch.token_ids_T[token_P].split(sizes), real_P.split(sizes), rows.shapes, strict=True
+        for ids, real, experts, shape in zip(
+            batch.token_ids_T[token_P].split(sizes), real_P.split(sizes), given, rows.shapes, strict=True
         ):
-            with nullcontext() if routing is None else routing.seeing(real):
+            with nullcontext() if routing is None else routing.seeing(real, experts):
                 hidden.append(self._own_forward(ids.view(shape)).flatten(0, 1))
+        if routing is not None:
+            routing.end(place_T)
         hidden += [self._own_forward(batch.token_ids_T[None, :1])[0, :0] for _ in idle]
         return torch.cat(hidden).index_select(0, place_T)
 

@@ -1,4 +1,4 @@
-"""Routing of mixtures of experts, seen by forward hooks on the routers of an unmodified model.
+"""Routing of mixtures of experts, seen and replayed by forward hooks on the routers of an unmodified model.
 
 A router of transformers returns the logits of all experts, the weights of the chosen ones and their numbers, for each
 token of a block.
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -24,9 +26,6 @@ UNREAD = {
     "ZayaRouter": "its router may skip the experts",
 }
 """Routers whose results have another meaning."""
-
-See = Callable[[int, Tensor, Tensor], None]
-"""Function (number of the router, logits_NE, experts_NK)."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,12 @@ class Router:
         return score_NE / score_NE.sum(-1, keepdim=True)
 
 
-def find_routers(lm: PreTrainedModel) -> tuple[Router, ...]:
+def find_routers(lm: PreTrainedModel) -> Routers:
     """Return the routers of `lm` from first to last layer; none if it has none, or `why_unseen` has a reason."""
     modules = _modules(lm)
     if not modules or _unseen(modules[0]):
-        return ()
-    return tuple(Router(module, _scores(module) or "softmax") for module in modules)
+        return Routers(())
+    return Routers(tuple(Router(module, _scores(module) or "softmax") for module in modules))
 
 
 def why_unseen(lm: PreTrainedModel) -> str | None:
@@ -61,7 +60,7 @@ def why_unseen(lm: PreTrainedModel) -> str | None:
 
 def why_no_losses(lm: PreTrainedModel) -> str | None:
     """Return why the losses of routers are not defined for `lm`, after its name; None if they are."""
-    if any(router.scores == "sigmoid" for router in find_routers(lm)):
+    if any(router.scores == "sigmoid" for router in find_routers(lm).all):
         return "chooses experts by sigmoids of the router's logits, for which these losses are not defined"
     return why_unseen(lm)
 
@@ -88,25 +87,111 @@ def _scores(module: nn.Module) -> Literal["softmax", "sigmoid"] | None:
     return "sigmoid" if "sigmoid" in names else None
 
 
-@contextmanager
-def watching(routers: tuple[Router, ...], see: See) -> Iterator[None]:
-    """Call `see` with the decisions of each router whenever it runs within the `with` block."""
+class Routers:
+    """The routers of a model, from first to last layer."""
 
-    def hook(number: int) -> Callable[[nn.Module, object, tuple[Tensor, ...]], None]:
-        return lambda module, _, out: see(number, out[0], out[2])
+    def __init__(self, routers: tuple[Router, ...]) -> None:
+        self.all = routers
+        self.given_NLK: Tensor | None = None
+        """Experts that the routers take now in place of their choice."""
 
-    with ExitStack() as hooks:
-        for number, router in enumerate(routers):
-            hooks.callback(router.module.register_forward_hook(hook(number)).remove)
-        yield
+    def __len__(self) -> int:
+        return len(self.all)
+
+    @contextmanager
+    def hooked(self, hook: Callable[..., Any]) -> Iterator[None]:
+        """Call `hook(number, module, args, kwargs, out)` whenever a router has run within the `with` block.
+
+        What it returns replaces `out`, unless it is None.
+        """
+        with ExitStack() as hooks:
+            for number, router in enumerate(self.all):
+                handle = router.module.register_forward_hook(partial(hook, number), with_kwargs=True)
+                hooks.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def watched(self, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+        """Call `see(number, logits_NE, experts_NK)` with the decisions of each router within the `with` block."""
+        with self.hooked(lambda number, _, __, ___, out: see(number, out[0], out[2])):
+            yield
+
+    @contextmanager
+    def following(
+        self, given_NLK: Tensor, see_own: Callable[[int, Tensor], None] = lambda number, own_NK: None
+    ) -> Iterator[None]:
+        """Let the routers take these experts within the `with` block; weights and gradients follow from their logits.
+
+        `see_own` gets the experts that each would have chosen.
+        """
+
+        def hook(number: int, module: nn.Module, args: Any, kwargs: Any, out: tuple[Tensor, ...]) -> Any:
+            see_own(number, out[2])
+            with _Choice(given_NLK[:, number].long(), out[0].shape[-1]) as choice:
+                followed = module.forward(*args, **kwargs)
+            assert choice.times == 1, f"{type(module).__name__} does not choose experts by one topk"
+            return followed
+
+        before, self.given_NLK = self.given_NLK, given_NLK
+        try:
+            with self.hooked(hook):
+                yield
+        finally:
+            self.given_NLK = before
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return contexts of a layer's forward pass and of its recomputation, which takes the same experts."""
+        given_NLK = self.given_NLK
+        return nullcontext(), nullcontext() if given_NLK is None else self.following(given_NLK)
+
+
+class _Choice(TorchFunctionMode):
+    """Mode in which the `topk` over all E experts returns given experts, with their values."""
+
+    def __init__(self, experts_NK: Tensor, num_experts: int) -> None:
+        super().__init__()
+        self.experts_NK, self.num_experts, self.times = experts_NK, num_experts, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.topk, Tensor.topk) and args[0].shape == (len(self.experts_NK), self.num_experts):
+            self.times += 1
+            return torch.return_types.topk((args[0].gather(-1, self.experts_NK), self.experts_NK))
+        return func(*args, **(kwargs or {}))
+
+
+class RoutingRecord:
+    """Experts of every token, in the order in which a model runs them."""
+
+    def __init__(self, routers: Routers) -> None:
+        self.routers = routers
+        self.calls: list[list[Tensor]] = [[] for _ in routers.all]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the decisions within the `with` block."""
+        with self.routers.watched(lambda number, _, experts_NK: self.calls[number].append(experts_NK)):
+            yield
+
+    def experts_NLK(self) -> Tensor:
+        """Return all experts, int16 [N, L, K]."""
+        return torch.stack([torch.cat(calls) for calls in self.calls], 1).to(torch.int16)
 
 
 class RoutingSums:
     """Sums over the tokens of a batch of the decisions of each router."""
 
-    def __init__(self, routers: tuple[Router, ...], with_losses: bool = False) -> None:
-        """Start at 0; `with_losses` keeps what `balance_loss` and `z_loss` need, with its gradient."""
-        self.routers, self.with_losses = routers, with_losses
+    def __init__(
+        self, routers: Routers, *, with_losses: bool = False, follows: bool = False, records: bool = False
+    ) -> None:
+        """Start at 0; `with_losses` keeps what `balance_loss` and `z_loss` need, with its gradient.
+
+        With `follows`, routers take the experts that a batch has, in place of their choice. With `records`, the experts
+        of every token are kept in `experts_T`.
+        """
+        self.routers, self.with_losses, self.follows, self.records = routers, with_losses, follows, records
+        self.blocks: list[Tensor] = []
+        self.experts_T: Tensor | None = None
+        """int16 [T, L, K], once a batch has run."""
         self.tokens = 0.0
         self.load_LE = torch.zeros(())
         """Number of tokens of each expert."""
@@ -116,33 +201,60 @@ class RoutingSums:
         """Sum of the probabilities."""
         self.square_L = torch.zeros(())
         """Sum of the squares of logsumexp(logits)."""
+        self.changed_L: Tensor | None = None
+        """Sum of the shares of a token's given experts that its router would not choose; None if none are given."""
 
     @contextmanager
-    def seeing(self, real_N: Tensor) -> Iterator[None]:
-        """Add the decisions for a block, of which `real_N` marks the tokens that are not padding."""
+    def seeing(self, real_N: Tensor, given_NLK: Tensor | None) -> Iterator[None]:
+        """Add the decisions for a block, of which `real_N` marks the tokens that are not padding.
+
+        `given_NLK` are the experts that the batch has.
+        """
+        changed = dict[int, Tensor]()
         load, entropy, logits = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
 
         @torch.no_grad()
         def see(number: int, logits_NE: Tensor, experts_NK: Tensor) -> None:
-            p_NE = self.routers[number].probabilities(logits_NE)
+            p_NE = self.routers.all[number].probabilities(logits_NE)
             entropy[number] = (torch.special.entr(p_NE).sum(-1) * real_N).sum()
             counted_NK = real_N[:, None].expand_as(experts_NK)
             load[number] = p_NE.new_zeros(p_NE.shape[1]).index_add_(0, experts_NK.flatten(), counted_NK.flatten())
             if self.with_losses:
                 logits[number] = logits_NE
 
-        with watching(self.routers, see):
+        def see_own(number: int, own_NK: Tensor) -> None:
+            assert given_NLK is not None
+            is_own_NK = (given_NLK[:, number, :, None] == own_NK[:, None]).any(-1)
+            changed[number] = real_N @ (~is_own_NK).float().mean(-1)
+
+        with ExitStack() as hooks:
+            if given_NLK is not None and self.follows:
+                hooks.enter_context(self.routers.following(given_NLK, see_own))
+            elif given_NLK is not None:
+                hooks.enter_context(self.routers.watched(lambda number, _, own_NK: see_own(number, own_NK)))
+            hooks.enter_context(self.routers.watched(see))
+            if self.records:
+                hooks.enter_context((record := RoutingRecord(self.routers)).recording())
             yield
+            if self.records:
+                self.blocks.append(record.experts_NLK())
 
         def added(total: Tensor, block: dict[int, Tensor]) -> Tensor:
             return total.to(real_N.device) + torch.stack([block[number] for number in range(len(self.routers))])
 
         self.tokens += float(real_N.sum())
+        if changed:
+            self.changed_L = added(torch.zeros(()) if self.changed_L is None else self.changed_L, changed)
         self.load_LE, self.entropy_L = added(self.load_LE, load), added(self.entropy_L, entropy)
         if self.with_losses:  # after the layers have ended: nothing here is recomputed with them
-            p = {n: real_N @ self.routers[n].probabilities(x_NE) for n, x_NE in logits.items()}
+            p = {n: real_N @ self.routers.all[n].probabilities(x_NE) for n, x_NE in logits.items()}
             square = {n: real_N @ x_NE.float().logsumexp(-1).square() for n, x_NE in logits.items()}
             self.p_LE, self.square_L = added(self.p_LE, p), added(self.square_L, square)
+
+    def end(self, place_T: Tensor) -> None:
+        """End a batch, of which each token is at `place_T` of its blocks laid end to end."""
+        if self.records:
+            self.experts_T, self.blocks = torch.cat(self.blocks)[place_T], []
 
     def balance_loss(self) -> Tensor:
         """Return the load balancing loss as `load_balancing_loss_func` of transformers: E sum_e load_e p_e.

@@ -6,18 +6,18 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from RL2.config.model import Moe, Trainable, TrainablePolicy
+from RL2.config.model import Moe, ReplayedMoe, Trainable, TrainablePolicy
 from RL2.errors import ConfigError
 from RL2.models.lora import export_adapter
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy
-from RL2.models.routing import why_no_losses
+from RL2.models.routing import why_no_losses, why_unseen
 from RL2.models.structure import decoder_layers
 from RL2.objectives.objective import Loss
 from RL2.parallel.fsdp import local
@@ -57,7 +57,7 @@ class Learner(Worker):
             _apply_liger(self.lm, group)
         if config.gradient_checkpointing:
             refuse_no_recomputation(self.lm, group)
-            _recompute_activations(self.lm)
+            _recompute_activations(self.policy)
         self.optimizer = adamw(
             self.policy.parameters(),
             lr=config.lr,
@@ -112,7 +112,7 @@ class Learner(Worker):
         trained = trained_sequences(batch)
         mine = self.share(batch, trained, self.config.max_length_per_device)
         routing = None
-        if self.policy.routers:
+        if len(self.policy.routers):
             tokens = int(batch.lengths_B[trained].sum())
             routing = RoutingTotals(self.moe, tokens, self.processes, self.mesh.data)
         broken = backward(self.policy, batch, mine, loss, request, totals, lambda done: progress(done * size), routing)
@@ -197,16 +197,21 @@ def refuse_no_recomputation(lm: PreTrainedModel, group: str) -> None:
 
 
 def refuse_no_routers(lm: PreTrainedModel, moe: Moe) -> None:
-    """Raise ConfigError if a loss of routers is switched on and not defined for the model."""
+    """Raise ConfigError if a loss of routers, or their replay, is switched on and not defined for the model."""
     for key, coef in moe.terms.items():
         if why := why_no_losses(lm):
             raise ConfigError(f"actor.moe.{key}={coef}: {type(lm).__name__} {why}; set actor.moe.{key}=0")
+    if isinstance(moe, ReplayedMoe) and moe.replay != "none" and (why := why_unseen(lm)):
+        raise ConfigError(f"actor.moe.replay={moe.replay}: {type(lm).__name__} {why}; set actor.moe.replay=none")
 
 
-def _recompute_activations(lm: PreTrainedModel) -> None:
+def _recompute_activations(policy: PackedModel) -> None:
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if len(policy.routers):
+        settings["context_fn"] = policy.routers.contexts
     with warnings.catch_warnings():  # newer transformers have another name for it, older ones only this
         warnings.simplefilter("ignore", FutureWarning)
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.lm.gradient_checkpointing_enable(settings)
 
 
 def _apply_liger(lm: PreTrainedModel, group: str) -> None:

@@ -40,25 +40,35 @@ def statistics(
     microbatches: Sequence[Sequence[int]],
     request: StatsRequest,
     progress: Progress = lambda done: None,
+    routing: RoutingSums | None = None,
 ) -> TokenStats:
     """Return statistics at all T positions of `batch`, on the CPU: 0 where there is no action, or not in this process.
 
     `microbatches` are the sequences of each microbatch of this process. For an empty one, the first sequence runs, so
-    that all processes take part in the same collectives.
+    that all processes take part in the same collectives. Recorded experts of all positions are put
+    into `routing`.
     """
     model.eval()
+    experts_T: Tensor | None = None
     out: dict[str, Tensor] = {}
     starts = batch.cu_seqlens.tolist()
     for ids in microbatches:
         microbatch = batch.sequences(ids or [0])
         with torch.no_grad():
-            stats = forward(model, microbatch, request)
+            stats = forward(model, microbatch, request, routing)
         for name, value in vars(stats).items():
             out.setdefault(name, value.new_zeros(len(batch.labels_T), *value.shape[1:], device="cpu"))
             if ids:
                 places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
                 out[name][places] = value.cpu()
+        if routing is not None and routing.experts_T is not None:
+            found_T = routing.experts_T.cpu()
+            experts_T = found_T.new_zeros(len(batch.labels_T), *found_T.shape[1:]) if experts_T is None else experts_T
+            for b, one in zip(ids, found_T.split(microbatch.lengths_B.tolist()), strict=bool(ids)):
+                experts_T[starts[b] : starts[b + 1]] = one
         progress(len(ids))
+    if routing is not None:
+        routing.experts_T = experts_T
     return TokenStats(**out)
 
 

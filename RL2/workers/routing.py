@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from RL2.config.model import Moe
-from RL2.models.routing import Router, RoutingSums
+from RL2.models.routing import Routers, RoutingSums
 from RL2.parallel.processes import Processes
 
 NAMES = {"aux_coef": "moe/balance_loss", "z_coef": "moe/z_loss"}
@@ -28,10 +28,11 @@ class RoutingTotals:
         self.moe, self.all_tokens, self.processes, self.data = moe, tokens, processes, data
         self.load_LE = self.entropy_L = torch.zeros((), dtype=torch.float64)
         self.losses = torch.zeros(len(moe.terms), dtype=torch.float64)
+        self.changed: Tensor | None = None
 
-    def sums(self, routers: tuple[Router, ...]) -> RoutingSums:
+    def sums(self, routers: Routers) -> RoutingSums:
         """Return empty sums for a microbatch."""
-        return RoutingSums(routers, with_losses=bool(self.moe.terms))
+        return RoutingSums(routers, with_losses=bool(self.moe.terms), follows=self.moe.follows)
 
     def add(self, seen: RoutingSums, counts: bool) -> Tensor:
         """Add a microbatch, and return its part of the loss of the update: coefficients times losses of routers.
@@ -41,6 +42,9 @@ class RoutingTotals:
         factor = float(counts)
         self.load_LE = self.load_LE + factor * seen.load_LE.double().cpu()
         self.entropy_L = self.entropy_L + factor * seen.entropy_L.double().cpu()
+        if seen.changed_L is not None:
+            before = torch.zeros((), dtype=torch.float64) if self.changed is None else self.changed
+            self.changed = before + factor * seen.changed_L.double().mean().cpu()
         if not self.moe.terms:
             return torch.zeros(())
         share = factor * seen.tokens / max(1, self.all_tokens)
@@ -52,15 +56,20 @@ class RoutingTotals:
     def metrics(self) -> dict[str, float]:
         """Return the metrics over all processes (collective); none if no sequence trained."""
         load_LE, entropy_L = self._total(self.load_LE), self._total(self.entropy_L)
+        changed = {} if self.changed is None else {"moe/routes_changed": float(self._total(self.changed))}
         losses = dict(zip(self.moe.terms, self._total(self.losses).tolist(), strict=True))
         if not self.all_tokens:
             return {}
         share_LE = load_LE / load_LE.sum(-1, keepdim=True)
-        return {
-            "moe/load_max": float(share_LE.max()) * load_LE.shape[1],
-            "moe/routing_entropy": float(entropy_L.mean()) / self.all_tokens,
-            "moe/unused_experts": float((load_LE == 0).double().mean()),
-        } | {NAMES[key]: value for key, value in losses.items()}
+        return (
+            {
+                "moe/load_max": float(share_LE.max()) * load_LE.shape[1],
+                "moe/routing_entropy": float(entropy_L.mean()) / self.all_tokens,
+                "moe/unused_experts": float((load_LE == 0).double().mean()),
+            }
+            | {NAMES[key]: value for key, value in losses.items()}
+            | {key: x / self.all_tokens for key, x in changed.items()}
+        )
 
     def _total(self, x: Tensor) -> Tensor:
         return self.processes.sum(x, self.data)

@@ -11,7 +11,7 @@ from pools import Result, assert_same, whole
 from test_cuts import actor_config, gradients, make_batch, mixed
 from tiny_models import tiny_config, tiny_model
 
-from RL2.config.model import Moe
+from RL2.config.model import ReplayedMoe
 from RL2.errors import ConfigError
 from RL2.models.policy import Policy, named_weights
 from RL2.parallel.processes import Processes
@@ -40,7 +40,14 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
             actor.update(batch)
         results[f"{name}, two steps"] = {"grads": {n: whole(w) for n, w in actor.weights()}, "metrics": {}}
     config = actor_config("spo", str(folder / "qwen3_moe"))
-    results["z-loss"] = gradients(Actor(replace(config, moe=Moe(z_coef=0.1)), processes, 10, folder), batch, 4096)
+    results["z-loss"] = gradients(
+        Actor(replace(config, moe=ReplayedMoe(z_coef=0.1)), processes, 10, folder), batch, 4096
+    )
+    drawn_TLE = torch.rand(len(batch.labels_T), 2, 4, generator=torch.Generator().manual_seed(0))
+    given = batch.with_(experts_T=drawn_TLE.argsort(-1)[..., :2].to(torch.int16))
+    for recomputes in (True, False):
+        changed = replace(config, moe=ReplayedMoe(replay="engine"), gradient_checkpointing=recomputes)
+        results[f"replay, {recomputes}"] = gradients(Actor(changed, processes, 10, folder), given, 4096)
     torch.manual_seed(0)  # the adapters' first values
     lora = replace(config.lora, rank=4, alpha=8, target_modules=("q_proj", "o_proj"))
     adapted = Actor(replace(config, lora=lora), processes, 10, folder)
@@ -77,6 +84,14 @@ def test_losses_of_routers_are_summed_over_processes(one: dict[str, Result], two
     assert_same(one["z-loss"], two["z-loss"], TOLERANCE)
     added = one["z-loss"]["metrics"]["loss"] - one["qwen3_moe"]["metrics"]["loss"]
     assert added == pytest.approx(0.1 * one["z-loss"]["metrics"]["moe/z_loss"], rel=1e-3)
+
+
+def test_experts_are_replayed_on_two_processes_and_in_recomputation(
+    one: dict[str, Result], two: dict[str, Result]
+) -> None:
+    assert_same(one["replay, True"], two["replay, True"], TOLERANCE)
+    assert_same(one["replay, True"], two["replay, False"], TOLERANCE)
+    assert one["replay, True"]["metrics"]["moe/routes_changed"] > 0.3
 
 
 def test_adapters_train_alike(one: dict[str, Result], two: dict[str, Result]) -> None:

@@ -15,7 +15,7 @@ from RL2.config.load import load
 from RL2.config.programs import trained
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy
-from RL2.models.routing import RoutingSums, find_routers, watching, why_unseen
+from RL2.models.routing import RoutingSums, find_routers, why_unseen
 from RL2.models.value import ValueModel
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch
@@ -47,13 +47,13 @@ def sequences() -> list[list[int]]:
 def test_probabilities_are_the_scores_by_which_a_router_weighs(model_type: str) -> None:
     lm, seen = model(model_type), list[tuple[Tensor, Tensor, Tensor]]()
     routers = find_routers(lm)
-    assert {router.scores for router in routers} == {"sigmoid" if model_type in SIGMOID else "softmax"}
-    for router in routers:
+    assert {router.scores for router in routers.all} == {"sigmoid" if model_type in SIGMOID else "softmax"}
+    for router in routers.all:
         router.module.register_forward_hook(lambda _, __, out: seen.append(out))
     with torch.no_grad():
         lm(input_ids=torch.tensor(sequences()[:1]))
     assert len(seen) == len(routers)
-    for router, (logits_NE, weight_NK, experts_NK) in zip(routers, seen, strict=True):
+    for router, (logits_NE, weight_NK, experts_NK) in zip(routers.all, seen, strict=True):
         p_NK = router.probabilities(logits_NE).gather(1, experts_NK)
         torch.testing.assert_close(weight_NK[:, 0] / weight_NK[:, 1], p_NK[:, 0] / p_NK[:, 1], rtol=1e-3, atol=1e-4)
 
@@ -66,7 +66,7 @@ def test_the_routing_of_some_models_is_not_seen() -> None:
         ("phimoe", "has a router (PhimoeTopKRouter) whose scores are neither a softmax nor a sigmoid"),
     ):
         lm = tiny_model(tiny_config(model_type))
-        assert find_routers(lm) == ()
+        assert len(find_routers(lm)) == 0
         assert why_unseen(lm) == why
     assert why_unseen(tiny_model(tiny_config("mixtral"))) is None
 
@@ -99,7 +99,7 @@ def test_padding_is_not_counted_nor_are_tokens_twice(model_type: str) -> None:
 
 def test_hooks_end_with_their_block() -> None:
     lm = model("mixtral")
-    with pytest.raises(ZeroDivisionError), watching(find_routers(lm), lambda *_: None):
+    with pytest.raises(ZeroDivisionError), find_routers(lm).watched(lambda *_: None):
         raise ZeroDivisionError
     assert not any(module._forward_hooks for module in lm.modules() if "Router" in type(module).__name__)
 
@@ -118,7 +118,7 @@ def weighed(batch: TokenBatch) -> TokenBatch:
 def test_metrics_of_an_update(tmp_path: Path, processes: Processes) -> None:
     lm = model("qwen3_moe")
     with torch.no_grad():
-        for router in find_routers(lm):  # logits of 0: all tokens choose the first two of four experts
+        for router in find_routers(lm).all:  # logits of 0: all tokens choose the first two of four experts
             router.module.weight.zero_()
     lm.save_pretrained(tmp_path)
     batch, request = weighed(pack_tokens(sequences())), StatsRequest(("logp",))
