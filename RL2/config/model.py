@@ -178,13 +178,18 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Moe:
-    """Losses of the routers of a mixture of experts, over all tokens of the sequences that train."""
+    """Balancing of the experts of a mixture, over all tokens of the sequences that train."""
 
     aux_coef: NonNegative = 0.0
     """Coefficient of the load balancing loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6) as transformers
     computes it: of each microbatch, over all layers together, averaged over microbatches by their tokens."""
     z_coef: NonNegative = 0.0
     """Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906): mean square of the logsumexp of router logits."""
+
+    bias_rate: NonNegative = 0.0
+    """Step of the router's correction bias, which balances without a loss (DeepSeek-V3, arXiv 2408.15664): after each
+    update the bias of an expert with less than the mean load rises by this, and that of one with more falls. 0: the
+    bias stays as it is."""
 
     @property
     def terms(self) -> dict[str, float]:

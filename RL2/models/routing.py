@@ -26,6 +26,7 @@ UNREAD = {
     "ZayaRouter": "its router may skip the experts",
 }
 """Routers whose results have another meaning."""
+CORRECTION_BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Router:
     module: nn.Module
     scores: Literal["softmax", "sigmoid"]
     """Function from logits to the scores by which experts are chosen and weighted."""
+
+    @property
+    def bias_E(self) -> Tensor | None:
+        """Buffer that is added to the scores when experts are chosen, but not when they are weighted."""
+        return dict(self.module.named_buffers(recurse=False)).get(CORRECTION_BIAS)
 
     def probabilities(self, logits_NE: Tensor) -> Tensor:
         """Return the scores in float32, of sum 1; sigmoids are divided by their sum, as in DeepSeek-V3."""
@@ -62,6 +68,13 @@ def why_no_losses(lm: PreTrainedModel) -> str | None:
     """Return why the losses of routers are not defined for `lm`, after its name; None if they are."""
     if any(router.scores == "sigmoid" for router in find_routers(lm).all):
         return "chooses experts by sigmoids of the router's logits, for which these losses are not defined"
+    return why_unseen(lm)
+
+
+def why_no_biases(lm: PreTrainedModel) -> str | None:
+    """Return why the routers of `lm` have no correction bias that can be updated, after its name; None if they do."""
+    if any(router.bias_E is None for router in find_routers(lm).all):
+        return f"has routers without a buffer {CORRECTION_BIAS}"
     return why_unseen(lm)
 
 

@@ -17,7 +17,7 @@ from RL2.errors import ConfigError
 from RL2.models.lora import export_adapter
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy
-from RL2.models.routing import why_no_losses, why_unseen
+from RL2.models.routing import why_no_biases, why_no_losses, why_unseen
 from RL2.models.structure import decoder_layers
 from RL2.objectives.objective import Loss
 from RL2.parallel.fsdp import local
@@ -68,6 +68,8 @@ class Learner(Worker):
         self.update_stats = UpdateStats(self.optimizer, self.dtype)
         self.steps = 0
         """Optimizer steps taken."""
+        self.last_routing: RoutingTotals | None = None
+        """Decisions of routers in the last backward pass."""
 
     def step(
         self,
@@ -111,10 +113,10 @@ class Learner(Worker):
         totals, size = Totals(self.processes, self.mesh.data), self.mesh.data_size
         trained = trained_sequences(batch)
         mine = self.share(batch, trained, self.config.max_length_per_device)
-        routing = None
+        routing = self.last_routing = None
         if len(self.policy.routers):
             tokens = int(batch.lengths_B[trained].sum())
-            routing = RoutingTotals(self.moe, tokens, self.processes, self.mesh.data)
+            routing = self.last_routing = RoutingTotals(self.moe, tokens, self.processes, self.mesh.data)
         broken = backward(self.policy, batch, mine, loss, request, totals, lambda done: progress(done * size), routing)
         self._sum_partial_gradients()
         means, faults = totals.means(), self._gather(broken)
@@ -179,6 +181,8 @@ class Learner(Worker):
         if self.config.offload_optimizer:
             move_state(self.optimizer, self.processes.device)
         grad_norm = clipped_step(self.optimizer, self.policy.parameters(), self.config.max_grad_norm, check)
+        if self.last_routing is not None:
+            self.last_routing.move_biases(self.policy.routers)
         changes = self.update_stats.close(self.processes)
         if self.config.offload_optimizer:
             move_state(self.optimizer, torch.device("cpu"))
@@ -197,10 +201,12 @@ def refuse_no_recomputation(lm: PreTrainedModel, group: str) -> None:
 
 
 def refuse_no_routers(lm: PreTrainedModel, moe: Moe) -> None:
-    """Raise ConfigError if a loss of routers, or their replay, is switched on and not defined for the model."""
+    """Raise ConfigError if a setting of `moe` is not defined for the model."""
     for key, coef in moe.terms.items():
         if why := why_no_losses(lm):
             raise ConfigError(f"actor.moe.{key}={coef}: {type(lm).__name__} {why}; set actor.moe.{key}=0")
+    if moe.bias_rate and (why := why_no_biases(lm)):
+        raise ConfigError(f"actor.moe.bias_rate={moe.bias_rate}: {type(lm).__name__} {why}; set actor.moe.bias_rate=0")
     if isinstance(moe, ReplayedMoe) and moe.replay != "none" and (why := why_unseen(lm)):
         raise ConfigError(f"actor.moe.replay={moe.replay}: {type(lm).__name__} {why}; set actor.moe.replay=none")
 

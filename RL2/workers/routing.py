@@ -71,5 +71,13 @@ class RoutingTotals:
             | {key: x / self.all_tokens for key, x in changed.items()}
         )
 
+    def move_biases(self, routers: Routers) -> None:
+        """Move each correction bias by `bias_rate` towards an even load, once `metrics` has summed the loads."""
+        if not (self.moe.bias_rate and self.all_tokens):
+            return
+        for router, load_E in zip(routers.all, self.load_LE, strict=True):
+            assert router.bias_E is not None
+            router.bias_E.add_((load_E.mean() - load_E).sign().to(router.bias_E), alpha=self.moe.bias_rate)
+
     def _total(self, x: Tensor) -> Tensor:
         return self.processes.sum(x, self.data)

@@ -48,6 +48,11 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
     for recomputes in (True, False):
         changed = replace(config, moe=ReplayedMoe(replay="engine"), gradient_checkpointing=recomputes)
         results[f"replay, {recomputes}"] = gradients(Actor(changed, processes, 10, folder), given, 4096)
+    balanced = replace(actor_config("spo", str(folder / "glm4_moe")), moe=ReplayedMoe(bias_rate=0.01))
+    actor = Actor(balanced, processes, 10, folder)
+    for _ in range(2):
+        actor.update(batch)
+    results["biases"] = {"grads": {n: whole(w) for n, w in actor.weights() if "bias" in n}, "metrics": {}}
     torch.manual_seed(0)  # the adapters' first values
     lora = replace(config.lora, rank=4, alpha=8, target_modules=("q_proj", "o_proj"))
     adapted = Actor(replace(config, lora=lora), processes, 10, folder)
@@ -60,7 +65,7 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
-    for name in MODELS:
+    for name in (*MODELS, "glm4_moe"):
         tiny_model(tiny_config(name)).save_pretrained(folder / name)
     return folder
 
@@ -84,6 +89,12 @@ def test_losses_of_routers_are_summed_over_processes(one: dict[str, Result], two
     assert_same(one["z-loss"], two["z-loss"], TOLERANCE)
     added = one["z-loss"]["metrics"]["loss"] - one["qwen3_moe"]["metrics"]["loss"]
     assert added == pytest.approx(0.1 * one["z-loss"]["metrics"]["moe/z_loss"], rel=1e-3)
+
+
+def test_loads_of_all_processes_move_the_correction_biases(one: dict[str, Result], two: dict[str, Result]) -> None:
+    (moved_E,) = (x for name, x in one["biases"]["grads"].items() if "e_score_correction_bias" in name)
+    assert moved_E.unique().numel() > 1
+    assert_same(one["biases"], two["biases"], 1e-6)
 
 
 def test_experts_are_replayed_on_two_processes_and_in_recomputation(
