@@ -70,6 +70,9 @@ class Completion:
     finish: Literal["stop", "length"]
     versions: list[int]
     """Version of the weights that sampled each token; weights may change during a response."""
+    experts: Tensor | None = None
+    """int16 [prompt and response - 1, L, K]: the K experts that each of L routers chose for each token but the last;
+    None if they were not recorded."""
 
 
 @dataclass
@@ -85,6 +88,8 @@ class Sequence:
     """The reward of a turn is at its last sampled token; 0 elsewhere."""
     versions: list[int] = field(default_factory=list)
     """Version of the weights that sampled each token; -1 elsewhere. Empty if unknown."""
+    experts: Tensor | None = None
+    """int16 [tokens - 1, L, K]: the engine's experts of each token but the last, as in `Completion`."""
 
 
 @dataclass
@@ -166,8 +171,9 @@ class SharedPrefix:
 class TokenBatch:
     """B sequences laid end to end, with all fields aligned.
 
-    Position t has an input token and, as `labels_T[t]`, the token that follows it; every other `_T` field describes
-    that label. A sequence of n tokens takes n - 1 positions. Positions whose label was sampled are the *actions*.
+    Position t has an input token and, as `labels_T[t]`, the token that follows it; every other `_T` field but
+    `experts_T` describes that label. A sequence of n tokens takes n - 1 positions. Positions whose label was sampled
+    are the *actions*.
     """
 
     token_ids_T: Tensor
@@ -202,6 +208,8 @@ class TokenBatch:
     weight_T: Tensor | None = None
     objective_factor_T: Tensor | None = None
     """Factor of the objective, but not of the KL divergence or the entropy; None stands for 1."""
+    experts_T: Tensor | None = None
+    """int16 [T, L, K]: recorded experts of the input token, K of each of L routers; None if there are none."""
 
     @property
     def num_sequences(self) -> int:

@@ -37,6 +37,7 @@ def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatc
         sampled_by_T = joined("versions", torch.long, 1)
         age_T = torch.where(sampled_by_T < 0, 0, version - sampled_by_T)
     truncated_B = torch.tensor([trajectories[n].truncated for n, _, _ in sequences])
+    experts = [s.experts for _, _, s in sequences if s.experts is not None]
     return TokenBatch(
         token_ids_T=joined("token_ids", torch.long, 0),
         labels_T=joined("token_ids", torch.long, 1),
@@ -49,6 +50,7 @@ def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatc
         truncated_B=truncated_B if truncated_B.any() else None,
         engine_logp_T=joined("logps", torch.float32, 1),
         age_T=age_T if age_T is not None and age_T.any() else None,
+        experts_T=torch.cat(experts) if len(experts) == len(sequences) else None,
     )
 
 

@@ -177,10 +177,57 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Moe:
+    """Balancing of the experts of a mixture, over all tokens of the sequences that train."""
+
+    aux_coef: NonNegative = 0.0
+    """Coefficient of the load balancing loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6) as transformers
+    computes it: of each microbatch, over all layers together, averaged over microbatches by their tokens."""
+    z_coef: NonNegative = 0.0
+    """Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906): mean square of the logsumexp of router logits."""
+
+    bias_rate: NonNegative = 0.0
+    """Step of the router's correction bias, which balances without a loss (DeepSeek-V3, arXiv 2408.15664): after each
+    update the bias of an expert with less than the mean load rises by this, and that of one with more falls. 0: the
+    bias stays as it is."""
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The coefficients above 0, by key."""
+        found = {"aux_coef": self.aux_coef, "z_coef": self.z_coef}
+        return {key: coef for key, coef in found.items() if coef}
+
+    @property
+    def follows(self) -> bool:
+        """True if routers take recorded experts in place of their choice."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedMoe(Moe):
+    """Routing in reinforcement learning."""
+
+    replay: Literal["none", "compare", "engine", "old"] = "none"
+    """Experts of each token in training (router replay). none: the routers' choice. engine: those that the engine took,
+    so that trainer and engine compute the same function. old: those of the pass for log-probabilities before the
+    updates. compare: the routers' choice, compared with the engine's. Weights always follow from the present router."""
+
+    @property
+    def follows(self) -> bool:
+        return self.replay in ("engine", "old")
+
+    @property
+    def reads_engine(self) -> bool:
+        """True if the engine records the experts of each token."""
+        return self.replay in ("engine", "compare")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainablePolicy(TrainableChat):
     """A language model with an optimizer."""
 
     lora: Lora
+    moe: Moe
 
     logits_budget_mib: PositiveFloat | None = None
     """Maximum size of the logits in memory at a time, in MiB; null: 64 on CPUs, 512 on GPUs."""
@@ -252,6 +299,7 @@ class Actor(TrainablePolicy):
     select: Select
     kl: KL
     entropy: Entropy
+    moe: ReplayedMoe
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -261,6 +309,11 @@ class Actor(TrainablePolicy):
             )
         if self.average_over == "correct" and self.train_on == "all":
             raise ConfigError("actor.average_over=correct needs actor.train_on=correct")
+        if self.moe.replay == "old" and self.update_per_rollout == 1:
+            raise ConfigError(
+                "actor.moe.replay=old has no effect with actor.update_per_rollout=1: the first update has the experts "
+                "of the old policy; set actor.moe.replay=engine"
+            )
         if self.tis_coef == 0 and (self.tis_level, self.tis_mode) != ("token", "truncate"):
             raise ConfigError("actor.tis_level and actor.tis_mode have no effect with actor.tis_coef=0")
 

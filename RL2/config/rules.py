@@ -84,6 +84,15 @@ def kl_without_importance_weight_on_policy(actor: Actor, rollout: Rollout) -> No
         )
 
 
+def experts_of_an_engine_that_records_none(actor: Actor, rollout: Rollout) -> None:
+    """Refuse actor.moe.replay=engine or compare unless rollout.engine=embedded."""
+    if actor.moe.reads_engine and rollout.servers is not None:
+        raise ConfigError(
+            f"actor.moe.replay={actor.moe.replay} needs rollout.engine=embedded, and it is {rollout.engine}: only that "
+            "engine records the experts of each token"
+        )
+
+
 def selection_of_trajectories_that_are_filtered(actor: Actor, rollout: Rollout) -> None:
     """Refuse actor.select.not_truncated=true together with rollout.overlong_filtering=true."""
     if actor.select.not_truncated and rollout.overlong_filtering:
@@ -293,6 +302,7 @@ RL_RULES: tuple[Rule, ...] = (
     regularize_on_without_a_regularizer,
     regularize_on_where_all_tokens_train,
     kl_without_importance_weight_on_policy,
+    experts_of_an_engine_that_records_none,
     selection_of_trajectories_that_are_filtered,
     selection_of_on_policy_tokens_where_all_are,
     filtering_of_groups_of_one,

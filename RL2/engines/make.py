@@ -48,17 +48,23 @@ class TrainedPolicy(Protocol):
 
 
 def make_engine(
-    rollout: Rollout, policy: TrainedPolicy, decode: Callable[[list[int]], str], max_length: int, log_dir: Path
+    rollout: Rollout,
+    policy: TrainedPolicy,
+    decode: Callable[[list[int]], str],
+    max_length: int,
+    log_dir: Path,
+    records_experts: bool = False,
 ) -> Engine:
     """Return the engine that samples from `policy` (collective): servers, or an engine in this process.
 
-    `max_length` is the limit of a sequence in tokens. Servers write their logs into `log_dir`.
+    `max_length` is the limit of a sequence in tokens. Servers write their logs into `log_dir`. With `records_experts`,
+    the engine in this process records the experts of each token.
     """
     device = policy.processes.device
     dtype = policy.dtype if rollout.dtype == "auto" else compute_dtype(rollout.dtype, device)
     settings = rollout.servers
     if settings is None:
-        return _embedded(rollout, policy, decode, dtype)
+        return _embedded(rollout, policy, decode, dtype, records_experts)
     spec = _engine_spec(rollout, settings, policy, dtype, max_length)
     refuse_other_layout(policy.lm, rollout.engine)
     is_exact = dtype == policy.dtype == torch.float32
@@ -85,7 +91,11 @@ def refuse_other_layout(lm: PreTrainedModel, engine: str) -> None:
 
 
 def _embedded(
-    rollout: Rollout, policy: TrainedPolicy, decode: Callable[[list[int]], str], dtype: torch.dtype
+    rollout: Rollout,
+    policy: TrainedPolicy,
+    decode: Callable[[list[int]], str],
+    dtype: torch.dtype,
+    records_experts: bool,
 ) -> EmbeddedEngine:
     device = policy.processes.device
     # a rollout that overlaps training needs weights of its own: those of the actor change meanwhile
@@ -108,6 +118,7 @@ def _embedded(
         memory_share=rollout.gpu_memory_utilization,
         owns_weights=not shares,
         compiles=compiles,
+        records_experts=records_experts,
     )
 
 

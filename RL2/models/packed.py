@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar, Self
 
 import torch
@@ -22,6 +22,7 @@ from RL2.errors import ConfigError
 from RL2.models.inspection import has_rope, length_limit
 from RL2.models.loading import materialise, read_weights
 from RL2.models.lora import first_value
+from RL2.models.routing import RoutingSums, find_routers
 from RL2.models.structure import decoder_layers
 from RL2.ops.attention import Attend, Blocks, PackedAttention, is_packed
 from RL2.parallel.ulysses import Ulysses, spread
@@ -48,6 +49,7 @@ class PackedModel(nn.Module, ABC):
         """
         super().__init__()
         self.lm, self.sp, self.tp = lm, sp, tp
+        self.routers = find_routers(lm)
 
     @staticmethod
     @abstractmethod
@@ -85,21 +87,28 @@ class PackedModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, batch: TokenBatch, shared: SharedPrefix | None, request: StatsRequest, alone: bool = False
+        self,
+        batch: TokenBatch,
+        shared: SharedPrefix | None,
+        request: StatsRequest,
+        alone: bool = False,
+        routing: RoutingSums | None = None,
     ) -> dict[str, Tensor]:
         """Return the statistics of `request`, each [number of action tokens]. `shared` is `batch.shared()`.
 
         With `alone`, `batch` is one sequence in which every label is an action; transformers' own forward computes
-        `CHECKED` for it, unpacked, under `transformers_attention`.
+        `CHECKED` for it, unpacked, under `transformers_attention`. The decisions of routers are added to `routing`.
         """
 
-    def hidden_of_actions(self, batch: TokenBatch, shared: SharedPrefix | None) -> tuple[Tensor, Tensor]:
+    def hidden_of_actions(
+        self, batch: TokenBatch, shared: SharedPrefix | None, routing: RoutingSums | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the last hidden states of the actions computed on this process, and the mask of those actions.
 
         Shapes: [N, D] and bool [A], for N of A actions here; without sequence parallelism N = A.
         """
         if not is_packed(self.lm):
-            hidden_AD = self._hidden_by_rows(batch)[batch.action_T]
+            hidden_AD = self._hidden_by_rows(batch, routing)[batch.action_T]
             return hidden_AD, torch.ones_like(hidden_AD[:, 0], dtype=torch.bool)
         ids, positions = batch.token_ids_T, batch.position_ids_T
         place_A = batch.action_T.nonzero()[:, 0]
@@ -122,7 +131,7 @@ class PackedModel(nn.Module, ABC):
         is_mine_A = (place_A >= own.start) & (place_A < own.stop)
         return hidden_ND.index_select(0, place_A[is_mine_A] - own.start), is_mine_A
 
-    def _hidden_by_rows(self, batch: TokenBatch) -> Tensor:
+    def _hidden_by_rows(self, batch: TokenBatch, routing: RoutingSums | None) -> Tensor:
         """Return the last hidden states of all positions, [T, D], by the model's own forward of padded blocks."""
         rows = Blocks(batch.cu_seqlens, max_share=MAX_PADDED_SHARE)
         refuse_longer(self.lm, max(rows.lengths))
@@ -130,10 +139,16 @@ class PackedModel(nn.Module, ABC):
         sizes = [number * length for number, length in rows.shapes]
         # every process gathers the shards of the parameters equally often, so some run a row that counts for nothing
         idle = range(self._most(len(sizes)) - len(sizes))
-        hidden = [
-            self._own_forward(ids.view(shape)).flatten(0, 1)
-            for ids, shape in zip(batch.token_ids_T[token_P].split(sizes), rows.shapes, strict=True)
-        ]
+        real_P = torch.zeros_like(token_P, dtype=torch.float32).index_fill_(0, place_T, 1.0)
+        given = [None] * len(sizes) if batch.experts_T is None else batch.experts_T[token_P].split(sizes)
+        hidden = []
+        for ids, real, experts, shape in zip(
+            batch.token_ids_T[token_P].split(sizes), real_P.split(sizes), given, rows.shapes, strict=True
+        ):
+            with nullcontext() if routing is None else routing.seeing(real, experts):
+                hidden.append(self._own_forward(ids.view(shape)).flatten(0, 1))
+        if routing is not None:
+            routing.end(place_T)
         hidden += [self._own_forward(batch.token_ids_T[None, :1])[0, :0] for _ in idle]
         return torch.cat(hidden).index_select(0, place_T)
 

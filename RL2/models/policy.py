@@ -31,6 +31,7 @@ from RL2.models.lora import is_adapter, merge, merged_name
 from RL2.models.multimodal import multimodal
 from RL2.models.other_parts import other_parts
 from RL2.models.packed import PackedModel, backbone
+from RL2.models.routing import RoutingSums
 from RL2.ops.attention import is_packed
 from RL2.ops.token_stats import VocabularyShard, token_stats
 from RL2.parallel.fsdp import local, whole
@@ -54,12 +55,17 @@ class Policy(PackedModel):
         return build(AutoModelForCausalLM, model_name)
 
     def forward(
-        self, batch: TokenBatch, shared: SharedPrefix | None, request: StatsRequest, alone: bool = False
+        self,
+        batch: TokenBatch,
+        shared: SharedPrefix | None,
+        request: StatsRequest,
+        alone: bool = False,
+        routing: RoutingSums | None = None,
     ) -> dict[str, Tensor]:
         """Return the token statistics of `request` by name, each [number of action tokens] or [.., K]."""
         if alone:
             return {"logp": self._logp_alone(batch)}
-        hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared)
+        hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared, routing)
         stats = self._token_stats(hidden_ND, batch.labels_T[batch.action_T][is_mine_A], request)
         return self.on_all({name: getattr(stats, name) for name in request.fields}, is_mine_A)
 

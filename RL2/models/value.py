@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from RL2.errors import ModelError
 from RL2.models.loading import build
 from RL2.models.packed import PackedModel, backbone
+from RL2.models.routing import RoutingSums
 from RL2.types import SharedPrefix, StatsRequest, TokenBatch
 
 VALUE = StatsRequest(("value",))
@@ -39,14 +40,19 @@ class ValueModel(PackedModel):
         return torch.randn(shape) * self.lm.config.initializer_range if name == "score.weight" else None
 
     def forward(
-        self, batch: TokenBatch, shared: SharedPrefix | None, request: StatsRequest, alone: bool = False
+        self,
+        batch: TokenBatch,
+        shared: SharedPrefix | None,
+        request: StatsRequest,
+        alone: bool = False,
+        routing: RoutingSums | None = None,
     ) -> dict[str, Tensor]:
         """Return `value`, float32 [number of action tokens]; the request can only be VALUE."""
         assert request == VALUE
         if alone:
             hidden = backbone(self.lm)(input_ids=batch.token_ids_T[None], use_cache=False).last_hidden_state
             return {"value": self._value(hidden[0])}
-        hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared)
+        hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared, routing)
         return self.on_all({"value": self._value(hidden_ND)}, is_mine_A)
 
     def _value(self, hidden_ND: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from RL2.data.chat import encode, head_of, messages_of, unicode
 from RL2.data.source import DataError
 from RL2.data.template import Chat, Template
@@ -87,6 +90,7 @@ async def run_episode(
             completion = await engine.generate(list(sequence.token_ids), request)
             assert completion.token_ids, "an engine samples at least one token"
             _append(sequence, completion.token_ids, completion.logps, completion.versions)
+            _note_experts(sequence, completion.experts)
             trajectory.truncated = completion.finish == "length"
 
             sampled, end = _without_end(tokenizer, completion, sampling)
@@ -166,6 +170,14 @@ def _append(
     sequence.versions += [-1] * len(token_ids) if versions is None else versions
     assert len(sequence.logps) == len(sequence.token_ids), "an engine gives each token its log-probability"
     assert len(sequence.versions) == len(sequence.token_ids), "an engine gives each token its version"
+
+
+def _note_experts(sequence: Sequence, experts: Tensor | None) -> None:
+    """Add the experts of tokens that have none yet: a later turn may run earlier tokens again."""
+    if experts is not None:
+        known = [] if sequence.experts is None else [sequence.experts]
+        sequence.experts = torch.cat([*known, experts[sum(map(len, known)) :]])
+        assert len(sequence.experts) == len(sequence.token_ids) - 1, "an engine records every token that it runs"
 
 
 def _assign_rewards(

@@ -223,7 +223,8 @@ def _loss(config: ActorConfig) -> Callable[[TokenStats, TokenBatch], Loss]:
 
 def _weights_of_tokens(actor: Actor, batch: TokenBatch, config: ActorConfig) -> tuple[float, Tensor]:
     """Return the loss, and the effect of the log-probability of each action on it (`by_token`)."""
-    stats = actor.stats(batch, wanted_stats(config), config.max_inference_length_per_device).at(batch.action_T)
+    limit = config.max_inference_length_per_device
+    stats = actor.stats(batch, wanted_stats(config), limit, routing=actor.routing()).at(batch.action_T)
     actions = batch.positions(batch.action_T)
     assert actions.weight_T is not None
     loss_N, weight_N = by_token(stats, actions, config, configured(config))

@@ -126,7 +126,14 @@ def build(config: RLConfig, run: Run) -> Parts:
             refuse_unknown_tokens(lm, [*tasks.largest_token_ids, *ends])
 
     with progress.phase("starting the engine"):
-        engine = make_engine(config.rollout, actor, lambda ids: decode(tokenizer, ids), longest, run.save_dir)
+        engine = make_engine(
+            config.rollout,
+            actor,
+            lambda ids: decode(tokenizer, ids),
+            longest,
+            run.save_dir,
+            config.actor.moe.reads_engine,
+        )
     run.closing.callback(engine.close)
     progress.say(describe_engine(config))
     setting = EpisodeSetting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest, template)

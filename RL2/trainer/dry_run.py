@@ -52,7 +52,7 @@ from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another
 from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
 from RL2.trainer.tasks import Example, Source, reader
 from RL2.types import Prompt, Sampling
-from RL2.workers.learner import refuse_no_recomputation
+from RL2.workers.learner import refuse_no_recomputation, refuse_no_routers
 
 GIB = 2**30
 RESPONSE = "42"
@@ -151,6 +151,8 @@ def look_at_model(
     found.say("model", name, said, *filter(None, (multimodal_line(lm), own_forward_line(lm))))
     if model.gradient_checkpointing:
         refuse_no_recomputation(lm, group)
+    if isinstance(model, TrainablePolicy):
+        refuse_no_routers(lm, model.moe)
     template = "" if tokenizer.chat_template else ", no chat template"
     ends = tokenizer.convert_ids_to_tokens(list(end_tokens(lm, tokenizer)))
     said = f"{type(tokenizer).__name__}, {len(tokenizer)} tokens{template}"

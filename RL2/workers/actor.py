@@ -13,8 +13,10 @@ from torch import Tensor
 from RL2.batch.packing import minibatches, pack_tokens
 from RL2.config.model import Actor as ActorConfig
 from RL2.config.model import RefActor as RefActorConfig
+from RL2.errors import ConfigError
 from RL2.models.lora import adapters_off
 from RL2.models.policy import Policy
+from RL2.models.routing import RoutingSums
 from RL2.objectives.loss import total_loss, with_weights
 from RL2.objectives.registry import configured
 from RL2.parallel.mesh import Mesh
@@ -56,11 +58,20 @@ class Actor(Learner):
         select = self.config.select
         fields = ["logp"] + ["entropy"] * (select.entropy_quantile > 0) + ["max_logp"] * select.not_mode
         request = replace(self.request, fields=tuple(fields), top_k=0)
-        stats = self.stats(batch, request, self.config.max_inference_length_per_device, progress)
+        routing = self.routing(records=self.config.moe.replay == "old")
+        stats = self.stats(batch, request, self.config.max_inference_length_per_device, progress, routing)
+        if routing is not None and routing.experts_T is not None:
+            batch = batch.with_(experts_T=routing.experts_T)
         batch = batch.with_(old_logp_T=stats.logp)
         if select.entropy_quantile > 0:
             batch = batch.with_(old_entropy_T=stats.entropy)
         return batch.with_(off_mode_T=stats.logp < stats.max_logp) if select.not_mode else batch
+
+    def routing(self, records: bool = False) -> RoutingSums | None:
+        """Return what routers do in a pass without gradients: take given experts or, with `records`, record theirs."""
+        if not self.config.moe.follows:
+            return None
+        return RoutingSums(self.policy.routers, follows=not records, records=records)
 
     def logps(self, token_ids: list[int]) -> list[float]:
         """Return the log-probability of each of these tokens but the first, at temperature 1 (collective)."""
@@ -69,6 +80,8 @@ class Actor(Learner):
 
     def update(self, batch: TokenBatch, progress: Progress = lambda done: None) -> dict[str, float]:
         """Take `update_per_rollout` optimizer steps on one rollout; return their mean metrics."""
+        if self.config.moe.replay != "none" and batch.experts_T is None:
+            raise ConfigError(f"actor.moe.replay={self.config.moe.replay}: no experts were recorded with these tokens")
         updates = []
         for _, minibatch in self.minibatches(batch):
             metrics = self.step(minibatch, self.loss, self.request, progress)

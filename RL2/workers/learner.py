@@ -6,18 +6,19 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from RL2.config.model import Trainable, TrainablePolicy
+from RL2.config.model import Moe, ReplayedMoe, Trainable, TrainablePolicy
 from RL2.errors import ConfigError
 from RL2.models.lora import export_adapter
 from RL2.models.multimodal import multimodal
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy
+from RL2.models.routing import why_no_biases, why_no_losses, why_unseen
 from RL2.models.structure import decoder_layers
 from RL2.objectives.objective import Loss
 from RL2.parallel.fsdp import local
@@ -27,6 +28,7 @@ from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.metrics import LossFunction, Totals
 from RL2.workers.optim import UpdateStats, adamw, clipped_step, move_state, schedule
 from RL2.workers.passes import Progress, backward, trained_sequences
+from RL2.workers.routing import RoutingTotals
 from RL2.workers.worker import InvariantError, Worker
 
 
@@ -50,11 +52,13 @@ class Learner(Worker):
         lora = config.lora if isinstance(config, TrainablePolicy) and config.lora.rank else None
         super().__init__(config.model_name, config.dtype, mesh, processes, group, model, config.offload_model, lora)
         self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
+        self.moe = config.moe if isinstance(config, TrainablePolicy) else Moe()
+        refuse_no_routers(self.lm, self.moe)
         if config.use_liger_kernel:
             _apply_liger(self.lm, group)
         if config.gradient_checkpointing:
             refuse_no_recomputation(self.lm, group)
-            _recompute_activations(self.lm)
+            _recompute_activations(self.policy)
         self.optimizer = adamw(
             self.policy.parameters(),
             lr=config.lr,
@@ -65,6 +69,8 @@ class Learner(Worker):
         self.update_stats = UpdateStats(self.optimizer, self.dtype)
         self.steps = 0
         """Optimizer steps taken."""
+        self.last_routing: RoutingTotals | None = None
+        """Decisions of routers in the last backward pass."""
 
     def step(
         self,
@@ -107,10 +113,17 @@ class Learner(Worker):
         """
         self.check_packing(batch)
         totals, size = Totals(self.processes, self.mesh.data), self.mesh.data_size
-        mine = self.share(batch, trained_sequences(batch), self.config.max_length_per_device)
-        broken = backward(self.policy, batch, mine, loss, request, totals, lambda done: progress(done * size))
+        trained = trained_sequences(batch)
+        mine = self.share(batch, trained, self.config.max_length_per_device)
+        routing = self.last_routing = None
+        if len(self.policy.routers):
+            tokens = int(batch.lengths_B[trained].sum())
+            routing = self.last_routing = RoutingTotals(self.moe, tokens, self.processes, self.mesh.data)
+        broken = backward(self.policy, batch, mine, loss, request, totals, lambda done: progress(done * size), routing)
         self._sum_partial_gradients()
         means, faults = totals.means(), self._gather(broken)
+        if routing is not None:
+            means |= routing.metrics()
         if fault := faults[0] if faults else self.fault(means, totals):
             self._stop("broken_law", fault, batch)
         return means
@@ -170,6 +183,8 @@ class Learner(Worker):
         if self.config.offload_optimizer:
             move_state(self.optimizer, self.processes.device)
         grad_norm = clipped_step(self.optimizer, self.policy.parameters(), self.config.max_grad_norm, check)
+        if self.last_routing is not None:
+            self.last_routing.move_biases(self.policy.routers)
         changes = self.update_stats.close(self.processes)
         if self.config.offload_optimizer:
             move_state(self.optimizer, torch.device("cpu"))
@@ -187,10 +202,24 @@ def refuse_no_recomputation(lm: PreTrainedModel, group: str) -> None:
         )
 
 
-def _recompute_activations(lm: PreTrainedModel) -> None:
+def refuse_no_routers(lm: PreTrainedModel, moe: Moe) -> None:
+    """Raise ConfigError if a setting of `moe` is not defined for the model."""
+    for key, coef in moe.terms.items():
+        if why := why_no_losses(lm):
+            raise ConfigError(f"actor.moe.{key}={coef}: {type(lm).__name__} {why}; set actor.moe.{key}=0")
+    if moe.bias_rate and (why := why_no_biases(lm)):
+        raise ConfigError(f"actor.moe.bias_rate={moe.bias_rate}: {type(lm).__name__} {why}; set actor.moe.bias_rate=0")
+    if isinstance(moe, ReplayedMoe) and moe.replay != "none" and (why := why_unseen(lm)):
+        raise ConfigError(f"actor.moe.replay={moe.replay}: {type(lm).__name__} {why}; set actor.moe.replay=none")
+
+
+def _recompute_activations(policy: PackedModel) -> None:
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if len(policy.routers):
+        settings["context_fn"] = policy.routers.contexts
     with warnings.catch_warnings():  # newer transformers have another name for it, older ones only this
         warnings.simplefilter("ignore", FutureWarning)
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.lm.gradient_checkpointing_enable(settings)
 
 
 def _apply_liger(lm: PreTrainedModel, group: str) -> None:

@@ -13,21 +13,25 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from RL2.models.packed import PackedModel
+from RL2.models.routing import RoutingSums
 from RL2.ops.invariants import first_breach
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.metrics import LossFunction, Totals
+from RL2.workers.routing import RoutingTotals
 
 Progress = Callable[[int], object]
 """Called with the number of further sequences that are done."""
 
 
-def forward(model: PackedModel, microbatch: TokenBatch, request: StatsRequest) -> TokenStats:
+def forward(
+    model: PackedModel, microbatch: TokenBatch, request: StatsRequest, routing: RoutingSums | None = None
+) -> TokenStats:
     """Return the statistics of the actions of `microbatch`, [A], on the device of `model`.
 
-    Prefixes that sequences share run once.
+    Prefixes that sequences share run once. The decisions of routers are added to `routing`.
     """
     device, shared = next(model.parameters()).device, microbatch.shared()
-    return TokenStats(**model(microbatch.to(device), shared and shared.to(device), request))
+    return TokenStats(**model(microbatch.to(device), shared and shared.to(device), request, routing=routing))
 
 
 def statistics(
@@ -36,25 +40,35 @@ def statistics(
     microbatches: Sequence[Sequence[int]],
     request: StatsRequest,
     progress: Progress = lambda done: None,
+    routing: RoutingSums | None = None,
 ) -> TokenStats:
     """Return statistics at all T positions of `batch`, on the CPU: 0 where there is no action, or not in this process.
 
     `microbatches` are the sequences of each microbatch of this process. For an empty one, the first sequence runs, so
-    that all processes take part in the same collectives.
+    that all processes take part in the same collectives. Recorded experts of all positions are put
+    into `routing`.
     """
     model.eval()
+    experts_T: Tensor | None = None
     out: dict[str, Tensor] = {}
     starts = batch.cu_seqlens.tolist()
     for ids in microbatches:
         microbatch = batch.sequences(ids or [0])
         with torch.no_grad():
-            stats = forward(model, microbatch, request)
+            stats = forward(model, microbatch, request, routing)
         for name, value in vars(stats).items():
             out.setdefault(name, value.new_zeros(len(batch.labels_T), *value.shape[1:], device="cpu"))
             if ids:
                 places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[microbatch.action_T]
                 out[name][places] = value.cpu()
+        if routing is not None and routing.experts_T is not None:
+            found_T = routing.experts_T.cpu()
+            experts_T = found_T.new_zeros(len(batch.labels_T), *found_T.shape[1:]) if experts_T is None else experts_T
+            for b, one in zip(ids, found_T.split(microbatch.lengths_B.tolist()), strict=bool(ids)):
+                experts_T[starts[b] : starts[b + 1]] = one
         progress(len(ids))
+    if routing is not None:
+        routing.experts_T = experts_T
     return TokenStats(**out)
 
 
@@ -73,11 +87,13 @@ def backward(
     request: StatsRequest,
     totals: Totals,
     progress: Progress = lambda done: None,
+    routing: RoutingTotals | None = None,
 ) -> list[str]:
     """Add the gradients of (loss_T * weight_T).sum() over `microbatches`, the sequences of each of this process.
 
-    Adds loss and metrics to `totals`, and returns the invariants of ops/invariants.py that do not hold. For an empty
-    microbatch the shortest sequence runs with weight 0, so that all processes take part in the same collectives.
+    Adds loss and metrics to `totals` and decisions of routers to `routing`, and returns the invariants of
+    ops/invariants.py that do not hold. For an empty microbatch the shortest sequence runs with weight 0, so that all
+    processes take part in the same collectives.
     """
     model.train()
     broken, shortest = list[str](), int(batch.lengths_B.argmin())
@@ -87,11 +103,14 @@ def backward(
         microbatch = batch.sequences(ids or [shortest])
         if not ids:
             microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))
-        stats = forward(model, microbatch, request)
+        seen = None if routing is None else routing.sums(model.routers)
+        stats = forward(model, microbatch, request, seen)
         actions = microbatch.positions(microbatch.action_T).to(next(model.parameters()).device)
         assert actions.weight_T is not None
         loss_T, metrics = loss(stats, actions)
         total = (loss_T * actions.weight_T).sum()
+        if routing is not None and seen is not None:
+            total = total + routing.add(seen, counts=bool(ids)).to(total.device)
         total.backward()
         where = _Where(ids or [shortest], actions)
         totals.add(total, actions.weight_T != 0, metrics, where)

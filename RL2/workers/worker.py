@@ -19,6 +19,7 @@ from RL2.models.dtypes import compute_dtype
 from RL2.models.lora import add_adapters
 from RL2.models.packed import PackedModel, transformers_attention
 from RL2.models.policy import Policy, export, named_weights
+from RL2.models.routing import RoutingSums
 from RL2.models.structure import decoder_layers
 from RL2.ops.attention import MAX_PADDING, is_packed
 from RL2.parallel.fsdp import shard
@@ -88,14 +89,24 @@ class Worker:
         return not (isinstance(self.policy, FSDPModule) or self.offload_model or self.has_adapters)
 
     def stats(
-        self, batch: TokenBatch, request: StatsRequest, max_tokens: int, progress: Progress = lambda done: None
+        self,
+        batch: TokenBatch,
+        request: StatsRequest,
+        max_tokens: int,
+        progress: Progress = lambda done: None,
+        routing: RoutingSums | None = None,
     ) -> TokenStats:
-        """Return statistics at all T positions of `batch`, equal on every process; 0 where there is no action."""
+        """Return statistics at all T positions of `batch`, equal on every process; 0 where there is no action.
+
+        `routing` says what routers do, and gets the recorded experts of all positions.
+        """
         self.check_packing(batch)
         size, mine = self.mesh.data_size, self.share(batch, range(batch.num_sequences), max_tokens)
         with self.at_work("the statistics of a batch"):
-            stats = statistics(self.policy, batch, mine, request, lambda done: progress(done * size))
+            stats = statistics(self.policy, batch, mine, request, lambda done: progress(done * size), routing)
             self._reshard()
+        if routing is not None and routing.experts_T is not None:
+            routing.experts_T = self.processes.sum(routing.experts_T.int(), self.mesh.data).to(torch.int16)
         return stats.map(lambda x: self.processes.sum(x, self.mesh.data))
 
     def check_packing(self, batch: TokenBatch) -> None:

@@ -50,3 +50,13 @@ def test_trainer_and_engine_have_the_same_numbers(
     gaps = [row["actor/logp_gap"] for row in run.metrics if "actor/logp_gap" in row]
     assert gaps
     assert max(gaps) < 1e-4
+
+
+@pytest.mark.parametrize(("replay", "nproc"), [("engine", 2), ("old", 1)])
+def test_experts_are_replayed(replay: str, nproc: int, world: World, tmp_path: Path) -> None:
+    model = make(world, "glm4_moe", tmp_path / "model")
+    settings = (f"actor.moe.replay={replay}", "actor.update_per_rollout=2", "actor.dtype=bfloat16")
+    run = world.run("ppo", f"actor.model_name={model}", *settings, nproc=nproc).succeeded()
+    changed = [row["actor/moe/routes_changed"] for row in run.metrics if "actor/moe/routes_changed" in row]
+    assert len(changed) == 3
+    assert all(0 <= share < 0.5 for share in changed)

@@ -11,6 +11,7 @@ from pools import Result, assert_same, whole
 from test_cuts import actor_config, gradients, make_batch, mixed
 from tiny_models import tiny_config, tiny_model
 
+from RL2.config.model import ReplayedMoe
 from RL2.errors import ConfigError
 from RL2.models.policy import Policy, named_weights
 from RL2.parallel.processes import Processes
@@ -38,8 +39,21 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
         for _ in range(2):
             actor.update(batch)
         results[f"{name}, two steps"] = {"grads": {n: whole(w) for n, w in actor.weights()}, "metrics": {}}
-    torch.manual_seed(0)  # the adapters' first values
     config = actor_config("spo", str(folder / "qwen3_moe"))
+    results["z-loss"] = gradients(
+        Actor(replace(config, moe=ReplayedMoe(z_coef=0.1)), processes, 10, folder), batch, 4096
+    )
+    drawn_TLE = torch.rand(len(batch.labels_T), 2, 4, generator=torch.Generator().manual_seed(0))
+    given = batch.with_(experts_T=drawn_TLE.argsort(-1)[..., :2].to(torch.int16))
+    for recomputes in (True, False):
+        changed = replace(config, moe=ReplayedMoe(replay="engine"), gradient_checkpointing=recomputes)
+        results[f"replay, {recomputes}"] = gradients(Actor(changed, processes, 10, folder), given, 4096)
+    balanced = replace(actor_config("spo", str(folder / "glm4_moe")), moe=ReplayedMoe(bias_rate=0.01))
+    actor = Actor(balanced, processes, 10, folder)
+    for _ in range(2):
+        actor.update(batch)
+    results["biases"] = {"grads": {n: whole(w) for n, w in actor.weights() if "bias" in n}, "metrics": {}}
+    torch.manual_seed(0)  # the adapters' first values
     lora = replace(config.lora, rank=4, alpha=8, target_modules=("q_proj", "o_proj"))
     adapted = Actor(replace(config, lora=lora), processes, 10, folder)
     for _ in range(2):
@@ -51,7 +65,7 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
-    for name in MODELS:
+    for name in (*MODELS, "glm4_moe"):
         tiny_model(tiny_config(name)).save_pretrained(folder / name)
     return folder
 
@@ -69,6 +83,26 @@ def test_two_processes_are_one(name: str, one: dict[str, Result], two: dict[str,
 def test_microbatches_are_one_batch(name: str, one: dict[str, Result], two: dict[str, Result]) -> None:
     for results in (one, two):
         assert_same(one[name], results[f"{name}, cut"], TOLERANCE)
+
+
+def test_losses_of_routers_are_summed_over_processes(one: dict[str, Result], two: dict[str, Result]) -> None:
+    assert_same(one["z-loss"], two["z-loss"], TOLERANCE)
+    added = one["z-loss"]["metrics"]["loss"] - one["qwen3_moe"]["metrics"]["loss"]
+    assert added == pytest.approx(0.1 * one["z-loss"]["metrics"]["moe/z_loss"], rel=1e-3)
+
+
+def test_loads_of_all_processes_move_the_correction_biases(one: dict[str, Result], two: dict[str, Result]) -> None:
+    (moved_E,) = (x for name, x in one["biases"]["grads"].items() if "e_score_correction_bias" in name)
+    assert moved_E.unique().numel() > 1
+    assert_same(one["biases"], two["biases"], 1e-6)
+
+
+def test_experts_are_replayed_on_two_processes_and_in_recomputation(
+    one: dict[str, Result], two: dict[str, Result]
+) -> None:
+    assert_same(one["replay, True"], two["replay, True"], TOLERANCE)
+    assert_same(one["replay, True"], two["replay, False"], TOLERANCE)
+    assert one["replay, True"]["metrics"]["moe/routes_changed"] > 0.3
 
 
 def test_adapters_train_alike(one: dict[str, Result], two: dict[str, Result]) -> None:

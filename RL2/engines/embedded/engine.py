@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from RL2.engines.embedded.cache import PREFILL_TOKENS, Cache, Owners
 from RL2.engines.embedded.dense import DenseCache
-from RL2.engines.embedded.lockstep import OwnForward
+from RL2.engines.embedded.lockstep import LockstepCache, OwnForward
 from RL2.engines.embedded.packed import PackedForward
 from RL2.engines.embedded.sampling import sample, uniforms
 from RL2.engines.memory import bytes_per_position, free_bytes
@@ -59,6 +59,19 @@ class _Request:
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    experts: list[Tensor] = field(default_factory=list)
+    """Recorded experts of the tokens that the model ran, in parts."""
+
+    num_noted: int = 0
+    """Number of tokens whose experts are recorded."""
+
+    def note(self, experts: Tensor) -> None:
+        """Record the experts of the last tokens that the model ran, except where they are recorded already.
+
+        A request that starts over keeps those with which its tokens were sampled.
+        """
+        self.experts.append(experts[self.num_noted - (self.length - len(experts)) :])
+        self.num_noted = self.length
 
     @property
     def ids(self) -> list[int]:
@@ -115,14 +128,19 @@ class EmbeddedEngine:
         memory_share: float,
         owns_weights: bool = False,
         compiles: bool = False,
+        records_experts: bool = False,
     ) -> None:
         """Serve `lm`; with `owns_weights` no other part uses it, so `sleep` may free its weights.
+
+        With `records_experts`, completions have the experts that each router of a mixture of experts chose.
 
         `compiles` fuses kernels: on GPUs those of a layer, which a model that also trains must not do; on CPUs all of a
         decoding step.
         """
         self.lm, self.decode = lm, decode
-        self.model: PackedForward | OwnForward = PackedForward(lm, compiles) if is_packed(lm) else OwnForward(lm)
+        self.model: PackedForward | OwnForward = (
+            PackedForward(lm, compiles) if is_packed(lm) else OwnForward(lm, records_experts)
+        )
         self.device = next(lm.parameters()).device
         self.shapes = {name: tensor.shape for name, tensor in self._stored().items()} if owns_weights else {}
         """Shapes of the weights, which `sleep` frees; empty if they are not this engine's alone."""
@@ -311,12 +329,15 @@ class EmbeddedEngine:
         for i, request, token, logp in zip(rows, requests, ids.tolist(), logps.tolist(), strict=True):
             if not math.isfinite(logp):
                 raise BrokenWeights(f"the log-probability of token {token} is {logp}: the weights are broken")
+            if isinstance(cache, LockstepCache) and i in cache.experts:
+                request.note(cache.experts[i])
             request.tokens.append(token)
             request.logps.append(logp)
             request.versions.append(self.version)
             if (finish := self._finish(request)) is not None:
                 if not request.future.done():
-                    done = Completion(request.tokens, request.logps, finish, request.versions)
+                    experts = torch.cat(request.experts) if request.experts else None
+                    done = Completion(request.tokens, request.logps, finish, request.versions, experts)
                     request.future.set_result(done)
                 finished.append(i)
         self._leave(cache, finished)

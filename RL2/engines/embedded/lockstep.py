@@ -24,6 +24,7 @@ from RL2.engines.embedded.cache import Owners, pass_tokens
 from RL2.engines.embedded.rows import CannotJoin, Nest, UnusableCache, bytes_per_row, join, select
 from RL2.errors import first_line
 from RL2.models.policy import positions
+from RL2.models.routing import Routers, RoutingRecord, find_routers
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,9 @@ class RowSize:
 class OwnForward:
     """The unmodified forward of a model, with its own cache if that is exact."""
 
-    def __init__(self, lm: PreTrainedModel) -> None:
+    def __init__(self, lm: PreTrainedModel, records_experts: bool = False) -> None:
         self.lm = lm
+        self.recorded = find_routers(lm) if records_experts else Routers(())
         self.device = next(lm.parameters()).device
         self.accepted = inspect.signature(lm.forward).parameters
         self.cache_name = next((name for name in CACHE_NAMES if name in self.accepted), None)
@@ -65,7 +67,7 @@ class OwnForward:
         """Return an empty cache. The first call decides how the model is run, which needs its weights."""
         if self.chosen is None:
             self.chosen = self._choose()
-        return LockstepCache(*self.chosen, self.device, budget_bytes)
+        return LockstepCache(*self.chosen, self.device, budget_bytes, self.recorded)
 
     def with_cache(self, ids_RL: Tensor, start: int, cache: Nest) -> tuple[Tensor, Nest]:
         """Run the new tokens with the model's cache of the earlier ones."""
@@ -172,10 +174,20 @@ class Group:
 class LockstepCache:
     """A `Cache` of groups of requests of equal length, each with a cache of the model's own."""
 
-    def __init__(self, forward: Forward, row_size: RowSize, device: torch.device, budget_bytes: float = 0.0) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        row_size: RowSize,
+        device: torch.device,
+        budget_bytes: float = 0.0,
+        recorded: Routers | None = None,
+    ) -> None:
+        """Start without requests; the decisions of the routers `recorded` are kept in `experts`."""
         self.forward, self.row_size, self.device = forward, row_size, device
-        self.budget_bytes = budget_bytes
+        self.budget_bytes, self.recorded = budget_bytes, recorded or Routers(())
         self.groups: list[Group] = []
+        self.experts: dict[int, Tensor] = {}
+        """int16 [tokens, L, K]: experts of the tokens that the last prefill or decoding ran, by row."""
 
     def max_rows(self, longest: int) -> int:
         # one row less than fits: rows are copied when others leave or join
@@ -188,10 +200,25 @@ class LockstepCache:
     def reserve(self, lengths: list[int], keep: int, longest: int, rows: int) -> int:
         return len(lengths)  # the model's cache grows by itself
 
+    def _run(self, rows: list[list[int]], ids_RL: Tensor, start: int, cache: Nest) -> tuple[Tensor, Nest]:
+        """Run the model; `rows` are the engine's rows of each row of `ids_RL`."""
+        if not len(self.recorded):
+            return self.forward(ids_RL, start, cache)
+        record = RoutingRecord(self.recorded)
+        with record.recording():
+            results = self.forward(ids_RL, start, cache)
+        # a forward without a cache runs all earlier tokens too
+        experts_RLLK = record.experts_NLK().cpu().unflatten(0, (len(ids_RL), -1))[:, -ids_RL.shape[1] :]
+        for index, sharing in enumerate(rows):
+            self.experts.update(dict.fromkeys(sharing, experts_RLLK[index]))
+        return results
+
     def prefill(self, owners: Owners) -> Tensor:
+        self.experts = {}
         logits: dict[tuple[int, ...], Tensor] = {}
         for prompts in self._passes(owners):
-            logits_PV, cache = self.forward(torch.tensor(prompts, device=self.device), 0, None)
+            sharing = [owners[prompt] for prompt in prompts]
+            logits_PV, cache = self._run(sharing, torch.tensor(prompts, device=self.device), 0, None)
             logits.update(zip(prompts, logits_PV, strict=True))
             index = [p for p, prompt in enumerate(prompts) for _ in owners[prompt]]
             rows = [row for prompt in prompts for row in owners[prompt]]
@@ -220,10 +247,10 @@ class LockstepCache:
         self.groups.append(new)
 
     def decode(self, ids: list[int], positions: list[int]) -> Tensor:
-        logits = []
+        logits, self.experts = [], {}
         for group in self.groups:
             ids_R1 = self._tensor([ids[row] for row in group.rows])[:, None]
-            logits_RV, group.cache = self.forward(ids_R1, group.length, group.cache)
+            logits_RV, group.cache = self._run([[row] for row in group.rows], ids_R1, group.length, group.cache)
             group.length += 1
             logits.append(logits_RV)
         rows = [row for group in self.groups for row in group.rows]

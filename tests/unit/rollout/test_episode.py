@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny_models import tiny_config, tiny_model
 from transformers import PreTrainedTokenizerBase
 
+from RL2.batch.packing import pack
+from RL2.engines.base import Engine
+from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.scripted import ScriptedEngine
+from RL2.models.routing import RoutingRecord, find_routers
 from RL2.rollout.environment import load_environment
 from RL2.rollout.episode import request_seed, run_episode
 from RL2.types import Prompt, Sampling, Sequence, Trajectory
@@ -42,7 +48,7 @@ def play(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Play]:
     """One episode of a script against replies."""
     environments = []
 
-    def play(source: str, engine: ScriptedEngine, text: str = "hello", **changes: Any) -> Trajectory:
+    def play(source: str, engine: Engine, text: str = "hello", **changes: Any) -> Trajectory:
         path = tmp_path / "env.py"
         path.write_text(source)
         environments.append(load_environment(path, 5))
@@ -81,6 +87,22 @@ def test_every_token_has_its_place(play: Play, tokenizer: PreTrainedTokenizerBas
     assert trajectory.texts == ["hello", " world"], "the end token is no part of the action"
     assert (trajectory.row, trajectory.group, trajectory.sample) == (7, 1, 2)
     assert (trajectory.reward, trajectory.score, trajectory.truncated, trajectory.unscored) == (0.1, 1, False, None)
+
+
+def test_each_token_has_the_experts_of_the_turn_that_ran_it_first(
+    play: Play, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    lm = tiny_model(tiny_config("qwen3_moe", {"vocab_size": len(tokenizer)})).eval()
+    engine = EmbeddedEngine(lm, decode=str, max_running_requests=4, memory_share=0.5, records_experts=True)
+    trajectory = play(PREFIX, engine, extra_info={"turns": 2}, sampling=Sampling(max_new_tokens=5))
+    (sequence,) = trajectory.sequences
+    record = RoutingRecord(find_routers(lm))
+    with torch.no_grad(), record.recording():
+        lm(input_ids=torch.tensor([sequence.token_ids[:-1]]), use_cache=False)
+    found = pack([trajectory, trajectory]).experts_T
+    assert found is not None
+    wanted = record.experts_NLK().sort(-1).values
+    assert torch.equal(found.sort(-1).values, torch.cat([wanted, wanted]))
 
 
 def test_sampled_ids_are_never_encoded_again(play: Play, tokenizer: PreTrainedTokenizerBase) -> None:
