@@ -26,7 +26,6 @@ from RL2.models.structure import (
     Unpacked,
     Unsupported,
     decoder_layers,
-    is_same,
     measured_transform,
     reset_buffers,
 )
@@ -53,8 +52,6 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 LOOKUPS = {"embedding", "index", "index_select"}
 WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "past_key_values"}
 """Keyword arguments without effect: dropout is never applied, and the packed layout determines the rest."""
-LOGIT_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
-"""Configuration keys of a factor on the logits; a factor of 1 changes nothing."""
 RANDOM = "draws random numbers in its layers (dropout), which cannot be switched off here"
 OWN_ATTENTION = "computes attention itself, not through transformers' interface"
 BY_LENGTH = ("longrope", "dynamic")
@@ -104,6 +101,8 @@ def _reason(make: Make, config: PretrainedConfig) -> str | None:
     why = _why_not_packed(lm)
     if why is not None:
         _refuse_own_forward(make, config)
+    elif _has_head(lm):
+        _tried(lambda: measured_transform(lm), "does not run")
     _tried(lambda: _refuse_unset_buffers(lm), "has buffers that cannot be computed")
     return why
 
@@ -181,21 +180,15 @@ def _refuse_forward(lm: PreTrainedModel) -> None:
         raise Unpacked("has sizes that every candidate number of tokens divides")
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     positions = torch.arange(tokens, device="meta")[None]
-    seen: dict[str, Any] = {}
     unused = {name: part for name, part in lm.base_model.named_modules() if any(True for _ in part.parameters(False))}
     for name, part in list(unused.items()):
         part.register_forward_hook(lambda *_, name=name: unused.pop(name, None) and None)
-    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
-    if head is not None:
-        lm.base_model.register_forward_hook(lambda _, __, out: seen.update(hidden=out[0]))
-        head.register_forward_hook(lambda _, args, out: seen.update(head_in=args[0], head_out=out))
-    run = lm.base_model if head is None else lm
     lm.eval()
     for layer in lm.base_model.layers:  # type: ignore[union-attr]
         layer.training = True  # the mode in which PackedModel.train leaves the layers
     with torch.no_grad(), ModuleTracker() as modules, _TokenMixing(tokens, modules):
-        out = _tried(
-            lambda: run(input_ids=ids, position_ids=positions, use_cache=False, attend=calls.append),
+        _tried(
+            lambda: lm.base_model(input_ids=ids, position_ids=positions, use_cache=False, attend=calls.append),
             "does not run with packed attention alone",
             Unpacked,
         )
@@ -203,16 +196,6 @@ def _refuse_forward(lm: PreTrainedModel) -> None:
         raise Unpacked(f"calls attention {len(calls)} times in {len(lm.base_model.layers)} layers")  # type: ignore[arg-type]
     if unused:
         raise Unsupported(f"has weights that text does not use ({next(iter(unused))}): it is not a text-only model")
-    if head is None:
-        return
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise Unpacked("has a head with a bias")
-    if not is_same(seen["head_in"], seen["hidden"]):
-        raise Unsupported("changes the hidden states before the head, which is not supported")
-    if not is_same(out.logits, seen["head_out"]) and not any(
-        getattr(lm.config, factor, None) == 1 for factor in LOGIT_FACTORS
-    ):
-        raise Unpacked("changes its logits after the head (a factor or soft-capping)")
 
 
 def _refuse_own_forward(make: Make, config: PretrainedConfig) -> None:
@@ -226,15 +209,19 @@ def _refuse_own_forward(make: Make, config: PretrainedConfig) -> None:
         raise Unsupported(RANDOM)
     if any(re.search("Indexer|Compressor", type(part).__name__) for part in lm.modules()):
         raise Unsupported("selects the keys of its attention by an indexer, which looks at padding too")
-    if hasattr(lm, "get_output_embeddings") and lm.get_output_embeddings() is not None:
+    if _has_head(lm):
         _tried(lambda: measured_transform(lm), "does not run")
     else:
         decoder_layers(lm)
 
 
+def _has_head(lm: PreTrainedModel) -> bool:
+    return hasattr(lm, "get_output_embeddings") and lm.get_output_embeddings() is not None
+
+
 def logit_transform(lm: PreTrainedModel) -> LogitTransform:
-    """Return what `lm` does to the logits of its head: nothing if it is packed, else as its own forward shows."""
-    return LogitTransform() if is_packed(lm) else measured_transform(_build_any(type(lm)._from_config, lm.config))
+    """Return what `lm` does to the logits of its head, as the forward of a second model on the meta device shows."""
+    return measured_transform(_build_any(type(lm)._from_config, lm.config))
 
 
 def _refuse_unset_buffers(lm: PreTrainedModel) -> None:

@@ -101,8 +101,14 @@ def split(lm: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
     if head is not None and lm.config.tie_word_embeddings:
         head.weight = embedding.weight
     elif head is not None:
-        head.weight = nn.Parameter(distribute_tensor(head.weight, mesh, [Shard(0)], src_data_rank=None))
+        head.weight = _by_rows(head.weight, mesh)
+    if head is not None and head.bias is not None:
+        head.bias = _by_rows(head.bias, mesh)
     return partial
+
+
+def _by_rows(x: Tensor, mesh: DeviceMesh) -> nn.Parameter:
+    return nn.Parameter(distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None))
 
 
 class _Replicated:
