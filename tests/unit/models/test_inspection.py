@@ -124,9 +124,9 @@ def attention_with(**arguments: Any) -> Change:
     ("change", "said"),
     [
         (attention_with(attention_mask=torch.zeros(1, 1, 4, 4)), "passes its own mask to attention"),
-        (attention_with(sliding_window=8), "uses a sliding window"),
-        (attention_with(softcap=20.0), "soft-caps its attention scores"),
-        (attention_with(s_aux=torch.zeros(4)), "has attention sinks"),
+        (attention_with(sliding_window=8), "masks attention by a rule that packed attention does not have"),
+        (attention_with(s_aux=torch.zeros(4, 2)), "has attention sinks that are not one number per head"),
+        (attention_with(softcap=torch.ones(())), "scales, caps or limits attention by something other than a number"),
         (attention_with(position_bias=torch.zeros(1)), "passes position_bias to attention"),
         (lambda lm: setattr(lm.model.layers[1].self_attn, "layer_idx", 0), "calls attention 2 times in 2 layers"),
         (lambda lm: setattr(lm.model.layers[0], "experts", Experts()), "is a mixture of experts"),
