@@ -25,5 +25,8 @@ def free_bytes(device: torch.device) -> float:
 
 def bytes_per_position(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Return the size of one token's keys and values over all layers."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize
+    numbers = 0
+    for layer in config.per_layer_config:
+        size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        numbers += 2 * layer.num_key_value_heads * size
+    return numbers * dtype.itemsize

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from RL2.errors import ModelError, first_line
 from RL2.models.structure import (
     Unpacked,
     Unsupported,
     decoder_layers,
-    is_same,
     measured_transform,
     reset_buffers,
 )
@@ -35,6 +34,10 @@ from RL2.ops.token_stats import LogitTransform
 
 INSPECTED = "rl2_inspected"
 """Name of the attention implementation that checks and records its arguments."""
+INSPECTED_MASKS = "rl2_inspected_masks"
+"""Name of the attention implementation that checks the masks which transformers would apply."""
+QUERIES = (2**18 + 2, 2**18 - 2**16 - 1, 97)
+"""Positions whose masks are checked: beyond the usual windows, and no multiples of one another's differences."""
 TOKENS = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127)
 """Candidates for the number of tokens of the inspected forward.
 
@@ -53,8 +56,6 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 LOOKUPS = {"embedding", "index", "index_select"}
 WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "past_key_values"}
 """Keyword arguments without effect: dropout is never applied, and the packed layout determines the rest."""
-LOGIT_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
-"""Configuration keys of a factor on the logits; a factor of 1 changes nothing."""
 RANDOM = "draws random numbers in its layers (dropout), which cannot be switched off here"
 OWN_ATTENTION = "computes attention itself, not through transformers' interface"
 BY_LENGTH = ("longrope", "dynamic")
@@ -104,6 +105,8 @@ def _reason(make: Make, config: PretrainedConfig) -> str | None:
     why = _why_not_packed(lm)
     if why is not None:
         _refuse_own_forward(make, config)
+    elif _has_head(lm):
+        _tried(lambda: measured_transform(lm), "does not run")
     _tried(lambda: _refuse_unset_buffers(lm), "has buffers that cannot be computed")
     return why
 
@@ -115,6 +118,7 @@ def _why_not_packed(lm: PreTrainedModel) -> str | None:
             raise Unpacked(OWN_ATTENTION)
         _tried(lambda: _refuse_structure(lm), "is of an unknown structure", Unpacked)
         _refuse_forward(lm)
+        _tried(lambda: _refuse_masks(lm), "has masks that cannot be read", Unpacked)
     except Unpacked as reason:
         return str(reason)
     return None
@@ -163,9 +167,6 @@ def _refuse_structure(lm: PreTrainedModel) -> None:
     layers = getattr(lm.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(lm.config, "num_key_value_heads"):
         raise Unpacked(f"({type(lm).__name__}) is not built like Llama or Qwen")
-    has_window = set(getattr(lm.config, "layer_types", None) or ["all"]) != {"full_attention"}
-    if getattr(lm.config, "sliding_window", None) and has_window:
-        raise Unpacked("uses a sliding window, which packed attention does not have")
     experts = next((name for name, p in layers.named_parameters() if p.ndim == 3 and "conv" not in name), None)
     if experts is not None:
         raise Unpacked(f"is a mixture of experts (layers.{experts})")
@@ -181,20 +182,15 @@ def _refuse_forward(lm: PreTrainedModel) -> None:
         raise Unpacked("has sizes that every candidate number of tokens divides")
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     positions = torch.arange(tokens, device="meta")[None]
-    seen: dict[str, Any] = {}
     unused = {name: part for name, part in lm.base_model.named_modules() if any(True for _ in part.parameters(False))}
     for name, part in list(unused.items()):
         part.register_forward_hook(lambda *_, name=name: unused.pop(name, None) and None)
-    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
-    if head is not None:
-        lm.base_model.register_forward_hook(lambda _, __, out: seen.update(hidden=out[0]))
-        head.register_forward_hook(lambda _, args, out: seen.update(head_in=args[0], head_out=out))
-    run = lm.base_model if head is None else lm
     lm.eval()
     for layer in lm.base_model.layers:  # type: ignore[union-attr]
         layer.training = True  # the mode in which PackedModel.train leaves the layers
+    run = lm if _has_head(lm) else lm.base_model
     with torch.no_grad(), ModuleTracker() as modules, _TokenMixing(tokens, modules):
-        out = _tried(
+        _tried(
             lambda: run(input_ids=ids, position_ids=positions, use_cache=False, attend=calls.append),
             "does not run with packed attention alone",
             Unpacked,
@@ -203,16 +199,17 @@ def _refuse_forward(lm: PreTrainedModel) -> None:
         raise Unpacked(f"calls attention {len(calls)} times in {len(lm.base_model.layers)} layers")  # type: ignore[arg-type]
     if unused:
         raise Unsupported(f"has weights that text does not use ({next(iter(unused))}): it is not a text-only model")
-    if head is None:
-        return
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise Unpacked("has a head with a bias")
-    if not is_same(seen["head_in"], seen["hidden"]):
-        raise Unsupported("changes the hidden states before the head, which is not supported")
-    if not is_same(out.logits, seen["head_out"]) and not any(
-        getattr(lm.config, factor, None) == 1 for factor in LOGIT_FACTORS
-    ):
-        raise Unpacked("changes its logits after the head (a factor or soft-capping)")
+
+
+def _refuse_masks(lm: PreTrainedModel) -> None:
+    """Raise Unpacked if the mask of a layer is not the one that follows from the arguments of its attention.
+
+    transformers' own attention applies the mask; packed attention sees the arguments alone.
+    """
+    lm.set_attn_implementation(INSPECTED_MASKS)
+    ids, no_padding = torch.zeros((1, 2), dtype=torch.long, device="meta"), torch.ones((1, 2), dtype=torch.bool)
+    with torch.no_grad():
+        lm.base_model(input_ids=ids, attention_mask=no_padding, use_cache=False)
 
 
 def _refuse_own_forward(make: Make, config: PretrainedConfig) -> None:
@@ -226,15 +223,19 @@ def _refuse_own_forward(make: Make, config: PretrainedConfig) -> None:
         raise Unsupported(RANDOM)
     if any(re.search("Indexer|Compressor", type(part).__name__) for part in lm.modules()):
         raise Unsupported("selects the keys of its attention by an indexer, which looks at padding too")
-    if hasattr(lm, "get_output_embeddings") and lm.get_output_embeddings() is not None:
+    if _has_head(lm):
         _tried(lambda: measured_transform(lm), "does not run")
     else:
         decoder_layers(lm)
 
 
+def _has_head(lm: PreTrainedModel) -> bool:
+    return hasattr(lm, "get_output_embeddings") and lm.get_output_embeddings() is not None
+
+
 def logit_transform(lm: PreTrainedModel) -> LogitTransform:
-    """Return what `lm` does to the logits of its head: nothing if it is packed, else as its own forward shows."""
-    return LogitTransform() if is_packed(lm) else measured_transform(_build_any(type(lm)._from_config, lm.config))
+    """Return what `lm` does to the logits of its head, as the forward of a second model on the meta device shows."""
+    return measured_transform(_build_any(type(lm)._from_config, lm.config))
 
 
 def _refuse_unset_buffers(lm: PreTrainedModel) -> None:
@@ -269,13 +270,7 @@ def _inspect(
     attend = settings.pop("attend", None)
     if attend is None:
         raise Unpacked("does not forward keyword arguments to its attention")
-    scaling = settings.pop("scaling", None)
-    if settings.get("sliding_window"):
-        raise Unpacked("uses a sliding window, which packed attention does not have")
-    if settings.get("softcap"):
-        raise Unpacked("soft-caps its attention scores, which packed attention does not do")
-    if settings.get("s_aux") is not None:
-        raise Unpacked("has attention sinks, which packed attention does not have")
+    scaling, window, softcap, sinks = (settings.pop(x, None) for x in ("scaling", "sliding_window", "softcap", "s_aux"))
     if attention_mask is not None:
         raise Unpacked("passes its own mask to attention, which packed attention would ignore")
     if not getattr(module, "is_causal", True) or settings.get("is_causal") is False:
@@ -286,8 +281,10 @@ def _inspect(
     if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
         sizes = f"keys of size {key.shape[-1]} and values of size {value.shape[-1]}"
         raise Unpacked(f"has {sizes} (multi-head latent attention)")
-    if not isinstance(scaling, float | int | None):
-        raise Unpacked("scales attention by something other than a number")
+    if not all(isinstance(number, float | int | None) for number in (scaling, window, softcap)):
+        raise Unpacked("scales, caps or limits attention by something other than a number")
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise Unpacked("has attention sinks that are not one number per head")
     if not hasattr(module, "layer_idx"):
         raise Unpacked("has attention modules without `layer_idx`")
     attend(module.layer_idx)
@@ -295,6 +292,37 @@ def _inspect(
 
 
 AttentionInterface.register(INSPECTED, _inspect)
+
+
+def _mask_to_inspect(*, q_length: int, kv_length: int, mask_function: Callable[..., Tensor], **_: Any) -> Tensor:
+    """Implement transformers' mask interface: return a mask without values that carries the rule of its values."""
+    mask = torch.empty((1, 1, q_length, kv_length), dtype=torch.bool, device="meta")
+    vars(mask)["sees"] = mask_function
+    return mask
+
+
+def _inspect_mask(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Raise Unpacked if the mask is not that of causal attention with the sliding window in the arguments."""
+    mask = attention_mask
+    if mask is not None and mask._base is not None and mask.shape == mask._base.shape:
+        mask = mask._base
+    sees = getattr(mask, "sees", None)
+    if sees is None:
+        raise Unpacked("does not take the masks of its attention from transformers")
+    window = settings.get("sliding_window") or 2**62
+    zero = torch.zeros((), dtype=torch.long)
+    for position in QUERIES:
+        keys = torch.arange(position + 2)
+        visible = sees(zero, zero, torch.tensor(position), keys)
+        if not torch.equal(visible.expand_as(keys), (keys <= position) & (keys > position - window)):
+            raise Unpacked("masks attention by a rule that packed attention does not have")
+    return query.transpose(1, 2).flatten(2), None
+
+
+AttentionInterface.register(INSPECTED_MASKS, _inspect_mask)
+AttentionMaskInterface.register(INSPECTED_MASKS, _mask_to_inspect)
 
 
 class _TokenMixing(TorchDispatchMode):

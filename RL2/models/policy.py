@@ -73,7 +73,7 @@ class Policy(PackedModel):
         total = self.lm.config.vocab_size
         weight_VD, bias_V = local(head(self.lm).weight), head(self.lm).bias
         if bias_V is not None:  # a column of the weight, by which a constant is multiplied
-            weight_VD = torch.cat([weight_VD, bias_V[:, None]], 1)
+            weight_VD = torch.cat([weight_VD, local(bias_V)[:, None]], 1)
             hidden_ND = torch.cat([hidden_ND, torch.ones_like(hidden_ND[:, :1])], 1)
         return token_stats(
             hidden_ND,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,18 +41,13 @@ def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
 def measured_transform(lm: PreTrainedModel, layers: nn.ModuleList | None = None) -> LogitTransform:
     """Return what the forward of `lm` does to the logits of its head.
 
-    `lm` is on the meta device and loses `layers`, by default its decoder layers: only its embedding, last norm and head
-    run. In place of the head's result its forward gets `PROBE`. Raise Unsupported if hidden states change before the
-    head, or if the change of the logits is neither a factor nor a soft cap.
+    `lm` is on the meta device and runs without `layers`, by default its decoder layers: only its embedding, last norm
+    and head. In place of the head's result its forward gets `PROBE`. Raise Unsupported if hidden states change before
+    the head, or if the change of the logits is neither a factor nor a soft cap.
     """
     head = lm.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise Unsupported(f"has no linear head ({type(head).__name__})")
-    layers = layers if layers is not None else decoder_layers(lm)
-    for part in list(lm.base_model.modules()):
-        for name, child in part.named_children():
-            if child is layers:
-                setattr(part, name, nn.ModuleList())
     seen: dict[str, Any] = {}
 
     def probe(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
@@ -61,11 +58,12 @@ def measured_transform(lm: PreTrainedModel, layers: nn.ModuleList | None = None)
 
     lm.base_model.register_forward_hook(lambda _, __, out: seen.update(hidden=out[0]))
     head.register_forward_hook(probe)
-    try:
-        logits = _logits(lm, torch.device("meta"))
-    except RuntimeError:  # it looks at a number, such as a position
-        reset_buffers(lm.to_empty(device="cpu"))
-        logits = _logits(lm, torch.device("cpu"))
+    with _without(lm, decoder_layers(lm) if layers is None else layers):
+        try:
+            logits = _logits(lm, torch.device("meta"))
+        except RuntimeError:  # it looks at a number, such as a position
+            reset_buffers(lm.to_empty(device="cpu"))
+            logits = _logits(lm, torch.device("cpu"))
     if seen.keys() != {"head_in", "hidden"} or not is_same(seen["head_in"], seen["hidden"]):
         raise Unsupported("changes the hidden states before the head, which is not supported")
     after = logits[0, -1, : len(PROBE)].double()
@@ -75,6 +73,21 @@ def measured_transform(lm: PreTrainedModel, layers: nn.ModuleList | None = None)
     if not torch.allclose(found(before), after, rtol=1e-5, atol=1e-5):
         raise Unsupported("changes its logits after the head by neither a factor nor a soft cap")
     return found
+
+
+@contextmanager
+def _without(lm: PreTrainedModel, layers: nn.ModuleList) -> Iterator[None]:
+    """Take `layers` out of `lm` within the `with` block."""
+    places = [
+        (part, name) for part in lm.base_model.modules() for name, child in part.named_children() if child is layers
+    ]
+    for part, name in places:
+        setattr(part, name, nn.ModuleList())
+    try:
+        yield
+    finally:
+        for part, name in places:
+            setattr(part, name, layers)
 
 
 def _logits(lm: PreTrainedModel, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention over packed sequences, in the form in which transformers' models call it.
 
-A model whose `_attn_implementation` is `IMPLEMENTATION` calls `attend(layer, query, key, value, scaling)`, a keyword
+A model whose `_attn_implementation` is `IMPLEMENTATION` calls `attend(layer, query, key, value, scoring)`, a keyword
 argument of its forward. Training passes `PackedAttention`, the embedded engine its cache. Linear layers, norms and
 rotary embeddings see one row of T tokens without padding.
 
@@ -15,11 +15,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from RL2.ops.causal_attention import Scoring, causal_attention
 from RL2.types import SharedPrefix
 
 IMPLEMENTATION = "rl2_packed"
@@ -29,8 +30,11 @@ IN_GRAPH = "rl2_packed_in_graph"
 _KERNEL_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """True if torch's kernel supports grouped-query attention; torch 2.11 needs as many key heads as query heads."""
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""Function (layer number, query_THD, key_TKD, value_TKD, scaling) -> [T, H * D]."""
+LARGEST_HEAD = 256
+"""Largest head size of torch's kernel."""
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, Scoring], Tensor]
+"""Function (layer number, query_THD, key_TKD, value_TKD, scoring) -> [T, H * D]."""
 
 
 def _attention(
@@ -49,15 +53,17 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Implement transformers' attention interface: [1, heads, T, D] in, [1, T, H * D] out.
 
-    models/inspection.py refuses models that pass an argument ignored here. Raise ValueError for a mask, a sliding
-    window, soft-capping or sinks.
+    `sliding_window` is the number of positions that a query sees, `s_aux` an attention sink per query head.
+    models/inspection.py refuses models that pass an argument ignored here. Raise ValueError for a mask.
     """
-    if attention_mask is not None or sliding_window or softcap or s_aux is not None:
-        raise ValueError(f"{type(module).__name__} has a mask, a sliding window, soft-capping or sinks")
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} has a mask")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    sink_H = s_aux.to_local() if isinstance(s_aux, DTensor) else s_aux
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(scaling, sliding_window or None, softcap or None, sink_H)
     query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(layer, query_THD, key_TKD, value_TKD, scaling)[None], None
+    return attend(layer, query_THD, key_TKD, value_TKD, scoring)[None], None
 
 
 # the engine may compile the code around it; `attend` depends on the layer and would be compiled for each
@@ -124,8 +130,8 @@ class Blocks:
 class PackedAttention(Blocks):
     """Causal attention within each of the B sequences of a packed batch.
 
-    On GPUs in half precision it calls torch's variable-length kernel. Otherwise sequences of similar length are padded
-    into blocks for scaled_dot_product_attention.
+    On GPUs in half precision it calls torch's variable-length kernel, except for soft-capping and sinks. Otherwise
+    sequences of similar length are padded into blocks.
     """
 
     def __init__(self, cu_seqlens: Tensor, shared: SharedPrefix | None = None, max_padding: int = MAX_PADDING) -> None:
@@ -133,8 +139,9 @@ class PackedAttention(Blocks):
         super().__init__(cu_seqlens.to(torch.int32), max_padding)
         self.shared = shared
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        return (self._variable_length if _has_kernel(query) else self._padded)(query, key, value, scaling)
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        by_kernel = _has_kernel(query, value, scoring)
+        return (self._variable_length if by_kernel else self._padded)(query, key, value, scoring)
 
     @cached_property
     def layout(self) -> tuple[Tensor, Tensor]:
@@ -144,27 +151,29 @@ class PackedAttention(Blocks):
             return token_P, place_T
         return self.shared.place_T[token_P], place_T[self.shared.distinct_U]
 
-    def _padded(self, query_UHD: Tensor, key_UKD: Tensor, value_UKD: Tensor, scaling: float) -> Tensor:
+    def _padded(self, query_UHD: Tensor, key_UKD: Tensor, value_UKD: Tensor, scoring: Scoring) -> Tensor:
         token_P, place_U = self.layout
         sizes = [rows * length for rows, length in self.shapes]
         places = zip(*(x.index_select(0, token_P).split(sizes) for x in (query_UHD, key_UKD, value_UKD)), strict=True)
         results = []
         for shape, block in zip(self.shapes, places, strict=True):
             query, key, value = (x.unflatten(0, shape).transpose(1, 2) for x in block)
-            out_RHLD = causal_attention(query, key, value, scaling)
+            out_RHLD = causal_attention(query, key, value, scoring)
             results.append(out_RHLD.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(results).index_select(0, place_U)
 
-    def _variable_length(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
+    def _variable_length(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scoring: Scoring) -> Tensor:
         if self.shared is not None:
             query_THD, key_TKD, value_TKD = (x[self.shared.place_T] for x in (query_THD, key_TKD, value_TKD))
         cu_seqlens, longest = self.cu_seqlens, max(self.lengths)
-        out_THD = _by_kernel(query_THD, key_TKD, value_TKD, (cu_seqlens, cu_seqlens), (longest, longest), scaling)
+        out_THD = _by_kernel(query_THD, key_TKD, value_TKD, (cu_seqlens, cu_seqlens), (longest, longest), scoring)
         return (out_THD if self.shared is None else out_THD[self.shared.distinct_U]).flatten(1)
 
 
-def _has_kernel(query_THD: Tensor) -> bool:
-    return query_THD.is_cuda and query_THD.dtype in (torch.bfloat16, torch.float16)
+def _has_kernel(query_THD: Tensor, value_TKD: Tensor, scoring: Scoring) -> bool:
+    size = query_THD.shape[-1]
+    is_half = query_THD.is_cuda and query_THD.dtype in (torch.bfloat16, torch.float16)
+    return is_half and scoring.is_plain and value_TKD.shape[-1] == size <= LARGEST_HEAD
 
 
 def _by_kernel(
@@ -173,7 +182,7 @@ def _by_kernel(
     value_SKD: Tensor,
     cu_seqlens: tuple[Tensor, Tensor],
     longest: tuple[int, int],
-    scaling: float,
+    scoring: Scoring,
 ) -> Tensor:
     """Call torch's kernel; `cu_seqlens` and `longest` are pairs for queries and keys.
 
@@ -191,47 +200,23 @@ def _by_kernel(
         value_SKD.contiguous(),
         *cu_seqlens,
         *longest,
-        scale=scaling,
-        window_size=(-1, 0),
+        scale=scoring.scaling,
+        # the kernel counts the positions before the query's own
+        window_size=(-1 if scoring.window is None else scoring.window - 1, 0),
         **groups,
     )
     assert isinstance(out_THD, Tensor)
     return out_THD
 
 
-QUERY_BLOCK = 1024
-"""Number of queries that share one mask over all earlier positions."""
-
-
-def attend_to_earlier(query_THD: Tensor, key_SKD: Tensor, value_SKD: Tensor, scaling: float) -> Tensor:
+def attend_to_earlier(query_THD: Tensor, key_SKD: Tensor, value_SKD: Tensor, scoring: Scoring) -> Tensor:
     """Compute causal attention of the last T of the S positions of one sequence, [T, H * D]."""
-    num_queries, num_keys = len(query_THD), len(key_SKD)
-    if _has_kernel(query_THD):
+    if _has_kernel(query_THD, value_SKD, scoring):
+        num_queries, num_keys = len(query_THD), len(key_SKD)
         cu_query, cu_key = (
             torch.tensor([0, n], dtype=torch.int32, device=query_THD.device) for n in (num_queries, num_keys)
         )
         longest = (num_queries, num_keys)
-        return _by_kernel(query_THD, key_SKD, value_SKD, (cu_query, cu_key), longest, scaling).flatten(1)
-    grouped = query_THD.shape[1] != key_SKD.shape[1]
-    query_HTD, key_KSD, value_KSD = (x.transpose(0, 1) for x in (query_THD, key_SKD, value_SKD))
-    position_S = torch.arange(num_keys, device=query_THD.device)
-    out = []
-    for begin in range(0, num_queries, QUERY_BLOCK):
-        end = min(begin + QUERY_BLOCK, num_queries)
-        seen = num_keys - num_queries + end
-        mask_TS = position_S[:seen] <= position_S[seen - (end - begin) : seen, None]
-        blocks = (query_HTD[:, begin:end], key_KSD[:, :seen], value_KSD[:, :seen])
-        query, key, value = (x[None] for x in blocks)
-        out_1HTD = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask_TS, scale=scaling, enable_gqa=grouped
-        )
-        out.append(out_1HTD[0].transpose(0, 1).flatten(1))
-    return torch.cat(out)
-
-
-def causal_attention(query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, scaling: float) -> Tensor:
-    """Compute padded causal attention [B, H, L, D]. Padding is at the end, where causality hides it."""
-    grouped = query_BHLD.shape[1] != key_BKLD.shape[1]
-    return F.scaled_dot_product_attention(
-        query_BHLD, key_BKLD, value_BKLD, is_causal=True, scale=scaling, enable_gqa=grouped
-    )
+        return _by_kernel(query_THD, key_SKD, value_SKD, (cu_query, cu_key), longest, scoring).flatten(1)
+    query_1HTD, key_1KSD, value_1KSD = (x.transpose(0, 1)[None] for x in (query_THD, key_SKD, value_SKD))
+    return causal_attention(query_1HTD, key_1KSD, value_1KSD, scoring)[0].transpose(0, 1).flatten(1)

@@ -14,19 +14,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from RL2.ops.causal_attention import Scoring
+
 PAGE = 64
 """Positions per page; one step of a program reads one page."""
 PART_PAGES = 8
 """Pages per part."""
+LOG2_E = 1.4426950408889634
+"""Factor of scores in the kernels, which use powers of two."""
 
 
 def attend(
-    query_RHD: Tensor, key_SKD: Tensor, value_SKD: Tensor, table_RP: Tensor, position_R: Tensor, scaling: float
+    query_RHD: Tensor, key_SKD: Tensor, value_SKD: Tensor, table_RP: Tensor, position_R: Tensor, scoring: Scoring
 ) -> Tensor:
-    """Return the attention of each row over its positions 0 to `position_R[r]`, [R, H, D].
+    """Return the attention of each row over its positions up to `position_R[r]` that are in the window, [R, H, D].
 
     Position s of row r is in page `table_RP[r, s // PAGE]`, int32. `key_SKD` and `value_SKD` hold all pages, S = N *
-    PAGE. P must be a multiple of `PART_PAGES`. Nothing beyond a row's position is read, and nothing waits for the GPU.
+    PAGE. P must be a multiple of `PART_PAGES`. Nothing outside a row's window is read, and nothing waits for the GPU.
     """
     num_rows, heads, size = query_RHD.shape
     kv_heads, num_parts = key_SKD.shape[1], table_RP.shape[1] // PART_PAGES
@@ -36,6 +40,7 @@ def attend(
     weight_RHP = out_RHD.new_empty((num_rows, heads, num_parts), dtype=torch.float32)
     block = max(16, triton.next_power_of_2(size))
     groups = heads // kv_heads
+    window = scoring.window or 2**30
     _part_kernel[(num_rows, kv_heads, num_parts)](
         query_RHD,
         key_SKD,
@@ -46,8 +51,11 @@ def attend(
         position_R.stride(0),
         part_RHPD,
         weight_RHP,
-        scaling * 1.4426950408889634,  # the kernels use powers of two
+        scoring.scaling * LOG2_E,
+        (scoring.softcap or 0.0) * LOG2_E,
+        window,
         kv_heads,
+        HAS_SOFTCAP=scoring.softcap is not None,
         GROUPS=groups,
         SIZE=size,
         PARTS=num_parts,
@@ -63,6 +71,9 @@ def attend(
         out_RHD,
         position_R,
         position_R.stride(0),
+        window,
+        out_RHD if scoring.sink_H is None else scoring.sink_H.float() * LOG2_E,
+        HAS_SINKS=scoring.sink_H is not None,
         SIZE=size,
         PARTS=num_parts,
         PART=PAGE * PART_PAGES,
@@ -83,7 +94,10 @@ def _part_kernel(
     part_ptr,
     weight_ptr,
     scaling,
+    softcap,
+    window,
     kv_heads,
+    HAS_SOFTCAP: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -94,8 +108,9 @@ def _part_kernel(
 ):
     row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(position_ptr + row * position_stride).to(tl.int32) + 1
+    first = tl.maximum(length - window, 0)  # position that is visible
     begin = part * PAGE * PART_PAGES
-    if begin < length:
+    if (begin < length) & (begin + PAGE * PART_PAGES > first):
         g, d, n = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, PAGE)
         is_head, is_size = g < GROUPS, d < SIZE
         head_G = (row * kv_heads + kv_head) * GROUPS + g  # among all rows' heads
@@ -106,14 +121,16 @@ def _part_kernel(
         total_G = tl.zeros([BLOCK_G], tl.float32)
         out_GD = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         num_pages = tl.minimum(PART_PAGES, tl.cdiv(length - begin, PAGE))
-        for i in range(num_pages):
+        for i in range(tl.maximum(first - begin, 0) // PAGE, num_pages):
             page = tl.load(table_ptr + row * table_stride + part * PART_PAGES + i).to(tl.int64)
-            is_there = begin + i * PAGE + n < length
+            is_there = (begin + i * PAGE + n < length) & (begin + i * PAGE + n >= first)
             at_ND = ((page * PAGE + n) * kv_heads + kv_head)[:, None] * SIZE + d[None, :]
             mask_ND = is_there[:, None] & is_size[None, :]
             key_ND = tl.load(key_ptr + at_ND, mask=mask_ND, other=0.0)
             value_ND = tl.load(value_ptr + at_ND, mask=mask_ND, other=0.0)
             score_GN = tl.dot(query_GD, tl.trans(key_ND), input_precision="ieee") * scaling
+            if HAS_SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1
+                score_GN = softcap * (2 * tl.sigmoid(2 * score_GN / softcap) - 1)
             score_GN = tl.where(is_there[None, :], score_GN, float("-inf"))
             new_G = tl.maximum(best_G, tl.max(score_GN, 1))
             share_GN = tl.exp2(score_GN - new_G[:, None])
@@ -137,19 +154,26 @@ def _join_kernel(
     out_ptr,
     position_ptr,
     position_stride,
+    window,
+    sink_ptr,
+    HAS_SINKS: tl.constexpr,
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row, head = tl.program_id(0), tl.program_id(1)
-    num_parts = tl.load(position_ptr + row * position_stride).to(tl.int32) // PART + 1
-    head = row * tl.num_programs(1) + head
+    length = tl.load(position_ptr + row * position_stride).to(tl.int32) + 1
+    first = tl.maximum(length - window, 0)
     d = tl.arange(0, BLOCK_D)
     best = float("-inf")
     total = 0.0
+    if HAS_SINKS:
+        best = tl.load(sink_ptr + head)
+        total = 1.0
+    head = row * tl.num_programs(1) + head
     out_D = tl.zeros([BLOCK_D], tl.float32)
-    for part in range(num_parts):
+    for part in range(first // PART, tl.cdiv(length, PART)):
         weight = tl.load(weight_ptr + head * PARTS + part)
         new = tl.maximum(best, weight)
         shrink, share = tl.exp2(best - new), tl.exp2(weight - new)

@@ -38,6 +38,8 @@ class Shape:
     @staticmethod
     def of(config: Any) -> Shape:
         """Return the shape of a transformers configuration. Raise UserError for a model with another structure."""
+        if getattr(config, "is_heterogeneous", False):
+            raise UserError(f"layers of a model of type {config.model_type} differ in their sizes")
         try:
             return Shape(
                 layers=config.num_hidden_layers,

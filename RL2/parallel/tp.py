@@ -51,6 +51,8 @@ def check_sizes(lm: PreTrainedModel, tp_size: int, sp_size: int, group: str) -> 
             raise ConfigError(f"{group}.tp_size={tp_size} does not divide the {number} {what} of {model}")
     if tp_size > 1 and not plan_of(lm):
         raise ConfigError(f"{group}.tp_size={tp_size}: {model} has no tensor-parallel plan in transformers")
+    if tp_size > 1 and any(name.rpartition(".")[2] == "sinks" for name, _ in lm.named_parameters()):
+        raise ConfigError(f"{group}.tp_size={tp_size}: {model} has attention sinks, which are not split; use sp_size")
     if tp_size > 1:
         styles_of(lm)
     of = f"{model}" if tp_size == 1 else f"{model} that {group}.tp_size={tp_size} leaves a process"
@@ -101,8 +103,15 @@ def split(lm: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
     if head is not None and lm.config.tie_word_embeddings:
         head.weight = embedding.weight
     elif head is not None:
-        head.weight = nn.Parameter(distribute_tensor(head.weight, mesh, [Shard(0)], src_data_rank=None))
+        head.weight = _by_rows(head.weight, mesh)
+    if head is not None and head.bias is not None:
+        head.bias = _by_rows(head.bias, mesh)
     return partial
+
+
+def _by_rows(x: Tensor | nn.Module, mesh: DeviceMesh) -> nn.Parameter:
+    assert isinstance(x, Tensor)
+    return nn.Parameter(distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None))
 
 
 class _Replicated:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from RL2.ops.attention import Attend
+from RL2.ops.causal_attention import Scoring
 
 
 class Ulysses:
@@ -26,7 +27,7 @@ class Ulysses:
         self.own = self.parts[dist.get_rank(group)]
         """Range of the tokens on this process."""
 
-    def __call__(self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scaling: float) -> Tensor:
+    def __call__(self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scoring: Scoring) -> Tensor:
         size, here = len(self.parts), len(query_NHD)
         counts = [len(part) for part in self.parts]
         if key_NKD.shape[1] < size:  # each process needs the key head of its query heads
@@ -37,7 +38,9 @@ class Ulysses:
         sent = torch.cat(by_process, dim=2).transpose(0, 1).flatten(0, 1)
         received = _AllToAll.apply(sent, [here] * size, counts, self.group)
         query_UHD, key_UKD, value_UKD = received.split(heads, dim=1)
-        out_UHD = self.attend(layer, query_UHD, key_UKD, value_UKD, scaling)
+        if scoring.sink_H is not None:
+            scoring = scoring._replace(sink_H=scoring.sink_H.unflatten(0, (size, -1))[dist.get_rank(self.group)])
+        out_UHD = self.attend(layer, query_UHD, key_UKD, value_UKD, scoring)
         back = _AllToAll.apply(out_UHD, counts, [here] * size, self.group)
         return back.unflatten(0, (size, here)).transpose(0, 1).flatten(1)
 

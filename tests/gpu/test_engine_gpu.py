@@ -15,6 +15,7 @@ from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.embedded.paged import PagedCache
 from RL2.ops import paged_attention
 from RL2.ops.attention import IMPLEMENTATION
+from RL2.ops.causal_attention import Scoring
 from RL2.types import Completion, Sampling
 
 SHAPE: dict[str, Any] = {
@@ -149,7 +150,7 @@ def test_the_kernel_at_the_size_of_a_model(dtype: torch.dtype) -> None:
     query = torch.randn(num_rows, heads, size, device="cuda", dtype=dtype)
     table = (torch.randperm(num_pages - 1, device="cuda") + 1).view(num_rows, 32).int()
     position = torch.randint(0, 2048, (num_rows,), device="cuda")
-    out = paged_attention.attend(query, keys, values, table, position, size**-0.5)
+    out = paged_attention.attend(query, keys, values, table, position, Scoring(size**-0.5))
     for row in range(num_rows):
         place = (table[row].long()[:, None] * 64 + torch.arange(64, device="cuda")).flatten()[: position[row] + 1]
         key, value = (x[place].double().repeat_interleave(2, dim=1) for x in (keys, values))

@@ -20,7 +20,7 @@ def make(world: World, model_type: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("program", "model_type", "nproc"), [("sft", "gemma2", 2), ("dpo", "qwen3_5_text", 1), ("rm", "qwen3_moe", 2)]
+    ("program", "model_type", "nproc"), [("sft", "gpt2", 2), ("dpo", "qwen3_5_text", 1), ("rm", "qwen3_moe", 2)]
 )
 def test_a_run_trains_and_its_model_loads_in_transformers(
     program: str, model_type: str, nproc: int, world: World, tmp_path: Path

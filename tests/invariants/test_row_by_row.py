@@ -20,8 +20,8 @@ from RL2.types import StatsRequest
 from RL2.workers.actor import Actor
 
 TOLERANCE = 1e-5
-MODELS = ("lfm2", "qwen3_moe", "gemma2")
-"""Short convolutions, experts, and a sliding window with soft caps."""
+MODELS = ("lfm2", "qwen3_moe", "mamba2")
+"""Short convolutions, experts, and a recurrence."""
 
 
 def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:

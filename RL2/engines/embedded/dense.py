@@ -12,6 +12,7 @@ from torch._dynamo import mark_dynamic
 
 from RL2.engines.embedded.packed import KVCache, PackedForward, Piece
 from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
+from RL2.ops.causal_attention import Scoring, scored_attention
 
 LENGTH_STEP = 64
 """Granularity of allocated positions."""
@@ -48,21 +49,21 @@ class DenseCache(KVCache):
                 self.layers[i] = tuple(self._grown(old, keep, old_length) for old in pair)  # type: ignore[assignment]
         return len(lengths)
 
-    def _zeros(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        zeros = like.new_zeros(shape)
+    def _zeros(self, like: Tensor, heads: int, size: int) -> Tensor:
+        zeros = like.new_zeros(self.rows, heads, self.length, size)
         mark_dynamic(zeros, (0, 2))
         return zeros
 
     def _grown(self, old: Tensor, keep: int, old_length: int) -> Tensor:
-        new = self._zeros(old, (self.rows, old.shape[1], self.length, old.shape[3]))
+        new = self._zeros(old, old.shape[1], old.shape[3])
         new[:keep, :, :old_length] = old[:keep, :, :old_length]
         return new
 
-    def layer(self, number: int, like_TKD: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, number: int, key_TKD: Tensor, value_TKD: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of a layer; the first pass through the model allocates them."""
         if number == len(self.layers):
-            shape = (self.rows, like_TKD.shape[1], self.length, like_TKD.shape[2])
-            self.layers.append((self._zeros(like_TKD, shape), self._zeros(like_TKD, shape)))
+            keys, values = (self._zeros(x, *x.shape[1:]) for x in (key_TKD, value_TKD))
+            self.layers.append((keys, values))
         return self.layers[number]
 
     def attention(self, pieces: list[Piece]) -> Attend:
@@ -71,9 +72,10 @@ class DenseCache(KVCache):
     def decode(self, ids: list[int], positions: list[int]) -> Tensor:
         ids_R, positions_R = (torch.tensor(x, device=self.device) for x in (ids, positions))
         attend = _Decode(self, positions_R, max(positions) + 1)
-        for x in (ids_R, positions_R, attend.rows_R, attend.bias_R11L):
+        for x in (ids_R, positions_R, attend.rows_R, attend.age_R11L, attend.bias_R11L):
             mark_dynamic(x, 0)
-        mark_dynamic(attend.bias_R11L, 3)
+        for x in (attend.age_R11L, attend.bias_R11L):
+            mark_dynamic(x, 3)
         return self.model.step(ids_R, positions_R, attend)
 
     def leave(self, gone: list[int], sources: list[int], targets: list[int], length: int) -> None:
@@ -102,15 +104,15 @@ class _Prefill:
         counts = torch.tensor([n for *_, n in places], device=device)
         self.row = torch.repeat_interleave(torch.tensor([row for row, *_ in places], device=device), counts)
 
-    def __call__(self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
-        keys, values = self.cache.layer(layer, key_TKD)
+    def __call__(self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scoring: Scoring) -> Tensor:
+        keys, values = self.cache.layer(layer, key_TKD, value_TKD)
         keys[self.row, :, self.position] = key_TKD[self.source]
         values[self.row, :, self.position] = value_TKD[self.source]
         if self.first.start == 0:
-            return self.packed(layer, query_THD, key_TKD, value_TKD, scaling)
+            return self.packed(layer, query_THD, key_TKD, value_TKD, scoring)
         row, end = self.first.rows[0], self.first.end
         return attend_to_earlier(
-            query_THD, keys[row, :, :end].transpose(0, 1), values[row, :, :end].transpose(0, 1), scaling
+            query_THD, keys[row, :, :end].transpose(0, 1), values[row, :, :end].transpose(0, 1), scoring
         )
 
 
@@ -120,18 +122,24 @@ class _Decode:
     def __init__(self, cache: DenseCache, positions_R: Tensor, length: int) -> None:
         self.cache, self.positions_R = cache, positions_R
         self.rows_R = torch.arange(len(positions_R), device=positions_R.device)
-        within_R11L = torch.arange(length, device=positions_R.device) <= positions_R[:, None, None, None]
-        self.bias_R11L = torch.where(within_R11L, 0.0, -torch.inf)
+        self.age_R11L = positions_R[:, None, None, None] - torch.arange(length, device=positions_R.device)
+        """Distance of each position from the new token; below 0 beyond it."""
+        self.bias_R11L = torch.where(self.age_R11L >= 0, 0.0, -torch.inf)
 
-    def __call__(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scaling: float) -> Tensor:
-        keys, values = self.cache.layer(layer, key_RKD)
+    def __call__(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scoring: Scoring) -> Tensor:
+        keys, values = self.cache.layer(layer, key_RKD, value_RKD)
         keys[self.rows_R, :, self.positions_R] = key_RKD
         values[self.rows_R, :, self.positions_R] = value_RKD
-        num_rows, heads, size = query_RHD.shape
-        length = self.bias_R11L.shape[-1]
-        # query heads that share a key/value head form the rows of one small matrix
-        query_RKGD = query_RHD.reshape(num_rows, key_RKD.shape[1], -1, size)
+        num_rows, length = len(query_RHD), self.bias_R11L.shape[-1]
         keys_RKLD, values_RKLD = (x[:num_rows, :, :length] for x in (keys, values))
-        bias_R11L = self.bias_R11L.to(query_RHD.dtype)
-        out_RKGD = F.scaled_dot_product_attention(query_RKGD, keys_RKLD, values_RKLD, bias_R11L, scale=scaling)
-        return out_RKGD.reshape(num_rows, heads * size)
+        bias_R11L = self.bias_R11L
+        if scoring.window is not None:
+            bias_R11L = torch.where(self.age_R11L < scoring.window, bias_R11L, -torch.inf)
+        if not scoring.is_plain:
+            query_RH1D, bias_R111L = query_RHD[:, :, None], bias_R11L[:, None]
+            return scored_attention(query_RH1D, keys_RKLD, values_RKLD, scoring, bias_R111L).flatten(1)
+        # query heads that share a key/value head form the rows of one small matrix
+        query_RKGD = query_RHD.reshape(num_rows, key_RKD.shape[1], -1, query_RHD.shape[2])
+        bias_R11L = bias_R11L.to(query_RHD.dtype)
+        out_RKGD = F.scaled_dot_product_attention(query_RKGD, keys_RKLD, values_RKLD, bias_R11L, scale=scoring.scaling)
+        return out_RKGD.flatten(1)

@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 
 from RL2.engines.embedded.cache import PREFILL_TOKENS, Owners, pass_tokens
 from RL2.engines.embedded.compiled import CompiledStep, Step
+from RL2.models.inspection import logit_transform
 from RL2.models.packed import backbone
 from RL2.models.policy import head
 from RL2.models.structure import decoder_layers
 from RL2.ops.attention import IN_GRAPH, Attend
+from RL2.ops.token_stats import UNCHANGED
 
 
 class PackedForward:
@@ -27,6 +29,8 @@ class PackedForward:
     def __init__(self, lm: PreTrainedModel, compiles: bool) -> None:
         """Run `lm`. `compiles` fuses kernels: on GPUs those of a layer, on CPUs all of a decoding step."""
         self.lm = lm
+        transform = logit_transform(lm)
+        self.logit_transform = None if transform == UNCHANGED else transform
         self.device = next(lm.parameters()).device
         self.prefilled = 0
         """Number of positions that prefills have computed."""
@@ -40,7 +44,12 @@ class PackedForward:
 
     def logits(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Return the logits [T, V]."""
-        return head(self.lm)(self.hidden(ids, positions, attend))
+        return self.logits_of(self.hidden(ids, positions, attend))
+
+    def logits_of(self, hidden_TD: Tensor) -> Tensor:
+        """Return the logits [T, V] of hidden states; a factor or soft cap after the head is applied in float32."""
+        logits_TV: Tensor = head(self.lm)(hidden_TD)
+        return logits_TV if self.logit_transform is None else self.logit_transform(logits_TV.float())
 
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Return the last hidden states [T, D]."""
@@ -95,4 +104,4 @@ class KVCache(ABC):
         last = torch.tensor([len(prompt) for prompt in prompts], device=self.device).cumsum(0) - 1
         self.model.prefilled += len(ids)
         hidden_TD = self.model.hidden(ids, positions, self.attention(pieces))
-        return head(self.model.lm)(hidden_TD[last])
+        return self.model.logits_of(hidden_TD[last])

@@ -16,6 +16,7 @@ from RL2.engines.embedded.graphs import Graphs
 from RL2.engines.embedded.packed import KVCache, PackedForward, Piece
 from RL2.ops import paged_attention as pages
 from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
+from RL2.ops.causal_attention import Scoring
 
 
 class PagedCache(KVCache):
@@ -99,11 +100,11 @@ class PagedCache(KVCache):
             if not self.users[page]:
                 self.free.append(page)
 
-    def layer(self, number: int, like_TKD: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, number: int, key_TKD: Tensor, value_TKD: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of a layer; the first pass through the model allocates them."""
         if number == len(self.layers):
-            shape = (self.num_pages * pages.PAGE, *like_TKD.shape[1:])
-            self.layers.append((like_TKD.new_empty(shape), like_TKD.new_empty(shape)))
+            keys, values = (x.new_empty(self.num_pages * pages.PAGE, *x.shape[1:]) for x in (key_TKD, value_TKD))
+            self.layers.append((keys, values))
         return self.layers[number]
 
     def places(self, row: int, start: int, end: int) -> np.ndarray:
@@ -152,13 +153,13 @@ class _Prefill:
         if self.first.start:
             self.earlier = torch.from_numpy(cache.places(self.first.rows[0], 0, self.first.end)).to(cache.device)
 
-    def __call__(self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
-        keys, values = self.cache.layer(layer, key_TKD)
+    def __call__(self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scoring: Scoring) -> Tensor:
+        keys, values = self.cache.layer(layer, key_TKD, value_TKD)
         keys[self.place] = key_TKD[self.source]
         values[self.place] = value_TKD[self.source]
         if self.first.start == 0:
-            return self.packed(layer, query_THD, key_TKD, value_TKD, scaling)
-        return attend_to_earlier(query_THD, keys[self.earlier], values[self.earlier], scaling)
+            return self.packed(layer, query_THD, key_TKD, value_TKD, scoring)
+        return attend_to_earlier(query_THD, keys[self.earlier], values[self.earlier], scoring)
 
 
 class _Decode:
@@ -169,11 +170,11 @@ class _Decode:
         page_R = table_RP.gather(1, (positions_R // pages.PAGE).long()[:, None])[:, 0]
         self.place_R = page_R.long() * pages.PAGE + positions_R % pages.PAGE
 
-    def __call__(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scaling: float) -> Tensor:
-        keys, values = self.cache.layer(layer, key_RKD)
+    def __call__(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scoring: Scoring) -> Tensor:
+        keys, values = self.cache.layer(layer, key_RKD, value_RKD)
         keys.index_copy_(0, self.place_R, key_RKD)
         values.index_copy_(0, self.place_R, value_RKD)
-        out_RHD = pages.attend(query_RHD, keys, values, self.table_RP, self.positions_R, scaling)
+        out_RHD = pages.attend(query_RHD, keys, values, self.table_RP, self.positions_R, scoring)
         return out_RHD.flatten(1)
 
 

@@ -21,6 +21,7 @@ from RL2.engines.embedded.paged import PagedCache, pages_of, rounded
 from RL2.engines.memory import bytes_per_position
 from RL2.ops import paged_attention
 from RL2.ops.attention import IMPLEMENTATION
+from RL2.ops.causal_attention import Scoring
 from RL2.types import Completion, Sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,28 +38,50 @@ def small_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(paged_attention, "attend", looked_up)
 
 
-def plain(query_HD: Tensor, key_SKD: Tensor, value_SKD: Tensor, scaling: float) -> Tensor:
-    """Attention of one query over all of S, in float64."""
+def plain(query_HD: Tensor, key_SKD: Tensor, value_SKD: Tensor, scoring: Scoring) -> Tensor:
+    """Attention of one query, at the last of S positions, in float64."""
     groups = query_HD.shape[0] // key_SKD.shape[1]
     key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key_SKD, value_SKD))
-    shares_HS = (torch.einsum("hd,shd->hs", query_HD.double(), key) * scaling).softmax(-1)
-    return torch.einsum("hs,shd->hd", shares_HS, value)
+    score_HS = torch.einsum("hd,shd->hs", query_HD.double(), key) * scoring.scaling
+    if scoring.softcap:
+        score_HS = scoring.softcap * torch.tanh(score_HS / scoring.softcap)
+    if scoring.window:
+        score_HS[:, : -scoring.window] = -torch.inf
+    if scoring.sink_H is not None:
+        score_HS = torch.cat([score_HS, scoring.sink_H[:, None].double()], 1)
+    return torch.einsum("hs,shd->hd", score_HS.softmax(-1)[:, : len(key)], value)
 
 
 def looked_up(
-    query_RHD: Tensor, key_SKD: Tensor, value_SKD: Tensor, table_RP: Tensor, position_R: Tensor, scaling: float
+    query_RHD: Tensor, key_SKD: Tensor, value_SKD: Tensor, table_RP: Tensor, position_R: Tensor, scoring: Scoring
 ) -> Tensor:
     """What the kernel computes: a hundred times faster than its interpretation."""
     out = []
     for query_HD, table_P, position in zip(query_RHD, table_RP, position_R.tolist(), strict=True):
         at = torch.arange(position + 1)
         place = table_P[at // PAGE].long() * PAGE + at % PAGE
-        out.append(plain(query_HD, key_SKD[place], value_SKD[place], scaling))
+        out.append(plain(query_HD, key_SKD[place], value_SKD[place], scoring))
     return torch.stack(out).to(query_RHD.dtype)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 8), (3, 3, 64), (6, 1, 48)])
-def test_the_kernel_is_plain_attention(heads: int, kv_heads: int, size: int) -> None:
+SINKS = torch.tensor([0.5, -1.0, 3.0, 0.0])
+"""Of four heads."""
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "scoring"),
+    [
+        (4, 2, 8, Scoring(0.3)),
+        (3, 3, 64, Scoring(0.3)),
+        (6, 1, 48, Scoring(0.3)),
+        (4, 2, 8, Scoring(0.3, window=1)),
+        (4, 2, 8, Scoring(0.3, window=PAGE + 3)),
+        (4, 2, 8, Scoring(0.3, softcap=0.5)),
+        (4, 2, 8, Scoring(0.3, sink_H=SINKS)),
+        (4, 2, 8, Scoring(0.3, window=PART - 1, softcap=2.0, sink_H=SINKS)),
+    ],
+)
+def test_the_kernel_is_plain_attention(heads: int, kv_heads: int, size: int, scoring: Scoring) -> None:
     g = torch.Generator().manual_seed(0)
     lengths = [1, PAGE - 1, PAGE, PAGE + 1, PART, PART + 1, 2 * PART - 5]
     num_pages = sum(map(pages_of, lengths)) + 1
@@ -67,18 +90,21 @@ def test_the_kernel_is_plain_attention(heads: int, kv_heads: int, size: int) -> 
     pages = torch.randperm(num_pages - 1, generator=g).add(1).split([pages_of(n) for n in lengths])
     table = torch.full((len(lengths), 2 * PART_PAGES), 2**30, dtype=torch.int32)  # what is behind must not be read
     for row, (own, length) in enumerate(zip(pages, lengths, strict=True)):
-        table[row, : len(own)] = own
+        unseen = max(0, length - (scoring.window or length)) // PAGE  # pages before the window must not be read
+        table[row, unseen : len(own)] = own[unseen:]
         behind = (own[-1] * PAGE + torch.arange(PAGE))[(length - 1) % PAGE + 1 :]
         keys[behind], values[behind] = float("nan"), float("nan")
     position_R = torch.tensor(lengths) - 1
     inputs = [x.to(DEVICE) for x in (query_RHD, keys, values, table, position_R)]
-    out = paged_attention.attend(*inputs, 0.3).cpu()  # type: ignore[arg-type]
+    if scoring.sink_H is not None:
+        scoring = scoring._replace(sink_H=scoring.sink_H.to(DEVICE))
+    out = paged_attention.attend(*inputs, scoring).cpu()  # type: ignore[arg-type]
     for row, (own, length) in enumerate(zip(pages, lengths, strict=True)):
         places = (own[:, None] * PAGE + torch.arange(PAGE)).flatten()[:length]
-        right = plain(query_RHD[row], keys[places], values[places], 0.3)
+        right = plain(query_RHD[row], keys[places], values[places], scoring)
         torch.testing.assert_close(out[row].double(), right, rtol=1e-5, atol=1e-5)
-        alone = paged_attention.attend(*[x[row : row + 1] if i in (0, 3, 4) else x for i, x in enumerate(inputs)], 0.3)  # type: ignore[arg-type]
-        assert torch.equal(alone[0].cpu(), out[row])
+        alone = [x[row : row + 1] if i in (0, 3, 4) else x for i, x in enumerate(inputs)]
+        assert torch.equal(paged_attention.attend(*alone, scoring)[0].cpu(), out[row])  # type: ignore[arg-type]
 
 
 SHAPE: dict[str, Any] = {

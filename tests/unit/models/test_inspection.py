@@ -97,6 +97,17 @@ def test_sizes_and_settings_without_effect_are_no_reason(model_type: str, settin
     assert refuse_inexact(AutoModelForCausalLM, tiny_config(model_type, settings), "F") is None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lm: setattr(lm.lm_head, "bias", nn.Parameter(torch.zeros(320, device="meta"))),
+        lambda lm: lm.register_forward_hook(double_logits),
+    ],
+)
+def test_changes_that_token_stats_computes_are_packed(change: Change) -> None:
+    assert judged(change) is None
+
+
 def attention_with(**arguments: Any) -> Change:
     """Let every attention pass these on to transformers' attention interface."""
 
@@ -113,16 +124,11 @@ def attention_with(**arguments: Any) -> Change:
     ("change", "said"),
     [
         (attention_with(attention_mask=torch.zeros(1, 1, 4, 4)), "passes its own mask to attention"),
-        (attention_with(sliding_window=8), "uses a sliding window"),
-        (attention_with(softcap=20.0), "soft-caps its attention scores"),
-        (attention_with(s_aux=torch.zeros(4)), "has attention sinks"),
+        (attention_with(sliding_window=8), "masks attention by a rule that packed attention does not have"),
+        (attention_with(s_aux=torch.zeros(4, 2)), "has attention sinks that are not one number per head"),
+        (attention_with(softcap=torch.ones(())), "scales, caps or limits attention by something other than a number"),
         (attention_with(position_bias=torch.zeros(1)), "passes position_bias to attention"),
         (lambda lm: setattr(lm.model.layers[1].self_attn, "layer_idx", 0), "calls attention 2 times in 2 layers"),
-        (
-            lambda lm: setattr(lm.lm_head, "bias", nn.Parameter(torch.zeros(320, device="meta"))),
-            "has a head with a bias",
-        ),
-        (lambda lm: lm.register_forward_hook(double_logits), "changes its logits after the head"),
         (lambda lm: setattr(lm.model.layers[0], "experts", Experts()), "is a mixture of experts"),
     ],
 )

@@ -70,10 +70,13 @@ def test_blocks_are_few_and_waste_little() -> None:
     assert sum(rows * length for rows, length in attend.shapes) <= 1.1 * sum(lengths)
 
 
-def test_sliding_windows_are_refused() -> None:
-    lm = Qwen2ForCausalLM(Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=0))
+def test_masks_are_refused() -> None:
+    lm = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
     lm.set_attn_implementation(IMPLEMENTATION)
-    with pytest.raises(ValueError, match="sliding window"):
+    with pytest.raises(ValueError, match="Qwen2Attention has a mask"):
         lm.base_model(
-            input_ids=torch.zeros(1, 3, dtype=torch.long), attend=PackedAttention(torch.tensor([0, 3])), use_cache=False
+            input_ids=torch.zeros(1, 3, dtype=torch.long),
+            attention_mask=torch.zeros(1, 1, 3, 3),
+            attend=PackedAttention(torch.tensor([0, 3])),
+            use_cache=False,
         )
