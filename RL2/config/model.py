@@ -227,7 +227,7 @@ class TrainablePolicy(TrainableChat):
     """A language model with an optimizer."""
 
     lora: Lora
-    moe: Moe
+    moe: Moe = field(default_factory=Moe)
 
     logits_budget_mib: PositiveFloat | None = None
     """Maximum size of the logits in memory at a time, in MiB; null: 64 on CPUs, 512 on GPUs."""
@@ -299,7 +299,7 @@ class Actor(TrainablePolicy):
     select: Select
     kl: KL
     entropy: Entropy
-    moe: ReplayedMoe
+    moe: ReplayedMoe = field(default_factory=ReplayedMoe)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -106,7 +106,8 @@ class TokenLog:
             top_k=max(actor.request.top_k, min(ALTERNATIVES, actor.lm.config.vocab_size)),
             temperature=temperature,
         )
-        return actor.stats(batch, request, actor.config.max_inference_length_per_device).at(batch.action_T)
+        limit = actor.config.max_inference_length_per_device
+        return actor.stats(batch, request, limit, routing=actor.routing()).at(batch.action_T)
 
     def _row(
         self, trajectory: Trajectory, batch: TokenBatch, stats: TokenStats, n: int, *, cut: bool

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
@@ -27,8 +29,24 @@ UNPADDED = (12, 40, 40)
 """Padding has no gradient, but it may go to other experts, and then sums over tokens are rounded otherwise."""
 
 
-def make(model_type: str, recomputes: bool = False) -> Policy:
-    lm = tiny_model(tiny_config(model_type))
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2": ("deepseek_v2", {"first_k_dense_replace": 1, "num_experts_per_tok": 2}),
+    "deepseek_v2, groups": (
+        "deepseek_v2",
+        {
+            **{"first_k_dense_replace": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+            "topk_method": "group_limited_greedy",
+        },
+    ),
+    "deepseek_v3, groups": ("deepseek_v3", {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}),
+    "glm4_moe, groups": ("glm4_moe", {"n_group": 2, "topk_group": 1}),
+}
+"""Types that need settings to have experts, or to choose groups of experts first."""
+
+
+def make(name: str, recomputes: bool = False) -> Policy:
+    model_type, settings = SETTINGS.get(name, (name, {}))
+    lm = tiny_model(tiny_config(model_type, settings))
     for name, tensor in (*lm.named_buffers(), *lm.named_parameters()):
         if "bias" in name and tensor.shape[-1:] == (4,):
             nn.init.uniform_(tensor, -0.3, 0.3)
@@ -52,7 +70,7 @@ def run(policy: Policy, given: TokenBatch, routing: RoutingSums) -> list[Tensor]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [*FAMILIES, *SETTINGS])
 def test_its_own_choice_changes_nothing_bit_for_bit(model_type: str) -> None:
     policy, made = make(model_type, recomputes=True), batch(UNPADDED)
     own = RoutingSums(policy.routers, records=True)
@@ -68,7 +86,7 @@ def test_its_own_choice_changes_nothing_bit_for_bit(model_type: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "granitemoe", "glm4_moe", "lfm2_moe"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "granitemoe", "lfm2_moe", "deepseek_v3, groups"])
 def test_other_experts_are_taken_in_recomputation_too(model_type: str) -> None:
     policy, made = make(model_type), batch()
     own = RoutingSums(policy.routers, records=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from tiny_models import tiny_config, tiny_model
 
 from RL2.batch.packing import pack
 from RL2.config.load import load
+from RL2.config.model import ReplayedMoe
+from RL2.config.programs import RLConfig
+from RL2.config.values import build
 from RL2.errors import ConfigError
 from RL2.models.routing import RoutingSums
 from RL2.parallel.processes import Processes
@@ -110,3 +114,10 @@ def test_what_cannot_be_replayed_is_refused(make: Make, tmp_path: Path) -> None:
         configured(tmp_path, "actor.moe.replay=old")
     with pytest.raises(ConfigError, match=r"^actor\.moe\.replay=engine needs rollout\.engine=embedded, and it is vllm"):
         configured(tmp_path, "actor.moe.replay=engine", "rollout.engine=vllm")
+
+
+def test_the_configuration_of_a_run_without_these_keys_has_their_defaults(tmp_path: Path) -> None:
+    """`rl2 replay` reads configurations of earlier runs."""
+    values = json.loads(json.dumps(asdict(configured(tmp_path))))
+    del values["actor"]["moe"]
+    assert build(RLConfig, values, "").actor.moe == ReplayedMoe()
