@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERY_BLOCK = 1024
-"""Most queries that share one mask over all earlier positions."""
-WINDOW_BLOCK = 128
-"""Fewest queries that share one mask in a sliding window; windows of more than twice as many positions share more."""
+QUERY_BLOCK, SMALL_BLOCK = 1024, 128
+"""Most and fewest queries that share one mask over earlier positions."""
 
 
 class Scoring(NamedTuple):
@@ -55,8 +53,10 @@ def causal_attention(query_BHTD: Tensor, key_BKSD: Tensor, value_BKSE: Tensor, s
 def _query_blocks(num_queries: int, earlier: int, scoring: Scoring) -> list[tuple[int, int]]:
     """Split queries into blocks that have one mask each."""
     begin, size = 0, QUERY_BLOCK
-    if scoring.window is not None:
-        size = min(QUERY_BLOCK, max(WINDOW_BLOCK, scoring.window // 2))
+    if not scoring.is_plain:  # scores are in memory: few at a time stay in the cache
+        size = SMALL_BLOCK
+    elif scoring.window is not None:
+        size = min(QUERY_BLOCK, max(SMALL_BLOCK, scoring.window // 2))
     if earlier == 0 and scoring.is_plain:  # the first queries see all earlier positions, so they need no mask
         begin = num_queries if scoring.window is None else min(num_queries, scoring.window)
     rest = [(start, min(start + size, num_queries)) for start in range(begin, num_queries, size)]
