@@ -79,15 +79,18 @@ MAX_TOKENS = 16_384
 """Tokens of a microbatch, or of the longest sequence if that has more, unless another number is given."""
 
 
-def load(model_name: str | Path, device: torch.device | str | None = None) -> tuple[Policy, PreTrainedTokenizerBase]:
+def load(
+    model_name: str | Path, device: torch.device | str | None = None, dequantize: bool = False
+) -> tuple[Policy, PreTrainedTokenizerBase]:
     """Load a causal language model of a hub name or folder in float32, and its tokenizer.
 
-    `device` defaults to the GPU if there is one. `policy.lm` is the model of transformers, and `policy.parameters()`
-    are its weights. Raise ConfigError if there is no such model, or if it is not exact here (docs/models.md).
+    `device` defaults to the GPU if there is one, and `dequantize` reads a quantised checkpoint as value * scale.
+    `policy.lm` is the model of transformers, and `policy.parameters()` are its weights. Raise ConfigError if there is
+    no such model, or if it is not exact here (docs/models.md).
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with naming(KEY):
-        return Policy.load(str(model_name), device), load_tokenizer(str(model_name))
+        return Policy.load(str(model_name), device, dequantize), load_tokenizer(str(model_name))
 
 
 def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

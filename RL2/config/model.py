@@ -92,6 +92,9 @@ class Trainable:
 
     model_name: str
     """Hub name, or a folder with config.json, safetensors and tokenizer."""
+    dequantize: bool = False
+    """Read a quantised checkpoint (FP8, or int8 of compressed-tensors) as value * scale. Training and exports are not
+    quantised."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype. auto: bfloat16 on GPUs, float32 on CPUs. Trained weights and optimizer state are stored in
     float32; the frozen base under LoRA adapters is stored in the compute dtype."""
@@ -358,6 +361,8 @@ class RefActor:
 
     model_name: str = interpolated("${actor.model_name}")
     """Hub name or folder of the reference model; by default the model that training starts from."""
+    dequantize: bool = interpolated("${actor.dequantize}")
+    """Read a quantised checkpoint as value * scale."""
     max_inference_length_per_device: Count = interpolated("${actor.max_inference_length_per_device}")
     """Tokens of a microbatch per process."""
 

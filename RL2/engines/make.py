@@ -23,6 +23,7 @@ from RL2.models.conversion import is_stored_by_name
 from RL2.models.dtypes import compute_dtype
 from RL2.models.multimodal import checkpoint_config
 from RL2.models.policy import empty_model
+from RL2.models.quantised import quantisation_of
 from RL2.ops.attention import is_packed
 from RL2.parallel.processes import Processes
 
@@ -82,6 +83,11 @@ def refuse_other_layout(lm: PreTrainedModel, engine: str) -> None:
         raise ConfigError(
             f"rollout.engine={engine}: {checkpoint.model_type} is multimodal, and weights of its text part are not "
             "sent to servers yet; use rollout.engine=embedded"
+        )
+    if (quantised := quantisation_of(lm)) is not None:
+        raise ConfigError(
+            f"rollout.engine={engine}: servers would load the checkpoint's {quantised.method} weights, and trained "
+            "weights are not quantised; use rollout.engine=embedded, or export the model first"
         )
     if not is_stored_by_name(lm):
         raise ConfigError(

@@ -22,6 +22,7 @@ from torch.utils.module_tracker import ModuleTracker
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from RL2.errors import ModelError, first_line
+from RL2.models.quantised import READABLE, method_of
 from RL2.models.structure import (
     Unpacked,
     Unsupported,
@@ -125,12 +126,11 @@ def _why_not_packed(lm: PreTrainedModel) -> str | None:
 
 
 def _refuse_quantised(config: PretrainedConfig) -> None:
-    settings = getattr(config, "quantization_config", None)
-    if settings is not None:
-        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = method_of(config)
+    if method is not None:
+        ask = "set dequantize=true beside model_name, or " if method in READABLE else ""
         raise Unsupported(
-            f"is quantised ({method or 'quantization_config'}), and its scales would be lost; "
-            "use a checkpoint in bfloat16 or float32"
+            f"is quantised ({method}), and its scales would be lost; {ask}use a checkpoint in bfloat16 or float32"
         )
 
 

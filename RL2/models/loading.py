@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,19 +16,21 @@ import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from RL2.errors import ModelError, first_line
 from RL2.models.conversion import Conversion, conversions
 from RL2.models.inspection import refuse_inexact, stored_buffers
 from RL2.models.lora import merged_name
 from RL2.models.multimodal import multimodal, note_checkpoint, refuse_other_text, text_part
+from RL2.models.quantised import method_of, note_quantisation, quantisation_of, take_quantisation, with_scales
+from RL2.models.stored import FLOATS, Stored, is_equal, read_value, refuse_not_finite, stored_tensors
 from RL2.models.structure import reset_buffers
 from RL2.ops.attention import IMPLEMENTATION
 
@@ -40,50 +40,21 @@ Initial = Callable[[str, torch.Size], Tensor | None]
 """Function from (name, shape) of a parameter that a checkpoint lacks to its initial value; None if it is required."""
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a safetensors file, described by its header."""
-
-    file: Path
-    dtype: str
-    """Type as safetensors names it: F32, BF16, F8_E4M3, ..."""
-    shape: tuple[int, ...]
-
-
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Types of stored tensors by safetensors' names."""
-FLOATS = {"F64", "F32", "F16", "BF16"}
-"""Stored types with plain values; others need the scales of a quantised checkpoint."""
 FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 """Patterns of names that old checkpoints store and that are computed today."""
 SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 """Patterns of the other files of a checkpoint: of the configuration, of tokenizers and processors."""
-READ_AT_ONCE = 2**24
-"""Number of values of a stored tensor that are read at a time."""
 
 
-def build(auto: type, model_name: str, **settings: object) -> PreTrainedModel:
+def build(auto: type, model_name: str, dequantize: bool = False, **settings: object) -> PreTrainedModel:
     """Return the model of a hub name or folder, built by the auto class `auto`: float32, on the meta device.
 
-    It calls packed attention where that is exact. Raise ModelError if there is no such model, or if it is neither
-    exact packed nor row by row.
+    It calls packed attention where that is exact. `dequantize` lets its checkpoint be quantised. Raise ModelError if
+    there is no such model, or if it is neither exact packed nor row by row.
     """
     refuse_no_model(model_name)
     whole = _configuration(model_name, **settings)
+    quantisation = take_quantisation(whole, model_name) if dequantize else None
     config = text_part(whole)
     if config is not whole:
         config.update(settings)
@@ -92,6 +63,8 @@ def build(auto: type, model_name: str, **settings: object) -> PreTrainedModel:
     if config is not whole:
         note_checkpoint(lm, whole)
         refuse_other_text(lm)
+    if quantisation is not None:
+        note_quantisation(lm, quantisation)
     if (generation := _generation(model_name)) is not None:
         lm.generation_config = generation
     return lm
@@ -103,6 +76,11 @@ def configuration(model_name: str) -> PretrainedConfig:
     Raise ModelError if it cannot be read.
     """
     return text_part(_configuration(model_name))
+
+
+def is_quantised(model_name: str) -> bool:
+    """Return whether a model's checkpoint is quantised. Raise ModelError if its configuration cannot be read."""
+    return method_of(_configuration(model_name)) is not None
 
 
 def _configuration(model_name: str, **settings: object) -> PretrainedConfig:
@@ -156,58 +134,48 @@ def read_weights(
     or if `match_weights` refuses the files.
     """
     folder = weights_folder(model_name)
-    stored = stored_tensors(folder, model_name)
+    stored = tensors_for(lm, folder, model_name)
     reader = HuggingFaceStorageReader(str(folder))
     reader.fs = _Listing({one.file for one in stored.values()})
     match = match_weights(lm, stored, model_name, initial, unread)
     for tensor, value in match.values:
         _set(tensor, value)
+    plain = {name: tensor for name, tensor in match.state.items() if stored[name].scale is None}
     try:
         with warnings.catch_warnings(action="ignore"):  # about reading without the other processes
-            dcp.load(match.state, storage_reader=reader, no_dist=True)
+            dcp.load(plain, storage_reader=reader, no_dist=True)
         _convert(lm, match, stored, model_name)
     except (dcp.CheckpointException, ValueError, SafetensorError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise ModelError(f"{model_name}: its weights cannot be read: {first_line(cause)}") from error
-    for name, tensor in match.state.items():
+    for name, tensor in plain.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        _refuse_not_finite(name, local, stored[name], model_name)
+        refuse_not_finite(name, local, stored[name], model_name)
+
+
+def tensors_for(lm: PreTrainedModel, folder: Path, model_name: str) -> dict[str, Stored]:
+    """Return the tensors in a folder's safetensors by name, with scales if `lm` reads a quantised checkpoint."""
+    return with_scales(stored_tensors(folder, model_name), quantisation_of(lm), model_name)
 
 
 def _convert(lm: PreTrainedModel, match: Match, stored: dict[str, Stored], model_name: str) -> None:
-    """Fill the parameters that are stored in another layout; each process reads one conversion's tensors at a time."""
+    """Fill the parameters that are quantised or stored in another layout.
+
+    Each process reads the whole tensors of one parameter or conversion at a time.
+    """
 
     def read(name: str) -> Tensor:
-        with safe_open(stored[name].file, framework="pt") as opened:
-            value: Tensor = opened.get_tensor(name)
-        _refuse_not_finite(name, value, stored[name], model_name)
+        value = read_value(name, stored[name])
+        refuse_not_finite(name, value, stored[name], model_name)
         return value
 
     with torch.no_grad():
+        for name, tensor in match.state.items():
+            if stored[name].scale is not None:
+                _set(tensor, read(name))
         for conversion, tensors in match.converted:
             for name, value in conversion(lm, read).items():
                 _set(tensors[name], value)
-
-
-def check_values(names: Collection[str], stored: dict[str, Stored], model_name: str) -> Iterator[int]:
-    """Read the stored tensors `names` piece by piece, and yield the number of bytes of each piece.
-
-    Raise ModelError for a value that is NaN or infinite.
-    """
-    for file in sorted({stored[name].file for name in names}):
-        with safe_open(file, framework="pt") as opened:
-            for name in (name for name in names if stored[name].file == file):
-                for piece in _pieces(opened.get_slice(name), stored[name].shape):
-                    _refuse_not_finite(name, piece, stored[name], model_name)
-                    yield piece.nbytes
-
-
-def _refuse_not_finite(name: str, values: Tensor, stored: Stored, model_name: str) -> None:
-    if values.numel() and values.is_floating_point() and not torch.stack(torch.aminmax(values)).isfinite().all():
-        raise ModelError(
-            f"{model_name}: {name} in {stored.file.name} has values that are NaN or infinite: the weights are broken; "
-            "use another checkpoint"
-        )
 
 
 @dataclass
@@ -311,13 +279,13 @@ def _match_other_layout(
         tensors = {name: lacking.pop(name) for name in computed}
         for name, tensor in tensors.items():
             for each in of:
-                whole = Stored(stored[each].file, stored[each].dtype, tuple(computed[name].shape))
+                whole = replace(stored[each], shape=tuple(computed[name].shape))
                 _refuse_other_numbers(f"{each} (for {name})", whole, tensor, model_name)
         match.converted.append((conversion, tensors))
 
 
 def _refuse_other_numbers(name: str, found: Stored, tensor: Tensor, model_name: str) -> None:
-    if tensor.is_floating_point() and found.dtype not in FLOATS:
+    if tensor.is_floating_point() and found.dtype not in FLOATS and found.scale is None:
         raise ModelError(
             f"{model_name}: {name} is stored as {found.dtype} ({found.file.name}): the model is quantised, and its "
             "scales would be lost; use a checkpoint in bfloat16 or float32"
@@ -332,84 +300,11 @@ def _refuse_other_numbers(name: str, found: Stored, tensor: Tensor, model_name: 
 def _refuse_another_value(names: list[str], stored: dict[str, Stored], model_name: str) -> None:
     """Raise ModelError if a tied weight is stored under two names with different values: one would be lost."""
     for other in names[1:]:
-        if not _equal(names[0], stored[names[0]], other, stored[other]):
+        if not is_equal(names[0], stored[names[0]], other, stored[other]):
             raise ModelError(
                 f"{model_name}: {names[0]} and {other} are tied (tie_word_embeddings) but have different values; "
                 "set tie_word_embeddings to false in config.json to keep both"
             )
-
-
-def _equal(name: str, one: Stored, other_name: str, other: Stored) -> bool:
-    """Compare two stored tensors piece by piece."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    with safe_open(one.file, framework="pt") as a, safe_open(other.file, framework="pt") as b:
-        left, right = (_pieces(opened.get_slice(key), one.shape) for opened, key in ((a, name), (b, other_name)))
-        return all(map(torch.equal, left, right))
-
-
-def _pieces(stored: Any, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """Yield the rows of a slice of `safe_open`, at most `READ_AT_ONCE` values at a time."""
-    if not shape:
-        yield stored[...]
-        return
-    rows = max(1, READ_AT_ONCE // max(1, math.prod(shape[1:])))
-    for i in range(0, shape[0], rows):
-        yield stored[i : i + rows]
-
-
-def stored_tensors(folder: Path, model_name: str) -> dict[str, Stored]:
-    """Return the tensors in a folder's safetensors by name; only the headers are read.
-
-    Raise ModelError, naming the file, if one is broken, if one of the index is missing, or if two hold a tensor of the
-    same name.
-    """
-    found: dict[str, Stored] = {}
-    for file in _weight_files(folder, model_name):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - safe_open is no dictionary
-                    part = opened.get_slice(name)
-                    stored = Stored(file, part.get_dtype(), tuple(part.get_shape()))
-                    if name in found:
-                        raise ModelError(
-                            f"{model_name}: {name} is stored in {found[name].file.name} and in {file.name}; "
-                            "keep only the files of one checkpoint in the folder"
-                        )
-                    found[name] = stored
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{model_name}: {file.name} is broken ({first_line(error)}); was a download or a copy cut off? "
-                "Remove it and download it again"
-            ) from error
-    if not found:
-        why = f"no *.safetensors in {folder}"
-        if begun := list(folder.glob("../../blobs/*.incomplete")):  # `folder` is a snapshot in the hub's cache
-            why = f"the download was cut off at {begun[0].name}; download it again"
-        raise ModelError(f"{model_name} has no weights in safetensors format ({why})")
-    return found
-
-
-def _weight_files(folder: Path, model_name: str) -> list[Path]:
-    """Return the files that transformers would load: `model.safetensors`, else those of the index, else all.
-
-    The folder may also hold the weights in another library's layout, an adapter, or old shards.
-    """
-    if (whole := folder / SAFE_WEIGHTS_NAME).is_file():
-        return [whole]
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        named = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{model_name}: {index.name} is broken ({first_line(error)})") from error
-    if missing := [file for file in named if not (folder / file).is_file()]:
-        raise ModelError(
-            f"{model_name}: {missing[0]} is listed in {index.name} but missing, with {len(missing)} of {len(named)} "
-            "files in all; download the model again"
-        )
-    return [folder / file for file in named]
 
 
 class _Listing(FileSystem):

@@ -1,4 +1,7 @@
-"""Parts of a multimodal checkpoint that are not trained: copied from its files into an export, byte for byte."""
+"""Parts of a multimodal checkpoint that are not trained: copied from its files into an export, byte for byte.
+
+Quantised tensors are the exception: the export has no quantisation, so they become value * scale in float32.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from RL2.models.conversion import stored_layout, weight_shapes
-from RL2.models.loading import SETTINGS_FILES, TORCH_DTYPES, Stored, stored_tensors, weights_folder
+from RL2.models.loading import SETTINGS_FILES, tensors_for, weights_folder
 from RL2.models.multimodal import Multimodal, multimodal
+from RL2.models.stored import TORCH_DTYPES, Stored, read_value
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,16 @@ class OtherParts:
     def shapes(self) -> dict[str, Tensor]:
         """The tensors on the meta device."""
         return {
-            name: torch.empty(each.shape, dtype=TORCH_DTYPES[each.dtype], device="meta")
+            name: torch.empty(
+                each.shape, dtype=TORCH_DTYPES[each.dtype if each.scale is None else "F32"], device="meta"
+            )
             for name, each in self.stored.items()
         }
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors, one at a time."""
         for name, each in self.stored.items():
-            with safe_open(each.file, framework="pt") as opened:
-                yield name, opened.get_tensor(name)
+            yield name, read_value(name, each)
 
     def layout(self, lm: PreTrainedModel) -> Callable[[str, Tensor], dict[str, Tensor]]:
         """Return a function from a parameter's name and value to the tensors that this checkpoint has of it.
@@ -63,6 +67,8 @@ class OtherParts:
         """Copy the configuration, with float32 as the type of the weights, and the files of processors to `folder`."""
         config = json.loads((self.folder / CONFIG_NAME).read_text())
         config.pop("torch_dtype", None)
+        for part in (config, config["text_config"]):
+            part.pop("quantization_config", None)
         (folder / CONFIG_NAME).write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
         for file in (file for pattern in SETTINGS_FILES for file in sorted(self.folder.glob(pattern))):
             if file.name != SAFE_WEIGHTS_INDEX_NAME and not (folder / file.name).exists():
@@ -79,6 +85,6 @@ def other_parts(lm: PreTrainedModel) -> OtherParts | None:
         return None
     name = str(lm.name_or_path)
     folder = weights_folder(name)
-    stored = stored_tensors(folder, name)
+    stored = tensors_for(lm, folder, name)
     text, others = whole.split(stored)
     return OtherParts(whole, folder, text, {name: stored[name] for name in others})

@@ -53,10 +53,10 @@ class PackedModel(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def build(model_name: str) -> PreTrainedModel:
+    def build(model_name: str, dequantize: bool = False) -> PreTrainedModel:
         """Build the model of a hub name or folder on the meta device.
 
-        Raise ModelError if it is missing or not supported.
+        `dequantize` lets its checkpoint be quantised. Raise ModelError if it is missing or not supported.
         """
 
     def initial(self, name: str, shape: torch.Size) -> Tensor | None:
@@ -64,9 +64,9 @@ class PackedModel(nn.Module, ABC):
         return first_value(name, shape)
 
     @classmethod
-    def load(cls, model_name: str, device: torch.device | str = "cpu") -> Self:
+    def load(cls, model_name: str, device: torch.device | str = "cpu", dequantize: bool = False) -> Self:
         """Load the whole model on this process, in float32."""
-        model = cls(cls.build(model_name))
+        model = cls(cls.build(model_name, dequantize))
         model.fill(model_name, torch.device(device))
         return model
 

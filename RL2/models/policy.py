@@ -51,8 +51,8 @@ class Policy(PackedModel):
         self.logit_transform = logit_transform(lm)
 
     @staticmethod
-    def build(model_name: str) -> PreTrainedModel:
-        return build(AutoModelForCausalLM, model_name)
+    def build(model_name: str, dequantize: bool = False) -> PreTrainedModel:
+        return build(AutoModelForCausalLM, model_name, dequantize)
 
     def forward(
         self,
@@ -104,9 +104,9 @@ def head(lm: PreTrainedModel) -> nn.Linear:
     return lm.get_output_embeddings()
 
 
-def load_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(model_name: str, dtype: torch.dtype, dequantize: bool = False) -> PreTrainedModel:
     """Load the whole causal LM of a hub name or folder in `dtype`, packed or with its own forward as in training."""
-    lm = Policy.load(model_name).lm
+    lm = Policy.load(model_name, dequantize=dequantize).lm
     for parameter in lm.parameters():  # the rotary frequencies stay float32
         parameter.data = parameter.data.to(dtype)
     return lm

@@ -27,9 +27,9 @@ class ValueModel(PackedModel):
     UNREAD = (r"^lm_head\.",)
 
     @staticmethod
-    def build(model_name: str) -> PreTrainedModel:
+    def build(model_name: str, dequantize: bool = False) -> PreTrainedModel:
         """Build a backbone with a linear head to one number."""
-        lm = build(AutoModelForSequenceClassification, model_name, num_labels=1)
+        lm = build(AutoModelForSequenceClassification, model_name, dequantize, num_labels=1)
         head = getattr(lm, "score", None)
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ModelError(f"{model_name}: {type(lm).__name__} has no linear head `score` without a bias")

@@ -16,6 +16,7 @@ from RL2.data.template import change_template
 from RL2.errors import ConfigError, first_line, naming
 from RL2.io import durable
 from RL2.io.checkpoint import NOTES, damage, load_weights, models, stored_weights
+from RL2.models.loading import is_quantised
 from RL2.models.lora import add_adapters, export_adapter, is_adapter
 from RL2.models.multimodal import multimodal
 from RL2.models.policy import Policy, load_tokenizer
@@ -50,7 +51,7 @@ def export(checkpoint: Path, out: Path, model_name: str, *, adapter: bool) -> No
         tokenizer = load_tokenizer(model_name)
         change_template(tokenizer, began["chat_template"], began["chat_template_kwargs"] or {}, group)
         kind = ValueModel if group == "critic" else Policy
-        lm = kind.build(model_name)
+        lm = kind.build(model_name, dequantize=is_quantised(model_name))
         if has_adapters:
             add_adapters(lm, build(Lora, began["lora"], "actor.lora"), torch.float32, model_name, "actor")
         model = kind(lm)

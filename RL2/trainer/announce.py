@@ -6,6 +6,7 @@ from RL2.config.programs import RLConfig
 from RL2.config.trainer import Trainer as TrainerConfig
 from RL2.models.inspection import own_forward_line
 from RL2.models.multimodal import multimodal_line
+from RL2.models.quantised import quantised_line
 from RL2.trainer.tasks import TestTasks
 from RL2.workers.learner import Learner
 from RL2.workers.worker import Worker
@@ -30,7 +31,8 @@ def describe_model(name: str, worker: Worker) -> str:
     dtype, device = str(worker.dtype).removeprefix("torch."), worker.processes.device.type
     number = worker.processes.world_size
     where = f"on {device}" if number == 1 else f"on {number} processes ({device})"
-    said = [multimodal_line(worker.lm) if isinstance(worker, Learner) else None, own_forward_line(worker.lm)]
+    said = [multimodal_line(worker.lm) if isinstance(worker, Learner) else None]
+    said += [quantised_line(worker.lm), own_forward_line(worker.lm)]
     described = f"{name}: {worker.lm.name_or_path}: {type(worker.lm).__name__}, {size}, {dtype}, {where}"
     return "; ".join([described, *filter(None, said)])
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from RL2.batch.registry import configured as estimator_of
 from RL2.config.here import missing_for_critic, missing_here
-from RL2.config.model import Trainable, TrainableChat, TrainablePolicy, num_shards
+from RL2.config.model import Critic, RefActor, Trainable, TrainableChat, TrainablePolicy, num_shards
 from RL2.config.programs import Config, DPOConfig, RLConfig, SFTConfig, trained
 from RL2.data.bad_rows import BadRows
 from RL2.data.chat import is_chat, question_of
@@ -36,10 +36,12 @@ from RL2.io.progress import Progress
 from RL2.io.run_lock import refuse_if_running
 from RL2.models.dtypes import compute_dtype
 from RL2.models.inspection import own_forward_line
-from RL2.models.loading import check_values, folder_here, match_weights, refuse_no_model, stored_tensors
+from RL2.models.loading import folder_here, match_weights, refuse_no_model, tensors_for
 from RL2.models.multimodal import multimodal_line
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, configured_tokenizer, end_tokens, max_length, refuse_unknown_tokens, stop_tokens
+from RL2.models.quantised import quantised_line
+from RL2.models.stored import check_values
 from RL2.models.value import ValueModel
 from RL2.ops.attention import is_packed
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
@@ -146,9 +148,9 @@ def look_at_model(
             found.miss("model", f"{name}, on the hub")
             return None, None
         tokenizer = configured_tokenizer(replace(model, model_name=str(folder)), group)
-        lm = look_at_weights(kind, folder, name, found.progress)
+        lm = look_at_weights(kind, folder, name, model.dequantize, found.progress)
     said = f"{type(lm).__name__}, {count(sum(p.numel() for p in lm.parameters()))} parameters"
-    found.say("model", name, said, *filter(None, (multimodal_line(lm), own_forward_line(lm))))
+    found.say("model", name, said, *filter(None, (multimodal_line(lm), quantised_line(lm), own_forward_line(lm))))
     if model.gradient_checkpointing:
         refuse_no_recomputation(lm, group)
     if isinstance(model, TrainablePolicy):
@@ -169,11 +171,13 @@ def folder_of(name: str) -> Path | None:
         raise
 
 
-def look_at_weights(kind: type[PackedModel], folder: Path, name: str, progress: Progress) -> PreTrainedModel:
+def look_at_weights(
+    kind: type[PackedModel], folder: Path, name: str, dequantize: bool, progress: Progress
+) -> PreTrainedModel:
     """Build the model of `folder` without memory, and check its weights, if they are there: headers, then values."""
-    lm = kind.build(name if folder == Path(name) else str(folder))
+    lm = kind.build(name if folder == Path(name) else str(folder), dequantize)
     if folder == Path(name) or any(folder.glob("*.safetensors")):  # otherwise they are still to be fetched
-        stored = stored_tensors(folder, name)
+        stored = tensors_for(lm, folder, name)
         match = match_weights(lm, stored, name, kind(lm).initial, kind.UNREAD)
         total = sum(file.stat().st_size for file in {each.file for each in stored.values()})
         with progress.phase(f"looking through the weights of {name}", total / GIB, "GiB") as phase:
@@ -184,26 +188,27 @@ def look_at_weights(kind: type[PackedModel], folder: Path, name: str, progress: 
 
 def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTrainedModel]:
     """Look at the reference and the critic, where the run loads them; return those on this machine by key."""
-    used: list[tuple[str, str, type[PackedModel], Trainable]] = []  # with the one whose layout it has
+    used: list[tuple[str, RefActor | Critic, type[PackedModel], Trainable]] = []  # with the one whose layout it has
     if isinstance(config, RLConfig | DPOConfig):
         has_reference = config.actor.kl.coef > 0 if isinstance(config, RLConfig) else not config.actor.reference_free
         if has_reference and config.ref_actor.model_name != config.actor.model_name:
-            used.append(("ref_actor", config.ref_actor.model_name, Policy, config.actor))
+            used.append(("ref_actor", config.ref_actor, Policy, config.actor))
     if isinstance(config, RLConfig) and estimator_of(config.adv).needs_critic:
-        used.append(("critic", config.critic.model_name, ValueModel, config.critic))
+        used.append(("critic", config.critic, ValueModel, config.critic))
     models = {}
-    for group, name, kind, model in used:
+    for group, settings, kind, model in used:
+        name = settings.model_name
         key = f"{group}.model_name"
         with naming(key):
             if (folder := folder_of(name)) is None:
                 found.miss(group, f"{name}, on the hub")
                 continue
-            lm = models[key] = look_at_weights(kind, folder, name, found.progress)
+            lm = models[key] = look_at_weights(kind, folder, name, settings.dequantize, found.progress)
         check_sizes(lm, model.tp_size, model.sp_size, group)
         if kind is ValueModel and model.gradient_checkpointing:
             refuse_no_recomputation(lm, group)
-        whole = multimodal_line(lm) if kind is ValueModel else None
-        found.say(group, f"{name}, {type(lm).__name__}", *filter(None, (whole, own_forward_line(lm))))
+        lines = multimodal_line(lm) if kind is ValueModel else None, quantised_line(lm), own_forward_line(lm)
+        found.say(group, f"{name}, {type(lm).__name__}", *filter(None, lines))
     return models
 
 

@@ -140,7 +140,8 @@ class RefActor(Worker):
 
     def __init__(self, config: RefActorConfig, actor: ActorConfig, mesh: Mesh, processes: Processes) -> None:
         """Load the reference; `actor` and `mesh` are the actor's."""
-        super().__init__(config.model_name, actor.dtype, mesh, processes, "ref_actor", Policy, actor.offload_model)
+        where = mesh, processes, "ref_actor", Policy, actor.offload_model
+        super().__init__(config.model_name, actor.dtype, *where, dequantize=config.dequantize)
         self.policy.requires_grad_(False)
         self.request = StatsRequest(("logp",), temperature=actor.temperature, budget_mib=actor.logits_budget_mib)
         self.limit = config.max_inference_length_per_device

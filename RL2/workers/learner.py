@@ -50,7 +50,8 @@ class Learner(Worker):
         """
         mesh = Mesh.make(processes, config, group)
         lora = config.lora if isinstance(config, TrainablePolicy) and config.lora.rank else None
-        super().__init__(config.model_name, config.dtype, mesh, processes, group, model, config.offload_model, lora)
+        where = mesh, processes, group, model, config.offload_model
+        super().__init__(config.model_name, config.dtype, *where, lora, config.dequantize)
         self.config, self.total_steps, self.save_dir = config, total_steps, save_dir
         self.moe = config.moe if isinstance(config, TrainablePolicy) else Moe()
         refuse_no_routers(self.lm, self.moe)

@@ -52,16 +52,17 @@ class Worker:
         model: type[PackedModel] = Policy,
         offload_model: bool = False,
         lora: Lora | None = None,
+        dequantize: bool = False,
     ) -> None:
         """Load `model_name` as a `model` on `mesh`, with adapters if `lora` is given.
 
-        `group` is the prefix of its configuration keys.
+        `dequantize` lets the checkpoint be quantised. `group` is the prefix of its configuration keys.
         """
         self.processes, self.mesh = processes, mesh
         self.dtype = compute_dtype(dtype, processes.device)
         key = f"{group}.model_name"
         with naming(key):
-            lm = model.build(model_name)
+            lm = model.build(model_name, dequantize)
         check_sizes(lm, mesh.tp_size, mesh.sp_size, group)
         self.has_adapters = lora is not None
         if lora is not None:

@@ -44,6 +44,8 @@ BY_SCORE = "judged_by_score"
 """Key in a summary: number of samples without a reward."""
 IDLE = "weights_without_part"
 """Key in a summary: weights of parts that no response has."""
+UNCOUNTED = ("model", "data", "env", "out", "limit", "dequantize")
+"""Settings of `EvalConfig` that are in a key by their content, or not at all."""
 GREEDY = -1
 """Sample number of the greedy response of a problem."""
 
@@ -55,6 +57,7 @@ class EvalConfig:
     model: str
     data: str
     env: str
+    dequantize: bool = False
     samples: Index = 0
     greedy: bool = True
     temperature: PositiveFloat = 1.0
@@ -97,7 +100,8 @@ def evaluate(
     if left:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with naming("model"):
-            lm = load_model(config.model, compute_dtype("auto", device)).to(device)  # type: ignore[arg-type]
+            lm = load_model(config.model, compute_dtype("auto", device), config.dequantize)
+            lm = lm.to(device)  # type: ignore[arg-type]
             stop = stop_tokens(lm, tokenizer, template)
         engine = EmbeddedEngine(
             lm,
@@ -383,7 +387,7 @@ def key(config: EvalConfig, prompts: Sequence[Prompt]) -> str:
     digest.update(Path(config.env).read_bytes())
     for prompt in prompts:
         digest.update(json.dumps([prompt.row, prompt.token_ids, prompt.extra_info], default=str).encode())
-    sampling = {k: v for k, v in asdict(config).items() if k not in ("model", "data", "env", "out", "limit")}
+    sampling = {k: v for k, v in asdict(config).items() if k not in UNCOUNTED}
     if not config.weights:  # evaluations older than this setting keep their name
         del sampling["weights"]
     digest.update(json.dumps(sampling, sort_keys=True).encode())

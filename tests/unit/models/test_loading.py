@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from RL2.errors import ConfigError
-from RL2.models.loading import check_values, match_weights, refuse_no_model, stored_tensors
+from RL2.models.loading import match_weights, refuse_no_model
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, export, load_model, load_tokenizer, max_length
+from RL2.models.stored import check_values, stored_tensors
 from RL2.models.value import ValueModel
 
 SHAPE = {
@@ -231,7 +232,7 @@ def test_a_value_that_is_no_number_is_refused(
 
 
 def test_all_values_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("RL2.models.loading.READ_AT_ONCE", 100)  # so that tensors come in pieces, the last one smaller
+    monkeypatch.setattr("RL2.models.stored.READ_AT_ONCE", 100)  # so that tensors come in pieces, the last one smaller
     folder = saved(tmp_path, lambda t: None)
     stored = stored_tensors(folder, str(folder))
     names = match_weights(Policy.build(str(folder)), stored, str(folder)).names

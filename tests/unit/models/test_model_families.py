@@ -30,9 +30,10 @@ from RL2.batch.packing import pack_tokens
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.errors import ConfigError
 from RL2.models.inspection import refuse_inexact
-from RL2.models.loading import match_weights, stored_tensors
+from RL2.models.loading import match_weights
 from RL2.models.multimodal import text_part
 from RL2.models.policy import Policy, empty_model, export, named_weights
+from RL2.models.stored import stored_tensors
 from RL2.types import Sampling, StatsRequest
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"

@@ -19,10 +19,11 @@ from RL2.config.load import load
 from RL2.config.programs import trained
 from RL2.engines.make import refuse_other_layout
 from RL2.errors import ConfigError
-from RL2.models.loading import match_weights, stored_tensors
+from RL2.models.loading import match_weights
 from RL2.models.multimodal import multimodal_line, note_checkpoint
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, export, max_length
+from RL2.models.stored import stored_tensors
 from RL2.models.value import VALUE, ValueModel
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch, TokenStats
