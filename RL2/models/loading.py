@@ -23,12 +23,13 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from RL2.errors import ModelError, first_line
 from RL2.models.conversion import Conversion, conversions
 from RL2.models.inspection import refuse_inexact, stored_buffers
 from RL2.models.lora import merged_name
-from RL2.models.multimodal import multimodal, note_checkpoint, refuse_other_text, text_part
+from RL2.models.multimodal import checkpoint_config, multimodal, note_checkpoint, refuse_other_text, text_part
 from RL2.models.quantised import method_of, note_quantisation, quantisation_of, take_quantisation, with_scales
 from RL2.models.stored import FLOATS, Stored, is_equal, read_value, refuse_not_finite, stored_tensors
 from RL2.models.structure import reset_buffers
@@ -42,8 +43,8 @@ Initial = Callable[[str, torch.Size], Tensor | None]
 
 FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 """Patterns of names that old checkpoints store and that are computed today."""
-SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
-"""Patterns of the other files of a checkpoint: of the configuration, of tokenizers and processors."""
+PROCESSOR_FILES = ("*processor_config.json", LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)
+"""Patterns of the files of a multimodal model's processor."""
 
 
 def build(auto: type, model_name: str, dequantize: bool = False, **settings: object) -> PreTrainedModel:
@@ -133,7 +134,7 @@ def read_weights(
     Each process reads only its own pieces, directly from the files. Raise ModelError if a file is missing or broken,
     or if `match_weights` refuses the files.
     """
-    folder = weights_folder(model_name)
+    folder = weights_folder(model_name, () if checkpoint_config(lm) is None else PROCESSOR_FILES)
     stored = tensors_for(lm, folder, model_name)
     reader = HuggingFaceStorageReader(str(folder))
     reader.fs = _Listing({one.file for one in stored.values()})
@@ -388,11 +389,14 @@ def _exportable(folder: Path) -> str:
     return ""
 
 
-def weights_folder(model_name: str) -> Path:
-    """Return the folder of a model's weight files, downloading them from the hub if needed."""
+def weights_folder(model_name: str, also: tuple[str, ...] = ()) -> Path:
+    """Return the folder of a model's weight files, downloading them from the hub if needed.
+
+    `also` are patterns of other files to download.
+    """
     if Path(model_name).is_dir():
         return Path(model_name)
     try:
-        return Path(snapshot_download(model_name, allow_patterns=["*.safetensors", *SETTINGS_FILES]))
+        return Path(snapshot_download(model_name, allow_patterns=["*.safetensors", "*.safetensors.index.json", *also]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ModelError(f"{model_name}: {first_line(error)}") from error

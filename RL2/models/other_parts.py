@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from RL2.models.conversion import stored_layout, weight_shapes
-from RL2.models.loading import SETTINGS_FILES, tensors_for, weights_folder
+from RL2.models.loading import PROCESSOR_FILES, tensors_for, weights_folder
 from RL2.models.multimodal import Multimodal, multimodal
 from RL2.models.stored import TORCH_DTYPES, Stored, read_value
 
@@ -70,8 +71,9 @@ class OtherParts:
         for part in (config, config["text_config"]):
             part.pop("quantization_config", None)
         (folder / CONFIG_NAME).write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
-        for file in (file for pattern in SETTINGS_FILES for file in sorted(self.folder.glob(pattern))):
-            if file.name != SAFE_WEIGHTS_INDEX_NAME and not (folder / file.name).exists():
+        for file in (file for pattern in PROCESSOR_FILES for file in self.folder.glob(pattern)):
+            # a processor would prefer the former file of the template to the one that the tokenizer has just written
+            if file.name != LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE or not (folder / CHAT_TEMPLATE_FILE).exists():
                 shutil.copyfile(file, folder / file.name)
 
 
@@ -84,7 +86,7 @@ def other_parts(lm: PreTrainedModel) -> OtherParts | None:
     if whole is None:
         return None
     name = str(lm.name_or_path)
-    folder = weights_folder(name)
+    folder = weights_folder(name, PROCESSOR_FILES)
     stored = tensors_for(lm, folder, name)
     text, others = whole.split(stored)
     return OtherParts(whole, folder, text, {name: stored[name] for name in others})

@@ -42,6 +42,7 @@ def make(folder: Path, model_type: str, text: dict[str, Any] | None = None) -> P
     stored = {name: x.bfloat16() if "vis" in name else x for name, x in stored.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "of the processor"}))
     whole.load_state_dict({name: x.bfloat16() if "vis" in name else x for name, x in whole.state_dict().items()})
     return whole
 
@@ -87,6 +88,7 @@ def test_a_step_trains_the_text_and_exports_the_whole(
     config, their_config = (json.loads((tmp_path / each / "config.json").read_text()) for each in ("out", "model"))
     assert config == {**their_config, "dtype": "float32"}
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == PROCESSOR
+    assert not (tmp_path / "out" / "chat_template.json").exists(), "it would hide the template of training"
 
     again, loading = type(whole).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading.values()), loading

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from transformers import Qwen3Config
+from transformers import Mistral3Config, Qwen3Config
 from typer.testing import CliRunner
 
 from RL2.errors import UserError
@@ -182,6 +182,13 @@ def test_the_shape_of_a_folder(tmp_path: Path) -> None:
     Qwen3Config(hidden_size=64, num_hidden_layers=3, vocab_size=100, tie_word_embeddings=True).save_pretrained(tmp_path)
     shape = parse_settings(PlanRequest, [f"model={tmp_path}", "gpus=2"]).shape
     assert (shape.hidden, shape.layers, shape.vocabulary, shape.tied) == (64, 3, 100, True)
+
+
+def test_the_shape_of_a_multimodal_folder_is_that_of_its_text(tmp_path: Path) -> None:
+    text = {"model_type": "mistral", "hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 100}
+    Mistral3Config(text_config=text).save_pretrained(tmp_path)
+    shape = parse_settings(PlanRequest, [f"model={tmp_path}", "gpus=2"]).shape
+    assert (shape.hidden, shape.layers, shape.vocabulary) == (64, 3, 100)
 
 
 def test_a_model_that_is_built_otherwise_is_refused() -> None:
