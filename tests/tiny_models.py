@@ -115,6 +115,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 """What a type needs beside SIZES, or in their place."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v3, experts": ("deepseek_v3", {"first_k_dense_replace": 1, "num_experts_per_tok": 2}),
     "exaone4, no window": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "gemma, dropout 0.5": ("gemma", {"attention_dropout": 0.5}),
     "granite, logits_scaling 8": ("granite", {"logits_scaling": 8.0}),

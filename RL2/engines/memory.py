@@ -25,8 +25,11 @@ def free_bytes(device: torch.device) -> float:
 
 def bytes_per_position(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Return the size of one token's keys and values over all layers."""
-    numbers = 0
-    for layer in config.per_layer_config:
-        size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-        numbers += 2 * layer.num_key_value_heads * size
-    return numbers * dtype.itemsize
+    return sum(layer.num_key_value_heads * _key_and_value(layer) for layer in config.per_layer_config) * dtype.itemsize
+
+
+def _key_and_value(layer: PretrainedConfig) -> int:
+    """Return the number of values of one head's key and value in a layer."""
+    if hasattr(layer, "qk_nope_head_dim"):  # multi-head latent attention, whose keys and values are cached whole
+        return int(layer.qk_nope_head_dim + layer.qk_rope_head_dim + layer.v_head_dim)
+    return 2 * int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)

@@ -278,9 +278,8 @@ def _inspect(
     ignored = sorted(k for k, x in settings.items() if k not in WITHOUT_EFFECT and x is not None and x is not False)
     if ignored:
         raise Unpacked(f"passes {', '.join(ignored)} to attention, which packed attention would ignore")
-    if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
-        sizes = f"keys of size {key.shape[-1]} and values of size {value.shape[-1]}"
-        raise Unpacked(f"has {sizes} (multi-head latent attention)")
+    if not query.shape[-1] == key.shape[-1] >= value.shape[-1]:
+        raise Unpacked(f"has keys of size {key.shape[-1]} and values of size {value.shape[-1]}")
     if not all(isinstance(number, float | int | None) for number in (scaling, window, softcap)):
         raise Unpacked("scales, caps or limits attention by something other than a number")
     if sinks is not None and sinks.shape != (query.shape[1],):
@@ -288,7 +287,13 @@ def _inspect(
     if not hasattr(module, "layer_idx"):
         raise Unpacked("has attention modules without `layer_idx`")
     attend(module.layer_idx)
-    return query.transpose(1, 2).flatten(2), None
+    return _result(query, value), None
+
+
+def _result(query_BHTD: Tensor, value_BKTE: Tensor) -> Tensor:
+    """Return a tensor of the shape of attention's result, [B, T, H * E]."""
+    batch, heads, tokens, _ = query_BHTD.shape
+    return query_BHTD.new_empty((batch, tokens, heads * value_BKTE.shape[-1]))
 
 
 AttentionInterface.register(INSPECTED, _inspect)
@@ -318,7 +323,7 @@ def _inspect_mask(
         visible = sees(zero, zero, torch.tensor(position), keys)
         if not torch.equal(visible.expand_as(keys), (keys <= position) & (keys > position - window)):
             raise Unpacked("masks attention by a rule that packed attention does not have")
-    return query.transpose(1, 2).flatten(2), None
+    return _result(query, value), None
 
 
 AttentionInterface.register(INSPECTED_MASKS, _inspect_mask)

@@ -68,7 +68,10 @@ def _block(query_BHTD: Tensor, key_BKSD: Tensor, value_BKSE: Tensor, scoring: Sc
     num_queries, num_keys = query_BHTD.shape[2], key_BKSD.shape[2]
     if scoring.is_plain:
         is_all = num_queries == num_keys and (scoring.window is None or num_keys <= scoring.window)
-        return F.scaled_dot_product_attention(
+        size, missing = value_BKSE.shape[-1], query_BHTD.shape[-1] - value_BKSE.shape[-1]
+        if missing > 0:  # the fast kernels need equal sizes
+            value_BKSE = F.pad(value_BKSE, (0, missing))
+        out_BHTE = F.scaled_dot_product_attention(
             query_BHTD,
             key_BKSD,
             value_BKSE,
@@ -77,6 +80,7 @@ def _block(query_BHTD: Tensor, key_BKSD: Tensor, value_BKSE: Tensor, scoring: Sc
             scale=scoring.scaling,
             enable_gqa=query_BHTD.shape[1] != key_BKSD.shape[1],
         )
+        return out_BHTE[..., :size] if missing > 0 else out_BHTE
     is_visible_TS = _is_visible(num_queries, num_keys, scoring.window, query_BHTD.device)
     return scored_attention(query_BHTD, key_BKSD, value_BKSE, scoring, torch.where(is_visible_TS, 0.0, -torch.inf))
 

@@ -3,7 +3,7 @@
     tokens of this process, all heads --all-to-all--> all tokens, heads of this process: attention --all-to-all--> back
 
 Everything except attention acts on single tokens. Shapes: U tokens, N of them here, S processes, H query heads, K
-key/value heads, D head size, A actions.
+key/value heads, D head size, E value size, A actions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from RL2.ops.attention import Attend
@@ -33,14 +34,17 @@ class Ulysses:
         if key_NKD.shape[1] < size:  # each process needs the key head of its query heads
             copies = size // key_NKD.shape[1]
             key_NKD, value_NKD = (x.repeat_interleave(copies, dim=1) for x in (key_NKD, value_NKD))
+        value_size = value_NKD.shape[2]
+        value_NKD = F.pad(value_NKD, (0, key_NKD.shape[2] - value_size))  # sent in one tensor
         by_process = [x.unflatten(1, (size, -1)) for x in (query_NHD, key_NKD, value_NKD)]
         heads = [x.shape[2] for x in by_process]
         sent = torch.cat(by_process, dim=2).transpose(0, 1).flatten(0, 1)
         received = _AllToAll.apply(sent, [here] * size, counts, self.group)
         query_UHD, key_UKD, value_UKD = received.split(heads, dim=1)
+        value_UKE = value_UKD[:, :, :value_size]
         if scoring.sink_H is not None:
             scoring = scoring._replace(sink_H=scoring.sink_H.unflatten(0, (size, -1))[dist.get_rank(self.group)])
-        out_UHD = self.attend(layer, query_UHD, key_UKD, value_UKD, scoring)
+        out_UHD = self.attend(layer, query_UHD, key_UKD, value_UKE, scoring)
         back = _AllToAll.apply(out_UHD, counts, [here] * size, self.group)
         return back.unflatten(0, (size, here)).transpose(0, 1).flatten(1)
 

@@ -69,23 +69,23 @@ SINKS = torch.tensor([0.5, -1.0, 3.0, 0.0])
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "scoring"),
+    ("heads", "kv_heads", "size", "scoring", "value_size"),
     [
-        (4, 2, 8, Scoring(0.3)),
-        (3, 3, 64, Scoring(0.3)),
-        (6, 1, 48, Scoring(0.3)),
-        (4, 2, 8, Scoring(0.3, window=1)),
-        (4, 2, 8, Scoring(0.3, window=PAGE + 3)),
-        (4, 2, 8, Scoring(0.3, softcap=0.5)),
-        (4, 2, 8, Scoring(0.3, sink_H=SINKS)),
-        (4, 2, 8, Scoring(0.3, window=PART - 1, softcap=2.0, sink_H=SINKS)),
+        (4, 2, 8, Scoring(0.3), 8),
+        (3, 3, 64, Scoring(0.3), 64),
+        (6, 1, 48, Scoring(0.3), 48),
+        (4, 2, 8, Scoring(0.3, window=1), 8),
+        (4, 2, 8, Scoring(0.3, window=PAGE + 3), 8),
+        (4, 2, 8, Scoring(0.3, softcap=0.5), 8),
+        (4, 2, 8, Scoring(0.3, sink_H=SINKS), 8),
+        (4, 2, 24, Scoring(0.3, window=PART - 1, softcap=2.0, sink_H=SINKS), 16),
     ],
 )
-def test_the_kernel_is_plain_attention(heads: int, kv_heads: int, size: int, scoring: Scoring) -> None:
+def test_the_kernel_is_plain_attention(heads: int, kv_heads: int, size: int, scoring: Scoring, value_size: int) -> None:
     g = torch.Generator().manual_seed(0)
     lengths = [1, PAGE - 1, PAGE, PAGE + 1, PART, PART + 1, 2 * PART - 5]
     num_pages = sum(map(pages_of, lengths)) + 1
-    keys, values = (torch.randn(num_pages * PAGE, kv_heads, size, generator=g) for _ in range(2))
+    keys, values = (torch.randn(num_pages * PAGE, kv_heads, n, generator=g) for n in (size, value_size))
     query_RHD = torch.randn(len(lengths), heads, size, generator=g)
     pages = torch.randperm(num_pages - 1, generator=g).add(1).split([pages_of(n) for n in lengths])
     table = torch.full((len(lengths), 2 * PART_PAGES), 2**30, dtype=torch.int32)  # what is behind must not be read
