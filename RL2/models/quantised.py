@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from RL2.errors import ModelError
-from RL2.models.stored import Scale, Stored
+from RL2.models.stored import FLOATS, Scale, Stored
 
 READABLE = ("fp8", "compressed-tensors", "fbgemm_fp8", "modelopt")
 """Methods (`quant_method`) that store FP8 or int8 values with their scales."""
@@ -23,6 +23,8 @@ FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 """Formats of compressed-tensors that store one value per weight."""
 QUANTISED = ("F8_E4M3", "F8_E5M2", "I8")
 """Stored types of quantised values."""
+SCALES = FLOATS | {"F8_E8M0"}
+"""Stored types of scales. Integers may stand for exponents."""
 OF_ACTIVATIONS = r"[._](input|activation|output|[qkv])_scale(_ub)?$"
 """Pattern of the names of scales that belong to no weight."""
 NOTE = "_rl2_quantisation"
@@ -143,13 +145,18 @@ def with_scales(stored: dict[str, Stored], quantisation: Quantisation | None, mo
                     f"{model_name}: {scale_name} has shape {list(stored[scale_name].shape)}, which does not fit "
                     f"{name} of shape {list(each.shape)} (weight_block_size={quantisation.block})"
                 )
+            if scale.stored.dtype not in SCALES:
+                raise ModelError(f"{model_name}: {scale_name} is stored as {scale.stored.dtype}, not as a number")
             found[name] = replace(each, scale=scale)
             del found[scale_name]
     return {name: each for name, each in found.items() if not re.search(OF_ACTIVATIONS, name)}
 
 
 def _scale(name: str, stored: Stored, shape: tuple[int, ...], block: tuple[int, int] | None) -> Scale | None:
-    """Return the scale of a weight of this shape; None if their shapes do not fit."""
+    """Return the scale of a weight of this shape; None if their shapes do not fit.
+
+    Without a given size, blocks are of equal size: the size of blocks of which the last is smaller cannot be told.
+    """
     grid = stored.shape
     if prod(grid) == 1:
         grid = (1,) * len(shape)
@@ -157,8 +164,10 @@ def _scale(name: str, stored: Stored, shape: tuple[int, ...], block: tuple[int, 
         grid = (*grid, *[1] * (len(shape) - 1))
     if len(grid) != len(shape):
         return None
-    blocks = tuple(max(1, size // max(1, number)) for size, number in zip(shape, grid, strict=True))
     if block is not None and prod(grid) > 1:
         blocks = (*[1] * (len(shape) - 2), *block)
-    fits = all(ceil(size / of) == number for size, of, number in zip(shape, blocks, grid, strict=True))
+        fits = all(ceil(size / of) == number for size, of, number in zip(shape, blocks, grid, strict=True))
+    else:
+        blocks = tuple(max(1, size // max(1, number)) for size, number in zip(shape, grid, strict=True))
+        fits = all(of * number == size for size, of, number in zip(shape, blocks, grid, strict=True))
     return Scale(name, stored, grid, blocks) if fits else None

@@ -177,6 +177,19 @@ def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         Policy.load(str(broken(tmp_path / "none")), dequantize=True)
 
 
+def test_blocks_of_unknown_size_are_refused_where_the_last_is_smaller(tmp_path: Path) -> None:
+    """Two scales of 96 columns may belong to blocks of 64 and 32; of equal halves they would be wrong numbers."""
+    quantise(make(tmp_path), {"quant_method": "modelopt", "quant_algo": "FP8", "weight_block_size": [64, 64]}, "block")
+    with pytest.raises(ConfigError, match=r"weight_scale has shape \[\d, \d\], which does not fit .*_size=None\)"):
+        Policy.load(str(tmp_path), dequantize=True)
+
+
+def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    folder = broken(tmp_path, scale=torch.full((3, 2), 120, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match=r"up_proj.weight_scale_inv is stored as U8, not as a number"):
+        Policy.load(str(folder), dequantize=True)
+
+
 def test_broken_numbers_are_found_by_both_readers(tmp_path: Path) -> None:
     for folder in (
         broken(tmp_path / "value", value=float("nan")),
