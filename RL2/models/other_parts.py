@@ -21,6 +21,9 @@ from RL2.models.loading import SETTINGS_FILES, tensors_for, weights_folder
 from RL2.models.multimodal import Multimodal, multimodal
 from RL2.models.stored import TORCH_DTYPES, Stored, read_value
 
+NOT_COPIED = (SAFE_WEIGHTS_INDEX_NAME, "hf_quant_config.json", "quantize_config.json", "adapter_config.json")
+"""Settings of weights that an export does not have: engines would read its own weights by them."""
+
 
 @dataclass(frozen=True)
 class OtherParts:
@@ -67,11 +70,11 @@ class OtherParts:
         """Copy the configuration, with float32 as the type of the weights, and the files of processors to `folder`."""
         config = json.loads((self.folder / CONFIG_NAME).read_text())
         config.pop("torch_dtype", None)
-        for part in (config, config["text_config"]):
+        for part in (config, config.get("text_config") or {}):
             part.pop("quantization_config", None)
         (folder / CONFIG_NAME).write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
         for file in (file for pattern in SETTINGS_FILES for file in sorted(self.folder.glob(pattern))):
-            if file.name != SAFE_WEIGHTS_INDEX_NAME and not (folder / file.name).exists():
+            if file.name not in NOT_COPIED and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
 
 

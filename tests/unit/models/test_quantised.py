@@ -108,6 +108,7 @@ def test_a_multimodal_checkpoint_is_exported_without_its_quantisation(
 def test_another_quantised_part_is_exported_with_its_scale(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     multimodal_model(multimodal_config("mistral3")).save_pretrained(tmp_path / "model")
     quantise(tmp_path / "model", PER_TENSOR, "tensor")
+    (tmp_path / "model" / "hf_quant_config.json").write_text("{}")  # of modelopt, beside config.json
     stored = load_file(tmp_path / "model" / "model.safetensors")
     name = "multi_modal_projector.linear_2.weight"
     values = stored[name].to(torch.float8_e4m3fn)
@@ -118,6 +119,7 @@ def test_another_quantised_part_is_exported_with_its_scale(tmp_path: Path, token
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(exported[name], by_hand(values, torch.tensor([[0.3]]), *values.shape))
     assert f"{name}_scale_inv" not in exported
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists(), "engines would read float32 weights by it"
 
 
 def test_without_the_option_the_message_names_it(tmp_path: Path) -> None:
