@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,10 @@ from tiny_multimodal import multimodal_config, multimodal_model
 from tiny_quantised import by_hand, change, quantise
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from RL2.batch.packing import pack_tokens
+from RL2.config.load import load
+from RL2.config.programs import DPOConfig
+from RL2.data.table import Ragged
 from RL2.engines.make import refuse_other_layout
 from RL2.errors import ConfigError
 from RL2.models.loading import match_weights, tensors_for
@@ -21,6 +26,10 @@ from RL2.models.policy import Policy, export
 from RL2.models.quantised import quantised_line
 from RL2.models.stored import check_values
 from RL2.models.value import ValueModel
+from RL2.parallel.processes import Processes
+from RL2.trainer.dpo_loop import with_reference
+from RL2.trainer.supervised import Rows
+from RL2.types import StatsRequest
 
 SIZES = {"hidden_size": 96, "intermediate_size": 160}
 """Sizes that blocks of 64 do not divide."""
@@ -88,6 +97,21 @@ def test_a_value_model_reads_them_too(tmp_path: Path) -> None:
     wanted = quantise(make(tmp_path), FP8, "block")
     lm = ValueModel.load(str(tmp_path), dequantize=True).lm
     assert all(torch.equal(lm.get_parameter(name), x) for name, x in wanted.items())
+
+
+def test_the_reference_of_dpo_reads_them_too(tmp_path: Path, processes: Processes) -> None:
+    quantise(make(tmp_path), FP8, "block")
+    given = f"""data.path=x.jsonl data.max_length=99 data.batch_size=1 trainer.experiment_name=x
+        actor.model_name={tmp_path} actor.max_length_per_device=99 actor.dtype=float32 actor.dequantize=true"""
+    config = load("dpo", given.split())
+    assert isinstance(config, DPOConfig)
+    pair = [list(range(4, 12)), list(range(4, 16))]
+    ids = Ragged.from_rows(pair, np.int64)
+    trains = Ragged.from_rows([[0] + [1] * (len(each) - 1) for each in pair], np.bool_)
+    found = with_reference(Rows(ids, trains, per_row=2), config, processes).ref_logp
+    assert found is not None
+    wanted = Policy.load(str(tmp_path), dequantize=True)(pack_tokens(pair), None, StatsRequest(("logp",)))["logp"]
+    assert np.allclose(np.concatenate([found[0], found[1]]), wanted.detach(), atol=1e-5)
 
 
 def test_a_multimodal_checkpoint_is_exported_without_its_quantisation(
