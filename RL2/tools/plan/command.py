@@ -46,8 +46,10 @@ class PlanRequest:
             return PRESETS[self.model]
         from transformers import AutoConfig
 
+        from RL2.models.multimodal import text_part
+
         try:
-            config = AutoConfig.from_pretrained(self.model)
+            config = text_part(AutoConfig.from_pretrained(self.model))
         except (OSError, ValueError) as error:
             raise UserError(f"model={self.model}: {first_line(error)} (known offline: {', '.join(PRESETS)})") from error
         return Shape.of(config)

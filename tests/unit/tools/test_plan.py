@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from transformers import Qwen3Config
+from transformers import LlavaConfig, Qwen3Config
 from typer.testing import CliRunner
 
 from RL2.errors import UserError
@@ -180,6 +180,13 @@ def test_settings_that_make_no_sense_are_refused(settings: tuple[str, ...], why:
 
 def test_the_shape_of_a_folder(tmp_path: Path) -> None:
     Qwen3Config(hidden_size=64, num_hidden_layers=3, vocab_size=100, tie_word_embeddings=True).save_pretrained(tmp_path)
+    shape = parse_settings(PlanRequest, [f"model={tmp_path}", "gpus=2"]).shape
+    assert (shape.hidden, shape.layers, shape.vocabulary, shape.tied) == (64, 3, 100, True)
+
+
+def test_the_shape_of_the_text_part_of_a_multimodal_folder(tmp_path: Path) -> None:
+    text = Qwen3Config(hidden_size=64, num_hidden_layers=3, vocab_size=100)
+    LlavaConfig(text_config=text, tie_word_embeddings=True).save_pretrained(tmp_path)
     shape = parse_settings(PlanRequest, [f"model={tmp_path}", "gpus=2"]).shape
     assert (shape.hidden, shape.layers, shape.vocabulary, shape.tied) == (64, 3, 100, True)
 
