@@ -37,7 +37,7 @@ class Quantisation:
 
     method: str
     block: tuple[int, int] | None
-    """Rows and columns of a block with one scale; None if a scale belongs to a row, a group of it, or the tensor."""
+    """Rows and columns of a block with one scale, if that is neither a row nor the tensor; None if not given."""
 
 
 def method_of(config: PretrainedConfig) -> str | None:
@@ -92,6 +92,9 @@ def take_quantisation(config: PretrainedConfig, model_name: str) -> Quantisation
     for part in parts:
         if hasattr(part, "quantization_config"):
             del part.quantization_config
+    if method == "compressed-tensors":
+        sizes = _group_sizes(settings)
+        return Quantisation(method, (1, sizes[0]) if sizes else None)
     return Quantisation(method, _block(settings, model_name) if method == "fp8" else None)
 
 
@@ -110,6 +113,12 @@ def _block(settings: Mapping[str, Any], model_name: str) -> tuple[int, int] | No
     return block[0], block[1]
 
 
+def _group_sizes(settings: Mapping[str, Any]) -> list[int]:
+    """Return the different numbers of neighbours in a row that share a scale, in a checkpoint of compressed-tensors."""
+    groups = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
+    return sorted({int(weights["group_size"]) for weights in groups if (weights.get("group_size") or 0) > 0})
+
+
 def _why_not_compressed(settings: Mapping[str, Any]) -> str:
     """Return why a checkpoint of compressed-tensors cannot be read; '' if it can."""
     groups = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
@@ -122,6 +131,8 @@ def _why_not_compressed(settings: Mapping[str, Any]) -> str:
         return "its values have zero points"
     if any(weights.get("strategy") == "block" for weights in groups):
         return "its scales belong to blocks, which is supported for quant_method=fp8 alone"
+    if len(_group_sizes(settings)) > 1:
+        return "its scales belong to groups of several sizes"
     if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
         return "its weights are sparse"
     return "its weights are transformed" if settings.get("transform_config") else ""
@@ -155,7 +166,8 @@ def with_scales(stored: dict[str, Stored], quantisation: Quantisation | None, mo
 def _scale(name: str, stored: Stored, shape: tuple[int, ...], block: tuple[int, int] | None) -> Scale | None:
     """Return the scale of a weight of this shape; None if their shapes do not fit.
 
-    Without a given size, blocks are of equal size: the size of blocks of which the last is smaller cannot be told.
+    The size of a block that is neither one row or column nor all is `block`: two scales of 96 columns may belong to
+    blocks of 48 or of 64.
     """
     grid = stored.shape
     if prod(grid) == 1:
@@ -164,10 +176,11 @@ def _scale(name: str, stored: Stored, shape: tuple[int, ...], block: tuple[int, 
         grid = (*grid, *[1] * (len(shape) - 1))
     if len(grid) != len(shape):
         return None
-    if block is not None and prod(grid) > 1:
-        blocks = (*[1] * (len(shape) - 2), *block)
-        fits = all(ceil(size / of) == number for size, of, number in zip(shape, blocks, grid, strict=True))
-    else:
-        blocks = tuple(max(1, size // max(1, number)) for size, number in zip(shape, grid, strict=True))
-        fits = all(of * number == size for size, of, number in zip(shape, blocks, grid, strict=True))
-    return Scale(name, stored, grid, blocks) if fits else None
+    given = (*[0] * (len(shape) - 2), *(block or (0, 0)))[-len(shape) :] if shape else ()
+    blocks = []
+    for size, number, of in zip(shape, grid, given, strict=True):
+        whole = {1: size, size: 1}.get(number, of)
+        if not whole or ceil(size / whole) != number:
+            return None
+        blocks.append(whole)
+    return Scale(name, stored, grid, tuple(blocks))

@@ -56,6 +56,7 @@ def make(folder: Path, model_type: str = "qwen3", **settings: Any) -> Path:
         ("channel", compressed()),
         ("int8", {**compressed(), "format": "int-quantized"}),
         ("group", compressed(strategy="group", group_size=16)),
+        ("group", compressed(group_size=64)),
         ("channel", {"quant_method": "fbgemm_fp8"}),
         ("tensor", {"quant_method": "modelopt", "quant_algo": "FP8"}),
     ],
@@ -164,6 +165,13 @@ def test_without_the_option_the_message_names_it(tmp_path: Path) -> None:
         ({**compressed(), "format": "pack-quantized"}, "its format pack-quantized packs its values"),
         (compressed(num_bits=4), "its values have another size than 8 bits"),
         (compressed(symmetric=False), "its values have zero points"),
+        (
+            {
+                **compressed(),
+                "config_groups": {str(size): {"weights": {"group_size": size}} for size in (16, 32)},
+            },
+            "its scales belong to groups of several sizes",
+        ),
         (compressed(strategy="block"), "its scales belong to blocks, which is supported for quant_method=fp8 alone"),
         ({**compressed(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "its weights are sparse"),
         ({**compressed(), "transform_config": {"config_groups": {"a": 1}}}, "its weights are transformed"),
@@ -203,9 +211,13 @@ def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         Policy.load(str(broken(tmp_path / "none")), dequantize=True)
 
 
-def test_blocks_of_unknown_size_are_refused_where_the_last_is_smaller(tmp_path: Path) -> None:
-    """Two scales of 96 columns may belong to blocks of 64 and 32; of equal halves they would be wrong numbers."""
-    quantise(make(tmp_path), {"quant_method": "modelopt", "quant_algo": "FP8", "weight_block_size": [64, 64]}, "block")
+def test_blocks_of_unknown_size_are_refused(tmp_path: Path) -> None:
+    """Two scales of 96 columns belong to blocks of 64 and 32 here; read with equal halves they gave wrong numbers."""
+    quantise(
+        make(tmp_path, intermediate_size=96),
+        {"quant_method": "modelopt", "quant_algo": "FP8", "weight_block_size": [64, 64]},
+        "block",
+    )
     with pytest.raises(ConfigError, match=r"weight_scale has shape \[\d, \d\], which does not fit .*_size=None\)"):
         Policy.load(str(tmp_path), dequantize=True)
 
