@@ -25,13 +25,14 @@ def by_hand(values: torch.Tensor, scale: torch.Tensor, rows: int, columns: int) 
 def quantise(folder: Path, settings: dict[str, Any], kind: str) -> dict[str, torch.Tensor]:
     """Quantise the linear layers of a saved model in place; return the weights that a reader must find, by name."""
     stored = load_file(folder / "model.safetensors")
+    groups = settings.get("config_groups", {"none": {"weights": {}}})
+    group_size = next(iter(groups.values()))["weights"].get("group_size", 0)
     wanted = {}
     for name, x in list(stored.items()):
         if not name.endswith("proj.weight") or "vis" in name or "multi_modal" in name:
             continue
-        rows, columns = {"block": settings.get("weight_block_size"), "tensor": x.shape, "group": (1, 16)}.get(
-            kind, (1, x.shape[1])
-        )
+        of_kind = {"block": settings.get("weight_block_size"), "tensor": x.shape, "group": (1, group_size)}
+        rows, columns = of_kind.get(kind, (1, x.shape[1]))
         dtype, most = (torch.int8, 127.0) if kind == "int8" else (torch.float8_e4m3fn, 448.0)
         scale = largest(x, rows, columns) / most
         spread = scale.repeat_interleave(rows, 0)[: x.shape[0]].repeat_interleave(columns, 1)[:, : x.shape[1]]

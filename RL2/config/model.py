@@ -242,6 +242,11 @@ class TrainablePolicy(TrainableChat):
             raise ConfigError("actor.lora.target_modules is empty: nothing would train")
         if not self.lora.rank and self.lora.save == "adapter":
             raise ConfigError("actor.lora.save=adapter has no effect with actor.lora.rank=0")
+        if self.lora.rank and self.moe.bias_rate:
+            raise ConfigError(
+                f"actor.moe.bias_rate={self.moe.bias_rate} changes the base model, which actor.lora.rank="
+                f"{self.lora.rank} keeps: an adapter and the reference would lack the change; set actor.moe.bias_rate=0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ def runs_packed(lm: PreTrainedModel) -> str | None:
     """Return None if packed attention is exact for `lm`, else the reason why not.
 
     With a reason, `lm` runs row by row through its own forward. The reason continues a sentence that begins with the
-    model's name, such as "uses a sliding window, which packed attention does not have".
+    model's name, such as "computes attention itself, not through transformers' interface".
     """
     if is_packed(lm):
         return None

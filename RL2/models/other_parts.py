@@ -68,7 +68,7 @@ class OtherParts:
         """Copy the configuration, with float32 as the type of the weights, and the files of processors to `folder`."""
         config = json.loads((self.folder / CONFIG_NAME).read_text())
         config.pop("torch_dtype", None)
-        for part in (config, config["text_config"]):
+        for part in (config, config.get("text_config") or {}):
             part.pop("quantization_config", None)
         (folder / CONFIG_NAME).write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
         for file in (file for pattern in PROCESSOR_FILES for file in self.folder.glob(pattern)):

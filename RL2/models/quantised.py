@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from RL2.errors import ModelError
-from RL2.models.stored import Scale, Stored
+from RL2.models.stored import FLOATS, Scale, Stored
 
 READABLE = ("fp8", "compressed-tensors", "fbgemm_fp8", "modelopt")
 """Methods (`quant_method`) that store FP8 or int8 values with their scales."""
@@ -23,6 +23,8 @@ FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 """Formats of compressed-tensors that store one value per weight."""
 QUANTISED = ("F8_E4M3", "F8_E5M2", "I8")
 """Stored types of quantised values."""
+SCALES = FLOATS | {"F8_E8M0"}
+"""Stored types of scales. Integers may stand for exponents."""
 OF_ACTIVATIONS = r"[._](input|activation|output|[qkv])_scale(_ub)?$"
 """Pattern of the names of scales that belong to no weight."""
 NOTE = "_rl2_quantisation"
@@ -35,7 +37,7 @@ class Quantisation:
 
     method: str
     block: tuple[int, int] | None
-    """Rows and columns of a block with one scale; None if a scale belongs to a row, a group of it, or the tensor."""
+    """Rows and columns of a block with one scale, if that is neither a row nor the tensor; None if not given."""
 
 
 def method_of(config: PretrainedConfig) -> str | None:
@@ -90,6 +92,9 @@ def take_quantisation(config: PretrainedConfig, model_name: str) -> Quantisation
     for part in parts:
         if hasattr(part, "quantization_config"):
             del part.quantization_config
+    if method == "compressed-tensors":
+        sizes = _group_sizes(settings)
+        return Quantisation(method, (1, sizes[0]) if sizes else None)
     return Quantisation(method, _block(settings, model_name) if method == "fp8" else None)
 
 
@@ -108,6 +113,12 @@ def _block(settings: Mapping[str, Any], model_name: str) -> tuple[int, int] | No
     return block[0], block[1]
 
 
+def _group_sizes(settings: Mapping[str, Any]) -> list[int]:
+    """Return the different numbers of neighbours in a row that share a scale, in a checkpoint of compressed-tensors."""
+    groups = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
+    return sorted({int(weights["group_size"]) for weights in groups if (weights.get("group_size") or 0) > 0})
+
+
 def _why_not_compressed(settings: Mapping[str, Any]) -> str:
     """Return why a checkpoint of compressed-tensors cannot be read; '' if it can."""
     groups = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
@@ -120,6 +131,8 @@ def _why_not_compressed(settings: Mapping[str, Any]) -> str:
         return "its values have zero points"
     if any(weights.get("strategy") == "block" for weights in groups):
         return "its scales belong to blocks, which is supported for quant_method=fp8 alone"
+    if len(_group_sizes(settings)) > 1:
+        return "its scales belong to groups of several sizes"
     if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
         return "its weights are sparse"
     return "its weights are transformed" if settings.get("transform_config") else ""
@@ -143,13 +156,19 @@ def with_scales(stored: dict[str, Stored], quantisation: Quantisation | None, mo
                     f"{model_name}: {scale_name} has shape {list(stored[scale_name].shape)}, which does not fit "
                     f"{name} of shape {list(each.shape)} (weight_block_size={quantisation.block})"
                 )
+            if scale.stored.dtype not in SCALES:
+                raise ModelError(f"{model_name}: {scale_name} is stored as {scale.stored.dtype}, not as a number")
             found[name] = replace(each, scale=scale)
             del found[scale_name]
     return {name: each for name, each in found.items() if not re.search(OF_ACTIVATIONS, name)}
 
 
 def _scale(name: str, stored: Stored, shape: tuple[int, ...], block: tuple[int, int] | None) -> Scale | None:
-    """Return the scale of a weight of this shape; None if their shapes do not fit."""
+    """Return the scale of a weight of this shape; None if their shapes do not fit.
+
+    The size of a block that is neither one row or column nor all is `block`: two scales of 96 columns may belong to
+    blocks of 48 or of 64.
+    """
     grid = stored.shape
     if prod(grid) == 1:
         grid = (1,) * len(shape)
@@ -157,8 +176,11 @@ def _scale(name: str, stored: Stored, shape: tuple[int, ...], block: tuple[int, 
         grid = (*grid, *[1] * (len(shape) - 1))
     if len(grid) != len(shape):
         return None
-    blocks = tuple(max(1, size // max(1, number)) for size, number in zip(shape, grid, strict=True))
-    if block is not None and prod(grid) > 1:
-        blocks = (*[1] * (len(shape) - 2), *block)
-    fits = all(ceil(size / of) == number for size, of, number in zip(shape, blocks, grid, strict=True))
-    return Scale(name, stored, grid, blocks) if fits else None
+    given = (*[0] * (len(shape) - 2), *(block or (0, 0)))[-len(shape) :] if shape else ()
+    blocks = []
+    for size, number, of in zip(shape, grid, given, strict=True):
+        whole = {1: size, size: 1}.get(number, of)
+        if not whole or ceil(size / whole) != number:
+            return None
+        blocks.append(whole)
+    return Scale(name, stored, grid, tuple(blocks))

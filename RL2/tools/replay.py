@@ -167,7 +167,10 @@ def run_config(run: Path, folder: Path, title: str) -> RLConfig:
         values: Any = OmegaConf.to_container(OmegaConf.merge(fresh, given))
         values["actor"] |= {"model_name": str(folder), "ddp_size": 1, "sp_size": 1, "tp_size": 1}
         values["actor"]["lora"]["rank"] = 0  # the adapters are merged into the kept weights
+        # the same term in every gradient would be in all cosines
+        values["actor"]["moe"] = (values["actor"].get("moe") or {}) | {"aux_coef": 0.0, "z_coef": 0.0}
         values["rollout"]["model_name"] = values["ref_actor"]["model_name"] = str(folder)
+        values["actor"]["dequantize"] = values["ref_actor"]["dequantize"] = False  # the kept weights are not quantised
     except Exception as error:  # errors of YAML and OmegaConf, and of keys that should be groups
         raise UserError(f"{file} is not the configuration of an RL run: {first_line(error)}") from error
     config: RLConfig = build(RLConfig, values, "")

@@ -66,7 +66,7 @@ def with_reference(pairs: Rows, config: DPOConfig, processes: Processes, progres
     group = "actor" if reference.model_name == actor.model_name else "ref_actor"
     progress = progress or Progress(speaks=False)
     with progress.phase("loading the reference"):
-        worker = Worker(reference.model_name, actor.dtype, mesh, processes, group)
+        worker = Worker(reference.model_name, actor.dtype, mesh, processes, group, dequantize=reference.dequantize)
     with naming(f"{group}.model_name"):
         refuse_unknown_tokens(worker.lm, [pairs.largest_token_id])
     limit, found = reference.max_inference_length_per_device, np.empty(starts[-1], np.float32)

@@ -33,7 +33,7 @@ def test_a_run_resumes_and_its_checkpoint_is_exported_whole(world: World, tmp_pa
     model = make(world, "gemma3", tmp_path / "model")
     settings = [f"actor.model_name={model}", "trainer.save_freq=1"]
     run = world.run("sft", *settings, nproc=2).succeeded()
-    assert "; gemma3: trains the text model; the vision part is exported unchanged; gemma3_text runs row" in run.output
+    assert "; gemma3: trains the text model; the vision part is exported unchanged" in run.output
     assert len(run.metrics) == 3
     again = world.run("sft", *settings, f"trainer.load_ckpt_from={run.save_dir}/step_000002").succeeded()
     assert without_times(again.metrics)[-1]["actor/loss"] == pytest.approx(run.metrics[-1]["actor/loss"], rel=1e-4)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,10 @@ from tiny_multimodal import multimodal_config, multimodal_model
 from tiny_quantised import by_hand, change, quantise
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from RL2.batch.packing import pack_tokens
+from RL2.config.load import load
+from RL2.config.programs import DPOConfig
+from RL2.data.table import Ragged
 from RL2.engines.make import refuse_other_layout
 from RL2.errors import ConfigError
 from RL2.models.loading import match_weights, tensors_for
@@ -21,6 +26,10 @@ from RL2.models.policy import Policy, export
 from RL2.models.quantised import quantised_line
 from RL2.models.stored import check_values
 from RL2.models.value import ValueModel
+from RL2.parallel.processes import Processes
+from RL2.trainer.dpo_loop import with_reference
+from RL2.trainer.supervised import Rows
+from RL2.types import StatsRequest
 
 SIZES = {"hidden_size": 96, "intermediate_size": 160}
 """Sizes that blocks of 64 do not divide."""
@@ -47,6 +56,7 @@ def make(folder: Path, model_type: str = "qwen3", **settings: Any) -> Path:
         ("channel", compressed()),
         ("int8", {**compressed(), "format": "int-quantized"}),
         ("group", compressed(strategy="group", group_size=16)),
+        ("group", compressed(group_size=64)),
         ("channel", {"quant_method": "fbgemm_fp8"}),
         ("tensor", {"quant_method": "modelopt", "quant_algo": "FP8"}),
     ],
@@ -90,6 +100,21 @@ def test_a_value_model_reads_them_too(tmp_path: Path) -> None:
     assert all(torch.equal(lm.get_parameter(name), x) for name, x in wanted.items())
 
 
+def test_the_reference_of_dpo_reads_them_too(tmp_path: Path, processes: Processes) -> None:
+    quantise(make(tmp_path), FP8, "block")
+    given = f"""data.path=x.jsonl data.max_length=99 data.batch_size=1 trainer.experiment_name=x
+        actor.model_name={tmp_path} actor.max_length_per_device=99 actor.dtype=float32 actor.dequantize=true"""
+    config = load("dpo", given.split())
+    assert isinstance(config, DPOConfig)
+    pair = [list(range(4, 12)), list(range(4, 16))]
+    ids = Ragged.from_rows(pair, np.int64)
+    trains = Ragged.from_rows([[0] + [1] * (len(each) - 1) for each in pair], np.bool_)
+    found = with_reference(Rows(ids, trains, per_row=2), config, processes).ref_logp
+    assert found is not None
+    wanted = Policy.load(str(tmp_path), dequantize=True)(pack_tokens(pair), None, StatsRequest(("logp",)))["logp"]
+    assert np.allclose(np.concatenate([found[0], found[1]]), wanted.detach(), atol=1e-5)
+
+
 def test_a_multimodal_checkpoint_is_exported_without_its_quantisation(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -108,6 +133,7 @@ def test_a_multimodal_checkpoint_is_exported_without_its_quantisation(
 def test_another_quantised_part_is_exported_with_its_scale(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     multimodal_model(multimodal_config("mistral3")).save_pretrained(tmp_path / "model")
     quantise(tmp_path / "model", PER_TENSOR, "tensor")
+    (tmp_path / "model" / "hf_quant_config.json").write_text("{}")  # of modelopt, beside config.json
     stored = load_file(tmp_path / "model" / "model.safetensors")
     name = "multi_modal_projector.linear_2.weight"
     values = stored[name].to(torch.float8_e4m3fn)
@@ -118,6 +144,7 @@ def test_another_quantised_part_is_exported_with_its_scale(tmp_path: Path, token
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(exported[name], by_hand(values, torch.tensor([[0.3]]), *values.shape))
     assert f"{name}_scale_inv" not in exported
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists(), "engines would read float32 weights by it"
 
 
 def test_without_the_option_the_message_names_it(tmp_path: Path) -> None:
@@ -138,6 +165,13 @@ def test_without_the_option_the_message_names_it(tmp_path: Path) -> None:
         ({**compressed(), "format": "pack-quantized"}, "its format pack-quantized packs its values"),
         (compressed(num_bits=4), "its values have another size than 8 bits"),
         (compressed(symmetric=False), "its values have zero points"),
+        (
+            {
+                **compressed(),
+                "config_groups": {str(size): {"weights": {"group_size": size}} for size in (16, 32)},
+            },
+            "its scales belong to groups of several sizes",
+        ),
         (compressed(strategy="block"), "its scales belong to blocks, which is supported for quant_method=fp8 alone"),
         ({**compressed(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "its weights are sparse"),
         ({**compressed(), "transform_config": {"config_groups": {"a": 1}}}, "its weights are transformed"),
@@ -175,6 +209,23 @@ def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         Policy.load(str(broken(tmp_path / "shape", scale=torch.ones(3, 3))), dequantize=True)
     with pytest.raises(ConfigError, match=r"up_proj.weight is stored as F8_E4M3 .* scales would be lost"):
         Policy.load(str(broken(tmp_path / "none")), dequantize=True)
+
+
+def test_blocks_of_unknown_size_are_refused(tmp_path: Path) -> None:
+    """Two scales of 96 columns belong to blocks of 64 and 32 here; read with equal halves they gave wrong numbers."""
+    quantise(
+        make(tmp_path, intermediate_size=96),
+        {"quant_method": "modelopt", "quant_algo": "FP8", "weight_block_size": [64, 64]},
+        "block",
+    )
+    with pytest.raises(ConfigError, match=r"weight_scale has shape \[\d, \d\], which does not fit .*_size=None\)"):
+        Policy.load(str(tmp_path), dequantize=True)
+
+
+def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    folder = broken(tmp_path, scale=torch.full((3, 2), 120, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match=r"up_proj.weight_scale_inv is stored as U8, not as a number"):
+        Policy.load(str(folder), dequantize=True)
 
 
 def test_broken_numbers_are_found_by_both_readers(tmp_path: Path) -> None:

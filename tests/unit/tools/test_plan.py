@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from transformers import Mistral3Config, Qwen3Config
+from transformers import LlavaConfig, Qwen3Config
 from typer.testing import CliRunner
 
 from RL2.errors import UserError
@@ -184,11 +184,11 @@ def test_the_shape_of_a_folder(tmp_path: Path) -> None:
     assert (shape.hidden, shape.layers, shape.vocabulary, shape.tied) == (64, 3, 100, True)
 
 
-def test_the_shape_of_a_multimodal_folder_is_that_of_its_text(tmp_path: Path) -> None:
-    text = {"model_type": "mistral", "hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 100}
-    Mistral3Config(text_config=text).save_pretrained(tmp_path)
+def test_the_shape_of_the_text_part_of_a_multimodal_folder(tmp_path: Path) -> None:
+    text = Qwen3Config(hidden_size=64, num_hidden_layers=3, vocab_size=100)
+    LlavaConfig(text_config=text, tie_word_embeddings=True).save_pretrained(tmp_path)
     shape = parse_settings(PlanRequest, [f"model={tmp_path}", "gpus=2"]).shape
-    assert (shape.hidden, shape.layers, shape.vocabulary) == (64, 3, 100)
+    assert (shape.hidden, shape.layers, shape.vocabulary, shape.tied) == (64, 3, 100, True)
 
 
 def test_a_model_that_is_built_otherwise_is_refused() -> None:

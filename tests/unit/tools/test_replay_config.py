@@ -35,3 +35,16 @@ def test_a_run_from_before_there_were_parts_and_sets_fits(tmp_path: Path) -> Non
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(values))
     config = run_config(tmp_path, tmp_path, "ppo")
     assert (config.reward.weights, config.test_data.sets, config.test_data.best_by) == ({}, {}, None)
+
+
+def test_losses_of_routers_are_no_part_of_the_compared_gradients(tmp_path: Path) -> None:
+    given = [*REQUIRED.split(), "actor.moe.aux_coef=0.1", "actor.moe.z_coef=0.2", "actor.moe.replay=engine"]
+    (tmp_path / "config.yaml").write_text(show(load("spo", given)))
+    moe = run_config(tmp_path, tmp_path, "ppo").actor.moe
+    assert (moe.terms, moe.replay) == ({}, "engine")
+
+
+def test_the_kept_weights_of_a_quantised_checkpoint_are_not_quantised(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(show(load("spo", [*REQUIRED.split(), "actor.dequantize=true"])))
+    config = run_config(tmp_path, tmp_path, "ppo")
+    assert not (config.actor.dequantize or config.ref_actor.dequantize)

@@ -99,3 +99,9 @@ def test_a_model_without_one_is_refused(tmp_path: Path, processes: Processes) ->
         match=r"^actor\.moe\.bias_rate=0\.1: MixtralForCausalLM has routers without a buffer e_score_correction_bias",
     ):
         learner(tmp_path, processes, "actor.moe.bias_rate=0.1", model_type="mixtral")
+
+
+def test_they_are_not_moved_beside_adapters(tmp_path: Path, processes: Processes) -> None:
+    """An adapter is exported without them, and the reference without the adapter would have them."""
+    with pytest.raises(ConfigError, match=r"^actor.moe.bias_rate=0.1 changes the base model, which actor.lora.rank=4"):
+        learner(tmp_path, processes, "actor.moe.bias_rate=0.1", "actor.lora.rank=4")
