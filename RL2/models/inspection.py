@@ -39,6 +39,8 @@ INSPECTED_MASKS = "rl2_inspected_masks"
 """Name of the attention implementation that checks the masks which transformers would apply."""
 QUERIES = (2**18 + 2, 2**18 - 2**16 - 1, 97)
 """Positions whose masks are checked: beyond the usual windows, and no multiples of one another's differences."""
+KEYS_AT_ONCE = 2**14
+"""Number of keys whose masks are checked at a time, so that the check adds nothing to the memory of loading."""
 TOKENS = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127)
 """Candidates for the number of tokens of the inspected forward.
 
@@ -319,10 +321,11 @@ def _inspect_mask(
     window = settings.get("sliding_window") or 2**62
     zero = torch.zeros((), dtype=torch.long)
     for position in QUERIES:
-        keys = torch.arange(position + 2)
-        visible = sees(zero, zero, torch.tensor(position), keys)
-        if not torch.equal(visible.expand_as(keys), (keys <= position) & (keys > position - window)):
-            raise Unpacked("masks attention by a rule that packed attention does not have")
+        for start in range(0, position + 2, KEYS_AT_ONCE):
+            keys = torch.arange(start, min(position + 2, start + KEYS_AT_ONCE))
+            visible = sees(zero, zero, torch.tensor(position), keys)
+            if not torch.equal(visible.expand_as(keys), (keys <= position) & (keys > position - window)):
+                raise Unpacked("masks attention by a rule that packed attention does not have")
     return _result(query, value), None
 
 

@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.traffic import Traffic
 from RL2.batch.packing import loss_weights
+from RL2.models.policy import Policy
 from RL2.parallel.cost import Layout, Shape, sync_traffic, traffic, training_memory
 from RL2.parallel.fsdp import local
 from RL2.parallel.processes import Processes
@@ -150,6 +151,7 @@ def test_memory_is_what_the_formula_says(layout: str, numbers: Callable[[str], l
 
 def load_and_step(folder: Path, processes: Processes) -> dict[str, float]:
     """Bytes: growth of resident memory at the peak of loading and after a step; and of the tensors that are here."""
+    Policy.build(str(folder / "large"))  # code that a process uses for the first time takes memory of its own
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     actor = Actor(actor_config("ppo", str(folder / "large")), processes, 10, folder)
