@@ -89,8 +89,7 @@ async def run_episode(
             request = replace(sampling, max_new_tokens=room, seed=request_seed(seed, group, sample, turn))
             completion = await engine.generate(list(sequence.token_ids), request)
             assert completion.token_ids, "an engine samples at least one token"
-            _append(sequence, completion.token_ids, completion.logps, completion.versions)
-            _note_experts(sequence, completion.experts)
+            _append(sequence, completion.token_ids, completion.logps, completion.versions, completion.experts)
             trajectory.truncated = completion.finish == "length"
 
             sampled, end = _without_end(tokenizer, completion, sampling)
@@ -160,9 +159,16 @@ def _observe(
 
 
 def _append(
-    sequence: Sequence, token_ids: list[int], logps: list[float] | None = None, versions: list[int] | None = None
+    sequence: Sequence,
+    token_ids: list[int],
+    logps: list[float] | None = None,
+    versions: list[int] | None = None,
+    experts: Tensor | None = None,
 ) -> None:
-    """Append tokens: those with log-probabilities and versions were sampled, those without were given."""
+    """Append tokens: those with log-probabilities and versions were sampled, those without were given.
+
+    `experts` are those of all tokens that the engine has run for the sequence.
+    """
     sequence.token_ids += token_ids
     sequence.action_mask += [logps is not None] * len(token_ids)
     sequence.logps += [0.0] * len(token_ids) if logps is None else logps
@@ -170,11 +176,7 @@ def _append(
     sequence.versions += [-1] * len(token_ids) if versions is None else versions
     assert len(sequence.logps) == len(sequence.token_ids), "an engine gives each token its log-probability"
     assert len(sequence.versions) == len(sequence.token_ids), "an engine gives each token its version"
-
-
-def _note_experts(sequence: Sequence, experts: Tensor | None) -> None:
-    """Add the experts of tokens that have none yet: a later turn may run earlier tokens again."""
-    if experts is not None:
+    if experts is not None:  # tokens that have experts keep them, although a later turn may run them again
         known = [] if sequence.experts is None else [sequence.experts]
         sequence.experts = torch.cat([*known, experts[sum(map(len, known)) :]])
         assert len(sequence.experts) == len(sequence.token_ids) - 1, "an engine records every token that it runs"
