@@ -195,11 +195,15 @@ def _is_above(most: int, size: object) -> bool:
 def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return a causal language model with weights that are large enough for a mistake to change log-probabilities."""
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return with_large_weights(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def with_large_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return `model` with random weights that are large enough for a mistake to change log-probabilities."""
     with torch.no_grad():
-        for name, parameter in lm.named_parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.copy_(torch.randn(parameter.shape) * 0.25)
             elif "norm" in name:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return lm.eval()
+    return model.eval()

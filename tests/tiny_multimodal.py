@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_models import tiny_config
+from tiny_models import tiny_config, with_large_weights
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -65,11 +65,4 @@ def multimodal_model(config: PretrainedConfig) -> PreTrainedModel:
     in_one = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
     mapping = MODEL_FOR_MULTIMODAL_LM_MAPPING if in_one else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     torch.manual_seed(0)
-    model: PreTrainedModel = mapping[type(config)]._from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.copy_(torch.randn(parameter.shape) * 0.25)
-            elif "norm" in name:
-                parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return model.eval()
+    return with_large_weights(mapping[type(config)]._from_config(config, dtype=torch.float32))

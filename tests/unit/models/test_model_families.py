@@ -8,7 +8,6 @@ RL2_WRITE_DOCS=1 the document is written anew.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Literal
 
 import pytest
 import torch
+from model_tables import listed, shown_table
 from tiny_models import VARIANTS, tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -36,7 +36,6 @@ from RL2.models.policy import Policy, empty_model, export, named_weights
 from RL2.models.stored import stored_tensors
 from RL2.types import Sampling, StatsRequest
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
 BEGIN, END = "<!-- made by tests/unit/models/test_model_families.py -->\n", "<!-- to here -->\n"
 MODELS = {name: (name, {}) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} | VARIANTS
 TOLERANCE = 1e-4
@@ -108,12 +107,7 @@ def table(verdict: dict[str, Verdict]) -> str:
 
 
 def test_the_document_has_every_model(verdict: dict[str, Verdict]) -> None:
-    before, rest = DOCUMENT.read_text().split(BEGIN)
-    shown, after = rest.split(END)
-    if os.environ.get("RL2_WRITE_DOCS"):
-        DOCUMENT.write_text(before + BEGIN + table(verdict) + END + after)
-        shown = table(verdict)
-    assert shown == table(verdict)
+    assert shown_table(BEGIN, END, table(verdict)) == table(verdict)
 
 
 def test_the_usual_families_are_exact(verdict: dict[str, Verdict]) -> None:
@@ -133,11 +127,6 @@ def test_reasons_name_the_structure(verdict: dict[str, Verdict]) -> None:
     assert verdict["bert"] == ("refused", "has attention that is not causal (is_decoder=false)")
     assert verdict["deepseek_v32"][1].startswith("selects the keys of its attention by an indexer")
     assert verdict["xglm"][1].startswith("draws random numbers in its layers (dropout)")
-
-
-def listed(group: str) -> list[str]:
-    """Return the models of a group in docs/models.md, without building any; another test keeps the document."""
-    return re.findall(r"`([^`]+)`", DOCUMENT.read_text().partition(group)[2].partition("\n")[0])
 
 
 @pytest.mark.parametrize("name", listed(PACKED))

@@ -6,13 +6,13 @@ every other tensor as it was. docs/models.md lists the types; with RL2_WRITE_DOC
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from model_tables import listed, shown_table
 from tiny_multimodal import TYPES, multimodal_config, multimodal_model
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerBase
 
@@ -22,7 +22,6 @@ from RL2.models.multimodal import text_part
 from RL2.models.policy import Policy, export
 from RL2.types import StatsRequest
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
 BEGIN, END = "<!-- made by tests/unit/models/test_multimodal_families.py -->\n", "<!-- to here too -->\n"
 TRAINED = "**Text part trained exactly**"
 
@@ -92,12 +91,7 @@ def table(verdict: dict[str, str]) -> str:
 
 
 def test_the_document_has_every_multimodal_model(verdict: dict[str, str]) -> None:
-    before, rest = DOCUMENT.read_text().split(BEGIN)
-    shown, after = rest.split(END)
-    if os.environ.get("RL2_WRITE_DOCS"):
-        DOCUMENT.write_text(before + BEGIN + table(verdict) + END + after)
-        shown = table(verdict)
-    assert shown == table(verdict)
+    assert shown_table(BEGIN, END, table(verdict)) == table(verdict)
 
 
 def test_the_usual_multimodal_models_are_trained(verdict: dict[str, str]) -> None:
@@ -106,12 +100,7 @@ def test_the_usual_multimodal_models_are_trained(verdict: dict[str, str]) -> Non
     assert verdict["aya_vision"].startswith("does not run text as Cohere2ForCausalLM does: it changes its logits by")
 
 
-def listed() -> list[str]:
-    """Return the exact types in docs/models.md, without building any; another test keeps the document."""
-    return re.findall(r"`([^`]+)`", DOCUMENT.read_text().partition(TRAINED)[2].partition("\n")[0])
-
-
-@pytest.mark.parametrize("name", listed())
+@pytest.mark.parametrize("name", listed(TRAINED))
 def test_the_text_part_gives_the_numbers_of_the_multimodal_class(
     name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
