@@ -27,6 +27,7 @@ from RL2.models.structure import (
     Unpacked,
     Unsupported,
     decoder_layers,
+    has_head,
     measured_transform,
     reset_buffers,
 )
@@ -108,7 +109,7 @@ def _reason(make: Make, config: PretrainedConfig) -> str | None:
     why = _why_not_packed(lm)
     if why is not None:
         _refuse_own_forward(make, config)
-    elif _has_head(lm):
+    elif has_head(lm):
         _tried(lambda: measured_transform(lm), "does not run")
     _tried(lambda: _refuse_unset_buffers(lm), "has buffers that cannot be computed")
     return why
@@ -190,7 +191,7 @@ def _refuse_forward(lm: PreTrainedModel) -> None:
     lm.eval()
     for layer in lm.base_model.layers:  # type: ignore[union-attr]
         layer.training = True  # the mode in which PackedModel.train leaves the layers
-    run = lm if _has_head(lm) else lm.base_model
+    run = lm if has_head(lm) else lm.base_model
     with torch.no_grad(), ModuleTracker() as modules, _TokenMixing(tokens, modules):
         _tried(
             lambda: run(input_ids=ids, position_ids=positions, use_cache=False, attend=calls.append),
@@ -225,14 +226,10 @@ def _refuse_own_forward(make: Make, config: PretrainedConfig) -> None:
         raise Unsupported(RANDOM)
     if any(re.search("Indexer|Compressor", type(part).__name__) for part in lm.modules()):
         raise Unsupported("selects the keys of its attention by an indexer, which looks at padding too")
-    if _has_head(lm):
+    if has_head(lm):
         _tried(lambda: measured_transform(lm), "does not run")
     else:
         decoder_layers(lm)
-
-
-def _has_head(lm: PreTrainedModel) -> bool:
-    return hasattr(lm, "get_output_embeddings") and lm.get_output_embeddings() is not None
 
 
 def logit_transform(lm: PreTrainedModel) -> LogitTransform:

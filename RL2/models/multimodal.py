@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 from RL2.errors import ModelError, first_line
 from RL2.models.conversion import conversions
 from RL2.models.inspection import logit_transform
-from RL2.models.structure import decoder_layers, measured_transform
+from RL2.models.structure import decoder_layers, has_head, measured_transform
 
 SENSES = ("vision", "audio")
 """Parts of multimodal models that are named to the user; their configurations are `vision_config`, `audio_config`."""
@@ -78,34 +78,28 @@ class Multimodal:
 
     def whole_name(self, name: str) -> str:
         """Return the name in `model` of a parameter or buffer of the language model."""
-        for text, whole in self.modules.items():
-            if name.startswith(f"{text}."):
-                return f"{whole}.{name.removeprefix(f'{text}.')}"
-        raise KeyError(name)
+        found = _moved(name, self.modules)
+        if found is None:
+            raise KeyError(name)
+        return found
 
     def split(self, stored_names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         """Return name in a checkpoint of the language model alone -> stored name, and the names of the other parts.
 
         Names that belong to neither are in the dictionary under their own name.
         """
-        known = self.model.state_dict()
+        known, places = self.model.state_dict(), {whole: text for text, whole in self.modules.items()}
         renamings = [rule for rule in get_model_conversion_mapping(self.model) if isinstance(rule, WeightRenaming)]
         text: dict[str, str] = {}
         rest: dict[str, str] = {}
         for stored_name in stored_names:
             name, _ = rename_source_key(stored_name, renamings, [], self.model.base_model_prefix, known)
-            alone = self._text_name(name)
+            alone = _moved(name, places)
             (rest if alone is None else text)[alone or stored_name] = stored_name
         renamed, converted = conversions(self.model, known, rest)
         others = {*renamed, *(name for conversion in converted for _, name in conversion.sources)}
         others |= {name for name in rest if any(re.search(pattern, name) for pattern in self._ignored)}
         return text | {name: name for name in rest if name not in others}, [name for name in rest if name in others]
-
-    def _text_name(self, whole_name: str) -> str | None:
-        for text, whole in self.modules.items():
-            if whole_name.startswith(f"{whole}."):
-                return f"{text}.{whole_name.removeprefix(f'{whole}.')}"
-        return None
 
     @property
     def _ignored(self) -> list[str]:
@@ -119,6 +113,12 @@ class Multimodal:
             self.model.set_submodule(whole, lm.get_submodule(text))
         self.model.config.text_config = lm.config  # it names the implementation of attention, for the masks
         return self.model
+
+
+def _moved(name: str, places: dict[str, str]) -> str | None:
+    """Return a parameter's name after its module has moved, by `places`: module -> new name; None for other modules."""
+    of = next((module for module in places if name.startswith(f"{module}.")), None)
+    return None if of is None else places[of] + name.removeprefix(of)
 
 
 def multimodal(lm: PreTrainedModel) -> Multimodal | None:
@@ -180,12 +180,11 @@ def _modules(lm: PreTrainedModel, whole: PreTrainedModel) -> dict[str, str]:
     if len(backbones) != 1:
         raise ModelError(_not_a_part(lm, whole))
     found = {lm.base_model_prefix: backbones[0]}
-    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
-    if head is not None:
+    if has_head(lm):
         whole_head = whole.get_output_embeddings()
         if not isinstance(whole_head, nn.Linear):
             raise ModelError(_not_a_part(lm, whole))
-        found[_name_of(head, lm)] = _name_of(whole_head, whole)
+        found[_name_of(lm.get_output_embeddings(), lm)] = _name_of(whole_head, whole)
     return found
 
 

@@ -115,13 +115,18 @@ def _block(settings: Mapping[str, Any], model_name: str) -> tuple[int, int] | No
 
 def _group_sizes(settings: Mapping[str, Any]) -> list[int]:
     """Return the different numbers of neighbours in a row that share a scale, in a checkpoint of compressed-tensors."""
-    groups = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
-    return sorted({int(weights["group_size"]) for weights in groups if (weights.get("group_size") or 0) > 0})
+    sizes = (weights.get("group_size") or 0 for weights in _weights(settings))
+    return sorted({int(size) for size in sizes if size > 0})
+
+
+def _weights(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what a checkpoint of compressed-tensors says of the weights of each group of layers."""
+    return [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
 
 
 def _why_not_compressed(settings: Mapping[str, Any]) -> str:
     """Return why a checkpoint of compressed-tensors cannot be read; '' if it can."""
-    groups = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
+    groups = _weights(settings)
     used = {settings.get("format"), *(group.get("format") for group in (settings.get("config_groups") or {}).values())}
     if unknown := sorted(str(each) for each in used - {*FORMATS, None}):
         return f"its format {unknown[0]} packs its values"

@@ -38,6 +38,10 @@ def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
     return max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
 
 
+def has_head(lm: PreTrainedModel) -> bool:
+    return hasattr(lm, "get_output_embeddings") and lm.get_output_embeddings() is not None
+
+
 def measured_transform(lm: PreTrainedModel, layers: nn.ModuleList | None = None) -> LogitTransform:
     """Return what the forward of `lm` does to the logits of its head.
 
