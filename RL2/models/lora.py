@@ -5,16 +5,13 @@ peft wraps a linear layer NAME: its weight becomes NAME.base_layer.weight, the a
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -118,27 +115,3 @@ def merge(lm: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
     layer: Any = lm.get_submodule(layer_name)
     down, up = (whole(x[ADAPTER].weight.detach()) for x in (layer.lora_A, layer.lora_B))
     return weight.float().addmm(up, down, alpha=layer.scaling[ADAPTER])
-
-
-def export_adapter(
-    lm: PreTrainedModel, folder: Path, write: bool, whole_name: Callable[[str], str] | None = None
-) -> None:
-    """Write a folder that `peft.PeftModel.from_pretrained` loads (collective); only a process with `write` writes.
-
-    `whole_name` returns the name in a multimodal model of a module or parameter of `lm`, its text part.
-    """
-    weights = {}
-    layers = set()
-    for name, parameter in lm.named_parameters():
-        if is_adapter(name):
-            weight = whole(parameter.detach())
-            name = name if whole_name is None else whole_name(name)
-            layers.add(name.partition(".lora_")[0])
-            weights[f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"] = weight.cpu().contiguous()
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        config: Any = copy.copy(cast(Any, lm.peft_config)[ADAPTER])
-        if whole_name is not None:  # the other parts have layers of the same names
-            config.target_modules = sorted(layers)
-        config.save_pretrained(folder)
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -85,7 +85,6 @@ class PackedModel(nn.Module, ABC):
             layer.training = mode
         return self
 
-    @abstractmethod
     def forward(
         self,
         batch: TokenBatch,
@@ -99,9 +98,25 @@ class PackedModel(nn.Module, ABC):
         With `alone`, `batch` is one sequence in which every label is an action; transformers' own forward computes
         `CHECKED` for it, unpacked, under `transformers_attention`. The decisions of routers are added to `routing`.
         """
+        if alone:
+            assert request == self.CHECKED
+            return self.stats_alone(batch)
+        hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared, routing)
+        stats = self.stats_of(hidden_ND, batch.labels_T[batch.action_T][is_mine_A], request)
+        if self.sp is None:
+            return stats
+        return {name: spread(value, is_mine_A, self.sp) for name, value in stats.items()}
+
+    @abstractmethod
+    def stats_of(self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest) -> dict[str, Tensor]:
+        """Return the statistics of `request` by name, [N] or [N, K], of the last hidden states of N actions."""
+
+    @abstractmethod
+    def stats_alone(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Return `CHECKED`, [T], of the single sequence in `batch`, without packing."""
 
     def hidden_of_actions(
-        self, batch: TokenBatch, shared: SharedPrefix | None, routing: RoutingSums | None = None
+        self, batch: TokenBatch, shared: SharedPrefix | None, routing: RoutingSums | None
     ) -> tuple[Tensor, Tensor]:
         """Return the last hidden states of the actions computed on this process, and the mask of those actions.
 
@@ -164,12 +179,6 @@ class PackedModel(nn.Module, ABC):
         most = torch.tensor(number, device=next(self.parameters()).device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
-
-    def on_all(self, stats: dict[str, Tensor], is_mine_A: Tensor) -> dict[str, Tensor]:
-        """Return the statistics of all actions, given those computed here, on each process that shares the batch."""
-        if self.sp is None:
-            return stats
-        return {name: spread(value, is_mine_A, self.sp) for name, value in stats.items()}
 
 
 def refuse_longer(lm: PreTrainedModel, longest: int) -> None:

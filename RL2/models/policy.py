@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,16 +29,15 @@ from RL2.errors import ModelError, first_line, naming
 from RL2.models.conversion import stored_layout, weight_shapes
 from RL2.models.inspection import length_limit, logit_transform, stored_buffers
 from RL2.models.loading import build, configuration, empty, folder_here, materialise, refuse_no_model
-from RL2.models.lora import is_adapter, merge, merged_name
+from RL2.models.lora import ADAPTER, is_adapter, merge, merged_name
 from RL2.models.multimodal import multimodal
 from RL2.models.other_parts import other_parts
 from RL2.models.packed import PackedModel, backbone
-from RL2.models.routing import RoutingSums
 from RL2.ops.attention import is_packed
 from RL2.ops.token_stats import VocabularyShard, token_stats
 from RL2.parallel.fsdp import local, whole
 from RL2.parallel.tp import first_row
-from RL2.types import SharedPrefix, StatsRequest, TokenBatch, TokenStats
+from RL2.types import StatsRequest, TokenBatch
 
 
 class Policy(PackedModel):
@@ -54,28 +55,13 @@ class Policy(PackedModel):
     def build(model_name: str, dequantize: bool = False) -> PreTrainedModel:
         return build(AutoModelForCausalLM, model_name, dequantize)
 
-    def forward(
-        self,
-        batch: TokenBatch,
-        shared: SharedPrefix | None,
-        request: StatsRequest,
-        alone: bool = False,
-        routing: RoutingSums | None = None,
-    ) -> dict[str, Tensor]:
-        """Return the token statistics of `request` by name, each [number of action tokens] or [.., K]."""
-        if alone:
-            return {"logp": self._logp_alone(batch)}
-        hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared, routing)
-        stats = self._token_stats(hidden_ND, batch.labels_T[batch.action_T][is_mine_A], request)
-        return self.on_all({name: getattr(stats, name) for name in request.fields}, is_mine_A)
-
-    def _token_stats(self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest) -> TokenStats:
+    def stats_of(self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest) -> dict[str, Tensor]:
         total = self.lm.config.vocab_size
         weight_VD, bias_V = local(head(self.lm).weight), head(self.lm).bias
         if bias_V is not None:  # a column of the weight, by which a constant is multiplied
             weight_VD = torch.cat([weight_VD, local(bias_V)[:, None]], 1)
             hidden_ND = torch.cat([hidden_ND, torch.ones_like(hidden_ND[:, :1])], 1)
-        return token_stats(
+        stats = token_stats(
             hidden_ND,
             weight_VD,
             labels_N,
@@ -86,17 +72,17 @@ class Policy(PackedModel):
             tp=None if self.tp is None else VocabularyShard(self.tp, first_row(total, self.tp), total),
             budget_mib=request.budget_mib,
         )
+        return {name: getattr(stats, name) for name in request.fields}
 
-    def _logp_alone(self, batch: TokenBatch) -> Tensor:
-        """Return the log-probability of each label of the single sequence in `batch`, [T], without packing."""
+    def stats_alone(self, batch: TokenBatch) -> dict[str, Tensor]:
         ids = batch.token_ids_T[None]
         if self.tp is not None:  # the head is sharded, which only token_stats handles
             hidden_TD = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state[0]
-            return self._token_stats(hidden_TD, batch.labels_T, self.CHECKED).logp
+            return self.stats_of(hidden_TD, batch.labels_T, self.CHECKED)
         whole = multimodal(self.lm)  # the model whose numbers count
         lm = self.lm if whole is None else whole.around(self.lm)
         logits_TV = lm(input_ids=ids, use_cache=False).logits[0].float()
-        return logits_TV.log_softmax(-1).gather(-1, batch.labels_T[:, None])[:, 0]
+        return {"logp": logits_TV.log_softmax(-1).gather(-1, batch.labels_T[:, None])[:, 0]}
 
 
 def head(lm: PreTrainedModel) -> nn.Linear:
@@ -245,6 +231,29 @@ def export(
             begun[file][name] = weight.cpu().contiguous()
             if len(begun[file]) == len(files.filename_to_tensors[file]):
                 save_file(begun.pop(file), folder / file, metadata={"format": "pt"})
+
+
+def export_adapter(lm: PreTrainedModel, folder: Path, write: bool) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` loads (collective); only a process with `write` writes.
+
+    It fits on the whole model if `lm` is the text of a multimodal one.
+    """
+    multi = multimodal(lm)
+    weights = {}
+    layers = set()
+    for name, parameter in lm.named_parameters():
+        if is_adapter(name):
+            weight = whole(parameter.detach())
+            name = name if multi is None else multi.whole_name(name)
+            layers.add(name.partition(".lora_")[0])
+            weights[f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"] = weight.cpu().contiguous()
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        config: Any = copy.copy(cast(Any, lm.peft_config)[ADAPTER])
+        if multi is not None:  # the other parts have layers of the same names
+            config.target_modules = sorted(layers)
+        config.save_pretrained(folder)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _save_configuration(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

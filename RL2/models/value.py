@@ -9,8 +9,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from RL2.errors import ModelError
 from RL2.models.loading import build
 from RL2.models.packed import PackedModel, backbone
-from RL2.models.routing import RoutingSums
-from RL2.types import SharedPrefix, StatsRequest, TokenBatch
+from RL2.types import StatsRequest, TokenBatch
 
 VALUE = StatsRequest(("value",))
 """The only request that a value model accepts."""
@@ -39,27 +38,17 @@ class ValueModel(PackedModel):
         """Return a small random head for a checkpoint of a language model; a checkpoint with a head keeps its own."""
         return torch.randn(shape) * self.lm.config.initializer_range if name == "score.weight" else None
 
-    def forward(
-        self,
-        batch: TokenBatch,
-        shared: SharedPrefix | None,
-        request: StatsRequest,
-        alone: bool = False,
-        routing: RoutingSums | None = None,
-    ) -> dict[str, Tensor]:
-        """Return `value`, float32 [number of action tokens]; the request can only be VALUE."""
+    def stats_of(self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest) -> dict[str, Tensor]:
+        """Return `value`, float32 [N]; the request can only be VALUE."""
         assert request == VALUE
-        if alone:
-            hidden = backbone(self.lm)(input_ids=batch.token_ids_T[None], use_cache=False).last_hidden_state
-            return {"value": self._value(hidden[0])}
-        hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared, routing)
-        return self.on_all({"value": self._value(hidden_ND)}, is_mine_A)
-
-    def _value(self, hidden_ND: Tensor) -> Tensor:
         head = self.lm.get_submodule("score")
         assert isinstance(head, nn.Linear)
         # the values are float32 in half precision too: pairs differ by less than its resolution
-        return hidden_ND.float() @ head.weight[0].float()
+        return {"value": hidden_ND.float() @ head.weight[0].float()}
+
+    def stats_alone(self, batch: TokenBatch) -> dict[str, Tensor]:
+        hidden = backbone(self.lm)(input_ids=batch.token_ids_T[None], use_cache=False).last_hidden_state
+        return self.stats_of(hidden[0], batch.labels_T, VALUE)
 
 
 def mark_padding(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,9 +17,8 @@ from RL2.errors import ConfigError, first_line, naming
 from RL2.io import durable
 from RL2.io.checkpoint import NOTES, damage, load_weights, models, stored_weights
 from RL2.models.loading import is_quantised
-from RL2.models.lora import add_adapters, export_adapter, is_adapter
-from RL2.models.multimodal import multimodal
-from RL2.models.policy import Policy, load_tokenizer
+from RL2.models.lora import add_adapters, is_adapter
+from RL2.models.policy import Policy, export_adapter, load_tokenizer
 from RL2.models.policy import export as write_model
 from RL2.models.value import ValueModel, mark_padding
 
@@ -64,8 +63,7 @@ def export(checkpoint: Path, out: Path, model_name: str, *, adapter: bool) -> No
     shutil.rmtree(partial, ignore_errors=True)
     try:
         if adapter:
-            whole = multimodal(lm)
-            export_adapter(lm, partial, True, None if whole is None else whole.whole_name)
+            export_adapter(lm, partial, write=True)
             tokenizer.save_pretrained(partial)
         else:
             write_model(lm, tokenizer, partial, write=True)

@@ -14,10 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from RL2.config.model import Moe, ReplayedMoe, Trainable, TrainablePolicy
 from RL2.errors import ConfigError
-from RL2.models.lora import export_adapter
-from RL2.models.multimodal import multimodal
 from RL2.models.packed import PackedModel
-from RL2.models.policy import Policy
+from RL2.models.policy import Policy, export_adapter
 from RL2.models.routing import why_no_biases, why_no_losses, why_unseen
 from RL2.models.structure import decoder_layers
 from RL2.objectives.objective import Loss
@@ -95,8 +93,7 @@ class Learner(Worker):
         if not (isinstance(self.config, TrainablePolicy) and self.config.lora.save == "adapter"):
             return super().export(tokenizer, folder)
         with self.at_work("gathering the adapters to save"):
-            whole = multimodal(self.lm)
-            export_adapter(self.lm, folder, self.processes.is_first, None if whole is None else whole.whole_name)
+            export_adapter(self.lm, folder, self.processes.is_first)
         if self.processes.is_first:
             tokenizer.save_pretrained(folder)
 
