@@ -86,20 +86,22 @@ class Monitor(Protocol):
     def end(self, job: Job) -> None: ...
 
 
+def start(job: Job) -> subprocess.Popen[bytes]:
+    """Start the command of a job, which writes to the log in its folder."""
+    with job.log.open("ab") as log:
+        environment = os.environ | job.environment
+        return subprocess.Popen(
+            job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+
+
 class _Child:
     """A running job."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.started = job, time.monotonic()
         job.folder.mkdir(parents=True, exist_ok=True)
-        with job.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                job.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | job.environment,
-            )
+        self.process = start(job)
 
     def finish(self) -> None:
         """Mark the job as done. Raise JobError if it failed."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import warm
 from programs import NUM_ROWS, World
 
+from RL2.tools import jobs
 from RL2.tools.reproduce.model import build_model
 from RL2.tools.reproduce.problems import Demonstrator, draw_problems
 
@@ -28,6 +32,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         [{"prompt": p, "chosen": text, "rejected": " ".join(text.split()[::-1])} for p, text in pairs],
     )
     return World(root, count())
+
+
+@pytest.fixture(scope="module")
+def warm_jobs() -> Iterator[None]:
+    """Have jobs on one process forked from a server with their imports done; tests/unit/tools has them started."""
+
+    def start(job: jobs.Job) -> warm.Program:
+        assert job.nproc == 1
+        environment = os.environ | job.environment
+        return warm.Program(f"RL2.trainer.{job.program}", list(job.overrides), job.log, job.log, env=environment)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "start", start)
+        yield
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -10,14 +10,12 @@ import random
 import re
 import resource
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from programs import LIMIT_S, Run, World, ranks_of, wait_for_line, without_times
 
 KILLS = int(os.environ.get("RL2_KILLS", 3))
@@ -91,23 +89,14 @@ def is_at_work(run: Run, since: float) -> bool:
 
 
 @pytest.fixture
-def pair(world: World, settings: tuple[str, ...], tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def pair(world: World, settings: tuple[str, ...], tmp_path: Path) -> Iterator[list[warm.Program]]:
     """Two ranks that nobody watches over: no launcher ends one when the other has gone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "RL2.trainer.spo", *world.rl, *settings, f"trainer.save_dir={tmp_path}/run"]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [*command, "trainer.max_steps=1000"],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    arguments = [*world.rl, *settings, f"trainer.save_dir={tmp_path}/run", "trainer.max_steps=1000"]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(warm.free_port())}
+    ranks = []
+    for rank in ("0", "1"):
+        log, environment = tmp_path / f"rank_{rank}.log", os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(warm.Program("RL2.trainer.spo", arguments, Path(os.devnull), log, env=environment))
     yield ranks
     for rank in ranks:
         rank.kill()
@@ -117,7 +106,7 @@ def pair(world: World, settings: tuple[str, ...], tmp_path: Path) -> Iterator[li
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "stuck"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_rank_that_is_left_says_what_it_waited_for(
-    how: signal.Signals, victim: int, pair: list[subprocess.Popen[str]], tmp_path: Path
+    how: signal.Signals, victim: int, pair: list[warm.Program], tmp_path: Path
 ) -> None:
     metrics, limit = tmp_path / "run" / "metrics.jsonl", time.monotonic() + LIMIT_S
     while not (metrics.exists() and metrics.read_text().count("\n") > 1):
@@ -125,14 +114,14 @@ def test_the_rank_that_is_left_says_what_it_waited_for(
         time.sleep(0.05)
     pair[victim].send_signal(how)
     began = time.monotonic()
-    left = pair[1 - victim]
-    _, errors = left.communicate(timeout=TIMEOUT_S + 20)
-    print(f"{time.monotonic() - began:.1f} s: {errors.splitlines()[-1]}")
-    assert left.returncode == 1
+    left = 1 - victim
+    assert pair[left].wait(timeout=TIMEOUT_S + 20) == 1
+    said = (tmp_path / f"rank_{left}.log").read_text().splitlines()[-1]
+    print(f"{time.monotonic() - began:.1f} s: {said}")
     assert re.fullmatch(
-        rf"spo \(rank {1 - victim}\): failed while waiting for .+: another of the 2 processes died or did not "
+        rf"spo \(rank {left}\): failed while waiting for .+: another of the 2 processes died or did not "
         rf"arrive within trainer.timeout_s={TIMEOUT_S}",
-        errors.splitlines()[-1],
+        said,
     )
 
 

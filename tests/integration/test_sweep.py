@@ -35,7 +35,9 @@ def write(world: World, file: Path, responses: str = "4") -> Path:
     return file
 
 
-def test_a_sweep_runs_judges_and_compares_and_goes_on_where_it_was(world: World, tmp_path: Path) -> None:
+def test_a_sweep_runs_judges_and_compares_and_goes_on_where_it_was(
+    world: World, warm_jobs: None, tmp_path: Path
+) -> None:
     file, out = write(world, tmp_path / "sweep.yaml"), tmp_path / "out"
     arguments = ["sweep", str(file), "--seeds", "2", "--out", str(out)]
     first = CliRunner().invoke(app, arguments)

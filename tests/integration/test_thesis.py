@@ -13,11 +13,12 @@ from RL2.tools.reproduce import thesis
 from RL2.tools.reproduce.claims import Claim
 from RL2.tools.reproduce.demo import Plan, ProgressBoard
 
-PLAN = Plan(warmup_steps=5, steps=5, test_freq=2, methods=thesis.METHODS, test_rows=8)
+SIZES = {"test_rows": 8, "sequences_per_step": 32, "warmup_batch": 8}
+PLAN = Plan(warmup_steps=4, steps=5, test_freq=2, methods=thesis.METHODS, **SIZES)
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Claim]]:
+def done(warm_jobs: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Claim]]:
     out = tmp_path_factory.mktemp("thesis")
     return out, thesis.reproduce(out, 1, ProgressBoard(), PLAN)
 

@@ -1,12 +1,14 @@
 """10,000 hostile responses to every environment: none hangs, crashes, runs code or earns a reward.
 
-A reward model falls over none of them; what it rewards is its own affair.
+Environments that ask a library or a model get the first 2,000 of them; RL2_ATTACKS=10000 gives them all (a minute). A
+reward model falls over none of them; what it rewards is its own affair.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -25,6 +27,7 @@ from envs.workers import WorkerError, Workers
 pytestmark = pytest.mark.slow
 
 NUMBER = 10_000
+FOR_LIBRARIES = int(os.environ.get("RL2_ATTACKS", 2_000))
 HUGE = 1_000_000
 MAX_HUGE = 40
 """Texts of a megabyte among them: each kind once."""
@@ -120,15 +123,15 @@ def attacks(seed: int, mark: Path) -> Iterator[str]:
 
 
 async def attack(
-    step: Step, extra_info: dict[str, Any], mark: Path, observations: tuple[str, ...] = ()
+    step: Step, extra_info: dict[str, Any], mark: Path, observations: tuple[str, ...] = (), number: int = NUMBER
 ) -> dict[str, int]:
-    """What came of all attacks, many at once: ended without reward, went on with an observation, or unscored.
+    """What came of the first attacks, many at once: ended without reward, went on with an observation, or unscored.
 
     `observations` are the words that an observation may begin with.
     """
     outcomes = {"ended": 0, "went on": 0, "unscored": 0}
     actions = list(attacks(seed=0, mark=mark))
-    for first in range(0, NUMBER, TOGETHER):
+    for first in range(0, number, TOGETHER):
         chunk = actions[first : first + TOGETHER]
         start = time.process_time()
         results = await asyncio.gather(
@@ -190,10 +193,10 @@ def test_the_calculator(mark: Path) -> None:
 def test_mathematics(mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library may hang over some; they are killed and have no reward, not a reward of 0."""
     monkeypatch.setattr(orz, "grade", Workers(orz.__file__, "make_grader", limit_s=0.5, number=2))
-    outcomes = asyncio.run(attack(orz.step, {"answer": GOLD["orz"]}, mark))
+    outcomes = asyncio.run(attack(orz.step, {"answer": GOLD["orz"]}, mark, number=FOR_LIBRARIES))
     orz.grade.close()
     assert outcomes["went on"] == 0
-    assert 2 <= outcomes["unscored"] < 50
+    assert 1 <= outcomes["unscored"] < 50
 
 
 @asynccontextmanager
@@ -231,7 +234,7 @@ def test_reasoning_gym(mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def main() -> dict[str, int]:
         await reasoning_gym.reset(extra_info)
-        return await attack(step, extra_info, mark)
+        return await attack(step, extra_info, mark, number=FOR_LIBRARIES)
 
     outcomes = asyncio.run(main())
     reasoning_gym.gym.close()
@@ -290,7 +293,7 @@ def test_verifiers(mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("VERIFIERS_TASKSET", "attacked")
     workers = Workers(verifiers_env.__file__, "make_taskset", limit_s=5, number=2)
     monkeypatch.setattr(verifiers_env, "taskset", workers)
-    outcomes = asyncio.run(attack(verifiers_env.step, {"seed": 1}, mark))
+    outcomes = asyncio.run(attack(verifiers_env.step, {"seed": 1}, mark, number=FOR_LIBRARIES))
     workers.close()
     assert outcomes["went on"] == 0
     assert outcomes["unscored"] < 50
@@ -322,4 +325,5 @@ def test_a_reward_model(
         assert math.isfinite(result["reward"])
         return result | ended
 
-    assert asyncio.run(attack(step, {}, mark)) == {"ended": NUMBER, "went on": 0, "unscored": 0}
+    outcomes = asyncio.run(attack(step, {}, mark, number=FOR_LIBRARIES))
+    assert outcomes == {"ended": FOR_LIBRARIES, "went on": 0, "unscored": 0}
