@@ -19,9 +19,10 @@ from RL2.engines.served.weight_sync import WeightCheck
 from RL2.engines.sglang import server_spec as sglang
 from RL2.engines.vllm import server_spec as vllm
 from RL2.errors import ConfigError
-from RL2.models.conversion import is_stored_by_name
+from RL2.models.conversion import Layout, stored_layout
 from RL2.models.dtypes import compute_dtype
 from RL2.models.multimodal import checkpoint_config
+from RL2.models.other_parts import other_parts
 from RL2.models.policy import empty_model
 from RL2.models.quantised import quantisation_of
 from RL2.ops.attention import is_packed
@@ -67,33 +68,40 @@ def make_engine(
     if settings is None:
         return _embedded(rollout, policy, decode, dtype, records_experts)
     spec = _engine_spec(rollout, settings, policy, dtype, max_length)
-    refuse_other_layout(policy.lm, rollout.engine)
+    layout = served_layout(policy.lm, rollout.engine)
     is_exact = dtype == policy.dtype == torch.float32
     check = WeightCheck(
         policy.logps,
         probe=make_probe(policy.lm.config.vocab_size, max_length),
         max_gap=settings.max_probe_gap or (1e-4 if is_exact else 0.1),
     )
-    return ServedEngine(spec, check, policy.processes, log_dir)
+    return ServedEngine(spec, check, policy.processes, log_dir, layout)
 
 
-def refuse_other_layout(lm: PreTrainedModel, engine: str) -> None:
-    """Raise ConfigError if servers know weights of `lm` by other names: of fused experts, or in a multimodal model."""
-    if (checkpoint := checkpoint_config(lm)) is not None:
-        raise ConfigError(
-            f"rollout.engine={engine}: {checkpoint.model_type} is multimodal, and weights of its text part are not "
-            "sent to servers yet; use rollout.engine=embedded"
-        )
+def served_layout(lm: PreTrainedModel, engine: str) -> Layout:
+    """Return the layout in which servers read weights of `lm`, which is that of its checkpoint.
+
+    Raise ConfigError if servers cannot read it.
+    """
     if (quantised := quantisation_of(lm)) is not None:
         raise ConfigError(
             f"rollout.engine={engine}: servers would load the checkpoint's {quantised.method} weights, and trained "
             "weights are not quantised; use rollout.engine=embedded, or export the model first"
         )
-    if not is_stored_by_name(lm):
+    checkpoint = checkpoint_config(lm)
+    if engine == "sglang" and checkpoint is not None:
         raise ConfigError(
-            f"rollout.engine={engine}: {lm.config.model_type} has fused weights, as of experts, which are "
-            "not sent to servers yet; use rollout.engine=embedded"
+            f"rollout.engine=sglang: {checkpoint.model_type} is multimodal, and text parts of such models were not "
+            "tried with SGLang; use rollout.engine=vllm or embedded"
         )
+    layout = stored_layout(lm)
+    if layout is None:
+        raise ConfigError(
+            f"rollout.engine={engine}: a checkpoint of {lm.config.model_type} computes tensors from several "
+            "parameters, which are not sent to servers; use rollout.engine=embedded"
+        )
+    parts = other_parts(lm)
+    return layout if parts is None else parts.layout(lm)
 
 
 def _embedded(
@@ -139,5 +147,6 @@ def _engine_spec(
         raise ConfigError("rollout.vllm.transport=ipc shares a GPU's memory, and there is no GPU: use broadcast")
     sleeps = torch.cuda.is_available() and not settings.urls
     server = vllm.SLEEPING_VLLM_SERVER if sleeps else vllm.VLLM_SERVER
-    arguments = vllm.server_arguments(rollout, policy.lm.config, dtype, max_length)
+    is_multimodal = checkpoint_config(policy.lm) is not None
+    arguments = vllm.server_arguments(rollout, policy.lm.config, dtype, max_length, is_multimodal)
     return EngineSpec(server, settings, max_length, limit, arguments, transport=settings.transport)

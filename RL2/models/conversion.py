@@ -78,20 +78,14 @@ def weight_shapes(lm: PreTrainedModel) -> dict[str, Tensor]:
     } | {name: buffer.to("meta") for name, buffer in stored_buffers(lm).items()}
 
 
-def is_stored_by_name(lm: PreTrainedModel) -> bool:
-    """Return whether a checkpoint stores each parameter and buffer of `lm` under its own name."""
-    shapes = weight_shapes(lm)
-    try:
-        return revert_weight_conversion(lm, dict(shapes)).keys() == shapes.keys()
-    except (RuntimeError, ValueError, KeyError, AttributeError):  # a rule that needs values
-        return False
+Layout = Callable[[str, Tensor], dict[str, Tensor]]
+"""Function from the name and value of a parameter to the tensors of a checkpoint that are computed from it."""
 
 
-def stored_layout(lm: PreTrainedModel) -> Callable[[str, Tensor], dict[str, Tensor]]:
-    """Return a function from a parameter's name and value to the tensors that a checkpoint of `lm` stores for it.
+def stored_layout(lm: PreTrainedModel) -> Layout | None:
+    """Return the layout of a checkpoint of `lm`; None if it computes a tensor from several parameters.
 
-    If a checkpoint computes a tensor from several parameters, the function keeps names and values, which transformers
-    loads too.
+    Transformers then loads the parameters under their own names too.
     """
     shapes = weight_shapes(lm)
 
@@ -102,7 +96,12 @@ def stored_layout(lm: PreTrainedModel) -> Callable[[str, Tensor], dict[str, Tens
     try:
         together = revert_weight_conversion(lm, dict(shapes))
         apart = {name: x for pair in shapes.items() for name, x in alone(*pair).items()}
-    except (RuntimeError, ValueError, KeyError, AttributeError):  # a rule that needs several parameters
-        return lambda name, value: {name: value}
+    except (RuntimeError, ValueError, KeyError, AttributeError):  # a rule that needs several parameters, or values
+        return None
     same = {name: x.shape for name, x in together.items()} == {name: x.shape for name, x in apart.items()}
-    return alone if same else lambda name, value: {name: value}
+    return alone if same else None
+
+
+def by_name(name: str, value: Tensor) -> dict[str, Tensor]:
+    """Return the parameter itself: the layout of a checkpoint that stores each under its own name."""
+    return {name: value}

@@ -44,7 +44,8 @@ def test_ranks_killed_at_random_moments_are_restarted_and_nothing_changes(
 ) -> None:
     """torchrun starts all again; the run ends with the uninterrupted one's weights and metrics, bit for bit."""
     draw, killed_at = random.Random(), []
-    run = world.start("spo", *settings, nproc=2, max_restarts=KILLS)
+    # one restart more: under heavy load, gloo's own thread was once seen to crash
+    run = world.start("spo", *settings, nproc=2, max_restarts=KILLS + 1)
     for _ in range(KILLS):
         began, old = time.monotonic(), {worker.pid for worker in ranks_of(run.process.pid)}
         wait_for_line(run.save_dir / "metrics.jsonl", run)

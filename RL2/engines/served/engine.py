@@ -26,6 +26,7 @@ from RL2.engines.served.server import EngineFailed
 from RL2.engines.served.server_pool import Addresses, ServerPool
 from RL2.engines.served.server_spec import EngineSpec
 from RL2.engines.served.weight_sync import WeightCheck
+from RL2.models.conversion import Layout, by_name
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 
@@ -50,9 +51,14 @@ class ServedEngine:
     request is retried with the same seed.
     """
 
-    def __init__(self, spec: EngineSpec, check: WeightCheck, processes: Processes, log_dir: Path) -> None:
-        """Launch the servers or attach to them (collective). Raises `EngineFailed` if one does not come up."""
-        self.spec, self.check, self.processes = spec, check, processes
+    def __init__(
+        self, spec: EngineSpec, check: WeightCheck, processes: Processes, log_dir: Path, layout: Layout = by_name
+    ) -> None:
+        """Launch the servers or attach to them (collective). Raises `EngineFailed` if one does not come up.
+
+        They get weights in the layout of a checkpoint.
+        """
+        self.spec, self.check, self.processes, self.layout = spec, check, processes, layout
         settings, name = spec.settings, spec.server.name
         self.version = -1
         self.pool: ServerPool | None = None
@@ -153,7 +159,7 @@ class ServedEngine:
                 pass
         else:
             try:
-                self.pool.send(weights)
+                self.pool.send(pair for one in weights for pair in self.layout(*one).items())
             except EngineFailed as error:
                 for _ in weights:  # gathering is collective, and the other processes draw all of them
                     pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,6 +28,18 @@ class EngineFailed(UserError, RuntimeError):
     """A server that does not start, does not answer, or computes with other weights than the trainer."""
 
 
+def free_port() -> int:
+    """Return a free loopback port below those that systems give to outgoing connections.
+
+    A server takes seconds until it listens, and until then one of those ports could be given away.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise EngineFailed("no port between 10000 and 32000 is free for a server")
+
+
 class Server:
     """A server process on a loopback port, which it keeps when it restarts."""
 
@@ -47,9 +60,7 @@ class Server:
         `python` is the interpreter of the server's environment, `token` the one that clients have to send, `name` is
         for error messages. `folder` is for temporary files; it is created.
         """
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.spec, self.name, self.log, self.folder = spec, name, log, folder
         self.client = spec.client(f"http://127.0.0.1:{port}", token)
         self.command = [python, str(spec.launcher), "--host", "127.0.0.1", "--port", str(port), *arguments]

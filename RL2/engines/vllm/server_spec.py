@@ -36,8 +36,13 @@ SLEEPING_VLLM_SERVER = replace(VLLM_SERVER, client=SleepingVLLMClient)
 """A server launched on a GPU: while it is paused, others can use its memory."""
 
 
-def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dtype, max_length: int) -> list[str]:
-    """Return the command line of a server for sequences of up to `max_length` tokens, without its address."""
+def server_arguments(
+    rollout: Rollout, model: PretrainedConfig, dtype: torch.dtype, max_length: int, is_multimodal: bool = False
+) -> list[str]:
+    """Return the command line of a server for sequences of up to `max_length` tokens, without its address.
+
+    `model` is the configuration of a text model; of a multimodal one, the other parts are not loaded.
+    """
     settings = rollout.vllm
     arguments = {
         "model": rollout.model_name,
@@ -63,6 +68,7 @@ def server_arguments(rollout: Rollout, model: PretrainedConfig, dtype: torch.dty
         room = rollout.gpu_memory_utilization * free_bytes(torch.device("cpu")) / settings.num_servers
         arguments["kv-cache-memory-bytes"] = min(wanted, int(room))
     flags = ["--enable-scale-out", "--disable-uvicorn-access-log"]
+    flags += ["--language-model-only"] if is_multimodal else []
     flags += ["--enable-sleep-mode"] if torch.cuda.is_available() else []
     flags += [] if torch.cuda.is_available() or rollout.compile else ["--enforce-eager"]
     return [*flags, *(str(x) for key, value in arguments.items() for x in (f"--{key}", value)), *settings.args]

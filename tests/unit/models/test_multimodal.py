@@ -17,12 +17,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from RL2.batch.packing import loss_weights, pack_tokens
 from RL2.config.load import load
 from RL2.config.programs import trained
-from RL2.engines.make import refuse_other_layout
+from RL2.engines.make import served_layout
 from RL2.errors import ConfigError
 from RL2.models.loading import match_weights
 from RL2.models.multimodal import multimodal_line, note_checkpoint
 from RL2.models.packed import PackedModel
-from RL2.models.policy import Policy, export, max_length
+from RL2.models.policy import Policy, export, max_length, named_weights
 from RL2.models.stored import stored_tensors
 from RL2.models.value import VALUE, ValueModel
 from RL2.parallel.processes import Processes
@@ -221,8 +221,19 @@ def test_lines_name_the_parts(tmp_path: Path) -> None:
     assert multimodal_line(lm) == ("gemma4: trains the text model; the vision and audio parts are exported unchanged")
     assert multimodal_line(tiny_model(tiny_config("gemma3_text"))) is None
     assert max_length(str(tmp_path)) == 512
-    with pytest.raises(ConfigError, match=r"^rollout.engine=vllm: gemma4 is multimodal, and weights of its text part"):
-        refuse_other_layout(lm, "vllm")
+    with pytest.raises(ConfigError, match=r"^rollout.engine=sglang: gemma4 is multimodal, and text parts of such"):
+        served_layout(lm, "sglang")
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen3_5_moe"])
+def test_servers_get_the_weights_of_the_text_as_the_checkpoint_has_them(model_type: str, tmp_path: Path) -> None:
+    make(tmp_path, model_type)
+    stored = load_file(tmp_path / "model.safetensors")
+    lm = Policy.load(str(tmp_path)).lm
+    layout = served_layout(lm, "vllm")
+    sent = {name: x for pair in named_weights(lm) for name, x in layout(*pair).items()}
+    assert all(torch.equal(x, stored[name]) for name, x in sent.items())
+    assert all("vis" in name or "multi_modal" in name for name in stored.keys() - sent.keys())
 
 
 def test_ties_follow_the_multimodal_configuration(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from RL2.batch.packing import pack_tokens
 from RL2.config.load import load
 from RL2.config.programs import trained
-from RL2.engines.make import refuse_other_layout
+from RL2.engines.make import served_layout
 from RL2.errors import ConfigError
 from RL2.models.inspection import logit_transform, own_forward_line, runs_packed
 from RL2.models.packed import PackedModel
@@ -101,14 +101,14 @@ def test_a_value_model_runs_row_by_row(tmp_path: Path, processes: Processes) -> 
     torch.testing.assert_close(values, torch.cat(alone), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("model_type", "served"), [("qwen3", True), ("lfm2", True), ("qwen3_moe", False)])
-def test_fused_weights_are_not_sent_to_servers(model_type: str, served: bool) -> None:
-    lm = tiny_model(tiny_config(model_type))
-    if served:
-        refuse_other_layout(lm, "vllm")
-    else:
-        with pytest.raises(ConfigError, match=r"^rollout.engine=vllm: qwen3_moe has fused weights"):
-            refuse_other_layout(lm, "vllm")
+@pytest.mark.parametrize("model_type", ["qwen3", "lfm2", "qwen3_moe", "mixtral"])
+def test_servers_get_weights_as_checkpoints_have_them(model_type: str, tmp_path: Path) -> None:
+    stored = load_file(saved(tmp_path, model_type) / "model.safetensors")
+    lm = Policy.load(str(tmp_path)).lm
+    layout = served_layout(lm, "vllm")
+    sent = {name: x for pair in named_weights(lm) for name, x in layout(*pair).items()}
+    assert sent.keys() == stored.keys()
+    assert all(torch.equal(x, stored[name]) for name, x in sent.items())
 
 
 def test_experts_that_do_not_fit_together_are_named(tmp_path: Path) -> None:

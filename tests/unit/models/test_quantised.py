@@ -19,7 +19,7 @@ from RL2.batch.packing import pack_tokens
 from RL2.config.load import load
 from RL2.config.programs import DPOConfig
 from RL2.data.table import Ragged
-from RL2.engines.make import refuse_other_layout
+from RL2.engines.make import served_layout
 from RL2.errors import ConfigError
 from RL2.models.loading import match_weights, tensors_for
 from RL2.models.policy import Policy, export
@@ -245,4 +245,4 @@ def test_broken_numbers_are_found_by_both_readers(tmp_path: Path) -> None:
 def test_servers_are_refused(tmp_path: Path) -> None:
     change(make(tmp_path), quantization_config=FP8)
     with pytest.raises(ConfigError, match=r"^rollout.engine=vllm: servers would load the checkpoint's fp8 weights"):
-        refuse_other_layout(Policy.build(str(tmp_path), dequantize=True), "vllm")
+        served_layout(Policy.build(str(tmp_path), dequantize=True), "vllm")

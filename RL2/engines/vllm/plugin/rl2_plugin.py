@@ -208,10 +208,13 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 def pack_again(model: Any) -> None:
     """Update the packed copies of weights that layers compute with on CPUs.
 
-    The reload packs every layer that received tensors. A tied head receives none, because the embedding does, and
-    would silently keep the old weights.
+    The reload packs every layer that received tensors, except experts, which vLLM packs only when they are loaded
+    first. A tied head receives none, because the embedding does, and would silently keep the old weights.
     """
     for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and module.w13_weight.device.type == "cpu":
+            kernel.fused_experts.process_weights_after_loading(module)
         weight = getattr(module, "weight", None)
         if hasattr(module, "cpu_linear") and isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.numel():
             module.quant_method.process_weights_after_loading(module)
