@@ -1,12 +1,12 @@
-"""Generated tokens per second of the embedded engine with packed attention and with a model's own forward.
+"""Generated tokens per processor second of the embedded engine with packed attention and with a model's own forward.
 
     python benchmarks/lockstep.py [--steps 3] [--threads 1]
 
 The same random Qwen3 of 3.3 million parameters in float32 samples at temperature 1. Each response has its own length,
-drawn from a long-tailed distribution and fixed for every side. Sides alternate; times are medians.
+drawn from a long-tailed distribution and fixed for every side. Sides alternate; times are medians of processor time.
 
-    dense        packed attention: requests of all lengths in one batch
-    lockstep     the model's own forward and cache: requests of equal length in one batch
+    dense        packed attention: requests of all lengths in one batch, without padding
+    lockstep     the model's own forward and cache: requests of all lengths in one padded batch
 
 Two tasks of 64 requests with prompts of 20 to 60 tokens: `groups` has 8 prompts with 8 samples each, `ragged` has 64
 prompts.
@@ -53,7 +53,7 @@ def make_engines(folder: Path) -> dict[str, EmbeddedEngine]:
 
 
 def seconds(engine: EmbeddedEngine, prompts: list[list[int]], lengths: list[int]) -> float:
-    """Return the time that the engine takes for all requests."""
+    """Return the processor time that the engine takes for all requests, in seconds."""
 
     async def everything() -> None:
         requests = (
@@ -63,9 +63,9 @@ def seconds(engine: EmbeddedEngine, prompts: list[list[int]], lengths: list[int]
         for completion, length in zip(await asyncio.gather(*requests), lengths, strict=True):
             assert len(completion.token_ids) == length
 
-    begun = time.perf_counter()
+    begun = time.process_time()
     asyncio.run(everything())
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
                     times[side].append(taken)
         rates = {side: sum(lengths) / median(of) for side, of in times.items()}
         for side, rate in rates.items():
-            print(f"{what:<8}{side:<12}{rate:>8.0f} tokens/s {rates['dense'] / rate:>8.2f}")
+            print(f"{what:<8}{side:<12}{rate:>8.0f} tokens/CPU-s {rates['dense'] / rate:>8.2f}")
 
 
 if __name__ == "__main__":

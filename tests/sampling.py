@@ -52,6 +52,14 @@ def generate_across_weights(
 
 
 @torch.no_grad()
+def alone(lm: PreTrainedModel, prompt: list[int], completion: Completion) -> Tensor:
+    """The log-probabilities of a completion, from one forward over it all without a cache."""
+    ids = torch.tensor([prompt + completion.token_ids])
+    logp_NV = lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logp_NV.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+
+
+@torch.no_grad()
 def logits_of(lm: PreTrainedModel, prompt: list[int], completion: Completion) -> Tensor:
     """The trainer's logits [n, V] before each sampled token."""
     device = next(lm.parameters()).device

@@ -5,7 +5,7 @@ runs once. A finished request leaves its row at once, and the last row takes its
 requests back to the queue; on GPUs a full cache sends back some. Their cache is recomputed from the tokens so far.
 
 A model with packed attention decodes requests of all lengths in one batch (`KVCache`). Any other model runs its own
-forward, on batches of requests of equal length (`LockstepCache`).
+forward, on padded batches (`LockstepCache`).
 
 The event loop of `generate` serves the requests; the other methods may be called from another thread.
 """

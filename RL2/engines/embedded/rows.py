@@ -1,26 +1,29 @@
-"""Rows of a cache of transformers, of any kind: select and repeat them, and join two caches.
+"""Rows of a cache of transformers, of any kind: select and repeat them, pad them, and join caches.
 
 A cache is a nest of objects of transformers, lists and dicts with tensors: keys, values, states of convolutions and
 recurrences. transformers' own methods cover only some of them. Functions here work on all tensors whose first
-dimension is the rows, and leave the others, such as the size of a window, as they are.
+dimension is the rows, and leave the others, such as the size of a window, as they are. Only keys and values have
+a dimension for the tokens.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 Nest = Any
 """A cache, or a part of one."""
 
 
 class CannotJoin(Exception):
-    """Two caches that differ in more than their rows."""
+    """Caches that differ in more than their rows."""
 
 
 class UnusableCache(Exception):
@@ -32,17 +35,51 @@ def select(cache: Nest, rows: int, index: Tensor) -> Nest:
     return _mapped(lambda x: x.index_select(0, index) if _has_rows(x, rows) else x, cache)
 
 
-def join(one: Nest, rows: int, other: Nest, other_rows: int) -> Nest:
-    """Return a cache with the rows of both. Raise CannotJoin if they differ in structure, length or any setting."""
+def join(caches: Sequence[Nest], rows: Sequence[int]) -> Nest:
+    """Return a cache with the rows of all. Raise CannotJoin if they differ in structure, length or any setting."""
 
-    def both(x: Tensor, y: Tensor) -> Tensor:
-        if _has_rows(x, rows) and _has_rows(y, other_rows) and (x.shape[1:], x.dtype) == (y.shape[1:], y.dtype):
-            return torch.cat([x, y])
-        if x.shape != y.shape or not torch.equal(x, y):
+    def joined(*parts: Tensor) -> Tensor:
+        first = parts[0]
+        if all(
+            _has_rows(part, number) and (part.shape[1:], part.dtype) == (first.shape[1:], first.dtype)
+            for part, number in zip(parts, rows, strict=True)
+        ):
+            return torch.cat(parts)
+        if any(part.shape != first.shape or not torch.equal(part, first) for part in parts):
             raise CannotJoin
-        return x
+        return first
 
-    return _mapped(both, one, other)
+    return _mapped(joined, *caches)
+
+
+def has_keys(cache: Nest) -> bool:
+    """Return whether a layer of the cache has keys and values of every token, or of a window."""
+    return any(_has_keys(layer) for layer in getattr(cache, "layers", []))
+
+
+def _has_keys(layer: Nest) -> bool:
+    return isinstance(layer, DynamicLayer) and layer.keys is not None
+
+
+def pad_left(cache: Nest, tokens: int) -> Nest:
+    """Return a cache with so many more tokens before its keys and values, or fewer if negative."""
+    if not tokens or not has_keys(cache):
+        return cache
+    padded = copy.copy(cache)
+    padded.layers = [_pad_layer(layer, tokens) if _has_keys(layer) else layer for layer in cache.layers]
+    return padded
+
+
+def _pad_layer(layer: DynamicLayer, tokens: int) -> DynamicLayer:
+    assert layer.keys is not None and layer.values is not None
+    padded = copy.copy(layer)
+    length = layer.get_seq_length() + tokens
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        padded.cumulative_length = length
+        length = min(length, layer.sliding_window - 1)
+    before = (0, 0, length - layer.keys.shape[-2], 0)
+    padded.keys, padded.values = F.pad(layer.keys, before), F.pad(layer.values, before)
+    return padded
 
 
 def bytes_per_row(cache: Nest, rows: int) -> float:

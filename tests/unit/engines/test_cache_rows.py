@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from RL2.engines.embedded.rows import CannotJoin, UnusableCache, bytes_per_row, join, select
+from RL2.engines.embedded.rows import CannotJoin, UnusableCache, bytes_per_row, has_keys, join, pad_left, select
 
 
 def make_cache(rows: int, length: int, seed: int = 0) -> DynamicCache:
@@ -17,6 +18,12 @@ def make_cache(rows: int, length: int, seed: int = 0) -> DynamicCache:
     cache = DynamicCache()
     for layer in range(2):
         cache.update(torch.randn(rows, 2, length, 4), torch.randn(rows, 2, length, 4), layer)
+    return cache
+
+
+def cache_of(layer: Any) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers.append(layer)
     return cache
 
 
@@ -36,7 +43,7 @@ def test_rows_are_selected_and_repeated_and_the_original_stays() -> None:
 
 def test_caches_of_equal_length_join() -> None:
     one, other = make_cache(3, 5), make_cache(2, 5, seed=1)
-    assert torch.equal(keys(join(one, 3, other, 2)), torch.cat([keys(one), keys(other)], dim=1))
+    assert torch.equal(keys(join([one, other], [3, 2])), torch.cat([keys(one), keys(other)], dim=1))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +61,7 @@ def test_caches_of_equal_length_join() -> None:
 )
 def test_caches_that_differ_do_not_join(one: Any, other: Any) -> None:
     with pytest.raises(CannotJoin):
-        join(one, 3, other, 2)
+        join([one, other], [3, 2])
 
 
 def test_a_tensor_without_rows_is_found() -> None:
@@ -62,3 +69,34 @@ def test_a_tensor_without_rows_is_found() -> None:
     assert bytes_per_row({"a": torch.zeros(3, 2), "window": torch.tensor(4), "empty": torch.tensor([])}, 3) == 8 + 8 / 3
     with pytest.raises(UnusableCache, match=r"a tensor of shape \[2, 3\] for 3 sequences"):
         bytes_per_row([torch.zeros(3), torch.zeros(2, 3)], 3)
+
+
+def test_padding_is_before_keys_and_values_and_can_be_removed() -> None:
+    cache = make_cache(3, 5)
+    padded = pad_left(cache, 2)
+    assert torch.equal(keys(padded)[..., 2:, :], keys(cache))
+    assert not keys(padded)[..., :2, :].any()
+    assert padded.get_seq_length() == 7 and cache.get_seq_length() == 5
+    assert torch.equal(keys(pad_left(padded, -3)), keys(cache)[..., 1:, :])
+    joined = join([make_cache(2, 7, seed=1), padded], [2, 3])
+    assert keys(joined).shape == (2, 5, 2, 7, 4)
+
+
+@pytest.mark.parametrize(("tokens", "more", "kept"), [(2, 3, 5), (5, 9, 7), (11, 4, 7), (12, -9, 3), (12, -4, 7)])
+def test_padding_of_a_window_counts_all_tokens_and_keeps_its_last(tokens: int, more: int, kept: int) -> None:
+    layer = DynamicSlidingWindowLayer(sliding_window=8)
+    layer.update(torch.randn(1, 1, tokens, 4), torch.randn(1, 1, tokens, 4))
+    (padded,) = pad_left(cache_of(layer), more).layers
+    assert padded.get_seq_length() == tokens + more
+    assert padded.keys.shape[-2] == kept
+    same = min(kept, layer.keys.shape[-2])
+    assert torch.equal(padded.keys[..., kept - same :, :], layer.keys[..., layer.keys.shape[-2] - same :, :])
+
+
+def test_states_have_no_keys() -> None:
+    layer = LinearAttentionLayer()
+    layer.update_recurrent_state(torch.randn(3, 4))
+    cache = cache_of(layer)
+    assert not has_keys(cache) and has_keys(make_cache(3, 5))
+    assert pad_left(cache, 2) is cache
+    assert not has_keys([torch.zeros(3)])

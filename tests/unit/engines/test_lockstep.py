@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from sampling import generate, generate_across_weights
+from sampling import alone, generate, generate_across_weights
 from tiny_models import tiny_config, tiny_model
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from RL2.engines.embedded.engine import EmbeddedEngine, OutOfMemory
@@ -19,32 +18,14 @@ from RL2.types import Completion, Sampling
 
 WINDOW = {"sliding_window": 16}
 """Shorter than the tests' sequences."""
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-DELTA = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "layer_types": ["linear_attention", "full_attention"],
-}
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+WINDOWS = ["cohere2", "gemma2", "gemma3_text", "mistral"]
 MODELS: dict[str, dict[str, Any]] = {
-    "bamba": {**MAMBA, "attn_layer_indices": [1]},
-    "cohere2": WINDOW,
-    "deepseek_v3": {"first_k_dense_replace": 1, "num_experts_per_tok": 2},
-    "falcon_h1": {**MAMBA, "mamba_d_ssm": 128},
-    "gemma2": WINDOW,
-    "gemma3_text": WINDOW,
+    **dict.fromkeys(WINDOWS, WINDOW),
     "gpt2": {},
-    "gpt_oss": {**WINDOW, "num_local_experts": 4},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "use_mamba_kernels": False},
     "lfm2": {},
     "mamba2": {"state_size": 16},
     "minimax": {"num_local_experts": 4},
-    "mistral": WINDOW,
-    "qwen3_5_text": DELTA,
-    "qwen3_moe": EXPERTS,
-    "qwen3_next": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
 TOLERANCE = 1e-4
 """Nats, in float32."""
@@ -67,14 +48,6 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("RL2.")]
 
 
-@torch.no_grad()
-def alone(lm: PreTrainedModel, prompt: list[int], completion: Completion) -> Tensor:
-    """The log-probabilities of a completion, from one forward over it all without a cache."""
-    ids = torch.tensor([prompt + completion.token_ids])
-    logp_NV = lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    return logp_NV.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-
-
 def prompts(*lengths: int) -> list[list[int]]:
     """Prompts of these lengths; equal lengths next to each other are the same prompt."""
     drawn: list[list[int]] = []
@@ -85,9 +58,9 @@ def prompts(*lengths: int) -> list[list[int]]:
     return drawn
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WINDOWS)
 def test_log_probabilities_are_those_of_the_model_alone(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Requests leave at different times, and another enters."""
+    """Requests leave at different times, and another enters. Types that always run so: test_lockstep_families.py."""
     lm = make_model(name)
     engine = make_engine(lm, rows=4)
     asked = prompts(23, 23, 12, 30, 30)
@@ -147,7 +120,7 @@ def test_requests_go_on_with_new_weights(name: str, sleeps: bool) -> None:
             torch.testing.assert_close(logps_N[is_its_N], expected_N, rtol=0, atol=TOLERANCE)
 
 
-def test_prompts_of_equal_length_run_once_each_and_decode_together() -> None:
+def test_prompts_of_equal_length_run_once_each_and_all_requests_decode_together() -> None:
     lm = make_model("lfm2")
     engine = make_engine(lm, rows=16)
     generate(engine, [[3]], Sampling(max_new_tokens=1))  # the cache is checked
@@ -156,30 +129,54 @@ def test_prompts_of_equal_length_run_once_each_and_decode_together() -> None:
         lambda _, args, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
     )
     out = generate(engine, [[4, 5, 6, 7]] * 8 + [[8, 9, 10, 11]] * 4 + [[8, 9]] * 3, Sampling(max_new_tokens=2))
-    assert shapes == [(2, 4), (1, 2), (12, 1), (3, 1)]
+    assert shapes == [(2, 4), (1, 2), (15, 1)]
     assert len({tuple(c.token_ids) for c in out}) > 3
 
 
 @pytest.mark.parametrize("name", ["lfm2", "gemma3_text", "minimax", "mamba2", "gpt2"])
 @torch.no_grad()
-def test_requests_of_equal_length_join(name: str) -> None:
+def test_requests_of_different_lengths_join(name: str) -> None:
     lm = make_model(name)
     cache = OwnForward(lm).new_cache(1e9)
-    first, second = prompts(30, 33)
+    first, longer, shorter = prompts(11, 40, 5)
     cache.prefill({tuple(first): [0, 1]})
     texts = [list(first), list(first)]
-    for step in range(6):
+    for step in range(9):
         if step == 3:
-            cache.prefill({tuple(second): [2]})
-            texts.append(list(second))
-        if step == 5:  # row 2 takes the place of row 0
-            cache.leave([0], [2], [0], 40)
-            texts = [texts[2], texts[1]]
+            cache.prefill({tuple(longer): [2], tuple(shorter): [3]})
+            texts += [list(longer), list(shorter)]
+        if step == 6:  # the longest leaves, and row 3 takes its place
+            cache.leave([2], [3], [2], 50)
+            texts = [texts[0], texts[1], texts[3]]
         assert len(cache.groups) == 1
+        assert cache.groups[0].length == max(map(len, texts))
         texts = [[*text, 5 + step + row] for row, text in enumerate(texts)]
         logits_RV = cache.decode([text[-1] for text in texts], [])
-        wanted_RV = lm(input_ids=torch.tensor(texts), use_cache=False).logits[:, -1]
+        wanted_RV = torch.cat([lm(input_ids=torch.tensor([text]), use_cache=False).logits[:, -1] for text in texts])
         torch.testing.assert_close(logits_RV.log_softmax(-1), wanted_RV.log_softmax(-1), rtol=0, atol=TOLERANCE)
+
+
+def test_padding_that_changes_numbers_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    lm = make_model("qwen3_moe")
+
+    def spoil(_: object, args: object, named: dict[str, Any], out: Any) -> None:
+        if named.get("attention_mask") is not None:
+            out.logits[:, :, 7] += 0.1
+
+    lm.register_forward_hook(spoil, with_kwargs=True)
+    engine = make_engine(lm, rows=16)
+    generate(engine, [[3]], Sampling(max_new_tokens=1))  # the cache is checked
+    (line,) = said(caplog)
+    assert line.startswith("qwen3_moe samples slowly, in batches of equal length: padded, its own cache changes ")
+    shapes: list[tuple[int, ...]] = []
+    lm.register_forward_pre_hook(
+        lambda _, args, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    asked = prompts(5, 5, 9)
+    for prompt, completion in zip(asked, generate(engine, asked, Sampling(max_new_tokens=2)), strict=True):
+        expected = alone(lm, prompt, completion)
+        torch.testing.assert_close(torch.tensor(completion.logps), expected, rtol=0, atol=TOLERANCE)
+    assert shapes[:4] == [(1, 5), (1, 9), (2, 1), (1, 1)]
 
 
 def test_a_model_without_a_cache_recomputes(caplog: pytest.LogCaptureFixture) -> None:
@@ -220,10 +217,11 @@ def test_memory_is_counted_from_the_cache_itself() -> None:
     cache = OwnForward(lm).new_cache(1e9)
     config = lm.config
     assert isinstance(cache, LockstepCache)
-    assert cache.row_size.bytes_per_token == 2 * config.num_hidden_layers * config.hidden_size * 4
-    assert cache.row_size.fixed_bytes == 0
-    assert cache.max_rows(100) == int(1e9 // (100 * cache.row_size.bytes_per_token)) - 1
-    states = OwnForward(make_model("mamba2")).new_cache(1e9).row_size
+    size = cache.decoding.row_size
+    assert size.bytes_per_token == 2 * config.num_hidden_layers * config.hidden_size * 4
+    assert size.fixed_bytes == 0
+    assert cache.max_rows(100) == int(1e9 // (100 * size.bytes_per_token)) - 1
+    states = OwnForward(make_model("mamba2")).new_cache(1e9).decoding.row_size
     assert states.bytes_per_token == 0 < states.fixed_bytes
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from RL2.engines.embedded.engine import EmbeddedEngine
-from RL2.engines.embedded.lockstep import LockstepCache, RowSize
+from RL2.engines.embedded.lockstep import Decoding, LockstepCache
 from RL2.models.routing import RoutingRecord, find_routers
 from RL2.types import Completion, Sampling
 
@@ -55,7 +55,7 @@ def test_they_are_those_of_the_model_alone(model_type: str) -> None:
 def test_a_forward_without_a_cache_records_new_tokens_alone() -> None:
     lm = tiny_model(tiny_config("mixtral")).eval()
     engine = make_engine(lm)
-    engine.model.chosen = engine.model.without_cache, RowSize()
+    engine.model.chosen = Decoding(engine.model.without_cache)
     check(lm, generate(engine, PROMPTS, Sampling(max_new_tokens=8)))
 
 
