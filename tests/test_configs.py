@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import resource
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from RL2.config import data, model, programs, rollout, rules, trainer
 from RL2.config.here import check_here
 from RL2.config.load import composed, load, show
+from RL2.config.model import num_shards
 from RL2.config.programs import PROGRAMS, RLConfig, trained
 from RL2.config.values import defaults
 from RL2.errors import ConfigError
@@ -377,6 +379,19 @@ def test_a_layout_that_the_processes_do_not_allow(
     assert str(caught.value) == (
         f"{product} does not divide the 4 processes (4 = ddp_size x FSDP shards x sp_size x tp_size)"
     )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (("actor.ep_size=4", "actor.ddp_size=2"), "does not divide the 2 FSDP shards of a replica (4 processes /"),
+        (("actor.ep_size=2", "actor.tp_size=2"), "needs actor.sp_size=1 and actor.tp_size=1, and they are 1 and 2"),
+        (("actor.ep_size=2", "actor.use_liger_kernel=true"), "needs actor.use_liger_kernel=false"),
+    ],
+)
+def test_experts_are_split_among_the_shards(sizes: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{sizes[0]} {re.escape(message)}"):
+        num_shards(load("ppo", (*RL, *sizes)).actor, 4, "actor")
 
 
 def test_a_longer_sequence_fits_on_more_processes() -> None:

@@ -108,6 +108,9 @@ class Trainable:
     """Tensor-parallel size: number of processes that split every layer. They are neighbours, best on one machine."""
     sp_size: Count = 1
     """Sequence-parallel size: number of processes that split the tokens of a microbatch, for long sequences."""
+    ep_size: Count = 1
+    """Expert-parallel size: number of processes that split the experts of every layer of a mixture of experts, and send
+    each other the tokens. They are neighbours among the FSDP shards, whose number it must divide."""
     offload_model: bool = False
     """Move the model to host memory while it is not in use, which frees GPU memory for other phases of a step."""
     offload_optimizer: bool = False
@@ -375,7 +378,8 @@ class RefActor:
 def num_shards(model: Trainable, world_size: int, group: str) -> int:
     """Return the number of FSDP shards of each replica: world_size / (ddp_size * sp_size * tp_size).
 
-    `group` is the model's group of keys, for errors. Raises ConfigError if the sizes do not divide the processes.
+    `group` is the model's group of keys, for errors. Raises ConfigError if the sizes do not divide the processes, or
+    if `ep_size` does not divide the shards.
     """
     product = model.ddp_size * model.sp_size * model.tp_size
     if world_size % product:
@@ -384,7 +388,20 @@ def num_shards(model: Trainable, world_size: int, group: str) -> int:
             f"= {product} does not divide the {world_size} processes "
             f"({world_size} = ddp_size x FSDP shards x sp_size x tp_size)"
         )
-    return world_size // product
+    shards = world_size // product
+    if model.ep_size > 1 and (model.sp_size > 1 or model.tp_size > 1):
+        raise ConfigError(
+            f"{group}.ep_size={model.ep_size} needs {group}.sp_size=1 and {group}.tp_size=1, and they are "
+            f"{model.sp_size} and {model.tp_size}"
+        )
+    if model.ep_size > 1 and model.use_liger_kernel:
+        raise ConfigError(f"{group}.ep_size={model.ep_size} needs {group}.use_liger_kernel=false")
+    if shards % model.ep_size:
+        raise ConfigError(
+            f"{group}.ep_size={model.ep_size} does not divide the {shards} FSDP shards of a replica "
+            f"({world_size} processes / {group}.ddp_size={model.ddp_size})"
+        )
+    return shards
 
 
 def times_sp(tokens: int, group: str, sp_size: int) -> str:

@@ -116,6 +116,8 @@ class Layout:
     fsdp: int = 1
     sp: int = 1
     tp: int = 1
+    ep: int = 1
+    """Number of processes among the FSDP shards that split the experts."""
 
     @property
     def data(self) -> int:

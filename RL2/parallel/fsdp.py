@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
-def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Shard the float32 `module` in place, layer by layer. Compute is in `compute_dtype`, reduction in float32."""
+def shard(
+    module: nn.Module,
+    layers: nn.ModuleList,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    experts: Sequence[nn.Module] = (),
+    expert_shards: DeviceMesh | None = None,
+) -> None:
+    """Shard the float32 `module` in place, layer by layer. Compute is in `compute_dtype`, reduction in float32.
+
+    `experts` are modules in the layers that expert parallelism has split; FSDP shards them over `expert_shards`.
+    """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in experts:
+        assert expert_shards is not None
+        fully_shard(part, mesh=expert_shards, mp_policy=policy, shard_placement_fn=_beside_experts(expert_shards))
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -23,6 +36,16 @@ def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dt
             # the weights in the loss already divide by the global count
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # otherwise a factor becomes an operation that gloo lacks
+
+
+def _beside_experts(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard]:
+    """Return the dimension along which a parameter of experts is sharded over the last axis of `mesh`.
+
+    The first dimension is split by expert parallelism already, and a process may have fewer experts than there are
+    shards. Only there FSDP allows shards of different sizes.
+    """
+    size = mesh.size(-1)
+    return lambda parameter: Shard(0 if parameter.shape[1] % size else 1)
 
 
 def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -35,7 +58,7 @@ def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale the gradients to a total norm of at most `max_norm` and return the norm before scaling (collective)."""
-    moved = [[p for p in group if p.grad is not None] for group in by_mesh(parameters)]
+    moved = by_mesh(p for p in parameters if p.grad is not None)
     norms = [_total_norm([p.grad for p in group if p.grad is not None]) for group in moved]
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in moved:

@@ -1,4 +1,7 @@
-"""Device mesh of a model: replicas x FSDP shards x sequence parallelism x tensor parallelism."""
+"""Device mesh of a model: replicas x FSDP shards x sequence parallelism x tensor parallelism.
+
+With expert parallelism the FSDP shards are groups of `ep_size` processes, of which each has other experts.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,10 @@ class Mesh:
     """Mesh over which FSDP shards each parameter, including sequence-parallel processes; two axes with replicas."""
     tp: DeviceMesh | None
     """Mesh over which layers are split; None without tensor parallelism."""
+    ep: DeviceMesh | None
+    """Mesh over which the experts of each layer are split; None without expert parallelism."""
+    expert_shards: DeviceMesh | None
+    """Mesh over which FSDP shards the experts of a process; two axes with replicas; None without expert parallelism."""
     sp: dist.ProcessGroup | None
     """Group over which the tokens of a microbatch are split; None without sequence parallelism."""
     data: dist.ProcessGroup
@@ -27,26 +34,40 @@ class Mesh:
     data_size: int
     sp_size: int
     tp_size: int
+    ep_size: int
 
     @staticmethod
     def make(processes: Processes, model: Trainable, group: str = "actor") -> Mesh:
-        """Create the mesh with the sizes in `model` (collective); neighbours share a tensor-parallel group.
+        """Create the mesh with the sizes in `model` (collective); neighbours share a tensor- or expert-parallel group.
 
         `group` is the prefix of the configuration keys. Raise ConfigError if the sizes do not divide the number of
         processes.
         """
-        device, ddp, sp, tp = processes.device.type, model.ddp_size, model.sp_size, model.tp_size
+        device, ddp, sp, tp, ep = processes.device.type, model.ddp_size, model.sp_size, model.tp_size, model.ep_size
         shards = num_shards(model, processes.world_size, group)
         # two views of the same ranks: sequence-parallel processes shard weights too, but share sequences
         of_weights = init_device_mesh(device, (ddp, shards * sp, tp), mesh_dim_names=("ddp", "shards", "tp"))
         of_data = init_device_mesh(device, (ddp * shards, sp, tp), mesh_dim_names=("data", "sp", "tp"))
+        of_experts = None
+        if ep > 1:  # a third view, with the experts' own FSDP shards; sp and tp are 1
+            names = ("ddp", "expert_shards", "ep")
+            of_experts = init_device_mesh(device, (ddp, shards // ep, ep), mesh_dim_names=names)
+            of_experts["expert_shards", "ep"]._flatten("experts")  # for DTensor, which sums norms over both at once
         return Mesh(
-            shards=of_weights["ddp", "shards"] if ddp > 1 else of_weights["shards"],
+            shards=_shards(of_weights, "shards"),
             tp=of_weights["tp"] if tp > 1 else None,
+            ep=None if of_experts is None else of_experts["ep"],
+            expert_shards=None if of_experts is None else _shards(of_experts, "expert_shards"),
             sp=of_data.get_group("sp") if sp > 1 else None,
             data=of_data.get_group("data"),
             data_rank=of_data.get_local_rank("data"),
             data_size=ddp * shards,
             sp_size=sp,
             tp_size=tp,
+            ep_size=ep,
         )
+
+
+def _shards(mesh: DeviceMesh, axis: str) -> DeviceMesh:
+    """Return the axis of `mesh` over which FSDP shards, after that of the replicas if there are any."""
+    return mesh["ddp", axis] if mesh["ddp"].size() > 1 else mesh[axis]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from RL2.ops.attention import Attend
 from RL2.ops.causal_attention import Scoring
+from RL2.parallel.collectives import all_to_all
 
 
 class Ulysses:
@@ -39,13 +40,13 @@ class Ulysses:
         by_process = [x.unflatten(1, (size, -1)) for x in (query_NHD, key_NKD, value_NKD)]
         heads = [x.shape[2] for x in by_process]
         sent = torch.cat(by_process, dim=2).transpose(0, 1).flatten(0, 1)
-        received = _AllToAll.apply(sent, [here] * size, counts, self.group)
+        received = all_to_all(sent, [here] * size, counts, self.group)
         query_UHD, key_UKD, value_UKD = received.split(heads, dim=1)
         value_UKE = value_UKD[:, :, :value_size]
         if scoring.sink_H is not None:
             scoring = scoring._replace(sink_H=scoring.sink_H.unflatten(0, (size, -1))[dist.get_rank(self.group)])
         out_UHD = self.attend(layer, query_UHD, key_UKD, value_UKE, scoring)
-        back = _AllToAll.apply(out_UHD, counts, [here] * size, self.group)
+        back = all_to_all(out_UHD, counts, [here] * size, self.group)
         return back.unflatten(0, (size, here)).transpose(0, 1).flatten(1)
 
 
@@ -60,20 +61,6 @@ def spread(x_N: Tensor, is_mine_A: Tensor, group: dist.ProcessGroup) -> Tensor:
     All processes then compute the same from it, so the gradient of a process's own rows is its part of the gradient.
     """
     return _Spread.apply(x_N, is_mine_A, group)
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.job = sent, received, group
-        out = x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sent, received, group = ctx.job
-        return _AllToAll.apply(grad, received, sent, group), None, None, None
 
 
 class _Spread(torch.autograd.Function):

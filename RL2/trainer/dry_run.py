@@ -45,6 +45,7 @@ from RL2.models.stored import check_values
 from RL2.models.value import ValueModel
 from RL2.ops.attention import is_packed
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
+from RL2.parallel.experts import check_experts
 from RL2.parallel.tp import check_sizes
 from RL2.rollout.environment import Environment
 from RL2.rollout.episode import run_episode
@@ -117,6 +118,7 @@ def rehearse(program: str, config: Config, progress: Progress) -> Findings:
     count_checkpoints(config, lm, steps, found)
     if lm is not None:
         check_sizes(lm, layout.tp, layout.sp, group)
+        check_experts(lm, layout.ep, group)
         estimate_memory(config, lm, layout, found)
     return found
 
@@ -205,6 +207,7 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
                 continue
             lm = models[key] = look_at_weights(kind, folder, name, settings.dequantize, found.progress)
         check_sizes(lm, model.tp_size, model.sp_size, group)
+        check_experts(lm, model.ep_size, group)
         if kind is ValueModel and model.gradient_checkpointing:
             refuse_no_recomputation(lm, group)
         lines = multimodal_line(lm) if kind is ValueModel else None, quantised_line(lm), own_forward_line(lm)
@@ -402,9 +405,9 @@ def look_at_rows(
 
 def layout_of(model: Trainable, group: str) -> Layout:
     """Return the layout on the processes of torchrun; without it, on as few as the sizes allow."""
-    sizes = model.ddp_size * model.sp_size * model.tp_size
+    sizes = model.ddp_size * model.sp_size * model.tp_size * model.ep_size
     shards = num_shards(model, int(os.environ.get("WORLD_SIZE", sizes)), group)
-    return Layout(ddp=model.ddp_size, fsdp=shards, sp=model.sp_size, tp=model.tp_size)
+    return Layout(ddp=model.ddp_size, fsdp=shards, sp=model.sp_size, tp=model.tp_size, ep=model.ep_size)
 
 
 def count_checkpoints(config: Config, lm: PreTrainedModel | None, steps: int | None, found: Findings) -> None:

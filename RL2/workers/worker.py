@@ -22,6 +22,7 @@ from RL2.models.policy import Policy, export, named_weights
 from RL2.models.routing import RoutingSums
 from RL2.models.structure import decoder_layers
 from RL2.ops.attention import MAX_PADDING, is_packed
+from RL2.parallel.experts import check_experts, split_experts
 from RL2.parallel.fsdp import shard
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
@@ -64,16 +65,18 @@ class Worker:
         with naming(key):
             lm = model.build(model_name, dequantize)
         check_sizes(lm, mesh.tp_size, mesh.sp_size, group)
+        check_experts(lm, mesh.ep_size, group)
         self.has_adapters = lora is not None
         if lora is not None:
             add_adapters(lm, lora, self.dtype, model_name, group)
         # split and shard before reading, so that no process ever has the whole model
         self.partial = split(lm, mesh.tp) if mesh.tp is not None else []
         """Modules whose gradients are partial sums on each tensor-parallel process."""
+        experts = split_experts(lm, mesh.ep) if mesh.ep is not None else []
         self.policy = model(lm, mesh.sp, None if mesh.tp is None else mesh.tp.get_group())
         # a single process in float32 needs no sharding, and can share its weights with the engine
         if processes.world_size > 1 or self.dtype != torch.float32:
-            shard(self.policy, decoder_layers(lm), mesh.shards, self.dtype)
+            shard(self.policy, decoder_layers(lm), mesh.shards, self.dtype, experts, mesh.expert_shards)
         self.offload_model, self.users = offload_model, 0
         self.named = f"{key}={model_name}"
         self.packing_checked = False

@@ -27,7 +27,8 @@ def test_a_run_trains_and_its_model_loads_in_transformers(
 ) -> None:
     group = "critic" if program == "rm" else "actor"
     model = make(world, model_type, tmp_path / "model")
-    run = world.run(program, f"{group}.model_name={model}", nproc=nproc).succeeded()
+    split = [f"{group}.ep_size=2"] if model_type == "qwen3_moe" else []
+    run = world.run(program, f"{group}.model_name={model}", *split, nproc=nproc).succeeded()
     assert f"{model_type} runs row by row through its own forward (slower): it " in run.output
     assert len(run.metrics) == 3
     assert all(0 < row[f"{group}/grad_norm"] < float("inf") for row in run.metrics)
@@ -55,7 +56,12 @@ def test_trainer_and_engine_have_the_same_numbers(
 @pytest.mark.parametrize(("replay", "nproc"), [("engine", 2), ("old", 1)])
 def test_experts_are_replayed(replay: str, nproc: int, world: World, tmp_path: Path) -> None:
     model = make(world, "glm4_moe", tmp_path / "model")
-    settings = (f"actor.moe.replay={replay}", "actor.update_per_rollout=2", "actor.dtype=bfloat16")
+    settings = (
+        f"actor.moe.replay={replay}",
+        "actor.update_per_rollout=2",
+        "actor.dtype=bfloat16",
+        f"actor.ep_size={nproc}",
+    )
     run = world.run("ppo", f"actor.model_name={model}", *settings, nproc=nproc).succeeded()
     changed = [row["actor/moe/routes_changed"] for row in run.metrics if "actor/moe/routes_changed" in row]
     assert len(changed) == 3
