@@ -1,13 +1,14 @@
 """Cost model of a training step: memory, communication and time. docs/scaling.md explains it.
 
 All numbers are bytes, seconds and floating-point operations of one process. D hidden size, L layers, H query and K
-key/value heads of size h, I hidden units of the MLP, V tokens of the vocabulary.
+key/value heads of size h, I hidden units of the MLP, V tokens of the vocabulary. In a mixture of experts I counts the
+hidden units that one token runs through; all others only take memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from RL2.errors import UserError
@@ -24,7 +25,7 @@ TALLY = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Dimensions of a dense decoder like Llama or Qwen."""
+    """Dimensions of a decoder like Llama or Qwen, or of one whose MLPs are mixtures of experts."""
 
     layers: int
     hidden: int
@@ -32,8 +33,16 @@ class Shape:
     kv_heads: int
     head_size: int
     mlp: int
+    """Hidden units of a layer's MLP; of its experts, those of one token (a mean over the layers)."""
     vocabulary: int
     tied: bool
+    experts: int = 0
+    """Number of experts in a layer that has them; 0 for a dense decoder."""
+    experts_per_token: int = 0
+    expert_mlp: int = 0
+    """Hidden units of one expert."""
+    expert_layers: int = 0
+    """Number of layers with experts."""
 
     @staticmethod
     def of(config: Any) -> Shape:
@@ -41,7 +50,7 @@ class Shape:
         if getattr(config, "is_heterogeneous", False):
             raise UserError(f"layers of a model of type {config.model_type} differ in their sizes")
         try:
-            return Shape(
+            shape = Shape(
                 layers=config.num_hidden_layers,
                 hidden=config.hidden_size,
                 heads=config.num_attention_heads,
@@ -53,6 +62,7 @@ class Shape:
             )
         except AttributeError as error:
             raise UserError(f"a model of type {config.model_type} is not built like Llama or Qwen: {error}") from error
+        return _with_experts(shape, config) if getattr(config, "num_experts_per_tok", None) else shape
 
     @property
     def head(self) -> int:
@@ -66,12 +76,32 @@ class Shape:
 
     @property
     def layer(self) -> int:
+        """Number of parameters of a layer that one token uses."""
         projections = 2 * self.heads + 2 * self.kv_heads
         return self.hidden * (projections * self.head_size + 3 * self.mlp + 2)
 
     @property
-    def parameters(self) -> int:
+    def expert(self) -> int:
+        """Number of parameters of one expert."""
+        return 3 * self.hidden * self.expert_mlp
+
+    @property
+    def all_experts(self) -> int:
+        """Number of parameters of all experts of all layers."""
+        return self.expert_layers * self.experts * self.expert
+
+    @property
+    def active(self) -> int:
+        """Number of parameters that one token uses."""
         return self.layers * self.layer + self.root
+
+    @property
+    def parameters(self) -> int:
+        return self.active + self.expert_layers * (self.experts - self.experts_per_token) * self.expert
+
+    def stored_layer(self, ep: int) -> float:
+        """Return the number of parameters of a layer (a mean) of which a process has one `ep`-th of the experts."""
+        return (self.parameters - self.root - self.all_experts * (1 - 1 / ep)) / self.layers
 
     def adapters(self, rank: int, names: Collection[str]) -> int:
         """Return the number of parameters of LoRA adapters on the linear layers called `names`."""
@@ -79,6 +109,35 @@ class Shape:
         inside_out = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
         ends = {name: self.hidden + inside_out.get(name, self.mlp) for name in names}
         return self.layers * rank * sum(ends.values())
+
+
+def _with_experts(shape: Shape, config: Any) -> Shape:
+    """Return `shape` with the experts that a model of `config` has, built without memory.
+
+    Raise UserError if its layers are more than attention and experts that transformers keeps in one tensor.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from RL2.parallel.experts import find_experts
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    found = find_experts(lm)
+    if not found or {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
+        raise UserError(f"a model of type {config.model_type} is not built like Llama or Qwen with experts")
+    total = sum(parameter.numel() for parameter in lm.parameters())
+    here, number = sum(p.numel() for experts in found for p in experts.parameters()), found[0].num_experts
+    active = total - here + here * config.num_experts_per_tok // number
+    attention = replace(shape, mlp=0).active
+    return replace(
+        shape,
+        mlp=round((active - attention) / (3 * shape.hidden * shape.layers)),
+        experts=number,
+        experts_per_token=config.num_experts_per_tok,
+        expert_mlp=round(here / (3 * shape.hidden * len(found) * number)),
+        expert_layers=len(found),
+    )
 
 
 def _qwen3(layers: int, hidden: int, heads: int, mlp: int, tied: bool) -> Shape:
@@ -101,6 +160,20 @@ PRESETS = {
     "Qwen/Qwen3-8B": _qwen3(36, 4096, 32, 12288, False),
     "Qwen/Qwen3-14B": _qwen3(40, 5120, 40, 17408, False),
     "Qwen/Qwen3-32B": _qwen3(64, 5120, 64, 25600, False),
+    "Qwen/Qwen3-30B-A3B": Shape(
+        layers=48,
+        hidden=2048,
+        heads=32,
+        kv_heads=4,
+        head_size=128,
+        mlp=8 * 768,
+        vocabulary=151_936,
+        tied=False,
+        experts=128,
+        experts_per_token=8,
+        expert_mlp=768,
+        expert_layers=48,
+    ),
     "meta-llama/Llama-3.1-70B": Shape(
         layers=80, hidden=8192, heads=64, kv_heads=8, head_size=128, mlp=28672, vocabulary=128_256, tied=False
     ),
@@ -185,7 +258,8 @@ def training_memory(
     trained = adapters / layout.shards if adapters else here
     gathered = 0.0
     if layout.size > 1 or itemsize < MASTER:  # the layer in use, the next layer, and one layer's gradient in transit
-        gathered = (itemsize * (shape.root + 2 * shape.layer) + GRADIENT * shape.layer) / layout.tp
+        layer = shape.stored_layer(layout.ep)
+        gathered = (itemsize * (shape.root + 2 * layer) + GRADIENT * layer) / layout.tp
     kept = tokens * _kept(shape, layout.tp, itemsize)
     boundaries = tokens * shape.layers * shape.hidden * itemsize
     return {
@@ -212,7 +286,8 @@ def _kept(shape: Shape, tp: int, itemsize: int) -> float:
     queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     whole = 2 * shape.hidden * (4 + itemsize) + 2 * shape.hidden * itemsize
     split = (queries + keys) * (4 + itemsize) + (2 * queries + 2 * keys + 4 * shape.mlp) * itemsize
-    return whole + split / tp
+    routed = 4 * shape.experts_per_token * shape.hidden * itemsize  # a token's copies, before and after its experts
+    return whole + split / tp + routed
 
 
 def kv_bytes(shape: Shape, itemsize: int = 2) -> int:
@@ -242,19 +317,24 @@ def traffic(
     """
     n, d, s, t = layout.shards, layout.ddp, layout.sp, layout.tp
     forwards = 2 if recompute else 1  # in a recomputed layer only the last all-reduce is saved
-    layers = shape.layers * shape.layer
+    own = shape.all_experts / layout.ep  # experts of this process, which only `of_experts` processes share
+    of_experts, rest = n // layout.ep, shape.parameters - shape.all_experts
     queries = shape.heads * shape.head_size / t
     keys = 2 * max(shape.kv_heads / t, s) * shape.head_size if s > 1 else 0.0  # one head per process
     rows, heads_rows = tokens / s, actions / s
     reduced = rows * shape.hidden * itemsize * (shape.layers * (3 + forwards) + 1)  # 1 for the embedding
+    routed = rows * shape.experts_per_token * shape.hidden * itemsize * shape.expert_layers
     of_stats = heads_rows * (GRADIENT * shape.hidden + 4)  # the gradient of the hidden state, and the label's logit
     return {
-        ("fsdp", "all-gather"): microbatches * itemsize * (shape.root + 2 * layers) / t * _others(n),
-        ("fsdp", "reduce-scatter"): microbatches * GRADIENT * shape.parameters / t * _others(n),
+        ("fsdp", "all-gather"): microbatches
+        * itemsize
+        * ((2 * rest - shape.root) / t * _others(n) + 2 * own * _others(of_experts)),
+        ("fsdp", "reduce-scatter"): microbatches * GRADIENT * (rest / t * _others(n) + own * _others(of_experts)),
         ("ddp", "all-reduce"): 2 * GRADIENT * shape.parameters / (t * n) * _others(d),
         ("tp", "all-reduce"): 2 * (reduced + of_stats) * _others(t),
         ("tp", "all-gather"): t * heads_rows * TALLY * _others(t),
         ("sp", "all-to-all"): rows * (2 * queries + keys) * itemsize * shape.layers * (1 + forwards) * _others(s),
+        ("ep", "all-to-all"): 2 * routed * (1 + forwards) * _others(layout.ep),
         ("sp", "all-reduce"): 2 * 4 * actions * num_fields * _others(s),
     }
 
@@ -269,5 +349,5 @@ def _others(n: int) -> float:
 
 
 def operations(shape: Shape, tokens: float, mean_length: float) -> float:
-    """Return the operations of the forward pass: two per parameter and token, plus causal attention."""
-    return tokens * (2 * shape.parameters + 2 * shape.layers * shape.heads * shape.head_size * mean_length)
+    """Return the operations of the forward pass: two per active parameter and token, plus causal attention."""
+    return tokens * (2 * shape.active + 2 * shape.layers * shape.heads * shape.head_size * mean_length)

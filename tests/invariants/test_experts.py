@@ -6,6 +6,7 @@ a router, only routes to the experts of the first process. On two processes one 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,15 @@ from test_cuts import actor_config, gradients, make_batch
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.traffic import Traffic
 from RL2.config.model import Lora, ReplayedMoe
 from RL2.data.cursor import Cursor
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.io.checkpoint import Checkpoints, load
 from RL2.models.policy import empty_model
 from RL2.models.routing import find_routers
+from RL2.parallel.cost import Layout, Shape, traffic
+from RL2.parallel.fsdp import local
 from RL2.parallel.processes import Processes
 from RL2.types import Sampling, StatsRequest, TokenBatch
 from RL2.workers.actor import Actor
@@ -77,6 +81,8 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
         moe = ReplayedMoe(replay="engine", z_coef=0.1)
         actor = make_actor(folder, processes, moe=moe, gradient_checkpointing=recomputes)
         results[f"given, {recomputes}"] = gradients(actor, given, 4096)
+        if recomputes and size > 1:
+            results["communication"] = communication(actor)
     return results
 
 
@@ -101,6 +107,26 @@ def resumed(folder: Path, processes: Processes, source: str) -> Result:
     assert load(folder / source / "step_000002", actor, Cursor(24, 4, seed=0), processes) == 2
     actor.update(batch())
     return weights(actor)
+
+
+def communication(actor: Actor) -> Result:
+    """Return what a backward pass sends and holds here, with evenly routed tokens, and what the cost model says."""
+    single = batch().sequences([0, 0])  # one for each process
+    even_TLK = torch.arange(len(single.labels_T))[:, None, None] % 2 + torch.tensor([0, 2])
+    even = single.with_(experts_T=even_TLK.expand(-1, 2, -1).to(torch.int16), weight_T=single.action_T.float())
+    shape, tokens = Shape.of(actor.lm.config), int(single.lengths_B[0])
+    actor.config = replace(actor.config, max_length_per_device=tokens)
+    with Traffic() as seen:
+        actor.backward(even, actor.loss, actor.request)
+    fields = len(actor.request.fields)
+    sizes = {"tokens": tokens, "actions": tokens, "num_fields": fields, "itemsize": 4}
+    said = traffic(shape, Layout(fsdp=2, ep=2), microbatches=1, recompute=True, **sizes)
+    held = sum(local(p).nbytes for p in actor.policy.parameters())
+    names = {"all-gather", "reduce-scatter", "all-to-all"}
+    return {
+        "said": {name: x for (_, name), x in said.items() if name in names and x} | {"held": 2.0 * shape.parameters},
+        "seen": {name: x for name, x in seen.by_collective().items() if name in names} | {"held": held},
+    }
 
 
 def run_four(folder: Path, processes: Processes) -> dict[str, Result]:
@@ -163,6 +189,13 @@ def test_engine_and_export_have_whole_experts(one: dict[str, Result], two: dict[
     for export in exports:
         assert export.keys() == stored.keys()
         assert all(torch.equal(export[name], weight) for name, weight in stored.items())
+
+
+def test_communication_is_what_the_cost_model_says(two: dict[str, Result]) -> None:
+    said, seen = two["communication"]["said"], two["communication"]["seen"]
+    assert seen.keys() == said.keys()
+    for name, size in said.items():
+        assert seen[name] == pytest.approx(size, rel=0.05), name
 
 
 @pytest.mark.parametrize("case", ["replicas 1", "replicas 2"])

@@ -72,9 +72,10 @@ def table(request: PlanRequest) -> tuple[Group, bool]:
     """Return the answer, and whether the model fits."""
     shape = request.shape
     plan, why = best(shape, request.gpus, request.work, request.machine)
+    active = f" ({shape.active / 1e9:.2f} active)" if shape.experts else ""
     head = (
-        f"[bold]{in_table(request.model)}[/], {shape.parameters / 1e9:.2f} billion parameters, on {request.gpus} x "
-        f"{request.memory_gib:g} GiB"
+        f"[bold]{in_table(request.model)}[/], {shape.parameters / 1e9:.2f} billion parameters{active}, on "
+        f"{request.gpus} x {request.memory_gib:g} GiB"
     )
     parts: list[ConsoleRenderable | str] = [_settings(plan), _memory(request, plan)]
     if why:
@@ -85,10 +86,12 @@ def table(request: PlanRequest) -> tuple[Group, bool]:
 
 def _settings(plan: Plan) -> str:
     layout, flag = plan.layout, str(plan.offload).lower()
+    ep = [f"actor.ep_size={layout.ep}"] if layout.ep > 1 else []
     words = [
         f"actor.ddp_size={layout.ddp}",
         f"actor.sp_size={layout.sp}",
         f"actor.tp_size={layout.tp}",
+        *ep,
         f"actor.max_length_per_device={plan.max_length_per_device}",
         f"actor.gradient_checkpointing={str(plan.recompute).lower()}",
         f"actor.offload_model={flag}",

@@ -90,9 +90,10 @@ def _seconds(
     """Return seconds by phase of a step. FSDP's collectives overlap with computation, those within layers do not."""
     forward = operations(shape, share, work.mean_length) / (layout.sp * layout.tp * machine.peak * machine.utilisation)
     sent = traffic(shape, layout, microbatches=microbatches, tokens=share, actions=share, recompute=recompute)
-    span = {"tp": layout.tp, "sp": layout.tp * layout.sp, "fsdp": layout.tp * layout.shards, "ddp": layout.size}
+    within = {"tp": layout.tp, "sp": layout.tp * layout.sp, "ep": layout.ep}
+    span = within | {"fsdp": layout.tp * layout.shards, "ddp": layout.size}
     wait = {axis: sum(x for (a, _), x in sent.items() if a == axis) / machine.rate(span[axis]) for axis in span}
-    update = max(forward * (4 if recompute else 3), wait["fsdp"]) + wait["tp"] + wait["sp"] + wait["ddp"]
+    update = max(forward * (4 if recompute else 3), wait["fsdp"]) + wait["ddp"] + sum(wait[axis] for axis in within)
     if not work.rollout:
         return {"update": update}
     mine = work.sequences / layout.size
@@ -143,8 +144,16 @@ def misfit(shape: Shape, work: Work, machine: Machine, plan: Plan) -> str:
 
 
 def layouts(shape: Shape, gpus: int, node: int) -> Iterator[Layout]:
-    """Yield all layouts that divide the GPUs and the heads, with tensor and sequence parallelism within a node."""
+    """Yield all layouts that divide the GPUs, and the heads or the experts, with other axes than FSDP's within a node.
+
+    A mixture of experts has no tensor and sequence parallelism.
+    """
     sizes = [n for n in (1, 2, 4, 8) if n <= node]
+    if shape.experts:
+        for ddp, ep in product((n for n in range(1, gpus + 1) if gpus % n == 0), sizes):
+            if gpus // ddp % ep == 0 and shape.experts % ep == 0:
+                yield Layout(ddp=ddp, fsdp=gpus // ddp, ep=ep)
+        return
     for tp, sp in product(sizes, sizes):
         queries, keys = shape.heads // tp, shape.kv_heads // tp
         if tp * sp > node or gpus % (tp * sp) or shape.kv_heads % tp or shape.mlp % tp or shape.heads % tp:
@@ -178,10 +187,10 @@ def best(shape: Shape, gpus: int, work: Work, machine: Machine) -> tuple[Plan, s
     return least, misfit(shape, work, machine, least)
 
 
-def _preference(plan: Plan) -> tuple[float, int, int, float, float]:
+def _preference(plan: Plan) -> tuple[float, int, int, int, float, float]:
     """Return the sort key: seconds to two digits (the model is no better), the simpler layout, then less memory.
 
     The update counts once more by itself, because rounding would hide it beside a long rollout.
     """
     step_s, update_s = (float(f"{seconds:.1e}") for seconds in (plan.step_s, plan.seconds["update"]))
-    return step_s, plan.layout.tp, plan.layout.sp, update_s, plan.peak
+    return step_s, plan.layout.tp, plan.layout.sp, plan.layout.ep, update_s, plan.peak

@@ -6,7 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from transformers import LlavaConfig, Qwen3Config
+import torch
+from tiny_models import tiny_config
+from transformers import AutoModelForCausalLM, LlavaConfig, Qwen3Config
 from typer.testing import CliRunner
 
 from RL2.errors import UserError
@@ -17,13 +19,36 @@ from RL2.tools.plan.search import best, cost, layouts
 from RL2.tools.settings import parse_settings
 
 GIB = 2**30
-BILLIONS = dict(zip(PRESETS, (0.596, 1.721, 4.022, 8.191, 14.768, 32.762, 70.554), strict=True))
+BILLIONS = dict(zip(PRESETS, (0.596, 1.721, 4.022, 8.191, 14.768, 32.762, 30.532, 70.554), strict=True))
 WORK = Work(sequences=512, length=8192, mean_length=4096)
 
 
 @pytest.mark.parametrize(("model", "billions"), BILLIONS.items())
 def test_presets_have_the_published_number_of_parameters(model: str, billions: float) -> None:
-    assert PRESETS[model].parameters / 1e9 == pytest.approx(billions, abs=0.001)
+    # the router of a mixture of experts is not counted
+    assert PRESETS[model].parameters / 1e9 == pytest.approx(billions, abs=0.02 if PRESETS[model].experts else 0.001)
+
+
+def test_a_token_uses_some_of_the_experts() -> None:
+    shape = PRESETS["Qwen/Qwen3-30B-A3B"]
+    assert shape.active / 1e9 == pytest.approx(3.35, abs=0.02)
+    assert operations(shape, 1.0, 0.0) == 2 * shape.active
+    assert shape.stored_layer(1) - shape.stored_layer(8) == pytest.approx(7 / 8 * 128 * 3 * 2048 * 768)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe"])
+def test_the_shape_of_a_mixture_of_experts_has_all_its_parameters(model_type: str) -> None:
+    config = tiny_config(model_type, {"hidden_size": 128, "num_hidden_layers": 3})
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    shape = Shape.of(config)
+    assert shape.parameters == pytest.approx(sum(p.numel() for p in lm.parameters()), rel=0.005)
+    assert shape.all_experts == sum(p.numel() for name, p in lm.named_parameters() if ".experts." in name)
+
+
+def test_a_mixture_of_experts_beside_other_layers_than_attention_is_refused() -> None:
+    with pytest.raises(UserError, match="type qwen3_next is not built like Llama or Qwen with experts"):
+        Shape.of(tiny_config("qwen3_next"))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +99,24 @@ def test_layouts_divide_the_gpus_and_the_heads() -> None:
     assert Layout(ddp=2, fsdp=1, tp=8) in found
     assert all(layout.tp * layout.sp <= 8 for layout in found)
     assert not [layout for layout in found if (40 // layout.tp) % layout.sp]
+
+
+def test_layouts_of_a_mixture_of_experts_split_the_experts() -> None:
+    found = list(layouts(PRESETS["Qwen/Qwen3-30B-A3B"], 16, 8))
+    assert {(layout.size, layout.tp, layout.sp) for layout in found} == {(16, 1, 1)}
+    assert Layout(fsdp=16, ep=8) in found
+    assert Layout(ddp=4, fsdp=4, ep=4) in found
+    assert all(layout.fsdp % layout.ep == 0 for layout in found)
+
+
+def test_split_experts_send_tokens_in_place_of_weights() -> None:
+    shape, few = PRESETS["Qwen/Qwen3-30B-A3B"], {"microbatches": 1, "tokens": 1e4, "actions": 1e4}
+    whole, split = (traffic(shape, Layout(fsdp=8, ep=ep), **few) for ep in (1, 8))
+    assert split["fsdp", "reduce-scatter"] < 0.1 * whole["fsdp", "reduce-scatter"]
+    assert split["ep", "all-to-all"] == pytest.approx(7 / 8 * 6 * 48 * 1e4 * 8 * 2048 * 2)
+    memory = [training_memory(shape, Layout(fsdp=8, ep=ep), 8192, recompute=True) for ep in (1, 8)]
+    assert memory[0]["weights"] == memory[1]["weights"]
+    assert memory[1]["gathered layers"] < 0.5 * memory[0]["gathered layers"]
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64, 1024])
@@ -143,6 +186,14 @@ def test_the_command_recommends_a_layout() -> None:
         "fsdp all-gather",
     ):
         assert part in said
+
+
+def test_the_command_splits_experts() -> None:
+    code, said = ask("model=Qwen/Qwen3-30B-A3B", "gpus=16", "rollout=false", "length=2048", "sequences=64")
+    assert code == 0
+    assert "30.52 billion parameters (3.34 active)" in said
+    assert "actor.ep_size=2" in said
+    assert "ep all-to-all" in said
 
 
 @pytest.mark.parametrize(
