@@ -112,6 +112,10 @@ class Multimodal:
         for text, whole in self.modules.items():
             self.model.set_submodule(whole, lm.get_submodule(text))
         self.model.config.text_config = lm.config  # it names the implementation of attention, for the masks
+        for part in self.model.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                if parameter.is_meta:  # some classes look for the device at their first parameter
+                    setattr(part, name, nn.Parameter(torch.empty(0, device=lm.device), requires_grad=False))
         return self.model
 
 
