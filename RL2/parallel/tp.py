@@ -84,7 +84,13 @@ def styles_of(lm: PreTrainedModel) -> tuple[dict[str, ParallelStyle], list[nn.Mo
             styles[name] = STYLES[style]()
         elif style is not None:
             raise ConfigError(f"tensor parallelism: {type(lm).__name__} splits {name} by {style!r}, not supported")
-    return styles, partial
+    blocks = {name.rpartition(".")[0] for name in styles}
+    # plans leave out activations; those with parameters (xIELU of Apertus) see only this process's units
+    return styles, partial + [
+        module
+        for name, module in lm.base_model.named_modules()
+        if name.rpartition(".")[2] == "act_fn" and name.rpartition(".")[0] in blocks
+    ]
 
 
 def split(lm: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:

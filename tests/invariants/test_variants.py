@@ -16,9 +16,9 @@ from RL2.parallel.tp import check_sizes
 from RL2.types import StatsRequest
 from RL2.workers.actor import Actor
 
-MODELS = ("phi", "gemma2", "granite_swa", "deepseek_v3")
+MODELS = ("phi", "gemma2", "granite_swa", "deepseek_v3", "apertus")
 """A head with a bias; sliding windows and soft caps of scores and logits; sliding windows and attention sinks; values
-smaller than keys."""
+smaller than keys; activations with parameters."""
 LAYOUTS = {"fsdp": {}, "tp": {"tp_size": 2}, "sp": {"sp_size": 2}}
 WITHOUT_TP = ("granite_swa", "deepseek_v3")
 CASES = [(name, layout) for name in MODELS for layout in LAYOUTS if layout != "tp" or name not in WITHOUT_TP]
