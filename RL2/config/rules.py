@@ -93,6 +93,18 @@ def experts_of_an_engine_that_records_none(actor: Actor, rollout: Rollout) -> No
         )
 
 
+def adapters_alone(actor: Actor, rollout: Rollout) -> None:
+    """Refuse rollout.vllm.lora=adapter without adapters, and with another transport than files."""
+    if rollout.engine != "vllm" or rollout.vllm.lora == "merged":
+        return
+    if not actor.lora.rank:
+        raise ConfigError("rollout.vllm.lora=adapter has no effect with actor.lora.rank=0")
+    if rollout.vllm.transport != "files":
+        raise ConfigError(
+            f"rollout.vllm.lora=adapter needs rollout.vllm.transport=files, and it is {rollout.vllm.transport}"
+        )
+
+
 def selection_of_trajectories_that_are_filtered(actor: Actor, rollout: Rollout) -> None:
     """Refuse actor.select.not_truncated=true together with rollout.overlong_filtering=true."""
     if actor.select.not_truncated and rollout.overlong_filtering:
@@ -303,6 +315,7 @@ RL_RULES: tuple[Rule, ...] = (
     regularize_on_where_all_tokens_train,
     kl_without_importance_weight_on_policy,
     experts_of_an_engine_that_records_none,
+    adapters_alone,
     selection_of_trajectories_that_are_filtered,
     selection_of_on_policy_tokens_where_all_are,
     filtering_of_groups_of_one,

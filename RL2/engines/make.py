@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from RL2.config.rollout import VLLM, Rollout, SGLang
 from RL2.engines.base import Engine
 from RL2.engines.embedded.compiled import refuse_no_compiler
 from RL2.engines.embedded.engine import EmbeddedEngine
+from RL2.engines.served.apart import apart
 from RL2.engines.served.engine import ServedEngine, make_probe
 from RL2.engines.served.server_spec import EngineSpec
 from RL2.engines.served.weight_sync import WeightCheck
@@ -21,6 +23,7 @@ from RL2.engines.vllm import server_spec as vllm
 from RL2.errors import ConfigError
 from RL2.models.conversion import Layout, stored_layout
 from RL2.models.dtypes import compute_dtype
+from RL2.models.lora import Adapter
 from RL2.models.multimodal import checkpoint_config
 from RL2.models.other_parts import other_parts
 from RL2.models.policy import empty_model
@@ -46,6 +49,14 @@ class TrainedPolicy(Protocol):
 
     def logps(self, token_ids: list[int]) -> list[float]:
         """Return the log-probability of each token but the first, at temperature 1 (collective)."""
+        ...
+
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every weight without its adapter, whole (collective)."""
+        ...
+
+    def adapters(self) -> Iterator[Adapter]:
+        """Yield the adapters, whole (collective)."""
         ...
 
 
@@ -75,7 +86,10 @@ def make_engine(
         probe=make_probe(policy.lm.config.vocab_size, max_length),
         max_gap=settings.max_probe_gap or (1e-4 if is_exact else 0.1),
     )
-    return ServedEngine(spec, check, policy.processes, log_dir, layout)
+    sends_adapters = isinstance(settings, VLLM) and settings.lora == "adapter"
+    return ServedEngine(
+        spec, check, policy.processes, log_dir, layout, apart(policy, layout) if sends_adapters else None
+    )
 
 
 def served_layout(lm: PreTrainedModel, engine: str) -> Layout:

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,25 @@ def adapters_off(lm: PreTrainedModel) -> Iterator[None]:
 def merged_name(name: str) -> str:
     """Return the base model's name of a parameter that may be wrapped."""
     return name.replace(f"{BASE}.", ".")
+
+
+class Adapter(NamedTuple):
+    """The adapter of a linear layer of O outputs and I inputs: scale * up @ down is added to its weight."""
+
+    weight: str
+    """Name of the weight in the base model."""
+    down_RI: Tensor
+    up_OR: Tensor
+    scale: float
+
+
+def adapters(lm: PreTrainedModel) -> Iterator[Adapter]:
+    """Yield the adapters of `lm`, whole (collective)."""
+    for name, part in lm.named_modules():
+        if hasattr(part, "lora_A"):
+            layer: Any = part
+            down, up = (whole(x[ADAPTER].weight.detach()) for x in (layer.lora_A, layer.lora_B))
+            yield Adapter(f"{name}.weight", down, up, layer.scaling[ADAPTER])
 
 
 def merge(lm: PreTrainedModel, name: str, weight: Tensor) -> Tensor:

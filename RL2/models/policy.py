@@ -182,18 +182,21 @@ def stop_tokens(
     return found
 
 
-def named_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def named_weights(
+    lm: PreTrainedModel, dtype: torch.dtype | None = None, merged: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of a checkpoint with its transformers name, whole, one at a time; tied tensors once.
 
-    Parameters are converted to `dtype`, if given, with adapters merged into their weights. Stored buffers, such as a
-    router's bias, follow unchanged. Collective under sharding: parameters are rounded before they are gathered, which
-    halves the traffic in half precision.
+    Parameters are converted to `dtype`, if given, with adapters merged into their weights. Without `merged`, these
+    weights are those of the base, in its own type. Stored buffers, such as a router's bias, follow unchanged.
+    Collective under sharding: parameters are rounded before they are gathered, which halves the traffic in half
+    precision.
     """
     for name, parameter in lm.named_parameters():
         weight = parameter.detach()
         if merged_name(name) != name:  # a wrapped weight is merged before it is rounded
-            weight = merge(lm, name, whole(weight))
-            yield merged_name(name), weight.to(dtype or weight.dtype)
+            weight = merge(lm, name, whole(weight)) if merged else whole(weight)
+            yield merged_name(name), weight.to(dtype or weight.dtype) if merged else weight
         elif not is_adapter(name):
             yield name, whole(weight.to(dtype or weight.dtype))
     yield from stored_buffers(lm).items()  # whole on every process, in the type of the checkpoint

@@ -16,7 +16,7 @@ from RL2.batch.packing import microbatches, pack_tokens
 from RL2.config.model import Lora
 from RL2.errors import UserError, naming
 from RL2.models.dtypes import compute_dtype
-from RL2.models.lora import add_adapters
+from RL2.models.lora import Adapter, adapters, add_adapters
 from RL2.models.packed import PackedModel, transformers_attention
 from RL2.models.policy import Policy, export, named_weights
 from RL2.models.routing import RoutingSums
@@ -166,6 +166,16 @@ class Worker:
         """Yield every weight, whole and in the compute dtype, one at a time (collective)."""
         with self.at_work("gathering the weights"):
             yield from named_weights(self.lm, self.dtype)
+
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every weight as `weights` does, without its adapter (collective)."""
+        with self.at_work("gathering the base weights"):
+            yield from named_weights(self.lm, self.dtype, merged=False)
+
+    def adapters(self) -> Iterator[Adapter]:
+        """Yield the adapters, whole (collective)."""
+        with self.at_work("gathering the adapters"):
+            yield from adapters(self.lm)
 
     def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """Save the model in Hugging Face format, in float32 (collective)."""

@@ -81,6 +81,17 @@ def test_other_families(model_type: str, world: World, tmp_path: Path) -> None:
     check_gaps(world.run("spo", *SETTINGS, f"actor.model_name={tmp_path}").succeeded())
 
 
+def test_adapters_alone_are_as_good_as_merged_weights(world: World) -> None:
+    """The server merges them with the base, which it gets once."""
+    lora = ("actor.lora.rank=4", "actor.lr=1e-2", "trainer.max_steps=4")
+    merged = world.run("spo", *SETTINGS, *lora).succeeded()
+    adapters = world.run("spo", *SETTINGS, *lora, "rollout.vllm.lora=adapter").succeeded()
+    assert adapters.samples == merged.samples
+    assert adapters.weights.read_bytes() == merged.weights.read_bytes()
+    assert max(row["engine/probe_gap"] for row in adapters.metrics) < 1e-4
+    assert any(row["actor/grad_norm"] > 0 for row in adapters.metrics)
+
+
 def test_a_base_model_ends_its_turns_there_too(world: World, tmp_path: Path) -> None:
     """After six steps of `sft` on a template that ends turns with another token than the model's eos."""
     learnt = taught_to_answer(world, tmp_path).succeeded()

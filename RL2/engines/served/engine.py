@@ -14,12 +14,14 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import httpx
 from torch import Tensor
 
+from RL2.engines.served.apart import Apart
 from RL2.engines.served.client import Answer, ServerError
 from RL2.engines.served.router import Router
 from RL2.engines.served.server import EngineFailed
@@ -52,13 +54,19 @@ class ServedEngine:
     """
 
     def __init__(
-        self, spec: EngineSpec, check: WeightCheck, processes: Processes, log_dir: Path, layout: Layout = by_name
+        self,
+        spec: EngineSpec,
+        check: WeightCheck,
+        processes: Processes,
+        log_dir: Path,
+        layout: Layout = by_name,
+        apart: Apart | None = None,
     ) -> None:
         """Launch the servers or attach to them (collective). Raises `EngineFailed` if one does not come up.
 
-        They get weights in the layout of a checkpoint.
+        They get weights in the layout of a checkpoint; with `apart`, its base once, and then its adapters.
         """
-        self.spec, self.check, self.processes, self.layout = spec, check, processes, layout
+        self.spec, self.check, self.processes, self.layout, self.apart = spec, check, processes, layout, apart
         settings, name = spec.settings, spec.server.name
         self.version = -1
         self.pool: ServerPool | None = None
@@ -154,16 +162,17 @@ class ServedEngine:
         """
         begun = time.perf_counter()
         problems: list[str] = []
-        if self.pool is None:
-            for _ in weights:
-                pass
-        else:
+        base: Iterator[tuple[str, Tensor]] | None = None
+        sent: Iterator[tuple[str, Tensor]] = (pair for one in weights for pair in self.layout(*one).items())
+        if self.apart is not None:
+            base, sent = None if self.version >= 0 else self.apart.base(), self.apart.adapters()
+        if self.pool is not None:
             try:
-                self.pool.send(pair for one in weights for pair in self.layout(*one).items())
+                self.pool.send(sent, base)
             except EngineFailed as error:
-                for _ in weights:  # gathering is collective, and the other processes draw all of them
-                    pass
                 problems = [str(error)]
+        for _ in chain(base or (), sent):  # gathering is collective: each process draws all of them
+            pass
         expected = self.check.trainer_logps(self.check.probe)
         if self.pool is not None and not problems:
             try:

@@ -78,11 +78,11 @@ class ServerPool:
         if self.servers:
             self.watch.start()
 
-    def send(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Transfer new weights to the servers; `load` puts them in place. Raises `EngineFailed`."""
+    def send(self, weights: Iterator[tuple[str, Tensor]], base: Iterator[tuple[str, Tensor]] | None = None) -> None:
+        """Transfer new weights to the servers, as `WeightSync.send` does; `load` puts them in place."""
         # files are written without the servers, so one may restart meanwhile
         with nullcontext() if self.sync.stream is None else self.lock:
-            self.sync.send(weights)
+            self.sync.send(weights, base)
 
     def load(self, version: int, expected: list[float]) -> None:
         """Put the sent weights in place, compare with `expected`, and restart servers that fail to take them.

@@ -88,6 +88,8 @@ class WeightSync:
             self.folder = Path(tempfile.mkdtemp(prefix="rl2-weights-", dir=settings.sync_dir)).resolve()
         self.bucket_bytes = settings.bucket_mib * 2**20
         self.sends = 0
+        self.base: list[str] = []
+        """Files of weights that never change, which the servers load with the newest ones."""
         self.sent: list[str] = []
         """Files of the weights that `load` will put in place."""
         self.files: list[str] = []
@@ -104,15 +106,19 @@ class WeightSync:
                     f"the {self.spec.name} server at {state.client.url} refuses weights: {error}"
                 ) from error
 
-    def send(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+    def send(self, weights: Iterator[tuple[str, Tensor]], base: Iterator[tuple[str, Tensor]] | None = None) -> None:
         """Transfer `weights`, which the servers use after `load`. Raises `EngineFailed`.
 
-        The files of the weights in place stay until `load`: a server that restarts meanwhile reads them.
+        The files of the weights in place stay until `load`: a server that restarts meanwhile reads them. `base` is
+        written to files that are kept; the servers load it with these and all later weights.
         """
         self.sends += 1
         prefix = f"{self.sends}/"
         self.sent = []
         try:
+            if base is not None:
+                (self.folder / "base").mkdir()
+                self.base = write(base, self.folder, "base/", self.bucket_bytes)
             if self.keeps_files:
                 (self.folder / prefix).mkdir()
             if self.stream is None:
@@ -187,7 +193,7 @@ class WeightSync:
             elif state.stage is Stage.REFUSED and not client.is_healthy(weight_stream.HEALTH_TIMEOUT_S):
                 return state.problem  # it would not answer this call either
             else:
-                client.load_weights(self.files, str(self.version))
+                client.load_weights([*self.base, *self.files], str(self.version))
             apart = gap(client.logps(self.check.probe), self.expected)
         except (ServerError, ValueError) as error:
             return str(error)

@@ -12,7 +12,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Literal, TypedDict
 
@@ -24,6 +24,8 @@ ALIGNMENT = 256
 """Alignment of weights in a bucket, in bytes."""
 POLL_S = 0.0005
 NEVER = timedelta(days=7)
+DOWN, UP, SCALE = ".rl2_down", ".rl2_up", ".rl2_scale"
+"""Endings of the names of an adapter's tensors, after the name of the weight that it is added to."""
 
 
 class Entry(TypedDict):
@@ -60,6 +62,25 @@ def tensors(flat: Tensor, entries: list[Entry]) -> Iterator[tuple[str, Tensor]]:
         size = dtype.itemsize * _numel(each)
         yield each["name"], flat[offset : offset + size].view(dtype).view(each["shape"])
         offset += aligned(size)
+
+
+def adapter_tensors(weight_name: str, down: Tensor, up: Tensor, scale: float) -> dict[str, Tensor]:
+    """Return the tensors of an adapter by name."""
+    scales = torch.tensor([scale], dtype=torch.float64)
+    return {f"{weight_name}{DOWN}": down, f"{weight_name}{UP}": up, f"{weight_name}{SCALE}": scales}
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a tensor of this name belongs to an adapter."""
+    return name.endswith((DOWN, UP, SCALE))
+
+
+def with_adapter(name: str, weight: Tensor, adapters: Mapping[str, Tensor]) -> Tensor:
+    """Return a weight with its adapter, if it has one, added in float32, as the trainer does."""
+    if f"{name}{DOWN}" not in adapters:
+        return weight
+    down, up, scale = (adapters[f"{name}{part}"] for part in (DOWN, UP, SCALE))
+    return weight.float().addmm(up, down, alpha=float(scale))
 
 
 def _dtype(each: Entry) -> torch.dtype:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rl2_wire import Group, address_toward, bytes_of, opened, tensors
+from rl2_wire import Group, address_toward, bytes_of, is_adapter, opened, tensors, with_adapter
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -199,9 +199,16 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights in `files`, with the adapters in these files added."""
+    adapters = dict(_read(files, is_adapter))
+    for name, weight in _read(files, lambda name: not is_adapter(name)):
+        yield name, with_adapter(name, weight, adapters)
+
+
+def _read(files: list[Path], wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            for name in filter(wanted, tensors.keys()):
                 yield name, tensors.get_tensor(name)
 
 
