@@ -56,6 +56,9 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
     for name in (BIASED, PLAIN):
         actor = make_actor(folder, processes, name, moe=ReplayedMoe(bias_rate=0.1 * (name == BIASED)))
         results[name] = gradients(actor, mixed, 4096)
+        if name == BIASED:
+            actor.update(mixed)
+            results["biases"] = {"grads": {n: x for n, x in actor.weights() if "correction" in n}, "metrics": {}}
     actor = make_actor(folder, processes)
     results[SPLIT] = gradients(actor, mixed, 4096)
     results["cut"] = gradients(actor, mixed, int(mixed.lengths_B.max()))
@@ -162,6 +165,12 @@ def test_two_processes_are_one(case: str, one: dict[str, Result], two: dict[str,
 def test_experts_were_left_out(one: dict[str, Result]) -> None:
     assert one[BIASED]["metrics"]["moe/unused_experts"] == 0.5
     assert one["given, True"]["metrics"]["moe/unused_experts"] == 0.25
+
+
+def test_correction_biases_move_by_the_loads_of_all_processes(one: dict[str, Result], two: dict[str, Result]) -> None:
+    assert one["biases"]["grads"]
+    assert all(moved_E[0] < 9 and moved_E[2] > 0 for moved_E in one["biases"]["grads"].values())
+    assert_same(one["biases"], two["biases"], 1e-6)
 
 
 def test_recomputation_changes_nothing(two: dict[str, Result]) -> None:

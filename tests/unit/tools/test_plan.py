@@ -46,6 +46,10 @@ def test_the_shape_of_a_mixture_of_experts_has_all_its_parameters(model_type: st
     assert shape.all_experts == sum(p.numel() for name, p in lm.named_parameters() if ".experts." in name)
 
 
+def test_a_model_whose_layers_are_all_dense_has_no_experts() -> None:
+    assert Shape.of(tiny_config("qwen3_moe", {"mlp_only_layers": [0, 1]})).experts == 0
+
+
 def test_a_mixture_of_experts_beside_other_layers_than_attention_is_refused() -> None:
     with pytest.raises(UserError, match="type qwen3_next is not built like Llama or Qwen with experts"):
         Shape.of(tiny_config("qwen3_next"))
