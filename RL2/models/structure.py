@@ -116,7 +116,12 @@ def reset_buffers(lm: PreTrainedModel) -> None:
 
 
 def _initialise(module: nn.Module, model: PreTrainedModel) -> None:
-    """Initialise `module` and its parts as part of `model`; a model within a model initialises its own parts."""
+    """Initialise `module` and its parts as part of `model`; a model within a model initialises its own parts.
+
+    Parts without buffers are left out: the code of some (RWKV) computes with parameters, which may be sharded.
+    """
+    if next(module.buffers(), None) is None:
+        return
     model = module if isinstance(module, PreTrainedModel) else model
     for part in module.children():
         _initialise(part, model)

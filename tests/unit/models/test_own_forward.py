@@ -91,6 +91,16 @@ def test_a_model_with_padding_of_every_length_is_checked_and_exact(tmp_path: Pat
     torch.testing.assert_close(stats.logp, torch.cat(alone), rtol=0, atol=1e-5)
 
 
+def test_parameters_are_not_initialised_after_sharding(tmp_path: Path, processes: Processes) -> None:
+    overrides = f"""data.path=x.jsonl data.max_length=99 data.batch_size=1 actor.model_name={saved(tmp_path, "rwkv")}
+        actor.max_length_per_device=4096 trainer.experiment_name=x"""
+    _, config = trained(load("sft", overrides.split()))
+    half = Worker(str(tmp_path), "bfloat16", Mesh.make(processes, config), processes)
+    plain = load_file(tmp_path / "model.safetensors")
+    for name, weight in named_weights(half.lm):
+        assert torch.equal(weight, plain[name]), name
+
+
 def test_a_value_model_runs_row_by_row(tmp_path: Path, processes: Processes) -> None:
     torch.manual_seed(0)
     there = worker(saved(tmp_path, "mixtral"), processes, ValueModel)
