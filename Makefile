@@ -8,7 +8,7 @@ ENGINE_VENV ?= .venv-vllm
 ENGINE_READY := $(ENGINE_VENV)/.ready
 REAL_READY := $(VENV)/.real
 
-.PHONY: setup engine real demo demo-quick demo-real test test-fast test-engine test-real test-browser check lint docs audit bench format clean
+.PHONY: setup engine real demo demo-quick demo-real test test-fast test-engine test-real test-browser test-architectures check lint docs audit bench format clean
 
 setup: $(READY)
 
@@ -58,6 +58,10 @@ test-real: setup real ## with a pretrained model
 
 test-browser: setup ## the page of rl2 view in Chromium, which the system has to have
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser tests/browser
+
+test-architectures: setup ## every architecture in training and sampling; takes hours
+	$(BIN)/python tests/architectures.py
+	$(BIN)/torchrun --nproc_per_node=2 tests/architectures.py
 
 check: ## all that takes less than three minutes, and how long it took
 	@start=$$(date +%s); $(MAKE) --no-print-directory lint docs audit test-fast && echo "make check: $$(($$(date +%s) - start)) s"

@@ -33,7 +33,6 @@ LIMITS = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
     "shared_experts_intermediate_size": 32,
-    "vocab_size_per_layer_input": 320,
     "hidden_size_per_layer_input": 16,
     "mamba_n_heads": 8,
     "mamba_d_state": 16,
@@ -81,6 +80,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "exaone4": WINDOW,
     "gemma3_text": WINDOW,
+    "granitemoe_swa": {"attention_multiplier": 1 / 16},  # as published, 1 / head size; by default it is 1
     "granitemoehybrid": LINEAR,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {**LINEAR, "num_key_value_heads": 4},
@@ -185,6 +185,8 @@ def tiny_config(model_type: str, settings: Mapping[str, Any] | None = None) -> P
     values |= {name: values.get(of_other) for name, of_other in getattr(of, "attribute_map", {}).items()}
     sizes |= {name: most for name, most in LIMITS.items() if _is_above(most, values.get(name))}
     wanted = {**sizes, **OVERRIDES.get(model_type, {}), **(settings or {})}
+    if "vocab_size_per_layer_input" in known:  # a second table of embeddings
+        wanted["vocab_size_per_layer_input"] = wanted["vocab_size"]
     return of(**{name: x for name, x in wanted.items() if x is not OMITTED})
 
 

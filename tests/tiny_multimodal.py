@@ -55,8 +55,9 @@ def multimodal_config(model_type: str, text: dict[str, Any] | None = None) -> Pr
             known = {*type(part)().to_dict(), *getattr(type(part), "attribute_map", {})}
             sizes = {key: size for key, size in SMALL.items() if key in known}
             values[name] = {"model_type": part.model_type, **sizes}
-    for number, mark in enumerate(MARKS):
-        values |= {name: 310 + number for name in (f"{mark}_token_id", f"{mark}_token_index") if hasattr(usual, name)}
+    first = values["text_config"]["vocab_size"] - len(MARKS)
+    for number, mark in enumerate(MARKS, start=first):
+        values |= {name: number for name in (f"{mark}_token_id", f"{mark}_token_index") if hasattr(usual, name)}
     return kind(**values)
 
 

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from itertools import count
-from pathlib import Path
-from random import Random
-from typing import Any
 
 import pytest
 import warm
-from programs import NUM_ROWS, World
+from programs import World, make_world
 
 from RL2.tools import jobs
-from RL2.tools.reproduce.model import build_model
-from RL2.tools.reproduce.problems import Demonstrator, draw_problems
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root, rng = tmp_path_factory.mktemp("world"), Random(0)
-    pairs = [(p.question, Demonstrator().solve(p, rng)) for p in draw_problems(rng, NUM_ROWS, held_out=False)]
-    build_model(root / "model", [text for pair in pairs for text in pair], seed=0)
-    _write(root / "sft.jsonl", [{"prompt": question, "response": solution} for question, solution in pairs])
-    _write(root / "rl.jsonl", [{"prompt": question, "extra_info": {"row": i}} for i, (question, _) in enumerate(pairs)])
-    # separable: what was rejected is written backwards
-    _write(
-        root / "pairs.jsonl",
-        [{"prompt": p, "chosen": text, "rejected": " ".join(text.split()[::-1])} for p, text in pairs],
-    )
-    return World(root, count())
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +29,3 @@ def warm_jobs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "start", start)
         yield
-
-
-def _write(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -12,12 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 from zlib import crc32
 
 import psutil
 import warm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from RL2.tools.reproduce.model import build_model
+from RL2.tools.reproduce.problems import Demonstrator, draw_problems
 
 LIMIT_S = 600
 """No run may take longer, on a machine with much else to do either; one that does hangs."""
@@ -178,6 +182,26 @@ class World:
         script = self.root / f"environment_{crc32(rule.encode()):08x}.py"
         script.write_text(ENVIRONMENT.format(rule=rule))
         return f"rollout.env_path={script}"
+
+
+def make_world(root: Path, num_rows: int = NUM_ROWS) -> World:
+    """Fill the folder `root` with a random model and a few rows of each kind of data."""
+    rng = Random(0)
+    pairs = [(p.question, Demonstrator().solve(p, rng)) for p in draw_problems(rng, num_rows, held_out=False)]
+    build_model(root / "model", [text for pair in pairs for text in pair], seed=0)
+    write_rows(root / "sft.jsonl", [{"prompt": question, "response": solution} for question, solution in pairs])
+    prompts = [{"prompt": question, "extra_info": {"row": i}} for i, (question, _) in enumerate(pairs)]
+    write_rows(root / "rl.jsonl", prompts)
+    # separable: what was rejected is written backwards
+    write_rows(
+        root / "pairs.jsonl",
+        [{"prompt": p, "chosen": text, "rejected": " ".join(text.split()[::-1])} for p, text in pairs],
+    )
+    return World(root, count())
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def taught_to_answer(world: World, folder: Path) -> Run:
