@@ -23,7 +23,7 @@ class ValueModel(PackedModel):
     """
 
     CHECKED = VALUE
-    UNREAD = (r"^lm_head\.",)
+    UNREAD = (r"^(lm_head|embed_out)\.",)  # heads of language models, embed_out that of GPT-NeoX
 
     @staticmethod
     def build(model_name: str, dequantize: bool = False) -> PreTrainedModel:

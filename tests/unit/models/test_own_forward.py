@@ -101,9 +101,10 @@ def test_parameters_are_not_initialised_after_sharding(tmp_path: Path, processes
         assert torch.equal(weight, plain[name]), name
 
 
-def test_a_value_model_runs_row_by_row(tmp_path: Path, processes: Processes) -> None:
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_neox"])  # the head of the second is called embed_out
+def test_a_value_model_runs_row_by_row(model_type: str, tmp_path: Path, processes: Processes) -> None:
     torch.manual_seed(0)
-    there = worker(saved(tmp_path, "mixtral"), processes, ValueModel)
+    there = worker(saved(tmp_path, model_type), processes, ValueModel)
     batch = batch_of([40, 9, 33])
     values = there.stats(batch, VALUE, 4096).value
     alone = [there.stats(batch.sequences([b]), VALUE, 4096).value for b in range(3)]
