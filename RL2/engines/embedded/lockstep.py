@@ -207,8 +207,8 @@ class Group:
         index = [i for i, row in enumerate(self.rows) if row not in gone]
         self.rows, self.lengths = [self.rows[i] for i in index], [self.lengths[i] for i in index]
         if 0 < len(index) < rows:
-            self.cache = select(self.cache, rows, torch.tensor(index, device=device))
-            self.cache = pad_left(self.cache, self.length - length)
+            kept = select(self.cache, rows, torch.tensor(index, device=device))
+            self.cache = pad_left(kept, self.length - length)
 
 
 class LockstepCache:
@@ -318,5 +318,7 @@ def _joined(groups: list[Group]) -> list[Group]:
     try:
         cache = join(caches, [len(group.rows) for group in groups])
     except CannotJoin:
+        for group in groups:
+            pad_left(group.cache, group.length - longest)
         return groups
     return [Group([r for g in groups for r in g.rows], [n for g in groups for n in g.lengths], cache)]

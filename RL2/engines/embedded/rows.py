@@ -3,12 +3,11 @@
 A cache is a nest of objects of transformers, lists and dicts with tensors: keys, values, states of convolutions and
 recurrences. transformers' own methods cover only some of them. Functions here work on all tensors whose first
 dimension is the rows, and leave the others, such as the size of a window, as they are. Only keys and values have
-a dimension for the tokens.
+a dimension for the tokens. A cache changes in place, one tensor after another, so that memory holds it once.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,25 +30,31 @@ class UnusableCache(Exception):
 
 
 def select(cache: Nest, rows: int, index: Tensor) -> Nest:
-    """Return a cache with the rows `index`, which may repeat, of one with `rows` rows."""
-    return _mapped(lambda x: x.index_select(0, index) if _has_rows(x, rows) else x, cache)
+    """Keep the rows `index`, which may repeat, of a cache with `rows` rows; return it."""
+    return _changed(lambda x: x.index_select(0, index) if _has_rows(x, rows) else x, cache)
 
 
 def join(caches: Sequence[Nest], rows: Sequence[int]) -> Nest:
-    """Return a cache with the rows of all. Raise CannotJoin if they differ in structure, length or any setting."""
+    """Add the rows of the other caches to the first; return it.
 
-    def joined(*parts: Tensor) -> Tensor:
+    Raise CannotJoin, with nothing changed, if they differ in structure, length or any setting.
+    """
+
+    def have_rows(parts: Sequence[Tensor]) -> bool:
         first = parts[0]
-        if all(
+        return all(
             _has_rows(part, number) and (part.shape[1:], part.dtype) == (first.shape[1:], first.dtype)
             for part, number in zip(parts, rows, strict=True)
-        ):
-            return torch.cat(parts)
-        if any(part.shape != first.shape or not torch.equal(part, first) for part in parts):
+        )
+
+    def checked(*parts: Tensor) -> Tensor:
+        first = parts[0]
+        if not have_rows(parts) and any(part.shape != first.shape or not torch.equal(part, first) for part in parts):
             raise CannotJoin
         return first
 
-    return _mapped(joined, *caches)
+    _changed(checked, *caches)
+    return _changed(lambda *parts: torch.cat(parts) if have_rows(parts) else parts[0], *caches)
 
 
 def has_keys(cache: Nest) -> bool:
@@ -62,24 +67,22 @@ def _has_keys(layer: Nest) -> bool:
 
 
 def pad_left(cache: Nest, tokens: int) -> Nest:
-    """Return a cache with so many more tokens before its keys and values, or fewer if negative."""
-    if not tokens or not has_keys(cache):
-        return cache
-    padded = copy.copy(cache)
-    padded.layers = [_pad_layer(layer, tokens) if _has_keys(layer) else layer for layer in cache.layers]
-    return padded
+    """Put so many more tokens before the keys and values of a cache, or remove some if negative; return it."""
+    for layer in getattr(cache, "layers", []):
+        if tokens and _has_keys(layer):
+            _pad_layer(layer, tokens)
+    return cache
 
 
-def _pad_layer(layer: DynamicLayer, tokens: int) -> DynamicLayer:
+def _pad_layer(layer: DynamicLayer, tokens: int) -> None:
     assert layer.keys is not None and layer.values is not None
-    padded = copy.copy(layer)
     length = layer.get_seq_length() + tokens
     if isinstance(layer, DynamicSlidingWindowLayer):
-        padded.cumulative_length = length
+        layer.cumulative_length = length
         length = min(length, layer.sliding_window - 1)
     before = (0, 0, length - layer.keys.shape[-2], 0)
-    padded.keys, padded.values = F.pad(layer.keys, before), F.pad(layer.values, before)
-    return padded
+    layer.keys = F.pad(layer.keys, before)
+    layer.values = F.pad(layer.values, before)
 
 
 def bytes_per_row(cache: Nest, rows: int) -> float:
@@ -98,12 +101,12 @@ def _has_rows(tensor: Tensor, rows: int) -> bool:
 
 def _tensors(cache: Nest) -> Iterator[Tensor]:
     found: list[Tensor] = []
-    _mapped(lambda x: found.append(x) or x, cache)  # type: ignore[func-returns-value]
+    _changed(lambda x: found.append(x) or x, cache)  # type: ignore[func-returns-value]
     yield from found
 
 
-def _mapped(change: Callable[..., Tensor], first: Nest, *others: Nest) -> Nest:
-    """Return a copy of `first` in which each tensor is `change(tensor, *tensors at the same place in others)`.
+def _changed(change: Callable[..., Tensor], first: Nest, *others: Nest) -> Nest:
+    """Put `change(tensor, *tensors at the same place in others)` in the place of each tensor of `first`; return it.
 
     Raise CannotJoin if the others differ from `first` in anything else.
     """
@@ -114,16 +117,19 @@ def _mapped(change: Callable[..., Tensor], first: Nest, *others: Nest) -> Nest:
     if isinstance(first, dict):
         if any(other.keys() != first.keys() for other in others):
             raise CannotJoin
-        return {key: _mapped(change, value, *(other[key] for other in others)) for key, value in first.items()}
-    if isinstance(first, list | tuple):
+        for key in first:
+            first[key] = _changed(change, first[key], *(other[key] for other in others))
+    elif isinstance(first, list | tuple):
         if any(len(other) != len(first) for other in others):
             raise CannotJoin
-        return type(first)(_mapped(change, *values) for values in zip(first, *others, strict=True))
-    if _is_part(first):
-        changed = copy.copy(first)
-        vars(changed).update(_mapped(change, vars(first), *(vars(other) for other in others)))
-        return changed
-    if any(other != first for other in others):
+        items = range(len(first))
+        if isinstance(first, tuple):
+            return type(first)(_changed(change, first[i], *(other[i] for other in others)) for i in items)
+        for i in items:
+            first[i] = _changed(change, first[i], *(other[i] for other in others))
+    elif _is_part(first):
+        _changed(change, vars(first), *map(vars, others))
+    elif any(other != first for other in others):
         raise CannotJoin
     return first
 

@@ -156,6 +156,21 @@ def test_requests_of_different_lengths_join(name: str) -> None:
         torch.testing.assert_close(logits_RV.log_softmax(-1), wanted_RV.log_softmax(-1), rtol=0, atol=TOLERANCE)
 
 
+@torch.no_grad()
+def test_requests_whose_caches_differ_decode_apart() -> None:
+    lm = make_model("lfm2")
+    cache = OwnForward(lm).new_cache(1e9)
+    first, longer = prompts(11, 40)
+    cache.prefill({tuple(first): [0]})
+    cache.groups[0].cache.layers[0].only_here = 1
+    cache.prefill({tuple(longer): [1]})
+    assert len(cache.groups) == 2
+    texts = [[*first, 5], [*longer, 6]]
+    logits_RV = cache.decode([5, 6], [])
+    wanted_RV = torch.cat([lm(input_ids=torch.tensor([text]), use_cache=False).logits[:, -1] for text in texts])
+    torch.testing.assert_close(logits_RV.log_softmax(-1), wanted_RV.log_softmax(-1), rtol=0, atol=TOLERANCE)
+
+
 def test_padding_that_changes_numbers_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     lm = make_model("qwen3_moe")
 
