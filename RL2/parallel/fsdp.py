@@ -60,6 +60,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     """Scale the gradients to a total norm of at most `max_norm` and return the norm before scaling (collective)."""
     moved = by_mesh(p for p in parameters if p.grad is not None)
     norms = [_total_norm([p.grad for p in group if p.grad is not None]) for group in moved]
+    if not norms:
+        return 0.0
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in moved:
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)

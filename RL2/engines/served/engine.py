@@ -166,12 +166,13 @@ class ServedEngine:
         sent: Iterator[tuple[str, Tensor]] = (pair for one in weights for pair in self.layout(*one).items())
         if self.apart is not None:
             base, sent = None if self.version >= 0 else self.apart.base(), self.apart.adapters()
+            weights = chain(base or (), sent)
         if self.pool is not None:
             try:
                 self.pool.send(sent, base)
             except EngineFailed as error:
                 problems = [str(error)]
-        for _ in chain(base or (), sent):  # gathering is collective: each process draws all of them
+        for _ in weights:  # gathering is collective: each process draws what is left
             pass
         expected = self.check.trainer_logps(self.check.probe)
         if self.pool is not None and not problems:

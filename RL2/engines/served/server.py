@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from RL2.config.secrets import is_secret
@@ -28,12 +28,14 @@ class EngineFailed(UserError, RuntimeError):
     """A server that does not start, does not answer, or computes with other weights than the trainer."""
 
 
-def free_port() -> int:
-    """Return a free loopback port below those that systems give to outgoing connections.
+def free_port(taken: Container[int] = ()) -> int:
+    """Return a free loopback port below those that systems give to outgoing connections, and none of `taken`.
 
     A server takes seconds until it listens, and until then one of those ports could be given away.
     """
     for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        if port in taken:
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
@@ -54,13 +56,13 @@ class Server:
         name: str,
         log: Path,
         folder: Path,
+        port: int,
     ) -> None:
         """Prepare the command line; `start` runs it.
 
         `python` is the interpreter of the server's environment, `token` the one that clients have to send, `name` is
         for error messages. `folder` is for temporary files; it is created.
         """
-        port = free_port()
         self.spec, self.name, self.log, self.folder = spec, name, log, folder
         self.client = spec.client(f"http://127.0.0.1:{port}", token)
         self.command = [python, str(spec.launcher), "--host", "127.0.0.1", "--port", str(port), *arguments]

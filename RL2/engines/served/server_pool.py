@@ -16,7 +16,7 @@ from torch import Tensor
 
 from RL2.engines.served.client import ServerError
 from RL2.engines.served.owned_dirs import SHORT, OwnedDir
-from RL2.engines.served.server import POLL_S, EngineFailed, Server
+from RL2.engines.served.server import POLL_S, EngineFailed, Server, free_port
 from RL2.engines.served.server_spec import EngineSpec
 from RL2.engines.served.weight_sync import WeightCheck, WeightSync
 
@@ -44,6 +44,9 @@ class ServerPool:
         token = os.environ.get(spec.token_variable, "") if settings.urls else secrets.token_urlsafe(32)
         node = os.environ.get("GROUP_RANK", "0")
         log_name = spec.key if node == "0" else f"{spec.key}-node{node}"
+        ports: list[int] = []
+        for _ in range(0 if settings.urls else settings.num_servers):
+            ports.append(free_port(ports))
         self.servers = [
             Server(
                 spec,
@@ -54,8 +57,9 @@ class ServerPool:
                 name=f"{spec.name} server {i}",
                 log=log_dir / f"{log_name}-{i}.log",
                 folder=self.temporary.path / str(i),
+                port=port,
             )
-            for i in range(0 if settings.urls else settings.num_servers)
+            for i, port in enumerate(ports)
         ]
         self.clients = [spec.client(url, token) for url in settings.urls] or [each.client for each in self.servers]
         self.addresses = Addresses([each.url for each in self.clients], token, log_dir / f"{log_name}-given-up.txt")

@@ -26,7 +26,7 @@ from RL2.engines.served.buckets import write
 from RL2.engines.served.engine import ServedEngine, make_probe
 from RL2.engines.served.owned_dirs import OwnedDir
 from RL2.engines.served.router import Router
-from RL2.engines.served.server import EngineFailed, Server
+from RL2.engines.served.server import EngineFailed, Server, free_port
 from RL2.engines.served.server_spec import EngineSpec
 from RL2.engines.served.weight_sync import WeightCheck
 from RL2.engines.vllm.server_spec import VLLM_SERVER
@@ -340,7 +340,9 @@ def test_the_folder_of_a_process_that_died_is_removed(tmp_path: Path) -> None:
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     def server(python: str) -> Server:
         how = {"log": tmp_path / "log", "folder": tmp_path / "temporary"}
-        return Server(VLLM_SERVER, python, ["--no-such-thing"], {}, "token", name="vLLM server 0", **how)
+        return Server(
+            VLLM_SERVER, python, ["--no-such-thing"], {}, "token", name="vLLM server 0", port=free_port(), **how
+        )
 
     with pytest.raises(EngineFailed, match=r"cannot be started.*rollout\.vllm\.python"):
         server("/no/such/python").start()
