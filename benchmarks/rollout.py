@@ -153,7 +153,7 @@ def vllm(folder: Path, turns: Turns, python: str, compiles: bool) -> None:
     from transformers import AutoConfig
 
     from RL2.config.load import load
-    from RL2.engines.served.server import Server
+    from RL2.engines.served.server import Server, free_port
     from RL2.engines.vllm.server_spec import VLLM_SERVER, server_arguments
     from RL2.types import Sampling
 
@@ -164,9 +164,8 @@ def vllm(folder: Path, turns: Turns, python: str, compiles: bool) -> None:
     rollout = load("ppo", [*settings.split(), "rollout.train_sampling_params.max_new_tokens=1"]).rollout
     arguments = server_arguments(rollout, AutoConfig.from_pretrained(folder), torch.float32, 640)
     token, log = secrets.token_hex(8), folder / f"server-{compiles}.log"
-    server = Server(
-        VLLM_SERVER, python, arguments, {}, token, name="vLLM", log=log, folder=folder / f"server-{compiles}"
-    )
+    place = {"log": log, "folder": folder / f"server-{compiles}"}
+    server = Server(VLLM_SERVER, python, arguments, {}, token, name="vLLM", port=free_port(), **place)
     server.start()
     server.wait_until_healthy(120)
     assert server.process is not None

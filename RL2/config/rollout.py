@@ -89,8 +89,8 @@ class VLLM(Servers):
     ipc and broadcast, launched servers also keep a copy in files for restarts, unless max_restarts=0."""
     lora: Literal["merged", "adapter"] = "merged"
     """Weights that the servers get with actor.lora.rank > 0. merged: all, with the adapters merged. adapter: the base
-    once, and then the adapters alone, which each server merges itself, with the same numbers; needs transport=files,
-    and the base stays in sync_dir."""
+    once, and then the adapters alone, which each server merges itself (with rollout.dtype=auto: to the same numbers);
+    needs transport=files, and the base stays in sync_dir."""
     kv_cache_mib: Count | None = None
     """Size of a launched server's KV cache, in MiB. null: on CPUs, room for max_running_requests sequences of full
     length, up to gpu_memory_utilization of the free memory; on GPUs, what that share of the GPU leaves."""

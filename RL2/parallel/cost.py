@@ -62,7 +62,10 @@ class Shape:
             )
         except AttributeError as error:
             raise UserError(f"a model of type {config.model_type} is not built like Llama or Qwen: {error}") from error
-        return _with_experts(shape, config) if getattr(config, "num_experts_per_tok", None) else shape
+        if getattr(config, "kv_lora_rank", None):
+            raise UserError(f"a model of type {config.model_type} has latent attention, which the cost model lacks")
+        per_token = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+        return _with_experts(shape, config, per_token) if per_token else shape
 
     @property
     def head(self) -> int:
@@ -111,10 +114,11 @@ class Shape:
         return self.layers * rank * sum(ends.values())
 
 
-def _with_experts(shape: Shape, config: Any) -> Shape:
+def _with_experts(shape: Shape, config: Any, per_token: Any) -> Shape:
     """Return `shape` with the experts that a model of `config` has, built without memory.
 
-    Raise UserError if its layers are more than attention and experts that transformers keeps in one tensor.
+    Raise UserError if its layers are more than attention and experts that transformers keeps in one tensor, or if
+    `per_token`, the number of experts of a token, differs between layers.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -126,16 +130,17 @@ def _with_experts(shape: Shape, config: Any) -> Shape:
     found, total = find_experts(lm), sum(parameter.numel() for parameter in lm.parameters())
     if not found and abs(total - shape.parameters) < 0.02 * total:
         return shape  # every layer is dense
-    if not found or {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
+    other_layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if not found or other_layers or not isinstance(per_token, int):
         raise UserError(f"a model of type {config.model_type} is not built like Llama or Qwen with experts")
     here, number = sum(p.numel() for experts in found for p in experts.parameters()), found[0].num_experts
-    active = total - here + here * config.num_experts_per_tok // number
+    active = total - here + here * per_token // number
     attention = replace(shape, mlp=0).active
     return replace(
         shape,
         mlp=round((active - attention) / (3 * shape.hidden * shape.layers)),
         experts=number,
-        experts_per_token=config.num_experts_per_tok,
+        experts_per_token=per_token,
         expert_mlp=round(here / (3 * shape.hidden * len(found) * number)),
         expert_layers=len(found),
     )

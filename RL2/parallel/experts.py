@@ -47,8 +47,13 @@ def check_experts(lm: PreTrainedModel, ep_size: int, group: str) -> None:
         )
     for experts in found:
         number: int = experts.num_experts
-        if any("." in name or parameter.shape[0] != number for name, parameter in experts.named_parameters()):
-            raise ConfigError(f"{key}: the experts of {model} share parameters, not supported; set {group}.ep_size=1")
+        if any(
+            "." in name or parameter.ndim < 2 or len(parameter) != number
+            for name, parameter in experts.named_parameters()
+        ):
+            raise ConfigError(
+                f"{key}: the experts of {model} share parameters, which is not supported; set {group}.ep_size=1"
+            )
         if number % ep_size:
             raise ConfigError(f"{key} does not divide the {number} experts of {model}")
 

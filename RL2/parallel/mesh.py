@@ -1,6 +1,6 @@
 """Device mesh of a model: replicas x FSDP shards x sequence parallelism x tensor parallelism.
 
-With expert parallelism the FSDP shards are groups of `ep_size` processes, of which each has other experts.
+With expert parallelism the FSDP shards are groups of `ep_size` processes, each with different experts.
 """
 
 from __future__ import annotations
@@ -71,3 +71,8 @@ class Mesh:
 def _shards(mesh: DeviceMesh, axis: str) -> DeviceMesh:
     """Return the axis of `mesh` over which FSDP shards, after that of the replicas if there are any."""
     return mesh["ddp", axis] if mesh["ddp"].size() > 1 else mesh[axis]
+
+
+def layout_group(group: str) -> str:
+    """Return the group of keys with the sizes of the mesh of the model `group`; a reference has the actor's mesh."""
+    return "actor" if group == "ref_actor" else group

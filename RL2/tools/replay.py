@@ -166,7 +166,8 @@ def run_config(run: Path, folder: Path, title: str) -> RLConfig:
         fresh["actor"]["path"] = dict.fromkeys(fresh["actor"]["path"])
         values: Any = OmegaConf.to_container(OmegaConf.merge(fresh, given))
         values["actor"] |= {"model_name": str(folder), "ddp_size": 1, "sp_size": 1, "tp_size": 1, "ep_size": 1}
-        values["actor"]["lora"]["rank"] = 0  # the adapters are merged into the kept weights
+        values["actor"]["lora"] |= {"rank": 0, "save": "merged"}  # the adapters are merged into the kept weights
+        values["rollout"]["engine"] = "embedded"  # nothing is sampled
         # the same term in every gradient would be in all cosines
         values["actor"]["moe"] = (values["actor"].get("moe") or {}) | {"aux_coef": 0.0, "z_coef": 0.0}
         values["rollout"]["model_name"] = values["ref_actor"]["model_name"] = str(folder)

@@ -46,6 +46,7 @@ from RL2.models.value import ValueModel
 from RL2.ops.attention import is_packed
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.experts import check_experts
+from RL2.parallel.mesh import layout_group
 from RL2.parallel.tp import check_sizes
 from RL2.rollout.environment import Environment
 from RL2.rollout.episode import run_episode
@@ -117,8 +118,8 @@ def rehearse(program: str, config: Config, progress: Progress) -> Findings:
         steps = look_at_rows(config, readers, tokenizer, found)
     count_checkpoints(config, lm, steps, found)
     if lm is not None:
-        check_sizes(lm, layout.tp, layout.sp, group)
-        check_experts(lm, layout.ep, group)
+        check_sizes(lm, layout.tp, layout.sp, layout_group(group))
+        check_experts(lm, layout.ep, layout_group(group))
         estimate_memory(config, lm, layout, found)
     return found
 
@@ -206,8 +207,8 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
                 found.miss(group, f"{name}, on the hub")
                 continue
             lm = models[key] = look_at_weights(kind, folder, name, settings.dequantize, found.progress)
-        check_sizes(lm, model.tp_size, model.sp_size, group)
-        check_experts(lm, model.ep_size, group)
+        check_sizes(lm, model.tp_size, model.sp_size, layout_group(group))
+        check_experts(lm, model.ep_size, layout_group(group))
         if kind is ValueModel and model.gradient_checkpointing:
             refuse_no_recomputation(lm, group)
         lines = multimodal_line(lm) if kind is ValueModel else None, quantised_line(lm), own_forward_line(lm)

@@ -24,7 +24,7 @@ from RL2.models.structure import decoder_layers
 from RL2.ops.attention import MAX_PADDING, is_packed
 from RL2.parallel.experts import check_experts, split_experts
 from RL2.parallel.fsdp import shard
-from RL2.parallel.mesh import Mesh
+from RL2.parallel.mesh import Mesh, layout_group
 from RL2.parallel.processes import Processes
 from RL2.parallel.tp import check_sizes, split
 from RL2.types import StatsRequest, TokenBatch, TokenStats
@@ -64,8 +64,8 @@ class Worker:
         key = f"{group}.model_name"
         with naming(key):
             lm = model.build(model_name, dequantize)
-        check_sizes(lm, mesh.tp_size, mesh.sp_size, group)
-        check_experts(lm, mesh.ep_size, group)
+        check_sizes(lm, mesh.tp_size, mesh.sp_size, layout_group(group))
+        check_experts(lm, mesh.ep_size, layout_group(group))
         self.has_adapters = lora is not None
         if lora is not None:
             add_adapters(lm, lora, self.dtype, model_name, group)

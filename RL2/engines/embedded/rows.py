@@ -3,7 +3,8 @@
 A cache is a nest of objects of transformers, lists and dicts with tensors: keys, values, states of convolutions and
 recurrences. transformers' own methods cover only some of them. Functions here work on all tensors whose first
 dimension is the rows, and leave the others, such as the size of a window, as they are. Only keys and values have
-a dimension for the tokens. A cache changes in place, one tensor after another, so that memory holds it once.
+a dimension for the tokens. A cache changes in place, one tensor after another, so that selecting and padding
+rows takes memory for one tensor more, and joining for the joined cache and its parts.
 """
 
 from __future__ import annotations

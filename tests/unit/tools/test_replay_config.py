@@ -48,3 +48,9 @@ def test_the_kept_weights_of_a_quantised_checkpoint_are_not_quantised(tmp_path: 
     (tmp_path / "config.yaml").write_text(show(load("spo", [*REQUIRED.split(), "actor.dequantize=true"])))
     config = run_config(tmp_path, tmp_path, "ppo")
     assert not (config.actor.dequantize or config.ref_actor.dequantize)
+
+
+def test_the_kept_weights_of_a_run_with_adapters_have_them_merged(tmp_path: Path) -> None:
+    lora = ["actor.lora.rank=4", "actor.lora.save=adapter", "rollout.engine=vllm", "rollout.vllm.lora=adapter"]
+    (tmp_path / "config.yaml").write_text(show(load("spo", [*REQUIRED.split(), *lora])))
+    assert run_config(tmp_path, tmp_path, "ppo").actor.lora.rank == 0
