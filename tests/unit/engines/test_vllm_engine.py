@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +30,7 @@ from RL2.engines.served.router import Router
 from RL2.engines.served.server import EngineFailed, Server, free_port
 from RL2.engines.served.server_spec import EngineSpec
 from RL2.engines.served.weight_sync import WeightCheck
+from RL2.engines.served.wire.rl2_wire import adapter_tensors
 from RL2.engines.vllm.server_spec import VLLM_SERVER
 from RL2.errors import ConfigError
 from RL2.parallel.processes import Processes
@@ -174,12 +176,19 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "ERROR_RETRY_S", 0.05)
 
 
-def attach(processes: Processes, folder: Path, *urls: str, trainer: float = -2.0, max_running: int = 8) -> ServedEngine:
+def attach(
+    processes: Processes,
+    folder: Path,
+    *urls: str,
+    trainer: float = -2.0,
+    max_running: int = 8,
+    apart: Any = None,
+) -> ServedEngine:
     """`trainer`: its log-probability of any token."""
     settings = replace(SETTINGS, urls=urls, sync_dir=str(folder))
     spec = EngineSpec(VLLM_SERVER, settings, max_length=100, max_running_requests=max_running)
     check = WeightCheck(lambda ids: [trainer] * (len(ids) - 1), make_probe(50, 100), max_gap=1e-4)
-    engine = ServedEngine(spec, check, processes, folder)
+    engine = ServedEngine(spec, check, processes, folder, apart=apart)
     engine.load_weights(iter(WEIGHTS.items()), version=3)
     return engine
 
@@ -193,6 +202,54 @@ def generate(engine: ServedEngine, number: int = 4) -> list[Completion]:
 
 
 EXPECTED = [Completion([10 * i, 10 * i + 1], [-0.5, -0.5], "length", [3, 3]) for i in range(4)]
+
+
+ADAPTER = adapter_tensors("a", torch.ones(1, 3), torch.ones(2, 1), 2.0)
+
+
+class Parts:
+    """Weights and an adapter; `drawn` has what was asked for, and that all of it was drawn."""
+
+    def __init__(self, at_base: Callable[[], object] = lambda: None) -> None:
+        """Call `at_base` before each weight of the base."""
+        self.drawn: list[str] = []
+        self.at_base = at_base
+
+    def base(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.drawn.append("base")
+        for each in WEIGHTS.items():
+            self.at_base()
+            yield each
+        self.drawn.append("all")
+
+    def adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.drawn.append("adapters")
+        yield from ADAPTER.items()
+        self.drawn.append("all")
+
+
+def test_a_base_is_sent_once_and_loaded_with_every_adapter(
+    stand_in: StandIn, processes: Processes, tmp_path: Path
+) -> None:
+    parts = Parts()
+    engine = attach(processes, tmp_path, stand_in.url, apart=parts)
+    engine.load_weights(iter(WEIGHTS.items()), version=4)
+    assert parts.drawn == ["base", "all", "adapters", "all", "adapters", "all"]
+    assert stand_in.loaded.keys() == WEIGHTS.keys() | ADAPTER.keys()
+    assert engine.pool is not None
+    stand_in.loaded = {}  # as of a server that starts again
+    assert engine.pool.sync.restore(0) == ""
+    assert stand_in.loaded.keys() == WEIGHTS.keys() | ADAPTER.keys()
+
+
+def test_adapters_are_drawn_where_the_base_cannot_be_written(
+    stand_in: StandIn, processes: Processes, tmp_path: Path
+) -> None:
+    """The other processes draw them too."""
+    parts = Parts(lambda: [shutil.rmtree(folder) for folder in tmp_path.glob("rl2-weights-*")])
+    with pytest.raises(EngineFailed, match="could not be written"):
+        attach(processes, tmp_path, stand_in.url, apart=parts)
+    assert parts.drawn == ["base", "all", "adapters", "all"]
 
 
 @pytest.mark.slow
