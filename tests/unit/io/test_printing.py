@@ -13,7 +13,7 @@ from rl_settings import rl_config
 
 from RL2.config.load import show
 from RL2.config.secrets import masked
-from RL2.engines.served.server import Server
+from RL2.engines.served.server import Server, free_port
 from RL2.engines.vllm.server_spec import VLLM_SERVER
 from RL2.errors import ConfigError, UserError, one_line, printable
 from RL2.io.report import Report
@@ -96,9 +96,8 @@ def test_the_configuration_is_shown_without_secrets() -> None:
 def test_a_server_inherits_no_secret_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (SECRETS | PLAIN).items():
         monkeypatch.setenv(name, value)
-    server = Server(
-        VLLM_SERVER, sys.executable, [], {"GIVEN_KEY": "g"}, "t", name="s", log=tmp_path / "log", folder=tmp_path / "f"
-    )
+    place = {"log": tmp_path / "log", "folder": tmp_path / "f", "port": free_port()}
+    server = Server(VLLM_SERVER, sys.executable, [], {"GIVEN_KEY": "g"}, "t", name="s", **place)
     server.command = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
     server.start()
     assert server.process is not None
