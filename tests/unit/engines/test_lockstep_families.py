@@ -14,6 +14,8 @@ from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.embedded.lockstep import OwnForward
 from RL2.types import Completion, Sampling
 
+pytestmark = pytest.mark.slow
+
 SLOW = {"kimi_linear"}
 """Types whose reference code takes seconds for a prompt."""
 WITHOUT_CACHE = {"openai-gpt", "recurrent_gemma", "rwkv", "xlstm"}

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from RL2.parallel.processes import Processes
 
+pytestmark = pytest.mark.slow
+
 MODELS = (
     "qwen3_5_text",
     "lfm2",
