@@ -70,6 +70,10 @@ def test_the_summary_names_what_is_not_exact() -> None:
     assert "rm: 2 models, 1 refused" in lines
     assert "    refused: lfm2: rm: no such class" in lines
     assert "gpt2, fsdp: ValueError: x" in lines
+    unexpected = {program: {} for program in PROGRAMS} | {"sft": {"refused": "is not computed exactly"}}
+    assert not summary({"llama": {"programs": unexpected}})[1]
+    assert not summary({"llama": {"numbers": {"refused": "is not computed exactly"}}})[1]
+    assert summary({"llama": {"layouts": {"tp": {"refused": "has no plan"}}}})[1]
     rounded = {"zaya": {"numbers": {"engine": 4e-4, "engine in float64": 1e-6}}}
     assert summary({"llama": results["llama"], **rounded})[1]
     assert not summary({"zaya": {"numbers": {"engine": 4e-4, "engine in float64": 4e-4}}})[1]
