@@ -78,12 +78,6 @@ def update_seconds(policy: Policy, batch: TokenBatch) -> float:
     return time.process_time() - begun
 
 
-def rollout_seconds(engine: EmbeddedEngine, prompts: list[list[int]], lengths: list[int]) -> float:
-    begun = time.process_time()
-    seconds(engine, prompts, lengths)
-    return time.process_time() - begun
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3)
@@ -101,7 +95,7 @@ def main() -> None:
         times: dict[tuple[str, str], list[float]] = {}
         for step in range(options.steps + 1):
             for side in sides:
-                taken = update_seconds(policies[side], batch), rollout_seconds(engines[side], prompts, lengths)
+                taken = update_seconds(policies[side], batch), seconds(engines[side], prompts, lengths)
                 for what, time_s in zip(("update", "rollout"), taken, strict=True):
                     if step:  # the first is a warm-up
                         times.setdefault((what, side), []).append(time_s)

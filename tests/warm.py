@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import random
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,8 @@ from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+
+from RL2.engines.served.server import free_port
 
 IMPORTED = [
     *("RL2.tools.cli", "RL2.trainer.run", "RL2.trainer.dry_run", "RL2.trainer.rl", "RL2.trainer.unused_settings"),
@@ -154,15 +154,6 @@ class Ranks:
                 rank.wait(patience_s)
         finally:
             self.kill()
-
-
-def free_port() -> int:
-    """Return a port that is free, below those that the system hands out by itself and may take in the meantime."""
-    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
-        with socket.socket() as candidate, suppress(OSError):
-            candidate.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no port is free")
 
 
 def run(

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from RL2.config.rollout import VLLM, Rollout, SGLang
 from RL2.engines.base import Engine
 from RL2.engines.embedded.compiled import refuse_no_compiler
 from RL2.engines.embedded.engine import EmbeddedEngine
-from RL2.engines.served.apart import apart
+from RL2.engines.served.apart import AdaptedPolicy, apart
 from RL2.engines.served.engine import ServedEngine, make_probe
 from RL2.engines.served.server_spec import EngineSpec
 from RL2.engines.served.weight_sync import WeightCheck
 from RL2.engines.sglang import server_spec as sglang
 from RL2.engines.vllm import server_spec as vllm
 from RL2.errors import ConfigError
-from RL2.models.conversion import Layout, stored_layout
+from RL2.models.conversion import StoredLayout, stored_layout
 from RL2.models.dtypes import compute_dtype
-from RL2.models.lora import Adapter
 from RL2.models.multimodal import checkpoint_config
 from RL2.models.other_parts import other_parts
 from RL2.models.policy import empty_model
@@ -32,15 +30,12 @@ from RL2.ops.attention import is_packed
 from RL2.parallel.processes import Processes
 
 
-class TrainedPolicy(Protocol):
+class TrainedPolicy(AdaptedPolicy, Protocol):
     """The part of the actor that an engine needs."""
 
     processes: Processes
     dtype: torch.dtype
     """Compute dtype of the forward pass."""
-
-    @property
-    def lm(self) -> PreTrainedModel: ...
 
     @property
     def can_share_weights(self) -> bool:
@@ -49,14 +44,6 @@ class TrainedPolicy(Protocol):
 
     def logps(self, token_ids: list[int]) -> list[float]:
         """Return the log-probability of each token but the first, at temperature 1 (collective)."""
-        ...
-
-    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every weight without its adapter, whole (collective)."""
-        ...
-
-    def adapters(self) -> Iterator[Adapter]:
-        """Yield the adapters, whole (collective)."""
         ...
 
 
@@ -92,7 +79,7 @@ def make_engine(
     )
 
 
-def served_layout(lm: PreTrainedModel, engine: str) -> Layout:
+def served_layout(lm: PreTrainedModel, engine: str) -> StoredLayout:
     """Return the layout in which servers read weights of `lm`, which is that of its checkpoint.
 
     Raise ConfigError if servers cannot read it.

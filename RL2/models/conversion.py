@@ -78,11 +78,11 @@ def weight_shapes(lm: PreTrainedModel) -> dict[str, Tensor]:
     } | {name: buffer.to("meta") for name, buffer in stored_buffers(lm).items()}
 
 
-Layout = Callable[[str, Tensor], dict[str, Tensor]]
+StoredLayout = Callable[[str, Tensor], dict[str, Tensor]]
 """Function from the name and value of a parameter to the tensors of a checkpoint that are computed from it."""
 
 
-def stored_layout(lm: PreTrainedModel) -> Layout | None:
+def stored_layout(lm: PreTrainedModel) -> StoredLayout | None:
     """Return the layout of a checkpoint of `lm`; None if it computes a tensor from several parameters.
 
     Transformers then loads the parameters under their own names too.
@@ -102,6 +102,6 @@ def stored_layout(lm: PreTrainedModel) -> Layout | None:
     return alone if same else None
 
 
-def by_name(name: str, value: Tensor) -> dict[str, Tensor]:
+def own_name(name: str, value: Tensor) -> dict[str, Tensor]:
     """Return the parameter itself: the layout of a checkpoint that stores each under its own name."""
     return {name: value}

@@ -117,13 +117,15 @@ class Adapter(NamedTuple):
     scale: float
 
 
+def adapted_weights(lm: PreTrainedModel) -> dict[str, Any]:
+    """Return the layers with adapters, by the name of their weight in the base model."""
+    return {f"{name}.weight": part for name, part in lm.named_modules() if hasattr(part, "lora_A")}
+
+
 def adapters(lm: PreTrainedModel) -> Iterator[Adapter]:
     """Yield the adapters of `lm`, whole (collective)."""
-    for name, part in lm.named_modules():
-        if hasattr(part, "lora_A"):
-            layer: Any = part
-            down, up = (whole(x[ADAPTER].weight.detach()) for x in (layer.lora_A, layer.lora_B))
-            yield Adapter(f"{name}.weight", down, up, layer.scaling[ADAPTER])
+    for name, layer in adapted_weights(lm).items():
+        yield _adapter(name, layer)
 
 
 def merge(lm: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
@@ -131,6 +133,10 @@ def merge(lm: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
     layer_name, wrapped, kind = name.rpartition(f"{BASE}.")
     if not wrapped or kind != "weight":
         return weight
-    layer: Any = lm.get_submodule(layer_name)
+    adapter = _adapter(merged_name(name), lm.get_submodule(layer_name))
+    return weight.float().addmm(adapter.up_OR, adapter.down_RI, alpha=adapter.scale)
+
+
+def _adapter(weight_name: str, layer: Any) -> Adapter:
     down, up = (whole(x[ADAPTER].weight.detach()) for x in (layer.lora_A, layer.lora_B))
-    return weight.float().addmm(up, down, alpha=layer.scaling[ADAPTER])
+    return Adapter(weight_name, down, up, layer.scaling[ADAPTER])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
-from RL2.models.conversion import Layout, by_name, stored_layout, weight_shapes
+from RL2.models.conversion import StoredLayout, own_name, stored_layout, weight_shapes
 from RL2.models.loading import PROCESSOR_FILES, tensors_for, weights_folder
 from RL2.models.multimodal import Multimodal, multimodal
 from RL2.models.stored import TORCH_DTYPES, Stored, read_value
@@ -50,12 +50,12 @@ class OtherParts:
         for name, each in self.stored.items():
             yield name, read_value(name, each)
 
-    def layout(self, lm: PreTrainedModel) -> Layout:
+    def layout(self, lm: PreTrainedModel) -> StoredLayout:
         """Return the layout of this checkpoint, for the parameters of its text model.
 
         A checkpoint has fused experts or each on its own. If it has neither, names are those of the multimodal class.
         """
-        alone = stored_layout(lm) or by_name
+        alone = stored_layout(lm) or own_name
         split = {name for pair in weight_shapes(lm).items() for name in alone(*pair)}
 
         def by_names(name: str, value: Tensor) -> dict[str, Tensor]:

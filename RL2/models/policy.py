@@ -26,7 +26,7 @@ from transformers import (
 from RL2.config.model import TrainableChat
 from RL2.data.template import Template, change_template
 from RL2.errors import ModelError, first_line, naming
-from RL2.models.conversion import by_name, stored_layout, weight_shapes
+from RL2.models.conversion import own_name, stored_layout, weight_shapes
 from RL2.models.inspection import length_limit, logit_transform, stored_buffers
 from RL2.models.loading import build, configuration, empty, folder_here, materialise, refuse_no_model
 from RL2.models.lora import ADAPTER, is_adapter, merge, merged_name
@@ -212,7 +212,7 @@ def export(
     model of a multimodal checkpoint is stored under the checkpoint's names, beside its other parts as they are.
     """
     parts = other_parts(lm)
-    layout = (stored_layout(lm) or by_name) if parts is None else parts.layout(lm)
+    layout = (stored_layout(lm) or own_name) if parts is None else parts.layout(lm)
     stored = {name: x for pair in weight_shapes(lm).items() for name, x in layout(*pair).items()}
     stored |= {} if parts is None else parts.shapes
     files = split_torch_state_dict_into_shards(

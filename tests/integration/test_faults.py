@@ -18,6 +18,8 @@ import pytest
 import warm
 from programs import LIMIT_S, Run, World, ranks_of, wait_for_line, without_times
 
+from RL2.engines.served.server import free_port
+
 KILLS = int(os.environ.get("RL2_KILLS", 3))
 TIMEOUT_S = 6
 SETTINGS = (
@@ -93,7 +95,7 @@ def is_at_work(run: Run, since: float) -> bool:
 def pair(world: World, settings: tuple[str, ...], tmp_path: Path) -> Iterator[list[warm.Program]]:
     """Two ranks that nobody watches over: no launcher ends one when the other has gone."""
     arguments = [*world.rl, *settings, f"trainer.save_dir={tmp_path}/run", "trainer.max_steps=1000"]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(warm.free_port())}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank in ("0", "1"):
         log, environment = tmp_path / f"rank_{rank}.log", os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}

@@ -15,6 +15,7 @@ import warm
 from torch import Tensor
 
 from RL2.config.load import load
+from RL2.engines.served.server import free_port
 from RL2.parallel import fsdp
 from RL2.parallel.processes import Processes
 
@@ -29,7 +30,7 @@ def loaded(program: str, overrides: str) -> Any:
 
 def in_pool(run: Callable[[Path, Processes], Any], folder: Path, size: int) -> list[Any]:
     """What `run(folder, processes)`, a function at the top of a module, gives on each of `size` new processes."""
-    port = warm.free_port()
+    port = free_port()
     warm.start_server()
     mp.start_processes(_member, args=(run, folder, size, port), nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"results_{size}_{rank}.pt", weights_only=True) for rank in range(size)]

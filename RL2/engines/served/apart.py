@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from RL2.engines.served.wire.rl2_wire import adapter_tensors
 from RL2.errors import ConfigError
-from RL2.models.conversion import Layout, weight_shapes
-from RL2.models.lora import Adapter
+from RL2.models.conversion import StoredLayout, weight_shapes
+from RL2.models.lora import Adapter, adapted_weights
 
 
 class AdaptedPolicy(Protocol):
@@ -21,9 +21,13 @@ class AdaptedPolicy(Protocol):
     @property
     def lm(self) -> PreTrainedModel: ...
 
-    def base_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every weight without its adapter, whole (collective)."""
+        ...
 
-    def adapters(self) -> Iterator[Adapter]: ...
+    def adapters(self) -> Iterator[Adapter]:
+        """Yield the adapters, whole (collective)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Apart:
     """The weights of a policy under the names of its checkpoint."""
 
     policy: AdaptedPolicy
-    layout: Layout
+    layout: StoredLayout
     names: Mapping[str, str]
     """Name of an adapted weight in the model -> its name in the checkpoint."""
 
@@ -46,13 +50,13 @@ class Apart:
             yield from adapter_tensors(self.names[name], down, up, scale).items()
 
 
-def apart(policy: AdaptedPolicy, layout: Layout) -> Apart:
-    """Return the weights of `policy` apart. Raise ConfigError if an adapted weight is several tensors of a checkpoint.
+def apart(policy: AdaptedPolicy, layout: StoredLayout) -> Apart:
+    """Return the weights of `policy` apart.
 
-    Collective.
+    Raise ConfigError if an adapted weight is not one tensor of a checkpoint.
     """
     shapes, names = weight_shapes(policy.lm), dict[str, str]()
-    for name, *_ in policy.adapters():
+    for name in adapted_weights(policy.lm):
         stored = layout(name, shapes[name])
         if [x.shape for x in stored.values()] != [shapes[name].shape]:
             raise ConfigError(

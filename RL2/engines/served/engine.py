@@ -28,7 +28,7 @@ from RL2.engines.served.server import EngineFailed
 from RL2.engines.served.server_pool import Addresses, ServerPool
 from RL2.engines.served.server_spec import EngineSpec
 from RL2.engines.served.weight_sync import WeightCheck
-from RL2.models.conversion import Layout, by_name
+from RL2.models.conversion import StoredLayout, own_name
 from RL2.parallel.processes import Processes
 from RL2.types import Completion, Sampling
 
@@ -59,7 +59,7 @@ class ServedEngine:
         check: WeightCheck,
         processes: Processes,
         log_dir: Path,
-        layout: Layout = by_name,
+        layout: StoredLayout = own_name,
         apart: Apart | None = None,
     ) -> None:
         """Launch the servers or attach to them (collective). Raises `EngineFailed` if one does not come up.

@@ -125,7 +125,7 @@ def attacks(seed: int, mark: Path) -> Iterator[str]:
 async def attack(
     step: Step, extra_info: dict[str, Any], mark: Path, observations: tuple[str, ...] = (), number: int = NUMBER
 ) -> dict[str, int]:
-    """What came of the first attacks, many at once: ended without reward, went on with an observation, or unscored.
+    """Make the first attacks, many at once; count those that end without reward, go on, and are unscored.
 
     `observations` are the words that an observation may begin with.
     """
