@@ -32,8 +32,8 @@ from RL2.models.policy import Policy, export, load_tokenizer, stop_tokens
 from RL2.objectives.objective import Loss, Objective, needs
 from RL2.objectives.registry import bound as bound_objective
 from RL2.parallel.processes import Processes
+from RL2.rollout.continuation import decode
 from RL2.rollout.environment import Environment, environment_of, load_environment
-from RL2.rollout.episode import decode
 from RL2.rollout.episodes import EpisodeSetting, begin, finish
 from RL2.types import MENU, Prompt, Sampling, StatsRequest, TokenBatch, TokenStats, Trajectory
 from RL2.workers.metrics import Metric, Totals, engine_gap

@@ -26,8 +26,9 @@ from RL2.data.prompts import load_prompts
 from RL2.engines.scripted import ScriptedEngine
 from RL2.errors import ConfigError, UserError, naming, printable
 from RL2.models.policy import load_tokenizer, max_length
+from RL2.rollout.continuation import decode
 from RL2.rollout.environment import Environment, load_environment
-from RL2.rollout.episode import decode, run_episode
+from RL2.rollout.episode import run_episode
 from RL2.rollout.step_result import StepResult
 from RL2.tools.reproduce.model import build_tokenizer
 from RL2.types import Prompt, Sampling, Trajectory

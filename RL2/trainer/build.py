@@ -21,8 +21,8 @@ from RL2.engines.make import make_engine
 from RL2.errors import ConfigError, naming
 from RL2.io.report import Report
 from RL2.models.policy import configured_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
+from RL2.rollout.continuation import decode
 from RL2.rollout.environment import Environment, load_environment
-from RL2.rollout.episode import decode
 from RL2.rollout.episodes import Episodes, EpisodeSetting
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer.alarms import Alarms

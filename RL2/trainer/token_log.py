@@ -19,7 +19,7 @@ from RL2.config.programs import RLConfig
 from RL2.config.rollout import SamplingParams
 from RL2.io.report import Report
 from RL2.objectives.loss import by_token
-from RL2.rollout.episode import decode
+from RL2.rollout.continuation import decode
 from RL2.types import TokenBatch, TokenStats, Trajectory
 from RL2.workers.actor import Actor
 

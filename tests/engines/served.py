@@ -29,7 +29,7 @@ from RL2.engines.served.engine import ServedEngine
 from RL2.engines.served.server_pool import ServerPool
 from RL2.engines.vllm.client import VLLMClient
 from RL2.parallel.processes import Processes
-from RL2.rollout.episode import decode
+from RL2.rollout.continuation import decode
 from RL2.types import Completion, Sampling
 from RL2.workers.actor import Actor
 

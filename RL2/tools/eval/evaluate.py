@@ -27,8 +27,8 @@ from RL2.io.jsonl import read_lines, remove_incomplete_line
 from RL2.models.dtypes import compute_dtype
 from RL2.models.loading import weights_folder
 from RL2.models.policy import load_model, load_tokenizer, max_length, stop_tokens
+from RL2.rollout.continuation import decode
 from RL2.rollout.environment import Environment, load_environment
-from RL2.rollout.episode import decode
 from RL2.rollout.episodes import EpisodeSetting, Group, finish
 from RL2.tools.eval.compare import compare
 from RL2.tools.eval.intervals import Estimate, limits, over_problems

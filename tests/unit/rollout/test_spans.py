@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from RL2.batch.advantages import gae, reinforce
 from RL2.batch.packing import pack
 from RL2.engines.scripted import ScriptedEngine
+from RL2.rollout.continuation import decode
 from RL2.rollout.environment import Environment, load_environment
-from RL2.rollout.episode import decode
 from RL2.rollout.spans import last_tokens
 from RL2.types import Prompt, Sampling, Trajectory
 

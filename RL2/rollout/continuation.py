@@ -1,0 +1,144 @@
+"""The tokens of a conversation as it goes on: sampled ids stay as they are, and what is added to them is encoded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from RL2.data.chat import encode, head_of, messages_of, unicode
+from RL2.data.source import DataError
+from RL2.data.template import Chat, Template
+from RL2.rollout.step_result import State, Unscored
+from RL2.types import Completion, Sampling, Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RESPONSE = "[[response]]"
+"""Placeholder of a response, to find out what the chat template writes after one."""
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """Return the text of token ids, special tokens written out."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def without_end(
+    tokenizer: PreTrainedTokenizerBase, completion: Completion, sampling: Sampling
+) -> tuple[list[int], str]:
+    """Return the tokens of a response without its end token, and the text of that; '' if it has none."""
+    sampled = completion.token_ids
+    if completion.finish == "stop" and sampled[-1] in sampling.stop_token_ids:
+        return sampled[:-1], decode(tokenizer, sampled[-1:])
+    return sampled, ""
+
+
+def first_text(template: Template, state: State, arguments: dict[str, Any] | None = None) -> str:
+    """Return a state as text, messages through the chat template. Raise Unscored if it refuses them."""
+    return state if isinstance(state, str) else _render(template, [], state, arguments or {})
+
+
+def next_text(
+    template: Template,
+    so_far: str,
+    state: State,
+    end: str,
+    arguments: dict[str, Any],
+    calls: list[dict[str, Any]] | None = None,
+) -> str:
+    """Return `state` as text; messages are written behind `so_far` as the chat template writes them behind a response.
+
+    `end`: text of the end token that was sampled behind `so_far`, if one was. It is then the only one there. `calls`
+    are the tool calls of the response, which some templates need to see before results of tools. Raise Unscored if the
+    template cannot write the messages there.
+    """
+    if isinstance(state, str):
+        return state
+    response: dict[str, Any] = {"role": "assistant", "content": RESPONSE}
+    before = [{"role": "user", "content": "."}, response | ({"tool_calls": calls} if calls else {})]
+    text = _render(template, before, state, arguments)
+    observation = _behind_calls(template, before, text, arguments) if calls else text.partition(RESPONSE)[2]
+    if not observation:
+        raise Unscored("the chat template drops responses; let step return the whole next state as text")
+    if end:
+        written = next((text for text in template.ends if observation.startswith(text)), "")
+        if written != end and template.ends_with_next:  # it belongs to the next turn
+            written = ""
+        observation = end + observation.removeprefix(written)
+    return so_far + observation
+
+
+def _behind_calls(template: Template, before: list[dict[str, Any]], text: str, arguments: dict[str, Any]) -> str:
+    """Return the part of `text` behind the response that ends `before`, from its end token on; '' if there is none."""
+    said = _render(template, before[:1], before[1:], arguments, asks=False)
+    stop = template.end_of_turn(said, 0)
+    stop -= next((len(end) for end in template.ends if said[:stop].endswith(end)), 0)
+    return text[stop:] if text.startswith(said[:stop]) else ""
+
+
+def observe(
+    tokenizer: PreTrainedTokenizerBase, sequence: Sequence, so_far: str, state: str, end: str
+) -> tuple[Sequence, list[int]]:
+    """Return the sequence that the next response belongs to, and the tokens that the environment adds to it.
+
+    `so_far` is the text up to the response, without its `end` token, and `state` the environment's next state. If that
+    does not begin with `so_far`, the environment has rewritten the history: the sampled tokens stay in their sequence,
+    and a new one begins.
+    """
+    if state.startswith(so_far):
+        # the end token was sampled; the environment may write its text out
+        return sequence, encode_text(tokenizer, state[len(so_far) :].removeprefix(end), begins=False)
+    head = head_of(tokenizer)
+    return Sequence([], [], [], []), encode_text(tokenizer, state, begins=sequence.token_ids[: len(head)] == head)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = True) -> list[int]:
+    """Return the ids of `text`, which with `begins` is the beginning of what the model reads."""
+    try:
+        unicode(text, "the environment's state")
+    except DataError as error:
+        raise Unscored(str(error)) from error
+    return encode(tokenizer, [text], begins=begins)[0]
+
+
+def append(
+    sequence: Sequence,
+    token_ids: list[int],
+    logps: list[float] | None = None,
+    versions: list[int] | None = None,
+    experts: Tensor | None = None,
+) -> None:
+    """Append tokens: those with log-probabilities and versions were sampled, those without were given.
+
+    `experts` are those of all tokens that the engine has run for the sequence.
+    """
+    sequence.token_ids += token_ids
+    sequence.action_mask += [logps is not None] * len(token_ids)
+    sequence.logps += [0.0] * len(token_ids) if logps is None else logps
+    sequence.rewards += [0.0] * len(token_ids)
+    sequence.versions += [-1] * len(token_ids) if versions is None else versions
+    assert len(sequence.logps) == len(sequence.token_ids), "an engine gives each token its log-probability"
+    assert len(sequence.versions) == len(sequence.token_ids), "an engine gives each token its version"
+    if experts is not None:  # tokens that have experts keep them, although a later turn may run them again
+        known = [] if sequence.experts is None else [sequence.experts]
+        sequence.experts = torch.cat([*known, experts[sum(map(len, known)) :]])
+        assert len(sequence.experts) == len(sequence.token_ids) - 1, "an engine records every token that it runs"
+
+
+def _render(
+    template: Template,
+    before: list[dict[str, Any]],
+    messages: list[dict[str, Any]],
+    arguments: dict[str, Any],
+    asks: bool = True,
+) -> str:
+    """Return the conversation as text; with `asks`, with the header of the next response."""
+    try:
+        chat = Chat(before + messages_of({"messages": messages}), arguments)
+        return template.render(chat, add_generation_prompt=asks)
+    except DataError as error:
+        raise Unscored(f"the environment's messages: {error}") from error
