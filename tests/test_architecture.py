@@ -20,6 +20,7 @@ LAYERS = (
     ("models", "data"),
     ("engines",),
     ("rollout",),
+    ("agents",),
     ("workers",),
     ("api",),
     ("trainer",),

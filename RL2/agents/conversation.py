@@ -1,0 +1,76 @@
+"""Comparison of the conversation that a client sends with the one that is known: what was sent and sampled before.
+
+A client returns an answer in its own words: it strips texts, drops the reasoning and writes arguments anew. Such
+messages are still the known ones, so that the sampled token ids go on without a new encoding.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from RL2.data.chat import Message
+
+
+def continues(messages: list[Message], known: list[Message]) -> bool:
+    """Return whether `messages` begin with `known`."""
+    return len(messages) >= len(known) and all(map(same, messages, known))
+
+
+def same(sent: Message, known: Message) -> bool:
+    """Return whether a client that sends `sent` means the message `known`.
+
+    Whitespace around texts, keys that are null and keys that no template reads are ignored. The reasoning and the ids
+    of calls are compared only if `sent` has them.
+    """
+    if sent.get("role") != known.get("role") or _text(sent, "content") != _text(known, "content"):
+        return False
+    if sent.get("role") != "assistant" and (sent.get("name") or None) != (known.get("name") or None):
+        return False
+    reasoning, call_id = _text(sent, "reasoning_content"), sent.get("tool_call_id")
+    if reasoning and reasoning != _text(known, "reasoning_content"):
+        return False
+    if call_id and call_id != known.get("tool_call_id"):
+        return False
+    calls, known_calls = sent.get("tool_calls") or [], known.get("tool_calls") or []
+    return len(calls) == len(known_calls) and all(map(_same_call, calls, known_calls))
+
+
+def _text(message: Message, key: str) -> str:
+    return (message.get(key) or "").strip()
+
+
+def _same_call(sent: dict[str, Any], known: dict[str, Any]) -> bool:
+    if sent.get("id") and sent["id"] != known.get("id"):
+        return False
+    function, known_function = sent["function"], known["function"]
+    if function["name"] != known_function["name"]:
+        return False
+    return _canonical(function["arguments"]) == _canonical(known_function["arguments"])
+
+
+def decoded(text: str) -> dict[str, Any] | str:
+    """Return the arguments of a call from their JSON; the text itself if it is not an object."""
+    try:
+        arguments = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError):  # not JSON, or not readable by Python
+        return text
+    return arguments if isinstance(arguments, dict) else text
+
+
+def _canonical(arguments: dict[str, Any] | str) -> str:
+    """Return the same text for arguments that mean the same, such as 1 and 1.0; not for 1 and true."""
+    if isinstance(arguments, str):
+        arguments = decoded(arguments)
+    if isinstance(arguments, str):
+        return arguments.strip()
+    try:
+        return json.dumps(json.loads(json.dumps(arguments), parse_float=_number), sort_keys=True)
+    except (ValueError, RecursionError):  # not writable by Python
+        return str(id(arguments))
+
+
+def _number(text: str) -> float:
+    """Return an integer where the number is one: JavaScript writes 1.0 as 1."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
