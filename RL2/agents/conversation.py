@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from RL2.agents.calls import decoded
 from RL2.data.chat import Message
 
 
@@ -47,15 +48,6 @@ def _same_call(sent: dict[str, Any], known: dict[str, Any]) -> bool:
     if function["name"] != known_function["name"]:
         return False
     return _canonical(function["arguments"]) == _canonical(known_function["arguments"])
-
-
-def decoded(text: str) -> dict[str, Any] | str:
-    """Return the arguments of a call from their JSON; the text itself if it is not an object."""
-    try:
-        arguments = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError):  # not JSON, or not readable by Python
-        return text
-    return arguments if isinstance(arguments, dict) else text
 
 
 def _canonical(arguments: dict[str, Any] | str) -> str:

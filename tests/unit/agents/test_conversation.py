@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from RL2.agents.conversation import continues, decoded, same
+from RL2.agents.calls import decoded
+from RL2.agents.conversation import continues, same
 from RL2.data.chat import Message
 
 
@@ -103,4 +104,4 @@ def test_nesting_too_deep_to_compare_is_not_the_same() -> None:
         return arguments
 
     assert same(turn(calls=[call(nested(100))]), turn(calls=[call(nested(100))]))
-    assert not same(turn(calls=[call(nested(100_000))]), turn(calls=[call(nested(100_000))]))
+    assert not same(turn(calls=[call(nested(5000))]), turn(calls=[call(nested(5000))]))
