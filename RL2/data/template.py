@@ -67,6 +67,8 @@ class Template:
         """Texts of all tokens that end a turn."""
         self.header = ""
         """Text that opens the assistant's turn."""
+        self.reasoning_text, self.call_text = "", ""
+        """Rendered turns with the reasoning `MARK` and with a call of the tool `NAME`; empty if there are none."""
         if tokenizer.chat_template is not None:
             self._find_out()
 
@@ -160,7 +162,9 @@ class Template:
         self.header = opened.removeprefix(closed) if opened.startswith(closed) else ""
         for key in REASONING:
             self.reasoning = key
-            if MARK in self._try([ASK, {"role": "assistant", "content": ".", key: MARK}]):
+            turn = self._try([ASK, {"role": "assistant", "content": ".", key: MARK}])
+            if MARK in turn:
+                self.reasoning_text = turn.removeprefix(closed)
                 break
         else:
             self.reasoning = None
@@ -176,6 +180,7 @@ class Template:
             self.end = eos  # the text before it belongs to the answer (Command R7B)
         if call := self._find_call():
             turn = self._try([ASK, call])
+            self.call_text = turn.removeprefix(closed)
             behind = turn.rpartition(VALUE)[2]
             reply: Message = {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": MARK}
             whole = self._try([ASK, call, reply])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -11,36 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AddedToken, PreTrainedTokenizerFast
+from real_templates import FILES, tokenizer_with
+from transformers import PreTrainedTokenizerFast
 
 from RL2.data.prompts import load_prompts
 from RL2.data.sft import load_examples
 from RL2.data.source import DataError
 from RL2.data.template import Template
 
-FOUND = importlib.util.find_spec("trl")  # not imported: that takes seconds
-FOLDER = Path(FOUND.submodule_search_locations[0] if FOUND and FOUND.submodule_search_locations else ".")
-FILES = {file.stem: file for file in sorted((FOLDER / "chat_templates").glob("*.jinja"))}
-FILES |= {"smollm2": Path(__file__).parents[2] / "templates" / "smollm2.jinja"} if FILES else {}
 pytestmark = pytest.mark.skipif(not FILES, reason="trl is not installed")
 
-SPECIAL = re.compile(
-    "<[|\uff5c][^<>\\s{}']*?[|\uff5c]>|<(?:start_of_turn|end_of_turn|end_of_utterance|[|][a-z_]+|[a-z_]+[|])>"
-)
-EOS = {  # where it is not <|im_end|>, by the beginning of the name
-    "cohere": "<|END_OF_TURN_TOKEN|>",
-    "deepseek": "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "diffusion_gemma": "<eos>",
-    "gemma": "<eos>",
-    "glm": "<|endoftext|>",
-    "gptoss": "<|return|>",
-    "idefics3": "<end_of_utterance>",
-    "llama3": "<|end_of_text|>",
-    "llava": "</s>",
-    "phi3": "<|endoftext|>",
-    "smolvlm": "<end_of_utterance>",
-}
 TOOL = {
     "type": "function",
     "function": {
@@ -80,28 +59,7 @@ TIDE = [
 
 @pytest.fixture(scope="module")
 def tokenizer_of() -> Callable[[str], PreTrainedTokenizerFast]:
-    """Makes a tokenizer for a template: every byte is a token, and what looks like a special one is."""
-    made: dict[str, PreTrainedTokenizerFast] = {}
-
-    def make(name: str) -> PreTrainedTokenizerFast:
-        if name not in made:
-            text = FILES[name].read_text(encoding="utf-8")
-            eos = next((token for start, token in EOS.items() if name.startswith(start)), "<|im_end|>")
-            special = sorted({*SPECIAL.findall(text), eos, "<bos>", "<|eot_id|>"})
-            vocabulary = {t: i for i, t in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
-            inner = Tokenizer(models.BPE(vocabulary, []))
-            inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            inner.decoder = decoders.ByteLevel()
-            inner.add_special_tokens(special)
-            made[name] = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, bos_token="<bos>")
-            plain = [
-                AddedToken(token, special=False) for token in ("<think>", "</think>", "<tool_call>", "</tool_call>")
-            ]
-            made[name].add_tokens(plain)
-            made[name].chat_template = text
-        return made[name]
-
-    return make
+    return tokenizer_with
 
 
 def jsonl(folder: Path, row: Any) -> str:
