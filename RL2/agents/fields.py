@@ -131,14 +131,15 @@ def content(body: dict[str, Any], key: str, where: str, separator: str = "") -> 
     value = body.get(key)
     if value is None or isinstance(value, str):
         return text(body, key, where) or ""
-    return separator.join(_part(part, name) for part, name in items(body, key, where))
+    return separator.join(part(each, name) for each, name in items(body, key, where))
 
 
-def _part(part: dict[str, Any], where: str) -> str:
-    kind = part.get("type")
-    if kind not in TEXTS:
+def part(sent: dict[str, Any], where: str) -> str:
+    """Return the text of one part of a content."""
+    kind = sent.get("type")
+    if not isinstance(kind, str) or kind not in TEXTS:
         raise RequestError(f"{where} is of type {shown(kind)}: the endpoint reads only text", parameter=where)
-    return string(part.get(TEXTS[kind]), f"{where}.{TEXTS[kind]}")
+    return string(sent.get(TEXTS[kind]), f"{where}.{TEXTS[kind]}")
 
 
 def stops(body: dict[str, Any], key: str) -> tuple[str, ...]:
