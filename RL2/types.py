@@ -40,6 +40,8 @@ class Prompt:
     """Data for the environment: answers, tests, tool settings."""
     template_arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template besides the messages: `tools` and its own settings."""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """The conversation of which `text` is made, where an agent reads it; else empty."""
 
 
 @dataclass(frozen=True)

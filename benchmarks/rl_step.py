@@ -177,7 +177,7 @@ def ours(folder: Path, options: argparse.Namespace, turns: Turns) -> None:
     assert isinstance(config, RLConfig)
     processes = Processes.start(config.trainer.timeout_s)
     tokenizer = load_tokenizer(config.actor.model_name)
-    environment = load_environment(config.rollout.env_path, config.rollout.env_timeout_s)
+    environment = load_environment(str(config.rollout.env_path), config.rollout.env_timeout_s)
     prompts = load_prompts(str(config.train_data.path), tokenizer, environment.example, options.max_length)
     actor = Actor(config.actor, processes, 1000, folder)
     engine = make_engine(config.rollout, actor, lambda ids: str(tokenizer.decode(ids)), options.max_length + 1, folder)

@@ -112,6 +112,7 @@ def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "torchrun").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     (tmp_path / "bin" / "torchrun").chmod(0o755)
+    monkeypatch.setenv("OPENAI_API_KEY", "of an episode")  # agents make their clients when they are imported
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -272,7 +273,7 @@ def what_is_wrong_with_keys(words: list[str]) -> str | None:
         group = key.rpartition(".")[0]
         knowing &= {p for p, keys in KEYS.items() if key in keys | GROUPS[p] or group in keys & FREE}
         if not knowing:
-            return None if key.endswith((".jsonl", ".py")) else f"no program has the key {key}"
+            return None if key.endswith((".json", ".jsonl", ".py")) else f"no program has the key {key}"
     settings = tuple(word for word in words if re.search(r"=[^A-Z.]", word))
     errors = [error for program in sorted(knowing) if settings and (error := malformed(program, settings))]
     return errors[0] if len(errors) == len(knowing) else None

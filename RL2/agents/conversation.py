@@ -12,6 +12,9 @@ from typing import Any
 from RL2.agents.calls import decoded
 from RL2.data.chat import Message
 
+WRITTEN = ("content", "name")
+"""Keys of messages that the client has written itself, so that they come back as they were."""
+
 
 def continues(messages: list[Message], known: list[Message]) -> bool:
     """Return whether `messages` begin with `known`."""
@@ -21,12 +24,12 @@ def continues(messages: list[Message], known: list[Message]) -> bool:
 def same(sent: Message, known: Message) -> bool:
     """Return whether a client that sends `sent` means the message `known`.
 
-    Whitespace around texts, keys that are null and keys that no template reads are ignored. The reasoning and the ids
-    of calls are compared only if `sent` has them.
+    Whitespace around the assistant's texts, keys that are null and keys that no template reads are ignored. The
+    reasoning and the ids of calls are compared only if `sent` has them.
     """
     if sent.get("role") != known.get("role") or _text(sent, "content") != _text(known, "content"):
         return False
-    if sent.get("role") != "assistant" and (sent.get("name") or None) != (known.get("name") or None):
+    if sent.get("role") != "assistant" and any((sent.get(key) or "") != (known.get(key) or "") for key in WRITTEN):
         return False
     reasoning, call_id = _text(sent, "reasoning_content"), sent.get("tool_call_id")
     if reasoning and reasoning != _text(known, "reasoning_content"):

@@ -68,7 +68,7 @@ class TestSettings:
     """Name of the set; the empty string is `test_data` itself."""
     path: str | None
     """File or data set of the rows; None: tasks that the environment's `reset` generates."""
-    env_path: str
+    env_path: str | None
     """Environment script."""
     prompts_per_rollout: int | None
     """Number of prompts in flight, or of tasks to generate."""

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from RL2.config.agent import agent_of
 from RL2.config.model import Critic, Trainable, TrainablePolicy, num_shards
 from RL2.config.programs import Config, RLConfig, trained
 from RL2.errors import ConfigError
@@ -23,6 +24,8 @@ def missing_here(config: Config) -> list[str]:
     packages[f"{group}.use_liger_kernel"] = "liger_kernel", "liger", model.use_liger_kernel
     if isinstance(model, TrainablePolicy):
         packages[f"{group}.lora.rank"] = ("peft", "lora", model.lora.rank > 0)
+    if isinstance(config, RLConfig):
+        packages["rollout.agent"] = ("uvicorn", "agents", config.rollout.agent is not None)
     missing = _missing(packages)
     servers = config.rollout.servers if isinstance(config, RLConfig) else None
     if servers is not None and not servers.urls and shutil.which(servers.python) is None:
@@ -66,6 +69,8 @@ def check_here(config: Config) -> None:
     _check_processes(group, model, config.trainer.dry_run)
     named: dict[str, str | None] = {f"{group}.chat_template": model.chat_template}
     if isinstance(config, RLConfig):
+        if config.rollout.agent is not None:
+            agent_of("rollout.agent", config.rollout.agent)
         named |= {"rollout.env_path": config.rollout.env_path, "train_data.path": config.train_data.path}
         for test_set in config.test_sets:
             named[f"{test_set.key}.path"] = test_set.path

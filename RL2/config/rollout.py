@@ -145,10 +145,18 @@ class Rollout:
     test_sampling_params: SamplingParams
     max_turns: Count = 1
     """Maximum number of responses per episode."""
-    env_path: str
-    """Environment script, with `async def step(state, action, extra_info)`."""
+    env_path: str | None = None
+    """Environment script, with `async def step(state, action, extra_info)`. null: with rollout.agent alone."""
     env_timeout_s: PositiveFloat = 60
     """Maximum time for one call of the environment, in seconds; after it the trajectory is unscored."""
+    agent: str | None = None
+    """Agent that plays the episodes, a program that asks for responses as from OpenAI's or Anthropic's API: a command,
+    or path.py:function (docs/agents.md). null: the environment script alone."""
+    agent_timeout_s: PositiveFloat = 600
+    """Maximum time for one episode of an agent, in seconds; after it the agent is killed, and the trajectory is
+    unscored."""
+    max_running_agents: Count = 64
+    """Maximum number of agents that run at a time on a process; the others wait."""
     dynamic_filtering: bool = False
     """Drop groups whose rewards are all equal; they carry no signal for a group baseline."""
     dynamic_filtering_rounds: Count = 1
@@ -177,6 +185,10 @@ class Rollout:
                 f"rollout.partial_rollout={self.partial_rollout} continues what older weights began, and "
                 "rollout.max_staleness=0 allows none of it; set that to at least 1"
             )
+        if self.agent is None and self.env_path is None:
+            raise ConfigError("rollout.env_path is not set; pass rollout.env_path=...")
+        if self.agent is None and (self.agent_timeout_s != 600 or self.max_running_agents != 64):
+            raise ConfigError("rollout.agent_timeout_s and max_running_agents have no effect without rollout.agent")
         for servers in (self.vllm, self.sglang):
             if self.engine != servers.key and (servers.urls or servers.args or servers.env):
                 raise ConfigError(

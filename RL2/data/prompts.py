@@ -56,9 +56,9 @@ class Prompts(TableView[Prompt]):
 
     def item(self, number: int) -> Prompt:
         rest = bytes(self.rest[number])
-        extra_info, arguments = json.loads(rest) if rest else self.table.objects[number]
+        extra_info, arguments, *messages = json.loads(rest) if rest else self.table.objects[number]
         text = bytes(self.texts[number]).decode()
-        return Prompt(int(self.rows[number][0]), text, self.ids[number].tolist(), extra_info, arguments)
+        return Prompt(int(self.rows[number][0]), text, self.ids[number].tolist(), extra_info, arguments, *messages)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -81,22 +81,24 @@ def load_prompts(
     bad: BadRows | None = None,
     progress: Progress | None = None,
     template: Template | None = None,
+    keeps_messages: bool = False,
 ) -> Prompts:
     """Return the rows of a file as prompts.
 
     Rows are {"prompt" | "messages", "extra_info"}, or are converted into these by `example`. Unusable rows, including
     prompts of more than `max_length` tokens, go to `bad`; without it they raise DataError. `template` is the
-    tokenizer's, if it has been analysed before.
+    tokenizer's, if it has been analysed before. With `keeps_messages`, prompts have the messages too.
     """
     bad, known = bad or BadRows(path), template or Template(tokenizer)
 
     def build(writer: Writer, tell: Callable[[float], None]) -> dict[str, Any]:
         for rows in bad.pieces(example, tell):
-            _write(writer, rows, known, max_length, bad)
+            _write(writer, rows, known, max_length, bad, keeps_messages)
         bad.settle()
         return {}
 
-    name = key(bad.source, tokenizer, example, {"kind": "prompts", "max_length": max_length, "skip": bad.skip})
+    kept = {"messages": True} if keeps_messages else {}
+    name = key(bad.source, tokenizer, example, {"kind": "prompts", "max_length": max_length, "skip": bad.skip} | kept)
     return Prompts(table(bad, name, COLUMNS, build, progress or Progress(speaks=False)))
 
 
@@ -120,7 +122,9 @@ def _rendered(row: Row, template: Template) -> tuple[bool, str, dict[str, Any]]:
     return True, text, arguments
 
 
-def _write(writer: Writer, rows: dict[int, Row], template: Template, max_length: int, bad: BadRows) -> None:
+def _write(
+    writer: Writer, rows: dict[int, Row], template: Template, max_length: int, bad: BadRows, keeps_messages: bool
+) -> None:
     """Encode and write the usable rows; report the others to `bad`."""
     texts, arguments = dict[bool, dict[int, str]]({True: {}, False: {}}), dict[int, dict[str, Any]]()
     for number, row in rows.items():
@@ -142,7 +146,9 @@ def _write(writer: Writer, rows: dict[int, Row], template: Template, max_length:
                     f"its prompt has {length} tokens, the limit is {max_length}; "
                     "raise actor.max_length_per_device or remove the row"
                 )
-            rest = [_extra_info(rows[number]), arguments[number]]
+            rest: list[Any] = [_extra_info(rows[number]), arguments[number]]
+            if keeps_messages and is_chat(rows[number]):
+                rest.append(question_of(rows[number]))
             if not (stored := is_json(rest)):
                 writer.keep(writer.rows + len(found["row"]), rest)
             found["ids"].append(token_ids[number])

@@ -68,6 +68,15 @@ def environment_of(step: AsyncFunction, timeout_s: float = TIMEOUT_S) -> Environ
     return Environment(file or "step", file, step, None, None, None, timeout_s, {})
 
 
+def without_script(weights: Mapping[str, float]) -> Environment:
+    """Return an environment for agents that leave their rewards themselves; `weights` are those of reward parts."""
+
+    async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+        raise Unscored("the agent left no reward, and no rollout.env_path judges its answer")
+
+    return Environment("rollout.agent", None, step, None, None, None, TIMEOUT_S, weights)
+
+
 def load_example(path: str | Path) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
     """Return `example` of the script at `path`, which needs nothing else. Raise ScriptError if it has none."""
     example = _function(load_script(path), path, "example", ("row",), is_async=False)
@@ -159,6 +168,8 @@ class Environment:
             value, error = call.result() if call.done() else (None, _Overtime())
             if isinstance(error, _Overtime):
                 raise Unscored(f"{name} took longer than rollout.env_timeout_s={self.timeout_s:g}")
+            if isinstance(error, Unscored):
+                raise error
             if error is not None:
                 raise Unscored(described(error, self.path, self._file)) from error
             return value

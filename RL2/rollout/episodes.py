@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -43,6 +43,28 @@ class Group:
         return all(task.done() for task in self.tasks)
 
 
+class Player(Protocol):
+    """Another way to play an episode, such as a program of the user that asks for responses."""
+
+    async def play(
+        self,
+        prompt: Prompt,
+        *,
+        environment: Environment,
+        sampling: Sampling,
+        max_turns: int,
+        group: int,
+        sample: int,
+        seed: int,
+    ) -> Trajectory:
+        """Return an episode of `prompt`; `group`, `sample` and `seed` make its random numbers."""
+        ...
+
+    async def close(self) -> None:
+        """Release all resources; may be called again."""
+        ...
+
+
 @dataclass(frozen=True)
 class EpisodeSetting:
     """Everything that episodes have in common: who plays, against what, and for how long."""
@@ -55,6 +77,8 @@ class EpisodeSetting:
     """Limit of a sequence in tokens."""
     analysed: Template | None = None
     """The tokenizer's chat template, if it has been analysed before."""
+    player: Player | None = None
+    """Another way to play episodes; None: engine and environment in turn."""
 
     @cached_property
     def template(self) -> Template:
@@ -68,18 +92,25 @@ class EpisodeSetting:
 
         `seed`, `group` and the number of the episode make its random numbers.
         """
+        play: Callable[..., Coroutine[Any, Any, Trajectory]]
+        if self.player is not None:
+            play = self.player.play
+        else:
+            play = partial(
+                run_episode,
+                engine=self.engine,
+                tokenizer=self.tokenizer,
+                max_length=self.max_length,
+                template=self.template,
+            )
         play = partial(
-            run_episode,
+            play,
             prompt,
-            engine=self.engine,
             environment=self.environment,
-            tokenizer=self.tokenizer,
             sampling=sampling,
             max_turns=self.max_turns,
-            max_length=self.max_length,
             group=group,
             seed=seed,
-            template=self.template,
         )
         return [asyncio.create_task(play(sample=sample)) for sample in range(number)]
 
@@ -219,6 +250,8 @@ class Episodes:
             self.thread.join(CLOSE_S)
             if self.thread.is_alive():
                 return  # it is left to the end of the process
+        if self.setting.player is not None:
+            self.runner.get_loop().run_until_complete(self.setting.player.close())
         self.runner.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:

@@ -11,7 +11,9 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from RL2.batch.registry import configured as estimator_of
+from RL2.config.agent import agent_of
 from RL2.config.programs import RLConfig
+from RL2.config.rollout import Rollout
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import largest_token_id
@@ -22,8 +24,8 @@ from RL2.errors import ConfigError, naming
 from RL2.io.report import Report
 from RL2.models.policy import configured_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.rollout.continuation import decode
-from RL2.rollout.environment import Environment, load_environment
-from RL2.rollout.episodes import Episodes, EpisodeSetting
+from RL2.rollout.environment import Environment, load_environment, without_script
+from RL2.rollout.episodes import Episodes, EpisodeSetting, Player
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer.alarms import Alarms
 from RL2.trainer.annotate import annotate
@@ -107,7 +109,9 @@ def build(config: RLConfig, run: Run) -> Parts:
         # the last token of a sequence is only a label and takes no position
         longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
-    tasks = load_tasks(config, reader(template, longest, notes, run.listing(), progress), run.closing)
+    has_agent = config.rollout.agent is not None
+    load = reader(template, longest, notes, run.listing(), progress, keeps_messages=has_agent)
+    tasks = load_tasks(config, load, run.closing)
     progress.say(*notes)
     tested = {each.settings.key: of_prompts(each.prompts) for each in tasks.tests}
     run.know_rows({"train_data": of_prompts(tasks.prompts), "test_data": of_prompts([])} | tested)
@@ -136,7 +140,8 @@ def build(config: RLConfig, run: Run) -> Parts:
         )
     run.closing.callback(engine.close)
     progress.say(describe_engine(config))
-    setting = EpisodeSetting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest, template)
+    player = make_player(config.rollout, engine, template, longest)
+    setting = EpisodeSetting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest, template, player)
     episodes = Episodes(setting, ends, run.processes, config.rollout.is_async)
     scheduler = Scheduler(tasks.prompts, cursor, episodes, config, num_steps)
     run.closing.callback(scheduler.close)  # a thread may be at work
@@ -171,10 +176,26 @@ def build(config: RLConfig, run: Run) -> Parts:
     )
 
 
+def make_player(rollout: Rollout, engine: Engine, template: Template, max_length: int | None) -> Player | None:
+    """Return what plays the episodes with the agent of a run; None if it has none. `max_length` is in tokens."""
+    if rollout.agent is None:
+        return None
+    from RL2.agents.player import AgentPlayer  # the endpoint needs packages that other runs do without
+    from RL2.agents.session import Policy
+    from RL2.data.tool_calls import ResponseParser
+
+    policy = Policy(engine, template.tokenizer, template, ResponseParser(template), max_length)
+    agent = agent_of("rollout.agent", rollout.agent)
+    return AgentPlayer(agent, policy, rollout.agent_timeout_s, rollout.max_running_agents)
+
+
 def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:
     """Return the prompts that a run trains and tests on; `closing` closes their environments."""
     rollout = config.rollout
-    environment = load_environment(rollout.env_path, rollout.env_timeout_s, config.reward.weights)
+    if rollout.env_path is None:
+        environment = without_script(config.reward.weights)
+    else:
+        environment = load_environment(rollout.env_path, rollout.env_timeout_s, config.reward.weights)
     closing.callback(environment.close)
     prompts, tests = train_tasks(config, environment, read), test_tasks(config, environment, read)
     tasks = Tasks(environment, prompts, tests)

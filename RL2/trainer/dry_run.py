@@ -261,6 +261,8 @@ def look_at_tasks(
         for environment, (key, of) in tried.items():
             if environment is not tasks.environment:
                 found.say("", f"{key}: {environment.path}")
+            if config.rollout.agent is not None:
+                continue
             if of and template is not None:
                 found.say("", *try_environment(config, environment, key, template, of[0], longest))
             else:
@@ -297,7 +299,11 @@ def say_of_tasks(config: RLConfig, notes: dict[str, list[str]], found: Findings)
     if not config.test_sets:
         found.say("test data", "none")
     rollout = config.rollout
-    found.say("environment", f"{rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode")
+    if rollout.agent is not None:
+        found.say("agent", f"{rollout.agent}, at most {rollout.max_turns} response(s) of an episode")
+        found.unseen.append("an episode of the agent")
+    if rollout.env_path is not None:
+        found.say("environment", f"{rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode")
 
 
 def formatted(bad: BadRows, example: Example) -> list[Prompt]:

@@ -63,17 +63,18 @@ def reader(
     notes: list[str],
     listing: Path | None = None,
     progress: Progress | None = None,
+    keeps_messages: bool = False,
 ) -> Callable[[Source, Example], Prompts]:
     """Return a function that reads the prompts of a source and adds lines about them to `notes`.
 
     Skipped rows go to the file `listing`. `template` is that of the tokenizer, and `longest` the limit of a sequence in
-    tokens.
+    tokens. With `keeps_messages`, prompts have the messages too, which agents read.
     """
     tokenizer = template.tokenizer
 
     def read(source: Source, example: Example) -> Prompts:
         bad = source.bad_rows()
-        prompts = load_prompts(source.path, tokenizer, example, longest - 1, bad, progress, template)
+        prompts = load_prompts(source.path, tokenizer, example, longest - 1, bad, progress, template, keeps_messages)
         first = prompts[0]
         shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
         said = [f"{source.path}: {sizes(prompts)}", f"{source.path}, row {first.row + 1}: {shown}[[response]]"]
@@ -118,7 +119,7 @@ def test_tasks(config: RLConfig, environment: Environment, load: Load) -> list[T
     environments = {config.rollout.env_path: environment}
     found = []
     for each in config.test_sets:
-        if each.env_path not in environments:
+        if each.env_path is not None and each.env_path not in environments:
             environments[each.env_path] = load_environment(
                 each.env_path, config.rollout.env_timeout_s, config.reward.weights
             )

@@ -73,7 +73,7 @@ class Server:
     def start(self) -> None:
         """Start the process in a session of its own, so that one signal reaches all its children."""
         self.folder.mkdir(exist_ok=True)
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith((self.spec.prefix, *_NOT_INHERITED))}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith((self.spec.prefix, *NOT_INHERITED))}
         # no secrets of other services; those of the hub stay, because the server may have to download a model
         inherited = {k: v for k, v in inherited.items() if not is_secret(k) or k.startswith(("HF_", "HUGGING_FACE_"))}
         environment = {
@@ -131,7 +131,7 @@ class Server:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-_NOT_INHERITED = (
+NOT_INHERITED = (
     "PYTHON",  # the trainer's import path
     "LD_PRELOAD",
     "RANK",

@@ -43,7 +43,7 @@ def test_a_message_is_the_same_as_itself() -> None:
         (turn(calls=[call("")]), turn(calls=[call({})])),
         (turn(calls=[call('{"a": ')]), turn(calls=[call(' {"a": ')])),
         (turn(calls=[call({"x": float("nan")})]), turn(calls=[call('{"x": NaN}')])),
-        ({"role": "tool", "content": "3"}, {"role": "tool", "content": "3\n", "tool_call_id": "call_1"}),
+        ({"role": "tool", "content": "3"}, {"role": "tool", "content": "3", "tool_call_id": "call_1"}),
     ],
 )
 def test_what_clients_change_does_not_matter(sent: Message, known: Message) -> None:

@@ -1,0 +1,73 @@
+"""Runs whose episodes are played by an agent, a program that knows only the address of an API and a key."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+from programs import World, make_world, write_rows
+
+pytestmark = pytest.mark.slow
+
+AGENT = """
+import openai
+client = openai.OpenAI()  # with the episode's address and key, from the environment
+
+def play(task):
+    messages, digits = list(task["messages"]), 0
+    for turn in range(2):
+        answer = client.chat.completions.create(model="any", messages=messages, max_tokens=8).choices[0].message
+        digits += sum(character.isdigit() for character in answer.content)
+        messages += [answer, {"role": "user", "content": "Sure?"}]
+    return {"reward": float(digits > 0), "metrics": {"digits": digits}}
+"""
+
+FAILING = """import os, time
+    (lambda: os._exit(3), lambda: os.kill(os.getpid(), 9), lambda: time.sleep(99), lambda: None)[task["row"] % 4]()
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("agents"))
+
+
+def played_by(world: World, source: str, *, name: str = "agent") -> list[str]:
+    (world.root / f"{name}.py").write_text(source)
+    rows = [{"messages": [{"role": "user", "content": f"Say {n}"}], "extra_info": {"answer": n}} for n in range(8)]
+    write_rows(world.root / "chats.jsonl", rows)
+    return [
+        f"train_data.path={world.root}/chats.jsonl",
+        "rollout.env_path=null",
+        f"rollout.agent={world.root}/{name}.py:play",
+        "rollout.max_turns=4",
+        "rollout.max_running_agents=4",
+        "actor.max_length_per_device=512",
+    ]
+
+
+@pytest.mark.parametrize("program", ["spo", "ppo"])
+def test_an_agent_trains(world: World, program: str) -> None:
+    run = world.run(program, *played_by(world, AGENT)).succeeded()
+    assert len(run.metrics) == 3
+    for row in run.metrics:
+        assert row["train/unscored"] == 0 and row["train/turns"] == 2
+        assert row["actor/logp_gap_max"] < 1e-4
+
+
+def test_two_processes_play_the_same_episodes_as_one(world: World) -> None:
+    settings = played_by(world, AGENT)
+    one, two = (world.run("ppo", *settings, nproc=number).succeeded() for number in (1, 2))
+    for name in ("train/reward", "train/env/digits"):
+        assert [row[name] for row in one.metrics] == [row[name] for row in two.metrics]
+
+
+def test_agents_that_fail_are_unscored_and_the_run_goes_on(world: World) -> None:
+    source = AGENT.replace("    messages, digits", f"    {FAILING}\n    messages, digits")
+    run = world.run("ppo", *played_by(world, source, name="failing"), "rollout.agent_timeout_s=6").succeeded()
+    rows, samples = run.metrics, run.samples
+    assert len(rows) == 3 and all(row["train/unscored"] > 0 for row in rows)
+    causes = {sample["row"] % 4: sample["unscored"] for sample in samples}
+    expected = {0: "exit status 3", 1: "signal 9", 2: "rollout.agent_timeout_s=6"}
+    assert len(causes) == 4 and causes.pop(3) is None
+    assert all(expected[kind] in cause for kind, cause in causes.items())
+    assert not [p for p in psutil.process_iter(["cmdline"]) if "agents/host.py" in " ".join(p.info["cmdline"] or [])]
