@@ -16,7 +16,6 @@ SERVER = "there are no servers, tools or files behind the endpoint"
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "container": ((), SERVER),
     "mcp_servers": (([],), SERVER),
-    "context_management": (({},), fields.RENDERED),
 }
 """Parameters of this protocol that are refused; see `fields.NEUTRAL`."""
 

@@ -21,7 +21,6 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt": ((), STATELESS),
     "background": ((False,), STATELESS),
     "top_logprobs": ((0,), "the log-probability is kept of the sampled token only"),
-    "context_management": (([],), fields.RENDERED),
 }
 """Parameters of this protocol that are refused; see `fields.NEUTRAL`."""
 

@@ -196,6 +196,7 @@ def test_the_parameters_of_a_request() -> None:
             output_config={"effort": "low"},
             chat_template_kwargs={"enable_thinking": True},
             metadata={"user_id": "me"},
+            context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
             stream=True,
         )
     )
