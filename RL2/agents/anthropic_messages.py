@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
@@ -21,6 +22,12 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
 
 BLOCKS = "\n"
 """Separator of the text blocks of one message."""
+
+BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
+"""First line that some programs write into the system prompt for Anthropic's bill.
+
+It differs in each request, so that none would continue another.
+"""
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -73,6 +80,8 @@ def _request(body: dict[str, Any], max_tokens: int | None) -> Request:
 def _messages(body: dict[str, Any]) -> list[Message]:
     """Return the conversation. A message with results of tools becomes several."""
     system = fields.content(body, "system", "", BLOCKS)
+    if header := BILLING.match(system):
+        system = system[header.end() :]
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     sent = fields.items(body, "messages")
     if not sent:

@@ -184,6 +184,14 @@ def test_messages_are_those_of_chat_templates() -> None:
     ]
 
 
+@pytest.mark.parametrize("as_blocks", [True, False])
+def test_a_line_for_the_bill_is_no_part_of_the_prompt(as_blocks: bool) -> None:
+    texts = ["x-anthropic-billing-header: cc_version=2.1; cch=eb6c6;", "Be brief.\nx-anthropic-billing-header: kept"]
+    system = [{"type": "text", "text": text} for text in texts] if as_blocks else "\n".join(texts)
+    assert anthropic_messages.read(body(system=system)).messages == [{"role": "system", "content": texts[1]}, ASK]
+    assert anthropic_messages.read(body(system=texts[0])).messages == [ASK]
+
+
 def test_the_parameters_of_a_request() -> None:
     request = anthropic_messages.read(
         body(
