@@ -114,7 +114,7 @@ def random_message(random: Random, number: int) -> Message:
         message["reasoning_content"] = reasoning
     if count := random.choice((0, 0, 1, 1, 3)):
         message["tool_calls"] = [
-            called(random_arguments(random), f"call_{number}_{position}", random.choice(("add", "find-it", "x_y")))
+            called(random_arguments(random), f"call_{number}_{position}", random.choice(("add", "find-it", "x_y", "")))
             for position in range(count)
         ]
     return message

@@ -17,8 +17,11 @@ RAW = "INVALID_JSON"
 
 
 def call(call_id: str | None, name: Any, arguments: Any, where: str) -> dict[str, Any]:
-    """Return a call in the form of chat templates. Raise RequestError if it has no name or no arguments."""
-    if not isinstance(name, str) or not name:
+    """Return a call in the form of chat templates. Raise RequestError if it has no name or no arguments.
+
+    The name is empty if the sampled call could not be read.
+    """
+    if not isinstance(name, str):
         raise RequestError(f"{where} must have the name of a tool, not {shown(name)}", parameter=where)
     if isinstance(arguments, str):
         arguments = decoded(arguments)

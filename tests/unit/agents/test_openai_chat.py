@@ -249,7 +249,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "assistant", "tool_calls": [{"type": "custom"}]}]}, "only functions are tools"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, r"tool_calls\[0\].function must be an object"),
     ({"messages": [{"role": "assistant", "tool_calls": [called([1])]}]}, "must have arguments as JSON text"),
-    ({"messages": [{"role": "assistant", "tool_calls": [called({}, name="")]}]}, "must have the name of a tool"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 7}}]}]}, "must have the name of a tool"),
     ({"n": 0}, "n=0 must be an integer from 1 to 128"),
     ({"n": True}, "n=True must be an integer"),
     ({"n": 1e9}, "n=1000000000.0 must be an integer"),
