@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import sys
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -181,3 +182,13 @@ def faults(sequences: list[Sequence], log: list[Sampled]) -> list[str]:
         if sum(map(all, masks)) != same or any(any(mask) != all(mask) for mask in masks):
             found.append(f"a response trains in {sum(map(all, masks))} sequences of {len(masks)}")
     return found
+
+
+if __name__ == "__main__":
+    from real_templates import tokenizer_with
+
+    number = int(sys.argv[1])
+    for name in ("qwen2_5", "qwen3", "llama3_1", "smollm2"):
+        calls = () if name == "smollm2" else (CALL,)
+        wrong = asyncio.run(play(tokenizer_with(name), list(range(number // 4)), calls))
+        print(f"{name}: {number // 4} conversations, {len(wrong)} faults", *wrong[:10], sep="\n", flush=True)

@@ -33,6 +33,7 @@ BODY_S = 30.0
 CLOSE_S = 5
 """Limit for open connections at shutdown, in seconds."""
 BACKLOG = 2048
+HOST = "127.0.0.1"
 PROTOCOLS: dict[str, ModuleType] = {
     "/v1/chat/completions": openai_chat,
     "/v1/completions": openai_completions,
@@ -46,14 +47,15 @@ MODEL = "policy"
 class Endpoint:
     """A server on a free port of 127.0.0.1. Create and close it in the event loop in which it runs."""
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        """Open the port; `start` answers requests."""
+    def __init__(self, port: int = 0, body_s: float = BODY_S) -> None:
+        """Open a port, by default a free one; `start` answers requests. A client has `body_s` to send one."""
         self.sessions: dict[str, Callable[[], Session]] = {}
         """Key -> function that returns the session of a request."""
         self.socket = socket.socket()
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind((host, port))
-        self.url = f"http://{host}:{self.socket.getsockname()[1]}"
+        self.socket.bind((HOST, port))
+        self.url = f"http://{HOST}:{self.socket.getsockname()[1]}"
+        self.body_s = body_s
         routes = [
             *(Route(path, self._route(cast(Protocol, module)), methods=["POST"]) for path, module in PROTOCOLS.items()),
             Route("/v1/models", self._models),
@@ -115,7 +117,7 @@ class Endpoint:
         async def answer(request: Request) -> Response:
             try:
                 session = self._session(request)
-                asked = protocol.read(await _body(request))
+                asked = protocol.read(await _body(request, self.body_s))
                 replies = await _unless_gone(request, session.respond(asked))
             except RequestError as error:
                 return JSONResponse(protocol.error(error), status_code=error.status)
@@ -147,17 +149,17 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _body(request: Request) -> dict[str, Any]:
+async def _body(request: Request, limit_s: float) -> dict[str, Any]:
     """Return the JSON object that a client sends. Raise RequestError if it sends another thing, or none in time."""
     data = bytearray()
     try:
-        async with asyncio.timeout(BODY_S):
+        async with asyncio.timeout(limit_s):
             async for chunk in request.stream():
                 data += chunk
                 if len(data) > MAX_BODY:
                     raise RequestError(f"the request has more than {MAX_BODY} bytes", 413)
     except TimeoutError as error:
-        raise RequestError(f"the request did not arrive within {BODY_S:g} s", 408) from error
+        raise RequestError(f"the request did not arrive within {limit_s:g} s", 408) from error
     try:
         body = json.loads(bytes(data))
     except (ValueError, RecursionError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -64,8 +65,14 @@ class Session:
     """
 
     def __init__(
-        self, policy: Policy, sampling: Sampling, seed: int, max_responses: int | None = None, follows: bool = False
+        self,
+        policy: Policy,
+        sampling: Sampling,
+        seed: int | None,
+        max_responses: int | None = None,
+        follows: bool = False,
     ) -> None:
+        """Begin an episode. Without a `seed`, only requests with one of their own can be repeated."""
         self.policy, self.sampling, self.seed, self.follows = policy, sampling, seed, follows
         self.max_responses = max_responses
         self.record = Record()
@@ -180,7 +187,10 @@ class Session:
 
         Requests of several threads get the same tokens in whatever order they arrive.
         """
-        what = repr((self.seed, request.seed, prompt.token_ids)).encode()
+        seed = self.seed
+        if seed is None:
+            seed = secrets.randbits(63) if request.seed is None else 0
+        what = repr((seed, request.seed, prompt.token_ids)).encode()
         digest = hashlib.blake2b(what, digest_size=8).digest()
         number = self._asked[digest]
         self._asked[digest] += 1

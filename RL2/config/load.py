@@ -29,7 +29,11 @@ def load(program: str, overrides: Sequence[str]) -> Any:
     Raises `ConfigError`, naming the override to fix, before anything else is loaded.
     """
     tree, values = composed(program, overrides)
-    if missing := unset(PROGRAMS[program], tree):
+    missing = unset(PROGRAMS[program], tree)
+    rollout = tree.get("rollout")
+    if isinstance(rollout, dict) and rollout.get("env_path") is None and rollout.get("agent") is None:
+        missing.append("rollout.env_path")
+    if missing:
         raise ConfigError(_please_set(program, missing))
     return build(PROGRAMS[program], values, "")
 

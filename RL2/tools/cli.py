@@ -437,6 +437,43 @@ def reproduce(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder of a model or checkpoint, or a name on the hub.")],
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 picks a free one.", min=0, max=65535)] = 8000,
+    key: Annotated[str | None, typer.Option(help="Key that clients have to send. [default: a random one]")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Limit of a response. [default: the model's]", min=1)
+    ] = None,
+    max_running_requests: Annotated[int, typer.Option(help="As rollout.max_running_requests.", min=1)] = 64,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="As actor.dequantize.")] = False,
+) -> None:
+    """Serve a model on this machine in the protocols of OpenAI and Anthropic, to try it with any client.
+
+    The engine and the endpoint are those of training with an agent (docs/agents.md). Ctrl-C ends it.
+
+    Example: rl2 serve ckpts/spo/latest
+    """
+    with ending("serve"):
+        from RL2.tools.serve import ServeConfig
+        from RL2.tools.serve import serve as run
+
+        config = ServeConfig(
+            model=model,
+            port=port,
+            key=key,
+            max_new_tokens=max_new_tokens,
+            max_running_requests=max_running_requests,
+            dequantize=dequantize,
+        )
+
+        def ready(address: str, key: str) -> None:
+            print(f"serving {model}; Ctrl-C ends it\nexport OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key}")
+            print(f"export ANTHROPIC_BASE_URL={address} ANTHROPIC_API_KEY={key}", flush=True)
+
+        run(config, ready)
+
+
+@app.command()
 def play(
     env: Annotated[Path, typer.Argument(help="An environment script.")],
     data: Annotated[str, typer.Option(help="As train_data.path; leave it out where `reset` makes up the tasks.")] = "",

@@ -29,6 +29,7 @@ EXTRAS = {
     "gem": "envs/gem.py",
     "reasoning-gym": "envs/reasoning_gym.py",
     "verifiers": "envs/verifiers_env.py",
+    "agents": "rollout.agent, rl2 serve",
 }
 """Extra of the package -> what it is for."""
 Mark = Literal["ok", "missing", "optional"]
