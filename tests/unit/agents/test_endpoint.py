@@ -59,9 +59,7 @@ def opened(tokenizer: PreTrainedTokenizerBase) -> Opened:
         return [*tokenizer.encode("one two three"), int(tokenizer.eos_token_id)]
 
     @asynccontextmanager
-    async def open_(
-        engine: type[ScriptedEngine] = ScriptedEngine, **how: Any
-    ) -> AsyncIterator[tuple[Endpoint, Session]]:
+    async def open_(engine: type[ScriptedEngine] = ScriptedEngine, **how: Any) -> AsyncIterator[Served]:
         template = Template(tokenizer)
         policy = Policy(engine(reply), tokenizer, template, ResponseParser(template), None)
         session = Session(policy, Sampling(max_new_tokens=64, stop_token_ids=(int(tokenizer.eos_token_id),)), 1)
@@ -80,9 +78,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(work, 60))
 
 
-@pytest.mark.parametrize(
-    "headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": "Basic right"}, {"x-api-key": "r"}]
-)
+@pytest.mark.parametrize("headers", WRONG, ids=["none", "wrong", "scheme", "half"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
 def test_a_wrong_key_opens_nothing(opened: Opened, path: str, headers: dict[str, str]) -> None:
     async def work() -> None:
