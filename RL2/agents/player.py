@@ -27,10 +27,15 @@ FIELDS = {"reward", "score", "answer", "metrics"}
 class AgentPlayer:
     """Plays episodes with one agent: a `Player` of episodes."""
 
-    def __init__(self, agent: Agent, policy: Policy, timeout_s: float, max_running: int) -> None:
-        """Take an agent, of which at most `max_running` processes run at once, each for at most `timeout_s`."""
+    def __init__(
+        self, agent: Agent, policy: Policy, timeout_s: float, max_running: int, variables: tuple[str, ...] = ()
+    ) -> None:
+        """Take an agent, of which at most `max_running` processes run at once, each for at most `timeout_s`.
+
+        `variables` are names of environment variables that it gets although they have secrets.
+        """
         self.policy, self.timeout_s = policy, timeout_s
-        self.programs = Programs(agent)
+        self.programs = Programs(agent, variables)
         self._slots = asyncio.Semaphore(max_running)
         self._endpoint: Endpoint | None = None
         self._starting = asyncio.Lock()
@@ -87,11 +92,11 @@ class AgentPlayer:
         key = secrets.token_urlsafe(24)
         with self._endpoint.serving(key, session):
             return await self.programs.run(
-                task, variables(self._endpoint.url, key), self.timeout_s, lambda: session.failure is not None
+                task, addresses(self._endpoint.url, key), self.timeout_s, lambda: session.failure is not None
             )
 
 
-def variables(url: str, key: str) -> dict[str, str]:
+def addresses(url: str, key: str) -> dict[str, str]:
     """Return the environment variables with which the clients of OpenAI and Anthropic find the endpoint."""
     return {
         "OPENAI_BASE_URL": f"{url}/v1",
@@ -154,8 +159,8 @@ async def _judged(
     if not isinstance(answer, str):
         raise Unscored(f"the agent left an answer that is no text: {one_line(repr(answer))[:80]}")
     found = await environment.step(last.before, answer, extra_info, sampling)
-    if found.spans:  # they are places in the answer, which the agent may have written itself
-        raise Unscored("step returned spans, which need a response; an agent's answer is not one")
+    if found.spans and "answer" in left:  # they are places in a text that was not sampled
+        raise Unscored("step returned spans, which need a response; the agent's answer is not one")
     return found
 
 

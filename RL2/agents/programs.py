@@ -30,15 +30,17 @@ TICK_S = 0.5
 MAX_RESULT = 1 << 20
 """Limit of the reward's file in bytes."""
 SHOWN_BYTES = 4000
+OVERRIDDEN = ("OPENAI_", "ANTHROPIC_")
+"""Prefixes of environment variables that lead a client elsewhere."""
 FIELD = re.compile(r"\{(\w+)\}")
 
 
 class Programs:
     """Agents under way on this process, started by one host process."""
 
-    def __init__(self, agent: Agent) -> None:
-        """Take the agent; the host starts with the first episode."""
-        self.agent = agent
+    def __init__(self, agent: Agent, variables: tuple[str, ...] = ()) -> None:
+        """Take the agent; the host starts with the first episode. `variables` are passed on although secret."""
+        self.agent, self.variables = agent, variables
         self._dir: OwnedDir | None = None
         self._host: asyncio.subprocess.Process | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -66,7 +68,7 @@ class Programs:
         ended = self._ended[episode] = asyncio.get_running_loop().create_future()
         order: dict[str, Any] = {"id": episode, "cwd": str(work), "log": str(log)}
         own = {MARK: episode, "RL2_TASK": str(work / TASK), "TMPDIR": str(work)}
-        order["env"] = _inherited() | dict(variables) | own
+        order["env"] = self._inherited() | dict(variables) | own
         if self.agent.function is None:
             order["argv"] = [_filled(word, task) for word in self.agent.words]
         else:
@@ -123,7 +125,7 @@ class Programs:
             *ahead,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=_inherited(),
+            env=self._inherited(),
             start_new_session=True,
         )
         self._reading = asyncio.create_task(self._read(self._host))
@@ -145,6 +147,14 @@ class Programs:
             raise RuntimeError("the process that starts agents has ended")
         self._host.stdin.write(json.dumps(order).encode() + b"\n")
 
+    def _inherited(self) -> dict[str, str]:
+        """Return the environment variables that agents get: those of this process without ranks and other secrets."""
+        return {
+            name: value
+            for name, value in os.environ.items()
+            if name in self.variables or not (name.startswith((*NOT_INHERITED, *OVERRIDDEN)) or is_secret(name))
+        }
+
     async def _wait(self, ended: asyncio.Future[int], limit_s: float, failed: Callable[[], bool]) -> int | None:
         """Return the status of an agent; None if it is not there in time, or once `failed()` is true."""
         loop, used = asyncio.get_running_loop(), 0.0
@@ -156,15 +166,6 @@ class Programs:
                 return ended.result()
             used += min(loop.time() - before, 2 * step_s)  # more than that is time without a running loop
         return None
-
-
-def _inherited() -> dict[str, str]:
-    """Return the environment variables that agents get: those of this process without ranks and secrets."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(NOT_INHERITED) and not is_secret(name) and not name.startswith(("OPENAI_", "ANTHROPIC_"))
-    }
 
 
 def _filled(word: str, task: Mapping[str, Any]) -> str:

@@ -93,7 +93,7 @@ class Session:
         """
         if self.max_responses is not None and self.begun + request.n > self.max_responses:
             self.refused_responses = True
-            raise RequestError(f"the episode has had its {self.max_responses} responses (rollout.agent_max_responses)")
+            raise RequestError(f"the episode has had rollout.max_turns={self.max_responses} responses")
         prompt = self._prompt(request)
         length = len(prompt.token_ids)
         sampling = self._sampling(request, length)

@@ -155,8 +155,10 @@ class Rollout:
     agent_timeout_s: PositiveFloat = 600
     """Maximum time for one episode of an agent, in seconds; after it the agent is killed, and the trajectory is
     unscored."""
-    max_running_agents: Count = 64
-    """Maximum number of agents that run at a time on a process; the others wait."""
+    agent_env: tuple[str, ...] = ()
+    """Names of environment variables that agents get although their names mark a secret, such as [SEARCH_API_KEY]."""
+    max_running_agents: Count = 16
+    """Maximum number of agents that run at a time for each process of the trainer; the others wait."""
     dynamic_filtering: bool = False
     """Drop groups whose rewards are all equal; they carry no signal for a group baseline."""
     dynamic_filtering_rounds: Count = 1
@@ -187,8 +189,10 @@ class Rollout:
             )
         if self.agent is None and self.env_path is None:
             raise ConfigError("rollout.env_path is not set; pass rollout.env_path=...")
-        if self.agent is None and (self.agent_timeout_s != 600 or self.max_running_agents != 64):
-            raise ConfigError("rollout.agent_timeout_s and max_running_agents have no effect without rollout.agent")
+        if self.agent is None and (self.agent_timeout_s != 600 or self.max_running_agents != 16 or self.agent_env):
+            raise ConfigError(
+                "rollout.agent_timeout_s, agent_env and max_running_agents have no effect without rollout.agent"
+            )
         for servers in (self.vllm, self.sglang):
             if self.engine != servers.key and (servers.urls or servers.args or servers.env):
                 raise ConfigError(

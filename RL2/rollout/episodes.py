@@ -178,6 +178,7 @@ class Episodes:
         """Take `end_tokens`, which end a response; with `is_async`, start the thread of the event loop."""
         self.setting, self.end_tokens, self.processes = setting, end_tokens, processes
         self.runner = asyncio.Runner()
+        self.is_closed = False
         self.thread: threading.Thread | None = None
         if is_async:
             threads = torch.get_num_threads()  # shared, or they would take each other's cores
@@ -244,6 +245,9 @@ class Episodes:
 
     def close(self) -> None:
         """Cancel the episodes in flight; may be called again."""
+        if self.is_closed:
+            return
+        self.is_closed = True
         if self.thread is not None and self.thread.is_alive():
             loop = self.runner.get_loop()
             loop.call_soon_threadsafe(loop.stop)

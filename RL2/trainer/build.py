@@ -186,7 +186,7 @@ def make_player(rollout: Rollout, engine: Engine, template: Template, max_length
 
     policy = Policy(engine, template.tokenizer, template, ResponseParser(template), max_length)
     agent = agent_of("rollout.agent", rollout.agent)
-    return AgentPlayer(agent, policy, rollout.agent_timeout_s, rollout.max_running_agents)
+    return AgentPlayer(agent, policy, rollout.agent_timeout_s, rollout.max_running_agents, rollout.agent_env)
 
 
 def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:

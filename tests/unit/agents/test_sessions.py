@@ -170,7 +170,7 @@ def test_sampling_is_the_run_s(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_limits_are_said(says: Say) -> None:
     session = says("one", "two", max_responses=1)
     (first,) = ask(session, ASK)
-    with pytest.raises(RequestError, match=r"has had its 1 response"):
+    with pytest.raises(RequestError, match=r"has had rollout.max_turns=1 responses"):
         ask(session, ASK, first.message, ASK)
     assert session.refused_responses
     session = says("one", max_length=10)
