@@ -14,10 +14,17 @@ from types import ModuleType
 from typing import Any
 
 
-async def step(state: str, action: str, extra_info: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
+async def step(
+    state: str,
+    action: str,
+    extra_info: dict[str, Any],
+    sampling: dict[str, Any],
+    calls: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     name = extra_info["env"]
     inner = environment(name).step
-    extra = {"sampling": sampling} if "sampling" in inspect.signature(inner).parameters else {}
+    wanted = inspect.signature(inner).parameters
+    extra = {key: value for key, value in (("sampling", sampling), ("calls", calls or [])) if key in wanted}
     result = await inner(state, action, extra_info, **extra)
     return result | {"extra_info": result["extra_info"] | {"env": name}}
 

@@ -135,9 +135,8 @@ class Session:
             messages = messages_of({"messages": request.messages})
             parent = self.record.after_messages(messages, request.arguments)
             if parent is not None:
-                known, new = parent.conversation[-1], messages[len(parent.conversation) :]
-                calls = known.get("tool_calls")
-                text = next_text(policy.template, parent.text, new, parent.end, request.arguments, calls)
+                new = messages[len(parent.conversation) :]
+                text = next_text(policy.template, parent.text, new, parent.end, request.arguments)
         if parent is None:
             return None
         added = text[len(parent.text) :].removeprefix(parent.end)

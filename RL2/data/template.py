@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,35 @@ class Template:
         while (before := _last(text, self.ends, start, found[0])) and not text[before[1] : found[0]].strip():
             found = before
         return found[1]
+
+    def behind_calls(self, messages: list[Message], arguments: dict[str, Any]) -> str:
+        """Return what is written behind a response with calls, from its end token to the header of the next response.
+
+        `messages` begin with the results of the calls, of the role `tool`. Raise DataError if the template drops them.
+        """
+        results = list(takewhile(lambda message: message["role"] == "tool", messages))
+        calls = [_call_before(result) for result in results]
+        calls[-1]["function"]["arguments"] = {"of": VALUE}
+        question: Message = {"role": "user", "content": "."}
+        refusal = "the chat template drops a call before its result"
+        for written in (calls, calls[-1:]):  # some templates write one call a turn
+            turn: Message = {"role": "assistant", "content": None, "tool_calls": written}
+            try:
+                said = self.render(Chat([question, turn], arguments)).rpartition(VALUE)[2]
+                text = self.render(Chat([question, turn, *messages], arguments), add_generation_prompt=True)
+            except FatalDataError:
+                raise
+            except DataError as error:
+                refusal = str(error)
+                continue
+            behind = text.partition(VALUE)[2]
+            stop = self.end_of_turn(said, 0)
+            stop -= next((len(end) for end in self.ends if said[:stop].endswith(end)), 0)
+            if said and behind.startswith(said[:stop]):
+                for message in messages:
+                    self.refuse_lost(message, behind)
+                return behind[stop:]
+        raise DataError(refusal)
 
     def refuse_lost(self, message: Message, text: str, *, but: str = "") -> None:
         """Raise DataError if the rendered `text` lacks a part of `message`; `but` names a kind of part to ignore."""
@@ -297,6 +327,12 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _texts(inner)
+
+
+def _call_before(result: Message) -> dict[str, Any]:
+    """Return a call that a message of the role `tool` answers."""
+    function = {"name": result.get("name", NAME), "arguments": {}}
+    return {"id": result.get("tool_call_id", CALL_ID), "type": "function", "function": function}
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:

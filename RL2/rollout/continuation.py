@@ -42,26 +42,19 @@ def first_text(template: Template, state: State, arguments: dict[str, Any] | Non
     return state if isinstance(state, str) else _render(template, [], state, arguments or {})
 
 
-def next_text(
-    template: Template,
-    so_far: str,
-    state: State,
-    end: str,
-    arguments: dict[str, Any],
-    calls: list[dict[str, Any]] | None = None,
-) -> str:
+def next_text(template: Template, so_far: str, state: State, end: str, arguments: dict[str, Any]) -> str:
     """Return `state` as text; messages are written behind `so_far` as the chat template writes them behind a response.
 
-    `end`: text of the end token that was sampled behind `so_far`, if one was. It is then the only one there. `calls`
-    are the tool calls of the response, which some templates need to see before results of tools. Raise Unscored if the
-    template cannot write the messages there.
+    `end`: text of the end token that was sampled behind `so_far`, if one was. It is then the only one there. Raise
+    Unscored if the template cannot write the messages there.
     """
     if isinstance(state, str):
         return state
-    response: dict[str, Any] = {"role": "assistant", "content": RESPONSE}
-    before = [{"role": "user", "content": "."}, response | ({"tool_calls": calls} if calls else {})]
-    text = _render(template, before, state, arguments)
-    observation = _behind_calls(template, before, text, arguments) if calls else text.partition(RESPONSE)[2]
+    if template.call_text and state and state[0].get("role") == "tool":
+        observation = _behind_calls(template, state, arguments)
+    else:
+        before = [{"role": "user", "content": "."}, {"role": "assistant", "content": RESPONSE}]
+        observation = _render(template, before, state, arguments).partition(RESPONSE)[2]
     if not observation:
         raise Unscored("the chat template drops responses; let step return the whole next state as text")
     if end:
@@ -72,12 +65,11 @@ def next_text(
     return so_far + observation
 
 
-def _behind_calls(template: Template, before: list[dict[str, Any]], text: str, arguments: dict[str, Any]) -> str:
-    """Return the part of `text` behind the response that ends `before`, from its end token on; '' if there is none."""
-    said = _render(template, before[:1], before[1:], arguments, asks=False)
-    stop = template.end_of_turn(said, 0)
-    stop -= next((len(end) for end in template.ends if said[:stop].endswith(end)), 0)
-    return text[stop:] if text.startswith(said[:stop]) else ""
+def _behind_calls(template: Template, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> str:
+    try:
+        return template.behind_calls(messages_of({"messages": messages}), arguments)
+    except DataError as error:
+        raise Unscored(f"the environment's messages: {error}") from error
 
 
 def observe(
@@ -130,15 +122,11 @@ def append(
 
 
 def _render(
-    template: Template,
-    before: list[dict[str, Any]],
-    messages: list[dict[str, Any]],
-    arguments: dict[str, Any],
-    asks: bool = True,
+    template: Template, before: list[dict[str, Any]], messages: list[dict[str, Any]], arguments: dict[str, Any]
 ) -> str:
-    """Return the conversation as text; with `asks`, with the header of the next response."""
+    """Return the conversation as text, with the header of the next response."""
     try:
         chat = Chat(before + messages_of({"messages": messages}), arguments)
-        return template.render(chat, add_generation_prompt=asks)
+        return template.render(chat, add_generation_prompt=True)
     except DataError as error:
         raise Unscored(f"the environment's messages: {error}") from error

@@ -2,7 +2,8 @@
 
 A script has `async def step(state, action, extra_info) -> dict` and optionally `async def reset(extra_info) -> str`,
 `def example(row) -> dict` and `def vote(action) -> str`. It imports nothing of this library, but may import modules of
-its folder with `from .name import x`. A `step` or `reset` with a parameter `sampling` gets the sampling parameters.
+its folder with `from .name import x`. A `step` or `reset` with a parameter `sampling` gets the sampling parameters, and
+a `step` with a parameter `calls` the tool calls of the response.
 
 Its code runs in one thread with an event loop of its own, so that it may share sessions between calls and may block
 without stopping the engine. Python code that never returns is interrupted. C code that holds the interpreter lock, such
@@ -17,7 +18,7 @@ import contextlib
 import inspect
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
@@ -26,6 +27,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from RL2.config.scripts import ScriptError, described, load_script, raise_in
+from RL2.data.call_formats import ToolCall
 from RL2.rollout.step_result import State, StepResult, Unscored, checked, is_state, name_of
 from RL2.types import Sampling
 
@@ -126,11 +128,27 @@ class Environment:
             raise Unscored(f"reset returned {name_of(state)}; expected a str or a list of messages")
         return state
 
+    @property
+    def wants_calls(self) -> bool:
+        return _has_parameter(self._step, "calls")
+
     async def step(
-        self, state: str, action: str, extra_info: dict[str, Any], sampling: Sampling | None = None
+        self,
+        state: str,
+        action: str,
+        extra_info: dict[str, Any],
+        sampling: Sampling | None = None,
+        calls: Sequence[ToolCall] = (),
     ) -> StepResult:
-        """Return what `step` of the script returned. Raise Unscored if it has no reward, which is not a reward of 0."""
-        result = await self._call("step", _told(self._step, sampling), state, action, extra_info)
+        """Return what `step` of the script returned. Raise Unscored if it has no reward, which is not a reward of 0.
+
+        `calls` are those in the response; a script that does not want them does not get them.
+        """
+        step = _told(self._step, sampling)
+        if self.wants_calls:
+            told = [{"name": call.name, "arguments": call.arguments, "error": call.error} for call in calls]
+            step = partial(step, calls=told)
+        result = await self._call("step", step, state, action, extra_info)
         found = checked(result, self.weights, len(action))
         if self._on_step is not None:
             self._on_step(action, found)
@@ -278,19 +296,20 @@ def _function(
     if not callable(function) or inspect.iscoroutinefunction(function) != is_async:
         raise ScriptError(f"{path}: {name} must be `{wanted}`")
     try:
-        told = {"sampling": None} if is_async and _wants_sampling(function) else {}
+        names = ("sampling", "calls") if name == "step" else ("sampling",)
+        told = {each: None for each in names if is_async and _has_parameter(function, each)}
         inspect.signature(function).bind(*parameters, **told)
     except (TypeError, ValueError) as error:
         raise ScriptError(f"{path}: {name} must be `{wanted}`: {error}") from error
     return function
 
 
-def _wants_sampling(function: Callable[..., Any]) -> bool:
-    return "sampling" in inspect.signature(function).parameters
+def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters
 
 
 def _told(function: AsyncFunction, sampling: Sampling | None) -> AsyncFunction:
     """Return `function` with the sampling arguments bound, as a dict, if it has a parameter for them."""
-    return (
-        function if sampling is None or not _wants_sampling(function) else partial(function, sampling=asdict(sampling))
-    )
+    if sampling is None or not _has_parameter(function, "sampling"):
+        return function
+    return partial(function, sampling=asdict(sampling))

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from RL2.data.template import Template
+from RL2.data.tool_calls import ResponseParser, ToolCall
 from RL2.engines.base import Engine
 from RL2.rollout.continuation import append, decode, encode_text, first_text, next_text, observe, without_end
 from RL2.rollout.environment import Environment
@@ -89,7 +90,8 @@ async def run_episode(
             sampled, end = without_end(tokenizer, completion, sampling)
             action = decode(tokenizer, sampled)
             trajectory.texts += [state, action]
-            result = await environment.step(state, action, extra_info, request)
+            calls = _calls(template, state, action, prompt) if environment.wants_calls else []
+            result = await environment.step(state, action, extra_info, request, calls)
             assign_rewards(sequence, len(completion.token_ids), result, partial(decode, tokenizer), sampled)
             trajectory.score += result.score
             for found, values in ((parts, result.parts or {PLAIN: result.total}), (metrics, result.metrics)):
@@ -113,6 +115,11 @@ async def run_episode(
         parts.clear()
     sum_up(trajectory, parts, metrics, environment.weights)
     return trajectory
+
+
+def _calls(template: Template, state: str, action: str, prompt: Prompt) -> list[ToolCall]:
+    """Return the tool calls in a response to `state`."""
+    return ResponseParser(template).parse(action, state, prompt.template_arguments.get("tools") or []).calls
 
 
 def sum_up(

@@ -114,6 +114,28 @@ def test_what_a_template_writes_is_read_back(name: str) -> None:
     assert parsed.content == ("I look." if "I look." in text else "")
 
 
+@pytest.mark.skipif(not FILES, reason="trl is not installed")
+@pytest.mark.parametrize("name", FILES)
+def test_results_of_calls_are_written_as_in_a_whole_conversation(name: str) -> None:
+    template = template_of(name)
+    if not template.call_text:
+        return
+    results = [
+        {"role": "tool", "tool_call_id": "c12345678", "name": "get_tide", "content": f"06:{n}"} for n in (12, 15)
+    ]
+    turn = {"role": "assistant", "content": "", "tool_calls": [call("get_tide", {}), call("get_tide", {})]}
+    question = {"role": "user", "content": "High tide?"}
+    try:
+        whole = template.render(Chat([question, turn, *results], {"tools": [TOOL]}), add_generation_prompt=True)
+    except DataError:
+        whole = ""  # one call a turn
+    behind = template.behind_calls([dict(result) for result in results], {"tools": [TOOL]})
+    assert "06:12" in behind and "06:15" in behind
+    assert behind.startswith(template.ends) or whole.endswith(behind)
+    assert not whole or whole.endswith(behind)
+    assert template.call_end in ("", behind[: len(template.call_end)])
+
+
 def test_reasoning() -> None:
     parser = parser_of("qwen3")
     header = "<|im_start|>user\nWhat is <think>?<|im_end|>\n<|im_start|>assistant\n"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from RL2.config.scripts import ScriptError
+from RL2.data.tool_calls import ToolCall
 from RL2.rollout.environment import ATTEMPTS, Environment, StepResult, Unscored, load_environment
 from RL2.types import Sampling
 
@@ -150,6 +151,18 @@ def test_a_script_that_asks_is_told_the_sampling_arguments(load: Load) -> None:
     assert asyncio.run(environment.step("s", "a", {}, sampling)).extra_info == {"temperature": 0.5}
     assert asyncio.run(environment.reset({}, sampling)) == "7"
     assert asyncio.run(load(body(f"return {RESULT}")).step("s", "a", {}, sampling)).reward == 1.0
+
+
+def test_a_script_that_asks_is_told_the_calls(load: Load) -> None:
+    source = body("extra_info['calls'] = calls", f"return {RESULT}").replace("extra_info)", "extra_info, calls)", 1)
+    environment = load(source)
+    assert environment.wants_calls and not load(body(f"return {RESULT}")).wants_calls
+    calls = [ToolCall("f", {"x": 1}), ToolCall("", {}, "it has no name of a tool", "{}")]
+    told = asyncio.run(environment.step("s", "a", {}, None, calls)).extra_info["calls"]
+    assert told == [
+        {"name": "f", "arguments": {"x": 1}, "error": None},
+        {"name": "", "arguments": {}, "error": "it has no name of a tool"},
+    ]
 
 
 def test_a_script_may_import_its_siblings(load: Load, tmp_path: Path) -> None:

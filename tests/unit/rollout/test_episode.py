@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from real_templates import FILES, tokenizer_with
 from tiny_models import tiny_config, tiny_model
 from transformers import PreTrainedTokenizerBase
 
 from RL2.batch.packing import pack
+from RL2.data.template import NAME, Template
 from RL2.engines.base import Engine
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.scripted import ScriptedEngine
@@ -52,14 +54,11 @@ def play(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Play]:
         path = tmp_path / "env.py"
         path.write_text(source)
         environments.append(load_environment(path, 5))
-        prompt = Prompt(7, text, tokenizer.encode(text), changes.pop("extra_info", {}))
+        prompt = Prompt(7, text, changes.get("tokenizer", tokenizer).encode(text), changes.pop("extra_info", {}))
         settings: dict[str, Any] = {"max_turns": 4, "max_length": None, "group": 1, "sample": 2, "seed": 3}
+        settings["tokenizer"] = tokenizer
         settings["sampling"] = Sampling(max_new_tokens=16, stop_token_ids=(tokenizer.eos_token_id,))
-        return asyncio.run(
-            run_episode(
-                prompt, engine=engine, environment=environments[-1], tokenizer=tokenizer, **(settings | changes)
-            )
-        )
+        return asyncio.run(run_episode(prompt, engine=engine, environment=environments[-1], **(settings | changes)))
 
     yield play
     for environment in environments:
@@ -229,6 +228,35 @@ def test_messages_go_through_the_chat_template(play: Play, tokenizer: PreTrained
     (sequence,) = trajectory.sequences
     assert tokenizer.decode(sequence.token_ids) == f"{first}one<|im_end|>{rest}two"
     assert sampled(sequence) == [*reply, *tokenizer.encode("two")]
+
+
+TOOLS = """
+async def step(state, action, extra_info, calls):
+    results = [{"role": "tool", "name": c["name"], "tool_call_id": "call00000", "content": str(c)} for c in calls]
+    result = {"next_state": results or None, "reward": 1, "score": 1, "done": not calls}
+    return result | {"extra_info": extra_info}
+"""
+
+
+@pytest.mark.skipif(not FILES, reason="trl is not installed")
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_6", "glm4moe", "llama3_1", "gptoss", "deepseekv3"])
+def test_calls_are_read_and_their_results_follow(play: Play, name: str) -> None:
+    tokenizer = tokenizer_with(name)
+    template = Template(tokenizer)
+    call = template.call_text[: template.end_of_turn(template.call_text, 0)].replace(NAME, "f")
+    called = tokenizer.encode(call.removeprefix(template.header.partition("<think>")[0]), add_special_tokens=False)
+    said, ends = tokenizer.encode("Green."), template.end_ids
+    if template.ends_with_next:
+        called.append(tokenizer.convert_tokens_to_ids(template.call_end))
+    engine = says(called, [*said, ends[0]])
+    settings = {"sampling": Sampling(100, stop_token_ids=ends), "template": template, "tokenizer": tokenizer}
+    trajectory = play(TOOLS, engine, **settings)
+    assert trajectory.unscored is None
+    (sequence,) = trajectory.sequences
+    assert sampled(sequence) == [*called, *said, ends[0]]
+    observation = trajectory.texts[2].removeprefix("hello" + trajectory.texts[1])
+    assert "'name': 'f', 'arguments': {'of': 'zqxvalue'}, 'error': None" in observation.replace('\\"', "'")
+    assert tokenizer.decode(sequence.token_ids) == trajectory.texts[2] + "Green." + tokenizer.decode(ends[:1])
 
 
 def test_messages_that_the_template_refuses_are_unscored(play: Play) -> None:
