@@ -30,6 +30,7 @@ EXTRAS = {
     "reasoning-gym": "envs/reasoning_gym.py",
     "verifiers": "envs/verifiers_env.py",
     "agents": "rollout.agent, rl2 serve",
+    "tools": "MCP servers in envs/tools.py",
 }
 """Extra of the package -> what it is for."""
 Mark = Literal["ok", "missing", "optional"]

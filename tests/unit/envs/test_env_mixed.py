@@ -59,8 +59,9 @@ def test_a_name_that_is_no_environment_is_an_error(mixed: Environment) -> None:
 def test_every_script_loads_or_says_what_it_needs(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REWARD_MODEL", raising=False)
     monkeypatch.delenv("JUDGE_URL", raising=False)
+    monkeypatch.delenv("TOOLS", raising=False)
     helpers = {"arithmetic", "workers", "local_search_service", "sandbox", "sandbox_child", "sandbox_kernel"}
-    helpers |= {"solution_calls", "plain", "judge_client", "variables"}
+    helpers |= {"solution_calls", "plain", "judge_client", "variables", "mcp_servers"}
     libraries = {"gem": "gem", "reasoning_gym": "reasoning_gym", "verifiers_env": "verifiers", "orz": "math_verify"}
     library = libraries.get(script)
     if script in helpers:
@@ -79,6 +80,9 @@ def test_every_script_loads_or_says_what_it_needs(script: str, monkeypatch: pyte
             load_environment(ENVS / f"{script}.py", 5)
     elif script == "reward_model":
         with pytest.raises(ScriptError, match="REWARD_MODEL is not set; it names the reward model"):
+            load_environment(ENVS / f"{script}.py", 5)
+    elif script == "tools":
+        with pytest.raises(ScriptError, match="TOOLS is not set; it names files of functions or MCP servers"):
             load_environment(ENVS / f"{script}.py", 5)
     else:
         load_environment(ENVS / f"{script}.py", 5).close()
