@@ -160,7 +160,11 @@ class TrainableChat(Trainable):
 
 
 ALL_LINEAR = "all-linear"
-"""The only name of `target_modules` for every linear layer except the head, as in peft."""
+"""Name in `target_modules` for every linear layer except the head, as in peft."""
+ALL_EXPERTS = "all-experts"
+"""Name in `target_modules` for every weight matrix of the experts of a mixture."""
+EXPERTS = "experts."
+"""Prefix in `target_modules` of one weight matrix of the experts, such as experts.down_proj."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,14 +176,25 @@ class Lora:
     alpha: Count = 32
     """Scale of the adapters, which are multiplied by alpha / rank."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers that get an adapter; [all-linear]: all of them, without the head."""
+    """Names of the linear layers that get an adapter; all-linear: all of them, without the head. experts.NAME is a
+    weight matrix of the experts of a mixture, such as experts.down_proj; all-experts: all of them."""
     save: Literal["merged", "adapter"] = "merged"
     """Form of the export. merged: a model with the adapters added to its weights. adapter: a peft adapter alone."""
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """The names of `target_modules` that are weights of experts."""
+        return tuple(name for name in self.target_modules if name == ALL_EXPERTS or name.startswith(EXPERTS))
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        """The names of `target_modules` that are linear layers."""
+        return tuple(name for name in self.target_modules if name not in self.experts)
+
+    @property
     def counted(self) -> tuple[str, ...]:
         """Names of the layers for an estimate of memory, in which a model has those of Llama."""
-        return type(self).target_modules if self.target_modules == (ALL_LINEAR,) else self.target_modules
+        return type(self).target_modules if self.linear == (ALL_LINEAR,) else self.linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +258,11 @@ class TrainablePolicy(TrainableChat):
             raise ConfigError(f"actor.lora.rank={self.lora.rank} needs actor.tp_size=1, and it is {self.tp_size}")
         if self.lora.rank and not self.lora.target_modules:
             raise ConfigError("actor.lora.target_modules is empty: nothing would train")
+        if self.lora.rank and self.lora.experts and self.ep_size > 1:
+            raise ConfigError(
+                f"actor.lora.target_modules has {', '.join(self.lora.experts)}, but actor.ep_size={self.ep_size} "
+                "splits the experts, and their adapters cannot be split; set actor.ep_size=1, or remove them"
+            )
         if not self.lora.rank and self.lora.save == "adapter":
             raise ConfigError("actor.lora.save=adapter has no effect with actor.lora.rank=0")
         if self.lora.rank and self.moe.bias_rate:

@@ -94,11 +94,16 @@ def experts_of_an_engine_that_records_none(actor: Actor, rollout: Rollout) -> No
 
 
 def adapters_alone(actor: Actor, rollout: Rollout) -> None:
-    """Refuse rollout.vllm.lora=adapter without adapters, and with another transport than files."""
+    """Refuse rollout.vllm.lora=adapter without adapters, with adapters on experts, or without files as transport."""
     if rollout.engine != "vllm" or rollout.vllm.lora == "merged":
         return
     if not actor.lora.rank:
         raise ConfigError("rollout.vllm.lora=adapter has no effect with actor.lora.rank=0")
+    if actor.lora.experts:
+        raise ConfigError(
+            f"rollout.vllm.lora=adapter: actor.lora.target_modules has {', '.join(actor.lora.experts)}, and servers "
+            "add adapters only to linear layers; use rollout.vllm.lora=merged"
+        )
     if rollout.vllm.transport != "files":
         raise ConfigError(
             f"rollout.vllm.lora=adapter needs rollout.vllm.transport=files, and it is {rollout.vllm.transport}"

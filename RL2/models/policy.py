@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +27,7 @@ from RL2.errors import ModelError, first_line, naming
 from RL2.models.conversion import own_name, stored_layout, weight_shapes
 from RL2.models.inspection import length_limit, logit_transform, stored_buffers
 from RL2.models.loading import build, configuration, empty, folder_here, materialise, refuse_no_model
-from RL2.models.lora import ADAPTER, is_adapter, merge, merged_name
+from RL2.models.lora import ADAPTER, adapted_weights, adapter_config, is_adapter, merge, merged_name
 from RL2.models.multimodal import multimodal
 from RL2.models.other_parts import other_parts
 from RL2.models.packed import PackedModel, backbone
@@ -192,13 +190,18 @@ def named_weights(
     Collective under sharding: parameters are rounded before they are gathered, which halves the traffic in half
     precision.
     """
-    for name, parameter in lm.named_parameters():
-        weight = parameter.detach()
-        if merged_name(name) != name:  # a wrapped weight is merged before it is rounded
-            weight = merge(lm, name, whole(weight)) if merged else whole(weight)
-            yield merged_name(name), weight.to(dtype or weight.dtype) if merged else weight
-        elif not is_adapter(name):
+    layers = adapted_weights(lm)
+    for wrapped_name, parameter in lm.named_parameters():
+        name, weight = merged_name(wrapped_name), parameter.detach()
+        if is_adapter(name):
+            continue
+        if name == wrapped_name:
             yield name, whole(weight.to(dtype or weight.dtype))
+        elif not merged:
+            yield name, whole(weight)
+        else:  # a wrapped weight is merged before it is rounded
+            weight = merge(layers[name], whole(weight)) if name in layers else whole(weight)
+            yield name, weight.to(dtype or weight.dtype)
     yield from stored_buffers(lm).items()  # whole on every process, in the type of the checkpoint
 
 
@@ -243,19 +246,15 @@ def export_adapter(lm: PreTrainedModel, folder: Path, write: bool) -> None:
     """
     multi = multimodal(lm)
     weights = {}
-    layers = set()
     for name, parameter in lm.named_parameters():
         if is_adapter(name):
             weight = whole(parameter.detach())
             name = name if multi is None else multi.whole_name(name)
-            layers.add(name.partition(".lora_")[0])
             weights[f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"] = weight.cpu().contiguous()
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-        config: Any = copy.copy(cast(Any, lm.peft_config)[ADAPTER])
-        if multi is not None:  # the other parts have layers of the same names
-            config.target_modules = sorted(layers)
-        config.save_pretrained(folder)
+        loaded_by, whole_name = (lm, None) if multi is None else (multi.model, multi.whole_name)
+        adapter_config(lm, loaded_by, whole_name).save_pretrained(folder)
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
