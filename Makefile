@@ -79,6 +79,7 @@ audit: setup ## known vulnerabilities of what is pinned
 
 bench: setup ## side by side with the dense way and with TRL
 	$(BIN)/python benchmarks/token_stats.py
+	$(BIN)/python benchmarks/teacher_stats.py
 	$(BIN)/python benchmarks/rl_step.py
 	$(BIN)/python benchmarks/supervised.py
 

@@ -297,6 +297,9 @@ class TokenStats:
 
     a is the label (the sampled token), m the most likely token. Only requested fields exist; the error for another
     field says how to request it.
+
+    Those from `teacher_logp` on need a teacher, with the distribution q and a temperature of its own. In fields that
+    compare both, p and q are the distributions over the tokens that both models have.
     """
 
     logp: Tensor
@@ -317,6 +320,38 @@ class TokenStats:
     """int64 [T, K]: their ids. No gradient."""
     sum_p2: Tensor
     """sum_i p_i^2, the probability that two samples are the same token"""
+    teacher_logp: Tensor
+    """log q_a"""
+    teacher_max_logp: Tensor
+    """log q of the teacher's most likely token"""
+    teacher_entropy: Tensor
+    """-sum_i q_i log q_i, in nats"""
+    teacher_rank: Tensor
+    """Rank of a among all tokens of the teacher, as `rank`. No gradient."""
+    kl_teacher_student: Tensor
+    """KL(q || p) = sum_i q_i log(q_i / p_i)"""
+    kl_student_teacher: Tensor
+    """KL(p || q) = sum_i p_i log(p_i / q_i)"""
+    jsd: Tensor
+    """beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p"""
+    cross_entropy: Tensor
+    """-sum_i q_i log p_i"""
+    teacher_top_id: Tensor
+    """int64 [T, K]: the teacher's K most likely tokens, ties by rising id. No gradient."""
+    teacher_top_logp: Tensor
+    """[T, K]: log q of the tokens in `teacher_top_id`"""
+    teacher_tail_logp: Tensor
+    """log of the sum of q over all other tokens"""
+    student_top_logp: Tensor
+    """[T, K]: log p of the tokens in `teacher_top_id`"""
+    student_tail_logp: Tensor
+    """log of the sum of p over all other tokens"""
+    top_kl_teacher_student: Tensor
+    """KL(q || p) over the tokens in `teacher_top_id` and one bucket of all others"""
+    top_kl_student_teacher: Tensor
+    """KL(p || q) over the tokens in `teacher_top_id` and one bucket of all others"""
+    overlap_k: Tensor
+    """Share of `teacher_top_id` that is in `top_id`. No gradient."""
 
     def __init__(self, **fields: Tensor) -> None:
         self.__dict__.update(fields)
@@ -330,7 +365,7 @@ class TokenStats:
         return self.map(lambda x: x[keep_T])
 
     def __getattr__(self, name: str) -> Tensor:  # only called for fields that __init__ did not set
-        if name in MENU:
+        if name in MENU or name in TEACHER_MENU:
             raise AttributeError(f"the statistic {name!r} was not requested; declare it with @needs({name!r})")
         raise AttributeError(name)
 
@@ -341,12 +376,24 @@ class StatsRequest:
 
     fields: tuple[str, ...]
     top_k: int = 0
-    """K of `top_logp` and `top_id`."""
+    """K of the fields in `TOP`."""
     temperature: float = 1.0
     """Divides the logits."""
     budget_mib: float | None = None
     """MiB of logits in memory at a time; None takes a good size for the device."""
+    beta: float = 0.5
+    """beta of `jsd`, between 0 and 1: the teacher's share of the mixture."""
+    teacher_temperature: float = 1.0
+    """Divides the teacher's logits."""
 
 
-MENU: tuple[str, ...] = tuple(TokenStats.__annotations__)
-"""Every statistic that an objective may read."""
+_ALL = tuple(TokenStats.__annotations__)
+
+MENU: tuple[str, ...] = _ALL[: _ALL.index("teacher_logp")]
+"""Every statistic of one distribution that an objective may read."""
+
+TEACHER_MENU: tuple[str, ...] = _ALL[len(MENU) :]
+"""Every statistic that also needs a teacher."""
+
+TOP: tuple[str, ...] = ("top_logp", "top_id", *TEACHER_MENU[TEACHER_MENU.index("teacher_top_id") :])
+"""The statistics of the K most likely tokens."""

@@ -91,12 +91,12 @@ def run_side(options: argparse.Namespace) -> None:
     while turns.wait():
         hidden_TD.grad = head_VD.grad = None
         parts = stats(hidden_TD, head_VD, labels_T)
-        _synchronize(device)
+        synchronize(device)
         forward_s = time.perf_counter() - turns.begun
         torch.autograd.backward(
             parts, [torch.linspace(-1, 1, options.T, device=device) / (i + 1) for i in range(len(parts))]
         )
-        _synchronize(device)
+        synchronize(device)
         assert head_VD.grad is not None
         # the squared norm of all gradients, so that the parent can check that both sides computed the same
         norm = float(head_VD.grad.float().norm())
@@ -106,7 +106,7 @@ def run_side(options: argparse.Namespace) -> None:
         turns.answer(**values)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 

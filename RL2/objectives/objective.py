@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from RL2.config.functions import Declared
-from RL2.types import MENU, TokenBatch, TokenStats
+from RL2.types import MENU, TEACHER_MENU, TOP, TokenBatch, TokenStats
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 """loss_T, and metrics [T], of which the mean over all trained tokens is reported."""
@@ -24,8 +24,9 @@ sums `loss_T * weight_T`. Knobs are keyword-only, with an annotation and a defau
 Gradient = Callable[..., Tensor]
 """(p_TV, batch: TokenBatch, *, knobs...) -> gradient_TV: the closed form of d(sum of loss_T)/dz, z the logits.
 
-`p_TV` is the whole distribution of each token. These formulas are for readers and for `rl2 check-objective`, which
-compares them with autograd; training does not call them.
+`p_TV` is the whole distribution of each token. An objective that reads statistics of a teacher has the closed form
+(p_TV, q_TV, batch, *, knobs...), with the teacher's distribution. These formulas are for readers and for
+`rl2 check-objective`, which compares them with autograd; training does not call them.
 """
 
 
@@ -36,9 +37,16 @@ class Objective(Declared):
     needs: tuple[str, ...]
     """The statistics that it reads."""
     top_k: str | None = None
-    """Name of the knob that sets K of `top_logp` and `top_id`."""
+    """Name of the knob that sets K of the statistics in `types.TOP`."""
     gradient: Gradient | None = None
     """Closed form of the gradient, if there is one."""
+    beta: str | None = None
+    """Name of the knob that sets beta of `jsd`."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True if it reads a statistic of a teacher."""
+        return bool(set(TEACHER_MENU) & set(self.needs))
 
     def __call__(self, stats: TokenStats, batch: TokenBatch, **knobs: Any) -> Loss:
         """Return the loss of each token and the metrics."""
@@ -47,15 +55,18 @@ class Objective(Declared):
 
 
 def needs(
-    *fields: str, top_k: str | None = None, gradient: Gradient | None = None
+    *fields: str, top_k: str | None = None, gradient: Gradient | None = None, beta: str | None = None
 ) -> Callable[[LossFunction], Objective]:
     """Return a decorator that makes an `Objective` of a loss function that reads the statistics `fields`.
 
-    `top_k` names the knob that says how many of the most likely tokens `top_logp` and `top_id` hold. Raise ValueError
-    for a statistic that is not in the menu.
+    `top_k` names the knob that says how many of the most likely tokens the fields in `types.TOP` hold, and `beta` the
+    knob that is beta of `jsd`. Raise ValueError for a statistic that is not in the menu.
     """
-    if unknown := set(fields) - set(MENU):
-        raise ValueError(f"no such token statistic: {', '.join(sorted(unknown))}; the menu is {', '.join(MENU)}")
-    if bool({"top_logp", "top_id"} & set(fields)) != (top_k is not None):
-        raise ValueError("top_logp and top_id go with @needs(..., top_k='KNOB'), the knob that says how many")
-    return lambda function: Objective(function, fields, top_k, gradient)
+    menu = (*MENU, *TEACHER_MENU)
+    if unknown := set(fields) - set(menu):
+        raise ValueError(f"no such token statistic: {', '.join(sorted(unknown))}; the menu is {', '.join(menu)}")
+    if bool(set(TOP) & set(fields)) != (top_k is not None):
+        raise ValueError(f"{', '.join(TOP)} go with @needs(..., top_k='KNOB'), the knob that says how many")
+    if ("jsd" in fields) != (beta is not None):
+        raise ValueError("jsd goes with @needs(..., beta='KNOB'), the knob that is its beta")
+    return lambda function: Objective(function, fields, top_k, gradient, beta)

@@ -14,7 +14,7 @@ from RL2.objectives.objective import Gradient, Loss, Objective
 from RL2.objectives.policy_gradient import cispo, gspo, ppo, reinforce, sapo
 from RL2.objectives.rank import rank_jsd, rank_kl
 from RL2.objectives.spo import binary_jsd, cross_entropy, spo, spo_0p5
-from RL2.types import StatsRequest, TokenBatch, TokenStats
+from RL2.types import TEACHER_MENU, StatsRequest, TokenBatch, TokenStats
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": cross_entropy,
@@ -59,12 +59,18 @@ class BoundObjective:
 
     @property
     def top_k(self) -> int:
-        """K of `top_logp` and `top_id`; 0 if it reads neither."""
+        """K of the statistics in `types.TOP`; 0 if it reads none of them."""
         return 0 if self.objective.top_k is None else self.knobs[self.objective.top_k]
+
+    @property
+    def beta(self) -> float:
+        """beta of `jsd`; 0.5 if it does not read it."""
+        return 0.5 if self.objective.beta is None else self.knobs[self.objective.beta]
 
     def request(self, temperature: float = 1.0) -> StatsRequest:
         """Return the statistics of an update: those that it reads, `logp` to compare with the engine, and `entropy`."""
-        return StatsRequest(tuple(dict.fromkeys((*self.fields, "logp", "entropy"))), self.top_k, temperature)
+        fields = tuple(dict.fromkeys((*self.fields, "logp", "entropy")))
+        return StatsRequest(fields, self.top_k, temperature, beta=self.beta)
 
     @property
     def gradient(self) -> Gradient | None:
@@ -89,9 +95,10 @@ def bind(name: str, given: Mapping[str, Any]) -> BoundObjective:
     """Return the objective `name` with the `given` knobs; the others keep their defaults.
 
     Raise ConfigError for an objective that does not exist, a knob that it does not have or that has no value, and a
-    value that does not fit the knob's annotation.
+    value that does not fit the knob's annotation, and an objective that needs a teacher.
     """
     objective = find(name)
+    _refuse_without_teacher(KEY, name, objective)
     keys = {knob: NAMED.get(knob, f"{ARGS}.{knob}") for knob in (*objective.knobs, *given)}
     return BoundObjective(name, objective, functions.knob_values(KEY, name, objective, given, keys))
 
@@ -99,8 +106,18 @@ def bind(name: str, given: Mapping[str, Any]) -> BoundObjective:
 def bound(objective: str | Objective, knobs: Mapping[str, Any]) -> BoundObjective:
     """Return an objective with its knobs set, both given in Python. Raise ConfigError as `bind` does."""
     name, found = functions.argument("objective", objective, OBJECTIVES, Objective, DECLARATION)
+    _refuse_without_teacher("objective", name, found)
     keys = {knob: knob for knob in (*found.knobs, *knobs)}
     return BoundObjective(name, found, functions.knob_values("objective", name, found, knobs, keys))
+
+
+def _refuse_without_teacher(key: str, name: str, objective: Objective) -> None:
+    """Raise ConfigError for an objective that needs a teacher: programs cannot load one yet."""
+    if objective.needs_teacher:
+        read = [field for field in TEACHER_MENU if field in objective.needs]
+        raise ConfigError(
+            f"{key}={name} reads {', '.join(read)}, and no teacher is configured; RL2 cannot load one yet"
+        )
 
 
 def configured(actor: Actor) -> BoundObjective:

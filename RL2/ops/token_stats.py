@@ -19,18 +19,20 @@ from torch import Tensor
 
 from RL2.ops import tally as plain
 from RL2.ops.tally import Rows, Tally, Top
-from RL2.types import MENU, TokenStats
+from RL2.ops.tiles import (
+    BUDGET_MIB,
+    CPU_TILE_MIB,
+    TILE_TOKENS,
+    accumulation_dtype,
+    add_product,
+    all_gather,
+    gathered_head,
+    product,
+    slices,
+)
+from RL2.types import MENU, TEACHER_MENU, TokenStats
 
 Implementation = Literal["auto", "reference", "chunked", "triton"]
-
-BUDGET_MIB = {"cpu": 64.0, "cuda": 512.0}
-"""MiB of logits in memory at a time, by device type."""
-
-TILE_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Rows per tile, by device type: enough for a matrix product to run at full speed."""
-
-CPU_TILE_MIB = 8.0
-"""Size of a tile on a CPU: smaller than the budget, so that repeated passes stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,10 @@ def token_stats(
     vocabulary, such as -100: exclude tokens by `weight_T` instead.
     """
     check_fields(fields, top_k)
-    _check_labels(labels_T, len(head_VD) if tp is None else tp.total)
+    check_labels(labels_T, len(head_VD) if tp is None else tp.total)
     if implementation == "reference":
-        whole_VD = head_VD if tp is None else _gathered_head(head_VD, tp.group)
-        logits_TV = transform(_product(hidden_TD, whole_VD.T)) / temperature
+        whole_VD = head_VD if tp is None else gathered_head(head_VD, tp.group)
+        logits_TV = transform(product(hidden_TD, whole_VD.T)) / temperature
         return reference_stats(logits_TV, labels_T, fields, top_k)
     if implementation == "auto":
         implementation = "triton" if hidden_TD.is_cuda and find_spec("triton") else "chunked"
@@ -104,6 +106,8 @@ def token_stats(
 
 def check_fields(fields: Sequence[str], top_k: int) -> None:
     """Raise ValueError for a field that is not on the menu, or `top_k` that does not match the fields."""
+    if taught := [name for name in fields if name in TEACHER_MENU]:
+        raise ValueError(f"no teacher is given, and {', '.join(taught)} need one: call teacher_stats of RL2.ops")
     if unknown := set(fields) - set(MENU):
         raise ValueError(f"no such token statistic: {', '.join(sorted(unknown))}; the menu is {', '.join(MENU)}")
     wants_top = bool({"top_logp", "top_id"} & set(fields))
@@ -111,7 +115,7 @@ def check_fields(fields: Sequence[str], top_k: int) -> None:
         raise ValueError(f"top_k={top_k} and the fields {', '.join(fields)}: top_logp and top_id need top_k above 0")
 
 
-def _check_labels(labels_T: Tensor, vocabulary: int) -> None:
+def check_labels(labels_T: Tensor, vocabulary: int) -> None:
     """Raise ValueError unless all labels are tokens. It synchronises with the device once per call, not per tile."""
     if not len(labels_T):
         return
@@ -213,8 +217,8 @@ class _Chunked(torch.autograd.Function):
         saved = dict(zip(ctx.kept, kept, strict=True))
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         # accumulated over tiles in float32 for any dtype of the model; the first tile sets, the others add
-        grad_hidden_TD = torch.empty_like(hidden_TD, dtype=_dtype(hidden_TD)) if needs_hidden else None
-        grad_head_VD = torch.empty_like(head_VD, dtype=_dtype(hidden_TD)) if needs_head else None
+        grad_hidden_TD = torch.empty_like(hidden_TD, dtype=accumulation_dtype(hidden_TD)) if needs_hidden else None
+        grad_head_VD = torch.empty_like(head_VD, dtype=accumulation_dtype(hidden_TD)) if needs_head else None
         tiles = _Tiles(hidden_TD, head_VD, job, backward=True)
         for at in tiles.tokens:
             slope = plain.slopes(
@@ -230,9 +234,9 @@ class _Chunked(torch.autograd.Function):
                 if bend_CW is not None:
                     grad_CW.mul_(bend_CW)
                 if grad_hidden_TD is not None:
-                    _add_product(grad_hidden_TD[at], grad_CW, head_VD[columns], beta=float(columns.start > 0))
+                    add_product(grad_hidden_TD[at], grad_CW, head_VD[columns], beta=float(columns.start > 0))
                 if grad_head_VD is not None:
-                    _add_product(grad_head_VD[columns], grad_CW.T, hidden_TD[at], beta=float(at.start > 0))
+                    add_product(grad_head_VD[columns], grad_CW.T, hidden_TD[at], beta=float(at.start > 0))
         if grad_hidden_TD is not None:
             if job.tp is not None:
                 dist.all_reduce(grad_hidden_TD, group=job.tp.group)
@@ -248,7 +252,7 @@ class _Tiles:
         self.first = 0 if job.tp is None else job.tp.start
         self.num_tokens, self.width = job.tile_shape(len(hidden_TD), len(head_VD), hidden_TD.device)
         size = self.num_tokens * min(self.width, len(head_VD))
-        self.buffer = hidden_TD.new_empty(size, dtype=_dtype(hidden_TD))
+        self.buffer = hidden_TD.new_empty(size, dtype=accumulation_dtype(hidden_TD))
         self.grad_dtype = hidden_TD.dtype if hidden_TD.is_cuda else self.buffer.dtype
         """Dtype of the gradient that enters matrix products: on a GPU that of the model, for speed."""
         # the kernels need scratch only for a gradient of another dtype
@@ -259,16 +263,16 @@ class _Tiles:
     @property
     def tokens(self) -> list[slice]:
         """Slices of tokens; at least one, so that an empty batch has statistics of size 0."""
-        return _slices(len(self.hidden_TD), self.num_tokens) or [slice(0, 0)]
+        return slices(len(self.hidden_TD), self.num_tokens) or [slice(0, 0)]
 
     def logits(self, at: slice) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
         """Yield for the tokens `at`: a tile's columns, its logits, scratch of the same size, and its first token id."""
         hidden_CD = self.hidden_TD[at]
-        for columns in _slices(len(self.head_VD), self.width):
+        for columns in slices(len(self.head_VD), self.width):
             head_WD = self.head_VD[columns]
             shape = (len(hidden_CD), len(head_WD))
             z_CW, scratch_CW = (x[: shape[0] * shape[1]].view(shape) for x in (self.buffer, self.scratch))
-            _add_product(z_CW, hidden_CD, head_WD.T, beta=0.0, alpha=self.factor)
+            add_product(z_CW, hidden_CD, head_WD.T, beta=0.0, alpha=self.factor)
             if self.cap is not None:
                 z_CW.div_(self.cap).tanh_().mul_(self.cap)
             yield columns, z_CW, scratch_CW, self.first + columns.start
@@ -280,7 +284,7 @@ def _forward(tiles: _Tiles, labels_T: Tensor, job: _Job) -> dict[str, Tensor]:
     label_logit_T, before_T = (torch.cat([part[i] for part in parts]) for i in (1, 2))  # type: ignore[misc]
     whole = Tally(*(torch.cat(sums) for sums in zip(*(part[0] for part in parts), strict=True)))
     if job.tp is not None:
-        whole = reduce(plain.merge, [Tally(*part) for part in _all_gather(torch.stack(whole), job.tp.group)])
+        whole = reduce(plain.merge, [Tally(*part) for part in all_gather(torch.stack(whole), job.tp.group)])
         dist.all_reduce(before_T if job.wants_rank else label_logit_T, group=job.tp.group)
     row = plain.rows(whole, label_logit_T, labels_T)
     found = row._asdict()
@@ -322,44 +326,8 @@ def _top_over_processes(value_TK: Tensor, id_TK: Tensor, job: _Job) -> Top:
     if job.tp is not None:
         short = job.top_k - value_TK.shape[1]  # for a shard with fewer than K tokens
         padded = F.pad(value_TK, (0, short), value=-torch.inf), F.pad(id_TK, (0, short), value=job.tp.total)
-        value_TK, id_TK = (torch.cat(_all_gather(x.contiguous(), job.tp.group), -1) for x in padded)
+        value_TK, id_TK = (torch.cat(all_gather(x.contiguous(), job.tp.group), -1) for x in padded)
         value_TK, id_TK = plain.ordered(value_TK, id_TK, min(job.top_k, job.tp.total))
     if value_TK.shape[1] < job.top_k:
         raise ValueError(f"top_k={job.top_k} must be at most the vocabulary, {value_TK.shape[1]} tokens")
     return value_TK, id_TK
-
-
-def _gathered_head(head_VD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the whole head; gradients flow into this process's own part."""
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, head_VD.detach(), group=group)
-    parts[dist.get_rank(group)] = head_VD
-    return torch.cat(parts)
-
-
-def _all_gather(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x, group=group)
-    return parts
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b in float32 (float64 for float64), differentiable."""
-    return a.to(_dtype(a)) @ b.to(_dtype(b))
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
-    """Compute out = beta * out + alpha * a @ b, accumulated in the dtype of `out`, never in half precision."""
-    half = torch.float16 if torch.float16 in (a.dtype, b.dtype) else torch.bfloat16
-    if out.is_cuda and half in (a.dtype, b.dtype):
-        torch.addmm(out, a.to(half), b.to(half), beta=beta, alpha=alpha, out_dtype=out.dtype, out=out)
-    else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _slices(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]

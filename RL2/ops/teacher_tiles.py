@@ -1,0 +1,262 @@
+"""Statistics that compare a student with a teacher, in tiles: neither one's logits are ever in memory as a whole.
+
+ops/divergence.py holds the mathematics. Shapes: T tokens, V vocabulary, D hidden size of the student, E of the teacher,
+C tokens and W columns of one tile, K of the teacher's most likely tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from RL2.ops import divergence
+from RL2.ops import tally as plain
+from RL2.ops.divergence import OTHER, Side
+from RL2.ops.tally import Tally
+from RL2.ops.tiles import BUDGET_MIB, CPU_TILE_MIB, TILE_TOKENS, accumulation_dtype, add_product, all_gather, slices
+from RL2.ops.token_stats import VocabularyShard
+
+TILED = (
+    "kl_teacher_student",
+    "kl_student_teacher",
+    "jsd",
+    "student_top_logp",
+    "student_tail_logp",
+    "teacher_tail_logp",
+)
+"""Statistics that read both distributions, or the teacher's top K, in tiles; all others are made of these."""
+
+TAILS = ("student_tail_logp", "teacher_tail_logp")
+"""Statistics whose parts are added as logarithms."""
+
+WORKING_TILES = 6
+"""Tiles in memory at a time: the logits of both sides, and what is computed from them."""
+
+
+@dataclass(frozen=True)
+class TiledJob:
+    """Settings of one call of the tiled implementation."""
+
+    names: tuple[str, ...]
+    beta: float
+    scales: dict[Side, tuple[float, float | None]]
+    """Factor of hidden @ head.T, and soft cap, of each side."""
+    tp: VocabularyShard | None
+    budget_mib: float | None
+
+    @property
+    def first(self) -> int:
+        """Token id of the first row of the heads."""
+        return 0 if self.tp is None else self.tp.start
+
+    @property
+    def read(self) -> frozenset[str]:
+        """Fields that need both distributions at once."""
+        return frozenset(self.names) & {"kl_teacher_student", "kl_student_teacher", "jsd"}
+
+    def tile(self, num_tokens: int, rows: int, device: torch.device, *, whole_rows: bool) -> tuple[int, int]:
+        """Return tokens and columns per tile.
+
+        With `whole_rows` the logits of both sides are in memory for all columns at these tokens. The tokens are then
+        equal on all processes of a tensor-parallel group, since each such tile ends in collectives.
+        """
+        budget = int((self.budget_mib or BUDGET_MIB[device.type]) * 2**20) // 4
+        size = budget // WORKING_TILES
+        if device.type == "cpu":
+            size = min(size, int(CPU_TILE_MIB * 2**20) // 4)
+        tokens = TILE_TOKENS[device.type]
+        if whole_rows:
+            width = rows if self.tp is None else math.ceil(self.tp.total / dist.get_world_size(self.tp.group))
+            tokens = budget // (2 * width)
+        tokens = max(1, min(tokens, num_tokens, size))
+        return tokens, max(1, min(rows, size // tokens))
+
+
+class _Logits:
+    """Tiles of transform(hidden @ head.T) / temperature of one side."""
+
+    def __init__(self, hidden_TD: Tensor, head_VD: Tensor, scale: tuple[float, float | None]) -> None:
+        self.hidden_TD, self.head_VD = hidden_TD, head_VD
+        self.factor, self.cap = scale
+
+    def fill(self, z_CW: Tensor, at: slice, columns: slice) -> Tensor:
+        """Fill a tile with the logits of the tokens `at` and some columns, and return it."""
+        add_product(z_CW, self.hidden_TD[at], self.head_VD[columns].T, beta=0.0, alpha=self.factor)
+        return z_CW if self.cap is None else z_CW.div_(self.cap).tanh_().mul_(self.cap)
+
+    def bend(self, z_CW: Tensor) -> Tensor | None:
+        """Return the derivative of the soft cap at capped logits; None without one."""
+        return None if self.cap is None else 1 - (z_CW / self.cap).square_()
+
+
+class Tiled(torch.autograd.Function):
+    """Statistics of two distributions. The forward pass computes each logit once and keeps nothing of size [T, V]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, hidden_TE: Tensor, head_VE: Tensor, top_id_TK: Any, job: TiledJob
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # a statistic that no loss reads costs nothing in the backward pass
+        sides = _logits((hidden_TD, head_VD, hidden_TE, head_VE), job)
+        num_tokens, width = job.tile(len(hidden_TD), len(head_VD), hidden_TD.device, whole_rows=True)
+        size = num_tokens * len(head_VD)
+        dtype = torch.promote_types(accumulation_dtype(hidden_TD), accumulation_dtype(hidden_TE))
+        buffers = {side: hidden_TD.new_empty(size, dtype=dtype) for side in sides}
+        scratch = hidden_TD.new_empty(num_tokens * width, dtype=dtype)
+        parts = [
+            _row_sums(sides, at, slices(len(head_VD), width), buffers, scratch, top_id_TK, job)
+            for at in slices(len(hidden_TD), num_tokens) or [slice(0, 0)]
+        ]
+        saved = _over_processes({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, job)
+        if "jsd" in job.names:
+            saved["jsd"] = job.beta * saved["kl_teacher_m"] + (1 - job.beta) * saved["kl_student_m"]
+        ctx.job, ctx.kept, ctx.dtype = job, tuple(saved), dtype
+        ctx.save_for_backward(hidden_TD, head_VD, hidden_TE, head_VE, top_id_TK, *saved.values())
+        return tuple(saved[name] for name in job.names)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        job: TiledJob = ctx.job
+        asked = {name: grad for name, grad in zip(job.names, grads, strict=True) if grad is not None}
+        *inputs, top_id_TK = ctx.saved_tensors[:5]
+        saved = dict(zip(ctx.kept, ctx.saved_tensors[5:], strict=True))
+        sides = _logits(inputs, job)
+        # accumulated over tiles in float32 for any dtype of the model; the first tile sets, the others add
+        sums = [
+            torch.empty_like(x, dtype=ctx.dtype) if needed else None
+            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        trained: dict[Side, list[Tensor | None]] = {"student": sums[:2], "teacher": sums[2:]}
+        num_tokens, width = job.tile(len(inputs[0]), len(inputs[1]), inputs[0].device, whole_rows=False)
+        buffers = {side: inputs[0].new_empty(num_tokens * width, dtype=ctx.dtype) for side in sides}
+        for at in slices(len(inputs[0]), num_tokens) or [slice(0, 0)]:
+            here = {name: x[at] for name, x in saved.items()}
+            slopes = {
+                side: divergence.slopes(side, here, {n: x[at] for n, x in asked.items()}, job.beta, job.scales[side][0])
+                for side, of_side in trained.items()
+                if any(x is not None for x in of_side)
+            }
+            for columns in slices(len(inputs[1]), width):
+                bends = {}
+                for side, logits in sides.items():
+                    z_CW = logits.fill(_view(buffers[side], at, columns), at, columns)
+                    bends[side] = logits.bend(z_CW)
+                    _normalise(z_CW, here, side)
+                log_CW = {side: _view(buffers[side], at, columns) for side in sides}
+                local_CK = None if top_id_TK is None else top_id_TK[at] - (job.first + columns.start)
+                for side, slope in slopes.items():
+                    g_CW = divergence.gradient(log_CW[side], log_CW[OTHER[side]], slope, local_CK)
+                    bend_CW = bends[side]
+                    if bend_CW is not None:
+                        g_CW.mul_(bend_CW)
+                    _add_gradient(trained[side], sides[side], g_CW, at, columns)
+        if job.tp is not None:
+            for grad_hidden in (sums[0], sums[2]):
+                if grad_hidden is not None:
+                    dist.all_reduce(grad_hidden, group=job.tp.group)
+        return *(None if x is None else x.to(y.dtype) for x, y in zip(sums, inputs, strict=True)), None, None
+
+
+def _logits(inputs: Sequence[Tensor], job: TiledJob) -> dict[Side, _Logits]:
+    hidden_TD, head_VD, hidden_TE, head_VE = inputs
+    return {
+        "student": _Logits(hidden_TD, head_VD, job.scales["student"]),
+        "teacher": _Logits(hidden_TE, head_VE, job.scales["teacher"]),
+    }
+
+
+def _view(buffer: Tensor, at: slice, columns: slice) -> Tensor:
+    """Return the start of a buffer as a tile of the tokens `at` and some columns."""
+    num_rows, num_columns = at.stop - at.start, columns.stop - columns.start
+    return buffer[: num_rows * num_columns].view(num_rows, num_columns)
+
+
+def _normalise(z_CW: Tensor, rows: dict[str, Tensor], side: Side) -> Tensor:
+    """Make log-probabilities of logits in place: first the difference to the largest, so that it keeps its digits."""
+    return z_CW.sub_(rows[f"{side}_top"][:, None]).add_(rows[f"{side}_max_logp"][:, None])
+
+
+def _add_gradient(sums: Sequence[Tensor | None], logits: _Logits, g_CW: Tensor, at: slice, columns: slice) -> None:
+    """Add the gradient of one tile to those of the hidden states and the head of its side, where there are any."""
+    g_CW = g_CW.to(logits.hidden_TD.dtype) if g_CW.is_cuda else g_CW  # of the model's dtype on a GPU, for speed
+    grad_hidden_TD, grad_head_VD = sums
+    if grad_hidden_TD is not None:
+        add_product(grad_hidden_TD[at], g_CW, logits.head_VD[columns], beta=float(columns.start > 0))
+    if grad_head_VD is not None:
+        add_product(grad_head_VD[columns], g_CW.T, logits.hidden_TD[at], beta=float(at.start > 0))
+
+
+def _row_sums(
+    sides: dict[Side, _Logits],
+    at: slice,
+    chunks: list[slice],
+    buffers: dict[Side, Tensor],
+    scratch: Tensor,
+    top_id_TK: Tensor | None,
+    job: TiledJob,
+) -> dict[str, Tensor]:
+    """Return by name, for the tokens `at`: largest logit and its log-probability of each side, and all sums, [C].
+
+    The largest logits are those of all processes; the sums are those of this process's columns.
+    """
+    found: dict[str, Tensor] = {}
+    tiles: dict[Side, list[Tensor]] = {}
+    for side, logits in sides.items():
+        tiles[side] = []
+        tallies: list[Tally] = []
+        for columns in chunks:
+            z_CW = logits.fill(_view(buffers[side][(at.stop - at.start) * columns.start :], at, columns), at, columns)
+            tiles[side].append(z_CW)
+            copy_CW = _view(scratch, at, columns).copy_(z_CW)
+            tallies.append(plain.tally(copy_CW, job.first + columns.start, copy_CW, with_z=False, with_sq=False))
+        whole = reduce(plain.merge, tallies)
+        if job.tp is not None:
+            whole = reduce(plain.merge, [Tally(*part) for part in all_gather(torch.stack(whole), job.tp.group)])
+        found[f"{side}_top"] = whole.top
+        found[f"{side}_max_logp"] = F.logsigmoid((whole.top - whole.second) - whole.sum.log())
+    parts = [
+        _tile_sums(
+            {side: _normalise(tiles[side][i], found, side) for side in sides},
+            None if top_id_TK is None else top_id_TK[at] - (job.first + columns.start),
+            job,
+        )
+        for i, columns in enumerate(chunks)
+    ]
+    for name in parts[0]:
+        each = torch.stack([part[name] for part in parts])
+        found[name] = each.logsumexp(0) if name in TAILS else each.sum(0)
+    return found
+
+
+def _tile_sums(log_CW: dict[Side, Tensor], local_CK: Tensor | None, job: TiledJob) -> dict[str, Tensor]:
+    """Return by name the sums over the columns of one tile. Overwrite its log-probabilities."""
+    found = {}
+    for side, logp_CW in log_CW.items():
+        if local_CK is None:
+            break
+        if f"{side}_top_logp" in job.names:
+            found[f"{side}_top_logp"] = divergence.pick(logp_CW, local_CK)
+        if f"{side}_tail_logp" in job.names:
+            found[f"{side}_tail_logp"] = divergence.outside(logp_CW, local_CK).logsumexp(-1)
+    return found | divergence.sums(log_CW["student"], log_CW["teacher"], job.read, job.beta) if job.read else found
+
+
+def _over_processes(found: dict[str, Tensor], job: TiledJob) -> dict[str, Tensor]:
+    """Return the sums over the columns of all processes."""
+    if job.tp is None:
+        return found
+    whole = dict(found)
+    for name, x in found.items():
+        if name in TAILS:
+            whole[name] = torch.stack(all_gather(x, job.tp.group)).logsumexp(0)
+        elif not name.endswith(("_top", "_max_logp")):
+            dist.all_reduce(x, group=job.tp.group)
+    return whole
