@@ -44,6 +44,7 @@ class McpServer:
             raise ValueError(f"mcpServers.{name}.command={command!r} is not a program")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
         self._client: asyncio.Future[Any] | None = None
 
     async def list_tools(self) -> list[dict[str, Any]]:
@@ -136,6 +137,9 @@ class McpServer:
         """End the session, so that the next call opens one, and return the error to raise."""
         if self._session is not None and self._session is not asyncio.current_task():
             self._session.cancel()
+            self._ending.add(self._session)  # it takes a while to close, and loops hold tasks only weakly
+            self._session.add_done_callback(self._ending.discard)
+            self._session = None
         while isinstance(error, BaseExceptionGroup):  # of a task group
             error = error.exceptions[0]
         return RuntimeError(f"the MCP server {self.name} failed: {type(error).__name__}: {error}"[:500])
