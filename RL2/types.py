@@ -210,6 +210,8 @@ class TokenBatch:
     weight_T: Tensor | None = None
     objective_factor_T: Tensor | None = None
     """Factor of the objective, but not of the KL divergence or the entropy; None stands for 1."""
+    observation_weight_T: Tensor | None = None
+    """Weight of the cross-entropy on a label that is an observation, 0 elsewhere; None if no observation trains."""
     experts_T: Tensor | None = None
     """int16 [T, L, K]: recorded experts of the input token, K of each of L routers; None if there are none."""
 

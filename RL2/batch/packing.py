@@ -142,6 +142,19 @@ def loss_weights(
     return (weight_B[sequence_T] * kept_T).float()
 
 
+def observation_weights(batch: TokenBatch) -> Tensor:
+    """Return 1 / (number of observed tokens) at each of them and 0 elsewhere, float32 [T].
+
+    Tokens behind the first action of a sequence that are no actions are observed. `batch` is the global minibatch of
+    one optimizer step.
+    """
+    action_T = batch.action_T.long()
+    before_T = action_T.cumsum(0) - action_T
+    begun_T = before_T > before_T[batch.cu_seqlens[:-1][batch.sequence_T]]
+    observed_T = begun_T & ~batch.action_T
+    return (observed_T / observed_T.sum().clamp(min=1).double()).float()
+
+
 def sequence_weights(batch: TokenBatch) -> Tensor:
     """Return weight_T for losses of whole sequences, float32 [T]: 1 / B at the last action of each of B sequences.
 

@@ -55,6 +55,15 @@ class Entropy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Observations:
+    """The loss on what environments write."""
+
+    coef: NonNegative = 0.0
+    """Coefficient of the cross-entropy on observations: the mean of -log p over all tokens between the responses of the
+    episodes of an optimizer step, whatever their reward. 0: observations do not train."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PathKnobs:
     """Options of the SPO family (objectives/spo.py)."""
 
@@ -330,6 +339,7 @@ class Actor(TrainablePolicy):
     select: Select
     kl: KL
     entropy: Entropy
+    observations: Observations = field(default_factory=Observations)
     moe: ReplayedMoe = field(default_factory=ReplayedMoe)
 
     def __post_init__(self) -> None:

@@ -68,6 +68,15 @@ def regularize_on_without_a_regularizer(actor: Actor) -> None:
         )
 
 
+def observations_of_a_single_turn(actor: Actor, rollout: Rollout) -> None:
+    """Refuse actor.observations.coef without a second turn."""
+    if actor.observations.coef and rollout.max_turns == 1:
+        raise ConfigError(
+            f"actor.observations.coef={actor.observations.coef:g} has no effect with rollout.max_turns=1: nothing is "
+            "observed before another response"
+        )
+
+
 def regularize_on_where_all_tokens_train(actor: Actor) -> None:
     """Refuse actor.regularize_on=all where actor.train_on and actor.select keep every token."""
     if actor.regularize_on == "all" and actor.train_on == "all" and not actor.select.is_on:
@@ -318,6 +327,7 @@ RL_RULES: tuple[Rule, ...] = (
     overlong_buffer_with_several_turns,
     regularize_on_without_a_regularizer,
     regularize_on_where_all_tokens_train,
+    observations_of_a_single_turn,
     kl_without_importance_weight_on_policy,
     experts_of_an_engine_that_records_none,
     adapters_alone,

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from RL2.batch.packing import minibatches, pack_tokens
+from RL2.batch.packing import minibatches, observation_weights, pack_tokens
 from RL2.config.model import Actor as ActorConfig
 from RL2.config.model import RefActor as RefActorConfig
 from RL2.errors import ConfigError
@@ -94,7 +94,10 @@ class Actor(Learner):
     def minibatches(self, batch: TokenBatch) -> Iterator[tuple[list[int], TokenBatch]]:
         """Yield, for each optimizer step of `update`, its sequence numbers and its minibatch with weights."""
         for ids in minibatches(batch, self.config.update_per_rollout):
-            yield ids, with_weights(batch.sequences(ids), self.config)
+            minibatch = with_weights(batch.sequences(ids), self.config)
+            if coef := self.config.observations.coef:
+                minibatch = minibatch.with_(observation_weight_T=coef * observation_weights(minibatch))
+            yield ids, minibatch
 
     def loss(self, stats: TokenStats, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
         """Return the loss of the objective and its regularizers, with metrics of the gap to the engine."""

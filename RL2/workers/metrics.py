@@ -64,6 +64,11 @@ class Totals:
             if isinstance(metric, Mean):
                 self.counts[name] += torch.where(trains_T, metric.counted_T, 0).double().sum().cpu()
 
+    def add_mean(self, name: str, value_N: Tensor) -> None:
+        """Add values to the metric `name`, their mean over microbatches and processes."""
+        self.sums[name] += value_N.detach().double().sum().cpu()
+        self.counts[name] += len(value_N)
+
     def _add_peak(self, name: str, value_T: Tensor, where: Callable[[int], str]) -> None:
         # the maximum of NaN and a number would depend on their order
         value_T = value_T.double().nan_to_num(nan=math.inf, posinf=math.inf)
@@ -80,12 +85,10 @@ class Totals:
         sums, counts = self._over_processes(self.sums), self._over_processes(self.counts)
         means = {"loss": sums.pop("loss"), "tokens": sums.pop("tokens")}
         peaks = {name: self._max_over_processes(peak) for name, (peak, _) in self.peaks.items()}
-        if not means["tokens"]:
-            return means
         for name, total in sums.items():
             if count := counts.get(name, means["tokens"]):
                 means[name] = total / count
-        return means | peaks
+        return means | (peaks if means["tokens"] else {})
 
     def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
         if not sums:

@@ -75,7 +75,10 @@ def statistics(
 def trained_sequences(batch: TokenBatch) -> list[int]:
     """Return the sequences of `batch` that have some weight."""
     assert batch.weight_T is not None
-    trained: list[int] = batch.sequence_T[batch.weight_T != 0].unique().tolist()
+    trains_T = batch.weight_T != 0
+    if batch.observation_weight_T is not None:
+        trains_T = trains_T | (batch.observation_weight_T != 0)
+    trained: list[int] = batch.sequence_T[trains_T].unique().tolist()
     return trained
 
 
@@ -91,6 +94,8 @@ def backward(
 ) -> list[str]:
     """Add the gradients of (loss_T * weight_T).sum() over `microbatches`, the sequences of each of this process.
 
+    With `observation_weight_T`, those of the cross-entropy on observations are added.
+
     Adds loss and metrics to `totals` and decisions of routers to `routing`, and returns the invariants of
     ops/invariants.py that do not hold. For an empty microbatch the shortest sequence runs with weight 0, so that all
     processes take part in the same collectives.
@@ -102,13 +107,21 @@ def backward(
             model.set_requires_all_reduce(number == len(microbatches))
         microbatch = batch.sequences(ids or [shortest])
         if not ids:
-            microbatch = microbatch.with_(weight_T=torch.zeros_like(microbatch.reward_T))
+            unused = {"weight_T": torch.zeros_like(microbatch.reward_T)}
+            if microbatch.observation_weight_T is not None:
+                unused["observation_weight_T"] = unused["weight_T"]
+            microbatch = microbatch.with_(**unused)
         seen = None if routing is None else routing.sums(model.routers)
-        stats = forward(model, microbatch, request, seen)
+        stats = forward(model, _with_observations(microbatch), request, seen)
+        stats, observed = _without_observations(microbatch, stats)
         actions = microbatch.positions(microbatch.action_T).to(next(model.parameters()).device)
         assert actions.weight_T is not None
         loss_T, metrics = loss(stats, actions)
         total = (loss_T * actions.weight_T).sum()
+        if observed is not None:
+            nll_N, weight_N = observed
+            total = total + (nll_N * weight_N).sum()
+            totals.add_mean("observation_loss", nll_N)
         if routing is not None and seen is not None:
             total = total + routing.add(seen, counts=bool(ids)).to(total.device)
         total.backward()
@@ -119,6 +132,26 @@ def backward(
             broken.append(f"{invariant} does not hold: {value:g} at {where(t)}")
         progress(len(ids))
     return broken
+
+
+def _with_observations(batch: TokenBatch) -> TokenBatch:
+    """Return the batch with observations that train as further actions, so that they get statistics."""
+    if batch.observation_weight_T is None:
+        return batch
+    return batch.with_(action_T=batch.action_T | (batch.observation_weight_T != 0))
+
+
+def _without_observations(batch: TokenBatch, stats: TokenStats) -> tuple[TokenStats, tuple[Tensor, Tensor] | None]:
+    """Return the statistics of the actions of `batch`, and -log p and weight of each of N observations, if any train.
+
+    `stats` are those of both, as `_with_observations` gives them.
+    """
+    if batch.observation_weight_T is None:
+        return stats, None
+    both_T = _with_observations(batch).action_T
+    is_action_A = batch.action_T[both_T].to(stats.logp.device)
+    weight_N = batch.observation_weight_T[both_T & ~batch.action_T].to(stats.logp.device)
+    return stats.at(is_action_A), (-stats.logp[~is_action_A], weight_N)
 
 
 @dataclass(frozen=True)
