@@ -155,6 +155,38 @@ def test_the_microscope(page: Page, file: Path) -> None:
     assert float(said.evaluate_all(strengths)[0].rpartition(",")[2].strip(" )")) == pytest.approx(0.62, abs=0.005)
 
 
+def test_tool_calls_and_observations(page: Page, tmp_path: Path) -> None:
+    """Marked in the texts and token by token, in a call whose marks end inside of tokens."""
+    write_run(tmp_path / "run", seed=0, objective="spo", steps=1, rows=1)
+    report, rng = Report(tmp_path / "run", is_first=True, num_steps=3), Random(0)
+    call = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    pieces = ["I", " add.<tool", call.removeprefix("<tool"), "<|im_end|>", "user", " 42", "So", " 42"]
+    for step in (1, 2):
+        one = trajectory(0, 0, f"I add.{call}", 1.0, len(pieces))
+        before = one.texts[0] + one.texts[1]
+        one.texts += [before + "<|im_end|>user 42", "So 42"]
+        report.samples(step, "train", [one])
+        if step == 1:
+            row = token_row(one, step, rng, trains=False)
+            mask = [False, False, *[piece not in ("user", " 42") or n == 7 for n, piece in enumerate(pieces)]]
+            said = [place for place, sampled in enumerate(mask[2:]) if sampled]
+            for name in ("logp", "max_logp", "rank", "entropy", "engine_logp", "top", "top_logp"):
+                row[name] = [row[name][place] for place in said]
+            report.tokens(step, "train", [row | {"tokens": ["Q", "?", *pieces], "sampled": mask, "length": len(said)}])
+    write_page(RunIndex([str(tmp_path / "run")]), tmp_path / "view.html")
+    open_rollouts(page, tmp_path / "view.html")
+    page.get_by_label("Step", exact=True).select_option("step 2")
+    page.locator(".row").first.click()
+    expect(page.locator(".pane .who")).to_have_text(["prompt", "response with tool calls", "observation", "response"])
+    expect(page.locator(".pane mark.call")).to_have_text([call], use_inner_text=False)
+    expect(page.locator(".pane .state").nth(1)).to_have_text("<|im_end|>user 42")
+    page.get_by_label("Step", exact=True).select_option("step 1")
+    page.locator(".row").first.click()
+    expect(page.locator(".pane .given.observed")).to_have_text(["user", " 42"], use_inner_text=False)
+    expect(page.locator(".pane .said.call")).to_have_count(2)
+    expect(page.locator(".pane .scale")).to_contain_text("bold: tool call · barred: observation · underlined")
+
+
 def test_one_row_at_two_steps_side_by_side(page: Page, file: Path) -> None:
     open_rollouts(page, file)
     page.locator(".row").nth(1).click()

@@ -198,10 +198,16 @@ function setStatistic(n, statistic) {
 }
 
 function plainTexts(texts) {
-  const parts = texts.flatMap((text, n) => [
-    el("p", { className: "who" }, n === 0 ? "prompt" : n % 2 ? "response" : "environment"),
-    el("pre", { className: n % 2 ? "text" : "text state" }, text),
-  ]);
+  const parts = texts.flatMap((text, n) => {
+    if (n % 2) {
+      const who = callsIn(text).length ? "response with tool calls" : "response";
+      return [el("p", { className: "who" }, who), el("pre", { className: "text" }, ...withCalls(text))];
+    }
+    const before = n ? texts[n - 2] + texts[n - 1] : "";
+    const added = text.startsWith(before) ? text.slice(before.length) : text; // otherwise the history was rewritten
+    const who = n === 0 ? "prompt" : "observation";
+    return [el("p", { className: "who" }, who), el("pre", { className: "text state" }, added)];
+  });
   return [
     ...parts,
     el(
@@ -218,10 +224,13 @@ function microscope(pane, n) {
   let k = 0;
   const spans = [];
   const places = []; // of the sampled tokens
+  const kindOfToken = kinds(tokens);
   const all = tokens.tokens.map((text, t) => {
     const shown = text === "" ? "·" : text.replaceAll("\n", "↵\n");
-    if (tokens.sampled[t] === "0") return el("span", { className: "given" }, text);
-    const span = el("span", { className: tokens.rank[k] > 1 ? "said off" : "said", id: `token-${n}-${k}` }, shown);
+    const { call, observed } = kindOfToken[t];
+    if (tokens.sampled[t] === "0") return el("span", { className: observed ? "given observed" : "given" }, text);
+    const className = `said${tokens.rank[k] > 1 ? " off" : ""}${call ? " call" : ""}`;
+    const span = el("span", { className, id: `token-${n}-${k}` }, shown);
     span.dataset.k = k++;
     spans.push(span);
     places.push(t);
@@ -256,6 +265,13 @@ function microscope(pane, n) {
     point(pane, Math.min(spans.length - 1, Math.floor((event.offsetX / pane.strip.clientWidth) * spans.length)));
   });
   pane.scale = el("p", { className: "scale" });
+  pane.legend = [
+    kindOfToken.some((kind) => kind.call) && "bold: tool call",
+    kindOfToken.some((kind) => kind.observed) && "barred: observation",
+    "underlined: not the most likely",
+  ]
+    .filter(Boolean)
+    .join(" · ");
   return [pane.scale, pane.strip, box];
 }
 
@@ -284,7 +300,7 @@ function colour() {
       el("span", {}, low),
       el("i", { style: `background:linear-gradient(90deg, ${ramp})` }),
       el("span", {}, high),
-      el("span", {}, "underlined: not the most likely"),
+      el("span", {}, pane.legend),
     );
     drawStrip(pane, strength);
   }
