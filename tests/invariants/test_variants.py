@@ -19,16 +19,19 @@ from RL2.workers.actor import Actor
 MODELS = ("phi", "gemma2", "granite_swa", "deepseek_v3", "apertus")
 """A head with a bias; sliding windows and soft caps of scores and logits; sliding windows and attention sinks; values
 smaller than keys; activations with parameters."""
+SPLIT_OTHERWISE = ("glm4", "olmo2", "phi3", "deepseek_v2")
+"""Tensor-parallel plans: fused weights of an MLP; norms over all heads; fused weights of attention; a shared key."""
 LAYOUTS = {"fsdp": {}, "tp": {"tp_size": 2}, "sp": {"sp_size": 2}}
 WITHOUT_TP = ("granite_swa", "deepseek_v3")
 CASES = [(name, layout) for name in MODELS for layout in LAYOUTS if layout != "tp" or name not in WITHOUT_TP]
+CASES += [(name, "tp") for name in SPLIT_OTHERWISE]
 
 
 def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
     """Every case in the layouts of these processes."""
     batch = mixed()
     results: dict[str, Result] = {}
-    for name, layout in CASES if processes.world_size > 1 else [(name, "alone") for name in MODELS]:
+    for name, layout in CASES if processes.world_size > 1 else [(name, "alone") for name in MODELS + SPLIT_OTHERWISE]:
         sizes = LAYOUTS.get(layout, {})
         actor = Actor(actor_config("spo", str(folder / name), **sizes), processes, 10, folder)
         actor.stats(batch, StatsRequest(("logp",)), 4096)  # sequences are compared with each alone
@@ -39,7 +42,7 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("variants")
-    for name in MODELS:
+    for name in MODELS + SPLIT_OTHERWISE:
         tiny_model(tiny_config(name)).save_pretrained(folder / name)
     return folder
 
