@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from programs import World
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from RL2.tools.export import export
 
 
 def make(world: World, model_type: str, folder: Path) -> Path:
@@ -66,3 +69,21 @@ def test_experts_are_replayed(replay: str, nproc: int, world: World, tmp_path: P
     changed = [row["actor/moe/routes_changed"] for row in run.metrics if "actor/moe/routes_changed" in row]
     assert len(changed) == 3
     assert all(0 <= share < 0.5 for share in changed)
+
+
+def test_adapters_on_experts_are_sampled_with_and_exported(world: World, tmp_path: Path) -> None:
+    model = make(world, "glm4_moe", tmp_path / "model")
+    lora = ("actor.lora.rank=4", "actor.lora.target_modules=[all-linear,all-experts]", "actor.moe.replay=engine")
+    run = world.run("spo", f"actor.model_name={model}", *lora, "actor.lr=1e-3", "trainer.save_freq=1").succeeded()
+    assert max(row["actor/logp_gap"] for row in run.metrics if "actor/logp_gap" in row) < 1e-4
+    checkpoint = max(run.save_dir.glob("step_*"))
+    export(checkpoint, tmp_path / "merged", "", adapter=False)
+    export(checkpoint, tmp_path / "adapter", "", adapter=True)
+    base, latest, merged = (
+        AutoModelForCausalLM.from_pretrained(x) for x in (model, run.save_dir / "latest", tmp_path / "merged")
+    )
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(merged(ids).logits, latest(ids).logits)
+    assert not torch.allclose(base(ids).logits, latest(ids).logits, atol=1e-4)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(adapted(ids).logits, latest(ids).logits, atol=1e-5, rtol=1e-4)
