@@ -190,16 +190,17 @@ def test_a_value_model_takes_the_text_and_is_exported_alone(
     assert again.config.model_type == "gemma3_text"
 
 
+@pytest.mark.parametrize(("model_type", "targets"), [("gemma3", "q_proj"), ("qwen3_5_moe", "q_proj,all-experts")])
 @pytest.mark.parametrize("save", ["merged", "adapter"])
 def test_adapters_are_of_the_text_alone(
-    save: str, tmp_path: Path, processes: Processes, tokenizer: PreTrainedTokenizerBase
+    save: str, model_type: str, targets: str, tmp_path: Path, processes: Processes, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    whole = make(tmp_path / "model", "gemma3")
+    whole = make(tmp_path / "model", model_type)
     there = learner(
         tmp_path / "model",
         processes,
         "actor.lora.rank=2",
-        "actor.lora.target_modules=[q_proj]",
+        f"actor.lora.target_modules=[{targets}]",
         f"actor.lora.save={save}",
     )
     batch = batch_of((40, 28))
