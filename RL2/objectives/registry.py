@@ -10,6 +10,7 @@ from RL2.config import functions
 from RL2.config.load import ARGS
 from RL2.config.model import Actor
 from RL2.errors import ConfigError
+from RL2.objectives.distillation import forward_kl, gkd, opd, opd_sampled
 from RL2.objectives.objective import Gradient, Loss, Objective
 from RL2.objectives.policy_gradient import cispo, gspo, ppo, reinforce, sapo
 from RL2.objectives.rank import rank_jsd, rank_kl
@@ -30,6 +31,16 @@ OBJECTIVES: dict[str, Objective] = {
     "cispo": cispo,
     "sapo": sapo,
 }
+
+TEACHER_OBJECTIVES: dict[str, Objective] = {
+    "opd": opd,
+    "opd_sampled": opd_sampled,
+    "gkd": gkd,
+    "forward_kl": forward_kl,
+}
+"""Objectives that need a teacher. They can be checked, and used in Python with `teacher_stats`."""
+
+ALL = OBJECTIVES | TEACHER_OBJECTIVES
 
 KEY = "actor.objective"
 
@@ -88,7 +99,7 @@ class BoundObjective:
 
 def find(name: str) -> Objective:
     """Return the objective of this name, or of `path.py:function`. Raise ConfigError if there is none."""
-    return functions.find(KEY, name, OBJECTIVES, Objective, DECLARATION)
+    return functions.find(KEY, name, ALL, Objective, DECLARATION)
 
 
 def bind(name: str, given: Mapping[str, Any]) -> BoundObjective:
@@ -105,7 +116,7 @@ def bind(name: str, given: Mapping[str, Any]) -> BoundObjective:
 
 def bound(objective: str | Objective, knobs: Mapping[str, Any]) -> BoundObjective:
     """Return an objective with its knobs set, both given in Python. Raise ConfigError as `bind` does."""
-    name, found = functions.argument("objective", objective, OBJECTIVES, Objective, DECLARATION)
+    name, found = functions.argument("objective", objective, ALL, Objective, DECLARATION)
     _refuse_without_teacher("objective", name, found)
     keys = {knob: knob for knob in (*found.knobs, *knobs)}
     return BoundObjective(name, found, functions.knob_values("objective", name, found, knobs, keys))

@@ -21,7 +21,7 @@ from RL2.ops import divergence
 from RL2.ops import tally as plain
 from RL2.ops.divergence import OTHER, Side
 from RL2.ops.tally import Tally
-from RL2.ops.tiles import BUDGET_MIB, CPU_TILE_MIB, TILE_TOKENS, accumulation_dtype, add_product, all_gather, slices
+from RL2.ops.tiles import TILE_TOKENS, accumulation_dtype, add_product, all_gather, slices
 from RL2.ops.token_stats import VocabularyShard
 
 TILED = (
@@ -36,6 +36,15 @@ TILED = (
 
 TAILS = ("student_tail_logp", "teacher_tail_logp")
 """Statistics whose parts are added as logarithms."""
+
+BUDGET_MIB = {"cpu": 160.0, "cuda": 512.0}
+"""MiB of logits of both sides in memory at a time, by device type.
+
+On a CPU these are 138 tokens of a vocabulary of 151,936: matrix products of fewer than 128 rows are slower.
+"""
+
+CPU_TILE_MIB = 2.0
+"""Size of a tile on a CPU: all `WORKING_TILES` stay in the cache."""
 
 WORKING_TILES = 6
 """Tiles in memory at a time: the logits of both sides, and what is computed from them."""

@@ -7,6 +7,7 @@ Shape letters: T tokens, B sequences, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from RL2.objectives.objective import Gradient, Objective
 from RL2.tools.check_objective.subject import Constants, Subject, SyntheticBatch, extremes, gradient, synthetic_batch
 from RL2.tools.check_objective.two_ranks import Pair
 from RL2.tools.checking import Setting, Unsound, check_effects, check_knobs, raises
-from RL2.types import MENU
+from RL2.types import MENU, TEACHER_MENU
 
 
 def _at(subject: Subject, setting: Setting) -> str:
@@ -54,7 +55,7 @@ def _call(subject: Subject, setting: Setting, on: SyntheticBatch, where: str) ->
     leaf_TV, batch = on.logits_TV.requires_grad_(), on.batch
     before = {name: x.clone() for name, x in batch.tensors().items()}
     try:
-        out, again = (subject.dense(setting, leaf_TV, batch) for _ in range(2))
+        out, again = (subject.dense(setting, leaf_TV, on) for _ in range(2))
     except Exception as error:
         raise Unsound(where + raises(subject.function.function, error)) from error
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], Tensor) and isinstance(out[1], dict)):
@@ -92,7 +93,7 @@ def _call(subject: Subject, setting: Setting, on: SyntheticBatch, where: str) ->
 def statistics(subject: Subject) -> str:
     """Check that it reads the statistics that it declares and no others."""
     declared = set(subject.function.needs)
-    inside = [name for name in MENU if name in declared | subject.read]
+    inside = [name for name in (*MENU, *TEACHER_MENU) if name in declared | subject.read]
     if undeclared := [name for name in inside if name not in declared]:
         line = ", ".join(repr(name) for name in inside)
         raise Unsound(f"it reads {', '.join(undeclared)} without declaring it; write @needs({line})")
@@ -123,13 +124,13 @@ def _disagreement(
     """Return where autograd first differs from the central difference, along the label or along `direction_TV`."""
     constants, leaf_TV, step = Constants(), on.logits_TV.requires_grad_(), 1e-5
     with constants:
-        loss_T, _ = subject.dense(setting, leaf_TV, on.batch)
+        loss_T, _ = subject.dense(setting, leaf_TV, on)
     (grad_TV,) = gradient(loss_T, weight_T, leaf_TV)
 
     @torch.no_grad()
     def moved(by_TV: Tensor) -> Tensor:
         with constants:
-            return subject.dense(setting, leaf_TV + by_TV, on.batch)[0]
+            return subject.dense(setting, leaf_TV + by_TV, on)[0]
 
     along_label_TV = torch.zeros_like(direction_TV).scatter(1, on.batch.labels_T[:, None], 1.0)
     for t in range(len(leaf_TV)):
@@ -158,10 +159,11 @@ def closed_form(subject: Subject) -> str:
 def _compare(subject: Subject, setting: Setting, on: SyntheticBatch, formula: Gradient) -> None:
     at, leaf_TV = _at(subject, setting), on.logits_TV.requires_grad_()
     p_TV = leaf_TV.detach().softmax(-1)
-    loss_T, _ = subject.dense(setting, leaf_TV, on.batch)
+    loss_T, _ = subject.dense(setting, leaf_TV, on)
     (grad_TV,) = gradient(loss_T, torch.ones_like(loss_T), leaf_TV)
     try:
-        formula_TV = formula(p_TV, on.batch, **setting)
+        taught = [on.teacher_TV.softmax(-1)] if subject.function.needs_teacher else []
+        formula_TV = formula(p_TV, *taught, on.batch, **setting)
     except Exception as error:
         raise Unsound(at + raises(formula, error)) from error
     if formula_TV.shape != grad_TV.shape:
@@ -181,7 +183,7 @@ def limits(subject: Subject) -> str:
     edge, names = extremes(subject.vocabulary)
     for setting in subject.settings:
         logits_TV = edge.hidden_TD.clone().requires_grad_()
-        loss_T, metrics = subject.chunked(setting, logits_TV, edge.head_VD, edge.batch)
+        loss_T, metrics = subject.chunked(setting, logits_TV, edge.head_VD, edge)
         (grad_TV,) = gradient(loss_T, torch.ones_like(loss_T), logits_TV)
         found = {"loss": loss_T, "gradient": grad_TV} | {f"metric {name}": x for name, x in metrics.items()}
         for what, x_T in found.items():
@@ -204,21 +206,21 @@ def weights(subject: Subject) -> str:
     coupled = False
     for setting in subject.settings:
         at, leaf_TV = _at(subject, setting), whole.logits_TV.requires_grad_()
-        loss_T, _ = subject.dense(setting, leaf_TV, whole.batch)
+        loss_T, _ = subject.dense(setting, leaf_TV, whole)
         (of_sequences_TV,) = gradient(loss_T, (~odd_sequence_T).double(), leaf_TV)
         if of_sequences_TV[odd_sequence_T].any():
             raise Unsound(
                 f"{at}a sequence of weight 0 gets a gradient, through the losses of other sequences; a loss may only "
                 "depend on the statistics of its own sequence"
             )
-        weighed = whole.batch.with_(weight_T=odd_T.double())
+        weighed = replace(whole, batch=whole.batch.with_(weight_T=odd_T.double()))
         if not torch.equal(subject.dense(setting, leaf_TV, weighed)[0], loss_T):
             raise Unsound(f"{at}the loss depends on batch.weight_T; the trainer multiplies by it, so it counts twice")
-        (of_tokens_TV,) = gradient(subject.dense(setting, leaf_TV, whole.batch)[0], (~odd_T).double(), leaf_TV)
+        (of_tokens_TV,) = gradient(subject.dense(setting, leaf_TV, whole)[0], (~odd_T).double(), leaf_TV)
         coupled |= bool(of_tokens_TV[odd_T].any())
         single = whole.single()
         hidden_TD, head_VD = single.hidden_TD.requires_grad_(), single.head_VD.requires_grad_()
-        loss_T, _ = subject.chunked(setting, hidden_TD, head_VD, single.batch)
+        loss_T, _ = subject.chunked(setting, hidden_TD, head_VD, single)
         nothing_T = torch.zeros_like(loss_T)
         if (loss_T * nothing_T).sum() != 0 or any(x.any() for x in gradient(loss_T, nothing_T, hidden_TD, head_VD)):
             raise Unsound(f"{at}a batch in which every weight is 0 has a loss or a gradient that is not 0")
@@ -267,7 +269,7 @@ def invariance(subject: Subject, pair: Pair) -> str:
 def _per_token(subject: Subject, setting: Setting, on: SyntheticBatch) -> dict[str, Tensor]:
     """Return loss, gradient and metrics, each [T, ...]."""
     leaf_TV = on.logits_TV.requires_grad_()
-    loss_T, metrics = subject.dense(setting, leaf_TV, on.batch)
+    loss_T, metrics = subject.dense(setting, leaf_TV, on)
     (grad_TV,) = gradient(loss_T, torch.ones_like(loss_T), leaf_TV)
     metrics = {f"metric {name}": x_T.double()[:, None] for name, x_T in metrics.items()}
     return {name: x.detach() for name, x in ({"loss": loss_T[:, None], "gradient": grad_TV} | metrics).items()}

@@ -14,7 +14,7 @@ from typing import Any
 from RL2.errors import ConfigError
 from RL2.objectives.objective import Objective
 from RL2.objectives.registry import DECLARATION
-from RL2.tools.check_objective import checks
+from RL2.tools.check_objective import checks, teacher
 from RL2.tools.check_objective.subject import Subject
 from RL2.tools.check_objective.two_ranks import Pair, PairError
 from RL2.tools.checking import Finding, Unsound, assert_passed, raises
@@ -45,6 +45,8 @@ def check(
             "invariance": lambda subject: checks.invariance(subject, two),
             "knobs": checks.effects,
         }
+        if subject.function.needs_teacher:
+            others["teacher"] = teacher.expectation
         return findings + [_run(subject, name, one) for name, one in others.items()]
 
 

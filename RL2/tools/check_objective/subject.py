@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from RL2.objectives.objective import Loss, Objective
 from RL2.objectives.registry import find
+from RL2.ops.teacher_stats import Teacher, reference_teacher_stats, teacher_stats
 from RL2.ops.token_stats import reference_stats, token_stats
 from RL2.tools.checking import Setting, Tried
-from RL2.types import MENU, TokenBatch, TokenStats
+from RL2.types import MENU, TEACHER_MENU, TOP, TokenBatch, TokenStats
 
 LENGTHS = (5, 1, 0, 8, 3, 7)
 """Actions of each sequence, among them a single one and none at all."""
@@ -26,21 +27,29 @@ LENGTHS = (5, 1, 0, 8, 3, 7)
 
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """A batch of actions, with the hidden states and the head that its statistics are computed from."""
+    """A batch of actions, with the hidden states and heads that its statistics are computed from."""
 
     hidden_TD: Tensor
     head_VD: Tensor
     batch: TokenBatch
+    teacher_TD: Tensor
+    """Hidden states of a teacher, which objectives may read statistics of; its head is the student's."""
 
     @property
     def logits_TV(self) -> Tensor:
         """The logits of each token."""
         return self.hidden_TD @ self.head_VD.T
 
+    @property
+    def teacher_TV(self) -> Tensor:
+        """The logits of the teacher."""
+        return self.teacher_TD @ self.head_VD.T
+
     def sequences(self, ids: Sequence[int]) -> SyntheticBatch:
         """Return the batch with the sequences `ids`, in that order."""
         place_T = self.batch.with_(token_ids_T=torch.arange(len(self.hidden_TD))).sequences(ids).token_ids_T
-        return replace(self, hidden_TD=self.hidden_TD[place_T], batch=self.batch.sequences(ids))
+        hidden_TD, teacher_TD = self.hidden_TD[place_T], self.teacher_TD[place_T]
+        return replace(self, hidden_TD=hidden_TD, teacher_TD=teacher_TD, batch=self.batch.sequences(ids))
 
     def fresh(self) -> SyntheticBatch:
         """Return the batch as on the first update of a rollout without a reference: some fields are None."""
@@ -49,7 +58,8 @@ class SyntheticBatch:
     def single(self) -> SyntheticBatch:
         """Return the batch in float32."""
         floats = {name: x.float() for name, x in self.batch.tensors().items() if x.is_floating_point()}
-        return SyntheticBatch(self.hidden_TD.float(), self.head_VD.float(), self.batch.with_(**floats))
+        batch = self.batch.with_(**floats)
+        return SyntheticBatch(self.hidden_TD.float(), self.head_VD.float(), batch, self.teacher_TD.float())
 
 
 def synthetic_batch(vocabulary: int) -> SyntheticBatch:
@@ -77,17 +87,15 @@ def synthetic_batch(vocabulary: int) -> SyntheticBatch:
         return (logp_T + noise_T).clamp(max=-1e-3)
 
     sign_T = 1 - 2 * (torch.arange(num_tokens) % 2)
-    return SyntheticBatch(
-        hidden_TD,
-        head_VD,
-        batch.with_(
-            old_logp_T=near(0.6),
-            ref_logp_T=near(0.3),
-            engine_logp_T=near(0.05),
-            value_T=torch.randn(num_tokens, generator=g, dtype=torch.float64),
-            advantage_T=sign_T * (0.2 + torch.rand(num_tokens, generator=g, dtype=torch.float64)),
-        ),
+    batch = batch.with_(
+        old_logp_T=near(0.6),
+        ref_logp_T=near(0.3),
+        engine_logp_T=near(0.05),
+        value_T=torch.randn(num_tokens, generator=g, dtype=torch.float64),
+        advantage_T=sign_T * (0.2 + torch.rand(num_tokens, generator=g, dtype=torch.float64)),
     )
+    teacher_TD = hidden_TD + 0.4 * torch.randn(hidden_TD.shape, generator=g, dtype=torch.float64)
+    return SyntheticBatch(hidden_TD, head_VD, batch, teacher_TD)
 
 
 def extremes(vocabulary: int) -> tuple[SyntheticBatch, list[str]]:
@@ -116,7 +124,21 @@ def extremes(vocabulary: int) -> tuple[SyntheticBatch, list[str]]:
         value_T=torch.zeros(len(rows)),
         advantage_T=sign_T,
     )
-    return SyntheticBatch(logits_TV, torch.eye(vocabulary), batch), [name for name, _, _ in rows]
+    # the teacher is certain where the student is not, and the other way round
+    return SyntheticBatch(logits_TV, torch.eye(vocabulary), batch, logits_TV.roll(4, 0)), [name for name, _, _ in rows]
+
+
+def label_by_label(on: SyntheticBatch, teacher_TD: Tensor) -> SyntheticBatch:
+    """Return a batch of T x V sequences of one action: each token of `on` with each token of the vocabulary as label.
+
+    It is on-policy, without advantages, and `teacher_TD` are the hidden states of its teacher.
+    """
+    (num_tokens, _), vocabulary = on.hidden_TD.shape, len(on.head_VD)
+    labels_N = torch.arange(vocabulary).repeat(num_tokens)
+    hidden_ND, teacher_ND = (x.repeat_interleave(vocabulary, 0) for x in (on.hidden_TD, teacher_TD))
+    logp_N = on.logits_TV.log_softmax(-1).flatten()
+    batch = _batch(labels_N, [1] * len(labels_N)).with_(engine_logp_T=logp_N, advantage_T=torch.zeros_like(logp_N))
+    return SyntheticBatch(hidden_ND, on.head_VD, batch, teacher_ND)
 
 
 def _batch(labels_T: Tensor, lengths: Sequence[int]) -> TokenBatch:
@@ -169,7 +191,7 @@ class Subject(Tried):
         """Return whether the objective raises ValueError, which says that values do not go together."""
         whole = synthetic_batch(self.vocabulary)
         try:
-            self.dense(setting, whole.logits_TV, whole.batch)
+            self.dense(setting, whole.logits_TV, whole)
         except ValueError:
             return True
         except Exception:
@@ -177,9 +199,13 @@ class Subject(Tried):
         return False
 
     def top_k(self, setting: Setting) -> int:
-        """Return K of `top_logp` and `top_id` at this setting."""
+        """Return K of the statistics of the most likely tokens at this setting."""
         knob = self.function.top_k
         return 4 if knob is None else setting[knob]
+
+    def beta(self, setting: Setting) -> float:
+        """Return beta of `jsd` at this setting."""
+        return 0.5 if self.function.beta is None else setting[self.function.beta]
 
     @cached_property
     def vocabulary(self) -> int:
@@ -188,21 +214,32 @@ class Subject(Tried):
         largest = 0 if knob is None else max([self.base[knob], *self.alternatives[knob]])
         return max(16, largest + 8)
 
-    def dense(self, setting: Setting, logits_TV: Tensor, batch: TokenBatch) -> Loss:
-        """Return the loss on the dense reference path, in the dtype of the logits, and record what is read."""
-        stats = reference_stats(logits_TV, batch.labels_T, MENU, self.top_k(setting))
-        return self.function(_Watched(self.read, stats), batch, **setting)
+    def dense(self, setting: Setting, logits_TV: Tensor, on: SyntheticBatch) -> Loss:
+        """Return the loss at these logits on the dense reference path, in their dtype, and record what is read."""
+        labels_T, top_k = on.batch.labels_T, self.top_k(setting)
+        if self.function.needs_teacher:
+            menu, teacher_TV = (*MENU, *TEACHER_MENU), on.teacher_TV.detach()
+            stats = reference_teacher_stats(logits_TV, teacher_TV, labels_T, menu, top_k, self.beta(setting))
+        else:
+            stats = reference_stats(logits_TV, labels_T, MENU, top_k)
+        return self.function(_Watched(self.read, stats), on.batch, **setting)
 
-    def chunked(self, setting: Setting, hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch) -> Loss:
+    def chunked(self, setting: Setting, hidden_TD: Tensor, head_VD: Tensor, on: SyntheticBatch) -> Loss:
         """Return the loss on the chunked path, as in training, with the statistics in `read`."""
-        top_k = self.top_k(setting) if {"top_logp", "top_id"} & self.read else 0
+        top_k = self.top_k(setting) if set(TOP) & self.read else 0
         how: dict[str, Any] = {"fields": tuple(self.read), "top_k": top_k, "implementation": "chunked"}
-        return self.function(token_stats(hidden_TD, head_VD, batch.labels_T, **how), batch, **setting)
+        if self.function.needs_teacher:
+            teacher = Teacher(on.teacher_TD, on.head_VD)
+            how["beta"] = self.beta(setting)
+            stats = teacher_stats(hidden_TD, head_VD, on.batch.labels_T, teacher, **how)
+        else:
+            stats = token_stats(hidden_TD, head_VD, on.batch.labels_T, **how)
+        return self.function(stats, on.batch, **setting)
 
     def sums(self, setting: Setting, on: SyntheticBatch) -> dict[str, Tensor]:
         """Return what training sums over microbatches and processes: loss, gradients and metrics."""
         hidden_TD, head_VD = on.hidden_TD.clone().requires_grad_(), on.head_VD.clone().requires_grad_()
-        loss_T, metrics = self.chunked(setting, hidden_TD, head_VD, on.batch)
+        loss_T, metrics = self.chunked(setting, hidden_TD, head_VD, on)
         hidden, head = gradient(loss_T, torch.ones_like(loss_T), hidden_TD, head_VD)
         sums = {"loss": loss_T.sum(), "gradient of the hidden states": hidden.sum(0), "gradient of the head": head}
         return {name: x.detach() for name, x in sums.items()} | {
@@ -224,7 +261,7 @@ class _Watched(TokenStats):
         self.__dict__["_read"] = read
 
     def __getattribute__(self, name: str) -> Any:
-        if name in MENU:
+        if name in MENU or name in TEACHER_MENU:
             object.__getattribute__(self, "_read").add(name)
         return object.__getattribute__(self, name)
 

@@ -8,7 +8,7 @@ import pytest
 
 from RL2.errors import ConfigError
 from RL2.objectives.objective import Loss, Objective, needs
-from RL2.objectives.registry import BoundObjective, bind, bound
+from RL2.objectives.registry import TEACHER_OBJECTIVES, BoundObjective, bind, bound
 from RL2.types import TEACHER_MENU, TOP, TokenBatch, TokenStats
 
 SCRIPT = """
@@ -43,6 +43,12 @@ def test_beta_and_top_k_go_with_their_statistics() -> None:
             needs(name)
     with pytest.raises(ValueError, match=f"the menu is logp, .*{', '.join(TEACHER_MENU)}"):
         needs("teacher")
+
+
+@pytest.mark.parametrize("name", TEACHER_OBJECTIVES)
+def test_built_in_objectives_are_refused_without_a_teacher(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"actor.objective={name} reads .*, and no teacher is configured"):
+        bind(name, {})
 
 
 def test_without_a_teacher_the_objective_is_refused(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from RL2.errors import ConfigError
 from RL2.objectives.objective import Loss, needs
-from RL2.objectives.registry import OBJECTIVES
+from RL2.objectives.registry import ALL, OBJECTIVES, TEACHER_OBJECTIVES
 from RL2.tools.check_objective.main import assert_sound, check
 from RL2.tools.check_objective.two_ranks import Pair
+from RL2.tools.checking import assert_passed
 from RL2.tools.cli import app
 from RL2.types import TokenBatch, TokenStats
 
@@ -36,6 +37,24 @@ def test_the_objectives_of_the_library_are_sound(name: str, pair: Pair) -> None:
     assert_sound(name, pair=pair)
 
 
+DIVERGENCES = {
+    "opd": "kl_student_teacher",
+    "opd_sampled": "kl_student_teacher",
+    "gkd": "jsd",
+    "forward_kl": "kl_teacher_student",
+}
+
+
+@pytest.mark.parametrize("name", TEACHER_OBJECTIVES)
+def test_an_objective_with_a_teacher_has_the_expected_gradient_of_its_divergence(name: str, pair: Pair) -> None:
+    findings = check(name, pair=pair)
+    assert_passed(findings)
+    assert (findings[-1].name, findings[-1].reason) == (
+        "teacher",
+        f"its expected gradient is that of {DIVERGENCES[name]}, and 0 where the student is the teacher",
+    )
+
+
 REASONS = {
     "nan_at_one": {"limits": r"the loss is not finite in float32 at p = 1 - 1e-12"},
     "batch_mean": {"invariance": r"the loss of a token is another one when .* remove every mean"},
@@ -49,6 +68,8 @@ REASONS = {
         "invariance": r"the loss of a token is another one when",
     },
     "counts_processes": {"invariance": r"two processes, each with some of the sequences, together have another sum"},
+    "detached_divergence": {"teacher": r"its expected gradient is 0: a detached divergence as an advantage, .*top K"},
+    "clamped_ratio": {"teacher": r"is that of kl_student_teacher only where .* are close: a clamped log-ratio"},
     "weighs_itself": {"weights": r"the loss depends on batch.weight_T"},
 }
 
@@ -83,13 +104,13 @@ def test_what_a_newcomer_writes_is_sound(newcomer: Path, pair: Pair) -> None:
     assert_sound(f"{newcomer}:focal", pair=pair)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_objective_has_a_card_with_its_defaults(name: str) -> None:
     page = (ROOT / "docs" / "objectives.md").read_text()
     (card,) = [card for card in page.split("\n### ")[1:] if f"`{name}`" in card.splitlines()[0]]
     (line,) = re.findall(r"- Knobs: (.*)", card)
     stated = OmegaConf.from_dotlist(re.findall(r"`(\w+=[^`]+)`", line))
-    assert stated == OBJECTIVES[name].defaults
+    assert stated == ALL[name].defaults
 
 
 def rl2(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -134,6 +155,17 @@ def test_knobs_are_checked_before_anything_runs() -> None:
         check("ppo", {"clip": "wide"})
     with pytest.raises(ConfigError, match="say what it reads"):
         check(lambda stats, batch: (-stats.logp, {}))
+
+
+@needs("teacher_logp", "logp")
+def regresses(stats: TokenStats, batch: TokenBatch) -> Loss:
+    return (stats.logp - stats.teacher_logp).square(), {}
+
+
+def test_an_objective_may_belong_to_no_divergence(pair: Pair) -> None:
+    findings = check(regresses, pair=pair)
+    assert_passed(findings)
+    assert findings[-1].reason == "its expected gradient is not that of a single divergence of the menu"
 
 
 @needs("logp")
