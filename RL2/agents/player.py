@@ -62,6 +62,7 @@ class AgentPlayer:
         result: StepResult | None = None
         try:
             task = await _task(prompt, environment, extra_info, sampling, request_seed(seed, group, 0, 0))
+            task["max_turns"] = max_turns
             async with self._slots:
                 left = await self._run(task, session)
             if session.failure is not None:
@@ -113,15 +114,19 @@ def addresses(url: str, key: str) -> dict[str, str]:
 async def _task(
     prompt: Prompt, environment: Environment, extra_info: dict[str, Any], sampling: Sampling, seed: int
 ) -> dict[str, Any]:
-    """Return what an agent is told of its task: `prompt`, `messages`, `extra_info`, `tools`, `row` and `seed`."""
+    """Return what an agent is told of its task: `prompt`, `messages`, `extra_info`, `tools`, `row` and `seed`.
+
+    Without a row, `reset` makes the prompt; without `reset` there is none, and the agent makes a task of the seed.
+    """
     messages, text = prompt.messages, prompt.text
-    if not text and environment.has_reset:
+    if not text:
         extra_info.setdefault("seed", seed % 2**32)
+    if not text and environment.has_reset:
         state = await environment.reset(extra_info, sampling)
         messages = [{"role": "user", "content": state}] if isinstance(state, str) else state
     if messages:
         text = next((str(m["content"]) for m in reversed(messages) if m["role"] == "user" and m.get("content")), text)
-    else:
+    elif text:
         messages = [{"role": "user", "content": text}]
     return {
         "row": prompt.row,

@@ -110,6 +110,12 @@ class Programs:
             self._dir.remove()
             self._dir = None
 
+    def _inherited(self) -> dict[str, str]:
+        """Return the environment variables that agents get from this process."""
+        path = os.environ.get("PYTHONPATH")
+        # a command may be another Python, with packages of its own
+        return _inherited() | ({"PYTHONPATH": path} if path and self.agent.function else {})
+
     async def _start_host(self) -> None:
         async with self._starting:
             if self._host is None:

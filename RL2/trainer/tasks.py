@@ -106,7 +106,8 @@ def train_tasks(config: RLConfig, environment: Environment, load: Load) -> Seq[P
     if data.path is None and config.trainer.eval_only:
         return synthetic_prompts(data.prompts_per_rollout)  # of which none is played
     source = data.path and Source(data.path, "train_data", data.on_bad_row)
-    return _tasks(source or "train_data", data.columns, environment, load, data.prompts_per_rollout)
+    has_agent = config.rollout.agent is not None
+    return _tasks(source or "train_data", data.columns, environment, load, data.prompts_per_rollout, has_agent)
 
 
 def test_tasks(config: RLConfig, environment: Environment, load: Load) -> list[TestTasks]:
@@ -117,6 +118,7 @@ def test_tasks(config: RLConfig, environment: Environment, load: Load) -> list[T
     if config.trainer.test_freq is None and not config.trainer.eval_only:
         return []
     environments = {config.rollout.env_path: environment}
+    has_agent = config.rollout.agent is not None
     found = []
     for each in config.test_sets:
         if each.env_path is not None and each.env_path not in environments:
@@ -125,9 +127,8 @@ def test_tasks(config: RLConfig, environment: Environment, load: Load) -> list[T
             )
         own = environments[each.env_path]
         source = each.path and Source(each.path, each.key, each.on_bad_row)
-        prompts = _tasks(
-            source or each.key, each.columns, own, load, each.prompts_per_rollout or 0, config.trainer.seed
-        )
+        number = each.prompts_per_rollout or 0
+        prompts = _tasks(source or each.key, each.columns, own, load, number, has_agent, config.trainer.seed)
         found.append(TestTasks(each, own, prompts))
     return found
 
@@ -138,12 +139,16 @@ def _tasks(
     environment: Environment,
     load: Load,
     number: int,
+    has_agent: bool,
     seed: int | None = None,
 ) -> Seq[Prompt]:
-    """Return the rows of a source or, where only the key of one is given, `number` tasks that `reset` generates."""
+    """Return the rows of a source or, where only the key of one is given, `number` tasks without a row.
+
+    `reset` of the environment or the agent generates them.
+    """
     if isinstance(source, Source):
         return load(source, with_columns(columns, environment.example))
-    if not environment.has_reset:
+    if not environment.has_reset and not has_agent:
         raise ConfigError(
             f"{source}.path is not set, and {environment.path} has no `reset` that generates tasks; "
             f"pass {source}.path=..."
@@ -152,7 +157,7 @@ def _tasks(
 
 
 def synthetic_prompts(number: int, seed: int | None = None) -> list[Prompt]:
-    """Return prompts without a text, for tasks that `reset` generates.
+    """Return prompts without a text, for tasks that `reset` or an agent generates.
 
     Without a `seed` the tasks are new in each rollout; with one they are always the same.
     """

@@ -100,6 +100,13 @@ def test_secrets_and_ranks_stay_with_the_run(tmp_path: Path, monkeypatch: pytest
     assert left(function(tmp_path, "return ' '.join(os.environ.values()).count('of the run')")) == {"reward": 0}
 
 
+def test_a_function_has_the_import_path_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_library").mkdir()
+    (tmp_path / "own_library" / "seven.py").write_text("number = 7")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/own_library")
+    assert left(function(tmp_path, "import seven", "return seven.number")) == {"reward": 7}
+
+
 CHILDREN = [
     "import subprocess",
     "subprocess.Popen(['sleep', '600'])",
