@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import pytest
 from programs import World, make_world, write_rows
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
 
 AGENT = """
 import openai
@@ -59,6 +63,54 @@ def test_two_processes_play_the_same_episodes_as_one(world: World) -> None:
     one, two = (world.run("ppo", *settings, nproc=number).succeeded() for number in (1, 2))
     for name in ("train/reward", "train/env/digits"):
         assert [row[name] for row in one.metrics] == [row[name] for row in two.metrics]
+
+
+def test_an_agent_makes_its_tasks_of_the_seed(world: World) -> None:
+    (world.root / "seeded.py").write_text(AGENT.replace('list(task["messages"])', 'list(task["messages"] or START)'))
+    with (world.root / "seeded.py").open("a") as file:
+        file.write('START = [{"role": "user", "content": "Say a digit."}]\n')
+        file.write("played = play\n")
+        file.write('def play(task): return played(task) | {"metrics": {"task": task["seed"] % 1000}}\n')
+    run = world.run(
+        "ppo",
+        *played_by(world, AGENT),
+        f"rollout.agent={world.root}/seeded.py:play",
+        "train_data.path=null",
+        "train_data.responses_per_prompt=2",
+        "test_data.prompts_per_rollout=2",
+        "trainer.test_freq=2",
+        "trainer.max_steps=2",
+    ).succeeded()
+    assert [row["train/unscored"] for row in run.metrics if "actor/loss" in row] == [0, 0]
+    tested = [row["test/env/task"] for row in run.metrics if "test/env/task" in row]
+    assert len(tested) == 2 and len(set(tested)) == 1, "tests have the same tasks each time"
+    trained = [row["train/env/task"] for row in run.metrics if "train/env/task" in row]
+    assert len(set(trained)) == 2, "steps have tasks of their own"
+
+
+def test_an_environment_of_verifiers_trains(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several turns, a system message, and two rewards, of which the tiny model earns one."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/tests/tasksets")
+    monkeypatch.setenv("VERIFIERS_TASKSET", "guessing")
+    run = world.run(
+        "spo",
+        *played_by(world, AGENT),
+        f"rollout.agent={ROOT}/envs/agents/verifiers_agent.py:play",
+        "rollout.max_turns=2",
+        "reward.weights.form=2",
+        "train_data.path=null",
+        "train_data.prompts_per_rollout=2",
+        "train_data.responses_per_prompt=4",
+        "trainer.max_steps=2",
+    ).succeeded()
+    assert len(run.metrics) == 2
+    for row in run.metrics:
+        assert row["train/unscored"] == 0 and 1 <= row["train/env/guesses"] == row["train/turns"] <= 2
+        assert 0 < row["train/reward/form"] <= 0.5
+        assert row["train/reward"] == pytest.approx(row["train/reward/found"] + 2 * row["train/reward/form"])
+        assert row["actor/logp_gap_max"] < 1e-4
+    twice = [texts for sample in run.samples if len(texts := sample["texts"]) == 4]
+    assert twice and all(third.startswith(first + second) for first, second, third, _ in twice)
 
 
 def test_agents_that_fail_are_unscored_and_the_run_goes_on(world: World) -> None:
