@@ -110,12 +110,6 @@ class Programs:
             self._dir.remove()
             self._dir = None
 
-    def _inherited(self) -> dict[str, str]:
-        """Return the environment variables that agents get from this process."""
-        path = os.environ.get("PYTHONPATH")
-        # a command may be another Python, with packages of its own
-        return _inherited() | ({"PYTHONPATH": path} if path and self.agent.function else {})
-
     async def _start_host(self) -> None:
         async with self._starting:
             if self._host is None:
@@ -155,10 +149,12 @@ class Programs:
 
     def _inherited(self) -> dict[str, str]:
         """Return the environment variables that agents get: those of this process without ranks and other secrets."""
+        # a command may be another Python, with packages of its own
+        given = {*self.variables, *(["PYTHONPATH"] if self.agent.function else [])}
         return {
             name: value
             for name, value in os.environ.items()
-            if name in self.variables or not (name.startswith((*NOT_INHERITED, *OVERRIDDEN)) or is_secret(name))
+            if name in given or not (name.startswith((*NOT_INHERITED, *OVERRIDDEN)) or is_secret(name))
         }
 
     async def _wait(self, ended: asyncio.Future[int], limit_s: float, failed: Callable[[], bool]) -> int | None:
