@@ -115,7 +115,7 @@ def test_an_environment_of_verifiers_trains(world: World, monkeypatch: pytest.Mo
 
 def test_agents_that_fail_are_unscored_and_the_run_goes_on(world: World) -> None:
     source = AGENT.replace("    messages, digits", f"    {FAILING}\n    messages, digits")
-    limits = ("rollout.agent_timeout_s=15", "trainer.max_steps=2")
+    limits = ("rollout.agent_timeout_s=15", "trainer.max_steps=2", "trainer.samples_per_step=16")
     run = world.run("ppo", *played_by(world, source, name="failing"), *limits).succeeded()
     rows, samples = run.metrics, run.samples
     assert len(rows) == 2 and all(row["train/unscored"] > 0 for row in rows)
