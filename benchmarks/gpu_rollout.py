@@ -37,7 +37,7 @@ from RL2.engines.embedded.dense import DenseCache
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.embedded.packed import PackedForward
 from RL2.engines.embedded.paged import PagedCache
-from RL2.engines.memory import bytes_per_position, free_bytes
+from RL2.engines.memory import free_bytes
 from RL2.ops.attention import IMPLEMENTATION
 from RL2.types import Sampling
 
@@ -71,9 +71,8 @@ class WithoutGraphs(EmbeddedEngine):
 
 class Dense(EmbeddedEngine):
     def _new_cache(self) -> Cache:
-        per_position = bytes_per_position(self.lm.config, self.lm.dtype)
         assert isinstance(self.model, PackedForward)
-        return DenseCache(self.model, self.memory_share * free_bytes(self.device), per_position)
+        return DenseCache(self.model, self.memory_share * free_bytes(self.device))
 
 
 def embedded(lm: Qwen3ForCausalLM, kind: type[EmbeddedEngine], compiles: bool = False) -> list[list[int]]:

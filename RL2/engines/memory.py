@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,7 +26,18 @@ def free_bytes(device: torch.device) -> float:
 
 def bytes_per_position(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Return the size of one token's keys and values over all layers."""
-    return sum(layer.num_key_value_heads * _key_and_value(layer) for layer in config.per_layer_config) * dtype.itemsize
+    return bytes_per_row(config, dtype, {}, 1)
+
+
+def bytes_per_row(config: PretrainedConfig, dtype: torch.dtype, windows: Mapping[int, int], length: int) -> int:
+    """Return the size of the keys and values of `length` tokens over all layers.
+
+    `windows` is number of a layer -> positions that it keeps, for the layers that do not keep all.
+    """
+    return dtype.itemsize * sum(
+        layer.num_key_value_heads * _key_and_value(layer) * min(length, windows.get(number, length))
+        for number, layer in enumerate(config.per_layer_config)
+    )
 
 
 def _key_and_value(layer: PretrainedConfig) -> int:

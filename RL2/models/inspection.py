@@ -31,7 +31,8 @@ from RL2.models.structure import (
     measured_transform,
     reset_buffers,
 )
-from RL2.ops.attention import is_packed
+from RL2.ops.attention import IMPLEMENTATION, is_packed
+from RL2.ops.causal_attention import Scoring
 from RL2.ops.token_stats import LogitTransform
 
 INSPECTED = "rl2_inspected"
@@ -235,6 +236,25 @@ def _refuse_own_forward(make: Make, config: PretrainedConfig) -> None:
 def logit_transform(lm: PreTrainedModel) -> LogitTransform:
     """Return what `lm` does to the logits of its head, as the forward of a second model on the meta device shows."""
     return measured_transform(_build_any(type(lm)._from_config, lm.config))
+
+
+def attention_windows(lm: PreTrainedModel) -> dict[int, int]:
+    """Return number of a layer -> sliding window, for the layers of a packed `lm` that have one.
+
+    A second model on the meta device shows what each layer tells packed attention.
+    """
+    windows: dict[int, int] = {}
+
+    def attend(layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scoring: Scoring) -> Tensor:
+        if scoring.window is not None:
+            windows[layer] = scoring.window
+        return query_THD.new_empty(len(query_THD), query_THD.shape[1] * value_TKD.shape[2])
+
+    second = _build(type(lm)._from_config, lm.config, IMPLEMENTATION)
+    ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
+    with torch.no_grad():
+        second.base_model(input_ids=ids, position_ids=ids, use_cache=False, attend=attend)
+    return windows
 
 
 def _refuse_unset_buffers(lm: PreTrainedModel) -> None:

@@ -1,6 +1,8 @@
 """A KV cache in one dense tensor per layer, which matrix products read without a copy.
 
-Shapes: R rows (one running request each), K key/value heads, H query heads, D head size, L positions, T packed tokens.
+A layer with a sliding window of W positions keeps the last W alone: position p is at place p % W, over p - W.
+
+Shapes: R rows (one running request each), K key/value heads, H query heads, D head size, L places, T packed tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch._dynamo import mark_dynamic
 
 from RL2.engines.embedded.packed import KVCache, PackedForward, Piece
+from RL2.engines.memory import bytes_per_row
 from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
 from RL2.ops.causal_attention import Scoring, scored_attention
 
@@ -24,14 +27,15 @@ class DenseCache(KVCache):
     Memory is zeroed: a masked position has weight 0, but 0 times a NaN in raw memory is NaN.
     """
 
-    def __init__(self, model: PackedForward, budget_bytes: float, bytes_per_position: int) -> None:
+    def __init__(self, model: PackedForward, budget_bytes: float) -> None:
         super().__init__(model)
-        self.positions = int(budget_bytes // bytes_per_position)
+        self.budget_bytes = budget_bytes
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.rows, self.length = 0, 0
 
     def max_rows(self, longest: int) -> int:
-        return max(0, self.positions // (longest + LENGTH_STEP) - 1)
+        lm, kept = self.model.lm, {number: window + 1 for number, window in self.model.windows.items()}
+        return max(0, int(self.budget_bytes // bytes_per_row(lm.config, lm.dtype, kept, longest + LENGTH_STEP)) - 1)
 
     def add(self, row: int, length: int, like: int | None) -> bool:
         return True  # `max_rows` counts every row at its full length
@@ -40,29 +44,30 @@ class DenseCache(KVCache):
         length = max(lengths)
         if length >= self.length or len(lengths) >= self.rows:
             # grow by at least a quarter, with room for the waiting requests
-            old_length = self.length
-            if length >= old_length:
-                length = max(length, min(longest, old_length * 5 // 4))
+            if length >= self.length:
+                length = max(length, min(longest, self.length * 5 // 4))
             # one row and position more than in use: a step is compiled again where it uses all of the memory
-            self.rows, self.length = rows + 1, max(old_length, (length // LENGTH_STEP + 1) * LENGTH_STEP)
+            self.rows, self.length = rows + 1, max(self.length, (length // LENGTH_STEP + 1) * LENGTH_STEP)
             for i, pair in enumerate(self.layers):
-                self.layers[i] = tuple(self._grown(old, keep, old_length) for old in pair)  # type: ignore[assignment]
+                self.layers[i] = tuple(self._grown(i, old, keep) for old in pair)  # type: ignore[assignment]
         return len(lengths)
 
-    def _zeros(self, like: Tensor, heads: int, size: int) -> Tensor:
-        zeros = like.new_zeros(self.rows, heads, self.length, size)
+    def _zeros(self, number: int, like: Tensor, heads: int, size: int) -> Tensor:
+        window = self.model.windows.get(number)
+        length = self.length if window is None else min(self.length, window + 1)  # here too, one more than in use
+        zeros = like.new_zeros(self.rows, heads, length, size)
         mark_dynamic(zeros, (0, 2))
         return zeros
 
-    def _grown(self, old: Tensor, keep: int, old_length: int) -> Tensor:
-        new = self._zeros(old, old.shape[1], old.shape[3])
-        new[:keep, :, :old_length] = old[:keep, :, :old_length]
+    def _grown(self, number: int, old: Tensor, keep: int) -> Tensor:
+        new = self._zeros(number, old, old.shape[1], old.shape[3])
+        new[:keep, :, : old.shape[2]] = old[:keep]
         return new
 
     def layer(self, number: int, key_TKD: Tensor, value_TKD: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of a layer; the first pass through the model allocates them."""
         if number == len(self.layers):
-            keys, values = (self._zeros(x, *x.shape[1:]) for x in (key_TKD, value_TKD))
+            keys, values = (self._zeros(number, x, *x.shape[1:]) for x in (key_TKD, value_TKD))
             self.layers.append((keys, values))
         return self.layers[number]
 
@@ -72,9 +77,9 @@ class DenseCache(KVCache):
     def decode(self, ids: list[int], positions: list[int]) -> Tensor:
         ids_R, positions_R = (torch.tensor(x, device=self.device) for x in (ids, positions))
         attend = _Decode(self, positions_R, max(positions) + 1)
-        for x in (ids_R, positions_R, attend.rows_R, attend.age_R11L, attend.bias_R11L):
+        for x in (ids_R, positions_R, attend.rows_R, *attend.biases.values(), *attend.places.values()):
             mark_dynamic(x, 0)
-        for x in (attend.age_R11L, attend.bias_R11L):
+        for x in attend.biases.values():
             mark_dynamic(x, 3)
         return self.model.step(ids_R, positions_R, attend)
 
@@ -89,52 +94,70 @@ class _Prefill:
     """Attention of prompts, which stores keys and values in the rows of all requests that share a prompt."""
 
     def __init__(self, cache: DenseCache, pieces: list[Piece]) -> None:
-        self.cache, self.first = cache, pieces[0]
+        self.cache, self.pieces, self.first = cache, pieces, pieces[0]
         lengths = torch.tensor([piece.end - piece.start for piece in pieces], device=cache.device)
-        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        self.packed = PackedAttention(cu_seqlens)
-        places = [
-            (row, piece.start, begin, piece.end - piece.start)
-            for begin, piece in zip(cu_seqlens.tolist(), pieces, strict=False)
-            for row in piece.rows
-        ]
-        device = cache.device
-        self.source = torch.cat([torch.arange(begin, begin + n, device=device) for _, _, begin, n in places])
-        self.position = torch.cat([torch.arange(start, start + n, device=device) for _, start, _, n in places])
-        counts = torch.tensor([n for *_, n in places], device=device)
-        self.row = torch.repeat_interleave(torch.tensor([row for row, *_ in places], device=device), counts)
+        self.packed = PackedAttention(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+        self.places: dict[int | None, tuple[Tensor, Tensor, Tensor]] = {}
+        """Tokens to store, with their rows and places, by sliding window."""
 
     def __call__(self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scoring: Scoring) -> Tensor:
+        window = scoring.window
         keys, values = self.cache.layer(layer, key_TKD, value_TKD)
-        keys[self.row, :, self.position] = key_TKD[self.source]
-        values[self.row, :, self.position] = value_TKD[self.source]
+        if window not in self.places:
+            self.places[window] = self._places(window)
+        token, row, place = self.places[window]
         if self.first.start == 0:
-            return self.packed(layer, query_THD, key_TKD, value_TKD, scoring)
-        row, end = self.first.rows[0], self.first.end
-        return attend_to_earlier(
-            query_THD, keys[row, :, :end].transpose(0, 1), values[row, :, :end].transpose(0, 1), scoring
-        )
+            out = self.packed(layer, query_THD, key_TKD, value_TKD, scoring)
+        else:  # before new positions take the places of earlier ones
+            key_SKD, value_SKD = (
+                torch.cat([self._earlier(cached, window), new])
+                for cached, new in ((keys, key_TKD), (values, value_TKD))
+            )
+            out = attend_to_earlier(query_THD, key_SKD, value_SKD, scoring)
+        keys[row, :, place] = key_TKD[token]
+        values[row, :, place] = value_TKD[token]
+        return out
+
+    def _places(self, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the packed tokens to store, each with its row and its place: the last `window` of each piece."""
+        stored = []
+        begin = 0
+        for piece in self.pieces:
+            position = torch.arange(piece.start if window is None else max(piece.start, piece.end - window), piece.end)
+            token, place = position - piece.start + begin, position if window is None else position % window
+            stored += [(token, torch.full_like(place, row), place) for row in piece.rows]
+            begin += piece.end - piece.start
+        tokens, rows, places = (torch.cat(parts).to(self.cache.device) for parts in zip(*stored, strict=True))
+        return tokens, rows, places
+
+    def _earlier(self, cached: Tensor, window: int | None) -> Tensor:
+        """Return the keys or values [S, K, D] of the positions before the piece that its first token sees."""
+        start, of_row = self.first.start, cached[self.first.rows[0]]
+        if window is None:
+            return of_row[:, :start].transpose(0, 1)
+        seen = torch.arange(max(0, start - window + 1), start, device=cached.device)
+        return of_row[:, seen % window].transpose(0, 1)
 
 
 class _Decode:
     """Attention of one new token in each row, at `positions_R`, over the first `length` positions."""
 
     def __init__(self, cache: DenseCache, positions_R: Tensor, length: int) -> None:
-        self.cache, self.positions_R = cache, positions_R
+        self.cache = cache
         self.rows_R = torch.arange(len(positions_R), device=positions_R.device)
-        self.age_R11L = positions_R[:, None, None, None] - torch.arange(length, device=positions_R.device)
-        """Distance of each position from the new token; below 0 beyond it."""
-        self.bias_R11L = torch.where(self.age_R11L >= 0, 0.0, -torch.inf)
+        windows = {None, *cache.model.windows.values()}
+        self.places = {window: positions_R if window is None else positions_R % window for window in windows}
+        """Place of the new token in each row, by sliding window."""
+        self.biases = {window: _bias(positions_R, length, window) for window in windows}
+        """0 for the places that the new token sees, -inf for others, [R, 1, 1, L], by sliding window."""
 
     def __call__(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scoring: Scoring) -> Tensor:
         keys, values = self.cache.layer(layer, key_RKD, value_RKD)
-        keys[self.rows_R, :, self.positions_R] = key_RKD
-        values[self.rows_R, :, self.positions_R] = value_RKD
-        num_rows, length = len(query_RHD), self.bias_R11L.shape[-1]
+        place_R, bias_R11L = self.places[scoring.window], self.biases[scoring.window]
+        keys[self.rows_R, :, place_R] = key_RKD
+        values[self.rows_R, :, place_R] = value_RKD
+        num_rows, length = len(query_RHD), bias_R11L.shape[-1]
         keys_RKLD, values_RKLD = (x[:num_rows, :, :length] for x in (keys, values))
-        bias_R11L = self.bias_R11L
-        if scoring.window is not None:
-            bias_R11L = torch.where(self.age_R11L < scoring.window, bias_R11L, -torch.inf)
         if not scoring.is_plain:
             query_RH1D, bias_R111L = query_RHD[:, :, None], bias_R11L[:, None]
             return scored_attention(query_RH1D, keys_RKLD, values_RKLD, scoring, bias_R111L).flatten(1)
@@ -143,3 +166,13 @@ class _Decode:
         bias_R11L = bias_R11L.to(query_RHD.dtype)
         out_RKGD = F.scaled_dot_product_attention(query_RKGD, keys_RKLD, values_RKLD, bias_R11L, scale=scoring.scaling)
         return out_RKGD.flatten(1)
+
+
+def _bias(positions_R: Tensor, length: int, window: int | None) -> Tensor:
+    """Return the bias of the scores of a token in each row, over the places of the first `length` positions."""
+    positions_R111 = positions_R[:, None, None, None]
+    places = torch.arange(length if window is None else min(length, window), device=positions_R.device)
+    age_R11L = positions_R111 - places
+    if window is not None:  # the age of a place without a position yet is more than the position of the token
+        age_R11L = torch.where(age_R11L % window <= positions_R111, age_R11L % window, -1)
+    return torch.where(age_R11L >= 0, 0.0, -torch.inf)

@@ -263,19 +263,18 @@ class EmbeddedEngine:
         budget_bytes = self.memory_share * free_bytes(self.device)
         if isinstance(self.model, OwnForward):
             return self.model.new_cache(budget_bytes)
-        per_position = bytes_per_position(self.lm.config, self.lm.dtype)
         if self.device.type == "cuda":
             from RL2.engines.embedded.paged import PagedCache  # needs Triton, which not every platform has
 
             return PagedCache(
                 self.model,
                 budget_bytes,
-                per_position,
+                bytes_per_position(self.lm.config, self.lm.dtype),
                 max_rows=self.max_running_requests,
                 longest=self.longest,
                 max_length=self.max_length,
             )
-        return DenseCache(self.model, budget_bytes, per_position)
+        return DenseCache(self.model, budget_bytes)
 
     def _admit(self, cache: Cache) -> None:
         if not self.waiting:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from RL2.engines.embedded.cache import PREFILL_TOKENS, Owners, pass_tokens
 from RL2.engines.embedded.compiled import CompiledStep, Step
-from RL2.models.inspection import logit_transform
+from RL2.models.inspection import attention_windows, logit_transform
 from RL2.models.packed import backbone
 from RL2.models.policy import head
 from RL2.models.structure import decoder_layers
@@ -31,6 +31,8 @@ class PackedForward:
         self.lm = lm
         transform = logit_transform(lm)
         self.logit_transform = None if transform == UNCHANGED else transform
+        self.windows = attention_windows(lm)
+        """Number of a layer -> its sliding window, for the layers that have one."""
         self.device = next(lm.parameters()).device
         self.prefilled = 0
         """Number of positions that prefills have computed."""

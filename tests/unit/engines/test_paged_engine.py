@@ -189,7 +189,7 @@ def test_samples_are_those_of_the_other_cache(lm: PreTrainedModel, num_pages: in
 def dense_cache(engine: EmbeddedEngine) -> Any:
     from RL2.engines.embedded.dense import DenseCache
 
-    return DenseCache(engine.model, 1e9, bytes_per_position(engine.lm.config, engine.lm.dtype))
+    return DenseCache(engine.model, 1e9)
 
 
 def test_a_group_has_its_prompt_once(lm: PreTrainedModel) -> None:

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from RL2.batch.packing import pack_tokens
 from RL2.engines.embedded import engine as engine_module
 from RL2.engines.embedded import packed as packed_module
+from RL2.engines.embedded.dense import LENGTH_STEP, DenseCache
 from RL2.engines.embedded.engine import EmbeddedEngine
+from RL2.engines.embedded.packed import PackedForward
 from RL2.engines.embedded.paged import PagedCache
-from RL2.engines.memory import bytes_per_position
+from RL2.engines.memory import bytes_per_position, bytes_per_row
 from RL2.models.policy import Policy
 from RL2.ops.attention import IMPLEMENTATION
 from RL2.types import Sampling, StatsRequest
@@ -30,8 +32,8 @@ TOLERANCE = 1e-4
 """Nats, in float32."""
 
 
-def packed_and_plain(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    packed, plain = (tiny_model(tiny_config(name)) for _ in range(2))
+def packed_and_plain(name: str, **sizes: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+    packed, plain = (tiny_model(tiny_config(name, sizes)) for _ in range(2))
     packed.set_attn_implementation(IMPLEMENTATION)
     plain.set_attn_implementation("eager")
     return packed, plain
@@ -91,12 +93,34 @@ def test_caches_and_prompts_in_pieces_are_exact(
         torch.testing.assert_close(torch.tensor(done.logps), right.detach(), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"), [("gemma2", [0]), ("gemma4_text", [0]), ("granite_swa", [1]), ("mistral", [0, 1]), ("phi", [])]
+)
+def test_layers_with_a_window_keep_only_the_window(name: str, layers: list[int]) -> None:
+    packed, _ = packed_and_plain(name)
+    engine = EmbeddedEngine(packed, decode=str, max_running_requests=3, memory_share=0.1)
+    assert isinstance(engine.model, PackedForward)
+    cache, lengths = DenseCache(engine.model, 1e8), [3, 120]
+    cache.reserve(lengths, 0, max(lengths), 2)
+    cache.prefill({tuple(ids): [row] for row, ids in enumerate(drawn(*lengths))})
+    assert engine.model.windows == dict.fromkeys(layers, WINDOW)
+    kept = dict.fromkeys(layers, WINDOW + 1)
+    for number, (keys, values) in enumerate(cache.layers):
+        assert keys.shape[2] == values.shape[2] == kept.get(number, cache.length)
+    row_bytes = bytes_per_row(packed.config, packed.dtype, kept, cache.length)
+    assert sum(x.nbytes for pair in cache.layers for x in pair) == cache.rows * row_bytes
+    assert cache.max_rows(cache.length - LENGTH_STEP) == int(1e8 // row_bytes) - 1
+
+
 @pytest.mark.slow
-def test_a_compiled_step_is_exact_and_is_compiled_once() -> None:
-    packed, plain = packed_and_plain("gemma2")
+@pytest.mark.parametrize("window", [WINDOW, 2 * LENGTH_STEP])
+def test_a_compiled_step_is_exact_and_is_compiled_once(window: int) -> None:
+    """It is compiled while layers with a window have the sizes of the others."""
+    packed, plain = packed_and_plain("gemma2", sliding_window=window)
     before = counters["stats"]["unique_graphs"]
-    prompts = drawn(3, WINDOW + 4, 60, 12, 30)
     engine = EmbeddedEngine(packed, decode=str, max_running_requests=4, memory_share=0.1, compiles=True)
+    generate(engine, drawn(3, 5), Sampling(max_new_tokens=4))
+    prompts = drawn(3, window + 4, 60, 12, 30)
     for prompt, done in zip(prompts, generate(engine, prompts, Sampling(max_new_tokens=30)), strict=True):
         right = alone(plain, prompt + done.token_ids)[-30:]
         torch.testing.assert_close(torch.tensor(done.logps), right.detach(), rtol=0, atol=TOLERANCE)
