@@ -179,6 +179,15 @@ def test_what_is_saved_loads_elsewhere_with_equal_outputs(
     torch.testing.assert_close(trained_logp(actor), own_logp(lm), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_half_precision_keeps_float32_adapters(name: str, folder: Path, processes: Processes) -> None:
+    actor, whole_precision = (make_actor(folder, processes, name, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    dtypes = {(".lora_" in key, parameter.dtype) for key, parameter in actor.lm.named_parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    loss = whole_precision.update(make_batch([1.0] * 8))["actor/loss"]
+    assert actor.update(make_batch([1.0] * 8))["actor/loss"] == pytest.approx(loss, rel=0.02)
+
+
 def test_a_checkpoint_holds_the_adapters(folder: Path, processes: Processes, tmp_path: Path) -> None:
     actor = make_actor(folder, processes, "olmoe")
     before = trained_logp(actor)
