@@ -79,7 +79,7 @@ class Speaker:
 
 async def converse(client: AsyncOpenAI, random: Random, tools: bool) -> None:
     """Have one conversation of a few requests, in one of the ways that programs have them."""
-    settings: dict[str, Any] = {"model": "any", "max_tokens": random.choice([3, 20, 40])}
+    settings: dict[str, Any] = {"model": "any", "max_tokens": random.choice([3, 20, 200])}
     if tools:
         settings["tools"] = TOOLS
     messages: list[dict[str, Any]] = [{"role": "system", "content": words(random)}] if random.random() < 0.5 else []
@@ -155,7 +155,7 @@ async def play(tokenizer: PreTrainedTokenizerBase, seeds: list[int], calls: tupl
     template = Template(tokenizer)
     endpoint, wrong = Endpoint(), []
     await endpoint.start()
-    sampling = Sampling(max_new_tokens=40, stop_token_ids=(int(tokenizer.convert_tokens_to_ids(template.end)),))
+    sampling = Sampling(max_new_tokens=200, stop_token_ids=(int(tokenizer.convert_tokens_to_ids(template.end)),))
     parser = ResponseParser(template)
     async with AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key="-", max_retries=0) as shared:
         for seed in seeds:

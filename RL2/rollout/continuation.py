@@ -55,6 +55,7 @@ def next_text(template: Template, so_far: str, state: State, end: str, arguments
     else:
         before = [{"role": "user", "content": "."}, {"role": "assistant", "content": RESPONSE}]
         observation = _render(template, before, state, arguments).partition(RESPONSE)[2]
+        _refuse_lost_results(template, state, observation)
     if not observation:
         raise Unscored("the chat template drops responses; let step return the whole next state as text")
     if end:
@@ -70,6 +71,16 @@ def _behind_calls(template: Template, messages: list[dict[str, Any]], arguments:
         return template.behind_calls(messages_of({"messages": messages}), arguments)
     except DataError as error:
         raise Unscored(f"the environment's messages: {error}") from error
+
+
+def _refuse_lost_results(template: Template, messages: list[dict[str, Any]], observation: str) -> None:
+    """Raise Unscored if the text of new messages lacks the result of a tool."""
+    try:
+        for message in messages:
+            if message.get("role") == "tool":
+                template.refuse_lost(message, observation)
+    except DataError as error:
+        raise Unscored(str(error)) from error
 
 
 def observe(
