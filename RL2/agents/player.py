@@ -104,6 +104,7 @@ def addresses(url: str, key: str) -> dict[str, str]:
         "OPENAI_API_BASE": f"{url}/v1",  # its older name, which some frameworks read
         "OPENAI_API_KEY": key,
         "OPENAI_MODEL": MODEL,
+        "OPENAI_AGENTS_DISABLE_TRACING": "1",  # its SDK would send every episode to OpenAI, and wait for it at the end
         "ANTHROPIC_BASE_URL": url,
         "ANTHROPIC_API_KEY": key,
         "NO_PROXY": "127.0.0.1,localhost",

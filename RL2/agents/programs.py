@@ -150,11 +150,12 @@ class Programs:
     def _inherited(self) -> dict[str, str]:
         """Return the environment variables that agents get: those of this process without ranks and other secrets."""
         # a command may be another Python, with packages of its own
-        given = {*self.variables, *(["PYTHONPATH"] if self.agent.function else [])}
+        kept = () if self.agent.function is None else ("PYTHON",)
+        dropped = (*OVERRIDDEN, *(prefix for prefix in NOT_INHERITED if prefix not in kept))
         return {
             name: value
             for name, value in os.environ.items()
-            if name in given or not (name.startswith((*NOT_INHERITED, *OVERRIDDEN)) or is_secret(name))
+            if name in self.variables or not (name.startswith(dropped) or is_secret(name))
         }
 
     async def _wait(self, ended: asyncio.Future[int], limit_s: float, failed: Callable[[], bool]) -> int | None:

@@ -100,11 +100,14 @@ def test_secrets_and_ranks_stay_with_the_run(tmp_path: Path, monkeypatch: pytest
     assert left(function(tmp_path, "return ' '.join(os.environ.values()).count('of the run')")) == {"reward": 0}
 
 
-def test_a_function_has_the_import_path_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_library").mkdir()
-    (tmp_path / "own_library" / "seven.py").write_text("number = 7")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/own_library")
-    assert left(function(tmp_path, "import seven", "return seven.number")) == {"reward": 7}
+def test_only_a_function_gets_the_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine_alone.py").write_text("VALUE = 7")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/own")
+    assert left(function(tmp_path, "import mine_alone", "return mine_alone.VALUE")) == {"reward": 7}
+    assert left(command(tmp_path, "json.dump('PYTHONPATH' in os.environ, open('reward.json', 'w'))")) == {
+        "reward": False
+    }
 
 
 CHILDREN = [
