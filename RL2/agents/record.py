@@ -8,7 +8,7 @@ branch that has it; in the others it is part of the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +51,11 @@ class Turn:
     @property
     def path(self) -> list[Turn]:
         """Return the turns from the first of its tree to this one."""
-        before = [] if self.parent is None else self.parent.path
-        return [*before, self]
+        found, turn = [self], self.parent
+        while turn is not None:
+            found.append(turn)
+            turn = turn.parent
+        return found[::-1]
 
 
 class Record:
@@ -63,23 +66,19 @@ class Record:
 
     def after_messages(self, messages: list[Message], arguments: dict[str, Any]) -> Turn | None:
         """Return the turn that a conversation continues: the longest it begins with, and of equals the newest."""
-        found = (
-            turn
-            for turn in self.turns
-            if turn.conversation and turn.arguments == arguments and continues(messages, turn.conversation)
-        )
-        return _longest(found, lambda turn: len(turn.conversation))
+        talks = (turn for turn in self.turns if turn.conversation and turn.arguments == arguments)
+        return _first(talks, lambda turn: len(turn.conversation), lambda turn: continues(messages, turn.conversation))
 
     def after_text(self, text: str) -> Turn | None:
         """Return the turn whose text `text` begins with and goes on."""
-        found = (turn for turn in self.turns if text.startswith(turn.text) and len(text) > len(turn.text))
-        return _longest(found, lambda turn: len(turn.text))
+        shorter = (turn for turn in self.turns if len(turn.text) < len(text))
+        return _first(shorter, lambda turn: len(turn.text), lambda turn: text.startswith(turn.text))
 
     def after_ids(self, token_ids: list[int]) -> Turn | None:
         """Return the turn whose token ids `token_ids` begin with and go on."""
-        known = ((turn, turn.token_ids) for turn in self.turns)
-        found = (turn for turn, ids in known if len(token_ids) > len(ids) and token_ids[: len(ids)] == ids)
-        return _longest(found, lambda turn: len(turn.token_ids))
+        known = {turn: turn.token_ids for turn in self.turns}
+        shorter = (turn for turn, ids in known.items() if len(ids) < len(token_ids))
+        return _first(shorter, lambda turn: len(known[turn]), lambda turn: token_ids[: len(known[turn])] == known[turn])
 
     def sequences(self) -> list[Sequence]:
         """Return a sequence for each branch; the last response is at the end of the last one."""
@@ -100,9 +99,7 @@ class Record:
         return found
 
 
-def _longest(turns: Iterator[Turn], length: Any) -> Turn | None:
-    best: Turn | None = None
-    for turn in turns:
-        if best is None or length(turn) >= length(best):
-            best = turn
-    return best
+def _first(turns: Iterable[Turn], length: Callable[[Turn], int], holds: Callable[[Turn], bool]) -> Turn | None:
+    """Return the longest turn for which `holds` is true, and of equals the newest; None if it is true for none."""
+    longest_first = sorted(turns, key=length)[::-1]
+    return next((turn for turn in longest_first if holds(turn)), None)
