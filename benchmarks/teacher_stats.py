@@ -6,7 +6,8 @@ The Jensen-Shannon divergence (beta = 1/2) of each of T tokens, from the hidden 
 teacher of V tokens, with gradients for the student: `teacher_stats` against the dense formula (float32 logits, two
 log-softmaxes, the mixture, autograd), and against TRL's chunked divergence in TRL's own tile sizes.
 
-Each side is a separate process; sides alternate. Times are medians. Memory is what a step adds at its peak to hidden
+Each side is a separate process; sides alternate. Times are medians; on a machine that does other work, processor time
+with `--threads 1` is the one to read. Memory is what a step adds at its peak to hidden
 states, heads and labels: the gradient of the student's head, which every side needs, and working memory.
 """
 
@@ -23,11 +24,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from token_stats import ROWS, check_alike, synchronize
+from token_stats import check_alike, synchronize
 from torch import Tensor
 from turns import Side, Turns, alternate, parser, ratios, table
 
 BETA = 0.5
+
+ROWS = (
+    ("forward and backward, s", "step_s", "speedup", "{:.3f}"),
+    ("forward, s", "forward_s", "forward_speedup", "{:.3f}"),
+    ("processor time, s", "cpu_s", "cpu_ratio", "{:.3f}"),
+    ("memory above the inputs, MiB", "memory_mb", "memory_ratio", "{:.0f}"),
+)
 
 
 def ours(hidden_TD: Tensor, head_VD: Tensor, hidden_TE: Tensor, head_VE: Tensor) -> Tensor:

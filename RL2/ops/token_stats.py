@@ -107,7 +107,7 @@ def token_stats(
 def check_fields(fields: Sequence[str], top_k: int) -> None:
     """Raise ValueError for a field that is not on the menu, or `top_k` that does not match the fields."""
     if taught := [name for name in fields if name in TEACHER_MENU]:
-        raise ValueError(f"no teacher is given, and {', '.join(taught)} need one: call teacher_stats of RL2.ops")
+        raise ValueError(f"no teacher is given, and {', '.join(taught)} need one: call RL2.ops.teacher_stats")
     if unknown := set(fields) - set(MENU):
         raise ValueError(f"no such token statistic: {', '.join(sorted(unknown))}; the menu is {', '.join(MENU)}")
     wants_top = bool({"top_logp", "top_id"} & set(fields))
