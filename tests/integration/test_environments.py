@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+from openenv_server import served
 from programs import World
 
 from envs.calculator import INSTRUCTION, problem
@@ -100,3 +102,27 @@ def test_countdown_runs(world: World, tmp_path: Path) -> None:
     assert [row["train/unscored"] for row in run.metrics if "actor/loss" in row] == [0, 0, 0]
     assert {row["test/score"] for row in run.metrics if "test/score" in row} <= {0, 1 / 8}
     assert "10" in run.samples[0]["texts"][0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openenv") is None, reason="pip install openenv")
+def test_an_environment_of_openenv_trains(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are more episodes than the server has places, and each ends at the limit of turns."""
+    with served("echo") as url:
+        monkeypatch.setenv("OPENENV_URL", url)
+        run = world.run(
+            "spo",
+            "train_data.path=null",
+            "train_data.prompts_per_rollout=2",
+            "train_data.responses_per_prompt=4",
+            f"rollout.env_path={ENVS}/openenv.py",
+            "rollout.max_turns=2",
+            "rollout.train_sampling_params.max_new_tokens=4",
+            "actor.max_length_per_device=2048",
+            "trainer.max_steps=2",
+        ).succeeded()
+    assert [row["train/unscored"] for row in run.metrics] == [0, 0]
+    assert all(row["train/turns"] == 2 and row["actor/logp_gap_max"] < 1e-4 for row in run.metrics)
+    assert all("Reply with the value of 'message' alone" in sample["texts"][0] for sample in run.samples)
+    assert all(sample["texts"][2].count(sample["texts"][1].strip()) >= 2 for sample in run.samples), (
+        "a message comes back"
+    )
