@@ -44,15 +44,21 @@ def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         head = {"id": "x", "object": "chat.completion", "created": 0, "model": "policy"}
         return JSONResponse(head | {"choices": [choice], "usage": usage})
 
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        app = Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])])
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    with listening([Route("/v1/chat/completions", complete, methods=["POST"])]) as url:
+        yield f"{url}/v1", asked
+
+
+@contextmanager
+def listening(routes: list[Route]) -> Iterator[str]:
+    """Serve routes on a loopback port and yield their address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
             while not server.started:
                 time.sleep(0.005)
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1", asked
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()
@@ -129,6 +135,43 @@ def test_a_tool_with_a_state(play: Play, monkeypatch: pytest.MonkeyPatch) -> Non
     (offered,) = (tool["function"] for tool in asked[0]["tools"])
     assert (offered["name"], offered["description"]) == ("add", "Return the sum of two numbers.")
     assert "invalid JSON" in asked[1]["messages"][-1]["content"]
+
+
+def test_a_resources_server_as_of_nemo_gym(play: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The package's own taskset leaves tools and rewards to an HTTP server, which knows an episode by its cookie."""
+
+    async def seed_session(http: Request) -> JSONResponse:
+        answer = JSONResponse({})
+        answer.set_cookie("session", str((await http.json())["expected"]))
+        return answer
+
+    async def double(http: Request) -> JSONResponse:
+        return JSONResponse({"double": 2 * (await http.json())["number"], "session": http.cookies["session"]})
+
+    async def verify(http: Request) -> JSONResponse:
+        sent = await http.json()
+        *_, last = sent["response"]["output"]
+        reward = float(last["content"][0]["text"] == http.cookies["session"])
+        return JSONResponse(sent | {"reward": reward, "num_items": len(sent["response"]["output"])})
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if request["messages"][-1]["role"] == "tool":
+            return {"content": str(json.loads(request["messages"][-1]["content"])["double"])}
+        function = {"name": "double", "arguments": '{"number": 21}'}
+        return {"tool_calls": [{"id": "c1", "type": "function", "function": function}]}
+
+    number = {"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}
+    tool = {"type": "function", "name": "double", "description": "Twice a number.", "parameters": number}
+    params = {"input": [{"role": "user", "content": "Twice 21?"}], "tools": [tool]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"responses_create_params": params, "expected": 42}))
+    paths = {"/seed_session": seed_session, "/double": double, "/verify": verify}
+    with listening([Route(path, function, methods=["POST"]) for path, function in paths.items()]) as url:
+        settings = {"dataset": f"{tmp_path}/rows.jsonl", "task": {"resources_url": url}}
+        monkeypatch.setenv("VERIFIERS_TASKSET", "nemo-gym")
+        monkeypatch.setenv("VERIFIERS_CONFIG", json.dumps(settings))
+        left, asked = play(answer)
+    assert left == {"reward": {"nemo_gym": 1.0}, "metrics": {"expected": 42.0, "num_items": 3.0}}
+    assert asked[0]["messages"][-1]["content"] == "Twice 21?"
 
 
 @pytest.mark.parametrize(
