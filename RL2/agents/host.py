@@ -24,7 +24,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 RESULT = "reward.json"
@@ -57,7 +57,9 @@ def start(order: dict[str, Any]) -> int:
     try:
         os.setsid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)  # its number will be that of a file or a connection of the agent
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
@@ -162,8 +164,8 @@ def _ended() -> Iterator[tuple[int, int]]:
             yield found
 
 
-def serve() -> None:
-    """Start and kill agents as ordered until standard input ends."""
+def serve(replies: TextIO) -> None:
+    """Start and kill agents as ordered until standard input ends; write to `replies` which have ended."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer ends its agents itself
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -195,7 +197,8 @@ def serve() -> None:
                 if process in running:  # others were left to this process by an agent
                     order = running.pop(process)
                     kill(process, order)
-                    print(json.dumps({"id": order["id"], "status": os.waitstatus_to_exitcode(status)}), flush=True)
+                    message = {"id": order["id"], "status": os.waitstatus_to_exitcode(status)}
+                    print(json.dumps(message), file=replies, flush=True)
     finally:
         for process, order in running.items():
             kill(process, order)
@@ -203,7 +206,9 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    messages = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # some libraries print when they are imported
     if sys.argv[1:]:
         import_ahead(Path(sys.argv[1]))
-    print(json.dumps({"ready": True}), flush=True)
-    serve()
+    print(json.dumps({"ready": True}), file=messages, flush=True)
+    serve(messages)

@@ -110,6 +110,25 @@ def test_only_a_function_gets_the_import_path(tmp_path: Path, monkeypatch: pytes
     }
 
 
+def test_what_a_library_prints_on_import_is_no_message(tmp_path: Path) -> None:
+    assert left(function(tmp_path, "import this", "return 1")) == {"reward": 1}
+
+
+def test_the_signals_of_the_host_do_not_reach_the_files_of_an_agent(tmp_path: Path) -> None:
+    lines = (
+        "import subprocess",
+        "files = [open(str(n), 'w+b', buffering=0) for n in range(8)]",
+        "subprocess.run(['true'])",
+        "return sum(len(open(file.name, 'rb').read()) for file in files)",
+    )
+    assert left(function(tmp_path, *lines)) == {"reward": 0}
+
+
+def test_a_function_that_is_terminated_is_unscored(tmp_path: Path) -> None:
+    with pytest.raises(Unscored, match="killed by signal 15"):
+        left(function(tmp_path, "os.kill(os.getpid(), 15)", "return 1"))
+
+
 CHILDREN = [
     "import subprocess",
     "subprocess.Popen(['sleep', '600'])",
