@@ -86,7 +86,7 @@ class Programs:
                 raise Unscored(f"the agent ended with exit status {status}{_last_line(log)}")
             return _result(work / RESULT)
         finally:
-            if not ended.done():
+            if not ended.done() and self._host is not None:  # a closed host has killed its agents
                 self._order({"id": episode, "kill": True})
                 with contextlib.suppress(asyncio.CancelledError, TimeoutError):
                     await asyncio.wait_for(asyncio.shield(ended), 10)

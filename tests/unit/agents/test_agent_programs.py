@@ -179,6 +179,19 @@ def test_agents_end_with_the_run(tmp_path: Path, by: str) -> None:
     asyncio.run(run())
 
 
+def test_an_episode_under_way_may_be_cancelled_after_the_end(tmp_path: Path) -> None:
+    async def run() -> None:
+        programs = Programs(agent_of("rollout.agent", command(tmp_path, "time.sleep(600)")))
+        task = asyncio.create_task(programs.run(TASK, {}, 60, lambda: False))
+        assert await settled(lambda: bool(of_agents() and of_agents()[0].children()))
+        await programs.close()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+
+
 def test_an_agent_whose_engine_failed_is_killed(tmp_path: Path) -> None:
     start = time.monotonic()
     assert left(command(tmp_path, "time.sleep(600)"), failed=lambda: time.monotonic() > start + 1) is None
