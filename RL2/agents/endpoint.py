@@ -101,6 +101,7 @@ class Endpoint:
         try:
             yield
         finally:
+            session.is_over = True
             del self.sessions[key]
 
     def _session(self, request: Request) -> Session:

@@ -65,7 +65,7 @@ class Reply:
     token_ids: list[int]
     """All sampled tokens, with the end token."""
     token_texts: list[str]
-    """Text of each token; together they are the text of the response, with its end token."""
+    """Text of each token; together they are the text of the response, with its end token. Empty without `logprobs`."""
     logps: list[float]
     finish: Literal["stop", "length", "tool_calls"]
     stop: str | None = None

@@ -51,8 +51,9 @@ class Turn:
     @property
     def path(self) -> list[Turn]:
         """Return the turns from the first of its tree to this one."""
-        found, turn = [self], self.parent
-        while turn is not None:
+        found: list[Turn] = []
+        turn: Turn | None = self
+        while turn is not None:  # not a recursion: an episode may have thousands of turns
             found.append(turn)
             turn = turn.parent
         return found[::-1]
@@ -65,13 +66,17 @@ class Record:
         self.turns: list[Turn] = []
 
     def after_messages(self, messages: list[Message], arguments: dict[str, Any]) -> Turn | None:
-        """Return the turn that a conversation continues: the longest it begins with, and of equals the newest."""
-        talks = (turn for turn in self.turns if turn.conversation and turn.arguments == arguments)
-        return _first(talks, lambda turn: len(turn.conversation), lambda turn: continues(messages, turn.conversation))
+        """Return the turn whose conversation `messages` begin with and go on: the longest, and of equals the newest."""
+        talks = [turn for turn in self.turns if 0 < len(turn.conversation) < len(messages)]
+        same = [turn for turn in talks if turn.arguments == arguments]
+        return _first(same, lambda turn: len(turn.conversation), lambda turn: continues(messages, turn.conversation))
 
     def after_text(self, text: str) -> Turn | None:
-        """Return the turn whose text `text` begins with and goes on."""
-        shorter = (turn for turn in self.turns if len(turn.text) < len(text))
+        """Return the turn whose text `text` begins with and goes on.
+
+        A turn with an empty response is none: its text is a prompt, which other texts may begin with.
+        """
+        shorter = (turn for turn in self.turns if turn.action and len(turn.text) < len(text))
         return _first(shorter, lambda turn: len(turn.text), lambda turn: text.startswith(turn.text))
 
     def after_ids(self, token_ids: list[int]) -> Turn | None:

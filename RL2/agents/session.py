@@ -82,6 +82,8 @@ class Session:
         """True if a response or a prompt ran into a length limit."""
         self.refused_responses = False
         """True if the client asked for more than `max_responses`."""
+        self.is_over = False
+        """True once the episode has ended; responses that come later are not recorded."""
         self.failure: BaseException | None = None
         """Error of the engine, which stops the run."""
         self._asked: Counter[bytes] = Counter()
@@ -106,6 +108,8 @@ class Session:
         except Exception as error:
             self.failure = error
             raise
+        if self.is_over:
+            raise RequestError("the episode has ended", 401)
         made = [
             self._reply(request, prompt, completion, sampling, seed)
             for completion, seed in zip(completions, seeds, strict=True)
@@ -127,7 +131,7 @@ class Session:
             parent = self.record.after_ids(given)
             if parent is None:
                 return None
-            return _Prompt(parent, given[len(parent.token_ids) :], decode(policy.tokenizer, given))
+            return _Prompt(parent, self._known(given[len(parent.token_ids) :]), decode(policy.tokenizer, given))
         if isinstance(given, str):
             parent = self.record.after_text(given)
             text = given
@@ -146,9 +150,7 @@ class Session:
         """Return the prompt of a request that begins a conversation."""
         policy, given = self.policy, request.prompt
         if isinstance(given, list):
-            if not given or not all(0 <= token < len(policy.tokenizer) for token in given):
-                raise RequestError("'prompt' has no token ids, or some that the tokenizer does not know", 400, "prompt")
-            return _Prompt(None, given, decode(policy.tokenizer, given))
+            return _Prompt(None, self._known(given), decode(policy.tokenizer, given))
         if isinstance(given, str):
             text, is_chat = given, False
         else:
@@ -158,6 +160,13 @@ class Session:
         if not token_ids:
             raise RequestError("the prompt has no tokens")
         return _Prompt(None, token_ids, text)
+
+    def _known(self, token_ids: list[int]) -> list[int]:
+        """Return token ids that a client sent. Raise RequestError for ids without a token; the engine would fail."""
+        number = len(self.policy.tokenizer)
+        if not token_ids or not all(0 <= token < number for token in token_ids):
+            raise RequestError("'prompt' has no token ids, or some that the tokenizer does not know", 400, "prompt")
+        return token_ids
 
     def _sampling(self, request: Request, length: int) -> Sampling:
         """Return how a request with a prompt of `length` tokens is sampled. Raise RequestError if there is no room."""
@@ -209,11 +218,10 @@ class Session:
         if request.prompt is None:
             turn.conversation = [*messages_of({"messages": request.messages}), message]
             turn.arguments = request.arguments
-        wants_texts = request.logprobs or request.stream
         return turn, Reply(
             message=message,
             token_ids=completion.token_ids,
-            token_texts=list(token_texts(tokenizer, completion.token_ids)) if wants_texts else [],
+            token_texts=list(token_texts(tokenizer, completion.token_ids)) if request.logprobs else [],
             logps=completion.logps,
             finish="tool_calls" if has_calls and completion.finish == "stop" else completion.finish,
             stop=stop,
@@ -225,10 +233,10 @@ class Session:
         if request.prompt is not None:
             return {"role": "assistant", "content": text}
         tools = request.arguments.get("tools") or []
-        found = self.policy.parser.parse(text, opened, tools)
         # calls that cannot be read, and those of a client that offers no tools, stay in the text
-        calls = [call for call in found.calls if tools and call.error is None]
-        left = [call.text for call in found.calls if call not in calls]
+        found = self.policy.parser.parse(text, opened, tools, reads_calls=bool(tools))
+        calls = [call for call in found.calls if call.error is None]
+        left = [call.text for call in found.calls if call.error is not None]
         message: Message = {"role": "assistant", "content": "\n".join(filter(None, [found.content, *left]))}
         if found.reasoning:
             message["reasoning_content"] = found.reasoning

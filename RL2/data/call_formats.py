@@ -309,11 +309,11 @@ def _typed(text: str, schema: Any) -> Any:
     return text if text[end:].strip() else value
 
 
-def read_harmony(text: str) -> tuple[str, str, list[ToolCall]]:
+def read_harmony(text: str, reads_calls: bool = True) -> tuple[str, str, list[ToolCall]]:
     """Return content, reasoning and calls of messages `<|start|>assistant<|channel|>NAME to=TOOL<|message|>...<|end|>`.
 
-    The channel `analysis` is reasoning, a message to a recipient is a call, and everything else is content. The mark
-    `<|start|>` of the first message belongs to the prompt.
+    The channel `analysis` is reasoning, a message to a recipient is a call, and everything else is content. Without
+    `reads_calls`, a call is content, too. The mark `<|start|>` of the first message belongs to the prompt.
     """
     reasoning: list[str] = []
     content: list[str] = []
@@ -322,7 +322,9 @@ def read_harmony(text: str) -> tuple[str, str, list[ToolCall]]:
         header, mark, rest = written.partition("<|message|>")
         body = HARMONY_END.split(rest, maxsplit=1)[0]
         recipient, channel = RECIPIENT.search(header), CHANNEL.search(header)
-        if recipient and recipient[1] != "user":
+        if recipient and recipient[1] != "user" and not reads_calls:
+            content.append(written)
+        elif recipient and recipient[1] != "user":
             calls.append(_harmony_call(recipient[1].removeprefix("functions."), body if mark else None, written))
         elif not mark:
             content += [] if channel else [header.removeprefix("assistant")]

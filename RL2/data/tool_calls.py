@@ -38,17 +38,17 @@ class ResponseParser:
         self.header = template.header.partition(self.think)[0]
         """Text that opens the assistant's turn, without a mark that opens its reasoning."""
 
-    def parse(self, text: str, opened: str = "", tools: Tools = ()) -> ParsedResponse:
+    def parse(self, text: str, opened: str = "", tools: Tools = (), *, reads_calls: bool = True) -> ParsedResponse:
         """Return the parts of the response `text`, which has no end token and contains special tokens as text.
 
         `opened` is the prompt or the end of it; it may have opened the reasoning. `tools` tell the types of arguments
-        in formats that do not write them.
+        in formats that do not write them. Without `reads_calls`, calls are part of the content.
         """
         if self.is_harmony:
             _, start, begun = opened.rpartition("<|start|>")
-            return ParsedResponse(*read_harmony((begun if start else "") + text))
+            return ParsedResponse(*read_harmony((begun if start else "") + text, reads_calls))
         reasoning, answer = self._split(text, opened)
-        content, calls = (answer, []) if self.format is None else self.format.read(answer, tools)
+        content, calls = (answer, []) if self.format is None or not reads_calls else self.format.read(answer, tools)
         return ParsedResponse(content.strip() if reasoning or calls else content, reasoning, calls)
 
     def _split(self, text: str, opened: str) -> tuple[str, str]:

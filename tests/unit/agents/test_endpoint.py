@@ -161,6 +161,20 @@ def test_a_client_that_leaves_is_not_answered(opened: Opened) -> None:
     run(work())
 
 
+def test_a_response_after_the_end_of_the_episode_is_not_recorded(opened: Opened) -> None:
+    async def work() -> None:
+        async with opened(Paused) as (endpoint, session), httpx.AsyncClient(base_url=endpoint.url) as client:
+            with endpoint.serving("other", session):
+                headers = {"authorization": "Bearer other"}
+                asked = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT, headers=headers))
+                await session.policy.engine.begun.wait()
+            session.policy.engine.may_end.set()
+            assert (await asked).status_code == 401
+            assert not session.record.turns and session.failure is None
+
+    run(work())
+
+
 def test_a_client_may_leave_in_mid_stream(opened: Opened) -> None:
     async def work() -> None:
         async with opened() as (endpoint, session), httpx.AsyncClient(base_url=endpoint.url) as client:

@@ -12,11 +12,12 @@ from real_templates import tokenizer_with
 from transformers import PreTrainedTokenizerBase
 
 from RL2.agents.protocol import Reply, Request, RequestError
+from RL2.agents.record import Turn
 from RL2.agents.session import Policy, Session, token_texts
 from RL2.data.template import Template
 from RL2.data.tool_calls import ResponseParser
 from RL2.engines.scripted import ScriptedEngine
-from RL2.types import Sampling, Sequence
+from RL2.types import Completion, Sampling, Sequence
 
 Say = Callable[..., Session]
 ASK = {"role": "user", "content": "hello"}
@@ -148,6 +149,68 @@ def test_texts_and_ids_are_continued_too(says: Say, tokenizer: PreTrainedTokeniz
     asyncio.run(session.respond(Request(prompt=[*turn.token_ids, 5])))
     (sequence,) = session.record.sequences()
     assert tokenizer.decode(sampled(sequence)) == "one<|im_end|>two<|im_end|>three<|im_end|>"
+
+
+def test_ids_without_a_token_never_reach_the_engine(says: Say, tokenizer: PreTrainedTokenizerBase) -> None:
+    session = says("one", "two")
+    asyncio.run(session.respond(Request(prompt=[5, 6])))
+    for unknown in (len(tokenizer), 10**12):
+        with pytest.raises(RequestError, match="tokenizer does not know"):
+            asyncio.run(session.respond(Request(prompt=[*session.record.turns[0].token_ids, unknown])))
+
+
+def test_a_prompt_without_a_response_is_not_continued(says: Say, tokenizer: PreTrainedTokenizerBase) -> None:
+    session = says("", "two")
+    asyncio.run(session.respond(Request(prompt="hello")))
+    asyncio.run(session.respond(Request(prompt="hello world")))
+    assert tokenizer.decode(session.record.sequences()[1].token_ids) == "hello worldtwo<|im_end|>"
+
+
+def test_a_conversation_that_ends_with_the_response_is_answered(says: Say) -> None:
+    session = says("one", "two")
+    (first,) = ask(session, ASK)
+    (second,) = ask(session, ASK, first.message)
+    assert second.message["content"] == "two"
+
+
+def test_an_episode_of_thousands_of_turns_takes_linear_time_a_turn(says: Say) -> None:
+    turns = 2000
+    record = says().record
+    parent, conversation = None, [ASK]
+    for _ in range(turns):
+        conversation = [*conversation, {"role": "assistant", "content": "one"}]
+        parent = Turn(parent, [5], Completion([2], [-1.0], "stop", [0]), "", "one", "")
+        parent.conversation = conversation
+        record.turns.append(parent)
+        conversation = [*conversation, ASK]
+    compared = 0
+
+    class Counted(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            nonlocal compared
+            compared += key == "role"
+            return super().get(key, default)
+
+    assert record.after_messages([Counted(message) for message in conversation], {}) is parent
+    assert compared < 10 * turns
+    assert [len(sampled(sequence)) for sequence in record.sequences()] == [turns]
+
+
+@pytest.mark.parametrize("has_tools", [True, False])
+def test_a_client_without_tools_gets_calls_as_text(has_tools: bool) -> None:
+    its = tokenizer_with("qwen3")
+    text = 'So: <tool_call>\n{"name": "look_up", "arguments": {}}\n</tool_call>'
+    engine = ScriptedEngine(lambda ids, sampling: its.encode(text, add_special_tokens=False))
+    template = Template(its)
+    session = Session(Policy(engine, its, template, ResponseParser(template), None), SAMPLING, 1)
+    (reply,) = ask(session, ASK, arguments={"tools": TOOLS} if has_tools else {})
+    assert reply.message["content"] == ("So:" if has_tools else text)
+    assert ("tool_calls" in reply.message) is has_tools
+
+
+def test_texts_of_tokens_are_made_only_when_they_are_sent(says: Say) -> None:
+    (reply,) = ask(says("one two"), ASK, stream=True)
+    assert reply.token_texts == []
 
 
 def test_a_stop_string_is_kept_and_not_shown(says: Say, tokenizer: PreTrainedTokenizerBase) -> None:
