@@ -29,6 +29,7 @@ EXTRAS = {
     "gem": "envs/gem.py",
     "reasoning-gym": "envs/reasoning_gym.py",
     "verifiers": "envs/verifiers_env.py",
+    "openenv": "envs/openenv.py",
     "agents": "rollout.agent, rl2 serve",
     "tools": "MCP servers in envs/tools.py",
 }
