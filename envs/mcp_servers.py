@@ -69,6 +69,7 @@ class McpServer:
         from mcp_types import CONNECTION_CLOSED
 
         client = await self._opened()
+        session = self._session
         try:
             async with asyncio.timeout(limit_s):
                 result = await client.call_tool(tool, arguments)
@@ -77,9 +78,9 @@ class McpServer:
         except MCPError as error:
             if error.code != CONNECTION_CLOSED:
                 raise ToolError(error.message) from error
-            raise self._failed(error) from error
+            raise self._failed(error, session) from error
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._failed(error, session) from error
         text = _text(result)
         if result.is_error:
             raise ToolError(text)
@@ -104,7 +105,7 @@ class McpServer:
                 await asyncio.Event().wait()
         except Exception as error:
             if not client.done():
-                client.set_exception(self._failed(error))
+                client.set_exception(self._failed(error, None))
         finally:
             client.cancel()
 
@@ -133,9 +134,10 @@ class McpServer:
             )
         return await stack.enter_async_context(Client(transport))
 
-    def _failed(self, error: BaseException) -> RuntimeError:
-        """End the session, so that the next call opens one, and return the error to raise."""
-        if self._session is not None and self._session is not asyncio.current_task():
+    def _failed(self, error: BaseException, session: asyncio.Task[None] | None) -> RuntimeError:
+        """End the session that failed, so that the next call opens one, and return the error to raise."""
+        # another call may have opened a new session meanwhile
+        if session is not None and self._session is session:
             self._session.cancel()
             self._ending.add(self._session)  # it takes a while to close, and loops hold tasks only weakly
             self._session.add_done_callback(self._ending.discard)
