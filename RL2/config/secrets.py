@@ -8,6 +8,11 @@ from typing import Any
 
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _ARGUMENT = re.compile(r"(--[\w-]*(?:api-?key|token|secret|password)(?:=|$))(.*)", re.IGNORECASE | re.DOTALL)
+_VALUE = re.compile(
+    r"((?:--[\w-]*(?:api-?key|token|secret|password)(?:=|\s+)|\b\w*(?:TOKEN|KEY|SECRET|PASSW|CREDENTIAL)\w*=))"
+    r"(?:'[^']*'|\"[^\"]*\"|\S+)",
+    re.IGNORECASE,
+)
 _USER = re.compile(r"(?<=//)[^/@\s]+(?=@)")
 MASK = "***"
 
@@ -18,11 +23,13 @@ def is_secret(name: str) -> bool:
 
 
 def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `settings` with the secrets in servers' variables, servers' arguments and addresses masked."""
+    """Return `settings` with the secrets in servers' variables, command lines and addresses masked."""
     shown: dict[str, Any] = {}
     for name, value in settings.items():
         if name == "env" and isinstance(value, Mapping):
             shown[name] = {key: MASK if is_secret(str(key)) and each else each for key, each in value.items()}
+        elif name == "agent" and isinstance(value, str):  # a command
+            shown[name] = _VALUE.sub(rf"\1{MASK}", _USER.sub(MASK, value))
         elif isinstance(value, Mapping):
             shown[name] = masked(value)
         elif isinstance(value, list | tuple):

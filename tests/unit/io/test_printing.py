@@ -86,6 +86,12 @@ def test_secrets_are_masked_wherever_settings_are_shown() -> None:
     assert server["urls"] == ["http://***@host:1/x"]
 
 
+def test_secrets_in_the_command_of_an_agent_are_masked() -> None:
+    command = "env MY_KEY=a python a.py --api-key 'b c' --max-tokens 5 --token=d {prompt}"
+    shown = masked({"rollout": {"agent": command}})["rollout"]["agent"]
+    assert shown == "env MY_KEY=*** python a.py --api-key *** --max-tokens 5 --token=*** {prompt}"
+
+
 def test_the_configuration_is_shown_without_secrets() -> None:
     config = rl_config("rollout.engine=vllm", "rollout.vllm.env.HF_TOKEN=hf_1", program="spo")
     assert config.rollout.vllm.env == {"HF_TOKEN": "hf_1"}
