@@ -125,3 +125,13 @@ def test_agents_that_fail_are_unscored_and_the_run_goes_on(world: World) -> None
     assert all(expected[kind] in cause for kind, cause in causes.items())
     of_the_run = f"{world.root}/failing.py"  # a word of the command line of what starts agents, and of the agents
     assert not [p for p in psutil.process_iter(["cmdline"]) if of_the_run in (p.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize(
+    "ahead",
+    [("rollout.max_staleness=1",), ("rollout.max_staleness=2", "rollout.partial_rollout=0.5")],
+    ids=["asynchronous", "partial"],
+)
+def test_agents_play_ahead_of_training(world: World, ahead: tuple[str, ...]) -> None:
+    rows = world.run("ppo", *played_by(world, AGENT), *ahead).succeeded().metrics
+    assert len(rows) == 3 and all(row["train/unscored"] == 0 and row["actor/logp_gap_max"] < 0.5 for row in rows)

@@ -49,6 +49,29 @@ def test_engine_and_trainer_stay_together(undisturbed: Run) -> None:
     assert {row["engine/restarts"] for row in undisturbed.metrics} == {0}
 
 
+AGENT = """
+import json, os, urllib.request
+
+def play(task):
+    messages = list(task["messages"])
+    for turn in range(2):
+        body = json.dumps({"model": "any", "messages": messages, "max_tokens": 20}).encode()
+        key = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
+        request = urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body, key)
+        answer = json.load(urllib.request.urlopen(request))["choices"][0]["message"]
+        messages += [answer, {"role": "user", "content": "Sure?"}]
+    return float(any(character.isdigit() for character in answer["content"]))
+"""
+
+
+def test_an_agent(world: World, tmp_path: Path) -> None:
+    (tmp_path / "agent.py").write_text(AGENT)
+    agent = ("rollout.env_path=null", f"rollout.agent={tmp_path}/agent.py:play", "rollout.max_turns=2")
+    run = world.run("spo", *SETTINGS, *agent).succeeded()
+    check_gaps(run)
+    assert all(row["train/unscored"] == 0 and row["train/turns"] == 2 for row in run.metrics)
+
+
 def test_with_a_head_of_its_own(world: World, tmp_path: Path) -> None:
     lm = AutoModelForCausalLM.from_pretrained(world.model)
     lm.config.tie_word_embeddings = False
