@@ -49,9 +49,8 @@ class McpServer:
 
     async def list_tools(self) -> list[dict[str, Any]]:
         """Return the schemas of all tools, in the form of chat templates, from a session of its own."""
-        async with AsyncExitStack() as stack:
-            async with asyncio.timeout(START_S):
-                client = await self._connect(stack)
+        async with AsyncExitStack() as stack, asyncio.timeout(START_S):
+            client = await self._connect(stack)
             tools: list[dict[str, Any]] = []
             page = None
             while page is None or page.next_cursor:

@@ -50,11 +50,15 @@ def _same_call(sent: dict[str, Any], known: dict[str, Any]) -> bool:
     function, known_function = sent["function"], known["function"]
     if function["name"] != known_function["name"]:
         return False
-    return _canonical(function["arguments"]) == _canonical(known_function["arguments"])
+    arguments = _canonical(function["arguments"])
+    return arguments is not None and arguments == _canonical(known_function["arguments"])
 
 
-def _canonical(arguments: dict[str, Any] | str) -> str:
-    """Return the same text for arguments that mean the same, such as 1 and 1.0; not for 1 and true."""
+def _canonical(arguments: dict[str, Any] | str) -> str | None:
+    """Return the same text for arguments that mean the same, such as 1 and 1.0; not for 1 and true.
+
+    Return None for arguments that Python cannot write, which are the same as no others.
+    """
     if isinstance(arguments, str):
         arguments = decoded(arguments)
     if isinstance(arguments, str):
@@ -62,7 +66,7 @@ def _canonical(arguments: dict[str, Any] | str) -> str:
     try:
         return json.dumps(json.loads(json.dumps(arguments), parse_float=_number), sort_keys=True)
     except (ValueError, RecursionError):  # not writable by Python
-        return str(id(arguments))
+        return None
 
 
 def _number(text: str) -> float:

@@ -58,6 +58,7 @@ class Endpoint:
         self.body_s = body_s
         routes = [
             *(Route(path, self._route(cast(Protocol, module)), methods=["POST"]) for path, module in PROTOCOLS.items()),
+            Route("/v1/messages/count_tokens", self._count, methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._models),
             Route("/health", _healthy),
@@ -132,6 +133,16 @@ class Endpoint:
             return JSONResponse(protocol.answer(asked, replies))
 
         return answer
+
+    async def _count(self, request: Request) -> Response:
+        try:
+            session = self._session(request)
+            asked = anthropic_messages.read_count(await _body(request, self.body_s))
+            return JSONResponse({"input_tokens": session.count(asked)})
+        except RequestError as error:
+            return JSONResponse(anthropic_messages.error(error), status_code=error.status)
+        except ClientDisconnect:
+            return Response(status_code=499)
 
     async def _models(self, request: Request) -> Response:
         try:

@@ -113,6 +113,7 @@ def _key(result: Any) -> str:
 
 def kill(process: int, order: dict[str, Any]) -> None:
     """Kill an agent's group and every process that it has started, even in sessions of their own."""
+    _kill(_descendants(process))  # while it lives, their parents tell whose they are
     for _ in range(3):  # a process may start another one meanwhile
         for end in (os.killpg, os.kill):  # it may not lead its group yet
             with contextlib.suppress(OSError):
@@ -140,8 +141,8 @@ def _belongs(process: int, order: dict[str, Any]) -> bool:
     return False
 
 
-def _descendants() -> list[int]:
-    """Return all descendants of this process that are alive; those whose parents have ended are its children."""
+def _descendants(of: int | None = None) -> list[int]:
+    """Return all descendants of a process that are alive; of this one also those whose parents have ended."""
     parents: dict[int, list[int]] = {}
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if name.isdigit():
@@ -149,7 +150,7 @@ def _descendants() -> list[int]:
                 state, parent = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[:2]
                 if state != "Z":
                     parents.setdefault(int(parent), []).append(int(name))
-    found, left = [], [os.getpid()]
+    found, left = [], [os.getpid() if of is None else of]
     while left:
         children = parents.get(left.pop(), [])
         found += children

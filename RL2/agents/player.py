@@ -125,8 +125,11 @@ async def _task(
     if not text and environment.has_reset:
         state = await environment.reset(extra_info, sampling)
         messages = [{"role": "user", "content": state}] if isinstance(state, str) else state
+        if not _is_json(messages):
+            raise Unscored("reset returned messages with values that are not JSON, which an agent cannot read")
     if messages:
-        text = next((str(m["content"]) for m in reversed(messages) if m["role"] == "user" and m.get("content")), text)
+        asked = (m["content"] for m in reversed(messages) if m.get("role") == "user" and m.get("content"))
+        text = str(next(asked, text))
     elif text:
         messages = [{"role": "user", "content": text}]
     return {
@@ -160,7 +163,12 @@ async def _judged(
             numbers = [value for value in reward.values() if isinstance(value, int | float)]
             left = left | {"score": sum(numbers)}
         result = {"next_state": None, "done": True, "extra_info": {}, "score": left.get("score", reward)}
-        return checked(result | {"reward": reward, "metrics": left.get("metrics")}, environment.weights, 0)
+        try:
+            return checked(result | {"reward": reward, "metrics": left.get("metrics")}, environment.weights, 0)
+        except Unscored as error:
+            raise Unscored(error.cause.replace("step returned", "the agent left")) from error
+    if lost := sorted(left.keys() & {"score", "metrics"}):
+        raise Unscored(f"the agent left {', '.join(lost)} without a reward, for which only step has one")
     answer = left.get("answer", last.action)
     if not isinstance(answer, str):
         raise Unscored(f"the agent left an answer that is no text: {one_line(repr(answer))[:80]}")

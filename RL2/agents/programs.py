@@ -91,7 +91,7 @@ class Programs:
                 with contextlib.suppress(asyncio.CancelledError, TimeoutError):
                     await asyncio.wait_for(asyncio.shield(ended), 10)
             del self._ended[episode]
-            shutil.rmtree(folder, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)  # it may be large
 
     async def close(self) -> None:
         """Kill all agents and end the host; may be called again."""
@@ -133,11 +133,12 @@ class Programs:
     async def _read(self, host: asyncio.subprocess.Process) -> None:
         """Note which agents have ended, until the host ends."""
         assert host.stdout is not None
-        async for line in host.stdout:
-            message = json.loads(line)
-            ended = self._ended.get(message.get("id", ""))
-            if ended is not None and not ended.done():
-                ended.set_result(message["status"])
+        with contextlib.suppress(ValueError, KeyError):  # not a message: nothing more can be read
+            async for line in host.stdout:
+                message = json.loads(line)
+                ended = self._ended.get(message.get("id", ""))
+                if ended is not None and not ended.done():
+                    ended.set_result(message["status"])
         for ended in self._ended.values():
             if not ended.done():
                 ended.set_exception(RuntimeError("the process that starts agents has ended"))

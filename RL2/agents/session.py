@@ -79,7 +79,7 @@ class Session:
         self.begun = 0
         """Number of responses that were asked for."""
         self.truncated = False
-        """True if a response or a prompt ran into a length limit."""
+        """True if the last response or prompt ran into a length limit."""
         self.refused_responses = False
         """True if the client asked for more than `max_responses`."""
         self.is_over = False
@@ -100,7 +100,7 @@ class Session:
         length = len(prompt.token_ids)
         sampling = self._sampling(request, length)
         self.begun += request.n
-        seeds = [self._seed(request, prompt) for _ in range(request.n)]
+        seeds = [self._seed(request, prompt, sampling) for _ in range(request.n)]
         try:
             completions = await asyncio.gather(
                 *(self.policy.engine.generate(prompt.token_ids, replace(sampling, seed=seed)) for seed in seeds)
@@ -117,6 +117,10 @@ class Session:
         self.record.turns += [turn for turn, _ in made]
         self.truncated = any(completion.finish == "length" for completion in completions)
         return [reply for _, reply in made]
+
+    def count(self, request: Request) -> int:
+        """Return the number of tokens that a request's prompt would have. Raise RequestError if it cannot be read."""
+        return len(self._prompt(request).token_ids)
 
     def _prompt(self, request: Request) -> _Prompt:
         try:
@@ -190,7 +194,7 @@ class Session:
             top_p=sampling.top_p if request.top_p is None else request.top_p,
         )
 
-    def _seed(self, request: Request, prompt: _Prompt) -> int:
+    def _seed(self, request: Request, prompt: _Prompt, sampling: Sampling) -> int:
         """Return a seed that depends on the session, the request, and how often it was made before.
 
         Requests of several threads get the same tokens in whatever order they arrive.
@@ -198,7 +202,7 @@ class Session:
         seed = self.seed
         if seed is None:
             seed = secrets.randbits(63) if request.seed is None else 0
-        what = repr((seed, request.seed, prompt.token_ids)).encode()
+        what = repr((seed, request.seed, prompt.token_ids, sampling.max_new_tokens, sampling.stop)).encode()
         digest = hashlib.blake2b(what, digest_size=8).digest()
         number = self._asked[digest]
         self._asked[digest] += 1

@@ -125,6 +125,17 @@ def test_other_paths_are_named(opened: Opened) -> None:
     run(work())
 
 
+def test_tokens_are_counted(opened: Opened) -> None:
+    async def work() -> None:
+        async with opened() as (endpoint, session), httpx.AsyncClient(base_url=endpoint.url) as client:
+            count = (await client.post("/v1/messages/count_tokens", json=CHAT, headers=KEY)).json()
+            used = (await client.post("/v1/messages", json=CHAT | {"max_tokens": 64}, headers=KEY)).json()["usage"]
+            assert count == {"input_tokens": used["input_tokens"]} and len(session.record.turns) == 1
+            assert (await client.post("/v1/messages/count_tokens", json={}, headers=KEY)).status_code == 400
+
+    run(work())
+
+
 def test_a_slow_client_does_not_hold_the_others_up(opened: Opened) -> None:
     async def work() -> None:
         async with opened(body_s=0.5) as (endpoint, _), httpx.AsyncClient(base_url=endpoint.url) as client:
