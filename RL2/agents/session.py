@@ -77,7 +77,7 @@ class Session:
         self.max_responses = max_responses
         self.record = Record()
         self.begun = 0
-        """Number of responses that were asked for."""
+        """Number of responses that were asked for, without those of clients that left."""
         self.truncated = False
         """True if the last response or prompt ran into a length limit."""
         self.refused_responses = False
@@ -105,6 +105,9 @@ class Session:
             completions = await asyncio.gather(
                 *(self.policy.engine.generate(prompt.token_ids, replace(sampling, seed=seed)) for seed in seeds)
             )
+        except asyncio.CancelledError:  # the client has left, and may ask again
+            self.begun -= request.n
+            raise
         except Exception as error:
             self.failure = error
             raise
