@@ -36,8 +36,12 @@ class Turns:
         if not self.begun:
             self.loaded_mb = memory_mb("VmRSS")
         due = sys.stdin.readline() == "step\n"
-        self.begun, self.begun_cpu = time.perf_counter(), time.process_time()
+        self.restart()
         return due
+
+    def restart(self) -> None:
+        """Count from now on: what comes before is preparation."""
+        self.begun, self.begun_cpu = time.perf_counter(), time.process_time()
 
     def answer(self, **values: float) -> None:
         """Send the seconds of the step and the peak memory that steps add, updated by `values`."""
