@@ -11,8 +11,8 @@ import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from types import ModuleType
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,6 +26,8 @@ from RL2.agents.protocol import Request as ModelRequest
 from RL2.agents.session import Session
 
 T = TypeVar("T")
+Answer = Callable[[Request, Session], Coroutine[Any, Any, Response]]
+"""Function that answers a request in the session that its key opens."""
 MAX_BODY = 32 << 20
 """Limit of a request in bytes."""
 BODY_S = 30.0
@@ -34,7 +36,7 @@ CLOSE_S = 5
 """Limit for open connections at shutdown, in seconds."""
 BACKLOG = 2048
 HOST = "127.0.0.1"
-PROTOCOLS: dict[str, ModuleType] = {
+PROTOCOLS: dict[str, Protocol] = {
     "/v1/chat/completions": openai_chat,
     "/v1/completions": openai_completions,
     "/v1/responses": openai_responses,
@@ -57,10 +59,13 @@ class Endpoint:
         self.url = f"http://{HOST}:{self.socket.getsockname()[1]}"
         self.body_s = body_s
         routes = [
-            *(Route(path, self._route(cast(Protocol, module)), methods=["POST"]) for path, module in PROTOCOLS.items()),
-            Route("/v1/messages/count_tokens", self._count, methods=["POST"]),
-            Route("/v1/models", self._models),
-            Route("/v1/models/{name:path}", self._models),
+            *(
+                Route(path, self._route(protocol, partial(self._respond, protocol)), methods=["POST"])
+                for path, protocol in PROTOCOLS.items()
+            ),
+            Route("/v1/messages/count_tokens", self._route(anthropic_messages, self._count), methods=["POST"]),
+            Route("/v1/models", self._route(openai_chat, _models)),
+            Route("/v1/models/{name:path}", self._route(openai_chat, _models)),
             Route("/health", _healthy),
         ]
         app = Starlette(routes=routes, exception_handlers={404: _not_found, 405: _not_found})
@@ -113,14 +118,12 @@ class Endpoint:
             raise RequestError("the API key is missing, wrong, or that of an episode that has ended", 401)
         return self.sessions[key]()
 
-    def _route(self, protocol: Protocol) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the function that answers requests of a protocol."""
+    def _route(self, protocol: Protocol, answer: Answer) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the function that answers requests of a key by `answer`, and writes errors as `protocol` does."""
 
-        async def answer(request: Request) -> Response:
+        async def route(request: Request) -> Response:
             try:
-                session = self._session(request)
-                asked = protocol.read(await _body(request, self.body_s))
-                replies = await _unless_gone(request, session.respond(asked))
+                return await answer(request, self._session(request))
             except RequestError as error:
                 return JSONResponse(protocol.error(error), status_code=error.status)
             except ClientDisconnect:
@@ -128,29 +131,24 @@ class Endpoint:
             except Exception as error:
                 failed = RequestError(f"the engine failed: {type(error).__name__}", 500)
                 return JSONResponse(protocol.error(failed), status_code=500)
-            if asked.stream:
-                return StreamingResponse(_stream(protocol, asked, replies), media_type="text/event-stream")
-            return JSONResponse(protocol.answer(asked, replies))
 
-        return answer
+        return route
 
-    async def _count(self, request: Request) -> Response:
-        try:
-            session = self._session(request)
-            asked = anthropic_messages.read_count(await _body(request, self.body_s))
-            return JSONResponse({"input_tokens": session.count(asked)})
-        except RequestError as error:
-            return JSONResponse(anthropic_messages.error(error), status_code=error.status)
-        except ClientDisconnect:
-            return Response(status_code=499)
+    async def _respond(self, protocol: Protocol, request: Request, session: Session) -> Response:
+        asked = protocol.read(await _body(request, self.body_s))
+        replies = await _unless_gone(request, session.respond(asked))
+        if asked.stream:
+            return StreamingResponse(_stream(protocol, asked, replies), media_type="text/event-stream")
+        return JSONResponse(protocol.answer(asked, replies))
 
-    async def _models(self, request: Request) -> Response:
-        try:
-            self._session(request)
-        except RequestError as error:
-            return JSONResponse(openai_chat.error(error), status_code=error.status)
-        model = {"id": request.path_params.get("name", MODEL), "object": "model", "created": 0, "owned_by": "rl2"}
-        return JSONResponse(model if "name" in request.path_params else {"object": "list", "data": [model]})
+    async def _count(self, request: Request, session: Session) -> Response:
+        asked = anthropic_messages.read_count(await _body(request, self.body_s))
+        return JSONResponse({"input_tokens": session.count(asked)})
+
+
+async def _models(request: Request, session: Session) -> Response:
+    model = {"id": request.path_params.get("name", MODEL), "object": "model", "created": 0, "owned_by": "rl2"}
+    return JSONResponse(model if "name" in request.path_params else {"object": "list", "data": [model]})
 
 
 class _Server(uvicorn.Server):

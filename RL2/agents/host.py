@@ -103,12 +103,8 @@ def call(function: str, task: dict[str, Any]) -> None:
         result = asyncio.run(wait())
     if result is not None:
         partial = Path(f"{RESULT}.partial")
-        partial.write_text(json.dumps(result if isinstance(result, dict) else {_key(result): result}))
+        partial.write_text(json.dumps(result))
         partial.rename(RESULT)
-
-
-def _key(result: Any) -> str:
-    return "answer" if isinstance(result, str) else "reward"
 
 
 def kill(process: int, order: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import copy
 import json
 import secrets
-from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from RL2.agents.session import Policy, Session
 from RL2.errors import one_line
 from RL2.rollout.continuation import decode, without_end
 from RL2.rollout.environment import Environment
-from RL2.rollout.episode import PLAIN, assign_rewards, request_seed, sum_up
+from RL2.rollout.episode import assign_rewards, request_seed, sum_up
 from RL2.rollout.step_result import StepResult, Unscored, checked
 from RL2.types import Prompt, Sampling, Trajectory
 
@@ -185,19 +184,12 @@ def _fill(trajectory: Trajectory, session: Session, result: StepResult | None, e
     trajectory.texts = [text for turn in turns for text in (turn.before, turn.action)]
     trajectory.truncated = session.truncated
     trajectory.unfinished = session.refused_responses
-    parts: defaultdict[str, list[float]] = defaultdict(list)
-    metrics: defaultdict[str, list[float]] = defaultdict(list)
     if result is not None:
         last = turns[-1].completion
         sampled, _ = without_end(tokenizer, last, session.sampling)
         decoded = partial(decode, tokenizer)
         assign_rewards(trajectory.sequences[-1], len(last.token_ids), result, decoded, sampled)
-        trajectory.score = result.score
-        for found, values in ((parts, result.parts or {PLAIN: result.total}), (metrics, result.metrics)):
-            for name, value in values.items():
-                found[name].append(value)
-        trajectory.left_out = result.left_out
-    sum_up(trajectory, parts, metrics, environment.weights)
+    sum_up(trajectory, [] if result is None else [result], environment.weights)
 
 
 def _is_json(value: Any) -> bool:

@@ -8,6 +8,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -51,8 +52,10 @@ class _Prompt:
     """Token ids behind those of `parent`."""
     text: str
     """Text of all that the model reads."""
+    messages: list[Message]
+    """The conversation that was sent; empty if the client sent a text or token ids."""
 
-    @property
+    @cached_property
     def token_ids(self) -> list[int]:
         return [*(self.parent.token_ids if self.parent else []), *self.added]
 
@@ -127,23 +130,23 @@ class Session:
 
     def _prompt(self, request: Request) -> _Prompt:
         try:
-            return self._continued(request) or self._begun(request)
+            messages = messages_of({"messages": request.messages}) if request.prompt is None else []
+            return self._continued(request, messages) or self._begun(request, messages)
         except (DataError, Unscored) as error:
             raise RequestError(str(error), parameter="messages") from error
 
-    def _continued(self, request: Request) -> _Prompt | None:
+    def _continued(self, request: Request, messages: list[Message]) -> _Prompt | None:
         """Return the prompt of a request that continues a turn, or None."""
         policy, given = self.policy, request.prompt
         if isinstance(given, list):
             parent = self.record.after_ids(given)
             if parent is None:
                 return None
-            return _Prompt(parent, self._known(given[len(parent.token_ids) :]), decode(policy.tokenizer, given))
+            return _Prompt(parent, self._known(given[len(parent.token_ids) :]), decode(policy.tokenizer, given), [])
         if isinstance(given, str):
             parent = self.record.after_text(given)
             text = given
         else:
-            messages = messages_of({"messages": request.messages})
             parent = self.record.after_messages(messages, request.arguments)
             if parent is not None:
                 new = messages[len(parent.conversation) :]
@@ -151,22 +154,22 @@ class Session:
         if parent is None:
             return None
         added = text[len(parent.text) :].removeprefix(parent.end)
-        return _Prompt(parent, encode_text(policy.tokenizer, added, begins=False), text)
+        return _Prompt(parent, encode_text(policy.tokenizer, added, begins=False), text, messages)
 
-    def _begun(self, request: Request) -> _Prompt:
+    def _begun(self, request: Request, messages: list[Message]) -> _Prompt:
         """Return the prompt of a request that begins a conversation."""
         policy, given = self.policy, request.prompt
         if isinstance(given, list):
-            return _Prompt(None, self._known(given), decode(policy.tokenizer, given))
+            return _Prompt(None, self._known(given), decode(policy.tokenizer, given), [])
         if isinstance(given, str):
             text, is_chat = given, False
         else:
-            text = policy.template.ask(Chat(messages_of({"messages": request.messages}), request.arguments))
+            text = policy.template.ask(Chat(messages, request.arguments))
             is_chat = True
         token_ids = encode_text(policy.tokenizer, text, begins=not is_chat)
         if not token_ids:
             raise RequestError("the prompt has no tokens")
-        return _Prompt(None, token_ids, text)
+        return _Prompt(None, token_ids, text, messages)
 
     def _known(self, token_ids: list[int]) -> list[int]:
         """Return token ids that a client sent. Raise RequestError for ids without a token; the engine would fail."""
@@ -223,7 +226,7 @@ class Session:
         has_calls = bool(message.get("tool_calls"))
         turn = Turn(prompt.parent, prompt.added, completion, prompt.text, action, end)
         if request.prompt is None:
-            turn.conversation = [*messages_of({"messages": request.messages}), message]
+            turn.conversation = [*prompt.messages, message]
             turn.arguments = request.arguments
         return turn, Reply(
             message=message,

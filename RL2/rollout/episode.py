@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -55,8 +54,7 @@ async def run_episode(
     """
     template = template or Template(tokenizer)
     trajectory = Trajectory(row=prompt.row, group=group, sample=sample)
-    parts: defaultdict[str, list[float]] = defaultdict(list)
-    metrics: defaultdict[str, list[float]] = defaultdict(list)
+    results: list[StepResult] = []
     try:
         extra_info = copy.deepcopy(prompt.extra_info)  # samples of a prompt share it, and must not share changes to it
         state, added = prompt.text, prompt.token_ids
@@ -93,11 +91,7 @@ async def run_episode(
             calls = _calls(template, state, action, prompt) if environment.wants_calls else []
             result = await environment.step(state, action, extra_info, request, calls)
             assign_rewards(sequence, len(completion.token_ids), result, partial(decode, tokenizer), sampled)
-            trajectory.score += result.score
-            for found, values in ((parts, result.parts or {PLAIN: result.total}), (metrics, result.metrics)):
-                for name, value in values.items():
-                    found[name].append(value)
-            trajectory.left_out |= result.left_out
+            results.append(result)
             if not result.train:
                 _exclude_from_training(sequence, len(completion.token_ids))
             if result.done or turn + 1 == max_turns:
@@ -109,11 +103,10 @@ async def run_episode(
             state = next_text(template, so_far, result.next_state, end, prompt.template_arguments)
             sequence, added = observe(tokenizer, sequence, so_far, state, end)
     except Unscored as error:
-        trajectory.unscored, trajectory.score = error.cause, 0.0
+        trajectory.unscored = error.cause
         for sequence in trajectory.sequences:
             sequence.rewards = [0.0] * len(sequence.rewards)
-        parts.clear()
-    sum_up(trajectory, parts, metrics, environment.weights)
+    sum_up(trajectory, results, environment.weights)
     return trajectory
 
 
@@ -122,15 +115,30 @@ def _calls(template: Template, state: str, action: str, prompt: Prompt) -> list[
     return ResponseParser(template).parse(action, state, prompt.template_arguments.get("tools") or []).calls
 
 
-def sum_up(
-    trajectory: Trajectory, parts: dict[str, list[float]], metrics: dict[str, list[float]], weights: Mapping[str, float]
-) -> None:
-    """Set the metrics of `trajectory`, means over turns, and its reward: sums of parts over turns, then weighted."""
-    trajectory.metrics = {name: fmean(each) for name, each in metrics.items()}
+def sum_up(trajectory: Trajectory, results: list[StepResult], weights: Mapping[str, float]) -> None:
+    """Set the metrics of `trajectory`, means over turns, and unless it is unscored its score and its reward.
+
+    The score is the sum over turns; so are the parts of the reward, which are then weighted.
+    """
+    trajectory.metrics = {name: fmean(each) for name, each in _by_name(result.metrics for result in results).items()}
+    for result in results:
+        trajectory.left_out |= result.left_out
+    rated = results if trajectory.unscored is None else []
+    trajectory.score = sum((result.score for result in rated), 0.0)
+    parts = _by_name(result.parts or {PLAIN: result.total} for result in rated)
     trajectory.plain = summed(parts.pop(PLAIN, []))
     trajectory.parts = {name: summed(each) for name, each in parts.items()}
     terms = [weights.get(name, 1.0) * value for name, value in trajectory.parts.items()]
     trajectory.weighted = math.fsum([*terms, trajectory.plain])
+
+
+def _by_name(turns: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Return the values of several turns by their names."""
+    found: dict[str, list[float]] = {}
+    for values in turns:
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return found
 
 
 def assign_rewards(
