@@ -110,6 +110,8 @@ class Environment:
         self.timeout_s = timeout_s
         self.weights = weights
         """Weights of the parts of a reward."""
+        self.wants_calls = _has_parameter(step, "calls")
+        """True if `step` gets the tool calls of the response."""
         self._on_step = on_step
         self._file = file
         self._step = step
@@ -127,10 +129,6 @@ class Environment:
         if not is_state(state):
             raise Unscored(f"reset returned {name_of(state)}; expected a str or a list of messages")
         return state
-
-    @property
-    def wants_calls(self) -> bool:
-        return _has_parameter(self._step, "calls")
 
     async def step(
         self,

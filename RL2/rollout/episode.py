@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from RL2.data.template import Template
-from RL2.data.tool_calls import ResponseParser, ToolCall
+from RL2.data.tool_calls import ResponseParser
 from RL2.engines.base import Engine
 from RL2.rollout.continuation import append, decode, encode_text, first_text, next_text, observe, without_end
 from RL2.rollout.environment import Environment
@@ -55,6 +55,8 @@ async def run_episode(
     template = template or Template(tokenizer)
     trajectory = Trajectory(row=prompt.row, group=group, sample=sample)
     results: list[StepResult] = []
+    parser = ResponseParser(template) if environment.wants_calls else None
+    tools = prompt.template_arguments.get("tools") or []
     try:
         extra_info = copy.deepcopy(prompt.extra_info)  # samples of a prompt share it, and must not share changes to it
         state, added = prompt.text, prompt.token_ids
@@ -88,7 +90,7 @@ async def run_episode(
             sampled, end = without_end(tokenizer, completion, sampling)
             action = decode(tokenizer, sampled)
             trajectory.texts += [state, action]
-            calls = _calls(template, state, action, prompt) if environment.wants_calls else []
+            calls = parser.parse(action, state, tools).calls if parser is not None else []
             result = await environment.step(state, action, extra_info, request, calls)
             assign_rewards(sequence, len(completion.token_ids), result, partial(decode, tokenizer), sampled)
             results.append(result)
@@ -108,11 +110,6 @@ async def run_episode(
             sequence.rewards = [0.0] * len(sequence.rewards)
     sum_up(trajectory, results, environment.weights)
     return trajectory
-
-
-def _calls(template: Template, state: str, action: str, prompt: Prompt) -> list[ToolCall]:
-    """Return the tool calls in a response to `state`."""
-    return ResponseParser(template).parse(action, state, prompt.template_arguments.get("tools") or []).calls
 
 
 def sum_up(trajectory: Trajectory, results: list[StepResult], weights: Mapping[str, float]) -> None:
