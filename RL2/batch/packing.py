@@ -28,27 +28,27 @@ def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatc
         raise ValueError("nothing to pack: no trajectory has a sequence")
     lengths = [len(s.token_ids) - 1 for _, _, s in sequences]
 
-    def joined(name: Field, dtype: torch.dtype, shift: int) -> Tensor:
+    def joined(name: Field, dtype: type[np.generic], shift: int) -> Tensor:
         parts = (getattr(s, name)[shift : len(s.token_ids) - 1 + shift] for _, _, s in sequences)
-        return torch.tensor([x for part in parts for x in part], dtype=dtype)
+        return torch.from_numpy(np.concatenate([np.array(part, dtype) for part in parts]))
 
     age_T = None
     if version is not None and all(s.versions for _, _, s in sequences):
-        sampled_by_T = joined("versions", torch.long, 1)
+        sampled_by_T = joined("versions", np.int64, 1)
         age_T = torch.where(sampled_by_T < 0, 0, version - sampled_by_T)
     truncated_B = torch.tensor([trajectories[n].truncated for n, _, _ in sequences])
     experts = [s.experts for _, _, s in sequences if s.experts is not None]
     return TokenBatch(
-        token_ids_T=joined("token_ids", torch.long, 0),
-        labels_T=joined("token_ids", torch.long, 1),
+        token_ids_T=joined("token_ids", np.int64, 0),
+        labels_T=joined("token_ids", np.int64, 1),
         position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-        action_T=joined("action_mask", torch.bool, 1),
-        reward_T=joined("rewards", torch.float32, 1),
+        action_T=joined("action_mask", np.bool_, 1),
+        reward_T=joined("rewards", np.float32, 1),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         trajectory_B=torch.tensor([n for n, _, _ in sequences]),
         group_B=torch.tensor([group for _, group, _ in sequences]),
         truncated_B=truncated_B if truncated_B.any() else None,
-        engine_logp_T=joined("logps", torch.float32, 1),
+        engine_logp_T=joined("logps", np.float32, 1),
         age_T=age_T if age_T is not None and age_T.any() else None,
         experts_T=torch.cat(experts) if len(experts) == len(sequences) else None,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
+from itertools import chain, compress
 from statistics import fmean
 
 import torch
@@ -78,13 +79,8 @@ def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, flo
     unbiased estimate of the policy's entropy, otherwise a cross-entropy of no meaning but its trend.
     """
     rated = scored(trajectories)
-    surprise = [
-        -logp
-        for trajectory in trajectories
-        for sequence in trajectory.sequences
-        for logp, sampled in zip(sequence.logps, sequence.action_mask, strict=True)
-        if sampled
-    ]
+    sequences = chain.from_iterable(trajectory.sequences for trajectory in trajectories)
+    surprise = [-logp for sequence in sequences for logp in compress(sequence.logps, sequence.action_mask)]
     values: dict[str, list[float]] = {
         "score": [trajectory.score for trajectory in rated],
         "reward": [trajectory.reward for trajectory in rated],
