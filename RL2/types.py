@@ -243,7 +243,8 @@ class TokenBatch:
     def shared(self) -> SharedPrefix | None:
         """Return the positions that sequences of a group share because they begin alike, or None if none do.
 
-        Every sequence is compared with the first of its group, so groups should stay together.
+        Every sequence is compared with the first of its group, so groups should stay together. Tokens with other
+        recorded experts are not alike.
         """
         starts, lengths = self.cu_seqlens.tolist(), self.lengths_B.tolist()
         source_T = torch.arange(len(self.token_ids_T))
@@ -251,8 +252,11 @@ class TokenBatch:
         for b, group in enumerate(self.group_B.tolist()):
             a = first.setdefault(group, b)
             length = min(lengths[a], lengths[b])
-            mine, its = (self.token_ids_T[starts[i] : starts[i] + length] for i in (b, a))
-            alike = int((mine == its).long().cumprod(0).sum())
+            mine, its = (slice(starts[i], starts[i] + length) for i in (b, a))
+            alike_T = self.token_ids_T[mine] == self.token_ids_T[its]
+            if self.experts_T is not None:
+                alike_T &= (self.experts_T[mine] == self.experts_T[its]).flatten(1).all(1)
+            alike = int(alike_T.long().cumprod(0).sum())
             source_T[starts[b] : starts[b] + alike] = source_T[starts[a] : starts[a] + alike]
         is_own_T = source_T == torch.arange(len(source_T))
         if bool(is_own_T.all()):

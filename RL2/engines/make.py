@@ -27,6 +27,7 @@ from RL2.models.other_parts import other_parts
 from RL2.models.policy import empty_model
 from RL2.models.quantised import quantisation_of
 from RL2.ops.attention import is_packed
+from RL2.parallel.experts import find_experts
 from RL2.parallel.processes import Processes
 
 
@@ -115,13 +116,14 @@ def _embedded(
     device = policy.processes.device
     # a rollout that overlaps training needs weights of its own: those of the actor change meanwhile
     shares = policy.can_share_weights and dtype == policy.lm.dtype and not rollout.is_async
-    packed = is_packed(policy.lm)
-    if rollout.compile and not packed:
+    compilable = is_packed(policy.lm) and not find_experts(policy.lm)
+    if rollout.compile and not compilable:
+        why = "is a mixture of experts" if is_packed(policy.lm) else "samples through its own forward"
         raise ConfigError(
-            f"rollout.compile=true compiles models with packed attention, and {policy.lm.config.model_type} samples "
-            "through its own forward; leave rollout.compile out"
+            f"rollout.compile=true compiles dense models with packed attention, and {policy.lm.config.model_type} "
+            f"{why}; leave rollout.compile out"
         )
-    compiles = packed and (device.type == "cuda" if rollout.compile is None else rollout.compile)
+    compiles = compilable and (device.type == "cuda" if rollout.compile is None else rollout.compile)
     if device.type == "cuda":
         compiles = compiles and not shares
     elif compiles:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from RL2.errors import ModelError, first_line
 from RL2.models.quantised import READABLE, method_of
@@ -34,9 +35,10 @@ from RL2.models.structure import (
 from RL2.ops.attention import IMPLEMENTATION, is_packed
 from RL2.ops.causal_attention import Scoring
 from RL2.ops.token_stats import LogitTransform
+from RL2.parallel.experts import find_experts
 
 INSPECTED = "rl2_inspected"
-"""Name of the attention implementation that checks and records its arguments."""
+"""Name of the attention implementation that checks and records its arguments, and of one of experts without numbers."""
 INSPECTED_MASKS = "rl2_inspected_masks"
 """Name of the attention implementation that checks the masks which transformers would apply."""
 QUERIES = (2**18 + 2, 2**18 - 2**16 - 1, 97)
@@ -151,14 +153,18 @@ def _build_any(make: Make, config: PretrainedConfig) -> PreTrainedModel:
 def _build(make: Make, config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
     """Build a model on the meta device with an attention implementation; None leaves the choice to transformers.
 
-    Rotary embeddings by length get the plain type; `length_limit` covers them.
+    Rotary embeddings by length get the plain type; `length_limit` covers them. Experts compute no numbers.
     """
     config = copy.deepcopy(config)
     for rope in _ropes(config):
         if rope["rope_type"] in BY_LENGTH:
             rope["rope_type"] = "default"
     with torch.device("meta"):
-        return make(config, dtype=torch.float32, attn_implementation=attention)
+        lm = make(config, dtype=torch.float32, attn_implementation=attention)
+    for experts in find_experts(lm):
+        experts.config = copy.copy(experts.config)
+        experts.config._experts_implementation = INSPECTED
+    return lm
 
 
 def _refuse_more_than_text(config: PretrainedConfig, lm: PreTrainedModel) -> None:
@@ -171,9 +177,12 @@ def _refuse_structure(lm: PreTrainedModel) -> None:
     layers = getattr(lm.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(lm.config, "num_key_value_heads"):
         raise Unpacked(f"({type(lm).__name__}) is not built like Llama or Qwen")
-    experts = next((name for name, p in layers.named_parameters() if p.ndim == 3 and "conv" not in name), None)
-    if experts is not None:
-        raise Unpacked(f"is a mixture of experts (layers.{experts})")
+    of_experts = {p for experts in find_experts(lm) for p in experts.parameters()}
+    for name, p in layers.named_parameters():
+        if p.ndim == 3 and "conv" not in name and p not in of_experts:
+            raise Unpacked(
+                f"has a weight of three dimensions outside transformers' interface for experts (layers.{name})"
+            )
 
 
 def _refuse_forward(lm: PreTrainedModel) -> None:
@@ -318,6 +327,14 @@ def _result(query_BHTD: Tensor, value_BKTE: Tensor) -> Tensor:
 AttentionInterface.register(INSPECTED, _inspect)
 
 
+def _inspect_experts(experts: nn.Module, hidden_ND: Tensor, chosen_NK: Tensor, weight_NK: Tensor) -> Tensor:
+    """Implement transformers' interface for experts, which computes each token alone: return a tensor of the result."""
+    return torch.empty_like(hidden_ND)
+
+
+ALL_EXPERTS_FUNCTIONS.register(INSPECTED, _inspect_experts)
+
+
 def _mask_to_inspect(*, q_length: int, kv_length: int, mask_function: Callable[..., Tensor], **_: Any) -> Tensor:
     """Implement transformers' mask interface: return a mask without values that carries the rule of its values."""
     mask = torch.empty((1, 1, q_length, kv_length), dtype=torch.bool, device="meta")
@@ -364,7 +381,9 @@ class _TokenMixing(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        arguments = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        taken = func._schema.arguments
+        arguments = {x.name: x.default_value for x in taken if x.has_default_value()}
+        arguments |= dict(zip((x.name for x in taken), args, strict=False)) | (kwargs or {})
         name = func.overloadpacket.__name__
         if torch.Tag.nondeterministic_seeded in func.tags and arguments.get("p") not in (0, 1):
             raise Unsupported(RANDOM)
@@ -387,7 +406,7 @@ class _TokenMixing(TorchDispatchMode):
             return all(self.tokens in x.shape for x in tree_leaves(out) if isinstance(x, Tensor))
         if "normalized_shape" in arguments:
             return self.tokens not in arguments["normalized_shape"]
-        dims = arguments.get("dim", arguments.get("dims", 0 if name in ("cat", "slice", "select", "stack") else None))
+        dims = arguments.get("dim", arguments.get("dims"))
         if dims is None or dims == []:
             return False
         along = {first.shape[dim] for dim in (dims if isinstance(dims, list | tuple) else [dims])}

@@ -137,12 +137,13 @@ class PackedModel(nn.Module, ABC):
         if self.sp is not None:
             attend = Ulysses(attend, self.sp, len(ids))
             own = attend.own
-        hidden_ND = backbone(self.lm)(
-            input_ids=ids[None, own.start : own.stop],
-            position_ids=positions[None, own.start : own.stop],
-            use_cache=False,
-            attend=attend,
-        ).last_hidden_state[0]
+        with nullcontext() if routing is None else _seeing(routing, batch, shared):
+            hidden_ND = backbone(self.lm)(
+                input_ids=ids[None, own.start : own.stop],
+                position_ids=positions[None, own.start : own.stop],
+                use_cache=False,
+                attend=attend,
+            ).last_hidden_state[0]
         is_mine_A = (place_A >= own.start) & (place_A < own.stop)
         return hidden_ND.index_select(0, place_A[is_mine_A] - own.start), is_mine_A
 
@@ -179,6 +180,19 @@ class PackedModel(nn.Module, ABC):
         most = torch.tensor(number, device=next(self.parameters()).device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
+
+
+@contextmanager
+def _seeing(routing: RoutingSums, batch: TokenBatch, shared: SharedPrefix | None) -> Iterator[None]:
+    """Add the decisions for a packed batch to `routing`; a token that sequences share counts once for each of them."""
+    place_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
+    given_NLK = batch.experts_T
+    if shared is not None:
+        place_T = shared.place_T
+        given_NLK = None if given_NLK is None else given_NLK[shared.distinct_U]
+    with routing.seeing(place_T.bincount().float(), given_NLK):
+        yield
+    routing.end(place_T)
 
 
 def refuse_longer(lm: PreTrainedModel, longest: int) -> None:

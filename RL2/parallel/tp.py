@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from RL2.errors import ConfigError
 from RL2.ops.attention import is_packed
+from RL2.parallel.experts import find_experts
 
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
@@ -45,13 +46,18 @@ def check_sizes(lm: PreTrainedModel, tp_size: int, sp_size: int, group: str) -> 
     `group` is the prefix of the configuration keys.
     """
     config, model = lm.config, type(lm).__name__
+    for name, size in (("tp_size", tp_size), ("sp_size", sp_size)):
+        if size > 1 and not is_packed(lm):
+            raise ConfigError(
+                f"{group}.{name}={size}: {model} runs row by row through its own forward, which only FSDP divides "
+                f"over processes; set {group}.{name}=1"
+            )
+        if size > 1 and find_experts(lm):
+            raise ConfigError(
+                f"{group}.{name}={size}: {model} is a mixture of experts, which FSDP and ep_size divide over "
+                f"processes; set {group}.{name}=1"
+            )
     if not is_packed(lm):
-        for name, size in (("tp_size", tp_size), ("sp_size", sp_size)):
-            if size > 1:
-                raise ConfigError(
-                    f"{group}.{name}={size}: {model} runs row by row through its own forward, which only FSDP divides "
-                    f"over processes; set {group}.{name}=1"
-                )
         return
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     for what, number in (

@@ -1,4 +1,4 @@
-"""Programs with models that run row by row, on one process and on two."""
+"""Programs with models that run row by row and with mixtures of experts, on one process and on two."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_a_run_trains_and_its_model_loads_in_transformers(
     model = make(world, model_type, tmp_path / "model")
     split = [f"{group}.ep_size=2"] if model_type == "qwen3_moe" else []
     run = world.run(program, f"{group}.model_name={model}", *split, nproc=nproc).succeeded()
-    assert f"{model_type} runs row by row through its own forward (slower): it " in run.output
+    said = f"{model_type} runs row by row through its own forward (slower): it "
+    assert (said in run.output) == (model_type != "qwen3_moe")
     assert len(run.metrics) == 3
     assert all(0 < row[f"{group}/grad_norm"] < float("inf") for row in run.metrics)
     auto = AutoModelForSequenceClassification if program == "rm" else AutoModelForCausalLM

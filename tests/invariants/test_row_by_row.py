@@ -1,4 +1,7 @@
-"""Models that run row by row: results do not depend on blocks, microbatches or processes. Real processes, gloo."""
+"""Models that run row by row, and mixtures of experts: results do not depend on blocks, microbatches or processes.
+
+Real processes, gloo.
+"""
 
 from __future__ import annotations
 
@@ -116,9 +119,18 @@ def test_recomputation_changes_nothing(name: str, one: dict[str, Result], folder
 
 
 @pytest.mark.parametrize("size", ["tp_size", "sp_size"])
-def test_only_fsdp_divides_such_a_model(size: str, folder: Path) -> None:
-    lm = Policy.build(str(folder / "lfm2"))
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lfm2", "Lfm2ForCausalLM runs row by row through its own forward, which only FSDP divides"),
+        ("qwen3_moe", "Qwen3MoeForCausalLM is a mixture of experts, which FSDP and ep_size divide"),
+    ],
+)
+def test_neither_tensor_nor_sequence_parallelism_divides_such_a_model(
+    size: str, name: str, said: str, folder: Path
+) -> None:
+    lm = Policy.build(str(folder / name))
     sizes = {"tp_size": 1, "sp_size": 1, size: 2}
-    said = f"actor.{size}=2: Lfm2ForCausalLM runs row by row through its own forward, which only FSDP divides"
+    said = f"actor.{size}=2: {said}"
     with pytest.raises(ConfigError, match=said):
         check_sizes(lm, group="actor", **sizes)

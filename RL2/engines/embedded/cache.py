@@ -23,6 +23,9 @@ Owners = dict[tuple[int, ...], list[int]]
 class Cache(Protocol):
     """Results of the model for the running requests, and the passes that compute more."""
 
+    experts: dict[int, Tensor]
+    """int16 [tokens, L, K]: experts of the tokens that the last prefill or decoding ran, by row, if recorded."""
+
     def max_rows(self, longest: int) -> int:
         """Return how many requests may run at once if the longest has `longest` tokens; 0 if it does not fit."""
         ...

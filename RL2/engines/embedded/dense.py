@@ -74,7 +74,7 @@ class DenseCache(KVCache):
     def attention(self, pieces: list[Piece]) -> Attend:
         return _Prefill(self, pieces)
 
-    def decode(self, ids: list[int], positions: list[int]) -> Tensor:
+    def run_step(self, ids: list[int], positions: list[int]) -> Tensor:
         ids_R, positions_R = (torch.tensor(x, device=self.device) for x in (ids, positions))
         attend = _Decode(self, positions_R, max(positions) + 1)
         for x in (ids_R, positions_R, attend.rows_R, *attend.biases.values(), *attend.places.values()):

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from RL2.engines.embedded.cache import PREFILL_TOKENS, Cache, Owners
 from RL2.engines.embedded.dense import DenseCache
-from RL2.engines.embedded.lockstep import LockstepCache, OwnForward
+from RL2.engines.embedded.lockstep import OwnForward
 from RL2.engines.embedded.packed import PackedForward
 from RL2.engines.embedded.sampling import sample, uniforms
 from RL2.engines.memory import bytes_per_position, free_bytes
@@ -139,7 +139,7 @@ class EmbeddedEngine:
         """
         self.lm, self.decode = lm, decode
         self.model: PackedForward | OwnForward = (
-            PackedForward(lm, compiles) if is_packed(lm) else OwnForward(lm, records_experts)
+            PackedForward(lm, compiles, records_experts) if is_packed(lm) else OwnForward(lm, records_experts)
         )
         self.device = next(lm.parameters()).device
         self.shapes = {name: tensor.shape for name, tensor in self._stored().items()} if owns_weights else {}
@@ -328,7 +328,7 @@ class EmbeddedEngine:
         for i, request, token, logp in zip(rows, requests, ids.tolist(), logps.tolist(), strict=True):
             if not math.isfinite(logp):
                 raise BrokenWeights(f"the log-probability of token {token} is {logp}: the weights are broken")
-            if isinstance(cache, LockstepCache) and i in cache.experts:
+            if i in cache.experts:
                 request.note(cache.experts[i])
             request.tokens.append(token)
             request.logps.append(logp)

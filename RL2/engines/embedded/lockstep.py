@@ -226,7 +226,6 @@ class LockstepCache:
         self.budget_bytes, self.recorded = budget_bytes, recorded or Routers(())
         self.groups: list[Group] = []
         self.experts: dict[int, Tensor] = {}
-        """int16 [tokens, L, K]: experts of the tokens that the last prefill or decoding ran, by row."""
 
     def max_rows(self, longest: int) -> int:
         # one row less than fits: rows are copied when others leave or join; padding is part of the full length

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from RL2.engines.embedded.compiled import CompiledStep, Step
 from RL2.models.inspection import attention_windows, logit_transform
 from RL2.models.packed import backbone
 from RL2.models.policy import head
+from RL2.models.routing import Routers, RoutingRecord, find_routers
 from RL2.models.structure import decoder_layers
 from RL2.ops.attention import IN_GRAPH, Attend
 from RL2.ops.token_stats import UNCHANGED
@@ -26,9 +28,11 @@ from RL2.ops.token_stats import UNCHANGED
 class PackedForward:
     """The forward pass of a model with packed attention."""
 
-    def __init__(self, lm: PreTrainedModel, compiles: bool) -> None:
+    def __init__(self, lm: PreTrainedModel, compiles: bool, records_experts: bool = False) -> None:
         """Run `lm`. `compiles` fuses kernels: on GPUs those of a layer, on CPUs all of a decoding step."""
         self.lm = lm
+        self.recorded = find_routers(lm) if records_experts else Routers(())
+        """Routers whose decisions a cache keeps."""
         transform = logit_transform(lm)
         self.logit_transform = None if transform == UNCHANGED else transform
         self.windows = attention_windows(lm)
@@ -72,12 +76,23 @@ class KVCache(ABC):
 
     def __init__(self, model: PackedForward) -> None:
         self.model, self.device = model, model.device
+        self.experts: dict[int, Tensor] = {}
 
     @abstractmethod
     def attention(self, pieces: list[Piece]) -> Attend:
         """Return the attention of packed prompts from their start, or of one later piece of one prompt."""
 
+    @abstractmethod
+    def run_step(self, ids: list[int], positions: list[int]) -> Tensor:
+        """Run one new token per row, at its position; return the logits [R, V]."""
+
+    def decode(self, ids: list[int], positions: list[int]) -> Tensor:
+        self.experts = {}
+        with self._recording([1] * len(ids), [[row] for row in range(len(ids))]):
+            return self.run_step(ids, positions)
+
     def prefill(self, owners: Owners) -> Tensor:
+        self.experts = {}
         return torch.cat([self._pass(some) for some in self._passes(owners)])
 
     def _passes(self, owners: Owners) -> Iterator[Owners]:
@@ -105,5 +120,20 @@ class KVCache(ABC):
         positions = torch.cat([torch.arange(piece.start, piece.end, device=self.device) for piece in pieces])
         last = torch.tensor([len(prompt) for prompt in prompts], device=self.device).cumsum(0) - 1
         self.model.prefilled += len(ids)
-        hidden_TD = self.model.hidden(ids, positions, self.attention(pieces))
+        with self._recording([piece.end - piece.start for piece in pieces], [piece.rows for piece in pieces]):
+            hidden_TD = self.model.hidden(ids, positions, self.attention(pieces))
         return self.model.logits_of(hidden_TD[last])
+
+    @contextmanager
+    def _recording(self, lengths: list[int], rows: list[list[int]]) -> Iterator[None]:
+        """Add to `experts` those of the tokens that run in the `with` block: parts of some lengths, each of `rows`."""
+        if not len(self.model.recorded):
+            yield
+            return
+        record = RoutingRecord(self.model.recorded)
+        with record.recording():
+            yield
+        found_NLK = record.experts_NLK().cpu()[: sum(lengths)]  # rows of padding come last
+        for part, sharing in zip(found_NLK.split(lengths), rows, strict=True):
+            for row in sharing:
+                self.experts[row] = torch.cat([self.experts[row], part]) if row in self.experts else part

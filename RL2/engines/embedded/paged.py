@@ -17,6 +17,7 @@ from RL2.engines.embedded.packed import KVCache, PackedForward, Piece
 from RL2.ops import paged_attention as pages
 from RL2.ops.attention import Attend, PackedAttention, attend_to_earlier
 from RL2.ops.causal_attention import Scoring
+from RL2.parallel.experts import find_experts
 
 
 class PagedCache(KVCache):
@@ -47,7 +48,8 @@ class PagedCache(KVCache):
         """Pages of each row."""
         self.table_RP = np.zeros((max_rows, min(pages_of(max_length), max(1, self.num_pages))), dtype=np.int32)
         """The same as an array for decoding; entries beyond a row's last page are undefined."""
-        self.graphs = Graphs() if self.device.type == "cuda" else None
+        # experts choose kernels by their numbers of tokens, which a graph would fix
+        self.graphs = Graphs() if self.device.type == "cuda" and not find_experts(model.lm) else None
 
     def max_rows(self, longest: int) -> int:
         return self.num_pages - 1 if pages_of(longest) < self.num_pages else 0
@@ -116,7 +118,7 @@ class PagedCache(KVCache):
     def attention(self, pieces: list[Piece]) -> Attend:
         return _Prefill(self, pieces)
 
-    def decode(self, ids: list[int], positions: list[int]) -> Tensor:
+    def run_step(self, ids: list[int], positions: list[int]) -> Tensor:
         count = len(ids)
         parts = -(-(max(positions) + 1) // (pages.PAGE * pages.PART_PAGES))
         num_rows, num_pages = rounded(count), rounded(parts) * pages.PART_PAGES

@@ -9,14 +9,24 @@ import torch
 from sampling import generate, generate_across_weights
 from tiny_models import tiny_config, tiny_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.engines.embedded.lockstep import Decoding, LockstepCache
+from RL2.models.inspection import runs_packed
+from RL2.models.loading import empty, materialise
 from RL2.models.routing import RoutingRecord, find_routers
 from RL2.types import Completion, Sampling
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 9, 10, 11], [40, 41, 42], [50, 51, 52, 53, 54, 55, 56], [60, 61]]
+
+
+def packed(lm: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of the model that calls packed attention, as in training."""
+    made = empty(AutoModelForCausalLM, lm.config, torch.float32, True)
+    materialise(made, made, torch.device("cpu"))
+    made.load_state_dict(lm.state_dict())
+    return made.eval()
 
 
 def make_engine(lm: PreTrainedModel, records: bool = True) -> EmbeddedEngine:
@@ -40,11 +50,14 @@ def check(lm: PreTrainedModel, completions: list[Completion]) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe", "granitemoehybrid", "gpt_oss"])
-def test_they_are_those_of_the_model_alone(model_type: str) -> None:
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_they_are_those_of_the_model_alone(model_type: str, is_packed: bool) -> None:
     lm = tiny_model(tiny_config(model_type)).eval()
+    if is_packed and runs_packed(lm):
+        pytest.skip("it runs row by row")
 
     async def everything() -> list[Completion]:
-        engine = make_engine(lm)
+        engine = make_engine(packed(lm) if is_packed else lm)
         limits = (12, 3, 20, 5, 9)  # requests leave at different times, and others enter
         asked = zip(PROMPTS, limits, strict=True)
         return await asyncio.gather(*(engine.generate(p, Sampling(n, seed=i)) for i, (p, n) in enumerate(asked)))
@@ -59,8 +72,17 @@ def test_a_forward_without_a_cache_records_new_tokens_alone() -> None:
     check(lm, generate(engine, PROMPTS, Sampling(max_new_tokens=8)))
 
 
-def test_requests_that_start_over_keep_the_experts_of_their_samples() -> None:
+def test_a_long_prompt_in_pieces_records_all_of_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("RL2.engines.embedded.packed.PREFILL_TOKENS", 3)
+    monkeypatch.setattr("RL2.engines.embedded.packed.pass_tokens", lambda device: 3)
+    lm = tiny_model(tiny_config("qwen3_moe")).eval()
+    check(lm, generate(make_engine(packed(lm)), PROMPTS, Sampling(max_new_tokens=8)))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_requests_that_start_over_keep_the_experts_of_their_samples(is_packed: bool) -> None:
     lm, old, new = (tiny_model(tiny_config("qwen3_moe")).eval() for _ in range(3))
+    lm = packed(lm) if is_packed else lm
     with torch.no_grad():
         for parameter in new.parameters():
             parameter.mul_(1.1)

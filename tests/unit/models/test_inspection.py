@@ -78,6 +78,11 @@ def test_whatever_mixes_tokens_outside_attention_is_not_packed(mixer: str) -> No
     assert str(judged(in_mlp(MIXERS[mixer]))).startswith("mixes tokens outside attention ("), mixer
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe", "gpt_oss"])
+def test_mixtures_of_experts_are_packed(model_type: str) -> None:
+    assert refuse_inexact(AutoModelForCausalLM, tiny_config(model_type), "F") is None
+
+
 def test_what_acts_on_each_token_alone_is_packed() -> None:
     assert judged(in_mlp(lambda x: x.softmax(-1) * x.mean(-1, keepdim=True) + x.cumsum(-1).flip(-1))) is None
 
@@ -129,7 +134,7 @@ def attention_with(**arguments: Any) -> Change:
         (attention_with(softcap=torch.ones(())), "scales, caps or limits attention by something other than a number"),
         (attention_with(position_bias=torch.zeros(1)), "passes position_bias to attention"),
         (lambda lm: setattr(lm.model.layers[1].self_attn, "layer_idx", 0), "calls attention 2 times in 2 layers"),
-        (lambda lm: setattr(lm.model.layers[0], "experts", Experts()), "is a mixture of experts"),
+        (lambda lm: setattr(lm.model.layers[0], "experts", Experts()), "has a weight of three dimensions outside"),
     ],
 )
 def test_a_model_with_more_than_packed_attention_runs_row_by_row(change: Change, said: str) -> None:

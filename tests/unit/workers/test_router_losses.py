@@ -24,7 +24,8 @@ from RL2.workers.learner import Learner
 
 REQUEST = StatsRequest(("logp",), budget_mib=0.05)
 LENGTHS = (12, 40, 33, 39)
-"""The last three form a padded block."""
+SHARED = 9
+"""Number of tokens that the last two sequences have in common."""
 
 
 @pytest.fixture(params=["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"])
@@ -42,11 +43,15 @@ def learner(folder: Path, processes: Processes, *overrides: str) -> Learner:
 
 def sequences() -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(4, 300, (length,), generator=generator).tolist() for length in LENGTHS]
+    made = [torch.randint(4, 300, (length,), generator=generator).tolist() for length in LENGTHS]
+    made[-1][:SHARED] = made[-2][:SHARED]
+    return made
 
 
 def batch() -> TokenBatch:
     made = pack_tokens(sequences())
+    made = made.with_(group_B=torch.tensor([0, 1, 2, 2]))  # what the last two share runs once, and counts twice
+    assert made.shared() is not None
     return made.with_(weight_T=made.action_T / made.action_T.sum())
 
 
