@@ -27,7 +27,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def served(world: World) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """The process, its address and its key."""
     command = [RL2, "serve", str(world.model), "--port", "0", "--max-new-tokens", "16"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    )
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]
     address, key = re.findall(r"ANTHROPIC_BASE_URL=(\S+) ANTHROPIC_API_KEY=(\S+)", lines[2])[0]
