@@ -1,10 +1,12 @@
-"""Retrieval service for searchr1.py on this machine: BM25 over a JSONL corpus, in memory.
+"""Retrieval service for searchr1.py and deep_research.py on this machine: BM25 over a JSONL corpus, in memory.
 
     python envs/local_search_service.py --corpus corpus.jsonl --port 8000
 
 Each line of the corpus is {"id", "contents"}; the first line of the contents is the title. Requests and replies are
 those of Search-R1's service: POST /retrieve {"queries": [...], "topk": 3, "return_scores": true} returns {"result":
-[[{"document": {"id", "contents"}, "score"}, ...], ...]}; without scores each result is the document alone.
+[[{"document": {"id", "contents"}, "score"}, ...], ...]}; without scores each result is the document alone. A line may
+have the "url" of its document, too. POST /documents {"ids": ["id or url", ...]} returns {"result": [document or null,
+...]}.
 """
 
 from __future__ import annotations
@@ -77,8 +79,9 @@ def load_corpus(path: str) -> list[dict[str, str]]:
         for line, text in enumerate(file, 1):
             try:
                 row = json.loads(text)
-                documents.append({"id": str(row["id"]), "contents": str(row["contents"])})
-            except (ValueError, KeyError, TypeError) as error:
+                url = {"url": str(row["url"])} if row.get("url") else {}
+                documents.append({"id": str(row["id"]), "contents": str(row["contents"])} | url)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, line {line}: expected an object with 'id' and 'contents'") from error
     if not documents:
         raise ValueError(f"{path} holds no document")
@@ -97,6 +100,9 @@ class Service(ThreadingHTTPServer):
         self.documents = documents
         self.names = {"localhost", address[0], socket.gethostname(), *names}
         self.index = BM25(document["contents"] for document in documents)
+        self.by_id = {document["url"]: document for document in reversed(documents) if "url" in document}
+        self.by_id |= {document["id"]: document for document in reversed(documents)}
+        self.routes = {"/retrieve": self.retrieve, "/documents": self.visit}
 
     def knows(self, host: str) -> bool:
         """Return whether a request's `Host` is an address or a name of the service."""
@@ -127,6 +133,15 @@ class Service(ThreadingHTTPServer):
             ]
         }
 
+    def visit(self, request: Any) -> dict[str, Any]:
+        """Return the whole documents of a request. Raise ValueError if the request is invalid."""
+        ids = request.get("ids") if isinstance(request, dict) else None
+        if not isinstance(ids, list) or not all(isinstance(each, str) for each in ids):
+            raise ValueError("'ids' must be a list of strings")
+        if len(ids) > MAX_QUERIES:
+            raise ValueError(f"{len(ids)} documents are more than the {MAX_QUERIES} of one request; send several")
+        return {"result": [self.by_id.get(each) for each in ids]}
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print a traceback, unless the client went away before it had all of the answer."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
@@ -148,10 +163,11 @@ class Handler(BaseHTTPRequestHandler):
         # refuses browser pages that reach this machine under their own name (DNS rebinding)
         if not self.server.knows(self.headers.get("Host", "")):
             return self.reply(403, {"error": "the service is not known under this name; --name adds one"})
-        if self.path != "/retrieve":
-            return self.reply(404, {"error": "the service is at /retrieve"})
+        answer = self.server.routes.get(self.path)
+        if answer is None:
+            return self.reply(404, {"error": "the service is at /retrieve and /documents"})
         try:
-            self.reply(200, self.server.retrieve(json.loads(body)))
+            self.reply(200, answer(json.loads(body)))
         except (ValueError, RecursionError) as error:
             self.reply(400, {"error": str(error)})
 

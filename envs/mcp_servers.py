@@ -15,6 +15,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+from .tool_turns import ToolError
+
 START_S = 30.0
 """Limit of the start of a server in seconds."""
 LAUNCH = """
@@ -24,10 +26,6 @@ if os.getppid() == int(sys.argv[1]):  # otherwise the parent ended before that
     os.execvp(sys.argv[2], sys.argv[2:])
 """
 """Program that becomes the server, which ends with its parent."""
-
-
-class ToolError(Exception):
-    """An error of a call that the model reads."""
 
 
 class McpServer:

@@ -13,18 +13,20 @@ import os
 import re
 import string
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from typing import Any
+from typing import Any, TypeVar
 
 from .countdown import answer
 
+T = TypeVar("T")
 SEARCH_URL = os.environ.get("SEARCH_URL", "http://127.0.0.1:8000/retrieve")
 TOPK = int(os.environ.get("SEARCH_TOPK", "3"))
 TIMEOUT_S = float(os.environ.get("SEARCH_TIMEOUT_S", "20"))
 MAX_QUERY = 500
 """Limit of a query in characters."""
-MAX_REPLY = 1 << 22
+MAX_REPLY = 1 << 24
 """Limit of the service's reply in bytes."""
 
 INSTRUCTION = """\
@@ -89,15 +91,23 @@ async def search(call: tuple[str, str, str]) -> str:
 
 def retrieve(query: str) -> list[str]:
     """Return the contents of the best matches. Raise RuntimeError if the service fails."""
-    body = json.dumps({"queries": [query], "topk": TOPK, "return_scores": True}).encode()
-    request = urllib.request.Request(SEARCH_URL, body, {"Content-Type": "application/json"})
+
+    def read(result: list[Any]) -> list[str]:
+        (matches,) = result
+        return [match["document"]["contents"] for match in matches]
+
+    return ask_service(SEARCH_URL, {"queries": [query], "topk": TOPK, "return_scores": True}, TIMEOUT_S, read)
+
+
+def ask_service(url: str, body: dict[str, Any], timeout_s: float, read: Callable[[list[Any]], T]) -> T:
+    """Return what `read` makes of the result of a search service. Raise RuntimeError if the service fails."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with OPENER.open(request, timeout=TIMEOUT_S) as reply:
-            (matches,) = json.loads(reply.read(MAX_REPLY))["result"]
-            return [match["document"]["contents"] for match in matches]
-    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
+        with OPENER.open(request, timeout=timeout_s) as reply:
+            return read(json.loads(reply.read(MAX_REPLY))["result"])
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
         cause = f"{type(error).__name__}: {error}"
-        raise RuntimeError(f"the search service at {SEARCH_URL} (SEARCH_URL) failed: {cause}") from error
+        raise RuntimeError(f"the search service at {url} (SEARCH_URL) failed: {cause}") from error
 
 
 def is_match(given: str, gold: str) -> bool:

@@ -15,17 +15,16 @@ import importlib.util
 import inspect
 import json
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from .gsm8k import behind_reasoning
-from .gsm8k import number as number_on
-from .mcp_servers import McpServer, ToolError, servers_of
-from .searchr1 import is_match
+from .mcp_servers import McpServer, servers_of
+from .tool_turns import Tool, ToolError, is_right, observe
 from .variables import number, required
 from .workers import WorkerError, Workers
 
@@ -33,21 +32,9 @@ FILES = [Path(name) for name in required("TOOLS", "names files of functions or M
 GRADER = os.environ.get("GRADER", "")
 TIMEOUT_S = number("TOOL_TIMEOUT_S", "10", whole=False)
 """Limit of a call in seconds."""
-MAX_CALLS = number("TOOL_MAX_CALLS", "8", least=1)
-"""Limit of the calls in a response; further ones are answered by an error."""
-MAX_CHARS = number("TOOL_MAX_CHARS", "4000", least=1)
-"""Limit of an observation in characters."""
+LOADING = threading.Lock()
 WORKERS = Workers(__file__, "make_caller", limit_s=TIMEOUT_S, wall_s=TIMEOUT_S)
 """Processes of the Python functions; one that takes too long is killed."""
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A tool that the model can call."""
-
-    schema: dict[str, Any]
-    call: Callable[[dict[str, Any]], Awaitable[str]]
-    """Return the result. Raise ToolError with what the model reads."""
 
 
 async def step(state: str, action: str, extra_info: dict[str, Any], calls: list[dict[str, Any]]) -> dict[str, Any]:
@@ -55,14 +42,7 @@ async def step(state: str, action: str, extra_info: dict[str, Any], calls: list[
         reward = GRADE(behind_reasoning(action, state).strip(), extra_info)
         reward = float(await reward if inspect.isawaitable(reward) else reward)
         return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
-    answers = await asyncio.gather(*(answer(call, place) for place, call in enumerate(calls)))
-    messages = [
-        {"role": "tool", "name": call["name"], "tool_call_id": f"call{place:05d}", "content": content}
-        for place, (call, (content, _)) in enumerate(zip(calls, answers, strict=True))
-    ]
-    metrics = {"tool_calls": len(calls), "tool_errors": sum(is_error for _, is_error in answers)}
-    result = {"next_state": messages, "reward": 0.0, "score": 0.0, "done": False, "extra_info": extra_info}
-    return result | {"metrics": metrics}
+    return await observe(calls, await asyncio.to_thread(tools), extra_info)
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
@@ -74,37 +54,22 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
     return {"messages": messages, "extra_info": {"answer": row["answer"]}, "tools": schemas}
 
 
-async def answer(call: dict[str, Any], place: int = 0) -> tuple[str, bool]:
-    """Return what the model reads after a call, and whether it is an error."""
-    try:
-        if call["error"] is not None:
-            raise ToolError(f"the call cannot be read: {call['error']}")
-        if place >= MAX_CALLS:
-            raise ToolError(f"a response can have {MAX_CALLS} calls")
-        known = await asyncio.to_thread(tools)
-        if call["name"] not in known:
-            raise ToolError(f"there is no tool {call['name']!r:.100}; there are {', '.join(known)}")
-        return shortened(await known[call["name"]].call(call["arguments"])), False
-    except ToolError as error:
-        return shortened(f"error: {error}"), True
-
-
-def shortened(text: str) -> str:
-    more = len(text) - MAX_CHARS
-    return text if more <= 0 else f"{text[:MAX_CHARS]}... ({more} more characters)"
+def tools() -> dict[str, Tool]:
+    """Return all tools by name. Raise ValueError if two have the same name."""
+    with LOADING:  # threads of several episodes may ask for them at once
+        return load_tools()
 
 
 @cache
-def tools() -> dict[str, Tool]:
-    """Return all tools by name. Raise ValueError if two have the same name."""
+def load_tools() -> dict[str, Tool]:
     servers = [server for file in FILES if file.suffix == ".json" for server in servers_of(file)]
     with ThreadPoolExecutor(1) as thread:  # this thread may run an event loop
         listed = thread.submit(asyncio.run, _list_tools(servers)).result()
     found = [Tool(schema, partial(_call_server, server, _name(schema))) for server, schema in listed]
     found += [Tool(schema, partial(_call_function, _name(schema))) for schema in _function_schemas()]
-    by_name = {_name(tool.schema): tool for tool in found}
+    by_name = {tool.name: tool for tool in found}
     if len(by_name) < len(found):
-        names = [_name(tool.schema) for tool in found]
+        names = [tool.name for tool in found]
         raise ValueError(f"two tools are named {next(name for name in names if names.count(name) > 1)!r}")
     if not by_name:
         raise ValueError(f"TOOLS={os.environ['TOOLS']}: there is no tool in it")
@@ -183,20 +148,6 @@ def load(file: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def is_right(answer: str, extra_info: dict[str, Any]) -> bool:
-    """Return whether the last line of an answer, or the text after `####`, is the answer of the row.
-
-    Numbers are compared as such, and other texts except for case, punctuation and articles.
-    """
-    _, mark, after = answer.rpartition("####")
-    line = after.strip().partition("\n")[0] if mark else answer.rpartition("\n")[2]
-    golds = extra_info["answer"] if isinstance(extra_info["answer"], list) else [extra_info["answer"]]
-    for gold in map(str, golds):
-        if is_match(line, gold) or (number_on(gold) is not None and number_on(line) == number_on(gold)):
-            return True
-    return False
 
 
 def grader() -> Callable[[str, dict[str, Any]], Any]:

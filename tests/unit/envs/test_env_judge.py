@@ -98,7 +98,7 @@ def load(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield with_settings
     for module in loaded:
-        module.client.close()
+        module.model.client.close()
     sys.modules.pop("envs.judge", None)
 
 

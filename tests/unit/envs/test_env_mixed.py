@@ -61,7 +61,7 @@ def test_every_script_loads_or_says_what_it_needs(script: str, monkeypatch: pyte
     monkeypatch.delenv("JUDGE_URL", raising=False)
     monkeypatch.delenv("TOOLS", raising=False)
     helpers = {"arithmetic", "workers", "local_search_service", "sandbox", "sandbox_child", "sandbox_kernel"}
-    helpers |= {"solution_calls", "plain", "judge_client", "variables", "mcp_servers"}
+    helpers |= {"solution_calls", "plain", "judge_client", "variables", "mcp_servers", "questions", "tool_turns"}
     libraries = {"gem": "gem", "reasoning_gym": "reasoning_gym", "verifiers_env": "verifiers", "orz": "math_verify"}
     library = libraries.get(script)
     if script in helpers:

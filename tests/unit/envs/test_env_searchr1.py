@@ -18,11 +18,11 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
+import search_service
 
 from envs import searchr1
 from envs.local_search_service import BM25, load_corpus
 
-SCRIPT = Path(__file__).parents[3] / "envs" / "local_search_service.py"
 CORPUS = {
     "Paris": "Paris is the capital of France. The Seine flows through it.",
     "Berlin": "Berlin is the capital of Germany, on the river Spree.",
@@ -33,17 +33,9 @@ CORPUS = {
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    corpus = tmp_path_factory.mktemp("search") / "corpus.jsonl"
     rows = [{"id": str(i), "contents": f'"{title}"\n{text}'} for i, (title, text) in enumerate(CORPUS.items())]
-    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, str(SCRIPT), "--corpus", str(corpus), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(r"4 documents at (http://127\.0\.0\.1:\d+/retrieve)\n", line)
-        assert found is not None, line
-        yield found[1]
-        process.terminate()
+    with search_service.searching(tmp_path_factory.mktemp("search"), rows) as url:
+        yield url
 
 
 @pytest.fixture
@@ -226,6 +218,15 @@ def test_only_those_who_know_its_name_are_answered(host: str, is_known: bool, se
             searchr1.OPENER.open(request, timeout=60)
 
 
+def test_whole_documents_are_there_by_their_ids(service: str) -> None:
+    documents = service.replace("/retrieve", "/documents")
+    (page, missing) = post(documents, {"ids": ["1", "4"]})["result"]
+    assert page == {"id": "1", "contents": '"Berlin"\n' + CORPUS["Berlin"]} and missing is None
+    for body in ({}, {"ids": "1"}, {"ids": [1]}, {"ids": ["1"] * 65}):
+        with pytest.raises(HTTPError, match="400"):
+            post(documents, body)
+
+
 def test_a_request_asks_for_no_more_than_it_may(service: str) -> None:
     assert len(post(service, {"queries": ["capital"] * 64})["result"]) == 64
     with pytest.raises(urllib.error.HTTPError, match="400"):
@@ -240,7 +241,9 @@ def test_a_corpus_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         (tmp_path / "c.jsonl").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_corpus(str(tmp_path / "c.jsonl"))
-    done = subprocess.run([sys.executable, SCRIPT, "--corpus", "none.jsonl"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, search_service.SCRIPT, "--corpus", "none.jsonl"], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "No such file or directory: 'none.jsonl'" in done.stderr
 
