@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from RL2.data.literals import GEMMA, PYTHON, separated
 from RL2.data.template import NAME
 
 DEPTH = 64
@@ -241,6 +242,83 @@ def _deepseek(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
     return _read_marked(text, DEEPSEEK_BEGIN, DEEPSEEK_END, read, DEEPSEEK_AROUND)
 
 
+def _gemma(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
+    """Read `<|tool_call>call:name{key:<|"|>text<|"|>,other:1}<tool_call|>`."""
+
+    def read(at: int) -> tuple[list[ToolCall], int]:
+        head = GEMMA_NAME.match(text, at)
+        if head is None:
+            raise _Unreadable("it has no name of a tool")
+        try:
+            arguments, end = GEMMA.read(text, head.end(), DEPTH)
+        except ValueError as error:
+            raise _Unreadable(str(error), head[1]) from error
+        return [ToolCall(head[1], arguments)], _closed(text, end, "<tool_call|>", "<|tool_call>", head[1])
+
+    return _read_marked(text, "<|tool_call>", "<tool_call|>", read)
+
+
+def _pythonic(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
+    """Read `<|tool_call_start|>[name(key=value), ...]<|tool_call_end|>`, or a JSON list between these marks."""
+
+    def read(at: int) -> tuple[list[ToolCall], int]:
+        start = _skip(SPACE, text, at)
+        if JSON_LIST.match(text, start):
+            calls, end = _calls_at(text, start)
+        elif text.startswith("[", start):
+            calls, end = _python_calls(text, _skip(SPACE, text, start + 1))
+        else:
+            raise _Unreadable("expected a list of calls")
+        return calls, _closed(text, end, PYTHON_END, PYTHON_BEGIN, calls[0].name if calls else "")
+
+    return _read_marked(text, PYTHON_BEGIN, PYTHON_END, read)
+
+
+def _python_calls(text: str, at: int) -> tuple[list[ToolCall], int]:
+    """Return the calls of a list, and the offset after it."""
+    calls: list[ToolCall] = []
+    name = ""
+    try:
+        while not text.startswith("]", at):
+            head = PYTHON_NAME.match(text, at)
+            if head is None or len(calls) >= MOST_CALLS:
+                name = ""
+                raise ValueError("it has no name of a tool" if head is None else f"it has more than {MOST_CALLS} calls")
+            name, at = head[1], head.end()
+            arguments: dict[str, Any] = {}
+            while not text.startswith(")", at):
+                key = PYTHON_KEY.match(text, at)
+                if key is None:
+                    raise ValueError("expected an argument as name=value")
+                arguments[key[1]], at = _python_value(text, key.end())
+                at = separated(text, at, ")")
+            calls.append(ToolCall(name, arguments))
+            at = separated(text, at + 1, "]")
+    except ValueError as error:
+        raise _Unreadable(str(error), name) from error
+    return calls, at + 1
+
+
+def _python_value(text: str, at: int) -> tuple[Any, int]:
+    """Return the value of an argument, and the offset after it. Raise ValueError if there is none.
+
+    The templates of LFM2 write quotes in a text as they are. Such a text ends where the next argument begins.
+    """
+    quote = text[at : at + 1]
+    if quote not in PYTHON_TEXT_END:
+        return PYTHON.read(text, at, DEPTH)
+    try:
+        value, end = PYTHON.read(text, at, DEPTH)
+        if AFTER_VALUE.match(text, end):
+            return value, end
+    except ValueError:
+        pass
+    found = PYTHON_TEXT_END[quote].search(text, at + 1)
+    if found is None:
+        raise ValueError("a string is not closed")
+    return text[at + 1 : found.start()], found.start() + 1
+
+
 @dataclass(frozen=True)
 class _Tags:
     """Reader of a format that writes each argument between tags."""
@@ -255,6 +333,8 @@ class _Tags:
     """Pattern of the end of a value. Its group does not match at the end of a call that never closed the value."""
     around: tuple[str, ...] = ()
     """Marks around a call."""
+    trims: bool = True
+    """The lines of the tags are not part of a value."""
 
     def __call__(self, text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
         """Return the text outside of calls, and the calls."""
@@ -273,7 +353,9 @@ class _Tags:
             if end is None or end[1] is None:
                 reason = f"its argument {key[1]!r:.60} is not closed"
                 raise _Unreadable(reason, name, len(text) if end is None else end.end())
-            value = text[key.end() : end.start()].removeprefix("\n").removesuffix("\n")
+            value = text[key.end() : end.start()]
+            if self.trims:
+                value = value.removeprefix("\n").removesuffix("\n")
             arguments[key[1]] = _typed(value, schema.get(key[1]))
             at = end.end()
         return [ToolCall(name, arguments)], _closed(text, at, self.closing, self.opening, name)
@@ -347,6 +429,29 @@ def _harmony_call(name: str, body: str | None, written: str) -> ToolCall:
         return ToolCall(error.name, {}, str(error), written)
 
 
+def read_atem(text: str, reads_calls: bool = True, tools: Tools = ()) -> tuple[str, str, list[ToolCall]]:
+    """Return content, reasoning and calls of messages `<|start|>assistant to=RECIPIENT<|message|>...<|eom|>`.
+
+    A message to `self` is reasoning, one to another recipient than `user` has the call, and everything else is content.
+    """
+    parts: dict[str, list[str]] = {"self": [], "user": []}
+    calls: list[ToolCall] = []
+    for written in text.split("<|start|>"):
+        header, mark, rest = written.partition("<|message|>")
+        body = ATEM_END.split(rest if mark else header.removeprefix("assistant"), maxsplit=1)[0]
+        recipient = RECIPIENT.search(header) if mark else None
+        if recipient is None or recipient[1] in parts:
+            parts[recipient[1] if recipient else "user"].append(body)
+        elif reads_calls:
+            content, found = ATEM_TAGS(body, tools)
+            calls += found
+            parts["user"].append(content.strip())
+        else:
+            parts["user"].append(written)
+    reasoning, content = ("\n".join(filter(None, parts[name])) for name in ("self", "user"))
+    return content, reasoning, calls
+
+
 DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 SPACE = re.compile(r"\s*")
 SEPARATOR = re.compile(r"[\s;]*")
@@ -355,6 +460,16 @@ LLAMA_CALL = re.compile(
 )
 MISTRAL_NAME = re.compile(r"\s*([^\s\[\]{}]+)\s*(?:\[CALL_ID\][^\s\[\]{}]*\s*)?(?:\[ARGS\])?")
 DEEPSEEK_BEGIN, DEEPSEEK_END = "<\uff5ctool\u2581call\u2581begin\uff5c>", "<\uff5ctool\u2581call\u2581end\uff5c>"
+GEMMA_NAME = re.compile(r"\s*call:([^\s{}<>]+)\s*(?=\{)")
+PYTHON_BEGIN, PYTHON_END = "<|tool_call_start|>", "<|tool_call_end|>"
+PYTHON_NAME = re.compile(r"([^\W\d][\w.-]*)\s*\(\s*")
+PYTHON_KEY = re.compile(r"([^\W\d]\w*)\s*=\s*")
+JSON_LIST = re.compile(r"\[\s*\{")
+AFTER_VALUE = re.compile(r"\s*(?:,\s*(?:[^\W\d]\w*\s*=|\))|\))")
+PYTHON_TEXT_END = {
+    quote: re.compile(rf"{quote}(?=\s*(?:,\s*[^\W\d]\w*\s*=|\)\s*(?:,\s*[^\W\d]|\])))") for quote in ("'", '"')
+}
+"""Patterns of the quote that ends a text with quotes of the same kind in it."""
 DEEPSEEK_AROUND = ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>")
 DEEPSEEK_NAME = re.compile(
     r"\s*[^\s<>{}]+\s*<\uff5ctool\u2581sep\uff5c>\s*([^\s<>{}`]+)\s*(?:```(?:json)?)?"
@@ -363,6 +478,9 @@ DEEPSEEK_NAME = re.compile(
 HARMONY_SIGN = f"to=functions.{NAME}"
 """Text in a rendered call by which the format of gpt-oss is recognised."""
 HARMONY_END = re.compile(r"<\|(?:end|call|return)\|>")
+ATEM_SIGN = f'<atem:invoke name="{NAME}">'
+"""Text in a rendered call by which the format of Muse is recognised."""
+ATEM_END = re.compile(r"<\|(?:eom|eot)\|>")
 RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 CHANNEL = re.compile(r"<\|channel\|>(\w+)")
 FUNCTION_TAGS = _Tags(
@@ -380,7 +498,18 @@ ARGUMENT_TAGS = _Tags(
     key=re.compile(r"\s*<arg_key>([^<>]+)</arg_key>\s*<arg_value>"),
     value_end=re.compile(r"(</arg_value>)(?=\s*(?:<arg_key>|</tool_call>|\Z))|</tool_call>(?=\s*(?:<tool_call>|\Z))"),
 )
+ATEM_TAGS = _Tags(
+    opening='<atem:invoke name="',
+    closing="</atem:invoke>",
+    name=re.compile(r'([^\s<>"]+)"\s*>'),
+    key=re.compile(r'\s*<atem:parameter name="([^<>"\n]+)">'),
+    value_end=re.compile(r"(</atem:parameter>)(?=\s*(?:<atem:parameter|</atem:invoke>|\Z))|</atem:invoke>"),
+    around=("<atem:function_calls>", "</atem:function_calls>"),
+    trims=False,
+)
 FORMATS = (
+    CallFormat("<|tool_call>call:", "<|tool_call>", _gemma),
+    CallFormat(PYTHON_BEGIN, PYTHON_BEGIN, _pythonic),
     CallFormat(DEEPSEEK_BEGIN, DEEPSEEK_BEGIN, _deepseek),
     CallFormat("[TOOL_CALLS]", "[TOOL_CALLS]", _mistral),
     CallFormat(f"<function={NAME}>", "<function=", FUNCTION_TAGS),

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from RL2.data.call_formats import FORMATS, HARMONY_SIGN, ToolCall, Tools, read_harmony
+from RL2.data.call_formats import ATEM_SIGN, FORMATS, HARMONY_SIGN, ToolCall, Tools, read_atem, read_harmony
 from RL2.data.template import MARK, Template
 
-REASONING_MARKS = re.compile(rf"([<\[][^\s<>\[\]]+[>\]])\s*{MARK}\s*([<\[][^\s<>\[\]]+[>\]])")
+REASONING_MARKS = re.compile(rf"([<\[][^\s<>\[\]]+[>\]](?:thought)?)\s*{MARK}\s*([<\[][^\s<>\[\]]+[>\]])")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class ResponseParser:
     def __init__(self, template: Template) -> None:
         """Find the format in the call and the reasoning that `template` has rendered."""
         self.is_harmony = HARMONY_SIGN in template.call_text
+        self.is_atem = ATEM_SIGN in template.call_text
         self.format = next((each for each in FORMATS if each.sign in template.call_text), None)
         """None if the template writes no calls or an unknown format. Then a response has content, but no calls."""
         marks = REASONING_MARKS.search(template.reasoning_text)
@@ -44,9 +45,11 @@ class ResponseParser:
         `opened` is the prompt or the end of it; it may have opened the reasoning. `tools` tell the types of arguments
         in formats that do not write them. Without `reads_calls`, calls are part of the content.
         """
-        if self.is_harmony:
+        if self.is_harmony or self.is_atem:
             _, start, begun = opened.rpartition("<|start|>")
-            return ParsedResponse(*read_harmony((begun if start else "") + text, reads_calls))
+            whole = (begun if start else "") + text
+            found = read_harmony(whole, reads_calls) if self.is_harmony else read_atem(whole, reads_calls, tools)
+            return ParsedResponse(*found)
         reasoning, answer = self._split(text, opened)
         content, calls = (answer, []) if self.format is None or not reads_calls else self.format.read(answer, tools)
         return ParsedResponse(content.strip() if reasoning or calls else content, reasoning, calls)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from functools import cache
+from random import Random
 from typing import Any
 
 import pytest
@@ -50,8 +52,6 @@ OWN = {  # written like those of Mistral 7B v0.3, Mistral Small 3.2 and DeepSeek
         + END.replace("call\u2581", "calls\u2581"),
     ),
 }
-NOT_READ = ("diffusion_gemma", "gemma4", "lfm2", "muse_glimmer")
-"""Beginnings of the names of templates that write calls in a format that is not read."""
 ARGUMENTS = {"harbour": 'Pell </tool_call> "é"\n  x', "days": 3, "exact": True, "of": ["tide", {"low": 1.5}]}
 TYPES = {"harbour": "string", "days": "integer", "exact": "boolean", "of": "array"}
 TOOL = {
@@ -95,10 +95,10 @@ def response(template: Template, turn: dict[str, Any]) -> tuple[str, str]:
 def test_what_a_template_writes_is_read_back(name: str) -> None:
     template = template_of(name)
     parser = ResponseParser(template)
-    if not template.call_text or name.startswith(NOT_READ):
-        assert parser.format is None and not parser.is_harmony
+    if not template.call_text:
+        assert parser.format is None and not parser.is_harmony and not parser.is_atem
         return
-    turn: dict[str, Any] = {"role": "assistant", "content": "" if name.startswith("gptoss") else "I look."}
+    turn: dict[str, Any] = {"role": "assistant", "content": "" if name.startswith(("gptoss", "muse")) else "I look."}
     turn["tool_calls"] = [call("get_tide", ARGUMENTS), call("get_tide", {"harbour": "7"})]
     if template.reasoning:
         turn["reasoning_content"] = "Hm, a tide."
@@ -185,6 +185,71 @@ def test_variants_that_models_write() -> None:
     assert parser_of("mistral").parse('[TOOL_CALLS]f{"x": 1}[TOOL_CALLS]g[CALL_ID]abc[ARGS]{}').calls == two
 
 
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ("", {}),
+        ("x=-1.5e3, ", {"x": -1500.0}),
+        ("x = ('a', {'b': None},), y=[true, null]", {"x": ["a", {"b": None}], "y": [True, None]}),
+        (r"x='\x41\u00e9\q\101\'\n'", {"x": "A\u00e9\\qA'\n"}),
+        ("x='it's \\n here', y=2", {"x": "it's \\n here", "y": 2}),
+        ("x='say 'hi', ok', y=\"b\"", {"x": "say 'hi', ok", "y": "b"}),
+    ],
+)
+def test_arguments_in_python(written: str, arguments: dict[str, Any]) -> None:
+    """Values are literals; a text that the template wrote with its own quotes in it ends where the next argument is."""
+    text = f"Look.<|tool_call_start|>[f({written}), g.h-i(z=1)]<|tool_call_end|>"
+    assert parser_of("lfm2_v2").parse(text) == ParsedResponse(
+        "Look.", "", [ToolCall("f", arguments), ToolCall("g.h-i", {"z": 1})]
+    )
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("x=__import__('os')", "x=g(2)", "1", "**x", "x=lambda: 1", "x=b'a'", "x=1_0", "x={1: 2}", "x=1e999", "x=[1"),
+        *(f"x={'9' * 5000}", f"x={'[' * 99}{']' * 99}", "x=1) + (2", "x='a", "x=-True", "x=1; y=2"),
+    ],
+)
+def test_what_is_no_literal_is_an_error(written: str) -> None:
+    good = "<|tool_call_start|>[g()]<|tool_call_end|>"
+    broken, fine = parser_of("lfm2_v2").parse(f"<|tool_call_start|>[f({written})]<|tool_call_end|>{good}").calls
+    assert broken.error and (broken.name, broken.arguments) == ("f", {}) and fine == ToolCall("g", {})
+    value = written.removeprefix("x=")
+    gemma = f"<|tool_call>call:f{{x:{value}}}<tool_call|><|tool_call>call:g{{}}<tool_call|>"
+    if value not in ("1", "{1: 2}"):
+        broken, fine = parser_of("gemma4_v5").parse(gemma).calls
+        assert broken.error and (broken.name, broken.arguments) == ("f", {}) and fine == ToolCall("g", {})
+
+
+def test_arbitrary_values_come_back_from_the_templates() -> None:
+    """Texts of any characters but the marks, nested lists and objects, through real templates."""
+    random = Random(0)
+    letters = [*"ab'\"\\n,:=(){}[]<>| ", "\n", "\u00e9", "\U0001f600", "None", "', b=", '"}]']
+
+    def text() -> str:
+        return "".join(random.choices(letters, k=random.randrange(8))).replace("<|", "")
+
+    def value(depth: int) -> Any:
+        kinds: list[Callable[[], Any]] = [text, lambda: random.choice((None, True, False, 0, -7, 1.5, 2**60))]
+        if depth:
+            kinds.append(lambda: [value(depth - 1) for _ in range(random.randrange(3))])
+            kinds.append(lambda: {f"k{n}": value(depth - 1) for n in range(random.randrange(3))})
+        return random.choice(kinds)()
+
+    for _ in range(100):
+        arguments = {f"a{n}": value(2) for n in range(random.randrange(4))}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call("get_tide", arguments)]}
+        for name in ("gemma4_v5", "lfm2_v2"):
+            template = template_of(name)
+            prompt, written = response(template, turn)
+            (found,) = parser_of(name).parse(written, prompt, [TOOL]).calls
+            if name == "gemma4_v5":
+                assert found.arguments == arguments, written
+            else:  # it escapes nothing: texts between two quotes can be read in several ways
+                assert found.error is not None or found.arguments.keys() <= arguments.keys(), written
+
+
 def test_types_of_arguments_between_tags() -> None:
     """A schema decides between a number and a string of digits; without one, what is JSON is read as JSON."""
 
@@ -240,7 +305,13 @@ def test_broken_calls_of_other_formats() -> None:
     assert errors("llama3_1", "<|python_tag|>search.call()") == [("", "it is not JSON: Expecting value at character 0")]
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_6", "glm4moe", "llama3_2", "mistral", "deepseekv3", "gptoss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("qwen2_5", "qwen3_6", "glm4moe", "llama3_2", "mistral", "deepseekv3", "gptoss"),
+        *("gemma4_v5", "lfm2_v2", "muse_glimmer"),
+    ],
+)
 def test_hostile_text_takes_little_time(name: str) -> None:
     parser = parser_of(name)
     pieces = [
@@ -249,6 +320,8 @@ def test_hostile_text_takes_little_time(name: str) -> None:
         *('<tool_call>{"name": "', '<tool_call>["</tool_call>",', "<tool_call>f<arg_key>x</arg_key><arg_value>"),
         *('[TOOL_CALLS]f{"x":', f"{BEGIN}f{SEP}", "to=functions.f<|message|>", '{"name": "f", "parameters": '),
         f"<tool_call>{json.dumps('x' * 50)}",
+        *("<|tool_call>call:f{x:", '<|tool_call>call:f{x:<|"|>', '<|"|>', "<|tool_call_start|>[f(x='", "'", "f(),"),
+        *("<|tool_call_start|>[f(x='a' ", "<|tool_call_start|>[f(),", 'to=f<|message|><atem:invoke name="f">', "', a="),
     ]
     for piece in pieces:
         text = (piece * (200_000 // len(piece)))[:200_000]
