@@ -222,7 +222,8 @@ def rl2(name: str, words: list[str]) -> None:
         knobs = {k: float(v) for k, _, v in (word.partition("=") for word in given["knobs"] or ())}
         assert all(finding.passed for finding in check_advantage(given["estimator"], knobs))
     elif name == "eval":
-        assert Path(parse_settings(evaluate.EvalConfig, given["settings"]).env).is_file()
+        env = parse_settings(evaluate.EvalConfig, given["settings"]).env
+        assert env is None or Path(env).is_file()
     elif name == "audit-env":
         assert given["env"].is_file()
     elif name == "keys":

@@ -26,7 +26,7 @@ def missing_here(config: Config) -> list[str]:
         packages[f"{group}.lora.rank"] = ("peft", "lora", model.lora.rank > 0)
     if isinstance(config, RLConfig):
         packages["rollout.agent"] = ("uvicorn", "agents", config.rollout.agent is not None)
-    missing = _missing(packages)
+    missing = missing_packages(packages)
     servers = config.rollout.servers if isinstance(config, RLConfig) else None
     if servers is not None and not servers.urls and shutil.which(servers.python) is None:
         how = " (`make engine` builds .venv-vllm)" if servers.key == "vllm" else ""
@@ -36,10 +36,10 @@ def missing_here(config: Config) -> list[str]:
 
 def missing_for_critic(critic: Critic) -> list[str]:
     """Return what a critic on this machine would lack, a line each."""
-    return _missing({"critic.use_liger_kernel": ("liger_kernel", "liger", critic.use_liger_kernel)})
+    return missing_packages({"critic.use_liger_kernel": ("liger_kernel", "liger", critic.use_liger_kernel)})
 
 
-def _missing(packages: dict[str, tuple[str, str, bool]]) -> list[str]:
+def missing_packages(packages: dict[str, tuple[str, str, bool]]) -> list[str]:
     """Return a line for each package that is wanted and missing; `packages` is key -> (package, extra, wanted)."""
     return [
         f"{key} needs a package that is not installed: pip install 'rl2-spo[{extra}]'"

@@ -288,15 +288,18 @@ def replay(
 
 @app.command("eval")
 def eval_(
-    settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="model, data and env at least.")],
+    settings: Annotated[
+        list[str], typer.Argument(metavar="KEY=VALUE", help="model, data, and env or agent, at least.")
+    ],
 ) -> None:
     """Evaluate a saved model: accuracy, pass@k and maj@k with 95% intervals; every response is stored.
 
     model: a folder or hub name. dequantize (false): as actor.dequantize in training. data: as train_data.path. env: an
-    environment script. samples (0): responses per problem at temperature (1.0), top_p (1.0), top_k (0), beside the
-    greedy one (greedy=true). max_new_tokens (1024), max_turns (1). limit: number of problems. seed (0). weights.NAME:
-    as reward.weights.NAME in training. out (evals): parent of the evaluation's folder. An interrupted evaluation
-    continues there, and a finished one is read back. See docs/evaluation.md.
+    environment script. agent: as rollout.agent in training, with agent_timeout_s (600), max_running_agents (16) and
+    agent_env; env then judges its answers, or is left out. samples (0): responses per problem at temperature (1.0),
+    top_p (1.0), top_k (0), beside the greedy one (greedy=true). max_new_tokens (1024), max_turns (1). limit: number of
+    problems. seed (0). weights.NAME: as reward.weights.NAME in training. out (evals): parent of the evaluation's
+    folder. An interrupted evaluation continues there, and a finished one is read back. See docs/evaluation.md.
 
     Example: rl2 eval model=ckpts/spo/latest data=test@openai/gsm8k:main env=envs/gsm8k.py samples=8
     """

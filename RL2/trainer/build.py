@@ -10,10 +10,9 @@ from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from RL2.agents.make import make_player
 from RL2.batch.registry import configured as estimator_of
-from RL2.config.agent import agent_of
 from RL2.config.programs import RLConfig
-from RL2.config.rollout import Rollout
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import largest_token_id
@@ -25,7 +24,7 @@ from RL2.io.report import Report
 from RL2.models.policy import configured_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
 from RL2.rollout.continuation import decode
 from RL2.rollout.environment import Environment, load_environment, without_script
-from RL2.rollout.episodes import Episodes, EpisodeSetting, Player
+from RL2.rollout.episodes import Episodes, EpisodeSetting
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer.alarms import Alarms
 from RL2.trainer.annotate import annotate
@@ -140,9 +139,19 @@ def build(config: RLConfig, run: Run) -> Parts:
         )
     run.closing.callback(engine.close)
     progress.say(describe_engine(config))
-    player = make_player(config.rollout, engine, template, longest)
-    setting = EpisodeSetting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest, template, player)
-    episodes = Episodes(setting, ends, run.processes, config.rollout.is_async)
+    rollout = config.rollout
+    player = make_player(
+        rollout.agent,
+        "rollout.agent",
+        engine,
+        template,
+        longest,
+        timeout_s=rollout.agent_timeout_s,
+        max_running=rollout.max_running_agents,
+        variables=rollout.agent_env,
+    )
+    setting = EpisodeSetting(engine, tasks.environment, tokenizer, rollout.max_turns, longest, template, player)
+    episodes = Episodes(setting, ends, run.processes, rollout.is_async)
     scheduler = Scheduler(tasks.prompts, cursor, episodes, config, num_steps)
     run.closing.callback(scheduler.close)  # a thread may be at work
 
@@ -174,19 +183,6 @@ def build(config: RLConfig, run: Run) -> Parts:
         first_step=first_step,
         last_step=first_step if config.trainer.eval_only else max(first_step, num_steps),
     )
-
-
-def make_player(rollout: Rollout, engine: Engine, template: Template, max_length: int | None) -> Player | None:
-    """Return what plays the episodes with the agent of a run; None if it has none. `max_length` is in tokens."""
-    if rollout.agent is None:
-        return None
-    from RL2.agents.player import AgentPlayer  # the endpoint needs packages that other runs do without
-    from RL2.agents.session import Policy
-    from RL2.data.tool_calls import ResponseParser
-
-    policy = Policy(engine, template.tokenizer, template, ResponseParser(template), max_length)
-    agent = agent_of("rollout.agent", rollout.agent)
-    return AgentPlayer(agent, policy, rollout.agent_timeout_s, rollout.max_running_agents, rollout.agent_env)
 
 
 def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:

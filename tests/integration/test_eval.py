@@ -164,3 +164,30 @@ def test_mistakes_are_named(settings: str, said: str) -> None:
 def test_what_cannot_be_compared(methods: list[str], by: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         compared(methods, by)
+
+
+AGENT = """
+import openai
+
+def play(task):
+    client, messages = openai.OpenAI(), [{"role": "user", "content": task["prompt"]}]
+    for _ in range(2):
+        said = client.chat.completions.create(model="any", messages=messages, max_tokens=6).choices[0].message
+        messages += [said, {"role": "user", "content": "Sure?"}]
+    return {"reward": float(len(said.content) % 2), "metrics": {"turns": 2}}
+"""
+
+
+def test_an_agent_is_evaluated_as_it_trains(world: World) -> None:
+    (world.root / "own_agent.py").write_text(AGENT)
+    common = [f"model={world.model}", f"data={world.root}/rl.jsonl", f"out={world.root}/evals", "limit=3", "samples=1"]
+    settings = [*common, f"agent={world.root}/own_agent.py:play", "max_turns=2", "max_new_tokens=6"]
+    folder = evaluated(settings)
+    kept, summary = records(folder), json.loads((folder / "summary.json").read_text())
+    assert [(r["row"], r["sample"], r["unscored"]) for r in kept] == [(n, s, None) for n in range(3) for s in (-1, 0)]
+    assert {len(r["texts"]) for r in kept} == {4} and {len(r["token_ids"]) for r in kept} == {1}
+    assert summary["env/turns"] == 2 and summary["unscored"] == 0
+    assert evaluated(settings) == folder
+    refused = rl2("eval", *common)
+    assert refused.returncode == 1 and "env= is missing" in refused.stderr
+    assert "have no effect without agent=" in rl2("eval", *common, "env=x.py", "agent_timeout_s=5").stderr

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +18,9 @@ import torch
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from RL2.agents.make import make_player
+from RL2.config.agent import Agent, agent_of
+from RL2.config.here import missing_packages
 from RL2.config.rollout import check_weights
 from RL2.config.values import Count, Index, PositiveFloat, Seed, Share
 from RL2.data.prompts import load_prompts
@@ -28,7 +32,7 @@ from RL2.models.dtypes import compute_dtype
 from RL2.models.loading import weights_folder
 from RL2.models.policy import load_model, load_tokenizer, max_length, stop_tokens
 from RL2.rollout.continuation import decode
-from RL2.rollout.environment import Environment, load_environment
+from RL2.rollout.environment import Environment, load_environment, without_script
 from RL2.rollout.episodes import EpisodeSetting, Group, finish
 from RL2.tools.eval.compare import compare
 from RL2.tools.eval.intervals import Estimate, limits, over_problems
@@ -44,7 +48,7 @@ BY_SCORE = "judged_by_score"
 """Key in a summary: number of samples without a reward."""
 IDLE = "weights_without_part"
 """Key in a summary: weights of parts that no response has."""
-UNCOUNTED = ("model", "data", "env", "out", "limit", "dequantize")
+UNCOUNTED = ("model", "data", "env", "agent", "agent_env", "max_running_agents", "out", "limit", "dequantize")
 """Settings of `EvalConfig` that are in a key by their content, or not at all."""
 GREEDY = -1
 """Sample number of the greedy response of a problem."""
@@ -56,7 +60,12 @@ class EvalConfig:
 
     model: str
     data: str
-    env: str
+    env: str | None = None
+    """None: with an agent alone."""
+    agent: str | None = None
+    agent_timeout_s: PositiveFloat = 600.0
+    agent_env: tuple[str, ...] = ()
+    max_running_agents: Count = 16
     dequantize: bool = False
     samples: Index = 0
     greedy: bool = True
@@ -76,6 +85,10 @@ class EvalConfig:
         check_weights(self.weights, "weights")
         if not (self.samples or self.greedy):
             raise ConfigError("samples=0 with greedy=false leaves nothing to do")
+        if self.env is None and self.agent is None:
+            raise ConfigError("env= is missing: the script that scores responses; or pass agent=")
+        if self.agent is None and (self.agent_timeout_s != 600 or self.max_running_agents != 16 or self.agent_env):
+            raise ConfigError("agent_timeout_s, agent_env and max_running_agents have no effect without agent=")
 
 
 def evaluate(
@@ -86,9 +99,14 @@ def evaluate(
     Raise UserError before anything is generated if an input cannot be read.
     """
     transformers_logging.disable_progress_bar()
+    if lacking := missing_packages({"agent": ("uvicorn", "agents", config.agent is not None)}):
+        raise ConfigError(lacking[0])
     with naming("model"):
         tokenizer, longest = load_tokenizer(config.model), max_length(config.model)
-    environment = load_environment(config.env, config.env_timeout_s, config.weights)
+    if config.env is None:
+        environment = without_script(config.weights)
+    else:
+        environment = load_environment(config.env, config.env_timeout_s, config.weights)
     template = Template(tokenizer)
     prompts = load_prompts(config.data, tokenizer, environment.example, longest - 1, template=template)[: config.limit]
     folder = Path(config.out) / key(config, prompts)
@@ -109,8 +127,20 @@ def evaluate(
             max_running_requests=config.max_running_requests,
             memory_share=0.6,
         )
-        setting = EpisodeSetting(engine, environment, tokenizer, config.max_turns, longest, template)
-        with asyncio.Runner() as runner:
+        player = make_player(
+            config.agent,
+            "agent",
+            engine,
+            template,
+            longest,
+            timeout_s=config.agent_timeout_s,
+            max_running=config.max_running_agents,
+            variables=config.agent_env,
+        )
+        setting = EpisodeSetting(engine, environment, tokenizer, config.max_turns, longest, template, player)
+        with asyncio.Runner() as runner, ExitStack() as ends:
+            if player is not None:
+                ends.callback(lambda: runner.run(player.close()))
             size = max(1, WAVE // (config.samples + config.greedy))
             for start in range(0, len(left), size):
                 wave = left[start : start + size]
@@ -353,7 +383,7 @@ def _refuse_other_problems(folders: Sequence[str]) -> None:
                 raise ConfigError(f"{file} is damaged: {first_line(error)}; evaluate again") from error
     for folder, config in asked[1:]:
         base, expected = asked[0]
-        for name in ("data", "env"):
+        for name in ("data", "env", "agent"):
             if not _same_file(str(config.get(name)), str(expected.get(name))):
                 raise ConfigError(
                     f"{folder} has {name}={config.get(name)} and {base} has {name}={expected.get(name)}; "
@@ -384,14 +414,26 @@ def key(config: EvalConfig, prompts: Sequence[Prompt]) -> str:
             digest.update(file.name.encode())
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-    digest.update(Path(config.env).read_bytes())
+    if config.env is not None:
+        digest.update(Path(config.env).read_bytes())
+    if config.agent is not None:
+        digest.update(_content(agent_of("agent", config.agent)))
     for prompt in prompts:
         digest.update(json.dumps([prompt.row, prompt.token_ids, prompt.extra_info], default=str).encode())
     sampling = {k: v for k, v in asdict(config).items() if k not in UNCOUNTED}
-    if not config.weights:  # evaluations older than this setting keep their name
+    if not config.weights:  # evaluations older than these settings keep their name
         del sampling["weights"]
+    if config.agent is None:
+        del sampling["agent_timeout_s"]
     digest.update(json.dumps(sampling, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _content(agent: Agent) -> bytes:
+    """Return what an agent is: its function and file, or its words with the files that they name."""
+    words = [agent.function.rpartition(":")[2], str(agent.file)] if agent.function is not None else agent.words[1:]
+    files = (Path(word) for word in words)
+    return b"\0".join(file.read_bytes() if file.is_file() else str(file).encode() for file in files)
 
 
 def _by_row(records: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
