@@ -15,7 +15,7 @@ from RL2.agents.session import Policy, Session
 from RL2.errors import one_line
 from RL2.rollout.continuation import decode, without_end
 from RL2.rollout.environment import Environment
-from RL2.rollout.episode import assign_rewards, request_seed, sum_up
+from RL2.rollout.episode import assign_rewards, exclude_from_training, request_seed, sum_up
 from RL2.rollout.step_result import StepResult, Unscored, checked
 from RL2.types import Prompt, Sampling, Trajectory
 
@@ -58,6 +58,7 @@ class AgentPlayer:
         session = Session(self.policy, sampling, request_seed(seed, group, sample, 0), max_turns)
         trajectory = Trajectory(row=prompt.row, group=group, sample=sample)
         extra_info = copy.deepcopy(prompt.extra_info)
+        left: dict[str, Any] | None = None
         result: StepResult | None = None
         try:
             task = await _task(prompt, environment, extra_info, sampling, request_seed(seed, group, 0, 0))
@@ -73,7 +74,7 @@ class AgentPlayer:
             trajectory.unscored = error.cause
         if session.failure is not None:  # the agent may have failed of it
             raise session.failure
-        _fill(trajectory, session, result, environment)
+        _fill(trajectory, session, result, environment, has_answer="answer" in (left or {}))
         return trajectory
 
     async def close(self) -> None:
@@ -177,8 +178,19 @@ async def _judged(
     return found
 
 
-def _fill(trajectory: Trajectory, session: Session, result: StepResult | None, environment: Environment) -> None:
-    """Set the sequences, texts, reward and score of a trajectory."""
+def _fill(
+    trajectory: Trajectory,
+    session: Session,
+    result: StepResult | None,
+    environment: Environment,
+    *,
+    has_answer: bool,
+) -> None:
+    """Set the sequences, texts, reward and score of a trajectory.
+
+    `step` may say that what it judged does not train: the last response, or with an answer that the agent left, which
+    stands for all of its responses, the whole episode.
+    """
     turns, tokenizer = session.record.turns, session.policy.tokenizer
     trajectory.sequences = session.record.sequences()
     trajectory.texts = [text for turn in turns for text in (turn.before, turn.action)]
@@ -189,6 +201,10 @@ def _fill(trajectory: Trajectory, session: Session, result: StepResult | None, e
         sampled, _ = without_end(tokenizer, last, session.sampling)
         decoded = partial(decode, tokenizer)
         assign_rewards(trajectory.sequences[-1], len(last.token_ids), result, decoded, sampled)
+        if not result.train:
+            for sequence in trajectory.sequences if has_answer else ():
+                exclude_from_training(sequence, len(sequence.token_ids))
+            exclude_from_training(trajectory.sequences[-1], len(last.token_ids))
     sum_up(trajectory, [] if result is None else [result], environment.weights)
 
 

@@ -95,7 +95,7 @@ async def run_episode(
             assign_rewards(sequence, len(completion.token_ids), result, partial(decode, tokenizer), sampled)
             results.append(result)
             if not result.train:
-                _exclude_from_training(sequence, len(completion.token_ids))
+                exclude_from_training(sequence, len(completion.token_ids))
             if result.done or turn + 1 == max_turns:
                 trajectory.unfinished = not result.done
                 break
@@ -154,7 +154,7 @@ def assign_rewards(
         sequence.rewards[place - number] = summed(rewards)
 
 
-def _exclude_from_training(sequence: Sequence, number: int) -> None:
+def exclude_from_training(sequence: Sequence, number: int) -> None:
     """Exclude the last `number` tokens from training, as those of a prompt."""
     sequence.action_mask[-number:] = [False] * number
     sequence.logps[-number:] = [0.0] * number
