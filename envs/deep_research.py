@@ -22,10 +22,13 @@ from urllib.parse import urljoin
 
 from .gsm8k import behind_reasoning
 from .questions import json_of, model_of
-from .searchr1 import MAX_QUERY, SEARCH_URL, THREADS, TIMEOUT_S, TOPK, ask_service
+from .searchr1 import MAX_QUERY, THREADS, ask_service
 from .tool_turns import Tool, ToolError, is_right, observe
 from .variables import number
 
+SEARCH_URL = os.environ.get("SEARCH_URL") or "http://127.0.0.1:8000/retrieve"
+TOPK = number("SEARCH_TOPK", "3", least=1)
+TIMEOUT_S = number("SEARCH_TIMEOUT_S", "20", whole=False)
 VISIT_URL = urljoin(SEARCH_URL, "documents")
 PAGE_CHARS = number("PAGE_CHARS", "20000", least=1)
 MAX_AT_ONCE = 4

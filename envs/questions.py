@@ -43,7 +43,7 @@ class Model:
     task: str
     """First sentence of the system prompt."""
     name: str = "judge"
-    """What it is, for error messages."""
+    """Its role, for error messages."""
 
     async def ask(
         self,

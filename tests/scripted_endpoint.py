@@ -87,6 +87,15 @@ def called(arguments: Any, call_id: str = "call_1", name: str = "add") -> dict[s
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+ASK: Message = {"role": "user", "content": "1 + 2"}
+MESSAGE: Message = {
+    "role": "assistant",
+    "content": "Sum:",
+    "reasoning_content": "Add them.",
+    "tool_calls": [called({"a": 1}), called('{"a": ', "call_2")],
+}
+"""An answer with everything in it; the arguments of the second call are no JSON."""
+
 TEXTS = (
     "",
     " ",

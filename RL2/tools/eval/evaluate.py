@@ -383,7 +383,7 @@ def _refuse_other_problems(folders: Sequence[str]) -> None:
                 raise ConfigError(f"{file} is damaged: {first_line(error)}; evaluate again") from error
     for folder, config in asked[1:]:
         base, expected = asked[0]
-        for name in ("data", "env", "agent"):
+        for name in ("data", "env"):
             if not _same_file(str(config.get(name)), str(expected.get(name))):
                 raise ConfigError(
                     f"{folder} has {name}={config.get(name)} and {base} has {name}={expected.get(name)}; "

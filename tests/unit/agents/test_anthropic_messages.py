@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from scripted_endpoint import RAW, Scripted, called, random_message, reply, serving
+from scripted_endpoint import ASK, MESSAGE, RAW, Scripted, called, random_message, reply
 
 from RL2.agents import anthropic_messages
 from RL2.agents.conversation import continues, same
@@ -18,20 +18,7 @@ from RL2.data.chat import Message
 
 anthropic = pytest.importorskip("anthropic")
 
-ASK: Message = {"role": "user", "content": "1 + 2"}
 TOOL = {"name": "add", "description": "Add.", "input_schema": {"type": "object", "properties": {}}}
-MESSAGE: Message = {
-    "role": "assistant",
-    "content": "Sum:",
-    "reasoning_content": "Add them.",
-    "tool_calls": [called({"a": 1}), called('{"a": ', "call_2")],
-}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Scripted]:
-    with serving({"/v1/messages": anthropic_messages}) as scripted:
-        yield scripted
 
 
 @pytest.fixture

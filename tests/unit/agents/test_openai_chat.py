@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import pytest
-from scripted_endpoint import RAW, Scripted, called, random_message, reply, serving
+from scripted_endpoint import ASK, RAW, Scripted, called, random_message, reply
 
 from RL2.agents import openai_chat
 from RL2.agents.conversation import continues, same
@@ -17,7 +17,6 @@ from RL2.data.chat import Message
 
 openai = pytest.importorskip("openai")
 
-ASK: Message = {"role": "user", "content": "1 + 2"}
 TOOL = {
     "type": "function",
     "function": {"name": "add", "description": "Add.", "parameters": {"type": "object", "properties": {}}},
@@ -28,18 +27,6 @@ CALLS: Message = {
     "reasoning_content": "Add them.",
     "tool_calls": [called({"a": 1, "b": [2]}), called({}, "call_2"), called('{"a": ', "call_3")],
 }
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Scripted]:
-    with serving({"/v1/chat/completions": openai_chat}) as scripted:
-        yield scripted
-
-
-@pytest.fixture
-def client(server: Scripted) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
-        yield client
 
 
 def body(**more: Any) -> dict[str, Any]:

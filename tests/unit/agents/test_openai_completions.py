@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scripted_endpoint import TEXTS, Scripted, reply, serving
+from scripted_endpoint import TEXTS, Scripted, reply
 
 from RL2.agents import openai_completions
 from RL2.agents.protocol import RequestError
 
 openai = pytest.importorskip("openai")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Scripted]:
-    with serving({"/v1/completions": openai_completions}) as scripted:
-        yield scripted
-
-
-@pytest.fixture
-def client(server: Scripted) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
-        yield client
 
 
 def test_the_client_reads_an_answer(server: Scripted, client: Any) -> None:

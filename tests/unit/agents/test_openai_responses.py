@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import pytest
-from scripted_endpoint import Scripted, called, random_message, reply, serving
+from scripted_endpoint import ASK, MESSAGE, Scripted, called, random_message, reply
 
 from RL2.agents import openai_responses
 from RL2.agents.conversation import continues, same
@@ -17,26 +17,7 @@ from RL2.data.chat import Message
 
 openai = pytest.importorskip("openai")
 
-ASK: Message = {"role": "user", "content": "1 + 2"}
 TOOL = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}, "strict": True}
-MESSAGE: Message = {
-    "role": "assistant",
-    "content": "Sum:",
-    "reasoning_content": "Add them.",
-    "tool_calls": [called({"a": 1}), called('{"a": ', "call_2")],
-}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Scripted]:
-    with serving({"/v1/responses": openai_responses}) as scripted:
-        yield scripted
-
-
-@pytest.fixture
-def client(server: Scripted) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
-        yield client
 
 
 def body(**more: Any) -> dict[str, Any]:

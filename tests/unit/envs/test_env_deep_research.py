@@ -48,7 +48,8 @@ def load(service: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     def load(**variables: str) -> Environment:
         for name in ("JUDGE_URL", "SUMMARY_URL"):
             monkeypatch.delenv(name, raising=False)
-        for name, value in ({"SEARCH_URL": service, "JUDGE_MODEL": "m", "JUDGE_ATTEMPTS": "1"} | variables).items():
+        limits = {"JUDGE_TIMEOUT_S": "60", "SEARCH_TIMEOUT_S": "60", "JUDGE_ATTEMPTS": "1"}
+        for name, value in ({"SEARCH_URL": service, "JUDGE_MODEL": "m"} | limits | variables).items():
             monkeypatch.setenv(name, value)
         loaded.append(load_environment(SCRIPT, 60))
         return loaded[-1]
