@@ -92,11 +92,17 @@ class Sequence:
     """Version of the weights that sampled each token; -1 elsewhere. Empty if unknown."""
     experts: Tensor | None = None
     """int16 [tokens - 1, L, K]: the engine's experts of each token but the last, as in `Completion`."""
+    role: str | None = None
+    """Role whose tokens are the actions; None in an episode without roles."""
 
 
 @dataclass
 class Trajectory:
-    """One episode. It has several sequences if the environment rewrote the history."""
+    """One episode, or the part of one role in it. It has several sequences if the environment rewrote the history.
+
+    In an episode with several roles each sequence belongs to one of them, and the parts of the reward are the rewards
+    of the roles. `by_role` in rollout/roles.py splits it.
+    """
 
     row: int
     """Row of its prompt."""
@@ -125,6 +131,10 @@ class Trajectory:
     """Metrics that were no numbers in some turn, by name, with their values."""
     unfinished: bool = False
     """The limit of turns ended it before the environment was done."""
+    speakers: list[str] = field(default_factory=list)
+    """Role of each turn in `texts`; empty in an episode without roles."""
+    role: str | None = None
+    """Role whose part of an episode this is; None for a whole episode."""
 
     @property
     def reward(self) -> float:
@@ -189,9 +199,11 @@ class TokenBatch:
     trajectory_B: Tensor
     """int64: number of the trajectory that the sequence belongs to."""
     group_B: Tensor
-    """int64: number of the prompt group."""
+    """int64: number of the prompt group; each role of an episode has a group of its own."""
     truncated_B: Tensor | None = None
     """bool: its trajectory ran into a length limit; None if none did."""
+    role_B: Tensor | None = None
+    """int64: number of the role, in order of names; None if trajectories have none."""
     engine_logp_T: Tensor | None = None
     age_T: Tensor | None = None
     """int64: staleness of the label, in versions of the weights; None if all are 0."""

@@ -1,34 +1,33 @@
-"""The player of a run's agent; the packages that the endpoint needs are imported only for one."""
+"""What plays the episodes of a run: its agent, or the roles of its environment."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from RL2.agents.roles import Opponent, RolePlayer
+from RL2.agents.session import Policy
 from RL2.config.agent import agent_of
-from RL2.data.template import Template
-from RL2.engines.base import Engine
+from RL2.rollout.environment import Environment
 from RL2.rollout.episodes import Player
 
 
-def make_player(
-    agent: str | None,
-    key: str,
-    engine: Engine,
-    template: Template,
-    max_length: int | None,
-    *,
-    timeout_s: float,
-    max_running: int,
-    variables: tuple[str, ...],
+def make_agent(
+    agent: str | None, key: str, policy: Policy, *, timeout_s: float, max_running: int, variables: tuple[str, ...]
 ) -> Player | None:
     """Return what plays the episodes with `agent`, the value of the setting `key`; None if there is none.
 
-    `max_length` is in tokens; at most `max_running` agents run at a time, each for `timeout_s`. `variables` are names
-    of environment variables that they get although they have secrets. Raise ConfigError if the agent is not there.
+    At most `max_running` agents run at a time, each for `timeout_s`. `variables` are names of environment variables
+    that they get although they have secrets. Raise ConfigError if the agent is not there.
     """
     if agent is None:
         return None
-    from RL2.agents.player import AgentPlayer
-    from RL2.agents.session import Policy
-    from RL2.data.tool_calls import ResponseParser
+    from RL2.agents.player import AgentPlayer  # the endpoint needs packages that other runs do without
 
-    policy = Policy(engine, template.tokenizer, template, ResponseParser(template), max_length)
     return AgentPlayer(agent_of(key, agent), policy, timeout_s, max_running, variables)
+
+
+def make_player(
+    environment: Environment, agent: Player | None, policy: Policy, opponents: Mapping[str, Opponent]
+) -> Player | None:
+    """Return what plays the episodes of an environment; None: engine and environment in turn."""
+    return RolePlayer(policy, opponents) if environment.roles else agent

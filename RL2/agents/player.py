@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
 import secrets
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from RL2.agents.endpoint import MODEL, Endpoint
 from RL2.agents.programs import Agent, Programs
 from RL2.agents.session import Policy, Session
+from RL2.agents.task import task_of
 from RL2.errors import one_line
 from RL2.rollout.continuation import decode, without_end
 from RL2.rollout.environment import Environment
@@ -61,7 +61,7 @@ class AgentPlayer:
         left: dict[str, Any] | None = None
         result: StepResult | None = None
         try:
-            task = await _task(prompt, environment, extra_info, sampling, request_seed(seed, group, 0, 0))
+            task = await task_of(prompt, environment, extra_info, sampling, request_seed(seed, group, 0, 0))
             task["max_turns"] = max_turns
             async with self._slots:
                 left = await self._run(task, session)
@@ -109,36 +109,6 @@ def addresses(url: str, key: str) -> dict[str, str]:
         "ANTHROPIC_API_KEY": key,
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
-    }
-
-
-async def _task(
-    prompt: Prompt, environment: Environment, extra_info: dict[str, Any], sampling: Sampling, seed: int
-) -> dict[str, Any]:
-    """Return what an agent is told of its task: `prompt`, `messages`, `extra_info`, `tools`, `row` and `seed`.
-
-    Without a row, `reset` makes the prompt; without `reset` there is none, and the agent makes a task of the seed.
-    """
-    messages, text = prompt.messages, prompt.text
-    if not text:
-        extra_info.setdefault("seed", seed % 2**32)
-    if not text and environment.has_reset:
-        state = await environment.reset(extra_info, sampling)
-        messages = [{"role": "user", "content": state}] if isinstance(state, str) else state
-        if not _is_json(messages):
-            raise Unscored("reset returned messages with values that are not JSON, which an agent cannot read")
-    if messages:
-        asked = (m["content"] for m in reversed(messages) if m.get("role") == "user" and m.get("content"))
-        text = str(next(asked, text))
-    elif text:
-        messages = [{"role": "user", "content": text}]
-    return {
-        "row": prompt.row,
-        "seed": extra_info.get("seed", seed % 2**32),
-        "prompt": text,
-        "messages": messages,
-        "tools": prompt.template_arguments.get("tools", []),
-        "extra_info": {name: value for name, value in extra_info.items() if _is_json(value)},
     }
 
 
@@ -206,11 +176,3 @@ def _fill(
                 exclude_from_training(sequence, len(sequence.token_ids))
             exclude_from_training(trajectory.sequences[-1], len(last.token_ids))
     sum_up(trajectory, [] if result is None else [result], environment.weights)
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True

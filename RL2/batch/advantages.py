@@ -14,7 +14,7 @@ from RL2.types import ROUNDING, TokenBatch
 StdOver = Literal["rollout", "tokens"]
 
 
-@reads("rewards", "groups", baseline=True)
+@reads("rewards", "groups", "roles", baseline=True)
 def reinforce(
     batch: TokenBatch,
     *,
@@ -26,7 +26,8 @@ def reinforce(
     """Return the total reward of the trajectory minus the mean of its group, on each of its action tokens, [T].
 
     This is the advantage of Dr. GRPO (arXiv 2503.20783). `global_norm` takes the mean over the whole rollout, as do
-    groups of one member. `group_size` is the number of members that a group was sampled with; None counts the members
+    groups of one member. Trajectories of different roles are never compared: each role has groups, and a rollout, of
+    its own. `group_size` is the number of members that a group was sampled with; None counts the members
     in the batch.
 
     `norm_var` divides by a standard deviation plus 1e-6, with n - 1 in its denominator. By default the deviation is
@@ -38,7 +39,8 @@ def reinforce(
     """
     reward_N, group_N, number_B = by_trajectory(batch)
     size_N = _sizes(batch, number_B)
-    compared_N = _compared(group_N, group_size, whole=global_norm)
+    role_N = _roles(batch, number_B)
+    compared_N = _compared(group_N, group_size, role_N, whole=global_norm)
     advantage_N = _less_the_mean(reward_N, size_N, compared_N)
     if not norm_var:
         return on_actions(batch, advantage_N[number_B])
@@ -46,7 +48,7 @@ def reinforce(
         return whitened(batch, on_actions(batch, advantage_N[number_B]), global_norm=True, norm_var=True)
     deviation_N = advantage_N
     if std_over == "rollout":
-        compared_N = torch.zeros_like(compared_N)
+        compared_N = role_N
         deviation_N = _less_the_mean(reward_N, size_N, compared_N)
     return on_actions(batch, (advantage_N / (_std(deviation_N, compared_N) + 1e-6))[number_B])
 
@@ -64,7 +66,7 @@ def gdpo(batch: TokenBatch, *, part_NP: Tensor, weight_P: Tensor, group_size: in
     """
     _, group_N, number_B = by_trajectory(batch)
     assert len(part_NP) == len(group_N), "every trajectory has a sequence"
-    sum_N = decoupled(part_NP, weight_P, _compared(group_N, group_size))
+    sum_N = decoupled(part_NP, weight_P, _compared(group_N, group_size, torch.zeros_like(group_N)))
     return on_actions(batch, (sum_N / (_std(sum_N, torch.zeros_like(group_N)) + 1e-6))[number_B])
 
 
@@ -84,19 +86,33 @@ def decoupled(part_NP: Tensor, weight_P: Tensor, group_N: Tensor) -> Tensor:
     return sum_N.masked_fill(sum_N.abs() <= ROUNDING * size_N, 0.0)
 
 
-@reads("rewards", "groups", baseline=True)
+@reads("rewards", "groups", "roles", baseline=True)
 def rloo(batch: TokenBatch, *, group_size: int | None = None) -> Tensor:
     """Return the total reward of the trajectory minus the mean of its group's others, on each of its action tokens.
 
-    REINFORCE leave-one-out (arXiv 2402.14740). With groups of one member the others are the rest of the rollout.
+    REINFORCE leave-one-out (arXiv 2402.14740). With groups of one member the others are the rest of the rollout, of
+    the same role.
     `group_size` is as in `reinforce`.
     """
     reward_N, group_N, number_B = by_trajectory(batch)
-    group_N = _compared(group_N, group_size)
+    group_N = _compared(group_N, group_size, _roles(batch, number_B))
     count_N = torch.bincount(group_N)[group_N]
     # R - (sum - R) / (n - 1) = n / (n - 1) (R - mean)
     advantage_N = _less_the_mean(reward_N, _sizes(batch, number_B), group_N) * count_N / (count_N - 1).clamp(min=1)
     return on_actions(batch, advantage_N[number_B])
+
+
+@reads("rewards", "means")
+def rae(batch: TokenBatch, *, mean_N: Tensor) -> Tensor:
+    """Return the total reward of the trajectory minus the running mean of its role, on each of its action tokens, [T].
+
+    Role-conditioned advantage estimation of SPIRAL (arXiv 2506.24119). `mean_N` is the mean from before
+    this rollout (`batch/role_means.py`), in float64 and in the order of `trajectory_B`. So no trajectory is in its own
+    baseline, and the order of trajectories has no effect; SPIRAL subtracts the mean with the trajectory in it.
+    """
+    reward_N, _, number_B = by_trajectory(batch)
+    assert len(mean_N) == len(reward_N), "every trajectory has a sequence"
+    return on_actions(batch, (reward_N - mean_N)[number_B])
 
 
 @reads("rewards", "values")
@@ -185,11 +201,22 @@ def _sizes(batch: TokenBatch, number_B: Tensor) -> Tensor:
     return size_T.new_zeros(int(number_B.max()) + 1).index_add_(0, number_B[batch.sequence_T], size_T)
 
 
-def _compared(group_N: Tensor, group_size: int | None, whole: bool = False) -> Tensor:
-    """Return which trajectories are compared, numbered from 0: those of a group, or all if groups have one member."""
+def _compared(group_N: Tensor, group_size: int | None, role_N: Tensor, whole: bool = False) -> Tensor:
+    """Return which trajectories are compared, numbered from 0.
+
+    They are those of a group, or those of a role if groups have one member.
+    """
     names, number_N = group_N.unique(return_inverse=True)
     are_single = len(names) == len(number_N) if group_size is None else group_size == 1
-    return torch.zeros_like(number_N) if whole or are_single else number_N
+    return role_N if whole or are_single else number_N
+
+
+def _roles(batch: TokenBatch, number_B: Tensor) -> Tensor:
+    """Return the role of each trajectory, numbered from 0, [N]."""
+    role_N = number_B.new_zeros(int(number_B.max()) + 1)
+    if batch.role_B is not None:
+        role_N = role_N.index_copy_(0, number_B, batch.role_B).unique(return_inverse=True)[1]
+    return role_N
 
 
 def _less_the_mean(reward_N: Tensor, size_N: Tensor, group_N: Tensor) -> Tensor:

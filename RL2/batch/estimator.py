@@ -17,13 +17,15 @@ READABLE: dict[str, str] = {
     "groups": "batch.group_B, and the argument group_size",
     "values": "batch.value_T",
     "parts": "the arguments part_NP and weight_P",
+    "roles": "batch.role_B",
+    "means": "the argument mean_N",
     "tokens": "batch.token_ids_T and batch.labels_T",
     "logps": "batch.engine_logp_T",
     "truncated": "batch.truncated_B",
 }
 """Names that an estimator may declare, and where it finds each."""
 
-INPUTS = {"group_size": "groups", "part_NP": "parts", "weight_P": "parts"}
+INPUTS = {"group_size": "groups", "part_NP": "parts", "weight_P": "parts", "mean_N": "means"}
 """Arguments that the trainer fills, and what an estimator with such an argument reads."""
 
 WHITENING = ("global_norm", "norm_var")

@@ -21,23 +21,26 @@ Field = Literal["token_ids", "action_mask", "logps", "rewards", "versions"]
 def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatch:
     """Return all sequences of `trajectories` end to end. Labels are shifted here and never again.
 
-    `version` is that of the weights that will train; the ages of tokens count from it.
+    `version` is that of the weights that will train; the ages of tokens count from it. Each role has groups of its own.
     """
-    sequences = [(n, t.group, s) for n, t in enumerate(trajectories) for s in t.sequences]
+    sequences = [(n, s) for n, t in enumerate(trajectories) for s in t.sequences]
     if not sequences:
         raise ValueError("nothing to pack: no trajectory has a sequence")
-    lengths = [len(s.token_ids) - 1 for _, _, s in sequences]
+    lengths = [len(s.token_ids) - 1 for _, s in sequences]
+    roles = sorted({t.role for t in trajectories if t.role is not None})
+    role_N = [roles.index(t.role) if t.role in roles else 0 for t in trajectories]
+    group_N = [t.group * max(1, len(roles)) + role for t, role in zip(trajectories, role_N, strict=True)]
 
     def joined(name: Field, dtype: type[np.generic], shift: int) -> Tensor:
-        parts = (getattr(s, name)[shift : len(s.token_ids) - 1 + shift] for _, _, s in sequences)
+        parts = (getattr(s, name)[shift : len(s.token_ids) - 1 + shift] for _, s in sequences)
         return torch.from_numpy(np.concatenate([np.array(part, dtype) for part in parts]))
 
     age_T = None
-    if version is not None and all(s.versions for _, _, s in sequences):
+    if version is not None and all(s.versions for _, s in sequences):
         sampled_by_T = joined("versions", np.int64, 1)
         age_T = torch.where(sampled_by_T < 0, 0, version - sampled_by_T)
-    truncated_B = torch.tensor([trajectories[n].truncated for n, _, _ in sequences])
-    experts = [s.experts for _, _, s in sequences if s.experts is not None]
+    truncated_B = torch.tensor([trajectories[n].truncated for n, _ in sequences])
+    experts = [s.experts for _, s in sequences if s.experts is not None]
     return TokenBatch(
         token_ids_T=joined("token_ids", np.int64, 0),
         labels_T=joined("token_ids", np.int64, 1),
@@ -45,9 +48,10 @@ def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatc
         action_T=joined("action_mask", np.bool_, 1),
         reward_T=joined("rewards", np.float32, 1),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
-        trajectory_B=torch.tensor([n for n, _, _ in sequences]),
-        group_B=torch.tensor([group for _, group, _ in sequences]),
+        trajectory_B=torch.tensor([n for n, _ in sequences]),
+        group_B=torch.tensor([group_N[n] for n, _ in sequences]),
         truncated_B=truncated_B if truncated_B.any() else None,
+        role_B=torch.tensor([role_N[n] for n, _ in sequences]) if roles else None,
         engine_logp_T=joined("logps", np.float32, 1),
         age_T=age_T if age_T is not None and age_T.any() else None,
         experts_T=torch.cat(experts) if len(experts) == len(sequences) else None,

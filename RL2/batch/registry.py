@@ -8,14 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from RL2.batch.advantages import gae, gdpo, reinforce, rloo, spo
+from RL2.batch.advantages import gae, gdpo, rae, reinforce, rloo, spo
 from RL2.batch.estimator import Estimator
 from RL2.config import functions
 from RL2.config.trainer import Advantage
 from RL2.errors import ConfigError
 from RL2.types import TokenBatch
 
-ESTIMATORS: dict[str, Estimator] = {"reinforce": reinforce, "gdpo": gdpo, "rloo": rloo, "spo": spo, "gae": gae}
+ESTIMATORS: dict[str, Estimator] = {
+    "reinforce": reinforce,
+    "gdpo": gdpo,
+    "rloo": rloo,
+    "rae": rae,
+    "spo": spo,
+    "gae": gae,
+}
 
 KEY, ARGS = "adv.estimator", "adv.args"
 

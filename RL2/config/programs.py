@@ -47,6 +47,7 @@ class RLConfig:
             on_bad_row=data.on_bad_row,
             columns=self.train_data.columns | data.columns,
             sampling=rollout.test_sampling_params,
+            opponents=rollout.opponents if data.opponents is None else data.opponents,
         )
         others = [
             TestSettings(
@@ -59,6 +60,7 @@ class RLConfig:
                 on_bad_row=each.on_bad_row or own.on_bad_row,
                 columns=own.columns | each.columns,
                 sampling=_changed(own.sampling, each.sampling, f"test_data.sets.{name}.sampling"),
+                opponents=own.opponents if each.opponents is None else each.opponents,
             )
             for name, each in data.sets.items()
         ]

@@ -159,6 +159,10 @@ class Rollout:
     """Names of environment variables that agents get although their names mark a secret, such as [SEARCH_API_KEY]."""
     max_running_agents: Count = 16
     """Maximum number of agents that run at a time for each process of the trainer; the others wait."""
+    opponents: dict[str, Any] = field(default_factory=dict)
+    """Frozen models that play roles of the environment (docs/multi_agent.md), by role: `opponents.judge=MODEL`, a hub
+    name or folder of a model, a checkpoint folder of this model (`ckpts/NAME/step_000100`), `start` (the policy before
+    training) or `latest` (the policy of the last checkpoint, trainer.save_freq). The policy plays all other roles."""
     dynamic_filtering: bool = False
     """Drop groups whose rewards are all equal; they carry no signal for a group baseline."""
     dynamic_filtering_rounds: Count = 1
@@ -193,6 +197,7 @@ class Rollout:
             raise ConfigError(
                 "rollout.agent_timeout_s, agent_env and max_running_agents have no effect without rollout.agent"
             )
+        check_opponents(self.opponents, "rollout.opponents")
         for servers in (self.vllm, self.sglang):
             if self.engine != servers.key and (servers.urls or servers.args or servers.env):
                 raise ConfigError(
@@ -231,6 +236,19 @@ class Reward:
 
     def __post_init__(self) -> None:
         check_weights(self.weights, "reward.weights")
+
+
+START, LATEST = "start", "latest"
+"""Names of opponents that are earlier versions of the policy."""
+
+
+def check_opponents(opponents: dict[str, Any], key: str) -> None:
+    """Raise ConfigError unless `opponents` maps names of roles to models."""
+    for role, name in opponents.items():
+        if not NAME.fullmatch(str(role)):
+            raise ConfigError(f"{key}.{role}: no role has this name; {NAME_RULE}")
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{key}.{role}={name!r}; expected a model, a checkpoint folder, start or latest")
 
 
 MAX_WEIGHT = 1e6

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from RL2.config.data import SupervisedData, TestSettings, TrainData
 from RL2.config.model import Actor, DPOActor, RefActor, Trainable, times_sp
-from RL2.config.rollout import Rollout
+from RL2.config.rollout import LATEST, Rollout
 from RL2.config.trainer import Advantage, RLTrainer, Trainer
 from RL2.errors import ConfigError
 
@@ -132,6 +132,26 @@ def selection_of_on_policy_tokens_where_all_are(actor: Actor, rollout: Rollout) 
     """Refuse actor.select.on_policy with rollout.max_staleness=0."""
     if actor.select.on_policy and not rollout.max_staleness:
         raise ConfigError("actor.select.on_policy has no effect with rollout.max_staleness=0: all tokens are")
+
+
+def opponents_that_cannot_play(
+    actor: Actor, rollout: Rollout, trainer: RLTrainer, test_sets: list[TestSettings]
+) -> None:
+    """Refuse opponents beside servers, and `latest` without checkpoints or with only one that is kept."""
+    for key, opponents in {"rollout": rollout.opponents, **{each.key: each.opponents for each in test_sets}}.items():
+        if opponents and rollout.servers is not None:
+            raise ConfigError(
+                f"{key}.opponents needs rollout.engine=embedded, and it is {rollout.engine}: frozen models beside "
+                "servers were not tried"
+            )
+        for role, name in opponents.items():
+            if name == LATEST and trainer.save_freq is None:
+                raise ConfigError(f"{key}.opponents.{role}=latest needs trainer.save_freq: it is the last checkpoint")
+            if name == LATEST and trainer.keep == 1:
+                raise ConfigError(
+                    f"{key}.opponents.{role}=latest needs trainer.keep of at least 2: a run that was interrupted goes "
+                    "on with the checkpoint before"
+                )
 
 
 # sampling
@@ -331,6 +351,7 @@ RL_RULES: tuple[Rule, ...] = (
     kl_without_importance_weight_on_policy,
     experts_of_an_engine_that_records_none,
     adapters_alone,
+    opponents_that_cannot_play,
     selection_of_trajectories_that_are_filtered,
     selection_of_on_policy_tokens_where_all_are,
     filtering_of_groups_of_one,

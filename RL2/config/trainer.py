@@ -10,14 +10,24 @@ from RL2.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rae:
+    """Role-conditioned advantage estimation (docs/multi_agent.md)."""
+
+    decay: Share = 0.95
+    """Weight of the mean so far when a trajectory is added to the running mean of its role's rewards: 0.95 remembers
+    about the last 20 trajectories, 1 keeps the mean of the first rollout."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Advantage:
     """Settings of advantages, which are computed from rewards."""
 
     estimator: str = "reinforce"
     """Advantage estimator. reinforce: reward minus the group's mean (GRPO and Dr. GRPO, docs/ppo.md). gdpo: reward
     parts, each normalised within the group, then weighted, summed and normalised over the rollout (GDPO, arXiv
-    2601.05242). rloo: reward minus the mean of the other members of the group. spo: the reward itself. gae: generalised
-    advantage estimation with a critic (PPO). path.py:function: an estimator of your own (docs/own_advantage.md)."""
+    2601.05242). rloo: reward minus the mean of the other members of the group. rae: reward minus a running mean for
+    each role (SPIRAL, docs/multi_agent.md). spo: the reward itself. gae: generalised advantage estimation with a critic
+    (PPO). path.py:function: an estimator of your own (docs/own_advantage.md)."""
     args: dict[str, Any] = field(default_factory=dict)
     """Knobs of an estimator of your own by name: args.NAME=value."""
     gamma: Share = 1.0
@@ -40,6 +50,7 @@ class Advantage:
     overlong_penalty: PositiveFloat = 1.0
     """Length penalty of a response of max_new_tokens, subtracted from the reward before advantages are computed. With
     an estimator that reads the parts of the reward (gdpo): weight of this penalty, which is one more part."""
+    rae: Rae = field(default_factory=Rae)
 
 
 @dataclass(frozen=True, kw_only=True)

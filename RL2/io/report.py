@@ -166,12 +166,13 @@ class Report:
         if not self.is_first:
             return
         keys = ("row", "group", "sample", "texts", "reward", "score", "truncated", "unscored", "num_tokens")
-        named = ("parts", "metrics")  # only where there are some
+        named = ("role", "parts", "metrics")  # only where there are some
         rows = [
             {"step": step, "split": split}
             | ({"set": test_set} if test_set else {})
             | {k: getattr(t, k) for k in keys}
             | {k: getattr(t, k) for k in named if getattr(t, k)}
+            | ({} if t.role is None or t.sequences else {"reward": None})  # nobody says what an opponent earned
             for t in trajectories
         ]
         self._append("samples.jsonl", rows)
@@ -192,6 +193,7 @@ class Report:
         schema = pa.schema(
             [("step", pa.int64()), ("split", pa.string())]
             + [(name, pa.int64()) for name in ("row", "group", "sample", "length")]
+            + [("role", pa.string())]
             + [(name, pa.float64()) for name in ("reward", "score", "loss")]
             + [
                 ("token_ids", pa.list_(pa.int32())),

@@ -1,7 +1,8 @@
 """The user's script: loaded from its file, run concurrently with the engine, its results checked.
 
 A script has `async def step(state, action, extra_info) -> dict` and optionally `async def reset(extra_info) -> str`,
-`def example(row) -> dict` and `def vote(action) -> str`. It imports nothing of this library, but may import modules of
+`def example(row) -> dict` and `def vote(action) -> str`. A script with several roles has `ROLES` and
+`async def play(ask, task) -> dict` in place of `step`. It imports nothing of this library, but may import modules of
 its folder with `from .name import x`. A `step` or `reset` with a parameter `sampling` gets the sampling parameters, and
 a `step` with a parameter `calls` the tool calls of the response.
 
@@ -28,6 +29,7 @@ from typing import Any
 
 from RL2.config.scripts import ScriptError, described, load_script, raise_in
 from RL2.data.call_formats import ToolCall
+from RL2.rollout.game import Game, GameResult, Said, checked_roles
 from RL2.rollout.step_result import State, StepResult, Unscored, checked, is_state, name_of
 from RL2.types import Sampling
 
@@ -38,6 +40,8 @@ PATIENCE = 1.25
 TIMEOUT_S = 60.0
 """Limit of a call of a script, in seconds, unless another is given."""
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
+Respond = Callable[[str, Said], Coroutine[Any, Any, str]]
+"""Function that returns the response of a role to what is said to it."""
 OnStep = Callable[[str, StepResult], object]
 """Function that is told each response and its result, to show them."""
 
@@ -47,20 +51,55 @@ def load_environment(
     timeout_s: float = TIMEOUT_S,
     weights: Mapping[str, float] | None = None,
     on_step: OnStep | None = None,
+    with_roles: bool = False,
 ) -> Environment:
     """Load the script at `path`; a call of it that takes longer than `timeout_s` is unscored. Raises `ScriptError`.
 
     `weights` are those of the parts of its reward; a part without one counts once. `on_step` is called with each
-    response and its checked result.
+    response and its checked result. `with_roles` says that the caller can play scripts with several roles.
     """
     module = load_script(path)
     step = _function(module, path, "step", ("state", "action", "extra_info"), is_async=True)
+    play = _function(module, path, "play", ("ask", "task"), is_async=True)
+    if play is not None:
+        return _with_roles(module, path, play, step, timeout_s, weights or {}, with_roles)
     if step is None:
         raise ScriptError(f"{path} has no `async def step(state, action, extra_info)`")
     reset = _function(module, path, "reset", ("extra_info",), is_async=True)
     example = _function(module, path, "example", ("row",), is_async=False)
     vote = _function(module, path, "vote", ("action",), is_async=False)
     return Environment(str(path), module.__file__, step, reset, example, vote, timeout_s, weights or {}, on_step)
+
+
+def _with_roles(
+    module: ModuleType,
+    path: str | Path,
+    play: AsyncFunction,
+    step: AsyncFunction | None,
+    timeout_s: float,
+    weights: Mapping[str, float],
+    can_play: bool,
+) -> Environment:
+    """Return an environment of a script with several roles."""
+    if not can_play:
+        raise ScriptError(
+            f"{path} has several roles, which only a run of reinforcement learning plays; to test a model, use "
+            "rl2 train with trainer.eval_only=true and test_data.prompts_per_rollout or test_data.path"
+        )
+    if step is not None or hasattr(module, "reset"):
+        raise ScriptError(f"{path} has play, so it has neither step nor reset; remove them, or remove play")
+    try:
+        roles = checked_roles(getattr(module, "ROLES", None))
+    except ValueError as error:
+        raise ScriptError(f"{path}: {error}") from error
+    example = _function(module, path, "example", ("row",), is_async=False)
+
+    async def no_step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+        raise Unscored(f"{path} has several roles, and no step")
+
+    return Environment(
+        str(path), module.__file__, no_step, None, example, None, timeout_s, weights, play=play, roles=roles
+    )
 
 
 def environment_of(step: AsyncFunction, timeout_s: float = TIMEOUT_S) -> Environment:
@@ -101,8 +140,12 @@ class Environment:
         timeout_s: float,
         weights: Mapping[str, float],
         on_step: OnStep | None = None,
+        play: AsyncFunction | None = None,
+        roles: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
+        self.roles = dict(roles or {})
+        """Role -> system prompt, '' for none; empty if the script has no `play`."""
         self.example = example
         """Turns a raw row of a data file into one of ours, or into None to leave it out; None if there is none."""
         self.vote = vote
@@ -116,6 +159,7 @@ class Environment:
         self._file = file
         self._step = step
         self._reset = reset
+        self._play = play
         self._thread: _LoopThread | None = None
 
     @property
@@ -151,6 +195,27 @@ class Environment:
         if self._on_step is not None:
             self._on_step(action, found)
         return found
+
+    async def play(self, respond: Respond, task: dict[str, Any]) -> GameResult:
+        """Let the script play `task`, with the responses of `respond`. Raise Unscored if it has no result."""
+        assert self._play is not None, "ask roles first"
+        game = Game(self._play, self.roles)
+        waiting: dict[asyncio.Task[str], int] = {}
+        try:
+            asked = await self._call("play", game.begin, task)
+            while not game.is_over:
+                waiting |= {asyncio.create_task(respond(each.role, each.said)): each.number for each in asked}
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                answered = [(waiting.pop(response), response.result()) for response in done]
+                asked = [each for of in answered for each in await self._call("play", game.answer, *of)]
+            result: GameResult = await self._call("play", game.result)
+            return result
+        finally:
+            for response in waiting:
+                response.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            if self._thread is not None:
+                self._thread.do(game.cancel)
 
     def close(self) -> None:
         """Stop the script's thread. One that does not stop within a second is left to the end of the process."""
@@ -229,6 +294,11 @@ class _LoopThread(threading.Thread):
         except RuntimeError:  # the loop has just been closed
             call.cancel()
         return call
+
+    def do(self, function: Callable[[], object]) -> None:
+        """Call `function` in the loop, unless it has ended."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function)
 
     def stop(self) -> None:
         """Stop the loop: calls that have not started never will, and the thread ends after its current callback."""

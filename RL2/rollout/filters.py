@@ -16,8 +16,9 @@ from RL2.types import Trajectory
 
 
 def usable(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
-    """Return the scored trajectories and, with overlong filtering, only those that were not truncated."""
-    return [t for t in scored(trajectories) if not (t.truncated and config.rollout.overlong_filtering)]
+    """Return the scored trajectories of the policy and, with overlong filtering, only those not truncated."""
+    played = [trajectory for trajectory in scored(trajectories) if trajectory.sequences]  # not those of opponents
+    return [t for t in played if not (t.truncated and config.rollout.overlong_filtering)]
 
 
 def with_signal(trajectories: Seq[Trajectory], config: RLConfig) -> list[Trajectory]:
@@ -34,12 +35,12 @@ def with_signal(trajectories: Seq[Trajectory], config: RLConfig) -> list[Traject
 def kept_by(name: str, trajectories: Seq[Trajectory]) -> list[Trajectory]:
     """Return the trajectories that the function `path.py:function` keeps, in their order.
 
-    The function gets a list of groups, each a list of trajectories, and returns those that train. Raise UserError if it
-    fails or returns something else.
+    The function gets a list of groups, each a list of trajectories, and returns those that train. Roles have groups of
+    their own. Raise UserError if it fails or returns something else.
     """
     function, by_group = function_of("rollout.filter", name), defaultdict(list)
     for trajectory in trajectories:
-        by_group[trajectory.group].append(trajectory)
+        by_group[trajectory.group, trajectory.role].append(trajectory)
     given = {id(trajectory) for trajectory in trajectories}
     try:
         kept = {id(trajectory) for group in function(list(by_group.values())) for trajectory in group}
@@ -61,7 +62,8 @@ def success_rates(trajectories: Seq[Trajectory]) -> dict[int, float]:
     """Return, for each row, the share of its scored trajectories whose reward is above 0."""
     rewards: dict[int, list[float]] = defaultdict(list)
     for trajectory in scored(trajectories):
-        rewards[trajectory.row].append(trajectory.reward)
+        if trajectory.role is None or trajectory.sequences:
+            rewards[trajectory.row].append(trajectory.reward)
     return {row: sum(reward > 0 for reward in of_row) / len(of_row) for row, of_row in rewards.items()}
 
 

@@ -13,6 +13,7 @@ import torch
 from RL2.batch.advantages import decoupled
 from RL2.batch.packing import part_rewards
 from RL2.errors import UserError
+from RL2.rollout.roles import lengths_by_role
 from RL2.types import ROUNDING, Trajectory
 
 
@@ -48,13 +49,14 @@ def raise_if_all_unscored(trajectories: Seq[Trajectory], of: str = "") -> None:
 def drop_equal_groups(trajectories: Seq[Trajectory]) -> list[Trajectory]:
     """Return those of groups with a signal for a group baseline: two scored members at least, and unequal rewards.
 
-    Rewards are equal where they differ by no more than rounding, as 0.1 + 0.2 and 0.3 do.
+    Each role has groups of its own. Rewards are equal where they differ by no more than rounding, as 0.1 + 0.2 and 0.3
+    do.
     """
-    rewards: defaultdict[int, list[float]] = defaultdict(list)
+    rewards: defaultdict[tuple[int, str | None], list[float]] = defaultdict(list)
     for trajectory in scored(trajectories):
-        rewards[trajectory.group].append(trajectory.reward)
+        rewards[trajectory.group, trajectory.role].append(trajectory.reward)
     unequal = {group for group, of in rewards.items() if max(of) - min(of) > ROUNDING * max(map(abs, of))}
-    return [trajectory for trajectory in trajectories if trajectory.group in unequal]
+    return [trajectory for trajectory in trajectories if (trajectory.group, trajectory.role) in unequal]
 
 
 def drop_groups_of_equal_parts(trajectories: Seq[Trajectory], weights: Mapping[str, float]) -> list[Trajectory]:
@@ -64,19 +66,22 @@ def drop_groups_of_equal_parts(trajectories: Seq[Trajectory], weights: Mapping[s
     """
     if not trajectories:
         return []
-    group_N = torch.tensor([trajectory.group for trajectory in trajectories]).unique(return_inverse=True)[1]
+    names = [(trajectory.group, trajectory.role) for trajectory in trajectories]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    group_N = torch.tensor([numbers[name] for name in names])
     sum_N = decoupled(*part_rewards(trajectories, weights), group_N)
-    kept = {trajectory.group for trajectory, value in zip(trajectories, sum_N.tolist(), strict=True) if value}
-    return [trajectory for trajectory in trajectories if trajectory.group in kept]
+    kept = {name for name, value in zip(names, sum_N.tolist(), strict=True) if value}
+    return [trajectory for trajectory, name in zip(trajectories, names, strict=True) if name in kept]
 
 
 def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, float]:
     """Return metrics of a rollout, means over trajectories unless said otherwise. A mean over nothing is left out.
 
-    score, reward: of the scored trajectories. reward/NAME: a part of it, env/NAME: what the environment measured; of
-    those that have it. length: sampled tokens. turns: responses. truncated: share. tokens, unscored: counts.
-    entropy: mean of -logp over all sampled tokens, in nats; when sampling at temperature 1 from all tokens that is an
-    unbiased estimate of the policy's entropy, otherwise a cross-entropy of no meaning but its trend.
+    score, reward: of the scored trajectories. reward/NAME: a part of it, or the reward of a role; env/NAME: what the
+    environment measured; of those that have it. length: sampled tokens. length/ROLE: those of a role. turns: responses.
+    truncated: share. tokens, unscored: counts. entropy: mean of -logp over all sampled tokens, in nats; when sampling
+    at temperature 1 from all tokens that is an unbiased estimate of the policy's entropy, otherwise a cross-entropy of
+    no meaning but its trend.
     """
     rated = scored(trajectories)
     sequences = chain.from_iterable(trajectory.sequences for trajectory in trajectories)
@@ -91,6 +96,7 @@ def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, flo
     }
     values |= {f"reward/{name}": each for name, each in by_name(trajectory.parts for trajectory in rated).items()}
     values |= {f"env/{name}": each for name, each in by_name(trajectory.metrics for trajectory in trajectories).items()}
+    values |= {f"length/{role}": each for role, each in lengths_by_role(trajectories).items()}
     metrics = {f"{prefix}/{name}": fmean(each) for name, each in values.items() if each}
     counts = {"tokens": sum(values["length"]), "unscored": len(trajectories) - len(rated)}
     return metrics | {f"{prefix}/{name}": float(count) for name, count in counts.items()}

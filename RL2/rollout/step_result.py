@@ -93,14 +93,14 @@ def checked(result: Any, weights: Mapping[str, float], length: int) -> StepResul
     reward = (
         summed([_weighted(name, value, weights) for name, value in at_end.items()])
         if has_parts
-        else _number(result["reward"], "reward")
+        else number_of(result["reward"], "reward")
     )
     named = [_span(n, span, length, has_parts) for n, span in enumerate(_listed(result.get("spans")))]
     spans = tuple(Span(end, _weighted(part, value, weights) if part else value) for end, part, value in named)
     values = [*at_end.items(), *((part, value) for _, part, value in named if part)]
     parts = {name: summed([value for part, value in values if part == name]) for name, _ in values}
-    score = _number(result["score"], "score")
-    metrics, left_out = _metrics(result.get("metrics"))
+    score = number_of(result["score"], "score")
+    metrics, left_out = metrics_of(result.get("metrics"))
     return StepResult(next_state, reward, score, done, extra_info, train, parts, spans, metrics, left_out)
 
 
@@ -119,7 +119,7 @@ def _parts(reward: dict[Any, Any]) -> dict[str, float]:
     for name in reward:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise Unscored(f"step returned a part of the reward named {name!r}; {NAME_RULE}")
-    return {name: _number(value, f"reward[{name!r}]") for name, value in reward.items()}
+    return {name: number_of(value, f"reward[{name!r}]") for name, value in reward.items()}
 
 
 def _weighted(part: str, value: float, weights: Mapping[str, float]) -> float:
@@ -159,14 +159,14 @@ def _span(number: int, span: Any, length: int, has_parts: bool) -> tuple[int, st
             f"step returned {where} at [{start}, {end}]; expected 0 <= start < end <= {length}, the characters of the "
             "response"
         )
-    return int(end), span.get("part", ""), _number(span["reward"], f"{where}['reward']")
+    return int(end), span.get("part", ""), number_of(span["reward"], f"{where}['reward']")
 
 
 def _is_index(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _metrics(given: Any) -> tuple[dict[str, float], dict[str, str]]:
+def metrics_of(given: Any) -> tuple[dict[str, float], dict[str, str]]:
     """Return the metrics that are numbers, and why others are left out: no trajectory is lost for them."""
     if given is None:
         return {}, {}
@@ -179,21 +179,22 @@ def _metrics(given: Any) -> tuple[dict[str, float], dict[str, str]]:
             left_out["metrics"] = f"a metric named {name!r}; {NAME_RULE}"
             continue
         try:
-            metrics[name] = _number(value, f"metrics[{name!r}]")
+            metrics[name] = number_of(value, f"metrics[{name!r}]")
         except Unscored as error:
             left_out[name] = error.cause
     return metrics, left_out
 
 
-def _number(value: Any, name: str) -> float:
+def number_of(value: Any, name: str, what: str = "step returned") -> float:
+    """Return a number or bool as a float. Raise Unscored, which begins with `what`, if it is neither or not finite."""
     if not isinstance(value, Real | np.bool_):
-        raise Unscored(f"step returned {name}={name_of(value)}; expected a number or a bool")
+        raise Unscored(f"{what} {name}={name_of(value)}; expected a number or a bool")
     try:
         number = float(value)
     except Exception:  # too large, or a class of the script's own
         number = math.inf
     if not math.isfinite(number):
-        raise Unscored(f"step returned {name}={number}; expected a finite number")
+        raise Unscored(f"{what} {name}={number}; expected a finite number")
     if abs(number) > LARGEST:
-        raise Unscored(f"step returned {name}={number}; expected a number of at most {LARGEST:g} in size")
+        raise Unscored(f"{what} {name}={number}; expected a number of at most {LARGEST:g} in size")
     return number

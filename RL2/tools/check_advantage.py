@@ -32,12 +32,15 @@ class Case:
     part_NP: Tensor
     group_size: int
     """Members that each group was sampled with."""
+    mean_N: Tensor
+    """Running mean of the role of each trajectory."""
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The arguments that the trainer would fill."""
         weight_P = torch.tensor([1.0, 0.5], dtype=torch.float64)
-        return {"group_size": self.group_size, "part_NP": self.part_NP, "weight_P": weight_P}
+        parts = {"part_NP": self.part_NP, "weight_P": weight_P}
+        return {"group_size": self.group_size, "mean_N": self.mean_N, **parts}
 
     def with_equal_rewards(self, reward: float) -> Case:
         """Return the rollout in float32, with this reward for every trajectory, and equal parts."""
@@ -62,22 +65,23 @@ class Case:
         order = list(dict.fromkeys(batch.trajectory_B.tolist()))
         number = {trajectory: n for n, trajectory in enumerate(order)}
         batch = batch.with_(trajectory_B=torch.tensor([number[t] for t in batch.trajectory_B.tolist()]))
-        return replace(self, batch=batch, part_NP=self.part_NP[order]), old_T
+        return replace(self, batch=batch, part_NP=self.part_NP[order], mean_N=self.mean_N[order]), old_T
 
 
 def cases() -> list[Case]:
-    """Return rollouts as runs have them: whole groups, groups that lost members, single responses."""
+    """Return rollouts as runs have them: whole groups, groups that lost members, single responses, two roles."""
     return [
         case("groups of four", (4, 4, 4), 4),
         case("groups with unscored members", (4, 2, 1), 4),
+        case("groups of one with two roles", (1, 1, 1, 1, 1, 1), 1, roles=("a", "b")),
         case("groups of one", (1, 1, 1, 1, 1), 1),
         case("a single group", (4,), 4),
         case("a single trajectory", (1,), 4),
     ]
 
 
-def case(name: str, sizes: Sequence[int], group_size: int) -> Case:
-    """Return a rollout with groups of these `sizes`, in float64, the same at every call.
+def case(name: str, sizes: Sequence[int], group_size: int, roles: Sequence[str | None] = (None,)) -> Case:
+    """Return a rollout with groups of these `sizes`, in float64, the same at every call; groups have `roles` in turn.
 
     Trajectories have one or two sequences, and tokens of the environment between their actions. The total reward is at
     the last action.
@@ -92,7 +96,7 @@ def case(name: str, sizes: Sequence[int], group_size: int) -> Case:
                 mask = [False, True, *(torch.rand(length - 3, generator=g) < 0.6).tolist(), True]
                 sequences.append(TokenSequence(list(range(length)), mask, [0.0] * length, [0.0] * length))
             sequences[-1].rewards[-1] = float(torch.randn((), generator=g)) or 1.0
-            trajectories.append(Trajectory(group, group, sample, sequences))
+            trajectories.append(Trajectory(group, group, sample, sequences, role=roles[group % len(roles)]))
     batch = pack(trajectories)
 
     def noise(*shape: int) -> Tensor:
@@ -105,7 +109,8 @@ def case(name: str, sizes: Sequence[int], group_size: int) -> Case:
         engine_logp_T=-noise(number_T).abs(),
         truncated_B=noise(batch.num_sequences) > 0.5,
     )
-    return Case(name, batch, noise(len(trajectories), 2), group_size)
+    part_NP, mean_R = noise(len(trajectories), 2), noise(len(roles))
+    return Case(name, batch, part_NP, group_size, mean_R[[t.group % len(roles) for t in trajectories]])
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,7 @@ def _depends_on(subject: Subject, what: str) -> bool:
     return any(
         not torch.equal(subject.at_actions(setting, on), subject.at_actions(setting, _changed(on, what)))
         for setting in subject.settings
-        for on in cases()[:2]
+        for on in cases()[:3]
     )
 
 
@@ -226,6 +231,10 @@ def _changed(on: Case, what: str) -> Case:
     batch = on.batch
     if what == "parts":
         return replace(on, part_NP=on.part_NP.flip(0) + 1)
+    if what == "means":
+        return replace(on, mean_N=on.mean_N + 1)
+    if what == "roles":
+        return replace(on, batch=batch.with_(role_B=batch.trajectory_B % 3 // 2))
     if what == "groups":  # every trajectory into the group of the one three places further
         number = int(batch.trajectory_B.max()) + 1
         group_N = torch.zeros(number, dtype=torch.long).index_copy_(0, batch.trajectory_B, batch.group_B)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from RL2.batch.advantages import whitened
+from RL2.batch.advantages import by_trajectory, whitened
 from RL2.batch.packing import part_rewards
 from RL2.batch.registry import configured as estimator_of
+from RL2.batch.role_means import RoleMeans
 from RL2.config.programs import RLConfig
 from RL2.io.progress import Progress
 from RL2.objectives.loss import kl_estimate, overlong_penalty
@@ -27,11 +28,13 @@ def annotate(
     actor: Actor,
     reference: Reference | None,
     critic: Critic | None = None,
+    role_means: RoleMeans | None = None,
     progress: Progress | None = None,
 ) -> TokenBatch:
     """Return `batch` with what an update reads: old and reference log-probabilities, values, returns, advantages.
 
-    `trajectories` are those that were packed into `batch`; only an estimator that reads parts of rewards needs them.
+    `trajectories` are those that were packed into `batch`; only an estimator that reads parts of rewards or means of
+    roles needs them. The rewards are added to `role_means`.
     """
     progress, number = progress or Progress(speaks=False), batch.num_sequences
     kl, adv, select = config.actor.kl, config.adv, config.actor.select
@@ -57,6 +60,10 @@ def annotate(
         inputs |= parts_of_rewards(batch, trajectories, config)
     if adv.overlong_buffer:
         reward_T = reward_T - overlong(batch, config, adv.overlong_penalty)
+    if "means" in estimator.estimator.reads:
+        assert role_means is not None
+        reward_N = by_trajectory(batch.with_(reward_T=reward_T))[0]
+        inputs["mean_N"] = role_means.baseline([trajectory.role for trajectory in trajectories], reward_N)
     if estimator.needs_critic:
         assert critic is not None
         with progress.phase("values of the critic", number, "sequences") as phase:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from RL2.agents.make import make_player
+from RL2.agents.make import make_agent, make_player
+from RL2.agents.session import Policy
 from RL2.batch.registry import configured as estimator_of
+from RL2.batch.role_means import RoleMeans
 from RL2.config.programs import RLConfig
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import largest_token_id
 from RL2.data.template import Template
+from RL2.data.tool_calls import ResponseParser
 from RL2.engines.base import Engine
 from RL2.engines.make import make_engine
 from RL2.errors import ConfigError, naming
@@ -31,6 +35,7 @@ from RL2.trainer.annotate import annotate
 from RL2.trainer.announce import describe_engine, describe_model, describe_plan
 from RL2.trainer.evaluator import Evaluator, decisive
 from RL2.trainer.inputs import of_prompts
+from RL2.trainer.opponents import Opponents, refuse_other_roles
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.tasks import Load, TestTasks, first_rows, reader, test_tasks, train_tasks
 from RL2.trainer.token_log import TokenLog
@@ -78,6 +83,21 @@ class Models:
 
 
 @dataclass(frozen=True)
+class Position:
+    """The state of a run beside its models, as a checkpoint keeps it."""
+
+    scheduler: Scheduler
+    role_means: RoleMeans
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scheduler.state_dict() | self.role_means.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state)
+        self.role_means.load_state_dict(state)
+
+
+@dataclass(frozen=True)
 class Parts:
     """The parts of a run. The run closes them when it ends, however it ends."""
 
@@ -87,7 +107,9 @@ class Parts:
     readers: dict[str, PreTrainedModel]
     """Models that read the sampled tokens, by the key that names them."""
     engine: Engine
+    opponents: Opponents
     scheduler: Scheduler
+    position: Position
     evaluator: Evaluator
     annotate: Callable[[TokenBatch, Seq[Trajectory]], TokenBatch]
     """Function that adds log-probabilities, values and advantages to a batch."""
@@ -108,8 +130,7 @@ def build(config: RLConfig, run: Run) -> Parts:
         # the last token of a sequence is only a label and takes no position
         longest = min(config.actor.max_length + 1, max_length(config.actor.model_name))
     notes: list[str] = []
-    has_agent = config.rollout.agent is not None
-    load = reader(template, longest, notes, run.listing(), progress, keeps_messages=has_agent)
+    load = reader(template, longest, notes, run.listing(), progress)
     tasks = load_tasks(config, load, run.closing)
     progress.say(*notes)
     tested = {each.settings.key: of_prompts(each.prompts) for each in tasks.tests}
@@ -139,30 +160,38 @@ def build(config: RLConfig, run: Run) -> Parts:
         )
     run.closing.callback(engine.close)
     progress.say(describe_engine(config))
-    rollout = config.rollout
-    player = make_player(
-        rollout.agent,
+    with progress.phase("loading the opponents"):
+        opponents = Opponents(config, actor, longest)
+    run.closing.callback(opponents.close)
+    policy = Policy(engine, tokenizer, template, ResponseParser(template), longest)
+    agent = make_agent(
+        config.rollout.agent,
         "rollout.agent",
-        engine,
-        template,
-        longest,
-        timeout_s=rollout.agent_timeout_s,
-        max_running=rollout.max_running_agents,
-        variables=rollout.agent_env,
+        policy,
+        timeout_s=config.rollout.agent_timeout_s,
+        max_running=config.rollout.max_running_agents,
+        variables=config.rollout.agent_env,
     )
-    setting = EpisodeSetting(engine, tasks.environment, tokenizer, rollout.max_turns, longest, template, player)
-    episodes = Episodes(setting, ends, run.processes, rollout.is_async)
+    player = make_player(tasks.environment, agent, policy, opponents.of(config.rollout.opponents))
+    tests = [
+        replace(each, player=make_player(each.environment, agent, policy, opponents.of(each.settings.opponents)))
+        for each in tasks.tests
+    ]
+    setting = EpisodeSetting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest, template, player)
+    episodes = Episodes(setting, ends, run.processes, config.rollout.is_async)
     scheduler = Scheduler(tasks.prompts, cursor, episodes, config, num_steps)
     run.closing.callback(scheduler.close)  # a thread may be at work
+    role_means = RoleMeans(config.adv.rae.decay)
+    position = Position(scheduler, role_means)
 
     report = run.report(num_steps)
     run.closing.callback(report.close)
     report.first_rows(first_rows(tasks.prompts, tokenizer))
     token_log = TokenLog(config, actor, tokenizer, report)
-    first_step = run.resume(actor, scheduler, report, critic)
+    first_step = run.resume(actor, position, report, critic)
     report.say(describe_plan(config, first_step, num_steps))
-    evaluator = Evaluator(config, tasks.tests, episodes, report, token_log)
-    num_tests = max(1, sum(each.num_responses for each in decisive(tasks.tests, config)))
+    evaluator = Evaluator(config, tests, episodes, report, token_log)
+    num_tests = max(1, sum(each.num_responses for each in decisive(tests, config)))
     num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
     alarms = Alarms(num_tests, config.trainer.save_dir, report.rows(), num_train, config.reward.weights)
     report.begin(first_step)
@@ -172,10 +201,18 @@ def build(config: RLConfig, run: Run) -> Parts:
         critic=critic,
         readers=models.readers,
         engine=engine,
+        opponents=opponents,
         scheduler=scheduler,
+        position=position,
         evaluator=evaluator,
         annotate=partial(
-            annotate, config=config, actor=actor, reference=models.reference, critic=critic, progress=progress
+            annotate,
+            config=config,
+            actor=actor,
+            reference=models.reference,
+            critic=critic,
+            role_means=role_means,
+            progress=progress,
         ),
         report=report,
         token_log=token_log,
@@ -191,10 +228,13 @@ def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:
     if rollout.env_path is None:
         environment = without_script(config.reward.weights)
     else:
-        environment = load_environment(rollout.env_path, rollout.env_timeout_s, config.reward.weights)
+        environment = load_environment(rollout.env_path, rollout.env_timeout_s, config.reward.weights, with_roles=True)
     closing.callback(environment.close)
+    refuse_other_roles(rollout.opponents, environment, "rollout.opponents")
     prompts, tests = train_tasks(config, environment, read), test_tasks(config, environment, read)
     tasks = Tasks(environment, prompts, tests)
+    for each in tests:
+        refuse_other_roles(each.settings.opponents, each.environment, f"{each.settings.key}.opponents")
     for each in tasks.environments - {environment}:
         closing.callback(each.close)
     return tasks

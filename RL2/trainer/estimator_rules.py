@@ -6,6 +6,7 @@ from RL2.batch.registry import KEY, NAMED, BoundEstimator, configured
 from RL2.config.here import check_critic_here
 from RL2.config.programs import RLConfig
 from RL2.config.rules import check_limit
+from RL2.config.trainer import Rae
 from RL2.errors import ConfigError
 
 
@@ -43,6 +44,12 @@ def knobs_are_read(config: RLConfig, bound: BoundEstimator) -> None:
         value = getattr(config.adv, name)
         if value != NAMED[name] and name not in bound.estimator.settings:
             raise ConfigError(f"adv.{name}={value} has no effect with {KEY}={bound.name}")
+
+
+def decay_is_read(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse `adv.rae.decay` with an estimator that reads no running means."""
+    if config.adv.rae != Rae() and "means" not in bound.estimator.reads:
+        raise ConfigError(f"adv.rae.decay={config.adv.rae.decay:g} has no effect with {KEY}={bound.name}")
 
 
 def freezing_needs_a_critic(config: RLConfig, bound: BoundEstimator) -> None:
@@ -87,6 +94,7 @@ RULES = (
     critic_runs_here,
     normalisation_is_read,
     knobs_are_read,
+    decay_is_read,
     freezing_needs_a_critic,
     std_over_changes_the_deviation,
     no_kl_among_parts,

@@ -12,6 +12,7 @@ from RL2.io.progress import time_of_day
 from RL2.io.report import Metrics, Report
 from RL2.rollout.episodes import Episodes
 from RL2.rollout.metrics import raise_if_all_unscored, rollout_metrics
+from RL2.rollout.roles import by_role
 from RL2.trainer.announce import describe_test
 from RL2.trainer.early_stopping import Scores
 from RL2.trainer.tasks import TestTasks
@@ -47,7 +48,7 @@ class Evaluator:
             warn_of_metrics(trajectories, step, self.report)
             metrics |= rollout_metrics(trajectories, settings.prefix)
             before += len(each.prompts)
-            shown = trajectories[: self.config.trainer.samples_per_step]
+            shown = by_role(trajectories[: self.config.trainer.samples_per_step])
             self.report.samples(step, "test", shown, settings.name)
             self.token_log.tests.append((shown, settings.sampling))
         metrics["test/score"] = fmean(scores_of([metrics], self.tests, self.config))
@@ -70,7 +71,12 @@ class Evaluator:
         """Return the trajectories of one test set; their groups are numbered from `before`."""
         settings, prompts = each.settings, each.prompts
         wave = settings.prompts_per_rollout or len(prompts)
-        setting = replace(self.episodes.setting, environment=each.environment, max_turns=settings.max_turns)
+        setting = replace(
+            self.episodes.setting,
+            environment=each.environment,
+            max_turns=settings.max_turns,
+            player=each.player,
+        )
         trajectories: list[Trajectory] = []
         what = f"test {settings.name} before step {step}" if settings.name else f"test before step {step}"
         with self.report.progress.phase(what, each.num_responses, "responses") as phase:

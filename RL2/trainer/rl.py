@@ -12,6 +12,7 @@ from RL2.io.report import Metrics, Report
 from RL2.models.policy import refuse_unknown_tokens
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
 from RL2.rollout.metrics import groups, raise_if_all_unscored, rollout_metrics, staleness, unscored_causes
+from RL2.rollout.roles import by_role
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer.build import Parts, build
 from RL2.trainer.evaluator import warn_of_metrics, warn_of_turns
@@ -27,6 +28,7 @@ def train(config: RLConfig, run: Run) -> None:
         clock = Clock()
         with run.progress.phase("sending the weights to the engine"):
             engine.load_weights(actor.weights(), version=step)
+            parts.opponents.follow(actor, step)
         metrics: Metrics = {}
         if evaluator.tests and (step == parts.last_step or run.due(trainer.test_freq, step)):
             metrics |= evaluator.run(step)
@@ -42,7 +44,7 @@ def train(config: RLConfig, run: Run) -> None:
             engine.sleep()
         clock.lap("rollout")
 
-        trained = trainable(trajectories, kept, config)
+        trained = trainable(by_role(trajectories), kept, config)
         batch = parts.annotate(known_tokens(pack(trained, step), parts), trained)
         parts.token_log.look(step, trajectories, trained, batch)
         if run.due(trainer.replay_freq, step):
@@ -51,7 +53,7 @@ def train(config: RLConfig, run: Run) -> None:
         clock.lap("update")
 
         finish_step(parts, step, metrics | clock.metrics(trajectories))
-        run.save_if_due(step + 1, actor, parts.scheduler, parts.tokenizer, parts.critic)
+        run.save_if_due(step + 1, actor, parts.position, parts.tokenizer, parts.critic)
 
     engine.sleep()  # its memory is the export's now
     parts.token_log.look(step)  # at the last test
@@ -69,12 +71,12 @@ def sample(
 ) -> tuple[list[Trajectory], list[Trajectory]]:
     """Return the rollout of a step, with groups in place of filtered ones, and those of it that filters keep.
 
-    Some of it is written to samples.jsonl.
+    Each role of an episode is filtered, and trains, on its own. Some of the rollout is written to samples.jsonl.
     """
     number, wanted = config.train_data.responses_per_prompt, config.train_data.prompts_per_rollout
     with report.progress.phase(f"rollout of step {step}", wanted * number, "responses") as phase:
         trajectories = scheduler.take(step, phase.update)
-    kept = with_signal(trajectories, config)
+    kept = with_signal(by_role(trajectories), config)
     for _ in range(1, config.rollout.dynamic_filtering_rounds):
         missing = wanted - len(groups(kept))  # equal on all processes, as all have all trajectories
         if not missing:
@@ -82,14 +84,14 @@ def sample(
         with report.progress.phase(f"more rollouts of step {step}", missing * number, "responses") as phase:
             more = scheduler.take_more(missing, step, len(groups(trajectories)), phase.update)
         trajectories += more
-        kept += with_signal(more, config)
-    scheduler.cursor.learn(success_rates(trajectories))
+        kept += with_signal(by_role(more), config)
+    scheduler.cursor.learn(success_rates(by_role(trajectories)))
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")
     warn_of_metrics(trajectories, step, report)
     warn_of_turns(trajectories, config.rollout.max_turns, step, report)
-    report.samples(step, "train", trajectories[: config.trainer.samples_per_step])
+    report.samples(step, "train", by_role(trajectories[: config.trainer.samples_per_step]))
     return trajectories, kept
 
 

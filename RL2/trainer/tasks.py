@@ -22,6 +22,7 @@ from RL2.io.progress import Progress
 from RL2.io.report import NUM_SHOWN
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import request_seed
+from RL2.rollout.episodes import Player
 from RL2.types import Prompt
 
 Example = Callable[[Row], Row | None] | None
@@ -36,6 +37,8 @@ class Source:
     key: str
     """Group of its settings: `train_data`, `test_data` or `test_data.sets.NAME`."""
     on_bad_row: Literal["stop", "skip"]
+    keeps_messages: bool = False
+    """Prompts have the messages too, which agents and scripts with roles read."""
 
     def bad_rows(self) -> BadRows:
         return BadRows(self.path, skip=self.on_bad_row == "skip", key=f"{self.key}.on_bad_row")
@@ -51,6 +54,8 @@ class TestTasks:
     settings: TestSettings
     environment: Environment
     prompts: Seq[Prompt]
+    player: Player | None = None
+    """Another way to play its episodes than engine and environment in turn."""
 
     @property
     def num_responses(self) -> int:
@@ -63,18 +68,17 @@ def reader(
     notes: list[str],
     listing: Path | None = None,
     progress: Progress | None = None,
-    keeps_messages: bool = False,
 ) -> Callable[[Source, Example], Prompts]:
     """Return a function that reads the prompts of a source and adds lines about them to `notes`.
 
     Skipped rows go to the file `listing`. `template` is that of the tokenizer, and `longest` the limit of a sequence in
-    tokens. With `keeps_messages`, prompts have the messages too, which agents read.
+    tokens.
     """
     tokenizer = template.tokenizer
 
     def read(source: Source, example: Example) -> Prompts:
-        bad = source.bad_rows()
-        prompts = load_prompts(source.path, tokenizer, example, longest - 1, bad, progress, template, keeps_messages)
+        bad, keeps = source.bad_rows(), source.keeps_messages
+        prompts = load_prompts(source.path, tokenizer, example, longest - 1, bad, progress, template, keeps)
         first = prompts[0]
         shown = marked(tokenizer, first.token_ids, [False] * len(first.token_ids))
         said = [f"{source.path}: {sizes(prompts)}", f"{source.path}, row {first.row + 1}: {shown}[[response]]"]
@@ -105,8 +109,9 @@ def train_tasks(config: RLConfig, environment: Environment, load: Load) -> Seq[P
     data = config.train_data
     if data.path is None and config.trainer.eval_only:
         return synthetic_prompts(data.prompts_per_rollout)  # of which none is played
-    source = data.path and Source(data.path, "train_data", data.on_bad_row)
     has_agent = config.rollout.agent is not None
+    keeps_messages = has_agent or bool(environment.roles)
+    source = data.path and Source(data.path, "train_data", data.on_bad_row, keeps_messages)
     return _tasks(source or "train_data", data.columns, environment, load, data.prompts_per_rollout, has_agent)
 
 
@@ -123,10 +128,10 @@ def test_tasks(config: RLConfig, environment: Environment, load: Load) -> list[T
     for each in config.test_sets:
         if each.env_path is not None and each.env_path not in environments:
             environments[each.env_path] = load_environment(
-                each.env_path, config.rollout.env_timeout_s, config.reward.weights
+                each.env_path, config.rollout.env_timeout_s, config.reward.weights, with_roles=True
             )
         own = environments[each.env_path]
-        source = each.path and Source(each.path, each.key, each.on_bad_row)
+        source = each.path and Source(each.path, each.key, each.on_bad_row, has_agent or bool(own.roles))
         number = each.prompts_per_rollout or 0
         prompts = _tasks(source or each.key, each.columns, own, load, number, has_agent, config.trainer.seed)
         found.append(TestTasks(each, own, prompts))
@@ -144,11 +149,11 @@ def _tasks(
 ) -> Seq[Prompt]:
     """Return the rows of a source or, where only the key of one is given, `number` tasks without a row.
 
-    `reset` of the environment or the agent generates them.
+    `reset` or `play` of the environment, or the agent, generates them.
     """
     if isinstance(source, Source):
         return load(source, with_columns(columns, environment.example))
-    if not environment.has_reset and not has_agent:
+    if not environment.has_reset and not environment.roles and not has_agent:
         raise ConfigError(
             f"{source}.path is not set, and {environment.path} has no `reset` that generates tasks; "
             f"pass {source}.path=..."

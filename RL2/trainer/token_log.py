@@ -74,10 +74,11 @@ class TokenLog:
     ) -> list[dict[str, Any]]:
         """Return rows for the first trajectories that train."""
         actor, sampling = self.actor, self.config.rollout.train_sampling_params
-        shown = {id(trajectory) for trajectory in trajectories[: self.config.trainer.samples_per_step]}
+        shown = {(each.group, each.sample) for each in trajectories[: self.config.trainer.samples_per_step]}
         rows = []
         for ids, minibatch in actor.minibatches(batch):
-            chosen = [i for i, b in enumerate(ids) if id(trained[int(batch.trajectory_B[b])]) in shown]
+            of_B = [trained[int(batch.trajectory_B[b])] for b in ids]
+            chosen = [i for i, each in enumerate(of_B) if (each.group, each.sample) in shown]
             if not chosen:
                 continue
             part = minibatch.sequences(chosen)
@@ -122,6 +123,7 @@ class TokenLog:
             "row": trajectory.row,
             "group": trajectory.group,
             "sample": trajectory.sample,
+            "role": trajectory.role,
             "reward": trajectory.reward,
             "score": trajectory.score,
             "length": trajectory.num_tokens,

@@ -18,13 +18,15 @@ import torch
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from RL2.agents.make import make_player
+from RL2.agents.make import make_agent
+from RL2.agents.session import Policy
 from RL2.config.agent import Agent, agent_of
 from RL2.config.here import missing_packages
 from RL2.config.rollout import check_weights
 from RL2.config.values import Count, Index, PositiveFloat, Seed, Share
 from RL2.data.prompts import load_prompts
 from RL2.data.template import Template
+from RL2.data.tool_calls import ResponseParser
 from RL2.engines.embedded.engine import EmbeddedEngine
 from RL2.errors import ConfigError, first_line, in_table, naming
 from RL2.io.jsonl import read_lines, remove_incomplete_line
@@ -127,12 +129,11 @@ def evaluate(
             max_running_requests=config.max_running_requests,
             memory_share=0.6,
         )
-        player = make_player(
+        policy = Policy(engine, tokenizer, template, ResponseParser(template), longest)
+        player = make_agent(
             config.agent,
             "agent",
-            engine,
-            template,
-            longest,
+            policy,
             timeout_s=config.agent_timeout_s,
             max_running=config.max_running_agents,
             variables=config.agent_env,
