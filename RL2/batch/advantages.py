@@ -14,7 +14,7 @@ from RL2.types import ROUNDING, TokenBatch
 StdOver = Literal["rollout", "tokens"]
 
 
-@reads("rewards", "groups", "roles", baseline=True)
+@reads("rewards", "groups", baseline=True)
 def reinforce(
     batch: TokenBatch,
     *,
@@ -86,7 +86,7 @@ def decoupled(part_NP: Tensor, weight_P: Tensor, group_N: Tensor) -> Tensor:
     return sum_N.masked_fill(sum_N.abs() <= ROUNDING * size_N, 0.0)
 
 
-@reads("rewards", "groups", "roles", baseline=True)
+@reads("rewards", "groups", baseline=True)
 def rloo(batch: TokenBatch, *, group_size: int | None = None) -> Tensor:
     """Return the total reward of the trajectory minus the mean of its group's others, on each of its action tokens.
 

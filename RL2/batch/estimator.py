@@ -14,10 +14,9 @@ from RL2.types import TokenBatch
 
 READABLE: dict[str, str] = {
     "rewards": "batch.reward_T",
-    "groups": "batch.group_B, and the argument group_size",
+    "groups": "batch.group_B, batch.role_B, and the argument group_size",
     "values": "batch.value_T",
     "parts": "the arguments part_NP and weight_P",
-    "roles": "batch.role_B",
     "means": "the argument mean_N",
     "tokens": "batch.token_ids_T and batch.labels_T",
     "logps": "batch.engine_logp_T",

@@ -56,8 +56,8 @@ class TestSet:
     """Treatment of rows that cannot be used; null: `test_data.on_bad_row`."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Names of columns that differ from `test_data.columns`."""
-    opponents: dict[str, Any] | None = None
-    """Frozen models that play roles in this set; null: `test_data.opponents`."""
+    opponents: dict[str, Any] = field(default_factory=dict)
+    """Frozen models that play roles, where they differ from `test_data.opponents`."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Sampling parameters that differ from `rollout.test_sampling_params`: `sampling.temperature=0.6`."""
 
@@ -114,8 +114,8 @@ class TestData:
     """Treatment of rows that cannot be used, as in `train_data.on_bad_row`."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Names of columns that differ from `train_data.columns`."""
-    opponents: dict[str, Any] | None = None
-    """Frozen models that play roles in tests, in the forms of `rollout.opponents`; null: those of training."""
+    opponents: dict[str, Any] = field(default_factory=dict)
+    """Frozen models that play roles in tests, where they differ from `rollout.opponents`; `policy` is the policy."""
     sets: dict[str, TestSet] = field(default_factory=dict)
     """Further test sets by name, each with its own rows, environment and sampling: `sets.aime.path=...`. Metrics of a
     set begin with `test/NAME/`."""
@@ -125,7 +125,7 @@ class TestData:
 
     def __post_init__(self) -> None:
         _check_columns(self.columns, "test_data.columns", ("prompt", "messages", "extra_info"))
-        check_opponents(self.opponents or {}, "test_data.opponents")
+        check_opponents(self.opponents, "test_data.opponents")
         for name, each in self.sets.items():
             key = f"test_data.sets.{name}"
             if not NAME.fullmatch(name):
@@ -133,7 +133,7 @@ class TestData:
             if name in ("reward", "env"):
                 raise ConfigError(f"{key}: test/{name}/ is the prefix of other metrics; choose another name")
             _check_columns(each.columns, f"{key}.columns", ("prompt", "messages", "extra_info"))
-            check_opponents(each.opponents or {}, f"{key}.opponents")
+            check_opponents(each.opponents, f"{key}.opponents")
             if each.path is None and each.prompts_per_rollout is None:
                 raise ConfigError(
                     f"{key} has nothing to test on: set {key}.path, or {key}.prompts_per_rollout for tasks that its "

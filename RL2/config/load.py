@@ -103,6 +103,8 @@ FREE_GROUPS = (
     "actor.chat_template_kwargs.",
     "critic.chat_template_kwargs.",
     "reward.weights.",
+    "rollout.opponents.",
+    "test_data.opponents.",
     "test_data.sets.",
     *COLUMNS,
 )

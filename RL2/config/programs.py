@@ -8,7 +8,7 @@ from typing import Any
 
 from RL2.config.data import SFTData, SupervisedData, TestData, TestSettings, TrainData
 from RL2.config.model import Actor, Critic, DPOActor, RefActor, SFTActor, TrainableChat
-from RL2.config.rollout import Reward, Rollout, SamplingParams
+from RL2.config.rollout import Reward, Rollout, SamplingParams, without_policy
 from RL2.config.rules import DPO_RULES, RL_RULES, RM_RULES, SFT_RULES, check
 from RL2.config.trainer import Advantage, RLTrainer, Trainer
 from RL2.config.values import build
@@ -47,7 +47,7 @@ class RLConfig:
             on_bad_row=data.on_bad_row,
             columns=self.train_data.columns | data.columns,
             sampling=rollout.test_sampling_params,
-            opponents=rollout.opponents if data.opponents is None else data.opponents,
+            opponents=without_policy(rollout.opponents | data.opponents),
         )
         others = [
             TestSettings(
@@ -60,7 +60,7 @@ class RLConfig:
                 on_bad_row=each.on_bad_row or own.on_bad_row,
                 columns=own.columns | each.columns,
                 sampling=_changed(own.sampling, each.sampling, f"test_data.sets.{name}.sampling"),
-                opponents=own.opponents if each.opponents is None else each.opponents,
+                opponents=without_policy(rollout.opponents | data.opponents | each.opponents),
             )
             for name, each in data.sets.items()
         ]

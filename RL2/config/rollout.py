@@ -198,6 +198,8 @@ class Rollout:
                 "rollout.agent_timeout_s, agent_env and max_running_agents have no effect without rollout.agent"
             )
         check_opponents(self.opponents, "rollout.opponents")
+        if own := self.opponents.keys() - without_policy(self.opponents).keys():
+            raise ConfigError(f"rollout.opponents.{min(own)}=policy has no effect: the policy plays it anyway")
         for servers in (self.vllm, self.sglang):
             if self.engine != servers.key and (servers.urls or servers.args or servers.env):
                 raise ConfigError(
@@ -238,8 +240,13 @@ class Reward:
         check_weights(self.weights, "reward.weights")
 
 
-START, LATEST = "start", "latest"
-"""Names of opponents that are earlier versions of the policy."""
+START, LATEST, POLICY = "start", "latest", "policy"
+"""Names of opponents that are versions of the policy: before training, of the last checkpoint, and itself."""
+
+
+def without_policy(opponents: dict[str, Any]) -> dict[str, Any]:
+    """Return the opponents without the roles that the policy plays."""
+    return {role: name for role, name in opponents.items() if name != POLICY}
 
 
 def check_opponents(opponents: dict[str, Any], key: str) -> None:

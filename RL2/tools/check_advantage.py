@@ -233,12 +233,11 @@ def _changed(on: Case, what: str) -> Case:
         return replace(on, part_NP=on.part_NP.flip(0) + 1)
     if what == "means":
         return replace(on, mean_N=on.mean_N + 1)
-    if what == "roles":
-        return replace(on, batch=batch.with_(role_B=batch.trajectory_B % 3 // 2))
     if what == "groups":  # every trajectory into the group of the one three places further
         number = int(batch.trajectory_B.max()) + 1
         group_N = torch.zeros(number, dtype=torch.long).index_copy_(0, batch.trajectory_B, batch.group_B)
-        return replace(on, batch=batch.with_(group_B=group_N.roll(-3)[batch.trajectory_B]))
+        others = {} if batch.role_B is None else {"role_B": batch.role_B.flip(0)}
+        return replace(on, batch=batch.with_(group_B=group_N.roll(-3)[batch.trajectory_B], **others))
     assert batch.value_T is not None and batch.engine_logp_T is not None and batch.truncated_B is not None
     # rewards change more for some trajectories than for others
     factor_T = 1 + batch.trajectory_B[batch.sequence_T].double()

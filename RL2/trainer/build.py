@@ -230,6 +230,8 @@ def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:
     else:
         environment = load_environment(rollout.env_path, rollout.env_timeout_s, config.reward.weights, with_roles=True)
     closing.callback(environment.close)
+    if environment.roles and rollout.agent is not None:
+        raise ConfigError(f"rollout.agent={rollout.agent}: {environment.path} has roles, and plays its episodes itself")
     refuse_other_roles(rollout.opponents, environment, "rollout.opponents")
     prompts, tests = train_tasks(config, environment, read), test_tasks(config, environment, read)
     tasks = Tasks(environment, prompts, tests)

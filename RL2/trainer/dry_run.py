@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -19,16 +20,20 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from RL2.agents.roles import RolePlayer
+from RL2.agents.session import Policy as Answering
 from RL2.batch.registry import configured as estimator_of
 from RL2.config.here import missing_for_critic, missing_here
 from RL2.config.model import Critic, RefActor, Trainable, TrainableChat, TrainablePolicy, num_shards
 from RL2.config.programs import Config, DPOConfig, RLConfig, SFTConfig, trained
+from RL2.config.rollout import LATEST, START
 from RL2.data.bad_rows import BadRows
 from RL2.data.chat import is_chat, question_of
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import given_away
 from RL2.data.source import describe, from_json, is_here
 from RL2.data.template import Template
+from RL2.data.tool_calls import ResponseParser
 from RL2.engines.scripted import ScriptedEngine
 from RL2.errors import ConfigError, UserError, first_line, in_table, naming
 from RL2.io import checkpoint
@@ -261,7 +266,7 @@ def look_at_tasks(
         for environment, (key, of) in tried.items():
             if environment is not tasks.environment:
                 found.say("", f"{key}: {environment.path}")
-            if config.rollout.agent is not None:
+            if config.rollout.agent is not None and not environment.roles:
                 continue
             if of and template is not None:
                 found.say("", *try_environment(config, environment, key, template, of[0], longest))
@@ -302,6 +307,12 @@ def say_of_tasks(config: RLConfig, notes: dict[str, list[str]], found: Findings)
     if rollout.agent is not None:
         found.say("agent", f"{rollout.agent}, at most {rollout.max_turns} response(s) of an episode")
         found.unseen.append("an episode of the agent")
+    named = {"rollout": rollout.opponents} | {each.key: each.opponents for each in config.test_sets}
+    lines = [f"{group}.opponents.{role}: {name}" for group, of in named.items() for role, name in of.items()]
+    for name in {name for of in named.values() for name in of.values()} - {START, LATEST}:
+        if not Path(name).is_dir() and folder_of(name) is None:
+            found.miss("opponent", f"{name}, on the hub")
+    found.say("opponents", *lines)
     if rollout.env_path is not None:
         found.say("environment", f"{rollout.env_path}, at most {rollout.max_turns} turn(s) of an episode")
 
@@ -334,24 +345,26 @@ def try_environment(
     prompt: Prompt,
     longest: int,
 ) -> list[str]:
-    """Play one turn with a fixed response and describe its result. Raise UserError if it has no reward."""
+    """Play one turn with a fixed response and describe its result. Raise UserError if it has no reward.
+
+    Scripts with roles play a whole episode, which may well have none.
+    """
     tokenizer = template.tokenizer
     engine = ScriptedEngine(lambda token_ids, sampling: tokenizer.encode(RESPONSE, add_special_tokens=False))
-    trajectory = asyncio.run(
-        run_episode(
-            prompt,
-            engine=engine,
-            environment=environment,
-            tokenizer=tokenizer,
-            sampling=Sampling(config.rollout.train_sampling_params.max_new_tokens),
-            max_turns=1,
-            max_length=longest,
-            group=0,
-            sample=0,
-            seed=config.trainer.seed,
-            template=template,
+    sampling = Sampling(config.rollout.train_sampling_params.max_new_tokens)
+    if environment.roles:
+        player = RolePlayer(Answering(engine, tokenizer, template, ResponseParser(template), longest), {})
+        play = partial(player.play, max_turns=config.rollout.max_turns)
+    else:
+        play = partial(
+            run_episode, engine=engine, tokenizer=tokenizer, max_turns=1, max_length=longest, template=template
         )
-    )
+    seed = config.trainer.seed
+    trajectory = asyncio.run(play(prompt, environment=environment, sampling=sampling, group=0, sample=0, seed=seed))
+    if environment.roles:
+        earned = ", ".join(f"{role} {reward:g}" for role, reward in trajectory.parts.items())
+        found = f"rewards {earned}" if trajectory.unscored is None else f"CAUTION: unscored: {trajectory.unscored}"
+        return [f"roles {', '.join(environment.roles)}; tried with the response {RESPONSE!r}: {found}"]
     of = f"the first row and the response {RESPONSE!r}"
     if trajectory.unscored is not None:
         raise UserError(f"{key}={environment.path}, tried with {of}: {trajectory.unscored}")

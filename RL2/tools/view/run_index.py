@@ -40,7 +40,7 @@ OWN = (
 """Keys of `trainer` that may differ between runs of one method: the seed, and what is written where."""
 NOTHING = 1e-3
 """Share of the largest loss or gradient weight of a step's tokens below which a value is shown as 0."""
-COLUMNS = ("run", "step", "split", "row", "group", "sample", "reward", "length", "loss", "mark", "token")
+COLUMNS = ("run", "step", "split", "row", "group", "sample", "role", "reward", "length", "loss", "mark", "token")
 """Columns of the index: a number or null for each rollout."""
 SPLITS = ("train", "test")
 LARGEST = sys.float_info.max
@@ -99,8 +99,8 @@ class RunFiles:
     samples: JsonlTail
     curves: dict[str, list[list[Any]]] = field(default_factory=dict)
     """Metric -> steps and values."""
-    rollouts: dict[tuple[int, ...], int] = field(default_factory=dict)
-    """(step, split, row, group, sample) -> number in the index."""
+    rollouts: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    """(step, split, row, group, sample, role) -> number in the index."""
     token_files: set[str] = field(default_factory=set)
     first_rows: list[dict[str, Any]] = field(default_factory=list)
     """Rows that the run trains on: a name, and pieces of text with whether they train."""
@@ -143,6 +143,8 @@ class RunIndex:
             for folder in group
         ]
         self.columns: dict[str, list[float | None]] = {name: [] for name in COLUMNS}
+        self.roles: list[str] = []
+        """Names of roles; the column `role` has their places."""
         self.texts, self.tokens = ChunkedList(), ChunkedList()
         self.seen_replays: set[Path] = set()
 
@@ -187,6 +189,9 @@ class RunIndex:
         if not all(isinstance(text, str) for text in row["texts"]) or not isinstance(row.get("unscored"), str | None):
             raise TypeError("texts must be strings")
         run.rollouts[_key(row)] = len(self.texts)
+        role = str(row.get("role") or "")
+        if role and role not in self.roles:
+            self.roles.append(role)
         values = {
             "run": number,
             "step": row["step"],
@@ -194,6 +199,7 @@ class RunIndex:
             "row": _finite(row["row"]),
             "group": _finite(row.get("group")),
             "sample": _finite(row.get("sample")),
+            "role": self.roles.index(role) if role else None,
             "reward": None if row.get("unscored") else _finite(row["reward"]),
             "length": _finite(row.get("num_tokens")),
             "loss": None,
@@ -207,7 +213,13 @@ class RunIndex:
             for name in ("parts", "metrics")
             if row.get(name)
         }
-        item = {"texts": row["texts"], "unscored": row.get("unscored"), "set": str(row.get("set") or ""), **named}
+        item = {
+            "texts": row["texts"],
+            "role": role,
+            "unscored": row.get("unscored"),
+            "set": str(row.get("set") or ""),
+            **named,
+        }
         self.texts.add(item, sum(map(len, row["texts"])) + 32)
 
     def _add_tokens(self, run: RunFiles, file: Path) -> bool:
@@ -273,6 +285,7 @@ class RunIndex:
                     for table in map(_replay_table, run.replay_files)
                 ],
                 "columns": self.columns,
+                "roles": self.roles,
                 "texts": self.texts.starts,
                 "tokens": self.tokens.starts,
             }
@@ -292,8 +305,9 @@ def _readable(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _key(row: dict[str, Any]) -> tuple[int, ...]:
-    return (row["step"], SPLITS.index(row["split"]), row["row"], row.get("group", 0), row.get("sample", 0))
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    place = (row["step"], SPLITS.index(row["split"]), row["row"], row.get("group", 0), row.get("sample", 0))
+    return (*place, row.get("role") or "")
 
 
 def _finite(value: Any) -> float | None:

@@ -71,8 +71,8 @@ def sampled(sequences: list[Sequence]) -> list[list[int]]:
 
 
 def test_each_role_has_a_conversation_of_its_own(play: Play, tokenizer: PreTrainedTokenizerBase) -> None:
-    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "hello"]
-    assert tokenizer.encode("hello") != letters, "the tokenizer spells this otherwise"
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "many"]
+    assert tokenizer.encode("many") != letters, "the tokenizer spells this otherwise"
     replies = iter([[*letters, 2], *([*tokenizer.encode(text), 2] for text in ("no", "well", "I judge"))])
     engine = ScriptedEngine(lambda token_ids, sampling: next(replies))
     trajectory = play(engine)
@@ -80,17 +80,17 @@ def test_each_role_has_a_conversation_of_its_own(play: Play, tokenizer: PreTrain
     assert [sequence.role for sequence in trajectory.sequences] == ["a", "b", "judge"]
     assert tokenizer.decode(of_a.token_ids) == (
         "<|im_start|>system\nYou are a.<|im_end|>\n<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n"
-        "hello<|im_end|>\n<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\nwell<|im_end|>"
+        "many<|im_end|>\n<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\nwell<|im_end|>"
     )
     assert sampled([of_a]) == [[*letters, 2, *tokenizer.encode("well"), 2]], "sampled ids are not encoded again"
-    assert tokenizer.decode(of_b.token_ids).endswith("user\nhello<|im_end|>\n<|im_start|>assistant\nno<|im_end|>")
+    assert tokenizer.decode(of_b.token_ids).endswith("user\nmany<|im_end|>\n<|im_start|>assistant\nno<|im_end|>")
     assert tokenizer.decode(of_judge.token_ids).startswith("<|im_start|>user\nwell"), "no system prompt, no history"
     # the engine read exactly the tokens before each response
     read = [token_ids for token_ids, _ in engine.requests]
     assert read[0] == of_a.token_ids[: len(read[0])] and read[2] == of_a.token_ids[: len(read[2])]
     assert read[1] == of_b.token_ids[: len(read[1])] and read[3] == of_judge.token_ids[: len(read[3])]
     assert trajectory.speakers == ["a", "b", "a", "judge"]
-    assert trajectory.texts[1::2] == ["hello", "no", "well", "I judge"]
+    assert trajectory.texts[1::2] == ["many", "no", "well", "I judge"]
     assert trajectory.parts == {"a": 1, "b": -1, "judge": 0.5}
     assert (trajectory.reward, trajectory.score) == (0.5, pytest.approx(0.5 / 3))
     assert trajectory.metrics == {"words": 2}

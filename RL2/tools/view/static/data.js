@@ -93,13 +93,13 @@ async function readHead() {
 }
 
 const nameOf = (i) =>
-  [data.run, data.step, data.split, data.row, data.group, data.sample].map((column) => column[i]).join(".");
+  [data.run, data.step, data.split, data.row, data.group, data.sample, data.role].map((column) => column[i]).join(".");
 
 function find(name) {
   if (!name) return -1;
   const parts = name.split(".").map(Number);
-  const columns = [data.run, data.step, data.split, data.row, data.group, data.sample];
-  for (let i = 0; i < data.size; i++) if (columns.every((column, c) => column[i] === parts[c])) return i;
+  const columns = [data.run, data.step, data.split, data.row, data.group, data.sample, data.role];
+  for (let i = 0; i < data.size; i++) if (columns.every((column, c) => column[i] === (parts[c] ?? -1))) return i;
   return -1;
 }
 

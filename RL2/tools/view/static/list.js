@@ -113,8 +113,9 @@ function reward(i) {
 function row(place) {
   const i = order[place];
   const text = el("p", {});
-  textOf(i).then(({ texts }) => {
-    text.textContent = (texts[1] ?? texts[0] ?? "").replace(/\s+/g, " ").slice(0, 160);
+  textOf(i).then(({ texts, role }) => {
+    const by = role ? `${role}: ` : "";
+    text.textContent = by + (texts[1] ?? texts[0] ?? "").replace(/\s+/g, " ").slice(0, 160);
   });
   return el(
     "div",

@@ -50,7 +50,8 @@ function endsOf(statistic, largest) {
 /** Rollouts of the same row of the same split, over all runs and steps. */
 function relatives(i) {
   const found = [];
-  for (let j = 0; j < data.size; j++) if (data.row[j] === data.row[i] && data.split[j] === data.split[i]) found.push(j);
+  const same = [data.row, data.split, data.role];
+  for (let j = 0; j < data.size; j++) if (same.every((column) => column[j] === column[i])) found.push(j);
   return found.sort(
     (a, b) => data.run[a] - data.run[b] || data.step[a] - data.step[b] || data.sample[a] - data.sample[b],
   );
@@ -103,6 +104,7 @@ function drawPane(pane, n) {
       .map(([name, value]) => `${name} ${number(value)}`)
       .join(", ");
   const facts = [
+    texts.role ? `role ${texts.role}` : null,
     named(texts.parts),
     `${SPLITS[data.split[i]]} ${texts.set ? `set ${texts.set}, ` : ""}row ${data.row[i]}`,
     data.sample[i] < 0 ? null : `sample ${data.sample[i]}`,
@@ -147,7 +149,7 @@ function drawPane(pane, n) {
     bar,
   );
   pane.box = box;
-  box.append(...(tokens ? microscope(pane, n) : plainTexts(texts.texts)));
+  box.append(...(tokens ? microscope(pane, n) : plainTexts(texts.texts, texts.role)));
   return box;
 }
 
@@ -197,10 +199,11 @@ function setStatistic(n, statistic) {
   remember();
 }
 
-function plainTexts(texts) {
+function plainTexts(texts, role) {
+  const by = role ? ` of ${role}` : "";
   const parts = texts.flatMap((text, n) => {
     if (n % 2) {
-      const who = callsIn(text).length ? "response with tool calls" : "response";
+      const who = `response${by}${callsIn(text).length ? " with tool calls" : ""}`;
       return [el("p", { className: "who" }, who), el("pre", { className: "text" }, ...withCalls(text))];
     }
     const before = n ? texts[n - 2] + texts[n - 1] : "";
