@@ -224,6 +224,12 @@ class TokenBatch:
     """Factor of the objective, but not of the KL divergence or the entropy; None stands for 1."""
     observation_weight_T: Tensor | None = None
     """Weight of the cross-entropy on a label that is an observation, 0 elsewhere; None if no observation trains."""
+    nll_factor_T: Tensor | None = None
+    """Preferences: number of chosen responses over their number of actions, at these actions; 0 elsewhere. It turns the
+    sum of a response into its part of a mean over all tokens of the step; None: the mean over each response."""
+    baseline_T: Tensor | None = None
+    """Preferences without pairs: the point from which h, the sum of log p - log p_ref over a response, counts as good.
+    The same at all positions; None stands for 0."""
     experts_T: Tensor | None = None
     """int16 [T, L, K]: recorded experts of the input token, K of each of L routers; None if there are none."""
 

@@ -170,6 +170,16 @@ def sequence_weights(batch: TokenBatch) -> Tensor:
     return torch.zeros_like(batch.reward_T).index_fill_(0, last, 1 / batch.num_sequences)
 
 
+def nll_factors(batch: TokenBatch) -> Tensor:
+    """Return `nll_factor_T` of the global minibatch of one optimizer step, float32 [T].
+
+    It is the number of chosen responses, those with a reward above 0, over the number of their actions.
+    """
+    chosen_B = reward_of_sequences(batch) > 0
+    action_T = batch.action_T & chosen_B[batch.sequence_T]
+    return action_T * (chosen_B.sum() / action_T.sum().clamp(min=1)).float()
+
+
 def kept(
     batch: TokenBatch,
     *,

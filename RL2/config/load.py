@@ -97,6 +97,7 @@ COLUMNS = ("train_data.columns.", "test_data.columns.", "data.columns.")
 
 FREE_GROUPS = (
     f"{ARGS}.",
+    "actor.loss_args.",
     "adv.args.",
     "rollout.vllm.env.",
     "rollout.sglang.env.",

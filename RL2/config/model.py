@@ -360,22 +360,31 @@ class Actor(TrainablePolicy):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardModel(TrainableChat):
+    """The reward model that learns from pairs."""
+
+    center_coef: NonNegative = 0.0
+    """Coefficient of (r_chosen + r_rejected)^2, which keeps rewards near 0 (arXiv 2312.09244); 0: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DPOActor(TrainablePolicy):
-    """The policy that learns from preferences (objectives/preference.py)."""
+    """The policy that learns from preferences (objectives/preference.py, reference_free.py and unpaired.py)."""
 
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """Loss of a pair. sigmoid: DPO. ipo: squared distance of the margin from 1 / (2 beta), which bounds the margin."""
-    beta: PositiveFloat = 0.1
-    """Scale of the implicit reward; a smaller beta lets the policy move further from the reference."""
+    loss: str = "sigmoid"
+    """Loss on pairs: sigmoid (DPO), ipo, sigmoid_norm, hinge, robust, exo_pair, nca_pair, bco_pair, apo_zero, apo_down;
+    without a reference cpo, simpo, orpo; on responses with a label kto, bco, apo_zero_unpaired (docs/dpo.md). Or
+    path.py:function."""
+    loss_args: dict[str, Any] = field(default_factory=dict)
+    """Options of the loss by name; the others keep the defaults of its function."""
+    beta: PositiveFloat | None = None
+    """Scale of the implicit reward; a smaller beta lets the policy move further from the reference. null: 0.1, or the
+    default of the loss (simpo: 2)."""
     label_smoothing: Annotated[float, Range(0, 0.499)] = 0.0
-    """Probability that a label is wrong (conservative DPO), with loss=sigmoid."""
+    """Probability that a label is wrong, with a loss that reads it: sigmoid and cpo (conservative DPO), robust (0: its
+    default, 0.1) and exo_pair (0: its default, 0.001)."""
     reference_free: bool = False
-    """Use log-probabilities as they are, not relative to `ref_actor`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss != "sigmoid" and self.label_smoothing > 0:
-            raise ConfigError(f"actor.label_smoothing={self.label_smoothing} has no effect with actor.loss={self.loss}")
+    """Use log-probabilities as they are, not relative to `ref_actor`. cpo, simpo and orpo never load a reference."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from RL2.config.data import SFTData, SupervisedData, TestData, TestSettings, TrainData
-from RL2.config.model import Actor, Critic, DPOActor, RefActor, SFTActor, TrainableChat
+from RL2.config.model import Actor, Critic, DPOActor, RefActor, RewardModel, SFTActor, TrainableChat
 from RL2.config.rollout import Reward, Rollout, SamplingParams, without_policy
 from RL2.config.rules import DPO_RULES, RL_RULES, RM_RULES, SFT_RULES, check
 from RL2.config.trainer import Advantage, RLTrainer, Trainer
@@ -87,7 +87,7 @@ class RMConfig:
     """A reward model."""
 
     data: SupervisedData
-    critic: TrainableChat
+    critic: RewardModel
     trainer: Trainer
 
     def __post_init__(self) -> None:

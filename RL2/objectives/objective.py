@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -42,6 +42,10 @@ class Objective(Declared):
     """Closed form of the gradient, if there is one."""
     beta: str | None = None
     """Name of the knob that sets beta of `jsd`."""
+    trains_on: Literal["rollout", "pairs", "labels"] = "rollout"
+    """Its data: sampled tokens, pairs of a chosen and a rejected response, or responses with a label, good or bad."""
+    reference: bool = False
+    """True: a loss of preferences that compares the policy with a reference."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -55,12 +59,18 @@ class Objective(Declared):
 
 
 def needs(
-    *fields: str, top_k: str | None = None, gradient: Gradient | None = None, beta: str | None = None
+    *fields: str,
+    top_k: str | None = None,
+    gradient: Gradient | None = None,
+    beta: str | None = None,
+    trains_on: Literal["rollout", "pairs", "labels"] = "rollout",
+    reference: bool = False,
 ) -> Callable[[LossFunction], Objective]:
     """Return a decorator that makes an `Objective` of a loss function that reads the statistics `fields`.
 
     `top_k` names the knob that says how many of the most likely tokens the fields in `types.TOP` hold, and `beta` the
-    knob that is beta of `jsd`. Raise ValueError for a statistic that is not in the menu.
+    knob that is beta of `jsd`. `trains_on` and `reference` are those of `Objective`. Raise ValueError for a statistic
+    that is not in the menu.
     """
     menu = (*MENU, *TEACHER_MENU)
     if unknown := set(fields) - set(menu):
@@ -69,4 +79,4 @@ def needs(
         raise ValueError(f"{', '.join(TOP)} go with @needs(..., top_k='KNOB'), the knob that says how many")
     if ("jsd" in fields) != (beta is not None):
         raise ValueError("jsd goes with @needs(..., beta='KNOB'), the knob that is its beta")
-    return lambda function: Objective(function, fields, top_k, gradient, beta)
+    return lambda function: Objective(function, fields, top_k, gradient, beta, trains_on, reference)

@@ -8,13 +8,27 @@ from typing import Any
 
 from RL2.config import functions
 from RL2.config.load import ARGS
-from RL2.config.model import Actor
+from RL2.config.model import Actor, DPOActor
 from RL2.errors import ConfigError
 from RL2.objectives.distillation import forward_kl, gkd, opd, opd_sampled
 from RL2.objectives.objective import Gradient, Loss, Objective
 from RL2.objectives.policy_gradient import cispo, gspo, ppo, reinforce, sapo
+from RL2.objectives.preference import (
+    apo_down,
+    apo_zero,
+    bco_pair,
+    dpo,
+    exo_pair,
+    hinge,
+    ipo,
+    nca_pair,
+    robust,
+    sigmoid_norm,
+)
 from RL2.objectives.rank import rank_jsd, rank_kl
+from RL2.objectives.reference_free import cpo, orpo, simpo
 from RL2.objectives.spo import binary_jsd, cross_entropy, spo, spo_0p5
+from RL2.objectives.unpaired import apo_zero_unpaired, bco, kto
 from RL2.types import TEACHER_MENU, StatsRequest, TokenBatch, TokenStats
 
 OBJECTIVES: dict[str, Objective] = {
@@ -40,7 +54,27 @@ TEACHER_OBJECTIVES: dict[str, Objective] = {
 }
 """Objectives that need a teacher. They can be checked, and used in Python with `teacher_stats`."""
 
-ALL = OBJECTIVES | TEACHER_OBJECTIVES
+PREFERENCES: dict[str, Objective] = {
+    "sigmoid": dpo,
+    "ipo": ipo,
+    "sigmoid_norm": sigmoid_norm,
+    "hinge": hinge,
+    "robust": robust,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "cpo": cpo,
+    "simpo": simpo,
+    "orpo": orpo,
+    "kto": kto,
+    "apo_zero_unpaired": apo_zero_unpaired,
+    "bco": bco,
+}
+"""Losses of the program `dpo`, the values of actor.loss."""
+
+ALL = OBJECTIVES | TEACHER_OBJECTIVES | PREFERENCES
 
 KEY = "actor.objective"
 
@@ -48,6 +82,8 @@ DECLARATION = "@needs('logp', ...) of RL2.objectives.objective"
 
 NAMED = {"clip": "actor.clip", "detach_target": "actor.path.detach_target", "region": "actor.path.region"}
 """Knobs with a key of their own; the others are set by actor.objective_args."""
+
+LOSS = "actor.loss"
 
 
 @dataclass(frozen=True)
@@ -110,6 +146,7 @@ def bind(name: str, given: Mapping[str, Any]) -> BoundObjective:
     """
     objective = find(name)
     _refuse_without_teacher(KEY, name, objective)
+    _refuse_preferences(KEY, name, objective)
     keys = {knob: NAMED.get(knob, f"{ARGS}.{knob}") for knob in (*objective.knobs, *given)}
     return BoundObjective(name, objective, functions.knob_values(KEY, name, objective, given, keys))
 
@@ -118,6 +155,7 @@ def bound(objective: str | Objective, knobs: Mapping[str, Any]) -> BoundObjectiv
     """Return an objective with its knobs set, both given in Python. Raise ConfigError as `bind` does."""
     name, found = functions.argument("objective", objective, ALL, Objective, DECLARATION)
     _refuse_without_teacher("objective", name, found)
+    _refuse_preferences("objective", name, found)
     keys = {knob: knob for knob in (*found.knobs, *knobs)}
     return BoundObjective(name, found, functions.knob_values("objective", name, found, knobs, keys))
 
@@ -129,6 +167,37 @@ def _refuse_without_teacher(key: str, name: str, objective: Objective) -> None:
         raise ConfigError(
             f"{key}={name} reads {', '.join(read)}, and no teacher is configured; RL2 cannot load one yet"
         )
+
+
+def _refuse_preferences(key: str, name: str, objective: Objective) -> None:
+    """Raise ConfigError for a loss of preferences where sampled tokens or demonstrations train."""
+    if objective.trains_on != "rollout":
+        what = {"pairs": "pairs of responses", "labels": "responses with a label"}[objective.trains_on]
+        raise ConfigError(f"{key}={name} trains on {what}; use the program dpo with {LOSS}={name}")
+
+
+def preference(actor: DPOActor) -> BoundObjective:
+    """Return the loss of `dpo` with its knobs set.
+
+    Raise ConfigError for a loss that does not exist or that does not train on preferences, for a knob that it does not
+    have, and for `reference_free` where it has no effect or no meaning.
+    """
+    objective = functions.find(LOSS, actor.loss, PREFERENCES, Objective, DECLARATION)
+    if objective.trains_on == "rollout":
+        raise ConfigError(f"{LOSS}={actor.loss} does not train on preferences; declare it with trains_on='pairs'")
+    if actor.reference_free and not objective.reference:
+        raise ConfigError(f"actor.reference_free=true has no effect: {LOSS}={actor.loss} reads no reference")
+    if actor.reference_free and objective.trains_on == "labels":
+        raise ConfigError(f"{LOSS}={actor.loss} compares with a reference; remove actor.reference_free=true")
+    given = dict(actor.loss_args)
+    if actor.beta is not None:
+        given["beta"] = actor.beta
+    if actor.label_smoothing > 0:
+        given["label_smoothing"] = actor.label_smoothing
+    own = {"beta": "actor.beta", "label_smoothing": "actor.label_smoothing"}
+    keys = {knob: own.get(knob, f"actor.loss_args.{knob}") for knob in (*objective.knobs, *given)}
+    knobs = functions.knob_values(LOSS, actor.loss, objective, given, keys)
+    return BoundObjective(actor.loss, objective, knobs)
 
 
 def configured(actor: Actor) -> BoundObjective:

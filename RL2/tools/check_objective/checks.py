@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from RL2.objectives.objective import Gradient, Objective
-from RL2.tools.check_objective.subject import Constants, Subject, SyntheticBatch, extremes, gradient, synthetic_batch
+from RL2.tools.check_objective.subject import Constants, Subject, SyntheticBatch, extremes, gradient
 from RL2.tools.check_objective.two_ranks import Pair
 from RL2.tools.checking import Setting, Unsound, check_effects, check_knobs, raises
 from RL2.types import MENU, TEACHER_MENU
@@ -29,7 +29,7 @@ def contract(subject: Subject) -> str:
     """Check that it is a pure function (stats, batch, *, knobs) -> (loss_T, {name: metric_T})."""
     _check_signature(subject.function)
     check_knobs(subject)
-    whole = synthetic_batch(subject.vocabulary)
+    whole = subject.whole()
     cases = {
         "": whole,
         "on a fresh rollout, where old_logp_T and ref_logp_T of the batch are None: ": whole.fresh(),
@@ -104,7 +104,7 @@ def statistics(subject: Subject) -> str:
 
 def derivative(subject: Subject) -> str:
     """Check that the gradient of autograd is the derivative of the loss, with detached values held constant."""
-    whole = synthetic_batch(subject.vocabulary)
+    whole = subject.whole()
     g = torch.Generator().manual_seed(1)
     weight_T = 0.5 + torch.rand(len(whole.hidden_TD), generator=g, dtype=torch.float64)
     direction_TV = torch.randn(whole.logits_TV.shape, generator=g, dtype=torch.float64)
@@ -149,7 +149,7 @@ def closed_form(subject: Subject) -> str:
     formula = subject.function.gradient
     if formula is None:
         return "none given"
-    whole = synthetic_batch(subject.vocabulary)
+    whole = subject.whole()
     for setting in subject.settings:
         for on in (whole, whole.fresh()):
             _compare(subject, setting, on, formula)
@@ -181,6 +181,8 @@ def _compare(subject: Subject, setting: Setting, on: SyntheticBatch, formula: Gr
 def limits(subject: Subject) -> str:
     """Check that loss and gradient are finite in float32 where tokens are certain, impossible or tied."""
     edge, names = extremes(subject.vocabulary)
+    if subject.function.trains_on != "rollout":
+        edge = edge.preferences()
     for setting in subject.settings:
         logits_TV = edge.hidden_TD.clone().requires_grad_()
         loss_T, metrics = subject.chunked(setting, logits_TV, edge.head_VD, edge)
@@ -201,8 +203,9 @@ def limits(subject: Subject) -> str:
 
 def weights(subject: Subject) -> str:
     """Check that tokens and sequences of weight 0 get a gradient of exactly 0."""
-    whole = synthetic_batch(subject.vocabulary)
-    odd_T, odd_sequence_T = torch.arange(len(whole.logits_TV)) % 2 == 1, whole.batch.sequence_T % 2 == 1
+    whole = subject.whole()
+    odd_T, units = torch.arange(len(whole.logits_TV)) % 2 == 1, whole.units(subject.function.trains_on)
+    odd_sequence_T = torch.isin(whole.batch.sequence_T, torch.tensor([b for unit in units[1::2] for b in unit]))
     coupled = False
     for setting in subject.settings:
         at, leaf_TV = _at(subject, setting), whole.logits_TV.requires_grad_()
@@ -211,7 +214,7 @@ def weights(subject: Subject) -> str:
         if of_sequences_TV[odd_sequence_T].any():
             raise Unsound(
                 f"{at}a sequence of weight 0 gets a gradient, through the losses of other sequences; a loss may only "
-                "depend on the statistics of its own sequence"
+                "depend on the statistics of its own sequence, or of its pair if it trains on pairs"
             )
         weighed = replace(whole, batch=whole.batch.with_(weight_T=odd_T.double()))
         if not torch.equal(subject.dense(setting, leaf_TV, weighed)[0], loss_T):
@@ -231,12 +234,14 @@ def weights(subject: Subject) -> str:
 
 def invariance(subject: Subject, pair: Pair) -> str:
     """Check that the order of sequences, microbatches and processes have no effect."""
-    whole = synthetic_batch(subject.vocabulary)
-    everything = list(range(whole.batch.num_sequences))
+    whole = subject.whole()
+    units = whole.units(subject.function.trains_on)
     cuts = {
-        "after the sequences changed places": [everything[::-1]],
-        "when its sequence is cut off into another microbatch": [[0, 3], [4, 1, 2], [5]],
-        "when its sequence is alone": [[b] for b in everything],
+        "after the sequences changed places": [[b for unit in units for b in unit][::-1]],
+        "when its sequence is cut off into another microbatch": [
+            [b for unit in units[start::3] for b in unit] for start in (2, 1, 0)
+        ],
+        "when its sequence is alone": units,
     }
     for setting in subject.settings:
         expected = _per_token(subject, setting, whole)
@@ -277,7 +282,7 @@ def _per_token(subject: Subject, setting: Setting, on: SyntheticBatch) -> dict[s
 
 def effects(subject: Subject) -> str:
     """Check that every knob changes loss, gradient or metrics."""
-    whole = synthetic_batch(subject.vocabulary)
+    whole = subject.whole()
 
     def differ(a: Setting, b: Setting) -> bool:
         x, y = _per_token(subject, a, whole), _per_token(subject, b, whole)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from RL2.ops.token_stats import reference_stats, token_stats
 from RL2.tools.checking import Setting, Tried
 from RL2.types import MENU, TEACHER_MENU, TOP, TokenBatch, TokenStats
 
+TrainsOn = Literal["rollout", "pairs", "labels"]
 LENGTHS = (5, 1, 0, 8, 3, 7)
 """Actions of each sequence, among them a single one and none at all."""
 
@@ -53,13 +54,33 @@ class SyntheticBatch:
 
     def fresh(self) -> SyntheticBatch:
         """Return the batch as on the first update of a rollout without a reference: some fields are None."""
-        return replace(self, batch=replace(self.batch, old_logp_T=None, ref_logp_T=None, value_T=None))
+        names = ("old_logp_T", "ref_logp_T", "value_T", "nll_factor_T", "baseline_T")
+        return replace(self, batch=replace(self.batch, **dict.fromkeys(names)))
 
     def single(self) -> SyntheticBatch:
         """Return the batch in float32."""
         floats = {name: x.float() for name, x in self.batch.tensors().items() if x.is_floating_point()}
         batch = self.batch.with_(**floats)
         return SyntheticBatch(self.hidden_TD.float(), self.head_VD.float(), batch, self.teacher_TD.float())
+
+    def units(self, trains_on: TrainsOn) -> list[list[int]]:
+        """Return the sequences that a loss may couple: those of each pair, or each alone."""
+        group, alone = self.batch.group_B.tolist(), range(self.batch.num_sequences)
+        if trains_on != "pairs":
+            return [[b] for b in alone]
+        return [[b for b in alone if group[b] == g] for g in dict.fromkeys(group)]
+
+    def preferences(self) -> SyntheticBatch:
+        """Return the batch with good and bad responses, the two of a group, among them one without actions."""
+        batch, number = self.batch, self.batch.num_sequences
+        good_B = (torch.arange(number) % 4).remainder(3) == 0  # in groups of two: good and bad, bad and good, ...
+        good_T = good_B[batch.sequence_T].double()
+        batch = batch.with_(
+            reward_T=batch.reward_T * good_T,
+            nll_factor_T=(0.3 * good_T).to(batch.reward_T),
+            baseline_T=torch.full_like(batch.reward_T, 0.4),
+        )
+        return replace(self, batch=batch)
 
 
 def synthetic_batch(vocabulary: int) -> SyntheticBatch:
@@ -176,6 +197,11 @@ class Subject(Tried):
         """The objective."""
         return self.function
 
+    def whole(self, vocabulary: int | None = None) -> SyntheticBatch:
+        """Return a new batch of the data that it trains on, with `vocabulary` tokens, by default its own number."""
+        batch = synthetic_batch(vocabulary or self.vocabulary)
+        return batch if self.function.trains_on == "rollout" else batch.preferences()
+
     @cached_property
     def read(self) -> set[str]:
         """Statistics that it has read so far."""
@@ -189,7 +215,7 @@ class Subject(Tried):
 
     def _refuses(self, setting: Setting) -> bool:
         """Return whether the objective raises ValueError, which says that values do not go together."""
-        whole = synthetic_batch(self.vocabulary)
+        whole = self.whole()
         try:
             self.dense(setting, whole.logits_TV, whole)
         except ValueError:

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from RL2.objectives.objective import Objective
-from RL2.tools.check_objective.subject import Subject, synthetic_batch
+from RL2.tools.check_objective.subject import Subject
 from RL2.tools.checking import Setting
 
 TIMEOUT_S = 30.0
@@ -112,9 +112,10 @@ def _serve(rank: int, store: Path, pipe: Connection) -> None:
 def _work(
     rank: int, source: str | Objective, read: tuple[str, ...], settings: list[Setting], vocabulary: int
 ) -> list[dict[str, Tensor]]:
-    subject, whole = Subject(source, {}), synthetic_batch(vocabulary)
+    subject = Subject(source, {})
     subject.read.update(read)
-    own = whole.sequences(range(rank, whole.batch.num_sequences, 2))
+    whole = subject.whole(vocabulary)
+    own = whole.sequences([b for unit in whole.units(subject.function.trains_on)[rank::2] for b in unit])
     sums = [subject.sums(setting, own) for setting in settings]
     for x in [x for of_setting in sums for x in of_setting.values()]:
         dist.all_reduce(x)

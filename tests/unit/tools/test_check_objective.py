@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from RL2.errors import ConfigError
 from RL2.objectives.objective import Loss, needs
-from RL2.objectives.registry import ALL, OBJECTIVES, TEACHER_OBJECTIVES
+from RL2.objectives.registry import ALL, OBJECTIVES, PREFERENCES, TEACHER_OBJECTIVES
 from RL2.tools.check_objective.main import assert_sound, check
 from RL2.tools.check_objective.two_ranks import Pair
 from RL2.tools.checking import assert_passed
@@ -32,7 +32,7 @@ def pair() -> Iterator[Pair]:
         yield pair
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES | PREFERENCES)
 def test_the_objectives_of_the_library_are_sound(name: str, pair: Pair) -> None:
     assert_sound(name, pair=pair)
 
