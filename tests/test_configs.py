@@ -254,11 +254,6 @@ SUPERVISED_MISTAKES = [
         ("data.columns.prompt=[1]",),
         "data.columns.prompt=[1]; expected the name of a column, or null to ignore it",
     ),
-    (
-        "dpo",
-        ("actor.loss=ipo", "actor.label_smoothing=0.1"),
-        "actor.label_smoothing=0.1 has no effect with actor.loss=ipo",
-    ),
     ("dpo", ("actor.label_smoothing=0.5",), "actor.label_smoothing=0.5; must be at least 0 and at most 0.499"),
     (
         "dpo",

@@ -111,7 +111,7 @@ def _encoded(
     pairs = list[Pair]()
     for number in sorted(chosen.keys() & rejected.keys()):
         with bad.row(number):
-            first, second = _response(chosen[number]), _response(rejected[number])
+            first, second = until_the_response_ends(chosen[number]), until_the_response_ends(rejected[number])
             if max(len(first[0]), len(second[0])) <= max_length:
                 pairs.append((first, second))
     return pairs
@@ -191,7 +191,7 @@ def _pair(row: Row) -> list[Demonstration]:
     return [replace(each, turns=[n for n in each.turns if n >= parted]) for each in (chosen, rejected)]
 
 
-def _response(example: Example) -> Example:
+def until_the_response_ends(example: Example) -> Example:
     """Return the example up to its last token that trains."""
     token_ids, mask = example
     if True not in mask:

@@ -19,7 +19,7 @@ from RL2.io import digests
 
 ABOUT = "about.json"
 """File with the description of a table beside its columns."""
-DTYPES: dict[str, type[np.generic]] = {"ids": np.int32, "trains": np.bool_, "row": np.int64}
+DTYPES: dict[str, type[np.generic]] = {"ids": np.int32, "trains": np.bool_, "row": np.int64, "good": np.bool_}
 """Column -> type of its values; other columns are bytes."""
 STARTS = "starts"
 T = TypeVar("T")

@@ -48,6 +48,7 @@ from RL2.models.policy import Policy, configured_tokenizer, end_tokens, max_leng
 from RL2.models.quantised import quantised_line
 from RL2.models.stored import check_values
 from RL2.models.value import ValueModel
+from RL2.objectives.registry import preference
 from RL2.ops.attention import is_packed
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.experts import check_experts
@@ -58,7 +59,7 @@ from RL2.rollout.episode import run_episode
 from RL2.trainer.announce import count
 from RL2.trainer.build import actor_updates, load_tasks, make_cursor
 from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run
-from RL2.trainer.supervised import Rows, pairs_reader, train_and_test
+from RL2.trainer.supervised import Rows, pairs_reader, reads_reference, train_and_test
 from RL2.trainer.tasks import Example, Source, reader
 from RL2.types import Prompt, Sampling
 from RL2.workers.learner import refuse_no_recomputation, refuse_no_routers
@@ -198,7 +199,7 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
     """Look at the reference and the critic, where the run loads them; return those on this machine by key."""
     used: list[tuple[str, RefActor | Critic, type[PackedModel], Trainable]] = []  # with the one whose layout it has
     if isinstance(config, RLConfig | DPOConfig):
-        has_reference = config.actor.kl.coef > 0 if isinstance(config, RLConfig) else not config.actor.reference_free
+        has_reference = config.actor.kl.coef > 0 if isinstance(config, RLConfig) else reads_reference(config)
         if has_reference and config.ref_actor.model_name != config.actor.model_name:
             used.append(("ref_actor", config.ref_actor, Policy, config.actor))
     if isinstance(config, RLConfig) and estimator_of(config.adv).needs_critic:
@@ -388,6 +389,8 @@ def look_at_rows(
     assert not isinstance(config, RLConfig)
     data, trainer = config.data, config.trainer
     what = "examples" if isinstance(config, SFTConfig) else "pairs"
+    if isinstance(config, DPOConfig) and preference(config.actor).objective.trains_on == "labels":
+        what = "responses"
     tested = describe(data.test_path) if data.test_path else f"a share of {data.test_ratio:g} of it"
     told = {"data": describe(data.path), "test data": tested if trainer.test_freq else "none"}
     notes: list[str] = []
@@ -396,6 +399,10 @@ def look_at_rows(
         read: Callable[[str], Rows]
         if isinstance(config, SFTConfig):
             read = import_module("RL2.trainer.sft_loop").reader(config, tokenizer, notes, progress=found.progress)
+        elif isinstance(config, DPOConfig):
+            read = import_module("RL2.trainer.dpo_loop").preference_reader(
+                config, tokenizer, notes, progress=found.progress
+            )
         else:
             read = pairs_reader(config, tokenizer, notes, progress=found.progress)
         rows, tests = train_and_test(data, read)
@@ -411,7 +418,7 @@ def look_at_rows(
         found.unseen.append("rows")
     found.say("rows through", data.env_path or "as they are")
     if isinstance(config, DPOConfig):
-        found.say("reference", "none" if config.actor.reference_free else config.ref_actor.model_name)
+        found.say("reference", config.ref_actor.model_name if reads_reference(config) else "none")
     found.say("a step", f"{data.batch_size} {what}")
     steps = trainer.max_steps
     if rows is not None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from RL2.config.here import check_here
 from RL2.config.load import composed, load, renamed, show
-from RL2.config.programs import PROGRAMS, RLConfig, SFTConfig
+from RL2.config.programs import PROGRAMS, DPOConfig, RLConfig, SFTConfig
 from RL2.config.values import unset
 from RL2.errors import LostProcess, UserError, first_line
 from RL2.io.progress import INTERVAL_S, Progress
@@ -62,6 +62,10 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
                 from RL2.trainer.unused_settings import refuse_advantage_objectives
 
                 refuse_advantage_objectives(config.actor)
+            elif isinstance(config, DPOConfig):
+                from RL2.objectives.registry import preference
+
+                preference(config.actor)
         if config.trainer.dry_run:
             from RL2.trainer.dry_run import rehearse
 

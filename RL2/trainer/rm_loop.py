@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from RL2.batch.packing import sequence_weights
 from RL2.config.programs import RMConfig
 from RL2.data.cursor import Cursor
@@ -27,5 +29,6 @@ def train(config: RMConfig, run: Run) -> None:
         learner = Learner(critic, run.processes, num_steps, run.save_dir, "critic", ValueModel)
     run.progress.say(describe_model("critic", learner))
     mark_padding(learner.lm, tokenizer)
-    task = SupervisedTask("critic", learner, rows, tests, sequence_weights, bradley_terry, VALUE)
+    loss = partial(bradley_terry, center_coef=critic.center_coef)
+    task = SupervisedTask("critic", learner, rows, tests, sequence_weights, loss, VALUE)
     fit(task, cursor, num_steps, tokenizer, run)

@@ -29,13 +29,14 @@ from RL2.errors import ConfigError, naming
 from RL2.io.progress import Progress
 from RL2.io.report import NUM_SHOWN, Metrics, Report
 from RL2.models.policy import refuse_unknown_tokens, rotary_limit
-from RL2.objectives.objective import Loss
+from RL2.objectives.registry import preference
 from RL2.rollout.environment import load_example
 from RL2.trainer.announce import describe_supervised_plan
 from RL2.trainer.inputs import evenly_spaced, of_tensors
 from RL2.trainer.run import Run
-from RL2.types import StatsRequest, TokenBatch, TokenStats
+from RL2.types import StatsRequest, TokenBatch
 from RL2.workers.learner import Learner
+from RL2.workers.metrics import LossFunction
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Rows:
     """Log-probabilities of a reference, at every position of every sequence."""
     chosen: np.ndarray | None = None
     """Numbers of these rows in the data set; None: all."""
+    good: np.ndarray | None = None
+    """bool: label of each response of the data set, where the rows are no pairs."""
+    mismatched: Rows | None = None
+    """The same prompts with responses to other ones, which the baseline of KTO is estimated from."""
 
     def __len__(self) -> int:
         return len(self.ids) // self.per_row if self.chosen is None else len(self.chosen)
@@ -64,15 +69,21 @@ class Rows:
         if self.scored:  # the label of that action is a token that nothing reads
             ids = [np.append(each, each[-1]) for each in ids]
             actions = [np.append(np.zeros(len(each), bool), True) for each in actions]
-        rewards = [float(self.per_row == 2 and n % 2 == 0) for n in numbers]
+        rewards = [float(self.is_good(n)) for n in numbers]
         groups = [place // self.per_row for place in range(len(numbers))]
         batch = pack_arrays(ids, actions, rewards, groups)
         if self.ref_logp is None:
             return batch
         return batch.with_(ref_logp_T=torch.from_numpy(np.concatenate([self.ref_logp[n] for n in numbers])))
 
+    def is_good(self, number: int) -> bool:
+        """Return whether sequence `number` is the chosen one of a pair, or a good response."""
+        return bool(self.per_row == 2 and number % 2 == 0 if self.good is None else self.good[number])
+
     def subset(self, rows: Seq[int]) -> Rows:
-        return replace(self, chosen=np.array(rows) if self.chosen is None else self.chosen[rows])
+        chosen = np.array(rows) if self.chosen is None else self.chosen[rows]
+        others = None if self.mismatched is None else self.mismatched.subset(rows)
+        return replace(self, chosen=chosen, mismatched=others)
 
     @property
     def lengths_B(self) -> torch.Tensor:
@@ -91,6 +102,9 @@ class Rows:
         return (self.per_row * numbers[:, None] + np.arange(self.per_row)).reshape(-1)
 
 
+Complete = Callable[[TokenBatch, Rows, list[int], bool], TokenBatch]
+
+
 @dataclass(frozen=True)
 class SupervisedTask:
     """Everything that `fit` needs: learner, rows, loss and weights."""
@@ -102,12 +116,15 @@ class SupervisedTask:
     test: Rows | None
     weights: Callable[[TokenBatch], torch.Tensor]
     """Function that gives weight_T of a global minibatch."""
-    loss: Callable[[TokenStats, TokenBatch], Loss]
+    loss: LossFunction
     request: StatsRequest
+    complete: Complete = lambda batch, rows, drawn, training: batch
+    """Function that adds what a loss reads besides, to the minibatch of the rows `drawn`, in training or in a test."""
 
-    def minibatch(self, rows: Rows, drawn: list[int]) -> TokenBatch:
+    def minibatch(self, rows: Rows, drawn: list[int], *, training: bool) -> TokenBatch:
+        """Return the rows `drawn` as a global minibatch, with its weights."""
         batch = rows.draw(drawn)
-        return batch.with_(weight_T=self.weights(batch))
+        return self.complete(batch.with_(weight_T=self.weights(batch)), rows, drawn, training)
 
 
 def fit(task: SupervisedTask, cursor: Cursor, num_steps: int, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
@@ -121,18 +138,21 @@ def fit(task: SupervisedTask, cursor: Cursor, num_steps: int, tokenizer: PreTrai
     run.closing.callback(report.close)
     report.first_rows(first_rows(task.train, tokenizer))
     first_step = run.resume(learner, cursor, report)
-    what, tokens = ("examples", "pairs")[task.train.per_row - 1], float(task.train.lengths_B.sum()) / len(task.train)
+    what = "pairs" if task.train.per_row == 2 else "examples" if task.train.good is None else "responses"
+    tokens = float(task.train.lengths_B.sum()) / len(task.train)
     report.say(describe_supervised_plan(cursor.batch_size, what, tokens, trainer, first_step, num_steps))
     report.begin(first_step)
 
     for step in range(first_step, num_steps):
         start = time.perf_counter()
         metrics = test(task, report, step) if run.due(trainer.test_freq, step) else {}
-        batch = task.minibatch(task.train, cursor.next())
+        batch = task.minibatch(task.train, cursor.next(), training=True)
         with report.progress.phase(f"update of step {step}", batch.num_sequences, "sequences") as phase:
             updated = learner.step(batch, task.loss, task.request, phase.update)
         if task.train.per_row == 2:
             updated["pairs"] = updated.pop("tokens") / 2
+        elif task.train.good is not None:
+            updated["responses"] = updated.pop("tokens")
         metrics |= {f"{task.name}/{name}": value for name, value in updated.items()}
         seconds = time.perf_counter() - start
         times = {"time/step_s": seconds, "time/tokens_per_s": len(batch.token_ids_T) / seconds}
@@ -152,6 +172,8 @@ def first_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[dict[str,
         # a score is taken at the last token
         trains = [False] * (len(token_ids) - 1) + [True] if rows.scored else rows.trains[n].tolist()
         side = f", {SIDES[place % 2]}" if rows.per_row == 2 else ""
+        if rows.good is not None:
+            side = f", {'good' if rows.good[n] else 'bad'}"
         name = f"row {place // rows.per_row + 1} of those that train{side}"
         found.append({"name": name, "pieces": pieces(tokenizer, token_ids, trains)})
     return found
@@ -166,7 +188,7 @@ def of_rows(rows: Rows) -> str:
 def test(task: SupervisedTask, report: Report, step: int) -> Metrics:
     """Return loss and metrics of the current weights on the whole test set."""
     assert task.test is not None
-    batch = task.minibatch(task.test, list(range(len(task.test))))
+    batch = task.minibatch(task.test, list(range(len(task.test))), training=False)
     with report.progress.phase(f"test before step {step}", batch.num_sequences, "sequences") as phase:
         found = task.learner.measure(batch, task.loss, task.request, phase.update)
     return {f"test/{name}": value for name, value in found.items()}
@@ -203,6 +225,11 @@ def pairs_reader(
     return read
 
 
+def reads_reference(config: DPOConfig) -> bool:
+    """Return whether the loss compares the policy with a reference, which is loaded only then."""
+    return preference(config.actor).objective.reference and not config.actor.reference_free
+
+
 def refuse_long(config: SFTConfig | RMConfig | DPOConfig, rows: Rows, path: str) -> None:
     """Raise DataError if a row of `path` does not fit into a microbatch: a row is never cut in two, nor a pair.
 
@@ -219,7 +246,7 @@ def refuse_long(config: SFTConfig | RMConfig | DPOConfig, rows: Rows, path: str)
             f"lower data.max_length={config.data.max_length} to {limit}"
         )
     limits = [(f"{group}.max_length_per_device", model.max_length_per_device, length_B.view(-1, rows.per_row).sum(1))]
-    if isinstance(config, DPOConfig) and not config.actor.reference_free:
+    if isinstance(config, DPOConfig) and reads_reference(config):
         key = "ref_actor.max_inference_length_per_device"
         limits.append((key, config.ref_actor.max_inference_length_per_device, length_B))
     for key, tokens, lengths in limits:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,12 +17,11 @@ from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, export_adapter
 from RL2.models.routing import why_no_biases, why_no_losses, why_unseen
 from RL2.models.structure import decoder_layers
-from RL2.objectives.objective import Loss
 from RL2.parallel.fsdp import local
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
-from RL2.types import StatsRequest, TokenBatch, TokenStats
-from RL2.workers.metrics import LossFunction, Totals
+from RL2.types import StatsRequest, TokenBatch
+from RL2.workers.metrics import LossFunction, Totals, mean_of
 from RL2.workers.optim import UpdateStats, adamw, clipped_step, move_state, schedule
 from RL2.workers.passes import Progress, backward, trained_sequences
 from RL2.workers.routing import RoutingTotals
@@ -146,7 +144,7 @@ class Learner(Worker):
     def measure(
         self,
         batch: TokenBatch,
-        loss: Callable[[TokenStats, TokenBatch], Loss],
+        loss: LossFunction,
         request: StatsRequest,
         progress: Progress = lambda done: None,
     ) -> dict[str, float]:
@@ -156,7 +154,8 @@ class Learner(Worker):
         assert actions.weight_T is not None
         loss_T, metrics = loss(stats, actions)
         trains_T = actions.weight_T != 0
-        means = {name: float(value_T[trains_T].double().mean()) for name, value_T in metrics.items()}
+        means = {name: mean_of(metric, trains_T) for name, metric in metrics.items()}
+        means = {name: mean for name, mean in means.items() if mean is not None}
         return {"loss": float((loss_T * actions.weight_T).sum())} | means
 
     def _stop(self, what: str, why: str, batch: TokenBatch) -> NoReturn:

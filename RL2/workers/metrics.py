@@ -40,6 +40,16 @@ LossFunction = Callable[[TokenStats, TokenBatch], tuple[Tensor, Mapping[str, Met
 """Returns loss_T and metrics of the action tokens of a microbatch."""
 
 
+def mean_of(metric: Metric, trains_T: Tensor) -> float | None:
+    """Return a metric over the tokens that train, here and in one piece; None where a `Mean` counts nothing."""
+    if isinstance(metric, Max):
+        return float(metric.value_T[trains_T].max().clamp(min=0))
+    if isinstance(metric, Tensor):
+        return float(metric[trains_T].double().mean())
+    counted = metric.counted_T[trains_T].double().sum()
+    return float(metric.value_T[trains_T].double().sum() / counted) if counted else None
+
+
 class Totals:
     """Sums and maxima of metrics over microbatches and processes. Their names must be equal on all processes."""
 

@@ -1,4 +1,4 @@
-"""Pairs do not depend on how the work is cut either: rm and dpo on one process and on two, in one pool."""
+"""Preferences do not depend on how the work is cut either: pairs and single responses on one process and on two."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ import torch
 from pools import Result, assert_same, loaded, whole
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
-from RL2.batch.packing import microbatches, sequence_weights
+from RL2.batch.packing import microbatches, nll_factors, sequence_weights
 from RL2.config.programs import trained
 from RL2.data.table import Ragged
 from RL2.models.policy import Policy, named_weights
 from RL2.models.value import VALUE, ValueModel
 from RL2.objectives.preference import bradley_terry, dpo, ipo
+from RL2.objectives.reference_free import orpo
+from RL2.objectives.unpaired import kto
 from RL2.parallel.processes import Processes
+from RL2.trainer.dpo_loop import log_ratios
 from RL2.trainer.supervised import Rows
 from RL2.types import StatsRequest, TokenBatch
 from RL2.workers.learner import Learner
@@ -30,11 +33,17 @@ LOSSES: dict[str, Any] = {
     "rm": bradley_terry,
     "dpo": partial(dpo, beta=0.3, label_smoothing=0.1),
     "ipo": partial(ipo, beta=0.3),
+    "orpo": partial(orpo, beta=0.3),
+    "kto": partial(kto, beta=0.3, undesirable_weight=0.7),
 }
+PAIRED = [loss for loss in LOSSES if loss != "kto"]
+
+OVERRIDES = """actor.model_name={} actor.max_length_per_device=4096 actor.lr=1e-3 data.path=x.jsonl data.max_length=99
+    data.batch_size=1 trainer.experiment_name=x"""
 
 
 def make_batch(loss: str, number: int) -> TokenBatch:
-    """Ragged pairs that begin alike, with made-up log-probabilities of a reference."""
+    """Ragged pairs that begin alike, with made-up log-probabilities of a reference; for KTO their responses alone."""
     draw = random.Random(0)
     sides: list[tuple[list[int], list[bool]]] = []
     for _ in range(number):
@@ -45,18 +54,21 @@ def make_batch(loss: str, number: int) -> TokenBatch:
         Ragged.from_rows([ids for ids, _ in sides], np.int32),
         Ragged.from_rows([mask for _, mask in sides], np.bool_),
     )
-    batch = Rows(ids, trains, per_row=2, scored=loss == "rm").draw(range(number))
+    if loss == "kto":
+        batch = Rows(ids, trains, per_row=1, good=np.arange(2 * number) % 3 > 0).draw(range(2 * number))
+        batch = batch.with_(baseline_T=torch.full_like(batch.reward_T, 0.5))
+    else:
+        batch = Rows(ids, trains, per_row=2, scored=loss == "rm").draw(range(number))
     g = torch.Generator().manual_seed(0)
     ref_T = -5 * torch.rand(len(batch.labels_T), generator=g) * batch.action_T
-    return batch.with_(weight_T=sequence_weights(batch), ref_logp_T=ref_T)
+    return batch.with_(weight_T=sequence_weights(batch), ref_logp_T=ref_T, nll_factor_T=nll_factors(batch))
 
 
 def make_learner(
     loss: str, folder: Path, processes: Processes, dtype: str = "float32", sizes: dict[str, int] | None = None
 ) -> Learner:
     program = "rm" if loss == "rm" else "dpo"
-    overrides = f"""actor.model_name={folder}/{"value" if loss == "rm" else "causal"} actor.max_length_per_device=4096
-        actor.lr=1e-3 data.path=x.jsonl data.max_length=99 data.batch_size=1 trainer.experiment_name=x"""
+    overrides = OVERRIDES.format(f"{folder}/{'value' if loss == 'rm' else 'causal'}")
     group, config = trained(loaded(program, overrides.replace("actor", "critic" if loss == "rm" else "actor")))
     config = replace(config, dtype=dtype, **(sizes or {}))
     return Learner(config, processes, 10, folder, group, ValueModel if loss == "rm" else Policy)
@@ -87,6 +99,9 @@ def run_cases(folder: Path, processes: Processes) -> dict[str, Result]:
         # with two processes one has no pair at all
         results[f"{loss} alone"] = gradients(learner, loss, make_batch(loss, 1))
         results[f"{loss} measured"] = {"metrics": learner.measure(batch, LOSSES[loss], request(loss)), "grads": {}}
+        if loss == "kto":  # what its baseline and that of BCO are means of
+            h_B = log_ratios(learner, loaded("dpo", OVERRIDES.format(f"{folder}/causal")), batch)
+            results["baseline"] = {"metrics": {"z": float(h_B.mean())}, "grads": {"h": h_B}}
         for _ in range(3):
             learner.step(batch, LOSSES[loss], request(loss))
         results[f"{loss} after 3 steps"] = {"grads": {n: whole(w) for n, w in learner.weights()}, "metrics": {}}
@@ -117,13 +132,17 @@ def test_two_processes_are_one(loss: str, one: dict[str, Result], two: dict[str,
     assert_same(one[f"{loss} after 3 steps"], two[f"{loss} after 3 steps"], tolerance=1e-4)
 
 
+def test_the_baseline_of_a_step_is_the_same_on_two_processes(one: dict[str, Result], two: dict[str, Result]) -> None:
+    assert_same(one["baseline"], two["baseline"], TOLERANCE)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_measure_is_the_loss_of_a_step(loss: str, one: dict[str, Result]) -> None:
     assert_same(one[f"{loss} measured"], {**one[loss], "grads": {}}, TOLERANCE)
     assert "accuracy" in one[f"{loss} measured"]["metrics"]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", PAIRED)
 def test_microbatches_hold_whole_pairs_and_are_one_batch(
     loss: str, one: dict[str, Result], folder: Path, processes: Processes
 ) -> None:

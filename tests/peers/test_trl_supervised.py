@@ -199,18 +199,20 @@ def test_sft(world: World) -> None:
     assert_same_weights(learner, trainer, world.folder / "causal")
 
 
-def test_rm(world: World) -> None:
+@pytest.mark.parametrize("center", [0.0, 0.3])
+def test_rm(center: float, world: World) -> None:
     pairs, _ = load_pairs(world.rows(two=True), world.tokenizer, None, 128)
-    _, learner = world.learner("rm")
+    config, learner = world.learner("rm", f"critic.center_coef={center}")
+    loss = partial(bradley_terry, center_coef=config.critic.center_coef)
     data = Rows(pairs.ids, pairs.trains, per_row=2, scored=True)
     ours: Answers = []
     for step in range(STEPS):
         batch = data.draw(list(range(step * BATCH, (step + 1) * BATCH)))
-        ours.append(learner.step(batch.with_(weight_T=sequence_weights(batch)), bradley_terry, VALUE))
+        ours.append(learner.step(batch.with_(weight_T=sequence_weights(batch)), loss, VALUE))
 
     trainer = InOrderReward(
         model=AutoModelForSequenceClassification.from_pretrained(world.folder / "value"),
-        args=RewardConfig(**world.trl),
+        args=RewardConfig(center_rewards_coefficient=center or None, **world.trl),
         train_dataset=Dataset.from_list(texts(two=True)),
         processing_class=world.tokenizer,
     )
