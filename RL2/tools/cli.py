@@ -286,6 +286,41 @@ def replay(
     processes.stop()
 
 
+@app.command()
+def atlas(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of a step that it has kept.")],
+    step: Annotated[int | None, typer.Option(help="A step stored by trainer.replay_freq; by default the last.")] = None,
+    objectives: Annotated[str, typer.Option(help="NAME [KEY=VALUE ...], ... besides the built-in ones.")] = "",
+    tokens: Annotated[int, typer.Option(help="Maximum number of tokens to measure.", min=1)] = 4096,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("atlas.html"),
+) -> None:
+    """Measure every objective on one stored step, and write a page that compares them token by token.
+
+    It has cosines between gradients, the pull on each token, changes of entropy and probability, and groups of
+    objectives that coincide. See docs/atlas.md.
+
+    Example: rl2 atlas ckpts/spo --step 20 --objectives "spo actor.path.detach_target=true" --out atlas.html
+    """
+    with ending("atlas"):
+        from RL2.models.policy import load_tokenizer
+        from RL2.parallel.processes import Processes
+        from RL2.tools.atlas.measure import kept_step, measure
+        from RL2.tools.atlas.page import write_page
+        from RL2.trainer.run import replay_folder
+
+        folder, number = kept_step(run, step)
+        processes = Processes.start(timeout_s=600)
+        more = [title.strip() for title in objectives.split(",") if title.strip()]
+        found = measure(folder, number, processes, more, tokens)
+        write_page(found, load_tokenizer(str(replay_folder(folder, number))), out)
+        processes.stop()
+    groups = sum(len(cluster) > 1 for cluster in found.clusters)
+    print(
+        f"{out}: {len(found.effects)} objectives on {len(found.logp_N)} tokens of step {number}, "
+        f"{groups} groups that coincide, {len(found.left_out)} left out"
+    )
+
+
 @app.command("eval")
 def eval_(
     settings: Annotated[

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from RL2.parallel.processes import Processes
+from RL2.tools.atlas.measure import Atlas, measure
 from RL2.types import TokenBatch
 
 TITLES = ("spo", "spo actor.path.detach_target=true", "spo_0p5 actor.path.region=all", "sft", "reinforce")
@@ -153,6 +155,67 @@ def test_weights_of_tokens(replayed: dict[str, Any], dense: Dense) -> None:
     assert (weights["reinforce"][right_B[sequence_N]] >= 0).all()
     assert (weights["reinforce"][~right_B[sequence_N]] <= 0).all()
     assert (weights["spo"][~right_B[sequence_N]] == 0).all()
+
+
+DETACHED = "spo actor.path.detach_target=true"
+
+
+@pytest.fixture(scope="module")
+def atlas(run: Run, processes: Processes) -> Atlas:
+    return measure(run.save_dir, 2, processes, [DETACHED])
+
+
+def test_the_atlas_is_that_of_dense_logits(atlas: Atlas, dense: Dense) -> None:
+    """Of `sft`, and of `spo` with a constant target, whose gradients are multiples of e_a - p."""
+    batch = dense.batch
+    with torch.no_grad():
+        logits = [dense.lm(batch.token_ids_T[cut][None]).logits[0][batch.action_T[cut]] for cut in dense.cuts]
+    logp_NV, labels_N = torch.cat(logits).log_softmax(-1), batch.labels_T[batch.action_T]
+    p_NV, logp_N = logp_NV.exp(), sampled(logp_NV, labels_N)
+    p_N, mode_N = logp_N.exp(), logp_NV.max(-1).values.exp()
+    sequence_N = batch.sequence_T[batch.action_T]
+    right_B = torch.tensor(dense.right)
+    share_N = (right_B / torch.bincount(sequence_N))[sequence_N].double() / right_B.sum()
+    along_NV = -p_NV.scatter_add(1, labels_N[:, None], -torch.ones_like(labels_N)[:, None].double())  # e_a - p
+    by_entropy_NV = -p_NV * (logp_NV - (p_NV * logp_NV).sum(-1, keepdim=True))
+    factors = {"sft": share_N, DETACHED: share_N * (mode_N - p_N) / (1 - p_N)}
+    moves = {title: factor_N[:, None] * along_NV for title, factor_N in factors.items()}  # against the gradient
+    found = {one.title: one for one in atlas.effects}
+    assert len(found["sft"].pull_N) == len(labels_N)
+    for title, move_NV in moves.items():
+        one, norm = found[title], move_NV.norm()
+        assert one.norm == pytest.approx(float(norm), rel=1e-4)
+        close = {"rtol": 1e-3, "atol": 1e-5}
+        torch.testing.assert_close(one.pull_N.double(), sampled(move_NV, labels_N), **close)
+        torch.testing.assert_close(one.entropy_N.double(), (move_NV * by_entropy_NV).sum(-1) / norm, **close)
+        risen_N = p_N * (sampled(move_NV, labels_N) - (p_NV * move_NV).sum(-1))
+        torch.testing.assert_close(one.prob_N.double(), risen_N / norm, **close)
+    titles = list(found)
+    cosine = float((moves["sft"] * moves[DETACHED]).sum() / moves["sft"].norm() / moves[DETACHED].norm())
+    assert float(atlas.cosines_OO[titles.index("sft"), titles.index(DETACHED)]) == pytest.approx(cosine, abs=1e-4)
+    assert (atlas.cosines_OO.diagonal() - 1).abs().max() < 1e-12
+
+
+def test_the_atlas_groups_what_coincides_and_says_what_is_left_out(atlas: Atlas) -> None:
+    (same,) = [cluster for cluster in atlas.clusters if "reinforce" in cluster]
+    assert {"ppo", "cispo"} <= set(same)  # on the first update the ratio is 1
+    assert not {"spo", "sft"} & set(same)
+    assert "a teacher" in atlas.left_out["gkd"]
+    assert "pairs" in atlas.left_out["simpo"]
+    assert "labels" in atlas.left_out["kto"]
+    assert not set(atlas.left_out) & {one.title for one in atlas.effects}
+
+
+def test_the_atlas_page(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "atlas.html"
+    done = warm.run("RL2.tools.cli", "atlas", str(run.save_dir), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "of step 2" in done.stdout
+    page = out.read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert {"sft", "spo", "reinforce"} <= {one["title"] for one in data["objectives"]}
+    assert any(any(sequence["action"]) for sequence in data["sequences"])
 
 
 def test_what_was_not_kept_or_cannot_be(run: Run) -> None:
