@@ -321,7 +321,7 @@ def test_bco() -> None:
     told = json.dumps([[logp.tolist(), ref.tolist(), good_B.tolist()] for logp, ref in steps])
     path = os.pathsep.join(filter(None, [str(OLDER_TRL), os.environ.get("PYTHONPATH")]))
     command, env = [sys.executable, "-c", OLDER, told], os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     expected = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 

@@ -132,10 +132,11 @@ def measure(run: Path, step: int, processes: Processes, more: Sequence[str] = ()
         tokens[title] = int((weight_N != 0).sum())
     gram_OO, parts = _through_logits(actor, hidden_ND, actions.labels_T, request, pulls)
     norm_O = gram_OO.diagonal().sqrt()
+    unit_O = norm_O.clamp(min=1e-30)  # an objective without a gradient here changes nothing
     cosines_OO = gram_OO / (norm_O[:, None] * norm_O)
     effects = [
-        Effect(title, losses[title], float(norm), tokens[title], pull_N, entropy_N / norm, prob_N / norm)
-        for (title, (pull_N, entropy_N, prob_N)), norm in zip(parts.items(), norm_O.clamp(min=1e-30), strict=True)
+        Effect(title, losses[title], float(norm), tokens[title], pull_N, entropy_N / unit, prob_N / unit)
+        for (title, (pull_N, entropy_N, prob_N)), norm, unit in zip(parts.items(), norm_O, unit_O, strict=True)
     ]
     seen = (stats.logp, stats.entropy, stats.rank)
     return Atlas(str(run), step, batch, *seen, effects, cosines_OO, left_out, int(whole.action_T.sum()))

@@ -32,7 +32,9 @@ def write_page(atlas: Atlas, tokenizer: PreTrainedTokenizerBase, out: Path) -> N
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8"))
-    page = template.render(css=css, script=script, digest=digest, data=content(atlas, tokenizer), atlas=atlas)
+    page = template.render(
+        css=css, script=script, digest=digest, data=content(atlas, tokenizer), atlas=atlas, left_out=by_reason(atlas)
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
 
@@ -61,6 +63,14 @@ def content(atlas: Atlas, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         ],
         "sequences": list(_sequences(atlas, TokenTexts(tokenizer))),
     }
+
+
+def by_reason(atlas: Atlas) -> dict[str, str]:
+    """Return the reasons for which objectives are left out, with the names of these."""
+    found: dict[str, list[str]] = {}
+    for title, why in atlas.left_out.items():
+        found.setdefault(why, []).append(title)
+    return {why: ", ".join(titles) for why, titles in found.items()}
 
 
 def _packed(values_N: Tensor) -> str:

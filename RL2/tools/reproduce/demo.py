@@ -162,6 +162,8 @@ def method_job(method: Method, plan: Plan, out: Path, seed: int, env_path: Path)
         f"trainer.max_steps={plan.steps}",
         f"trainer.test_freq={plan.test_freq}",
         "trainer.samples_per_step=16",
+        # for `rl2 atlas`: the first step and the middle one; a pretrained model would take half a gigabyte for each
+        *(() if plan.model else (f"trainer.replay_freq={max(1, plan.steps // 2)}",)),
         f"trainer.experiment_name={method.name}",
         f"trainer.save_dir={folder}",
         f"trainer.seed={seed}",

@@ -87,7 +87,7 @@ function scatter() {
   const at = isLog ? Math.log10 : (value) => value;
   const most = x.reduce((found, value) => Math.max(found, at(value)), 1e-9);
   const top = y.reduce((found, value) => Math.max(found, Math.abs(value)), 1e-12);
-  const [left, right, above, below] = [70, 16, 14, 36];
+  const [left, right, above, below] = [70, 36, 14, 36];
   const px = (value) => left + ((width - left - right) * at(value)) / most;
   const py = (value) => above + ((height - above - below) * (1 - value / top)) / 2;
   pen.font = "12px system-ui, sans-serif";
