@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +17,11 @@ from torch import Tensor
 from RL2.batch.packing import microbatches
 from RL2.config.programs import RLConfig
 from RL2.errors import UserError, first_line
+from RL2.models.policy import Policy, head
 from RL2.objectives.loss import with_weights
 from RL2.objectives.registry import ALL, OBJECTIVES, BoundObjective, configured
 from RL2.ops.token_stats import reference_stats
+from RL2.parallel.fsdp import local
 from RL2.parallel.processes import Processes
 from RL2.tools.replay import read_batch, run_config, with_advantages
 from RL2.trainer.run import REPLAY_BATCH, replay_folder
@@ -120,10 +121,12 @@ def measure(run: Path, step: int, processes: Processes, more: Sequence[str] = ()
     actions = batch.positions(batch.action_T)
     hidden_ND = hidden_states(actor, batch, config.actor.max_inference_length_per_device)
     bounds = {title: bound for title, (_, bound, _) in subjects.items()}
-    request = _request(bounds.values(), actor.lm.config.vocab_size, config.actor.temperature)
+    request = _request(list(bounds.values()), actor.lm.config.vocab_size, config.actor.temperature)
+    device = next(actor.policy.parameters()).device
     with torch.no_grad():
-        stats = TokenStats(**actor.policy.stats_of(hidden_ND, actions.labels_T, request))
-    pulls, losses, tokens = {}, {}, {}
+        found = actor.policy.stats_of(hidden_ND.to(device), actions.labels_T.to(device), request)
+    stats = TokenStats(**found).map(lambda x: x.cpu())
+    pulls, losses, tokens = dict[str, dict[str, Tensor]](), dict[str, float](), dict[str, int]()
     for title, (_, bound, weighed) in subjects.items():
         mine = weighed.sequences(ids)
         mine = mine.positions(mine.action_T)
@@ -205,8 +208,8 @@ def hidden_states(actor: Actor, batch: TokenBatch, max_tokens: int) -> Tensor:
     actor.policy.eval()
     for ids in microbatches(batch, range(batch.num_sequences), max_tokens, 1)[0]:
         part = batch.sequences(ids)
+        shared = part.shared()
         with torch.no_grad():
-            shared = part.shared()
             on_device = None if shared is None else shared.to(device)
             hidden_ND, _ = actor.policy.hidden_of_actions(part.to(device), on_device, None)
         places = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in ids])[part.action_T]
@@ -215,9 +218,8 @@ def hidden_states(actor: Actor, batch: TokenBatch, max_tokens: int) -> Tensor:
     return torch.cat([hidden_ND for _, hidden_ND in found])[order_N]
 
 
-def _request(bounds: Any, vocabulary: int, temperature: float) -> StatsRequest:
+def _request(bounds: Sequence[BoundObjective], vocabulary: int, temperature: float) -> StatsRequest:
     """Return the statistics that any of the objectives reads, and those that are shown."""
-    bounds = list(bounds)
     fields = tuple(dict.fromkeys((*SEEN, *(field for bound in bounds for field in bound.fields))))
     return StatsRequest(fields, min(vocabulary, max(bound.top_k for bound in bounds)), temperature)
 
@@ -276,15 +278,15 @@ def _tiles(actor: Actor, hidden_ND: Tensor, temperature: float) -> Iterator[tupl
 
     They are float64 for a small vocabulary, and float32 for a large one.
     """
-    lm = actor.policy.lm
-    head = lm.get_output_embeddings()
-    weight_VD = head.weight.detach().cpu()
+    policy = actor.policy
+    assert isinstance(policy, Policy)
+    layer = head(policy.lm)
+    weight_VD = local(layer.weight).detach().cpu()
     dtype = torch.float64 if len(weight_VD) <= 8192 else torch.float32
     weight_VD, size = weight_VD.to(dtype), max(1, AT_ONCE // len(weight_VD))
-    transform = getattr(actor.policy, "logit_transform", None)
     for first in range(0, len(hidden_ND), size):
         tile = slice(first, min(first + size, len(hidden_ND)))
         logits_nV = hidden_ND[tile].to(dtype) @ weight_VD.T
-        if head.bias is not None:
-            logits_nV = logits_nV + head.bias.detach().cpu().to(dtype)
-        yield tile, ((logits_nV if transform is None else transform(logits_nV)) / temperature).detach()
+        if layer.bias is not None:
+            logits_nV = logits_nV + local(layer.bias).detach().cpu().to(dtype)
+        yield tile, (policy.logit_transform(logits_nV) / temperature).detach()
