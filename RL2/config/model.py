@@ -314,8 +314,8 @@ class Actor(TrainablePolicy):
     """Options of the objective by name; the others keep the defaults of its function."""
     path: PathKnobs
     clip: PositiveFloat | None = None
-    """Clip range of the probability ratio, [1 - clip, 1 + clip], in ppo and gspo; null: the objective's default. Its
-    upper side alone: `actor.objective_args.clip_high`."""
+    """Clip range of the probability ratio, [1 - clip, 1 + clip], in ppo, gspo and luspo, and of its logarithm,
+    [-clip, clip], in gmpo; null: the objective's default. Its upper side alone: `actor.objective_args.clip_high`."""
     train_on: Literal["all", "correct"] = "all"
     """Sequences that train: all, or only those of trajectories with a total reward above 0."""
     average_over: Literal["all", "kept", "correct"] = "all"

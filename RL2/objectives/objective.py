@@ -45,7 +45,7 @@ class Objective(Declared):
     trains_on: Literal["rollout", "pairs", "labels"] = "rollout"
     """Its data: sampled tokens, pairs of a chosen and a rejected response, or responses with a label, good or bad."""
     reference: bool = False
-    """True: a loss of preferences that compares the policy with a reference."""
+    """True if it reads `batch.ref_logp_T`: programs then load a reference, also without a KL divergence."""
 
     @property
     def needs_teacher(self) -> bool:

@@ -13,39 +13,15 @@ import torch
 from torch import Tensor
 
 from RL2.config.values import NonNegative, PositiveFloat, Range
-from RL2.objectives.closed_forms import bounded, dlogp, prob
+from RL2.objectives.closed_forms import dlogp, prob
 from RL2.objectives.objective import Loss, needs
+from RL2.objectives.ratios import advantage_of, clamp, log_ratio, ratio, sequence_mean
 from RL2.types import TokenBatch, TokenStats
-
-
-def _advantage(batch: TokenBatch) -> Tensor:
-    assert batch.advantage_T is not None, "no advantages: set batch.advantage_T"
-    return batch.advantage_T
-
-
-def _log_ratio(logp_T: Tensor, batch: TokenBatch) -> Tensor:
-    """Return log r, [T]."""
-    return logp_T - (logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T)
-
-
-def _ratio(log_ratio_T: Tensor) -> Tensor:
-    """Return r, finite for every log r."""
-    return bounded(log_ratio_T).exp()
-
-
-def _clamp(ratio_T: Tensor, clip: float, clip_high: float | None) -> Tensor:
-    return ratio_T.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-
-
-def _sequence_mean(x_T: Tensor, batch: TokenBatch) -> Tensor:
-    """Return the mean of each sequence, at each of its tokens, [T]."""
-    sum_B = x_T.new_zeros(batch.num_sequences).index_add(0, batch.sequence_T, x_T)
-    return (sum_B / batch.lengths_B.clamp(min=1))[batch.sequence_T]
 
 
 def reinforce_gradient(p_TV: Tensor, batch: TokenBatch) -> Tensor:
     """Return the gradient of `reinforce` with respect to the logits, [T, V]."""
-    return -_advantage(batch)[:, None] * dlogp(p_TV, batch.labels_T)
+    return -advantage_of(batch)[:, None] * dlogp(p_TV, batch.labels_T)
 
 
 @needs("logp", gradient=reinforce_gradient)
@@ -54,7 +30,7 @@ def reinforce(stats: TokenStats, batch: TokenBatch) -> Loss:
 
     Gradient: -A (e_a - p). Zero where A = 0 or p_a = 1.
     """
-    return -_advantage(batch) * stats.logp, {}
+    return -advantage_of(batch) * stats.logp, {}
 
 
 def ppo_gradient(
@@ -66,8 +42,8 @@ def ppo_gradient(
     dual_clip: float | None = None,
 ) -> Tensor:
     """Return the gradient of `ppo` with respect to the logits, [T, V]."""
-    advantage_T, ratio_T = _advantage(batch), _ratio(_log_ratio(prob(p_TV, batch.labels_T).log(), batch))
-    free_T = ratio_T * advantage_T <= _clamp(ratio_T, clip, clip_high) * advantage_T
+    advantage_T, ratio_T = advantage_of(batch), ratio(log_ratio(prob(p_TV, batch.labels_T).log(), batch))
+    free_T = ratio_T * advantage_T <= clamp(ratio_T, clip, clip_high) * advantage_T
     if dual_clip is not None:
         free_T &= (advantage_T >= 0) | (ratio_T <= dual_clip)
     return -(free_T * ratio_T * advantage_T)[:, None] * dlogp(p_TV, batch.labels_T)
@@ -88,8 +64,8 @@ def ppo(
     of a token with A < 0 is at most -dual_clip A (1912.09729). Gradient: -r A (e_a - p); zero where the ratio has left
     the trust region in the direction of A, where r > dual_clip and A < 0, and where A = 0 or p_a = 1.
     """
-    ratio_T, advantage_T = _ratio(_log_ratio(stats.logp, batch)), _advantage(batch)
-    free_T, clipped_T = ratio_T * advantage_T, _clamp(ratio_T, clip, clip_high) * advantage_T
+    ratio_T, advantage_T = ratio(log_ratio(stats.logp, batch)), advantage_of(batch)
+    free_T, clipped_T = ratio_T * advantage_T, clamp(ratio_T, clip, clip_high) * advantage_T
     gain_T = torch.minimum(free_T, clipped_T)
     if dual_clip is not None:
         gain_T = torch.where(advantage_T < 0, torch.maximum(gain_T, dual_clip * advantage_T), gain_T)
@@ -98,11 +74,11 @@ def ppo(
 
 def gspo_gradient(p_TV: Tensor, batch: TokenBatch, *, clip: float = 3e-4, clip_high: float | None = None) -> Tensor:
     """Return the gradient of `gspo` with respect to the logits, [T, V]."""
-    log_ratio_T = _log_ratio(prob(p_TV, batch.labels_T).log(), batch)
-    ratio_T, advantage_T = _ratio(_sequence_mean(log_ratio_T, batch)), _advantage(batch)
-    free_T = ratio_T * advantage_T <= _clamp(ratio_T, clip, clip_high) * advantage_T
+    log_ratio_T = log_ratio(prob(p_TV, batch.labels_T).log(), batch)
+    ratio_T, advantage_T = ratio(sequence_mean(log_ratio_T, batch)), advantage_of(batch)
+    free_T = ratio_T * advantage_T <= clamp(ratio_T, clip, clip_high) * advantage_T
     # every token's ratio holds an equal part of each log p of the sequence
-    slope_T = -_sequence_mean(free_T * ratio_T * advantage_T, batch)
+    slope_T = -sequence_mean(free_T * ratio_T * advantage_T, batch)
     return slope_T[:, None] * dlogp(p_TV, batch.labels_T)
 
 
@@ -117,15 +93,15 @@ def gspo(
     -s (sum of A) / n (e_a - p) at each of them, without the tokens where s has left the trust region in the direction
     of A.
     """
-    ratio_T, advantage_T = _ratio(_sequence_mean(_log_ratio(stats.logp, batch), batch)), _advantage(batch)
-    free_T, clipped_T = ratio_T * advantage_T, _clamp(ratio_T, clip, clip_high) * advantage_T
+    ratio_T, advantage_T = ratio(sequence_mean(log_ratio(stats.logp, batch), batch)), advantage_of(batch)
+    free_T, clipped_T = ratio_T * advantage_T, clamp(ratio_T, clip, clip_high) * advantage_T
     return -torch.minimum(free_T, clipped_T), {"clipped": (clipped_T < free_T).float()}
 
 
 def cispo_gradient(p_TV: Tensor, batch: TokenBatch, *, ratio_min: float = 0.0, ratio_max: float = 5.0) -> Tensor:
     """Return the gradient of `cispo` with respect to the logits, [T, V]."""
-    ratio_T = _ratio(_log_ratio(prob(p_TV, batch.labels_T).log(), batch)).clamp(ratio_min, ratio_max)
-    return (-ratio_T * _advantage(batch))[:, None] * dlogp(p_TV, batch.labels_T)
+    ratio_T = ratio(log_ratio(prob(p_TV, batch.labels_T).log(), batch)).clamp(ratio_min, ratio_max)
+    return (-ratio_T * advantage_of(batch))[:, None] * dlogp(p_TV, batch.labels_T)
 
 
 @needs("logp", gradient=cispo_gradient)
@@ -137,14 +113,14 @@ def cispo(
     CISPO (arXiv 2506.13585, equations 4 and 5): the weight is clipped, never the update. The paper has no lower bound
     and gives no upper one; 5 is from 2510.13786. Gradient: -w A (e_a - p). Zero where A = 0 or p_a = 1.
     """
-    ratio_T = _ratio(_log_ratio(stats.logp, batch)).detach()
+    ratio_T = ratio(log_ratio(stats.logp, batch)).detach()
     weight_T = ratio_T.clamp(ratio_min, ratio_max)
-    return -weight_T * _advantage(batch) * stats.logp, {"clipped": (weight_T != ratio_T).float()}
+    return -weight_T * advantage_of(batch) * stats.logp, {"clipped": (weight_T != ratio_T).float()}
 
 
 def sapo_gradient(p_TV: Tensor, batch: TokenBatch, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
     """Return the gradient of `sapo` with respect to the logits, [T, V]."""
-    advantage_T, ratio_T = _advantage(batch), _ratio(_log_ratio(prob(p_TV, batch.labels_T).log(), batch))
+    advantage_T, ratio_T = advantage_of(batch), ratio(log_ratio(prob(p_TV, batch.labels_T).log(), batch))
     tau_T = torch.full_like(advantage_T, tau_neg).masked_fill(advantage_T > 0, tau_pos)
     gate_T = (tau_T * (ratio_T - 1)).sigmoid()
     return (-4 * gate_T * (1 - gate_T) * ratio_T * advantage_T)[:, None] * dlogp(p_TV, batch.labels_T)
@@ -157,7 +133,7 @@ def sapo(stats: TokenStats, batch: TokenBatch, *, tau_pos: PositiveFloat = 1.0, 
     SAPO (arXiv 2511.20347). Gradient, with the gate g = sigmoid(tau (r - 1)): -4 g (1 - g) r A (e_a - p). It equals
     that of REINFORCE at r = 1 and decays smoothly on both sides, without a cut-off. Zero where A = 0 or p_a = 1.
     """
-    ratio_T, advantage_T = _ratio(_log_ratio(stats.logp, batch)), _advantage(batch)
+    ratio_T, advantage_T = ratio(log_ratio(stats.logp, batch)), advantage_of(batch)
     tau_T = torch.full_like(advantage_T, tau_neg).masked_fill(advantage_T > 0, tau_pos)
     gate_T = (tau_T * (ratio_T - 1)).sigmoid()
     return -4 / tau_T * gate_T * advantage_T, {"gate": (4 * gate_T * (1 - gate_T)).detach()}

@@ -11,6 +11,7 @@ from RL2.config.load import ARGS
 from RL2.config.model import Actor, DPOActor
 from RL2.errors import ConfigError
 from RL2.objectives.distillation import forward_kl, gkd, opd, opd_sampled
+from RL2.objectives.likelihood import dft
 from RL2.objectives.objective import Gradient, Loss, Objective
 from RL2.objectives.policy_gradient import cispo, gspo, ppo, reinforce, sapo
 from RL2.objectives.preference import (
@@ -27,7 +28,9 @@ from RL2.objectives.preference import (
 )
 from RL2.objectives.rank import rank_jsd, rank_kl
 from RL2.objectives.reference_free import cpo, orpo, simpo
+from RL2.objectives.sequence_level import a2po, gmpo, luspo, vespo
 from RL2.objectives.spo import binary_jsd, cross_entropy, spo, spo_0p5
+from RL2.objectives.trust_region import dppo, dro, importance_sampling
 from RL2.objectives.unpaired import apo_zero_unpaired, bco, kto
 from RL2.types import TEACHER_MENU, StatsRequest, TokenBatch, TokenStats
 
@@ -44,6 +47,14 @@ OBJECTIVES: dict[str, Objective] = {
     "gspo": gspo,
     "cispo": cispo,
     "sapo": sapo,
+    "importance_sampling": importance_sampling,
+    "dppo": dppo,
+    "dro": dro,
+    "gmpo": gmpo,
+    "luspo": luspo,
+    "vespo": vespo,
+    "a2po": a2po,
+    "dft": dft,
 }
 
 TEACHER_OBJECTIVES: dict[str, Objective] = {
@@ -204,3 +215,8 @@ def configured(actor: Actor) -> BoundObjective:
     """Return the objective of a configuration."""
     named = {"clip": actor.clip, "detach_target": actor.path.detach_target, "region": actor.path.region}
     return bind(actor.objective, {knob: x for knob, x in named.items() if x is not None} | actor.objective_args)
+
+
+def needs_reference(actor: Actor) -> bool:
+    """Return whether a configuration needs a reference policy: for the KL divergence, or because the objective does."""
+    return actor.kl.coef > 0 or find(actor.objective).reference

@@ -26,6 +26,7 @@ from RL2.engines.make import make_engine
 from RL2.errors import ConfigError, naming
 from RL2.io.report import Report
 from RL2.models.policy import configured_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
+from RL2.objectives.registry import needs_reference
 from RL2.rollout.continuation import decode
 from RL2.rollout.environment import Environment, load_environment, without_script
 from RL2.rollout.episodes import Episodes, EpisodeSetting
@@ -254,7 +255,7 @@ def load_models(config: RLConfig, run: Run, num_steps: int) -> Models:
     """Load the policy, and the reference and critic that its configuration asks for."""
     critic, ref_actor, updates = None, None, actor_updates(config, num_steps)
     actor = Actor(config.actor, run.processes, updates, run.save_dir, config.logprob_gap_limit)
-    if config.actor.kl.coef > 0:
+    if needs_reference(config.actor):
         ref_actor = make_reference(config, actor)
     if estimator_of(config.adv).needs_critic:
         critic = Critic(config.critic, run.processes, num_steps * config.critic.update_per_rollout, run.save_dir)
@@ -270,7 +271,7 @@ def actor_updates(config: RLConfig, num_steps: int) -> int:
 
 
 def make_reference(config: RLConfig, actor: Actor) -> Reference:
-    """Return the reference of the KL divergence; under LoRA the actor itself, without its adapters."""
+    """Return the reference policy; under LoRA the actor itself, without its adapters."""
     if actor.has_adapters and config.ref_actor.model_name == config.actor.model_name:
         return AdapterFreeReference(config.ref_actor, actor)
     return RefActor(config.ref_actor, config.actor, actor.mesh, actor.processes)

@@ -48,7 +48,7 @@ from RL2.models.policy import Policy, configured_tokenizer, end_tokens, max_leng
 from RL2.models.quantised import quantised_line
 from RL2.models.stored import check_values
 from RL2.models.value import ValueModel
-from RL2.objectives.registry import preference
+from RL2.objectives.registry import needs_reference, preference
 from RL2.ops.attention import is_packed
 from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
 from RL2.parallel.experts import check_experts
@@ -199,7 +199,7 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
     """Look at the reference and the critic, where the run loads them; return those on this machine by key."""
     used: list[tuple[str, RefActor | Critic, type[PackedModel], Trainable]] = []  # with the one whose layout it has
     if isinstance(config, RLConfig | DPOConfig):
-        has_reference = config.actor.kl.coef > 0 if isinstance(config, RLConfig) else reads_reference(config)
+        has_reference = needs_reference(config.actor) if isinstance(config, RLConfig) else reads_reference(config)
         if has_reference and config.ref_actor.model_name != config.actor.model_name:
             used.append(("ref_actor", config.ref_actor, Policy, config.actor))
     if isinstance(config, RLConfig) and estimator_of(config.adv).needs_critic:
@@ -499,7 +499,7 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
     here = shape.parameters / (layout.tp * layout.shards)
     beside: dict[str, float] = {}
     if isinstance(config, RLConfig):
-        if config.actor.kl.coef > 0 and not (adapters and config.ref_actor.model_name == config.actor.model_name):
+        if needs_reference(config.actor) and not (adapters and config.ref_actor.model_name == config.actor.model_name):
             beside["reference"] = MASTER * here
         if estimator_of(config.adv).needs_critic:
             beside["critic"] = (MASTER + GRADIENT + MOMENTS) * here

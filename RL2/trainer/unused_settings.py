@@ -125,7 +125,7 @@ def advantage_settings(config: RLConfig) -> Iterator[str]:
 
 def loss_gradient(logits_TV: Tensor, batch: TokenBatch, actor: Actor, objective: BoundObjective) -> Tensor:
     """Return the gradient of the loss with respect to the logits, [T, V]."""
-    if actor.kl.coef == 0:
+    if actor.kl.coef == 0 and not objective.objective.reference:
         batch = replace(batch, ref_logp_T=None)
     weighted = with_weights(batch, actor)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from RL2.batch.packing import loss_weights, pack
 from RL2.config.load import load
@@ -67,6 +68,26 @@ CASES = {
     # TRL's epsilon_high is here the bound itself, and there is no lower one
     "cispo": Case("cispo", {"ratio_max": 1.2}, "token", {"loss_type": "cispo", "epsilon_high": 1.2}),
     "sapo": Case("sapo", {}, "sequence", {"loss_type": "sapo"}),
+    "luspo": Case(
+        "luspo",
+        {"clip": 0.05, "clip_high": 0.08},
+        "sequence",
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.08},
+    ),
+    # TRL bounds log W by log(1e-8) and 20, which these tokens do not reach
+    "vespo": Case(
+        "vespo",
+        {"power_pos": 0.5, "decay_pos": 0.4, "power_neg": 0.6, "decay_neg": 0.2},
+        "token",
+        {
+            "loss_type": "vespo",
+            "vespo_k_pos": 0.5,
+            "vespo_lambda_pos": 0.4,
+            "vespo_k_neg": 0.6,
+            "vespo_lambda_neg": 0.2,
+        },
+    ),
+    "gmpo": Case("gmpo", {"clip": 0.3, "clip_high": 0.4}, "sequence", {"epsilon": 0.3, "epsilon_high": 0.4}),
 }
 
 
@@ -149,7 +170,8 @@ def trl_inputs(batch: TokenBatch) -> dict[str, Tensor]:
 
 
 def trl(case: Case, model: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> GRPOTrainer:
-    config = GRPOConfig(
+    kinds = (GMPOConfig, GMPOTrainer) if case.objective == "gmpo" else (GRPOConfig, GRPOTrainer)
+    config = kinds[0](
         output_dir=str(folder),
         use_cpu=True,
         bf16=False,
@@ -161,7 +183,7 @@ def trl(case: Case, model: str, tokenizer: PreTrainedTokenizerBase, folder: Path
         beta=0.0,
         **case.trl,
     )
-    trainer = GRPOTrainer(
+    trainer = kinds[1](
         model=Qwen3ForCausalLM.from_pretrained(model),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=config,
@@ -195,6 +217,32 @@ def test_loss_and_gradient_are_those_of_trl(
     assert mine.keys() == theirs.keys()
     difference = torch.stack([(mine[name] - theirs[name]).norm() for name in mine]).norm()
     assert difference < 1e-4 * torch.stack([x.norm() for x in theirs.values()]).norm()
+
+
+STEPS, RATE = 3, 0.1
+
+
+@pytest.mark.parametrize("name", ["luspo", "vespo", "gmpo"])
+def test_three_steps_end_where_those_of_trl_end(
+    name: str, model: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Gradient descent on one rollout, with the log-probabilities of the policy that sampled it."""
+    policy = Policy(load_model(model, torch.float32)).train()
+    batch = our_batch(True, policy)
+    trainer = trl(CASES[name], model, tokenizer, tmp_path)
+    for _ in range(STEPS):
+        our_loss, _ = ours(CASES[name], policy, batch)
+        their_loss = trainer._compute_loss(trainer.model, trl_inputs(batch))
+        assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-4)
+        for lm, loss in ((policy.lm, our_loss), (trainer.model, their_loss)):
+            for parameter, gradient in zip(lm.parameters(), torch.autograd.grad(loss, [*lm.parameters()]), strict=True):
+                parameter.data -= RATE * gradient
+    start = dict(load_model(model, torch.float32).named_parameters())
+    theirs = dict(trainer.model.named_parameters())
+    moved = torch.stack([(p - start[name]).norm() for name, p in theirs.items()]).norm()
+    apart = torch.stack([(p - theirs[name]).norm() for name, p in policy.lm.named_parameters()]).norm()
+    assert moved > 1e-3
+    assert apart < 1e-4 * moved
 
 
 def of_rollout(policy: Policy, spread: float, seed: int) -> Tensor:
