@@ -211,6 +211,8 @@ class TokenBatch:
     """Log-probability under the old policy, before the updates on this rollout."""
     old_entropy_T: Tensor | None = None
     """Entropy under the old policy."""
+    old_sum_p2_T: Tensor | None = None
+    """Sum of the squared probabilities of all tokens under the old policy."""
     off_mode_T: Tensor | None = None
     """bool: the label was not the most likely token under the old policy."""
     ref_logp_T: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -38,10 +39,10 @@ def reinforce(
     Statistics are float64, so equal rewards have an advantage of exactly 0.
     """
     reward_N, group_N, number_B = by_trajectory(batch)
-    size_N = _sizes(batch, number_B)
-    role_N = _roles(batch, number_B)
-    compared_N = _compared(group_N, group_size, role_N, whole=global_norm)
-    advantage_N = _less_the_mean(reward_N, size_N, compared_N)
+    size_N = sizes(batch, number_B)
+    role_N = roles(batch, number_B)
+    compared_N = compared(group_N, group_size, role_N, whole=global_norm)
+    advantage_N = less_the_mean(reward_N, size_N, compared_N)
     if not norm_var:
         return on_actions(batch, advantage_N[number_B])
     if std_over == "tokens":
@@ -49,8 +50,8 @@ def reinforce(
     deviation_N = advantage_N
     if std_over == "rollout":
         compared_N = role_N
-        deviation_N = _less_the_mean(reward_N, size_N, compared_N)
-    return on_actions(batch, (advantage_N / (_std(deviation_N, compared_N) + 1e-6))[number_B])
+        deviation_N = less_the_mean(reward_N, size_N, compared_N)
+    return on_actions(batch, (advantage_N / (deviation(deviation_N, compared_N) + 1e-6))[number_B])
 
 
 @reads("groups", "parts", baseline=True)
@@ -66,8 +67,8 @@ def gdpo(batch: TokenBatch, *, part_NP: Tensor, weight_P: Tensor, group_size: in
     """
     _, group_N, number_B = by_trajectory(batch)
     assert len(part_NP) == len(group_N), "every trajectory has a sequence"
-    sum_N = decoupled(part_NP, weight_P, _compared(group_N, group_size, torch.zeros_like(group_N)))
-    return on_actions(batch, (sum_N / (_std(sum_N, torch.zeros_like(group_N)) + 1e-6))[number_B])
+    sum_N = decoupled(part_NP, weight_P, compared(group_N, group_size, torch.zeros_like(group_N)))
+    return on_actions(batch, (sum_N / (deviation(sum_N, torch.zeros_like(group_N)) + 1e-6))[number_B])
 
 
 def decoupled(part_NP: Tensor, weight_P: Tensor, group_N: Tensor) -> Tensor:
@@ -79,8 +80,8 @@ def decoupled(part_NP: Tensor, weight_P: Tensor, group_N: Tensor) -> Tensor:
     """
     sum_N, size_N = part_NP.new_zeros(len(group_N)), part_NP.new_zeros(len(group_N))
     for value_N, weight in zip(part_NP.unbind(1), weight_P, strict=True):
-        advantage_N = _less_the_mean(value_N, value_N.abs(), group_N)
-        std_N = _std(advantage_N, group_N)
+        advantage_N = less_the_mean(value_N, value_N.abs(), group_N)
+        std_N = deviation(advantage_N, group_N)
         term_N = weight * torch.where(std_N > 0, advantage_N / std_N, 0.0)
         sum_N, size_N = sum_N + term_N, size_N + term_N.abs()
     return sum_N.masked_fill(sum_N.abs() <= ROUNDING * size_N, 0.0)
@@ -95,10 +96,10 @@ def rloo(batch: TokenBatch, *, group_size: int | None = None) -> Tensor:
     `group_size` is as in `reinforce`.
     """
     reward_N, group_N, number_B = by_trajectory(batch)
-    group_N = _compared(group_N, group_size, _roles(batch, number_B))
+    group_N = compared(group_N, group_size, roles(batch, number_B))
     count_N = torch.bincount(group_N)[group_N]
     # R - (sum - R) / (n - 1) = n / (n - 1) (R - mean)
-    advantage_N = _less_the_mean(reward_N, _sizes(batch, number_B), group_N) * count_N / (count_N - 1).clamp(min=1)
+    advantage_N = less_the_mean(reward_N, sizes(batch, number_B), group_N) * count_N / (count_N - 1).clamp(min=1)
     return on_actions(batch, advantage_N[number_B])
 
 
@@ -125,26 +126,60 @@ def gae(batch: TokenBatch, *, gamma: Share = 1.0, lamda: Share = 1.0) -> Tensor:
     of the critic is A_t + V_t.
     """
     assert batch.value_T is not None
+    steps = by_step(batch)
+    # with 0 after the end: there deltas, and so advantages, are 0
+    value_SN = steps.of(batch.value_T)
+    advantage_SN = steps.reward_SN - value_SN
+    advantage_SN[:-1] += gamma * value_SN[1:]
+    for step in range(len(advantage_SN) - 2, -1, -1):
+        advantage_SN[step] += gamma * lamda * advantage_SN[step + 1]
+    return steps.on_actions(advantage_SN)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The actions of a rollout by trajectory and step: row s of a tensor [S, N] has action s of each trajectory.
+
+    There is one row more than the longest trajectory has actions; values after the end of a trajectory are 0.
+    """
+
+    action_A: Tensor
+    """Position of each action."""
+    place_A: Tensor
+    """Its number within its trajectory."""
+    number_A: Tensor
+    """Number of its trajectory."""
+    reward_SN: Tensor
+    """Rewards; one at a token that is no action belongs to the last action before it."""
+    num_positions: int
+
+    def of(self, x_T: Tensor) -> Tensor:
+        """Return the values of the actions, [S, N]."""
+        x_SN = x_T.new_zeros(self.reward_SN.shape)
+        x_SN[self.place_A, self.number_A] = x_T[self.action_A]
+        return x_SN
+
+    def on_actions(self, x_SN: Tensor) -> Tensor:
+        """Return the values at the positions of the actions and 0 elsewhere, [T]."""
+        values_A = x_SN[self.place_A, self.number_A]
+        return x_SN.new_zeros(self.num_positions).index_copy_(0, self.action_A, values_A)
+
+
+def by_step(batch: TokenBatch) -> Steps:
+    """Return the actions of each trajectory in order; its sequences follow each other."""
     number_B = batch.trajectory_B.unique(return_inverse=True)[1]
     number_T, position_T = number_B[batch.sequence_T].sort(stable=True)
     is_action_T = batch.action_T[position_T]
-    length_N = torch.zeros(len(number_B), dtype=torch.long, device=number_B.device)
+    length_N = torch.zeros(int(number_B.max()) + 1, dtype=torch.long, device=number_B.device)
     length_N.index_add_(0, number_T, is_action_T.long())
     # index of the last action up to each token, within its trajectory; -1 before the first
     place_T = is_action_T.cumsum(0) - 1 - (length_N.cumsum(0) - length_N)[number_T]
-    action_A, place_A, number_A = (x[is_action_T] for x in (position_T, place_T, number_T))
-    # [step, trajectory], with 0 after the end: there deltas, and so advantages, are 0
-    shape = (int(length_N.max()) + 1, len(length_N))
-    value_SN, reward_SN = (x.new_zeros(shape) for x in (batch.value_T, batch.reward_T))
-    value_SN[place_A, number_A] = batch.value_T[action_A]
+    reward_SN = batch.reward_T.new_zeros(int(length_N.max()) + 1, len(length_N))
     begun_T = place_T >= 0
     earned = batch.reward_T[position_T][begun_T]
     reward_SN.index_put_((place_T[begun_T], number_T[begun_T]), earned, accumulate=True)
-    advantage_SN = reward_SN - value_SN
-    advantage_SN[:-1] += gamma * value_SN[1:]
-    for step in range(shape[0] - 2, -1, -1):
-        advantage_SN[step] += gamma * lamda * advantage_SN[step + 1]
-    return torch.zeros_like(batch.value_T).index_copy_(0, action_A, advantage_SN[place_A, number_A])
+    action_A, place_A, number_A = (x[is_action_T] for x in (position_T, place_T, number_T))
+    return Steps(action_A, place_A, number_A, reward_SN, len(batch.labels_T))
 
 
 def whitened(batch: TokenBatch, advantage_T: Tensor, *, global_norm: bool, norm_var: bool) -> Tensor:
@@ -180,7 +215,7 @@ def reward_of_sequences(batch: TokenBatch) -> Tensor:
     correct.
     """
     reward_N, _, number_B = by_trajectory(batch)
-    return torch.where(reward_N.abs() > ROUNDING * _sizes(batch, number_B), reward_N, 0.0)[number_B]
+    return torch.where(reward_N.abs() > ROUNDING * sizes(batch, number_B), reward_N, 0.0)[number_B]
 
 
 def by_trajectory(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,13 +230,13 @@ def by_trajectory(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     return reward_N, group_N, number_B
 
 
-def _sizes(batch: TokenBatch, number_B: Tensor) -> Tensor:
+def sizes(batch: TokenBatch, number_B: Tensor) -> Tensor:
     """Return the sum of the absolute rewards of each trajectory, float64 [N]."""
     size_T = batch.reward_T.double().abs()
     return size_T.new_zeros(int(number_B.max()) + 1).index_add_(0, number_B[batch.sequence_T], size_T)
 
 
-def _compared(group_N: Tensor, group_size: int | None, role_N: Tensor, whole: bool = False) -> Tensor:
+def compared(group_N: Tensor, group_size: int | None, role_N: Tensor, whole: bool = False) -> Tensor:
     """Return which trajectories are compared, numbered from 0.
 
     They are those of a group, or those of a role if groups have one member.
@@ -211,7 +246,7 @@ def _compared(group_N: Tensor, group_size: int | None, role_N: Tensor, whole: bo
     return role_N if whole or are_single else number_N
 
 
-def _roles(batch: TokenBatch, number_B: Tensor) -> Tensor:
+def roles(batch: TokenBatch, number_B: Tensor) -> Tensor:
     """Return the role of each trajectory, numbered from 0, [N]."""
     role_N = number_B.new_zeros(int(number_B.max()) + 1)
     if batch.role_B is not None:
@@ -219,21 +254,21 @@ def _roles(batch: TokenBatch, number_B: Tensor) -> Tensor:
     return role_N
 
 
-def _less_the_mean(reward_N: Tensor, size_N: Tensor, group_N: Tensor) -> Tensor:
+def less_the_mean(reward_N: Tensor, size_N: Tensor, group_N: Tensor) -> Tensor:
     """Return the reward minus the mean of its group, exactly 0 where they differ only by rounding, [N]."""
     largest = size_N.new_zeros(int(group_N.max()) + 1).scatter_reduce_(0, group_N, size_N, "amax")
-    advantage_N = reward_N - _group_mean(reward_N, group_N)
+    advantage_N = reward_N - group_mean(reward_N, group_N)
     return advantage_N.masked_fill(advantage_N.abs() <= ROUNDING * largest[group_N], 0.0)
 
 
-def _std(deviation_N: Tensor, group_N: Tensor) -> Tensor:
+def deviation(deviation_N: Tensor, group_N: Tensor) -> Tensor:
     """Return the standard deviation of each trajectory's group, given the deviations from its mean, [N]."""
     count_N = torch.bincount(group_N)[group_N]
-    variance_N = _group_mean(deviation_N.square(), group_N) * count_N / (count_N - 1).clamp(min=1)
+    variance_N = group_mean(deviation_N.square(), group_N) * count_N / (count_N - 1).clamp(min=1)
     return variance_N.sqrt()
 
 
-def _group_mean(x_N: Tensor, group_N: Tensor) -> Tensor:
+def group_mean(x_N: Tensor, group_N: Tensor) -> Tensor:
     """Return the mean of each trajectory's group, [N]."""
     size = int(group_N.max()) + 1
     sums = x_N.new_zeros(size).index_add_(0, group_N, x_N)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from RL2.batch.advantages import gae, gdpo, rae, reinforce, rloo, spo
 from RL2.batch.estimator import Estimator
+from RL2.batch.group_advantages import best_of_group, gpg, maxrl, opo, otb, pass_at_k, soft_value
 from RL2.config import functions
 from RL2.config.trainer import Advantage
 from RL2.errors import ConfigError
@@ -20,6 +21,13 @@ ESTIMATORS: dict[str, Estimator] = {
     "gdpo": gdpo,
     "rloo": rloo,
     "rae": rae,
+    "maxrl": maxrl,
+    "opo": opo,
+    "gpg": gpg,
+    "pass_at_k": pass_at_k,
+    "best_of_group": best_of_group,
+    "soft_value": soft_value,
+    "otb": otb,
     "spo": spo,
     "gae": gae,
 }
@@ -45,6 +53,11 @@ class BoundEstimator:
     def needs_critic(self) -> bool:
         """True if it reads the values of a critic."""
         return "values" in self.estimator.reads
+
+    @property
+    def needs_old_policy(self) -> bool:
+        """True if it reads statistics of the policy before the update."""
+        return "sum_p2" in self.estimator.reads
 
     def advantages(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor:
         """Return the advantage of each token before whitening, [T]; `inputs` has what `INPUTS` names."""

@@ -26,10 +26,11 @@ class Advantage:
     """Advantage estimator. reinforce: reward minus the group's mean (GRPO and Dr. GRPO, docs/ppo.md). gdpo: reward
     parts, each normalised within the group, then weighted, summed and normalised over the rollout (GDPO, arXiv
     2601.05242). rloo: reward minus the mean of the other members of the group. rae: reward minus a running mean for
-    each role (SPIRAL, docs/multi_agent.md). spo: the reward itself. gae: generalised advantage estimation with a critic
+    each role (SPIRAL, docs/multi_agent.md). maxrl, opo, gpg, pass_at_k, best_of_group, soft_value, otb: further
+    baselines of groups (docs/ppo.md). spo: the reward itself. gae: generalised advantage estimation with a critic
     (PPO). path.py:function: an estimator of your own (docs/own_advantage.md)."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Knobs of an estimator of your own by name: args.NAME=value."""
+    """Knobs of the estimator without a key of their own, by name: args.NAME=value."""
     gamma: Share = 1.0
     """Discount factor per token, with gae."""
     lamda: Share = 1.0

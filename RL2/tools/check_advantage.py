@@ -107,6 +107,8 @@ def case(name: str, sizes: Sequence[int], group_size: int, roles: Sequence[str |
         reward_T=batch.reward_T.double(),
         value_T=noise(number_T),
         engine_logp_T=-noise(number_T).abs(),
+        old_logp_T=-noise(number_T).abs(),
+        old_sum_p2_T=torch.rand(number_T, generator=g, dtype=torch.float64),
         truncated_B=noise(batch.num_sequences) > 0.5,
     )
     part_NP, mean_R = noise(len(trajectories), 2), noise(len(roles))
@@ -239,14 +241,17 @@ def _changed(on: Case, what: str) -> Case:
         others = {} if batch.role_B is None else {"role_B": batch.role_B.flip(0)}
         return replace(on, batch=batch.with_(group_B=group_N.roll(-3)[batch.trajectory_B], **others))
     assert batch.value_T is not None and batch.engine_logp_T is not None and batch.truncated_B is not None
-    # rewards change more for some trajectories than for others
-    factor_T = 1 + batch.trajectory_B[batch.sequence_T].double()
+    assert batch.old_sum_p2_T is not None
+    # rewards change more for some trajectories than for others, and every other one its sign
+    number_T = batch.trajectory_B[batch.sequence_T]
+    factor_T = (1 + number_T.double()) * (1 - 2 * (number_T % 2))
     changes: dict[str, dict[str, Tensor]] = {
         "rewards": {"reward_T": batch.reward_T * factor_T},
         "values": {"value_T": batch.value_T.flip(0)},
         "tokens": {"token_ids_T": batch.token_ids_T + 1, "labels_T": batch.labels_T + 1},
         "logps": {"engine_logp_T": batch.engine_logp_T.flip(0)},
         "truncated": {"truncated_B": ~batch.truncated_B},
+        "sum_p2": {"old_sum_p2_T": batch.old_sum_p2_T.flip(0)},
     }
     return replace(on, batch=batch.with_(**changes[what]))
 

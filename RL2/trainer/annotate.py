@@ -39,10 +39,11 @@ def annotate(
     progress, number = progress or Progress(speaks=False), batch.num_sequences
     kl, adv, select = config.actor.kl, config.adv, config.actor.select
     kl_in_advantage = reference is not None and kl.type != "loss"
-    selects = select.not_mode or select.entropy_quantile > 0
-    if config.actor.update_per_rollout > 1 or kl_in_advantage or selects:
+    estimator = estimator_of(adv)
+    reads_old = select.not_mode or select.entropy_quantile > 0 or estimator.needs_old_policy
+    if config.actor.update_per_rollout > 1 or kl_in_advantage or reads_old:
         with progress.phase("log-probabilities before the update", number, "sequences") as phase:
-            batch = actor.add_old_logprobs(batch, phase.update)
+            batch = actor.add_old_logprobs(batch, phase.update, sum_p2=estimator.needs_old_policy)
     if reference is not None:
         with progress.phase("log-probabilities of the reference", number, "sequences") as phase:
             batch = batch.with_(ref_logp_T=reference.logp(batch, phase.update))
@@ -54,7 +55,6 @@ def annotate(
         cost_T = kl.coef * kl_estimate(batch.old_logp_T, batch.ref_logp_T, kl.used_estimator) * batch.action_T
     if kl.type == "reward":
         reward_T, cost_T = reward_T - cost_T, torch.zeros_like(cost_T)
-    estimator = estimator_of(adv)
     inputs: dict[str, Any] = {"group_size": config.train_data.responses_per_prompt}
     if "parts" in estimator.estimator.reads:
         inputs |= parts_of_rewards(batch, trajectories, config)

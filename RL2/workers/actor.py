@@ -53,16 +53,24 @@ class Actor(Learner):
         self.request = wanted_stats(config)
         self.objective.check(self.lm.config.vocab_size)
 
-    def add_old_logprobs(self, batch: TokenBatch, progress: Progress = lambda done: None) -> TokenBatch:
-        """Return `batch` with the policy's log-probabilities, and the statistics that token selection needs."""
+    def add_old_logprobs(
+        self, batch: TokenBatch, progress: Progress = lambda done: None, *, sum_p2: bool = False
+    ) -> TokenBatch:
+        """Return `batch` with the policy's log-probabilities, and the statistics that token selection needs.
+
+        `sum_p2` adds the sums of squared probabilities.
+        """
         select = self.config.select
         fields = ["logp"] + ["entropy"] * (select.entropy_quantile > 0) + ["max_logp"] * select.not_mode
+        fields += ["sum_p2"] * sum_p2
         request = replace(self.request, fields=tuple(fields), top_k=0)
         routing = self.routing(records=self.config.moe.replay == "old")
         stats = self.stats(batch, request, self.config.max_inference_length_per_device, progress, routing)
         if routing is not None and routing.experts_T is not None:
             batch = batch.with_(experts_T=routing.experts_T)
         batch = batch.with_(old_logp_T=stats.logp)
+        if sum_p2:
+            batch = batch.with_(old_sum_p2_T=stats.sum_p2)
         if select.entropy_quantile > 0:
             batch = batch.with_(old_entropy_T=stats.entropy)
         return batch.with_(off_mode_T=stats.logp < stats.max_logp) if select.not_mode else batch

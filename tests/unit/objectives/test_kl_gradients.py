@@ -92,7 +92,7 @@ class Table:
     def logp(self, batch: TokenBatch, progress: object = None) -> Tensor:
         return self.stats(batch).logp
 
-    def add_old_logprobs(self, batch: TokenBatch, progress: object = None) -> TokenBatch:
+    def add_old_logprobs(self, batch: TokenBatch, progress: object = None, *, sum_p2: bool = False) -> TokenBatch:
         return batch.with_(old_logp_T=self.logp(batch))
 
 

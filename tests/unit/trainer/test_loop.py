@@ -83,7 +83,7 @@ class Fixed:
     def logp(self, batch: TokenBatch, progress: object = None) -> Tensor:
         return torch.full(batch.labels_T.shape, self.value) * batch.action_T
 
-    def add_old_logprobs(self, batch: TokenBatch, progress: object = None) -> TokenBatch:
+    def add_old_logprobs(self, batch: TokenBatch, progress: object = None, *, sum_p2: bool = False) -> TokenBatch:
         return batch.with_(old_logp_T=self.logp(batch))
 
 
