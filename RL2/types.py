@@ -232,6 +232,10 @@ class TokenBatch:
     baseline_T: Tensor | None = None
     """Preferences without pairs: the point from which h, the sum of log p - log p_ref over a response, counts as good.
     The same at all positions; None stands for 0."""
+    covariance_rank_T: Tensor | None = None
+    """Share of the tokens of the minibatch with a higher covariance of advantage and log-probability."""
+    imitation_weight_T: Tensor | None = None
+    """Weight of the cross-entropy on an action of a correct trajectory, 0 elsewhere; None if there is no such term."""
     experts_T: Tensor | None = None
     """int16 [T, L, K]: recorded experts of the input token, K of each of L routers; None if there are none."""
 

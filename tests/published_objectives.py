@@ -106,6 +106,17 @@ def a2po(p_TV: Tensor, batch: TokenBatch, *, beta: float) -> Tensor:
     return torch.cat(parts)
 
 
+def kl_cov(p_TV: Tensor, batch: TokenBatch, *, share: float, coef: float) -> Tensor:
+    """Return -r A, and the distance of the logarithms on the first tokens by covariance."""
+    assert batch.covariance_rank_T is not None
+    old_T, advantage_T = given(batch)
+    p_T = sampled(p_TV, batch)
+    number = sum(rank < share for rank in batch.covariance_rank_T.tolist())
+    first = batch.covariance_rank_T.argsort()[:number]
+    distance_T = torch.zeros_like(p_T).index_put((first,), (p_T.log() - old_T.log()).abs()[first])
+    return -p_T / old_T * advantage_T + coef * distance_T
+
+
 def dft(p_TV: Tensor, batch: TokenBatch) -> Tensor:
     """Return -sg(p) log p."""
     p_T = sampled(p_TV, batch)
@@ -137,5 +148,6 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], Dense]] = {
     ),
     "a2po": ("a2po", {"beta": 0.2}, lambda p, b: a2po(p, b, beta=0.2)),
     "dft": ("dft", {}, dft),
+    "kl_cov": ("kl_cov", {"share": 0.3, "kl_coef": 0.7}, lambda p, b: kl_cov(p, b, share=0.3, coef=0.7)),
 }
 """Objectives with their knobs, and the reference with the same constants."""

@@ -10,7 +10,16 @@ import math
 import torch
 from torch import Tensor
 
-from RL2.batch.advantages import by_step, by_trajectory, compared, group_mean, less_the_mean, on_actions, sizes
+from RL2.batch.advantages import (
+    by_step,
+    by_trajectory,
+    compared,
+    group_mean,
+    less_the_mean,
+    on_actions,
+    roles,
+    sizes,
+)
 from RL2.batch.estimator import reads
 from RL2.config.values import Count, PositiveFloat
 from RL2.types import ROUNDING, TokenBatch

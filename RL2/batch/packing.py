@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from RL2.batch.advantages import reward_of_sequences
+from RL2.batch.selection import within_second_moment, without_covariance
 from RL2.types import Sequence, TokenBatch, Trajectory
 
 Field = Literal["token_ids", "action_mask", "logps", "rewards", "versions"]
@@ -113,6 +114,10 @@ def loss_weights(
     not_mode: bool = False,
     on_policy: bool = False,
     not_truncated: bool = False,
+    second_moment: float | None = None,
+    covariance_share: float = 0.0,
+    covariance_low: float = 1.0,
+    covariance_high: float = 5.0,
 ) -> Tensor:
     """Return weight_T of every token, float32 [T], so that `(loss_T * weight_T).sum()` is the configured mean.
 
@@ -130,6 +135,10 @@ def loss_weights(
         not_mode=not_mode,
         on_policy=on_policy,
         not_truncated=not_truncated,
+        second_moment=second_moment,
+        covariance_share=covariance_share,
+        covariance_low=covariance_low,
+        covariance_high=covariance_high,
     )
     counted_T = {"all": batch.action_T, "kept": kept_T}.get(average_over)
     if counted_T is None:
@@ -157,6 +166,16 @@ def observation_weights(batch: TokenBatch) -> Tensor:
     begun_T = before_T > before_T[batch.cu_seqlens[:-1][batch.sequence_T]]
     observed_T = begun_T & ~batch.action_T
     return (observed_T / observed_T.sum().clamp(min=1).double()).float()
+
+
+def imitation_weights(batch: TokenBatch) -> Tensor:
+    """Return 1 / (number of actions of correct trajectories) at each of them and 0 elsewhere, float32 [T].
+
+    The positive-example loss of VAPO (arXiv 2504.05118) averages over these tokens. `batch` is the global minibatch of
+    one optimizer step.
+    """
+    correct_T = kept(batch, train_on="correct")
+    return (correct_T / correct_T.sum().clamp(min=1).double()).float()
 
 
 def sequence_weights(batch: TokenBatch) -> Tensor:
@@ -188,13 +207,18 @@ def kept(
     not_mode: bool = False,
     on_policy: bool = False,
     not_truncated: bool = False,
+    second_moment: float | None = None,
+    covariance_share: float = 0.0,
+    covariance_low: float = 1.0,
+    covariance_high: float = 5.0,
 ) -> Tensor:
     """Return which actions train, bool [T], chosen over the whole `batch`.
 
     `train_on=correct` keeps trajectories whose total reward is above 0. `on_policy` keeps tokens that were sampled by
     the weights that will train, and `not_truncated` trajectories that no length limit ended. Of these, `not_mode` keeps
     tokens that were not the most likely one, and `entropy_quantile` those whose entropy is at or above this quantile
-    (arXiv 2506.01939 trains on the top fifth, 0.8), both under the old policy.
+    (arXiv 2506.01939 trains on the top fifth, 0.8), both under the old policy. The last ones to be left out are those
+    of `within_second_moment` and `without_covariance` (batch/selection.py).
     """
     kept_T = batch.action_T
     if on_policy and batch.age_T is not None:
@@ -211,6 +235,10 @@ def kept(
     if not_mode:
         assert batch.off_mode_T is not None
         kept_T = kept_T & batch.off_mode_T
+    if second_moment is not None:
+        kept_T = within_second_moment(batch, kept_T, second_moment)
+    if covariance_share > 0:
+        kept_T = without_covariance(batch, kept_T, covariance_share, covariance_low, covariance_high)
     return kept_T
 
 

@@ -64,6 +64,15 @@ class Observations:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Imitation:
+    """The loss on correct responses that is added to the objective."""
+
+    coef: NonNegative = 0.0
+    """Coefficient of the mean of -log p over all sampled tokens of correct trajectories of an optimizer step (the
+    positive-example loss of VAPO, 0.1 there). A trajectory is correct if its total reward is above 0. 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PathKnobs:
     """Options of the SPO family (objectives/spo.py)."""
 
@@ -88,11 +97,64 @@ class Select:
     not_truncated: bool = False
     """Train only tokens of trajectories that did not reach a length limit. The others still count in baselines and in
     the denominator of `average_over=all`; rollout.overlong_filtering excludes them from both."""
+    second_moment: NonNegative | None = None
+    """Leave out the tokens with the largest squares of log(p / p_engine), so that their mean over the others is at most
+    this (M2PO); 0.04 is the paper's. null: none."""
+    covariance_share: Annotated[float, Range(0, 0.999)] = 0.0
+    """Leave out this share of the tokens, drawn among those with a covariance of advantage and log-probability between
+    `covariance_low` and `covariance_high` (Clip-Cov); 0.0002 is usual. 0: none."""
+    covariance_low: float = 1.0
+    """Smallest covariance of the tokens that `covariance_share` draws from."""
+    covariance_high: float = 5.0
+    """Largest covariance of the tokens that `covariance_share` draws from."""
 
     @property
     def is_on(self) -> bool:
         """True if some sampled tokens may be excluded."""
-        return self.entropy_quantile > 0 or self.not_mode or self.on_policy or self.not_truncated
+        return self.entropy_quantile > 0 or self.not_mode or self.on_policy or self.not_truncated or self.is_joint
+
+    @property
+    def is_joint(self) -> bool:
+        """True if tokens are left out because of the others: of their second moment or their covariance."""
+        return self.second_moment is not None or self.covariance_share > 0
+
+    @property
+    def reads_old_policy(self) -> bool:
+        """True if the log-probabilities before the update have to be computed."""
+        return self.not_mode or self.entropy_quantile > 0 or self.is_joint
+
+    def __post_init__(self) -> None:
+        if self.covariance_share == 0 and (self.covariance_low, self.covariance_high) != (1, 5):
+            raise ConfigError(
+                "actor.select.covariance_low and covariance_high have no effect with actor.select.covariance_share=0"
+            )
+        if self.covariance_low >= self.covariance_high:
+            raise ConfigError(
+                f"actor.select.covariance_low={self.covariance_low:g} must be below "
+                f"actor.select.covariance_high={self.covariance_high:g}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masks:
+    """Sequences that the objective leaves out because they are off-policy (objectives/masks.py). They still count in
+    the average, and the KL divergence and the entropy still apply to them."""
+
+    geometric_low: Share = 0.0
+    """Leave out sequences whose geometric mean of p / p_engine over their tokens is below this, where p is the
+    trainer's probability under the old policy; 0.99 is usual. 0: no limit."""
+    geometric_high: Annotated[float, Range(1)] | None = None
+    """Leave out sequences whose geometric mean of p / p_engine is above this; 1.01 is usual. null: no limit."""
+    veto: Share = 0.0
+    """Leave out sequences with a token whose p / p_engine is below this, such as 1e-4. 0: none."""
+    stale_kl: NonNegative | None = None
+    """Leave out sequences of negative advantage whose mean of log(p_engine / p) over their tokens is above this number
+    of nats, where p is the present probability (DeepSeek-V3.2). null: none."""
+
+    @property
+    def is_on(self) -> bool:
+        """True if some sequences may be left out."""
+        return self != Masks()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,15 +393,19 @@ class Actor(TrainablePolicy):
     tis_coef: NonNegative = 2.0
     """Cap of truncated importance sampling: each token's loss is weighted by exp(trainer logp - engine logp), at most
     this; 0: no weights."""
-    tis_level: Literal["token", "sequence"] = "token"
-    """Ratio in the importance weight. token: each token's own. sequence: the product over the tokens of its
-    sequence."""
+    tis_low: NonNegative = 0.0
+    """Lower bound of the importance weight: with tis_mode=mask, 0.5 and tis_coef=5 are those of IcePop."""
+    tis_level: Literal["token", "sequence", "geometric"] = "token"
+    """Ratio in the importance weight. token: each token's own. sequence: the product over the tokens of its sequence.
+    geometric: the geometric mean over the tokens of its sequence."""
     tis_mode: Literal["truncate", "mask"] = "truncate"
-    """Value of an importance weight above tis_coef. truncate: tis_coef. mask: 0."""
+    """Value of an importance weight outside [tis_low, tis_coef]. truncate: the bound. mask: 0."""
+    masks: Masks = field(default_factory=Masks)
     select: Select
     kl: KL
     entropy: Entropy
     observations: Observations = field(default_factory=Observations)
+    imitation: Imitation = field(default_factory=Imitation)
     moe: ReplayedMoe = field(default_factory=ReplayedMoe)
 
     def __post_init__(self) -> None:
@@ -355,8 +421,10 @@ class Actor(TrainablePolicy):
                 "actor.moe.replay=old has no effect with actor.update_per_rollout=1: the first update has the experts "
                 "of the old policy; set actor.moe.replay=engine"
             )
-        if self.tis_coef == 0 and (self.tis_level, self.tis_mode) != ("token", "truncate"):
-            raise ConfigError("actor.tis_level and actor.tis_mode have no effect with actor.tis_coef=0")
+        if self.tis_coef == 0 and (self.tis_level, self.tis_mode, self.tis_low) != ("token", "truncate", 0):
+            raise ConfigError("actor.tis_level, actor.tis_mode and actor.tis_low have no effect with actor.tis_coef=0")
+        if self.tis_coef and self.tis_low > self.tis_coef:
+            raise ConfigError(f"actor.tis_low={self.tis_low} is above actor.tis_coef={self.tis_coef}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,11 +173,18 @@ def training_at_another_temperature(actor: Actor, rollout: Rollout) -> None:
 
 
 def importance_weights_of_a_cut_distribution(actor: Actor, rollout: Rollout) -> None:
-    """Refuse actor.tis_coef above 0 where top_p or top_k of rollout.train_sampling_params exclude tokens."""
-    if rollout.train_sampling_params.is_cut and actor.tis_coef > 0:
+    """Refuse comparisons with the engine where rollout.train_sampling_params exclude tokens."""
+    used = {
+        f"actor.tis_coef={actor.tis_coef}": actor.tis_coef > 0,
+        "actor.masks": actor.masks.is_on,
+        "actor.select.second_moment": actor.select.second_moment is not None,
+    }
+    if rollout.train_sampling_params.is_cut and any(used.values()):
+        setting = next(key for key, is_on in used.items() if is_on)
         raise ConfigError(
-            f"actor.tis_coef={actor.tis_coef} compares with the engine's distribution, which top_p and top_k of "
-            "rollout.train_sampling_params cut; set actor.tis_coef=0 or sample from all tokens"
+            f"{setting} compares with the engine's distribution, which top_p, top_k or min_p of "
+            f"rollout.train_sampling_params cut; {'set actor.tis_coef=0' if actor.tis_coef else 'unset it'} or sample "
+            "from all tokens"
         )
 
 

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from RL2.batch.packing import loss_weights
+from RL2.batch.selection import covariance_rank
 from RL2.config.model import Actor
 from RL2.objectives.closed_forms import bounded
+from RL2.objectives.masks import masks
 from RL2.objectives.objective import Loss
-from RL2.objectives.registry import BoundObjective
+from RL2.objectives.ratios import sequence_mean, sequence_sum
+from RL2.objectives.registry import BoundObjective, find
 from RL2.types import TokenBatch, TokenStats
 
 
@@ -57,23 +60,25 @@ def importance_weight(
     batch: TokenBatch,
     *,
     cap: float,
-    level: Literal["token", "sequence"],
+    level: Literal["token", "sequence", "geometric"],
     mode: Literal["truncate", "mask"],
+    low: float = 0.0,
 ) -> Tensor:
     """Return p / p_engine, without gradient: it corrects for the small difference between trainer and engine.
 
     `logp_T` is the trainer's log-probability under the old policy. `level=sequence` takes the ratio of the whole
-    sequence, the product over its actions, at each of them. A ratio above `cap` becomes `cap` (`truncate`, truncated
-    importance sampling, Ionides 2008) or 0 (`mask`).
+    sequence, the product over its actions, at each of them, and `geometric` its geometric mean. A ratio outside
+    [low, cap] becomes the bound (`truncate`, truncated importance sampling, Ionides 2008) or 0 (`mask`; on tokens, from
+    both sides, this is IcePop, arXiv 2510.18855).
     """
     assert batch.engine_logp_T is not None
     log_ratio_T = logp_T.detach() - batch.engine_logp_T
-    if level == "sequence":
-        log_ratio_T = log_ratio_T.new_zeros(batch.num_sequences).index_add_(0, batch.sequence_T, log_ratio_T)[
-            batch.sequence_T
-        ]
+    if level != "token":
+        log_ratio_T = (sequence_sum if level == "sequence" else sequence_mean)(log_ratio_T, batch)
     ratio_T = log_ratio_T.exp()  # may be inf for a long sequence; multiplied by 0 that would be NaN
-    return ratio_T.clamp(max=cap) if mode == "truncate" else ratio_T.masked_fill(ratio_T > cap, 0.0)
+    if mode == "truncate":
+        return ratio_T.clamp(min=low, max=cap)
+    return ratio_T.masked_fill((ratio_T > cap) | (ratio_T < low), 0.0)
 
 
 def overlong_penalty(batch: TokenBatch, *, max_new_tokens: int, buffer: int, penalty: float) -> Tensor:
@@ -94,7 +99,8 @@ def with_weights(batch: TokenBatch, config: Actor) -> TokenBatch:
     """Return the global minibatch of one optimizer step with its weights.
 
     With `regularize_on=all` every action has the weight of an average over all actions. `objective_factor_T` is then
-    the factor from this weight to that of the objective; it is 0 at tokens that do not train.
+    the factor from this weight to that of the objective; it is 0 at tokens that do not train. Ranks of covariances are
+    added for an objective that reads them.
     """
     weight_T = loss_weights(
         batch,
@@ -106,7 +112,13 @@ def with_weights(batch: TokenBatch, config: Actor) -> TokenBatch:
         not_mode=config.select.not_mode,
         on_policy=config.select.on_policy,
         not_truncated=config.select.not_truncated,
+        second_moment=config.select.second_moment,
+        covariance_share=config.select.covariance_share,
+        covariance_low=config.select.covariance_low,
+        covariance_high=config.select.covariance_high,
     )
+    if find(config.objective).covariance:
+        batch = batch.with_(covariance_rank_T=covariance_rank(batch, weight_T > 0))
     if config.regularize_on == "kept":
         return batch.with_(weight_T=weight_T)
     all_T = loss_weights(batch, train_on="all", level=config.avg_level, average_over="all", length=config.avg_length)
@@ -121,9 +133,11 @@ def total_loss(stats: TokenStats, batch: TokenBatch, config: Actor, objective: B
     arrived_T = logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T
     if config.tis_coef > 0:
         weight_T = importance_weight(
-            arrived_T, batch, cap=config.tis_coef, level=config.tis_level, mode=config.tis_mode
+            arrived_T, batch, cap=config.tis_coef, level=config.tis_level, mode=config.tis_mode, low=config.tis_low
         )
         loss_T, metrics = loss_T * weight_T, metrics | {"importance_weight": weight_T}
+    for name, mask_T in masks(logp_T, arrived_T, batch, config.masks):
+        loss_T, metrics = loss_T * mask_T, metrics | {f"masked_{name}": 1 - mask_T}
     if batch.objective_factor_T is not None:
         loss_T = loss_T * batch.objective_factor_T
     if batch.ref_logp_T is not None:

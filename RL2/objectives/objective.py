@@ -46,6 +46,8 @@ class Objective(Declared):
     """Its data: sampled tokens, pairs of a chosen and a rejected response, or responses with a label, good or bad."""
     reference: bool = False
     """True if it reads `batch.ref_logp_T`: programs then load a reference, also without a KL divergence."""
+    covariance: bool = False
+    """True if it reads `batch.covariance_rank_T`, which needs the policy before the update."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -65,12 +67,13 @@ def needs(
     beta: str | None = None,
     trains_on: Literal["rollout", "pairs", "labels"] = "rollout",
     reference: bool = False,
+    covariance: bool = False,
 ) -> Callable[[LossFunction], Objective]:
     """Return a decorator that makes an `Objective` of a loss function that reads the statistics `fields`.
 
     `top_k` names the knob that says how many of the most likely tokens the fields in `types.TOP` hold, and `beta` the
-    knob that is beta of `jsd`. `trains_on` and `reference` are those of `Objective`. Raise ValueError for a statistic
-    that is not in the menu.
+    knob that is beta of `jsd`. `trains_on`, `reference` and `covariance` are those of `Objective`. Raise ValueError for
+    a statistic that is not in the menu.
     """
     menu = (*MENU, *TEACHER_MENU)
     if unknown := set(fields) - set(menu):
@@ -79,4 +82,4 @@ def needs(
         raise ValueError(f"{', '.join(TOP)} go with @needs(..., top_k='KNOB'), the knob that says how many")
     if ("jsd" in fields) != (beta is not None):
         raise ValueError("jsd goes with @needs(..., beta='KNOB'), the knob that is its beta")
-    return lambda function: Objective(function, fields, top_k, gradient, beta, trains_on, reference)
+    return lambda function: Objective(function, fields, top_k, gradient, beta, trains_on, reference, covariance)

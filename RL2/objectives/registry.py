@@ -11,6 +11,7 @@ from RL2.config.load import ARGS
 from RL2.config.model import Actor, DPOActor
 from RL2.errors import ConfigError
 from RL2.objectives.distillation import forward_kl, gkd, opd, opd_sampled
+from RL2.objectives.entropy_control import kl_cov
 from RL2.objectives.likelihood import dft
 from RL2.objectives.objective import Gradient, Loss, Objective
 from RL2.objectives.policy_gradient import cispo, gspo, ppo, reinforce, sapo
@@ -55,6 +56,7 @@ OBJECTIVES: dict[str, Objective] = {
     "vespo": vespo,
     "a2po": a2po,
     "dft": dft,
+    "kl_cov": kl_cov,
 }
 
 TEACHER_OBJECTIVES: dict[str, Objective] = {

@@ -15,6 +15,7 @@ from RL2.batch.role_means import RoleMeans
 from RL2.config.programs import RLConfig
 from RL2.io.progress import Progress
 from RL2.objectives.loss import kl_estimate, overlong_penalty
+from RL2.objectives.registry import find
 from RL2.types import TokenBatch, Trajectory
 from RL2.workers.actor import Actor, Reference
 from RL2.workers.critic import Critic
@@ -40,7 +41,7 @@ def annotate(
     kl, adv, select = config.actor.kl, config.adv, config.actor.select
     kl_in_advantage = reference is not None and kl.type != "loss"
     estimator = estimator_of(adv)
-    reads_old = select.not_mode or select.entropy_quantile > 0 or estimator.needs_old_policy
+    reads_old = select.reads_old_policy or estimator.needs_old_policy or find(config.actor.objective).covariance
     if config.actor.update_per_rollout > 1 or kl_in_advantage or reads_old:
         with progress.phase("log-probabilities before the update", number, "sequences") as phase:
             batch = actor.add_old_logprobs(batch, phase.update, sum_p2=estimator.needs_old_policy)

@@ -16,7 +16,7 @@ from torch import Tensor
 from RL2.batch.packing import pack
 from RL2.batch.registry import configured as estimator_of
 from RL2.config.functions import function_of
-from RL2.config.model import Actor, SFTActor
+from RL2.config.model import Actor, Masks, SFTActor
 from RL2.config.programs import RLConfig
 from RL2.errors import ConfigError
 from RL2.objectives.loss import total_loss, with_weights
@@ -84,6 +84,8 @@ def without_terms(actor: Actor) -> Actor:
         tis_coef=0.0,
         tis_level="token",
         tis_mode="truncate",
+        tis_low=0.0,
+        masks=Masks(),
         kl=replace(actor.kl, coef=0.0),
         entropy=replace(actor.entropy, coef=0.0),
     )
@@ -93,7 +95,7 @@ def terms(actor: Actor) -> Iterator[tuple[str, Actor]]:
     """Yield each setting of the loss that is switched on, and the configuration without it."""
     alone = without_terms(actor)
     if actor.tis_coef > 0:
-        off = replace(actor, tis_coef=0.0, tis_level="token", tis_mode="truncate")
+        off = replace(actor, tis_coef=0.0, tis_level="token", tis_mode="truncate", tis_low=0.0)
         yield f"actor.tis_coef={actor.tis_coef:g}", off
     if actor.kl.coef > 0 and actor.kl.type == "loss":
         yield f"actor.kl.coef={actor.kl.coef:g}", replace(actor, kl=alone.kl)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from RL2.batch.packing import minibatches, observation_weights, pack_tokens
+from RL2.batch.packing import imitation_weights, minibatches, observation_weights, pack_tokens
 from RL2.config.model import Actor as ActorConfig
 from RL2.config.model import RefActor as RefActorConfig
 from RL2.errors import ConfigError
@@ -105,6 +105,8 @@ class Actor(Learner):
             minibatch = with_weights(batch.sequences(ids), self.config)
             if coef := self.config.observations.coef:
                 minibatch = minibatch.with_(observation_weight_T=coef * observation_weights(minibatch))
+            if coef := self.config.imitation.coef:
+                minibatch = minibatch.with_(imitation_weight_T=coef * imitation_weights(minibatch))
             yield ids, minibatch
 
     def loss(self, stats: TokenStats, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:

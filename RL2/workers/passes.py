@@ -76,8 +76,9 @@ def trained_sequences(batch: TokenBatch) -> list[int]:
     """Return the sequences of `batch` that have some weight."""
     assert batch.weight_T is not None
     trains_T = batch.weight_T != 0
-    if batch.observation_weight_T is not None:
-        trains_T = trains_T | (batch.observation_weight_T != 0)
+    for weight_T in (batch.observation_weight_T, batch.imitation_weight_T):
+        if weight_T is not None:
+            trains_T = trains_T | (weight_T != 0)
     trained: list[int] = batch.sequence_T[trains_T].unique().tolist()
     return trained
 
@@ -94,7 +95,8 @@ def backward(
 ) -> list[str]:
     """Add the gradients of (loss_T * weight_T).sum() over `microbatches`, the sequences of each of this process.
 
-    With `observation_weight_T`, those of the cross-entropy on observations are added.
+    With `observation_weight_T`, those of the cross-entropy on observations are added, and with `imitation_weight_T`
+    those of the cross-entropy on actions.
 
     Adds loss and metrics to `totals` and decisions of routers to `routing`, and returns the invariants of
     ops/invariants.py that do not hold. For an empty microbatch the shortest sequence runs with weight 0, so that all
@@ -110,6 +112,8 @@ def backward(
             unused = {"weight_T": torch.zeros_like(microbatch.reward_T)}
             if microbatch.observation_weight_T is not None:
                 unused["observation_weight_T"] = unused["weight_T"]
+            if microbatch.imitation_weight_T is not None:
+                unused["imitation_weight_T"] = unused["weight_T"]
             microbatch = microbatch.with_(**unused)
         seen = None if routing is None else routing.sums(model.routers)
         stats = forward(model, _with_observations(microbatch), request, seen)
@@ -122,6 +126,9 @@ def backward(
             nll_N, weight_N = observed
             total = total + (nll_N * weight_N).sum()
             totals.add_mean("observation_loss", nll_N)
+        if actions.imitation_weight_T is not None:
+            total = total - (stats.logp * actions.imitation_weight_T).sum()
+            totals.add_mean("imitation_loss", -stats.logp[actions.imitation_weight_T != 0])
         if routing is not None and seen is not None:
             total = total + routing.add(seen, counts=bool(ids)).to(total.device)
         total.backward()

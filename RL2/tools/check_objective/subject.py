@@ -54,7 +54,7 @@ class SyntheticBatch:
 
     def fresh(self) -> SyntheticBatch:
         """Return the batch as on the first update of a rollout without a reference: some fields are None."""
-        names = ("old_logp_T", "ref_logp_T", "value_T", "nll_factor_T", "baseline_T")
+        names = ("old_logp_T", "ref_logp_T", "value_T", "covariance_rank_T", "nll_factor_T", "baseline_T")
         return replace(self, batch=replace(self.batch, **dict.fromkeys(names)))
 
     def single(self) -> SyntheticBatch:
@@ -114,6 +114,7 @@ def synthetic_batch(vocabulary: int) -> SyntheticBatch:
         engine_logp_T=near(0.05),
         value_T=torch.randn(num_tokens, generator=g, dtype=torch.float64),
         advantage_T=sign_T * (0.2 + torch.rand(num_tokens, generator=g, dtype=torch.float64)),
+        covariance_rank_T=torch.logspace(-5, -0.1, num_tokens, dtype=torch.float64),  # for small and large shares
     )
     teacher_TD = hidden_TD + 0.4 * torch.randn(hidden_TD.shape, generator=g, dtype=torch.float64)
     return SyntheticBatch(hidden_TD, head_VD, batch, teacher_TD)

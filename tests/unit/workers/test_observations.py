@@ -1,4 +1,4 @@
-"""The cross-entropy on observations against a float64 reference, and off by default."""
+"""The cross-entropies on observations and on correct responses against a float64 reference, and off by default."""
 
 from __future__ import annotations
 
@@ -89,6 +89,28 @@ def test_the_term_is_exact(make: Make) -> None:
     assert metrics["observation_loss"] == pytest.approx(reference.item(), rel=1e-5)
     assert metrics["loss"] - metrics_without["loss"] == pytest.approx(COEF * reference.item(), rel=1e-4)
     assert metrics["tokens"] == metrics_without["tokens"]
+
+
+def test_the_term_of_correct_responses_is_exact(make: Make) -> None:
+    """VAPO's: over all sampled tokens of the trajectories with a reward, in one mean over the optimizer step."""
+    actor, plain = make(f"actor.imitation.coef={COEF}"), make()
+    made = batch(actor)
+    with_term, metrics = gradients(actor, made)
+    without, metrics_without = gradients(plain, made)
+    assert "imitation_loss" not in metrics_without
+    lm = AutoModelForCausalLM.from_pretrained(plain.config.model_name, dtype=torch.float64)
+    terms = []
+    for ids, mask, reward in zip(IDS, MASKS, REWARDS, strict=True):
+        logp_TV = lm(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        terms += [-logp_TV[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t] and reward > 0]
+    assert len(terms) == 10
+    reference = torch.stack(terms).mean()
+    (COEF * reference).backward()
+    for name, weight in lm.named_parameters():
+        assert weight.grad is not None
+        torch.testing.assert_close(with_term[name] - without[name], weight.grad, rtol=1e-4, atol=1e-6)
+    assert metrics["imitation_loss"] == pytest.approx(reference.item(), rel=1e-5)
+    assert metrics["loss"] - metrics_without["loss"] == pytest.approx(COEF * reference.item(), rel=1e-4)
 
 
 def test_observations_train_where_nothing_else_does(make: Make) -> None:
