@@ -199,12 +199,14 @@ class Trainable:
     max_grad_norm: PositiveFloat = 1.0
     """Maximum norm of the gradient; larger gradients are scaled down."""
     scheduler: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    """Learning rate after warm-up: constant; linear or cosine decay to 0; or, for wsd, constant and then linear decay
-    to 0 over the last `decay_ratio`."""
+    """Learning rate after warm-up: constant; linear or cosine decay to `min_lr`; or, for wsd, constant and then linear
+    decay to `min_lr` over the last `decay_ratio`."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of the decay; at most `lr`."""
     warmup_ratio: Share | None = None
     """Share of all optimizer steps for the linear warm-up from 0. null: 0 for scheduler=constant, else 0.1."""
     decay_ratio: Share = 0.3
-    """Share of all optimizer steps for the decay to 0, with scheduler=wsd."""
+    """Share of all optimizer steps for the decay, with scheduler=wsd."""
 
     @property
     def used_warmup_ratio(self) -> float:
@@ -480,6 +482,15 @@ class RefActor:
     """Read a quantised checkpoint as value * scale."""
     max_inference_length_per_device: Count = interpolated("${actor.max_inference_length_per_device}")
     """Tokens of a microbatch per process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingRefActor(RefActor):
+    """The reference policy of reinforcement learning, which may follow the policy."""
+
+    sync_every: Count | None = None
+    """Number of steps after which the reference becomes the present policy, again and again; trainer.save_freq is a
+    multiple, so that a run resumes with the same reference. null: it stays as it was loaded."""
 
 
 def num_shards(model: Trainable, world_size: int, group: str) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from RL2.config.data import SFTData, SupervisedData, TestData, TestSettings, TrainData
-from RL2.config.model import Actor, Critic, DPOActor, RefActor, RewardModel, SFTActor, TrainableChat
+from RL2.config.model import Actor, Critic, DPOActor, MovingRefActor, RefActor, RewardModel, SFTActor, TrainableChat
 from RL2.config.rollout import Reward, Rollout, SamplingParams, without_policy
 from RL2.config.rules import DPO_RULES, RL_RULES, RM_RULES, SFT_RULES, check
 from RL2.config.trainer import Advantage, RLTrainer, Trainer
@@ -21,7 +21,7 @@ class RLConfig:
     train_data: TrainData
     test_data: TestData
     actor: Actor
-    ref_actor: RefActor
+    ref_actor: MovingRefActor
     critic: Critic
     rollout: Rollout
     reward: Reward = field(default_factory=Reward)

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 
 from RL2.config.data import SupervisedData, TestSettings, TrainData
-from RL2.config.model import Actor, DPOActor, RefActor, Trainable, times_sp
+from RL2.config.model import Actor, DPOActor, MovingRefActor, RefActor, Trainable, times_sp
 from RL2.config.rollout import LATEST, Rollout
 from RL2.config.trainer import Advantage, RLTrainer, Trainer
 from RL2.errors import ConfigError
@@ -40,11 +40,50 @@ def overlapping_phases_of_the_critics_schedule(critic: Trainable) -> None:
     _overlapping_phases("critic", critic)
 
 
+def floor_of_the_actors_rate(actor: Trainable) -> None:
+    """Refuse actor.min_lr that nothing decays to, or that is above actor.lr."""
+    _floor_of_the_rate("actor", actor)
+
+
+def floor_of_the_critics_rate(critic: Trainable) -> None:
+    """Refuse critic.min_lr that nothing decays to, or that is above critic.lr."""
+    _floor_of_the_rate("critic", critic)
+
+
+def _floor_of_the_rate(group: str, model: Trainable) -> None:
+    if model.min_lr and model.scheduler == "constant":
+        raise ConfigError(f"{group}.min_lr={model.min_lr:g} has no effect with {group}.scheduler=constant")
+    if model.min_lr > model.lr:
+        raise ConfigError(f"{group}.min_lr={model.min_lr:g} is above {group}.lr={model.lr:g}")
+
+
 def _overlapping_phases(group: str, model: Trainable) -> None:
     if model.scheduler == "wsd" and model.used_warmup_ratio + model.decay_ratio > 1:
         raise ConfigError(
             f"{group}.warmup_ratio={model.used_warmup_ratio} and {group}.decay_ratio={model.decay_ratio} overlap; "
             "together they must be at most 1"
+        )
+
+
+def reference_that_cannot_follow(actor: Actor, ref_actor: MovingRefActor, trainer: RLTrainer) -> None:
+    """Refuse ref_actor.sync_every with another model, with adapters, or with checkpoints between two refreshes."""
+    every = ref_actor.sync_every
+    if every is None:
+        return
+    if ref_actor.model_name != actor.model_name:
+        raise ConfigError(
+            f"ref_actor.sync_every={every} needs ref_actor.model_name to be actor.model_name={actor.model_name!r}, and "
+            f"it is {ref_actor.model_name!r}"
+        )
+    if actor.lora.rank:
+        raise ConfigError(
+            f"ref_actor.sync_every={every} needs actor.lora.rank=0, and it is {actor.lora.rank}: the reference is the "
+            "model without its adapters"
+        )
+    if trainer.save_freq is not None and trainer.save_freq % every:
+        raise ConfigError(
+            f"trainer.save_freq={trainer.save_freq} is no multiple of ref_actor.sync_every={every}: a run that resumes "
+            "in between would not have its reference"
         )
 
 
@@ -340,8 +379,11 @@ def reference_that_is_not_read(actor: DPOActor, ref_actor: RefActor) -> None:
 
 RL_RULES: tuple[Rule, ...] = (
     overlapping_phases_of_the_actors_schedule,
+    floor_of_the_actors_rate,
     overlapping_phases_of_the_critics_schedule,
+    floor_of_the_critics_rate,
     engine_with_another_model,
+    reference_that_cannot_follow,
     greedy_training_samples,
     training_at_another_temperature,
     importance_weights_of_a_cut_distribution,
@@ -373,10 +415,12 @@ SFT_RULES: tuple[Rule, ...] = (
     missing_test_rows,
     unused_test_rows,
     overlapping_phases_of_the_actors_schedule,
+    floor_of_the_actors_rate,
 )
 RM_RULES: tuple[Rule, ...] = (
     missing_test_rows,
     unused_test_rows,
     overlapping_phases_of_the_critics_schedule,
+    floor_of_the_critics_rate,
 )
 DPO_RULES: tuple[Rule, ...] = (*SFT_RULES, reference_that_is_not_read)

@@ -104,6 +104,7 @@ class Parts:
 
     tokenizer: PreTrainedTokenizerBase
     actor: Actor
+    reference: Reference | None
     critic: Critic | None
     readers: dict[str, PreTrainedModel]
     """Models that read the sampled tokens, by the key that names them."""
@@ -190,6 +191,7 @@ def build(config: RLConfig, run: Run) -> Parts:
     report.first_rows(first_rows(tasks.prompts, tokenizer))
     token_log = TokenLog(config, actor, tokenizer, report)
     first_step = run.resume(actor, position, report, critic)
+    refuse_lost_reference(config, first_step)
     report.say(describe_plan(config, first_step, num_steps))
     evaluator = Evaluator(config, tests, episodes, report, token_log)
     num_tests = max(1, sum(each.num_responses for each in decisive(tests, config)))
@@ -199,6 +201,7 @@ def build(config: RLConfig, run: Run) -> Parts:
     return Parts(
         tokenizer=tokenizer,
         actor=actor,
+        reference=models.reference,
         critic=critic,
         readers=models.readers,
         engine=engine,
@@ -221,6 +224,16 @@ def build(config: RLConfig, run: Run) -> Parts:
         first_step=first_step,
         last_step=first_step if config.trainer.eval_only else max(first_step, num_steps),
     )
+
+
+def refuse_lost_reference(config: RLConfig, step: int) -> None:
+    """Raise ConfigError if a run would go on at a step whose reference is that of an earlier one."""
+    every = config.ref_actor.sync_every
+    if every is not None and step % every:
+        raise ConfigError(
+            f"the checkpoint of step {step} is between two refreshes of the reference (ref_actor.sync_every={every}), "
+            "which it does not hold; resume from a checkpoint of a multiple of that with trainer.load_ckpt_from"
+        )
 
 
 def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:

@@ -18,6 +18,7 @@ from RL2.trainer.build import Parts, build
 from RL2.trainer.evaluator import warn_of_metrics, warn_of_turns
 from RL2.trainer.run import Run
 from RL2.types import TokenBatch, Trajectory
+from RL2.workers.actor import RefActor
 
 
 def train(config: RLConfig, run: Run) -> None:
@@ -45,6 +46,7 @@ def train(config: RLConfig, run: Run) -> None:
         clock.lap("rollout")
 
         trained = trainable(by_role(trajectories), kept, config)
+        refresh_reference(parts, config, step)
         batch = parts.annotate(known_tokens(pack(trained, step), parts), trained)
         parts.token_log.look(step, trajectories, trained, batch)
         if run.due(trainer.replay_freq, step):
@@ -64,6 +66,14 @@ def train(config: RLConfig, run: Run) -> None:
         parts.report.say(f"step {step}: {fell}")
     if not trainer.eval_only:
         run.export(actor, parts.tokenizer, parts.critic)
+
+
+def refresh_reference(parts: Parts, config: RLConfig, step: int) -> None:
+    """Make the reference the present policy, if it is time for that."""
+    every = config.ref_actor.sync_every
+    if every is not None and step > 0 and step % every == 0:
+        assert isinstance(parts.reference, RefActor)
+        parts.reference.follow(parts.actor)
 
 
 def sample(

@@ -20,7 +20,7 @@ from RL2.config.model import Actor, Masks, SFTActor
 from RL2.config.programs import RLConfig
 from RL2.errors import ConfigError
 from RL2.objectives.loss import total_loss, with_weights
-from RL2.objectives.registry import BoundObjective, bind, configured
+from RL2.objectives.registry import BoundObjective, bind, configured, needs_reference
 from RL2.ops.token_stats import token_stats
 from RL2.trainer.estimator_rules import check_estimator
 from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
@@ -36,7 +36,10 @@ def refuse_unused_settings(config: RLConfig) -> None:
     check_estimator(config)
     if config.rollout.filter is not None:
         function_of("rollout.filter", config.rollout.filter)
-    actor, objective = config.actor, configured(config.actor)
+    # masks may leave out all of a synthetic batch
+    actor, objective = replace(config.actor, masks=Masks()), configured(config.actor)
+    if config.ref_actor.sync_every is not None and not needs_reference(actor):
+        raise ConfigError(f"ref_actor.sync_every={config.ref_actor.sync_every} has no effect: no reference is loaded")
     logits_TV, batch = synthetic_batch(vocabulary=64 + objective.top_k)
 
     def gradient(actor: Actor) -> Tensor:

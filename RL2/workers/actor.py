@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from RL2.batch.packing import imitation_weights, minibatches, observation_weights, pack_tokens
@@ -19,6 +20,7 @@ from RL2.models.policy import Policy
 from RL2.models.routing import RoutingSums
 from RL2.objectives.loss import total_loss, with_weights
 from RL2.objectives.registry import configured
+from RL2.parallel.fsdp import local
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch, TokenStats
@@ -161,3 +163,13 @@ class RefActor(Worker):
 
     def logp(self, batch: TokenBatch, progress: Progress = lambda done: None) -> Tensor:
         return self.stats(batch, self.request, self.limit, progress).logp
+
+    @torch.no_grad()
+    def follow(self, actor: Actor) -> None:
+        """Take the weights of `actor`, a model of the same kind and layout, without communication."""
+        for mine, theirs in (
+            (self.policy.parameters(), actor.policy.parameters()),
+            (self.policy.buffers(), actor.policy.buffers()),
+        ):
+            for weight, other in zip(mine, theirs, strict=True):
+                local(weight).copy_(local(other))

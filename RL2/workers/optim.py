@@ -66,16 +66,22 @@ def move_state(optimizer: torch.optim.AdamW, device: torch.device) -> None:
 
 
 def schedule(config: Trainable, step: int, total: int) -> float:
-    """Return the factor of the learning rate at optimizer step `step` (from 0) of `total`."""
+    """Return the factor of the learning rate at optimizer step `step` (from 0) of `total`.
+
+    After the warm-up it decays from 1 to min_lr / lr.
+    """
     warmup = round(config.used_warmup_ratio * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.scheduler == "constant":
         return 1.0
-    if config.scheduler == "wsd":
-        return min(1.0, (total - step) / max(1.0, config.decay_ratio * total))
     progress = (step - warmup) / max(1, total - warmup)
-    return 1 - progress if config.scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    if config.scheduler == "wsd":
+        left = min(1.0, (total - step) / max(1.0, config.decay_ratio * total))
+    else:
+        left = 1 - progress if config.scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    floor = config.min_lr / config.lr if config.min_lr else 0.0
+    return floor + (1 - floor) * left
 
 
 class UpdateStats:

@@ -33,7 +33,16 @@ CASES = {
         "trainer.save_freq=1",
         "trainer.test_freq=3",
     ),
-    "spo": ("actor.warmup_ratio=0.5", "actor.scheduler=cosine", "trainer.save_freq=2", "trainer.test_freq=4"),
+    # with a floor of the learning rate, and a reference that follows the policy
+    "spo": (
+        "actor.warmup_ratio=0.5",
+        "actor.scheduler=cosine",
+        "actor.min_lr=1e-7",
+        "actor.kl.coef=0.01",
+        "ref_actor.sync_every=2",
+        "trainer.save_freq=2",
+        "trainer.test_freq=4",
+    ),
     # adapters with their base as the reference, and rows drawn by their past success
     "spo with adapters": (
         "actor.lora.rank=4",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from RL2.batch.packing import pack
 from RL2.config.programs import RLConfig
+from RL2.errors import ConfigError
 from RL2.rollout.filters import filter_metrics, trainable, with_signal
 from RL2.rollout.metrics import NothingScored
 from RL2.trainer.annotate import annotate
@@ -36,6 +37,22 @@ def test_schedules() -> None:
         assert rates(f"actor.scheduler={name}") == rates(f"actor.scheduler={name}", "actor.warmup_ratio=0.1")
     wsd = rates("actor.scheduler=wsd", "actor.warmup_ratio=0.2", "actor.decay_ratio=0.4")
     assert wsd == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
+def test_rates_decay_to_a_floor(name: str) -> None:
+    """As a share of the peak: the floor plus the rest times the decay to 0."""
+    settings = (f"actor.scheduler={name}", "actor.warmup_ratio=0.2", "actor.lr=4e-6")
+    to_zero, to_floor = rates(*settings, total=50), rates(*settings, "actor.min_lr=1e-6", total=50)
+    assert to_floor[:10] == to_zero[:10]  # the warm-up begins at 0
+    assert to_floor[10:] == pytest.approx([0.25 + 0.75 * rate for rate in to_zero[10:]])
+
+
+def test_a_floor_that_has_no_effect_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"actor\.min_lr=1e-07 has no effect with actor\.scheduler=constant"):
+        rl_config("actor.min_lr=1e-7")
+    with pytest.raises(ConfigError, match=r"actor\.min_lr=0\.1 is above actor\.lr=1e-06"):
+        rl_config("actor.scheduler=cosine", "actor.min_lr=0.1", "actor.lr=1e-6")
 
 
 def trajectory(group: int, reward: float, unscored: str | None = None) -> Trajectory:
