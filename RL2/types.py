@@ -60,6 +60,8 @@ class Sampling:
     """The request ends with one of these tokens; the token is kept."""
     seed: int = 0
     """The same seed, weights and prompt give the same tokens, whatever else is in the batch."""
+    min_p: float = 0.0
+    """Smallest share of the probability of the most likely token; 0 keeps all tokens."""
 
 
 @dataclass(frozen=True)

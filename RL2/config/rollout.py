@@ -20,6 +20,9 @@ class SamplingParams:
     all. SGLang measures the probability in the whole distribution."""
     top_k: Index = 0
     """Sample from this many most likely tokens; 0: from all."""
+    min_p: Annotated[float, Range(0, 0.999)] = 0.0
+    """Sample from tokens with at least this share of the probability of the most likely one (arXiv 2407.01082), before
+    top_k and top_p; 0: from all. Not with SGLang."""
     max_new_tokens: Count
     """Maximum length of a response, in tokens (of one turn, if there are several)."""
     stop: tuple[str, ...] | None = None
@@ -27,8 +30,8 @@ class SamplingParams:
 
     @property
     def is_cut(self) -> bool:
-        """True if top_p or top_k exclude tokens, which makes the others more likely than under the model."""
-        return self.top_p < 1 or self.top_k > 0
+        """True if top_p, top_k or min_p exclude tokens, which makes the others more likely than under the model."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 Transport = Literal["files", "ipc", "broadcast"]
@@ -212,6 +215,11 @@ class Rollout:
         """Raise ConfigError if the engine cannot sample like this; `key` is the group of the settings."""
         if self.engine == "vllm" and 0 < sampling.temperature < 0.01:
             raise ConfigError(f"{key}.temperature is below 0.01, which vLLM would silently make 0.01")
+        if self.engine == "sglang" and sampling.min_p > 0:
+            raise ConfigError(
+                f"{key}.min_p={sampling.min_p:g} needs rollout.engine=embedded or vllm: it is not known whether the "
+                "log-probabilities of SGLang are those of the distribution that min_p cuts"
+            )
         is_cut = sampling.temperature > 0 and sampling.is_cut
         if self.engine == "sglang" and is_cut and not 0 < sampling.top_k <= SGLANG_MAX_TOP_K:
             raise ConfigError(

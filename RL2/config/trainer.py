@@ -126,5 +126,5 @@ class RLTrainer(Trainer):
     """Stop when the test score has fallen twice in a row."""
     max_logprob_gap: PositiveFloat = 0.1
     """Maximum mean abs(trainer's logp - engine's logp) over the trained tokens of an optimizer step, in nats; beyond it
-    the run stops, because the engine has other weights or sees other tokens. Not checked where top_p or top_k cut the
-    engine's distribution. Usual values: below 1e-5 in float32, about 0.01 in bfloat16."""
+    the run stops, because the engine has other weights or sees other tokens. Not checked where top_p, top_k or min_p
+    cut the engine's distribution. Usual values: below 1e-5 in float32, about 0.01 in bfloat16."""

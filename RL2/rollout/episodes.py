@@ -269,6 +269,7 @@ class Episodes:
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
+            min_p=params.min_p,
             stop=params.stop or (),
             stop_token_ids=self.end_tokens,
         )

@@ -322,6 +322,7 @@ class EmbeddedEngine:
             torch.tensor([p.temperature for p in params]),
             torch.tensor([p.top_p for p in params]),
             torch.tensor([p.top_k for p in params]),
+            torch.tensor([p.min_p for p in params]),
             torch.from_numpy(uniforms([p.seed for p in params], [len(r.tokens) for r in requests])),
         )
         finished = []

@@ -17,25 +17,29 @@ BLOCK = 1024
 
 
 def sample(
-    logits_RV: Tensor, temperature_R: Tensor, top_p_R: Tensor, top_k_R: Tensor, uniform_R: Tensor
+    logits_RV: Tensor, temperature_R: Tensor, top_p_R: Tensor, top_k_R: Tensor, min_p_R: Tensor, uniform_R: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row; return the tokens and their log-probabilities under the sampling distribution.
 
-    The distribution is softmax(logits / temperature), cut to the `top_k` most likely tokens (0: all) and normalised,
-    then cut to the smallest set of these with probability of at least `top_p` and normalised, in the order of
-    transformers and vLLM. Temperature 0 takes the most likely token and returns its log-probability under the model.
+    The distribution is softmax(logits / temperature), cut to the tokens with at least `min_p` times the probability of
+    the most likely one (0: all), then to the `top_k` most likely tokens (0: all), then to the smallest set of these
+    with probability of at least `top_p`, and normalised after each, in the order of vLLM. Temperature 0 takes the most
+    likely token and returns its log-probability under the model.
     The draw inverts the cumulative distribution at `uniform_R` in [0, 1). Parameters and `uniform_R` are on the CPU, so
     that no branch waits for the GPU.
     """
     device = logits_RV.device
     greedy_R = temperature_R == 0
     distinct = set(temperature_R.tolist())
-    is_cut = min(top_p_R.tolist()) < 1 or max(top_k_R.tolist()) > 0
+    is_cut, has_floor = min(top_p_R.tolist()) < 1 or max(top_k_R.tolist()) > 0, max(min_p_R.tolist()) > 0
     if distinct <= {0, 1}:  # saves a pass over all logits
         logp_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
     else:
         temperature_R1 = torch.where(greedy_R, 1.0, temperature_R).to(device)[:, None]
         logp_RV = (logits_RV.float() / temperature_R1).log_softmax(-1)
+    if has_floor:
+        floor_R1 = torch.where(greedy_R, 0.0, min_p_R).to(device).log()[:, None] + logp_RV.amax(-1, keepdim=True)
+        logp_RV = logp_RV.masked_fill(logp_RV < floor_R1, -torch.inf).log_softmax(-1)
     if is_cut:
         top_p_R, top_k_R = torch.where(greedy_R, 1.0, top_p_R), torch.where(greedy_R, 0, top_k_R)
         logp_RV = _truncated(logp_RV, top_p_R.to(device), top_k_R.to(device))

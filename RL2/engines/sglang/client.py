@@ -93,6 +93,8 @@ class SGLangClient(Client):
 
 def request(token_ids: list[int], sampling: Sampling) -> dict[str, Any]:
     """Return the body of `/generate`. Raises ValueError if SGLang has no log-probabilities for this sampling."""
+    if sampling.min_p > 0:
+        raise ValueError(f"min_p={sampling.min_p:g} is not supported with SGLang")
     is_cut = sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0)
     if is_cut and not 0 < sampling.top_k <= SGLANG_MAX_TOP_K:
         raise ValueError(

@@ -169,6 +169,7 @@ def params(sampling: Sampling) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
         "stop": list(sampling.stop),
         "stop_token_ids": list(sampling.stop_token_ids),
         # only stop_token_ids end a response, not the model's own end tokens

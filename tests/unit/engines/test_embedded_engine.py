@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MinPLogitsWarper,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -240,12 +241,13 @@ def test_memory_that_is_too_small_is_said(lm: PreTrainedModel) -> None:
 
 
 def draws(
-    logits_V: Tensor, number: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
+    logits_V: Tensor, number: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """`number` draws from one distribution: frequency of each token, and its log-probability (nan if never drawn)."""
     same = torch.ones(number)
     u = torch.from_numpy(uniforms(list(range(number)), [0] * number))
-    ids, logps = sample(logits_V.expand(number, -1), temperature * same, top_p * same, (top_k * same).long(), u)
+    settings = temperature * same, top_p * same, (top_k * same).long(), min_p * same
+    ids, logps = sample(logits_V.expand(number, -1), *settings, u)
     frequency = torch.bincount(ids, minlength=len(logits_V)) / number
     logp = torch.full((len(logits_V),), float("nan")).index_copy(0, ids, logps)
     return frequency, logp
@@ -267,7 +269,7 @@ def test_blocks_find_what_one_sum_finds(vocabulary: int) -> None:
     uniform_R = torch.from_numpy(uniforms(list(range(16)), [0] * 16))
     uniform_R[0], uniform_R[1] = 0.0, 1 - 2.0**-53
     ones = torch.ones(16)
-    ids, logps = sample(logits_RV, ones, ones, torch.zeros(16).long(), uniform_R)
+    ids, logps = sample(logits_RV, ones, ones, torch.zeros(16).long(), torch.zeros(16), uniform_R)
     logp_RV = logits_RV.log_softmax(-1)
     sums_RV = logp_RV.exp().double().cumsum(-1)
     right = torch.searchsorted(sums_RV, (uniform_R * sums_RV[:, -1])[:, None], right=True)[:, 0]
@@ -277,27 +279,31 @@ def test_blocks_find_what_one_sum_finds(vocabulary: int) -> None:
     assert logps[1] > -100  # the end of the sum, but never a token of probability 0
 
 
-def test_top_k_and_top_p_cut_and_normalise() -> None:
+def test_top_k_top_p_and_min_p_cut_and_normalise() -> None:
     p = torch.tensor([0.5, 0.25, 0.15, 0.1])
-    for options, kept in (({"top_k": 2}, 2), ({"top_p": 0.6}, 2), ({"top_p": 0.5}, 1), ({"top_p": 0.8, "top_k": 2}, 2)):
+    cuts = (({"top_k": 2}, 2), ({"top_p": 0.6}, 2), ({"top_p": 0.5}, 1), ({"top_p": 0.8, "top_k": 2}, 2))
+    # 0.15 / 0.5 is 0.3; without the last token 0.75 / 0.9 is more than 0.8
+    for options, kept in (*cuts, ({"min_p": 0.29}, 3), ({"min_p": 0.31}, 2), ({"min_p": 0.25, "top_p": 0.8}, 2)):
         frequency, logp = draws(p.log(), 5_000, **options)  # type: ignore[arg-type]
         assert not frequency[kept:].any()
         torch.testing.assert_close(logp[:kept], (p[:kept] / p[:kept].sum()).log())
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.6, 0.9, 0.99, 1.0])
-@pytest.mark.parametrize("top_k", [0, 1, 2, 5, 20, 64])
-def test_cuts_are_those_of_transformers(top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize(("top_k", "min_p"), [(0, 0), (1, 0), (2, 0), (5, 0), (20, 0), (64, 0), (0, 0.05), (20, 0.2)])
+def test_cuts_are_those_of_transformers(top_k: int, min_p: float, top_p: float) -> None:
     """Log-probabilities of all that can be drawn, at several temperatures, one distribution a row."""
     temperatures, same = torch.tensor([0.5, 1.0, 1.7, 1.0]), torch.ones(4)
     logits_RV = torch.tensor([[1.0], [2.0], [2.0], [4.0]]) * torch.randn(
         4, 64, generator=torch.Generator().manual_seed(0)
     )
     theirs_RV = logits_RV / temperatures[:, None]
-    for warper in (*([TopKLogitsWarper(top_k)] if top_k else []), TopPLogitsWarper(top_p)):
+    first = [MinPLogitsWarper(min_p)] if min_p else []
+    for warper in (*first, *([TopKLogitsWarper(top_k)] if top_k else []), TopPLogitsWarper(top_p)):
         theirs_RV = warper(None, theirs_RV)
     for at in torch.linspace(0, 0.999, 40, dtype=torch.float64):
-        ids, logps = sample(logits_RV, temperatures, top_p * same, (top_k * same).long(), at.expand(4).clone())
+        settings = temperatures, top_p * same, (top_k * same).long(), min_p * same
+        ids, logps = sample(logits_RV, *settings, at.expand(4).clone())
         torch.testing.assert_close(logps, theirs_RV.log_softmax(-1).gather(1, ids[:, None])[:, 0])
 
 
@@ -305,7 +311,7 @@ def test_rows_have_their_own_settings() -> None:
     logits_RV = torch.tensor([[0.0, 3.0, 1.0]]).repeat(3, 1)
     u = torch.tensor([0.999999, 0.999999, 0.0])
     temperature, top_k = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1])
-    ids, logps = sample(logits_RV, temperature, torch.ones(3), top_k, u)
+    ids, logps = sample(logits_RV, temperature, torch.ones(3), top_k, torch.zeros(3), u)
     assert ids.tolist() == [2, 1, 1]
     assert logps[2] == 0
     torch.testing.assert_close(logps[1], logits_RV[1].log_softmax(-1)[1])
