@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from RL2.config.values import Range
+from RL2.config.values import NonNegative, Range
 from RL2.objectives.closed_forms import bounded, dlogp, prob
 from RL2.objectives.objective import Loss, needs
 from RL2.types import TokenBatch, TokenStats
@@ -56,6 +56,40 @@ def opd_sampled(stats: TokenStats, batch: TokenBatch) -> Loss:
     """
     old_T = stats.logp.detach() if batch.old_logp_T is None else batch.old_logp_T
     return bounded(stats.logp - old_T).exp() * (stats.logp - stats.teacher_logp).detach(), {}
+
+
+def _early(advantage_T: Tensor, batch: TokenBatch, gamma: float) -> Tensor:
+    """Return 1 + gamma (1 - S_t / S), [T]: S_t sums abs(advantage) over the sequence before t, and S over all of it."""
+    size_T = advantage_T.abs().double()
+    before_T, sequence_T = size_T.cumsum(0) - size_T, batch.sequence_T
+    total_B = size_T.new_zeros(batch.num_sequences).index_add(0, sequence_T, size_T)
+    first_B = before_T.new_zeros(batch.num_sequences)
+    first_B[batch.lengths_B > 0] = before_T[batch.cu_seqlens[:-1][batch.lengths_B > 0]]
+    share_T = (before_T - first_B[sequence_T]) / total_B.clamp(min=1e-8)[sequence_T]
+    return (1 + gamma * (1 - share_T)).to(advantage_T.dtype)
+
+
+def iw_opd_gradient(p_TV: Tensor, q_TV: Tensor, batch: TokenBatch, *, gamma: float = 0.5) -> Tensor:
+    """Return the gradient of `iw_opd` with respect to the logits, [T, V]."""
+    p_T, q_T = prob(p_TV, batch.labels_T), prob(q_TV, batch.labels_T)
+    old_T = p_T.log() if batch.old_logp_T is None else batch.old_logp_T
+    advantage_T = q_T.log() - old_T
+    factor_T = p_T / old_T.exp() * _early(advantage_T, batch, gamma) * advantage_T
+    return -factor_T[:, None] * dlogp(p_TV, batch.labels_T)
+
+
+@needs("logp", "teacher_logp", gradient=iw_opd_gradient)
+def iw_opd(stats: TokenStats, batch: TokenBatch, *, gamma: NonNegative = 0.5) -> Loss:
+    """Return -r w A with the constants A = log(q_a / p_a) under the old policy and w = 1 + gamma (1 - S_t / S).
+
+    S_t is the sum of abs(A) over the tokens of the sequence before this one, and S over all of it: the first tokens,
+    where the policy has not yet left what the teacher would write, weigh up to 1 + gamma (importance-weighted on-policy
+    distillation, arXiv 2606.22600). Gradient: -r w A dlogp_a. With gamma = 0 it is `opd_sampled` on-policy.
+    """
+    old_T = stats.logp.detach() if batch.old_logp_T is None else batch.old_logp_T
+    advantage_T = (stats.teacher_logp - old_T).detach()
+    weight_T = _early(advantage_T, batch, gamma)
+    return -bounded(stats.logp - old_T).exp() * weight_T * advantage_T, {"teacher_weight": weight_T}
 
 
 def gkd_gradient(p_TV: Tensor, q_TV: Tensor, batch: TokenBatch, *, beta: float = 0.5) -> Tensor:

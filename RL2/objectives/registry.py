@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from RL2.config import functions
 from RL2.config.load import ARGS
 from RL2.config.model import Actor, DPOActor
 from RL2.errors import ConfigError
-from RL2.objectives.distillation import forward_kl, gkd, opd, opd_sampled
+from RL2.objectives.distillation import forward_kl, gkd, iw_opd, opd, opd_sampled
 from RL2.objectives.entropy_control import kl_cov
 from RL2.objectives.likelihood import dft
 from RL2.objectives.objective import Gradient, Loss, Objective
@@ -31,9 +32,10 @@ from RL2.objectives.rank import rank_jsd, rank_kl
 from RL2.objectives.reference_free import cpo, orpo, simpo
 from RL2.objectives.sequence_level import a2po, gmpo, luspo, vespo
 from RL2.objectives.spo import binary_jsd, cross_entropy, spo, spo_0p5
+from RL2.objectives.sums import Term, split, total
 from RL2.objectives.trust_region import dppo, dro, importance_sampling
 from RL2.objectives.unpaired import apo_zero_unpaired, bco, kto
-from RL2.types import TEACHER_MENU, StatsRequest, TokenBatch, TokenStats
+from RL2.types import StatsRequest, TokenBatch, TokenStats
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": cross_entropy,
@@ -62,10 +64,11 @@ OBJECTIVES: dict[str, Objective] = {
 TEACHER_OBJECTIVES: dict[str, Objective] = {
     "opd": opd,
     "opd_sampled": opd_sampled,
+    "iw_opd": iw_opd,
     "gkd": gkd,
     "forward_kl": forward_kl,
 }
-"""Objectives that need a teacher. They can be checked, and used in Python with `teacher_stats`."""
+"""Objectives that need a teacher."""
 
 PREFERENCES: dict[str, Objective] = {
     "sigmoid": dpo,
@@ -118,6 +121,11 @@ class BoundObjective:
         return self.objective.needs
 
     @property
+    def needs_teacher(self) -> bool:
+        """True if it reads a statistic of a teacher."""
+        return self.objective.needs_teacher
+
+    @property
     def top_k(self) -> int:
         """K of the statistics in `types.TOP`; 0 if it reads none of them."""
         return 0 if self.objective.top_k is None else self.knobs[self.objective.top_k]
@@ -146,19 +154,26 @@ class BoundObjective:
             )
 
 
-def find(name: str) -> Objective:
-    """Return the objective of this name, or of `path.py:function`. Raise ConfigError if there is none."""
-    return functions.find(KEY, name, ALL, Objective, DECLARATION)
+def find(name: str, key: str = KEY) -> Objective:
+    """Return the objective of this name, of `path.py:function`, or the sum of several: "ppo+0.5*opd".
+
+    `key` is what `name` is the value of. Raise ConfigError if there is none.
+    """
+    try:
+        terms = [(1.0, name)] if Path(name.rpartition(":")[0]).is_file() else split(name)
+    except ValueError as error:
+        raise ConfigError(f"{key}={name}: {error} is no term of a sum; write ppo+0.5*opd") from error
+    found = [Term(weight, one, functions.find(key, one, ALL, Objective, DECLARATION)) for weight, one in terms]
+    return found[0].objective if terms == [(1.0, name)] else total(key, name, found)
 
 
 def bind(name: str, given: Mapping[str, Any]) -> BoundObjective:
     """Return the objective `name` with the `given` knobs; the others keep their defaults.
 
     Raise ConfigError for an objective that does not exist, a knob that it does not have or that has no value, and a
-    value that does not fit the knob's annotation, and an objective that needs a teacher.
+    value that does not fit the knob's annotation.
     """
     objective = find(name)
-    _refuse_without_teacher(KEY, name, objective)
     _refuse_preferences(KEY, name, objective)
     keys = {knob: NAMED.get(knob, f"{ARGS}.{knob}") for knob in (*objective.knobs, *given)}
     return BoundObjective(name, objective, functions.knob_values(KEY, name, objective, given, keys))
@@ -166,20 +181,13 @@ def bind(name: str, given: Mapping[str, Any]) -> BoundObjective:
 
 def bound(objective: str | Objective, knobs: Mapping[str, Any]) -> BoundObjective:
     """Return an objective with its knobs set, both given in Python. Raise ConfigError as `bind` does."""
-    name, found = functions.argument("objective", objective, ALL, Objective, DECLARATION)
-    _refuse_without_teacher("objective", name, found)
+    if isinstance(objective, str):
+        name, found = objective, find(objective, "objective")
+    else:
+        name, found = functions.argument("objective", objective, ALL, Objective, DECLARATION)
     _refuse_preferences("objective", name, found)
     keys = {knob: knob for knob in (*found.knobs, *knobs)}
     return BoundObjective(name, found, functions.knob_values("objective", name, found, knobs, keys))
-
-
-def _refuse_without_teacher(key: str, name: str, objective: Objective) -> None:
-    """Raise ConfigError for an objective that needs a teacher: programs cannot load one yet."""
-    if objective.needs_teacher:
-        read = [field for field in TEACHER_MENU if field in objective.needs]
-        raise ConfigError(
-            f"{key}={name} reads {', '.join(read)}, and no teacher is configured; RL2 cannot load one yet"
-        )
 
 
 def _refuse_preferences(key: str, name: str, objective: Objective) -> None:

@@ -37,18 +37,19 @@ def expectation(subject: Subject) -> str:
                 "the same for every sampled token, and a constant times the gradient of logp is 0 on average. Return "
                 "the divergence itself, or weigh logp with (logp - teacher_logp).detach()"
             )
-        alike = [name for name in DIVERGENCES if _same(near_TV, _exact(subject, setting, whole, near, name))]
-        if alike and not _same(far_TV, _exact(subject, setting, whole, far, alike[0])):
+        factors = {name: _factor(near_TV, _exact(subject, setting, whole, near, name)) for name in DIVERGENCES}
+        name, factor = next(((name, factor) for name, factor in factors.items() if factor), ("", 0.0))
+        if name and not _same(far_TV, factor * _exact(subject, setting, whole, far, name)):
             raise Unsound(
-                f"{at}its expected gradient is that of {alike[0]} only where student and teacher are close: a clamped "
+                f"{at}its expected gradient is that of {name} only where student and teacher are close: a clamped "
                 "log-ratio. Beyond the clamp, where the two differ most, it is the gradient of no divergence. Remove "
                 "the clamp on logp - teacher_logp"
             )
-        found[changed] = alike[0] if alike else None
+        found[changed] = name and (name if abs(factor - 1) < 1e-6 else f"{factor:.6g} times {name}")
     named = dict.fromkeys(found.values())
-    if None in named:
+    if "" in named:
         return "its expected gradient is not that of a single divergence of the menu"
-    return f"its expected gradient is that of {', '.join(map(str, named))}, and 0 where the student is the teacher"
+    return f"its expected gradient is that of {', '.join(named)}, and 0 where the student is the teacher"
 
 
 def _expected(subject: Subject, setting: Setting, on: SyntheticBatch, teacher_TD: Tensor) -> Tensor:
@@ -67,6 +68,12 @@ def _exact(subject: Subject, setting: Setting, on: SyntheticBatch, teacher_TD: T
     stats = reference_teacher_stats(leaf_TV, teacher_TV, on.batch.labels_T, (name,), beta=subject.beta(setting))
     value_T = getattr(stats, name)
     return gradient(value_T, torch.ones_like(value_T), leaf_TV)[0]
+
+
+def _factor(x: Tensor, y: Tensor) -> float:
+    """Return c if x = c y with c above 0, else 0."""
+    factor = float((x * y).sum() / y.square().sum().clamp(min=1e-300))
+    return factor if factor > 0 and _same(x, factor * y) else 0.0
 
 
 def _is_zero(x: Tensor) -> bool:

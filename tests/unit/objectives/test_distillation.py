@@ -16,7 +16,9 @@ from RL2.tools.check_objective.subject import synthetic_batch
 V = 16
 
 
-def exact(name: str, p_TV: Tensor, q_TV: Tensor, labels_T: Tensor, old_logp_T: Tensor, beta: float) -> Tensor:
+def exact(
+    name: str, p_TV: Tensor, q_TV: Tensor, labels_T: Tensor, old_logp_T: Tensor, beta: float, lengths: list[int]
+) -> Tensor:
     """Return the loss from both distributions."""
     if name == "opd":
         return (p_TV * (p_TV / q_TV).log()).sum(-1)
@@ -26,6 +28,15 @@ def exact(name: str, p_TV: Tensor, q_TV: Tensor, labels_T: Tensor, old_logp_T: T
         m_TV = beta * q_TV + (1 - beta) * p_TV
         return beta * (q_TV * (q_TV / m_TV).log()).sum(-1) + (1 - beta) * (p_TV * (p_TV / m_TV).log()).sum(-1)
     p_T, q_T = (x.gather(1, labels_T[:, None])[:, 0] for x in (p_TV, q_TV))
+    if name == "iw_opd":
+        parts = []
+        for r_T, a_T in zip(
+            (p_T / old_logp_T.exp()).split(lengths), (q_T.log() - old_logp_T).split(lengths), strict=True
+        ):
+            size_T = a_T.abs()
+            before_T = torch.tensor([float(size_T[:t].sum()) for t in range(len(size_T))], dtype=torch.float64)
+            parts.append(-r_T * ((1 + 0.5 * (1 - before_T / size_T.sum())) * a_T).detach())
+        return torch.cat(parts)
     return p_T / old_logp_T.exp() * (p_T / q_T).log().detach()
 
 
@@ -40,7 +51,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
     assert on.batch.old_logp_T is not None
     exact_TV = on.logits_TV.requires_grad_()
     p_TV, q_TV = exact_TV.softmax(-1), on.teacher_TV.softmax(-1)
-    right_T = exact(name, p_TV, q_TV, on.batch.labels_T, on.batch.old_logp_T, beta)
+    right_T = exact(name, p_TV, q_TV, on.batch.labels_T, on.batch.old_logp_T, beta, on.batch.lengths_B.tolist())
     (right_TV,) = torch.autograd.grad(right_T.sum(), exact_TV)
 
     leaf_TV, teacher_TV, eye_VV = exact_TV.detach().to(dtype).requires_grad_(), on.teacher_TV.to(dtype), torch.eye(V)
