@@ -38,7 +38,7 @@ from RL2.rollout.episodes import EpisodeSetting, begin, finish
 from RL2.types import MENU, Prompt, Sampling, StatsRequest, TokenBatch, TokenStats, Trajectory
 from RL2.workers.metrics import Metric, Totals, engine_gap
 from RL2.workers.optim import adamw, clipped_step
-from RL2.workers.passes import backward, statistics, trained_sequences
+from RL2.workers.passes import TeacherPass, backward, statistics, trained_sequences
 from RL2.workers.worker import InvariantError
 
 __all__ = [
@@ -226,21 +226,30 @@ def forward_backward(
     *,
     temperature: float = 1.0,
     max_tokens: int | None = None,
+    teacher: Policy | None = None,
+    teacher_temperature: float | None = None,
     **knobs: Any,
 ) -> dict[str, float]:
     """Add the gradients of (loss_T * batch.weight_T).sum() to those of `policy`; return this loss, and metrics.
 
     `objective` is a name of docs/objectives.md, `path.py:function`, or a function with `@needs`; `knobs` are its own.
-    `temperature` is that of the sampling. Microbatches have at most `max_tokens` tokens, and the result does not depend
-    on it. Metrics are means over the tokens that train: those of the objective, `entropy`, and `logp_gap`, the distance
-    from the log-probabilities at which the tokens were sampled, in nats. It is near 0 if weights and temperature are
-    the same, and `top_p` and `top_k` cut nothing. Raise InvariantError if a statistic is impossible or the loss is not
-    finite.
+    `temperature` is that of the sampling. `teacher` is a model with the tokenizer of `policy`, for objectives that need
+    one; its temperature is by default that of the policy. Microbatches have at most `max_tokens` tokens, and the result
+    does not depend on it. Metrics are means over the tokens that train: those of the objective, `entropy`, and
+    `logp_gap`, the distance from the log-probabilities at which the tokens were sampled, in nats. It is near 0 if
+    weights and temperature are the same, and `top_p` and `top_k` cut nothing. Raise InvariantError if a statistic is
+    impossible or the loss is not finite.
     """
     if batch.weight_T is None:
         raise ConfigError("batch.weight_T is None; set it: batch = batch.with_(weight_T=loss_weights(batch))")
     found = bound_objective(objective, knobs)
     found.check(policy.lm.config.vocab_size)
+    if found.needs_teacher != (teacher is not None):
+        raise ConfigError(
+            f"objective={found.name} needs a teacher; pass teacher=load(...)[0]"
+            if teacher is None
+            else f"teacher has no effect: objective={found.name} reads none"
+        )
 
     def loss(stats: TokenStats, actions: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
         loss_T, metrics = found.loss(stats, actions)
@@ -249,7 +258,8 @@ def forward_backward(
 
     totals = Totals(Processes.alone(next(policy.parameters()).device))
     mine = _microbatches(batch, trained_sequences(batch), max_tokens)
-    broken = backward(policy, batch, mine, loss, found.request(temperature), totals)
+    teach = None if teacher is None else _teaching(teacher, policy, teacher_temperature or temperature)
+    broken = backward(policy, batch, mine, loss, found.request(temperature), totals, teach=teach)
     metrics = totals.means()
     if not math.isfinite(metrics["loss"]):
         broken.append(f"the loss is {metrics['loss']}")
@@ -269,6 +279,12 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, *, max_grad
             raise InvariantError(f"the norm of the gradients is {grad_norm}; the step was not taken")
 
     return clipped_step(optimizer, policy.parameters(), max_grad_norm, check)
+
+
+def _teaching(teacher: Policy, policy: Policy, temperature: float) -> TeacherPass:
+    """Return the pass of `teacher` over the microbatches of `policy`."""
+    teacher.eval()
+    return lambda microbatch, shared: teacher.teach(microbatch, shared, temperature, policy.lm)
 
 
 async def _unjudged(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:

@@ -240,6 +240,8 @@ class TokenBatch:
     """Weight of the cross-entropy on an action of a correct trajectory, 0 elsewhere; None if there is no such term."""
     experts_T: Tensor | None = None
     """int16 [T, L, K]: recorded experts of the input token, K of each of L routers; None if there are none."""
+    told: TokenBatch | None = None
+    """The same sequences after prompts with hints, which a teacher reads in their place; it has as many actions."""
 
     @property
     def num_sequences(self) -> int:
@@ -291,22 +293,23 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """Return a copy on `device`."""
-        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+        told = self.told and self.told.to(device)
+        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()}, told=told)
 
     def save(self, file: Path) -> None:
-        """Write the batch as safetensors; `TokenBatch(**load_file(file))` restores it."""
+        """Write the batch without `told` as safetensors; `TokenBatch(**load_file(file))` restores it."""
         save_file({name: x.contiguous() for name, x in self.tensors().items()}, file)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the fields that are not None, by name."""
-        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        """Return the tensors that are not None, by name."""
+        return {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
 
     def positions(self, keep_T: Tensor) -> TokenBatch:
         """Return the batch at the positions where `keep_T` is true; objectives get that of the actions."""
         counts_B = torch.zeros_like(self.lengths_B).index_add_(0, self.sequence_T, keep_T.long())
         index = keep_T.nonzero()[:, 0]
         kept = {name: x.index_select(0, index) for name, x in self.tensors().items() if name.endswith("_T")}
-        return replace(self, **kept, cu_seqlens=_starts(counts_B))
+        return replace(self, **kept, cu_seqlens=_starts(counts_B), told=None)
 
     def sequences(self, ids: Seq[int]) -> TokenBatch:
         """Return a batch of the sequences `ids`, in that order."""
@@ -317,7 +320,7 @@ class TokenBatch:
         index = torch.arange(int(cu_seqlens[-1]), device=offset_T.device) + offset_T
         kept = {name: x.index_select(0, index) for name, x in self.tensors().items() if name.endswith("_T")}
         kept |= {name: x[chosen] for name, x in self.tensors().items() if name.endswith("_B")}
-        return replace(self, **kept, cu_seqlens=cu_seqlens)
+        return replace(self, **kept, cu_seqlens=cu_seqlens, told=self.told and self.told.sequences(ids))
 
 
 def _starts(lengths_B: Tensor) -> Tensor:
@@ -415,8 +418,11 @@ class StatsRequest:
     """MiB of logits in memory at a time; None takes a good size for the device."""
     beta: float = 0.5
     """beta of `jsd`, between 0 and 1: the teacher's share of the mixture."""
-    teacher_temperature: float = 1.0
-    """Divides the teacher's logits."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True if a field is a statistic of a teacher."""
+        return bool(set(TEACHER_MENU) & set(self.fields))
 
 
 _ALL = tuple(TokenStats.__annotations__)

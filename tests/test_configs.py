@@ -45,7 +45,8 @@ DPO = (*PAIRS, *MODEL)
 
 
 def minimal(program: str) -> tuple[str, ...]:
-    return {"sft": SFT, "rm": RM, "dpo": DPO, "path": (*RL, "test_data.path=rows.jsonl")}.get(program, RL)
+    of_rl = {"path": (*RL, "test_data.path=rows.jsonl"), "distill": (*RL, "teacher.model_name=teacher")}
+    return ({"sft": SFT, "rm": RM, "dpo": DPO} | of_rl).get(program, RL)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

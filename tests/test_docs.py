@@ -207,7 +207,7 @@ def resolve(module: str, overrides: list[str]) -> None:
     if isinstance(config, RLConfig):
         refuse_unused_settings(config)
     elif isinstance(config, SFTConfig):
-        refuse_advantage_objectives(config.actor)
+        refuse_advantage_objectives(config)
 
 
 def rl2(name: str, words: list[str]) -> None:
@@ -259,7 +259,7 @@ def what_is_wrong(span: str, page: Path) -> str | None:
     if re.match(r"(RL2|benchmarks|docs|envs|examples|requirements|tests)/", span) and not span.endswith("/"):
         path = span.split()[0].partition(":")[0]
         return None if any(ROOT.glob(path)) else "no such file"
-    if re.match(r"(actor|critic|ref_actor|rollout|reward|adv|trainer|data|train_data|test_data)\.[a-z]", span):
+    if re.match(r"(actor|critic|ref_actor|teacher|rollout|reward|adv|trainer|data|train_data|test_data)\.[a-z]", span):
         return what_is_wrong_with_keys(span.split())
     return None
 
@@ -336,5 +336,5 @@ def test_the_page_of_all_keys_is_up_to_date_and_has_them_all() -> None:
     assert {key for key, _, _ in rows} == set().union(*KEYS.values())
     default = {(key, default) for key, default, _ in rows}
     assert ("trainer.timeout_s", "`1800`") in default
-    assert ("actor.tis_coef", "`2.0` (ppo); `0.0` (spo, spo_0p5, path)") in default
+    assert ("actor.tis_coef", "`2.0` (ppo); `0.0` (spo, spo_0p5, path, distill)") in default
     assert ("data.path", "*required*") in default

@@ -30,9 +30,10 @@ def load(program: str, overrides: Sequence[str]) -> Any:
     """
     tree, values = composed(program, overrides)
     missing = unset(PROGRAMS[program], tree)
-    rollout = tree.get("rollout")
-    if isinstance(rollout, dict) and rollout.get("env_path") is None and rollout.get("agent") is None:
-        missing.append("rollout.env_path")
+    rollout, teacher = tree.get("rollout"), tree.get("teacher")
+    is_taught = isinstance(teacher, dict) and teacher.get("model_name") is not None
+    if isinstance(rollout, dict) and not (is_taught or rollout.get("env_path") or rollout.get("agent")):
+        missing.append("teacher.model_name" if program == "distill" else "rollout.env_path")
     if missing:
         raise ConfigError(_please_set(program, missing))
     return build(PROGRAMS[program], values, "")

@@ -1,11 +1,11 @@
-"""Keys of models: `actor`, `ref_actor` and `critic`."""
+"""Keys of models: `actor`, `ref_actor`, `teacher` and `critic`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from RL2.config.values import Count, Index, NonNegative, PositiveFloat, Range, Share, interpolated
+from RL2.config.values import EMA, POLICY, Count, Index, NonNegative, PositiveFloat, Range, Share, interpolated
 from RL2.errors import ConfigError
 
 
@@ -17,19 +17,25 @@ class KL:
     """Coefficient of the KL divergence to the reference policy; above 0 a reference model is loaded."""
     type: Literal["loss", "reward", "advantage"] = "loss"
     """Place of the penalty: added to the loss, or subtracted from each token's reward or advantage."""
-    estimator: Literal["k1", "k2", "k3"] | None = None
+    estimator: Literal["k1", "k2", "k3", "exact"] | None = None
     """Per-token estimator (http://joschu.net/blog/kl-approx.html). With type=reward or advantage: k1, also for null;
     there only k1 has the gradient of KL(policy || reference). With type=loss: k2, also for null, or k3; there the
-    expected gradient of k1 is 0."""
+    expected gradient of k1 is 0. exact: the divergence itself, over the whole vocabulary, with its gradient; the
+    reference runs in the update, as a teacher does."""
     importance_weight: bool = True
     """With type=loss: weight each token's term by p / p_old, where p_old is its probability under the policy that
     sampled it. Matters off-policy (actor.update_per_rollout, rollout.max_staleness). false, as in GRPO's paper: k2 and
     k3 are biased off-policy, and the on-policy gradient of k3 is that of KL(reference || policy)."""
 
     @property
-    def used_estimator(self) -> Literal["k1", "k2", "k3"]:
+    def used_estimator(self) -> Literal["k1", "k2", "k3", "exact"]:
         """The estimator in use: `estimator`, or the default for `type`."""
         return self.estimator or ("k2" if self.type == "loss" else "k1")
+
+    @property
+    def is_exact(self) -> bool:
+        """True if the whole divergence is in the loss."""
+        return self.coef > 0 and self.estimator == "exact"
 
     def __post_init__(self) -> None:
         if self.type != "loss" and self.used_estimator != "k1":
@@ -41,6 +47,10 @@ class KL:
             raise ConfigError(
                 "actor.kl.estimator=k1 with actor.kl.type=loss has an expected gradient of 0; "
                 "set actor.kl.estimator=k2 or k3"
+            )
+        if self.estimator == "exact" and not self.importance_weight:
+            raise ConfigError(
+                "actor.kl.importance_weight=false has no effect with actor.kl.estimator=exact, which samples no token"
             )
         if self.type != "loss" and not self.importance_weight:
             raise ConfigError(f"actor.kl.importance_weight=false has no effect with actor.kl.type={self.type}")
@@ -491,6 +501,36 @@ class MovingRefActor(RefActor):
     sync_every: Count | None = None
     """Number of steps after which the reference becomes the present policy, again and again; trainer.save_freq is a
     multiple, so that a run resumes with the same reference. null: it stays as it was loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The model whose distribution objectives such as opd, gkd and forward_kl compare with the policy's."""
+
+    model_name: str | None = None
+    """Hub name or folder of the teacher, which has the policy's tokenizer; start: the model that training starts from;
+    ema: the exponential moving average of the policy; policy: the policy itself, with `hint`. It is frozen and has the
+    actor's layout. null: no teacher."""
+    hint: bool = False
+    """Let the teacher read what `hint` of the environment's script returns for a row, before the policy's response."""
+    dequantize: bool = False
+    """Read a quantised checkpoint of the teacher as value * scale."""
+    temperature: PositiveFloat | None = None
+    """Divisor of the teacher's logits; null: that of the policy's."""
+    ema_decay: Annotated[float, Range(0, 0.999999)] = 0.99
+    """With model_name=ema: share of the average that stays after each optimizer step; the rest is the policy. The
+    average starts at the policy and is kept in checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.model_name is None and (self.dequantize or self.hint or self.temperature is not None):
+            raise ConfigError("teacher.dequantize, hint and temperature have no effect without teacher.model_name")
+        if self.model_name == POLICY and not self.hint:
+            raise ConfigError(
+                f"teacher.model_name={POLICY} without teacher.hint=true: the teacher would be the policy, which learns "
+                "nothing from itself"
+            )
+        if self.model_name != EMA and self.ema_decay != type(self).ema_decay:
+            raise ConfigError(f"teacher.ema_decay={self.ema_decay} has no effect without teacher.model_name={EMA}")
 
 
 def num_shards(model: Trainable, world_size: int, group: str) -> int:

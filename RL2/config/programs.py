@@ -7,7 +7,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from RL2.config.data import SFTData, SupervisedData, TestData, TestSettings, TrainData
-from RL2.config.model import Actor, Critic, DPOActor, MovingRefActor, RefActor, RewardModel, SFTActor, TrainableChat
+from RL2.config.model import (
+    Actor,
+    Critic,
+    DPOActor,
+    MovingRefActor,
+    RefActor,
+    RewardModel,
+    SFTActor,
+    Teacher,
+    TrainableChat,
+)
 from RL2.config.rollout import Reward, Rollout, SamplingParams, without_policy
 from RL2.config.rules import DPO_RULES, RL_RULES, RM_RULES, SFT_RULES, check
 from RL2.config.trainer import Advantage, RLTrainer, Trainer
@@ -16,12 +26,13 @@ from RL2.config.values import build
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
-    """Reinforcement learning: ppo, spo and their variants."""
+    """Reinforcement learning: ppo, spo and their variants; and on-policy distillation."""
 
     train_data: TrainData
     test_data: TestData
     actor: Actor
     ref_actor: MovingRefActor
+    teacher: Teacher = field(default_factory=Teacher)
     critic: Critic
     rollout: Rollout
     reward: Reward = field(default_factory=Reward)
@@ -76,6 +87,7 @@ class SFTConfig:
 
     data: SFTData
     actor: SFTActor
+    teacher: Teacher = field(default_factory=Teacher)
     trainer: Trainer
 
     def __post_init__(self) -> None:
@@ -125,6 +137,7 @@ PROGRAMS: dict[str, type] = {
     "spo": RLConfig,
     "spo_0p5": RLConfig,
     "path": RLConfig,
+    "distill": RLConfig,
 }
 """Class of each program's configuration; `trainer/config/PROGRAM.yaml` has what differs from its defaults."""
 

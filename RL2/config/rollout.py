@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from RL2.config.values import NAME, NAME_RULE, Count, Index, NonNegative, PositiveFloat, Range, Share, interpolated
+from RL2.config.values import (
+    NAME,
+    NAME_RULE,
+    POLICY,
+    Count,
+    Index,
+    NonNegative,
+    PositiveFloat,
+    Range,
+    Share,
+    interpolated,
+)
 from RL2.errors import ConfigError
 
 
@@ -194,8 +205,6 @@ class Rollout:
                 f"rollout.partial_rollout={self.partial_rollout} continues what older weights began, and "
                 "rollout.max_staleness=0 allows none of it; set that to at least 1"
             )
-        if self.agent is None and self.env_path is None:
-            raise ConfigError("rollout.env_path is not set; pass rollout.env_path=...")
         if self.agent is None and (self.agent_timeout_s != 600 or self.max_running_agents != 16 or self.agent_env):
             raise ConfigError(
                 "rollout.agent_timeout_s, agent_env and max_running_agents have no effect without rollout.agent"
@@ -246,10 +255,6 @@ class Reward:
 
     def __post_init__(self) -> None:
         check_weights(self.weights, "reward.weights")
-
-
-START, LATEST, POLICY = "start", "latest", "policy"
-"""Names of opponents that are versions of the policy: before training, of the last checkpoint, and itself."""
 
 
 def without_policy(opponents: dict[str, Any]) -> dict[str, Any]:

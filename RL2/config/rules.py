@@ -12,9 +12,10 @@ import inspect
 from collections.abc import Callable
 
 from RL2.config.data import SupervisedData, TestSettings, TrainData
-from RL2.config.model import Actor, DPOActor, MovingRefActor, RefActor, Trainable, times_sp
-from RL2.config.rollout import LATEST, Rollout
+from RL2.config.model import Actor, DPOActor, MovingRefActor, RefActor, Teacher, Trainable, times_sp
+from RL2.config.rollout import Rollout
 from RL2.config.trainer import Advantage, RLTrainer, Trainer
+from RL2.config.values import LATEST
 from RL2.errors import ConfigError
 
 Rule = Callable[..., None]
@@ -132,6 +133,28 @@ def kl_without_importance_weight_on_policy(actor: Actor, rollout: Rollout) -> No
         )
 
 
+def hints_that_nobody_gives(actor: Actor, rollout: Rollout, train_data: TrainData, teacher: Teacher) -> None:
+    """Refuse teacher.hint without rows and an environment, with an agent, and with observations that train."""
+    if not teacher.hint:
+        return
+    if rollout.env_path is None or rollout.agent is not None or train_data.path is None:
+        raise ConfigError(
+            "teacher.hint=true reads `hint(extra_info)` of the environment's script for each row; set rollout.env_path "
+            "and train_data.path, and no rollout.agent"
+        )
+    if actor.observations.coef:
+        raise ConfigError("teacher.hint=true needs actor.observations.coef=0: the teacher reads responses only")
+
+
+def exact_kl_beside_a_teacher(actor: Actor, teacher: Teacher) -> None:
+    """Refuse actor.kl.estimator=exact with teacher.model_name."""
+    if actor.kl.is_exact and teacher.model_name is not None:
+        raise ConfigError(
+            f"actor.kl.estimator=exact with teacher.model_name={teacher.model_name}: an update compares the policy "
+            "with one other distribution; set actor.kl.estimator=k2"
+        )
+
+
 def experts_of_an_engine_that_records_none(actor: Actor, rollout: Rollout) -> None:
     """Refuse actor.moe.replay=engine or compare unless rollout.engine=embedded."""
     if actor.moe.reads_engine and rollout.servers is not None:
@@ -191,6 +214,20 @@ def opponents_that_cannot_play(
                     f"{key}.opponents.{role}=latest needs trainer.keep of at least 2: a run that was interrupted goes "
                     "on with the checkpoint before"
                 )
+
+
+def missing_environment(rollout: Rollout, actor: Actor, teacher: Teacher, test_sets: list[TestSettings]) -> None:
+    """Refuse a run without rollout.env_path and rollout.agent, unless a teacher is all that it learns from."""
+    if rollout.env_path is not None or rollout.agent is not None:
+        return
+    if teacher.model_name is None:
+        raise ConfigError("rollout.env_path is not set; pass rollout.env_path=...")
+    needs = {"actor.train_on=correct": actor.train_on == "correct", "rollout.filter": rollout.filter is not None}
+    needs["rollout.dynamic_filtering=true"] = rollout.dynamic_filtering
+    needs["rollout.max_turns above 1"] = rollout.max_turns > 1
+    needs |= {f"{each.key} (a test)": True for each in test_sets if each.env_path is None}
+    if found := [key for key, is_on in needs.items() if is_on]:
+        raise ConfigError(f"{found[0]} needs rollout.env_path, and it is not set; pass rollout.env_path=...")
 
 
 # sampling
@@ -382,6 +419,7 @@ RL_RULES: tuple[Rule, ...] = (
     floor_of_the_actors_rate,
     overlapping_phases_of_the_critics_schedule,
     floor_of_the_critics_rate,
+    missing_environment,
     engine_with_another_model,
     reference_that_cannot_follow,
     greedy_training_samples,
@@ -398,6 +436,8 @@ RL_RULES: tuple[Rule, ...] = (
     regularize_on_where_all_tokens_train,
     observations_of_a_single_turn,
     kl_without_importance_weight_on_policy,
+    hints_that_nobody_gives,
+    exact_kl_beside_a_teacher,
     experts_of_an_engine_that_records_none,
     adapters_alone,
     opponents_that_cannot_play,

@@ -194,3 +194,7 @@ def needs_value(f: Field[Any]) -> bool:
 
 TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 """Plain types in words."""
+
+START, LATEST, EMA, POLICY = "start", "latest", "ema", "policy"
+"""Values of settings that name a model which stand for versions of the policy: before training, of the last checkpoint,
+the exponential moving average, and the policy itself."""

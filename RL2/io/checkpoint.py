@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 
@@ -52,6 +53,11 @@ class Learner(Protocol):
     """A model in training with its optimizer and the number of optimizer steps taken."""
 
     steps: int
+
+    @property
+    def kept_model(self) -> nn.Module | None:
+        """Another model whose weights change in training and are part of its state; None if there is none."""
+        ...
 
     @property
     def policy(self) -> nn.Module: ...
@@ -96,7 +102,7 @@ class Checkpoints:
         target = self.folder / f"step_{step:06d}"
         partial = target.with_suffix(".partial")
         notes = {"step": step, "optimizer_steps": learner.steps, "cursor": cursor.state_dict()}
-        notes |= {"models": self.models, "rows": self.rows}
+        notes |= {"models": self.models, "rows": self.rows, "has_teacher": learner.kept_model is not None}
         if critic is not None:
             notes["critic_steps"] = critic.steps
         states = self.processes.gather([_random_states(self.processes.device)], "the random states of all processes")
@@ -164,6 +170,8 @@ def _state(learners: dict[str, Learner]) -> dict[str, Any]:
     for prefix, each in learners.items():
         model, optimizer = get_state_dict(each.policy, each.optimizer, options=TRAINED)
         state |= {f"{prefix}model": model, f"{prefix}optimizer": optimizer["state"]}
+        if each.kept_model is not None:
+            state[f"{prefix}teacher"] = get_model_state_dict(each.kept_model, options=TRAINED)
     return state
 
 
@@ -176,6 +184,8 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
     notes = _notes(source)
     if critic is not None and "critic_steps" not in notes:
         raise ConfigError(f"trainer.load_ckpt_from={source} has no critic, which adv.estimator=gae needs")
+    if learner.kept_model is not None and not notes.get("has_teacher"):
+        raise ConfigError(f"trainer.load_ckpt_from={source} has no average of the policy, which the teacher is")
     learners = _learners(learner, critic)
     state = _state(learners)
     try:
@@ -191,6 +201,8 @@ def load(source: Path, learner: Learner, cursor: Resumable, processes: Processes
         raise ConfigError(f"trainer.load_ckpt_from={source} belongs to a larger model: it also has {min(extra)}")
     for prefix, each in learners.items():
         _restore(each, state[f"{prefix}model"], state[f"{prefix}optimizer"])
+        if each.kept_model is not None:
+            set_model_state_dict(each.kept_model, state[f"{prefix}teacher"], options=TRAINED)
         each.steps = notes[f"{prefix or 'optimizer_'}steps"]
     try:
         cursor.load_state_dict(notes["cursor"])

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,10 +33,14 @@ from RL2.models.multimodal import multimodal
 from RL2.models.other_parts import other_parts
 from RL2.models.packed import PackedModel, backbone
 from RL2.ops.attention import is_packed
+from RL2.ops.teacher_stats import Teacher, teacher_stats
 from RL2.ops.token_stats import VocabularyShard, token_stats
 from RL2.parallel.fsdp import local, whole
-from RL2.parallel.tp import first_row
-from RL2.types import StatsRequest, TokenBatch
+from RL2.parallel.tp import first_row, whole_rows
+from RL2.types import SharedPrefix, StatsRequest, TokenBatch
+
+HIDDEN = StatsRequest(("hidden",))
+"""Request for the last hidden states of the action tokens, [A, D], which a teacher's head reads."""
 
 
 class Policy(PackedModel):
@@ -53,24 +58,53 @@ class Policy(PackedModel):
     def build(model_name: str, dequantize: bool = False) -> PreTrainedModel:
         return build(AutoModelForCausalLM, model_name, dequantize)
 
-    def stats_of(self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest) -> dict[str, Tensor]:
-        total = self.lm.config.vocab_size
-        weight_VD, bias_V = local(head(self.lm).weight), head(self.lm).bias
-        if bias_V is not None:  # a column of the weight, by which a constant is multiplied
-            weight_VD = torch.cat([weight_VD, local(bias_V)[:, None]], 1)
-            hidden_ND = torch.cat([hidden_ND, torch.ones_like(hidden_ND[:, :1])], 1)
-        stats = token_stats(
-            hidden_ND,
-            weight_VD,
-            labels_N,
-            temperature=request.temperature,
-            transform=self.logit_transform,
-            fields=request.fields,
-            top_k=request.top_k,
-            tp=None if self.tp is None else VocabularyShard(self.tp, first_row(total, self.tp), total),
-            budget_mib=request.budget_mib,
-        )
+    def stats_of(
+        self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest, teacher: Teacher | None = None
+    ) -> dict[str, Tensor]:
+        if request == HIDDEN:
+            return {"hidden": hidden_ND}
+        hidden_ND, weight_VD = self._with_bias(hidden_ND)
+        how: dict[str, Any] = {
+            "temperature": request.temperature,
+            "transform": self.logit_transform,
+            "fields": request.fields,
+            "top_k": request.top_k,
+            "tp": self._shard(),
+            "budget_mib": request.budget_mib,
+        }
+        if teacher is None:
+            stats = token_stats(hidden_ND, weight_VD, labels_N, **how)
+        else:
+            stats = teacher_stats(hidden_ND, weight_VD, labels_N, teacher, beta=request.beta, **how)
         return {name: getattr(stats, name) for name in request.fields}
+
+    @torch.no_grad()
+    def teach(
+        self, batch: TokenBatch, shared: SharedPrefix | None, temperature: float, student: PreTrainedModel
+    ) -> Teacher:
+        """Return the hidden states of the actions of `batch`, [A, E], and the head, as a teacher of `student`.
+
+        The head has the rows of this process's shard of the student's vocabulary. FSDP must not free it before the
+        backward pass of the student (collective under tensor parallelism if the vocabularies have different sizes).
+        """
+        hidden_AE, weight_VE = self._with_bias(self(batch, shared, HIDDEN)["hidden"])
+        total, wanted = self.lm.config.vocab_size, student.config.vocab_size
+        if self.tp is not None and total != wanted:
+            start, end = first_row(wanted, self.tp), first_row(wanted, self.tp, after=1)
+            weight_VE = whole_rows(weight_VE, total, self.tp)[start:end]
+        return Teacher(hidden_AE, weight_VE, temperature, self.logit_transform, total)
+
+    def _with_bias(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hidden states and head, with the head's bias, if any, as one more column."""
+        weight_VD, bias_V = local(head(self.lm).weight), head(self.lm).bias
+        if bias_V is None:
+            return hidden_ND, weight_VD
+        weight_VD = torch.cat([weight_VD, local(bias_V)[:, None]], 1)
+        return torch.cat([hidden_ND, torch.ones_like(hidden_ND[:, :1])], 1), weight_VD
+
+    def _shard(self) -> VocabularyShard | None:
+        total = self.lm.config.vocab_size
+        return None if self.tp is None else VocabularyShard(self.tp, first_row(total, self.tp), total)
 
     def stats_alone(self, batch: TokenBatch) -> dict[str, Tensor]:
         ids = batch.token_ids_T[None]

@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from RL2.errors import ModelError
 from RL2.models.loading import build
 from RL2.models.packed import PackedModel, backbone
+from RL2.ops.teacher_stats import Teacher
 from RL2.types import StatsRequest, TokenBatch
 
 VALUE = StatsRequest(("value",))
@@ -38,7 +39,9 @@ class ValueModel(PackedModel):
         """Return a small random head for a checkpoint of a language model; a checkpoint with a head keeps its own."""
         return torch.randn(shape) * self.lm.config.initializer_range if name == "score.weight" else None
 
-    def stats_of(self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest) -> dict[str, Tensor]:
+    def stats_of(
+        self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest, teacher: Teacher | None = None
+    ) -> dict[str, Tensor]:
         """Return `value`, float32 [N]; the request can only be VALUE."""
         assert request == VALUE
         head = self.lm.get_submodule("score")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,10 +16,20 @@ from RL2.objectives.masks import masks
 from RL2.objectives.objective import Loss
 from RL2.objectives.ratios import sequence_mean, sequence_sum
 from RL2.objectives.registry import BoundObjective, find
-from RL2.types import TokenBatch, TokenStats
+from RL2.types import StatsRequest, TokenBatch, TokenStats
+
+Estimator = Literal["k1", "k2", "k3", "exact"]
+"""Values of `actor.kl.estimator`; `exact` is a statistic and no function of log-probabilities."""
 
 
-def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+def wanted_stats(config: Actor, objective: BoundObjective) -> StatsRequest:
+    """Return the statistics of an update: the objective's, what is reported, and an exact KL to the reference."""
+    request = objective.request(config.temperature)
+    fields = (*request.fields, *(("kl_student_teacher",) if config.kl.is_exact else ()))
+    return replace(request, fields=tuple(dict.fromkeys(fields)), budget_mib=config.logits_budget_mib)
+
+
+def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: Estimator) -> Tensor:
     """Return an estimate of KL(policy || reference) at each sampled token (Schulman, "Approximating KL divergence").
 
     With d = log p_ref - log p: k1 = -d (unbiased), k2 = d^2 / 2 (biased), k3 = e^d - 1 - d (unbiased and never
@@ -26,6 +37,7 @@ def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: Literal["k1", "k2
     and that of KL(reference || policy) for k3. As a constant in a reward or advantage, k1 gives the gradient of
     KL(policy || reference); k2 and k3 give one of second order in d.
     """
+    assert estimator != "exact"
     d_T = ref_logp_T - logp_T
     if estimator == "k1":
         return -d_T
@@ -38,7 +50,7 @@ def kl_in_the_loss(
     logp_T: Tensor,
     sampled_logp_T: Tensor,
     ref_logp_T: Tensor,
-    estimator: Literal["k1", "k2", "k3"],
+    estimator: Estimator,
     *,
     weighted: bool,
 ) -> Tensor:
@@ -151,6 +163,9 @@ def total_loss(stats: TokenStats, batch: TokenBatch, config: Actor, objective: B
             loss_T = loss_T + kl.coef * kl_in_the_loss(
                 logp_T, sampled_T, batch.ref_logp_T, kl.used_estimator, weighted=kl.importance_weight
             )
+    if config.kl.is_exact:
+        metrics = metrics | {"kl": stats.kl_student_teacher}
+        loss_T = loss_T + config.kl.coef * stats.kl_student_teacher
     if config.entropy.coef != 0:
         loss_T = loss_T - config.entropy.coef * entropy_T
     if "max_logp" in vars(stats):

@@ -246,6 +246,8 @@ class Work:
     mean_length: float
     rollout: bool = True
     """True if the sequences are sampled first, by an engine on the same devices."""
+    teacher: Shape | None = None
+    """The teacher, in the layout of the model; None if there is none."""
 
     @property
     def tokens(self) -> float:
@@ -276,6 +278,13 @@ def training_memory(
         "activations": boundaries + kept * ((1 if recompute else shape.layers) + 1),
         "statistics": 1.5 * LOGITS + (GRADIENT + itemsize) * shape.head / layout.tp,
     }
+
+
+def teacher_memory(shape: Shape, layout: Layout, itemsize: int = 2) -> float:
+    """Return the bytes of a frozen teacher in an update: its float32 shards, and the whole head and embeddings."""
+    gathered = itemsize * (shape.root + 2 * shape.stored_layer(layout.ep)) / layout.tp
+    whole = gathered if layout.size > 1 or itemsize < MASTER else 0.0
+    return MASTER * shape.parameters / (layout.tp * layout.shards) + whole
 
 
 def peak(memory: dict[str, float], *, offload: bool) -> float:

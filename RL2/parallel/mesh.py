@@ -74,5 +74,5 @@ def _shards(mesh: DeviceMesh, axis: str) -> DeviceMesh:
 
 
 def layout_group(group: str) -> str:
-    """Return the group of keys with the sizes of the mesh of the model `group`; a reference has the actor's mesh."""
-    return "actor" if group == "ref_actor" else group
+    """Return the group of keys with the sizes of the mesh of `group`; references and teachers have the actor's."""
+    return "actor" if group in ("ref_actor", "teacher") else group

@@ -179,6 +179,19 @@ class _SharedKey:
         return torch.cat([rest, shared.to_local(grad_placements=[Partial()])], dim=-1)
 
 
-def first_row(total: int, group: dist.ProcessGroup) -> int:
-    """Return the index of the first of `total` rows that this process holds when they are split over `group`."""
-    return min(total, -(-total // dist.get_world_size(group)) * dist.get_rank(group))
+def first_row(total: int, group: dist.ProcessGroup, after: int = 0) -> int:
+    """Return the index of the first of `total` rows that this process holds when they are split over `group`.
+
+    `after` asks for the process so many places further on.
+    """
+    return min(total, -(-total // dist.get_world_size(group)) * (dist.get_rank(group) + after))
+
+
+def whole_rows(own: Tensor, total: int, group: dist.ProcessGroup) -> Tensor:
+    """Return all `total` rows of a matrix whose rows are split over `group` (collective). It has no gradient."""
+    most = -(-total // dist.get_world_size(group))
+    padded = own.new_zeros(most, own.shape[1])
+    padded[: len(own)] = own.detach()
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat(parts)[:total]

@@ -1,10 +1,10 @@
 """The user's script: loaded from its file, run concurrently with the engine, its results checked.
 
 A script has `async def step(state, action, extra_info) -> dict` and optionally `async def reset(extra_info) -> str`,
-`def example(row) -> dict` and `def vote(action) -> str`. A script with several roles has `ROLES` and
-`async def play(ask, task) -> dict` in place of `step`. It imports nothing of this library, but may import modules of
-its folder with `from .name import x`. A `step` or `reset` with a parameter `sampling` gets the sampling parameters, and
-a `step` with a parameter `calls` the tool calls of the response.
+`def example(row) -> dict`, `def vote(action) -> str` and `def hint(extra_info) -> str` (rollout/hints.py). A script
+with several roles has `ROLES` and `async def play(ask, task) -> dict` in place of `step`. It imports nothing of this
+library, but may import modules of its folder with `from .name import x`. A `step` or `reset` with a parameter
+`sampling` gets the sampling parameters, and a `step` with a parameter `calls` the tool calls of the response.
 
 Its code runs in one thread with an event loop of its own, so that it may share sessions between calls and may block
 without stopping the engine. Python code that never returns is interrupted. C code that holds the interpreter lock, such
@@ -68,7 +68,9 @@ def load_environment(
     reset = _function(module, path, "reset", ("extra_info",), is_async=True)
     example = _function(module, path, "example", ("row",), is_async=False)
     vote = _function(module, path, "vote", ("action",), is_async=False)
-    return Environment(str(path), module.__file__, step, reset, example, vote, timeout_s, weights or {}, on_step)
+    hint = _function(module, path, "hint", ("extra_info",), is_async=False)
+    where = str(path), module.__file__
+    return Environment(*where, step, reset, example, vote, timeout_s, weights or {}, on_step, hint)
 
 
 def _with_roles(
@@ -118,6 +120,15 @@ def without_script(weights: Mapping[str, float]) -> Environment:
     return Environment("rollout.agent", None, step, None, None, None, TIMEOUT_S, weights)
 
 
+def without_rewards() -> Environment:
+    """Return an environment for runs that learn from a teacher alone: a response is the end, and its reward is 0."""
+
+    async def step(state: str, action: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+        return {"next_state": None, "reward": 0.0, "score": 0.0, "done": True, "extra_info": extra_info}
+
+    return Environment("rollout.env_path", None, step, None, None, None, TIMEOUT_S, {})
+
+
 def load_example(path: str | Path) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
     """Return `example` of the script at `path`, which needs nothing else. Raise ScriptError if it has none."""
     example = _function(load_script(path), path, "example", ("row",), is_async=False)
@@ -140,10 +151,11 @@ class Environment:
         timeout_s: float,
         weights: Mapping[str, float],
         on_step: OnStep | None = None,
+        hint: Callable[..., Any] | None = None,
         play: AsyncFunction | None = None,
         roles: Mapping[str, str] | None = None,
     ) -> None:
-        self.path = path
+        self.path, self.file = path, file
         self.roles = dict(roles or {})
         """Role -> system prompt, '' for none; empty if the script has no `play`."""
         self.example = example
@@ -156,11 +168,21 @@ class Environment:
         self.wants_calls = _has_parameter(step, "calls")
         """True if `step` gets the tool calls of the response."""
         self._on_step = on_step
-        self._file = file
+        self._hint = hint
         self._step = step
         self._reset = reset
         self._play = play
         self._thread: _LoopThread | None = None
+
+    @property
+    def has_hint(self) -> bool:
+        return self._hint is not None
+
+    def hint(self, extra_info: dict[str, Any], attempts: Sequence[dict[str, Any]]) -> Any:
+        """Return what `hint` of the script says of a row; it gets the `attempts` if it has a parameter for them."""
+        assert self._hint is not None, "ask has_hint first"
+        told = {"attempts": attempts} if _has_parameter(self._hint, "attempts") else {}
+        return self._hint(extra_info, **told)
 
     @property
     def has_reset(self) -> bool:
@@ -252,7 +274,7 @@ class Environment:
             if isinstance(error, Unscored):
                 raise error
             if error is not None:
-                raise Unscored(described(error, self.path, self._file)) from error
+                raise Unscored(described(error, self.path, self.file)) from error
             return value
         raise Unscored(f"{ATTEMPTS} times, other calls blocked longer than rollout.env_timeout_s={self.timeout_s:g}")
 
@@ -364,8 +386,8 @@ def _function(
     if not callable(function) or inspect.iscoroutinefunction(function) != is_async:
         raise ScriptError(f"{path}: {name} must be `{wanted}`")
     try:
-        names = ("sampling", "calls") if name == "step" else ("sampling",)
-        told = {each: None for each in names if is_async and _has_parameter(function, each)}
+        names = {"step": ("sampling", "calls"), "reset": ("sampling",), "hint": ("attempts",)}.get(name, ())
+        told = {each: None for each in names if _has_parameter(function, each)}
         inspect.signature(function).bind(*parameters, **told)
     except (TypeError, ValueError) as error:
         raise ScriptError(f"{path}: {name} must be `{wanted}`: {error}") from error

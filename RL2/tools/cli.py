@@ -70,7 +70,9 @@ def demo(
 
 @app.command()
 def train(
-    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path.")],
+    program: Annotated[
+        str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5, distill or path.")
+    ],
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine: one per GPU.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no model, and stop.")] = False,
@@ -104,7 +106,9 @@ def train(
 
 @app.command()
 def keys(
-    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path.")],
+    program: Annotated[
+        str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5, distill or path.")
+    ],
     word: Annotated[str, typer.Argument(metavar="WORD", help="Only keys with this in their name or meaning.")] = "",
 ) -> None:
     """List the keys of a program with their defaults, values and meanings.
@@ -123,7 +127,9 @@ def keys(
 
 @app.command()
 def config(
-    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5 or path.")],
+    program: Annotated[
+        str, typer.Argument(metavar="PROGRAM", help="sft, rm, dpo, ppo, spo, spo_0p5, distill or path.")
+    ],
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
 ) -> None:
     """Print the configuration that settings resolve to, as YAML with the default and meaning of each key as comments.
@@ -239,8 +245,8 @@ def plan(
 
     model: a hub name or folder. gpus: their number. memory_gib (80): memory of each. gpus_per_node (8). length (8192):
     tokens of the longest sequence. mean_length (half of it). sequences (512): per step. rollout (true): sample them
-    first with the embedded engine; false for sft, rm and dpo. peak_tflops (989): dense bfloat16 of a GPU. utilisation
-    (0.27): share of it that is reached.
+    first with the embedded engine; false for sft, rm and dpo. teacher: a hub name or folder, for distillation.
+    peak_tflops (989): dense bfloat16 of a GPU. utilisation (0.27): share of it that is reached.
 
     Example: rl2 plan model=Qwen/Qwen3-4B gpus=8 memory_gib=80
     """

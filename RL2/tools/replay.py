@@ -27,17 +27,19 @@ from RL2.batch.registry import configured as estimator_of
 from RL2.config.load import words
 from RL2.config.model import Actor as ActorConfig
 from RL2.config.programs import RLConfig
-from RL2.config.values import build
+from RL2.config.values import EMA, START, build
 from RL2.errors import UserError, first_line, in_table
-from RL2.objectives.loss import by_token, total_loss, with_weights
+from RL2.objectives.loss import by_token, total_loss, wanted_stats, with_weights
 from RL2.objectives.objective import Loss
 from RL2.objectives.registry import configured
 from RL2.parallel.fsdp import whole
 from RL2.parallel.processes import Processes
 from RL2.trainer.run import REPLAY_BATCH, replay_folder
-from RL2.trainer.unused_settings import reads_advantages
+from RL2.trainer.unused_settings import check_teacher, reads_advantages
 from RL2.types import StatsRequest, TokenBatch, TokenStats
-from RL2.workers.actor import Actor, wanted_stats
+from RL2.workers.actor import Actor
+from RL2.workers.teacher import make_teacher
+from RL2.workers.worker import Teacher
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,11 @@ def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) ->
     }
     found, gradients = [], {}
     for title, config in configs.items():
+        actor.teacher = teacher_of(config, title, actor)
         mine = with_weights(with_advantages(batch, config), config.actor)
-        gradients[title] = _gradient(actor, mine, _loss(config.actor), wanted_stats(config.actor))
+        gradients[title] = _gradient(
+            actor, mine, _loss(config.actor), wanted_stats(config.actor, configured(config.actor))
+        )
         norm = _dot(gradients[title], gradients[title]) ** 0.5
         changes = {name: -_dot(gradients[title], of) / norm if norm else 0.0 for name, of in directions.items()}
         changes |= {name: math.nan for name, of_B in (("correct", right_B), ("wrong", ~right_B)) if not of_B.any()}
@@ -183,6 +188,24 @@ def run_config(run: Path, folder: Path, title: str) -> RLConfig:
     return build(RLConfig, values, "")
 
 
+def teacher_of(config: RLConfig, title: str, actor: Actor) -> Teacher | None:
+    """Return the teacher of `config` if its objective, that of `title`, needs one.
+
+    Raise UserError if that is the policy at another step, whose weights are not kept.
+    """
+    if config.actor.kl.is_exact:
+        raise UserError(
+            f"{title}: actor.kl.estimator=exact needs the reference, which is not kept; set actor.kl.coef=0"
+        )
+    if not (objective := configured(config.actor)).needs_teacher:
+        return None
+    check_teacher(config.teacher, objective)
+    if (name := config.teacher.model_name) in (START, EMA) or config.teacher.hint:
+        what = "teacher.hint=true" if config.teacher.hint else f"teacher.model_name={name}"
+        raise UserError(f"{title}: {what} is not kept with a step; pass the folder of a model, and no hint")
+    return make_teacher(config.teacher, actor, config.actor.temperature)
+
+
 def with_advantages(batch: TokenBatch, config: RLConfig) -> TokenBatch:
     """Return `batch` with the advantages of the run, or for an objective that reads advantages with a group baseline.
 
@@ -228,7 +251,9 @@ def _loss(config: ActorConfig) -> Callable[[TokenStats, TokenBatch], Loss]:
 def _weights_of_tokens(actor: Actor, batch: TokenBatch, config: ActorConfig) -> tuple[float, Tensor]:
     """Return the loss, and the effect of the log-probability of each action on it (`by_token`)."""
     limit = config.max_inference_length_per_device
-    stats = actor.stats(batch, wanted_stats(config), limit, routing=actor.routing()).at(batch.action_T)
+    stats = actor.stats(batch, wanted_stats(config, configured(config)), limit, routing=actor.routing()).at(
+        batch.action_T
+    )
     actions = batch.positions(batch.action_T)
     assert actions.weight_T is not None
     loss_N, weight_N = by_token(stats, actions, config, configured(config))

@@ -46,11 +46,14 @@ class Alarms:
         before: Sequence[Mapping[str, float]] = (),
         num_train: int = 0,
         weights: Iterable[str] = (),
+        is_rewarded: bool = True,
     ) -> None:
         """Take the numbers of responses of a test and of a step: they say how much scores move by chance.
 
-        `weights`: the parts of the reward that have one in the configuration.
+        `weights`: the parts of the reward that have one in the configuration. `is_rewarded`: something judges
+        responses, so that equal scores are news.
         """
+        self.is_rewarded = is_rewarded
         self.num_tests, self.num_train, self.save_dir, self.weights = num_tests, num_train, save_dir, set(weights)
         self.parts: set[str] = set()
         """Parts of the reward that any response has had."""
@@ -78,7 +81,7 @@ class Alarms:
         found = {name: text and f"{text}; {self._way_back()}" for name, text in drifted.items()} | {
             "gradient": self._without_gradient(),
             "truncated": self._cut(),
-            "constant": "" if self._without_gradient() else self._constant(),
+            "constant": self._constant() if self.is_rewarded and not self._without_gradient() else "",
             "certain": self._certain(),
             "broken": self._broken(),
             "weights": self._without_part(),

@@ -15,7 +15,9 @@ from RL2.agents.make import make_agent, make_player
 from RL2.agents.session import Policy
 from RL2.batch.registry import configured as estimator_of
 from RL2.batch.role_means import RoleMeans
+from RL2.config.model import Teacher as TeacherConfig
 from RL2.config.programs import RLConfig
+from RL2.config.values import START
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import largest_token_id
@@ -25,11 +27,12 @@ from RL2.engines.base import Engine
 from RL2.engines.make import make_engine
 from RL2.errors import ConfigError, naming
 from RL2.io.report import Report
-from RL2.models.policy import configured_tokenizer, max_length, refuse_unknown_tokens, stop_tokens
+from RL2.models.policy import configured_tokenizer, max_length, positions, refuse_unknown_tokens, stop_tokens
 from RL2.objectives.registry import needs_reference
 from RL2.rollout.continuation import decode
-from RL2.rollout.environment import Environment, load_environment, without_script
+from RL2.rollout.environment import Environment, load_environment, without_rewards, without_script
 from RL2.rollout.episodes import Episodes, EpisodeSetting
+from RL2.rollout.hints import Hints
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer.alarms import Alarms
 from RL2.trainer.annotate import annotate
@@ -39,11 +42,13 @@ from RL2.trainer.inputs import of_prompts
 from RL2.trainer.opponents import Opponents, refuse_other_roles
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.tasks import Load, TestTasks, first_rows, reader, test_tasks, train_tasks
+from RL2.trainer.teacher_tokens import refuse_another_tokenizer
 from RL2.trainer.token_log import TokenLog
 from RL2.types import Prompt, TokenBatch, Trajectory
 from RL2.workers.actor import Actor, AdapterFreeReference, RefActor, Reference
 from RL2.workers.critic import Critic
-from RL2.workers.worker import Worker
+from RL2.workers.teacher import FrozenTeacher, make_teacher
+from RL2.workers.worker import Teacher, Worker
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Models:
     """The policy, and the models that its configuration asks for beside it."""
 
     actor: Actor
+    """The policy, with its teacher."""
     reference: Reference | None
     critic: Critic | None
 
@@ -78,6 +84,8 @@ class Models:
         found = {"actor.model_name": self.actor.lm}
         if isinstance(self.reference, RefActor):
             found["ref_actor.model_name"] = self.reference.lm
+        if isinstance(self.actor.teacher, FrozenTeacher):
+            found[self.actor.teacher.key] = self.actor.teacher.lm
         if self.critic is not None:
             found["critic.model_name"] = self.critic.lm
         return found
@@ -127,6 +135,7 @@ def build(config: RLConfig, run: Run) -> Parts:
     """Make the parts of a run, resume it, and say what it is going to do (collective)."""
     progress = run.progress
     tokenizer = configured_tokenizer(config.actor, "actor")
+    refuse_another_tokenizer(config.teacher, config.actor.model_name, tokenizer)
     template = Template(tokenizer)
     with naming("actor.model_name"):
         # the last token of a sequence is only a label and takes no position
@@ -143,7 +152,7 @@ def build(config: RLConfig, run: Run) -> Parts:
     with progress.phase("loading the models"):
         models = load_models(config, run, num_steps)
     actor, critic = models.actor, models.critic
-    named = {"actor": actor, "ref_actor": models.reference, "critic": critic}
+    named = {"actor": actor, "ref_actor": models.reference, "teacher": actor.teacher, "critic": critic}
     progress.say(*(describe_model(name, worker) for name, worker in named.items() if isinstance(worker, Worker)))
     with naming("actor.model_name"):
         ends = stop_tokens(actor.lm, tokenizer, template)
@@ -196,7 +205,9 @@ def build(config: RLConfig, run: Run) -> Parts:
     evaluator = Evaluator(config, tests, episodes, report, token_log)
     num_tests = max(1, sum(each.num_responses for each in decisive(tests, config)))
     num_train = config.train_data.prompts_per_rollout * config.train_data.responses_per_prompt
-    alarms = Alarms(num_tests, config.trainer.save_dir, report.rows(), num_train, config.reward.weights)
+    weights = config.reward.weights
+    is_rewarded = config.rollout.env_path is not None or config.rollout.agent is not None
+    alarms = Alarms(num_tests, config.trainer.save_dir, report.rows(), num_train, weights, is_rewarded)
     report.begin(first_step)
     return Parts(
         tokenizer=tokenizer,
@@ -217,6 +228,7 @@ def build(config: RLConfig, run: Run) -> Parts:
             critic=critic,
             role_means=role_means,
             progress=progress,
+            hints=make_hints(config, tasks, models, template, run),
         ),
         report=report,
         token_log=token_log,
@@ -239,7 +251,9 @@ def refuse_lost_reference(config: RLConfig, step: int) -> None:
 def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:
     """Return the prompts that a run trains and tests on; `closing` closes their environments."""
     rollout = config.rollout
-    if rollout.env_path is None:
+    if rollout.env_path is None and rollout.agent is None:
+        environment = without_rewards()
+    elif rollout.env_path is None:
         environment = without_script(config.reward.weights)
     else:
         environment = load_environment(rollout.env_path, rollout.env_timeout_s, config.reward.weights, with_roles=True)
@@ -256,6 +270,17 @@ def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:
     return tasks
 
 
+def make_hints(config: RLConfig, tasks: Tasks, models: Models, template: Template, run: Run) -> Hints | None:
+    """Return the hints for the teacher, if it gets any. Raise ConfigError if the script has none."""
+    if not config.teacher.hint:
+        return None
+    if not tasks.environment.has_hint:
+        raise ConfigError(f"teacher.hint=true, and {tasks.environment.path} has no `def hint(extra_info)`")
+    teacher = models.actor.teacher
+    longest = positions((teacher.lm if isinstance(teacher, FrozenTeacher) else models.actor.lm).config) + 1
+    return Hints(tasks.prompts, tasks.environment, template, run.processes, longest)
+
+
 def make_cursor(num_prompts: int, config: RLConfig) -> Cursor:
     """Return the order in which rows are drawn."""
     data, seed = config.train_data, config.trainer.seed
@@ -268,8 +293,12 @@ def load_models(config: RLConfig, run: Run, num_steps: int) -> Models:
     """Load the policy, and the reference and critic that its configuration asks for."""
     critic, ref_actor, updates = None, None, actor_updates(config, num_steps)
     actor = Actor(config.actor, run.processes, updates, run.save_dir, config.logprob_gap_limit)
-    if needs_reference(config.actor):
+    if config.actor.kl.is_exact:
+        actor.teacher = reference_as_teacher(config, actor)
+    elif needs_reference(config.actor):
         ref_actor = make_reference(config, actor)
+    if config.teacher.model_name is not None:
+        actor.teacher = make_teacher(config.teacher, actor, config.actor.temperature)
     if estimator_of(config.adv).needs_critic:
         critic = Critic(config.critic, run.processes, num_steps * config.critic.update_per_rollout, run.save_dir)
     return Models(actor, ref_actor, critic)
@@ -281,6 +310,14 @@ def actor_updates(config: RLConfig, num_steps: int) -> int:
     if frozen >= num_steps > 0:
         raise ConfigError(f"actor.freeze_steps={frozen} leaves none of the {num_steps} steps to the actor")
     return (num_steps - frozen) * config.actor.update_per_rollout
+
+
+def reference_as_teacher(config: RLConfig, actor: Actor) -> Teacher:
+    """Return the reference of an exact KL divergence, which runs in the update."""
+    reference = config.ref_actor
+    name = START if reference.model_name == config.actor.model_name else reference.model_name
+    settings = TeacherConfig(model_name=name, dequantize=reference.dequantize)
+    return make_teacher(settings, actor, config.actor.temperature, "ref_actor")
 
 
 def make_reference(config: RLConfig, actor: Actor) -> Reference:

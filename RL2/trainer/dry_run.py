@@ -24,9 +24,9 @@ from RL2.agents.roles import RolePlayer
 from RL2.agents.session import Policy as Answering
 from RL2.batch.registry import configured as estimator_of
 from RL2.config.here import missing_for_critic, missing_here
-from RL2.config.model import Critic, RefActor, Trainable, TrainableChat, TrainablePolicy, num_shards
+from RL2.config.model import Critic, RefActor, Teacher, Trainable, TrainableChat, TrainablePolicy, num_shards
 from RL2.config.programs import Config, DPOConfig, RLConfig, SFTConfig, trained
-from RL2.config.rollout import LATEST, START
+from RL2.config.values import EMA, LATEST, POLICY, START
 from RL2.data.bad_rows import BadRows
 from RL2.data.chat import is_chat, question_of
 from RL2.data.cursor import Cursor
@@ -41,7 +41,7 @@ from RL2.io.progress import Progress
 from RL2.io.run_lock import refuse_if_running
 from RL2.models.dtypes import compute_dtype
 from RL2.models.inspection import own_forward_line
-from RL2.models.loading import folder_here, match_weights, refuse_no_model, tensors_for
+from RL2.models.loading import configuration, folder_here, match_weights, refuse_no_model, tensors_for
 from RL2.models.multimodal import multimodal_line
 from RL2.models.packed import PackedModel
 from RL2.models.policy import Policy, configured_tokenizer, end_tokens, max_length, refuse_unknown_tokens, stop_tokens
@@ -50,7 +50,7 @@ from RL2.models.stored import check_values
 from RL2.models.value import ValueModel
 from RL2.objectives.registry import needs_reference, preference
 from RL2.ops.attention import is_packed
-from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, training_memory
+from RL2.parallel.cost import GRADIENT, MASTER, MOMENTS, Layout, Shape, peak, teacher_memory, training_memory
 from RL2.parallel.experts import check_experts
 from RL2.parallel.mesh import layout_group
 from RL2.parallel.tp import check_sizes
@@ -61,6 +61,7 @@ from RL2.trainer.build import actor_updates, load_tasks, make_cursor
 from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another_run
 from RL2.trainer.supervised import Rows, pairs_reader, reads_reference, train_and_test
 from RL2.trainer.tasks import Example, Source, reader
+from RL2.trainer.teacher_tokens import refuse_another_tokenizer
 from RL2.types import Prompt, Sampling
 from RL2.workers.learner import refuse_no_recomputation, refuse_no_routers
 
@@ -197,22 +198,28 @@ def look_at_weights(
 
 def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTrainedModel]:
     """Look at the reference and the critic, where the run loads them; return those on this machine by key."""
-    used: list[tuple[str, RefActor | Critic, type[PackedModel], Trainable]] = []  # with the one whose layout it has
+    # with the one whose layout it has
+    used: list[tuple[str, RefActor | Critic | Teacher, type[PackedModel], Trainable]] = []
     if isinstance(config, RLConfig | DPOConfig):
         has_reference = needs_reference(config.actor) if isinstance(config, RLConfig) else reads_reference(config)
         if has_reference and config.ref_actor.model_name != config.actor.model_name:
             used.append(("ref_actor", config.ref_actor, Policy, config.actor))
     if isinstance(config, RLConfig) and estimator_of(config.adv).needs_critic:
         used.append(("critic", config.critic, ValueModel, config.critic))
+    if isinstance(config, RLConfig | SFTConfig) and config.teacher.model_name not in (None, START, EMA, POLICY):
+        used.append(("teacher", config.teacher, Policy, config.actor))
     models = {}
     for group, settings, kind, model in used:
         name = settings.model_name
+        assert name is not None
         key = f"{group}.model_name"
         with naming(key):
             if (folder := folder_of(name)) is None:
                 found.miss(group, f"{name}, on the hub")
                 continue
             lm = models[key] = look_at_weights(kind, folder, name, settings.dequantize, found.progress)
+        if isinstance(settings, Teacher):
+            refuse_another_tokenizer(settings, model.model_name, configured_tokenizer(config.actor, "actor"))
         check_sizes(lm, model.tp_size, model.sp_size, layout_group(group))
         check_experts(lm, model.ep_size, layout_group(group))
         if kind is ValueModel and model.gradient_checkpointing:
@@ -498,6 +505,9 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
     offload = model.offload_model and model.offload_optimizer
     here = shape.parameters / (layout.tp * layout.shards)
     beside: dict[str, float] = {}
+    if isinstance(config, RLConfig | SFTConfig):
+        taught = teacher_shape(config.teacher, shape, is_adapted=bool(adapters))
+        beside |= {} if taught is None else {"teacher": teacher_memory(taught, layout, dtype.itemsize)}
     if isinstance(config, RLConfig):
         if needs_reference(config.actor) and not (adapters and config.ref_actor.model_name == config.actor.model_name):
             beside["reference"] = MASTER * here
@@ -516,6 +526,19 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
         found.say("", f"engine, while sampling: weights of at most {bytes_in_words(dtype.itemsize * shape.parameters)}")
     if has_gpu:
         found.say("", f"this GPU has {bytes_in_words(torch.cuda.mem_get_info()[1])}")
+
+
+def teacher_shape(teacher: Teacher, policy: Shape, *, is_adapted: bool) -> Shape | None:
+    """Return the shape of a teacher with weights of its own, if it is known; `policy` is that of the policy."""
+    if teacher.model_name in (None, POLICY) or (teacher.model_name == START and is_adapted):
+        return None
+    if teacher.model_name in (START, EMA):
+        return policy
+    assert teacher.model_name is not None
+    try:
+        return None if folder_of(teacher.model_name) is None else Shape.of(configuration(teacher.model_name))
+    except UserError:
+        return None
 
 
 def bytes_in_words(number: float) -> str:

@@ -23,6 +23,7 @@ LOOPS = {
     "spo": "RL2.trainer.rl",
     "spo_0p5": "RL2.trainer.rl",
     "path": "RL2.trainer.rl",
+    "distill": "RL2.trainer.rl",
 }
 """Program -> the module whose `train(config, run)` is its loop."""
 
@@ -61,7 +62,7 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
             elif isinstance(config, SFTConfig):
                 from RL2.trainer.unused_settings import refuse_advantage_objectives
 
-                refuse_advantage_objectives(config.actor)
+                refuse_advantage_objectives(config)
             elif isinstance(config, DPOConfig):
                 from RL2.objectives.registry import preference
 

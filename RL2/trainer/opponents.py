@@ -11,7 +11,7 @@ from torch import Tensor
 from RL2.agents.roles import Opponent
 from RL2.agents.session import Policy as Answering
 from RL2.config.programs import RLConfig
-from RL2.config.rollout import LATEST, START
+from RL2.config.values import LATEST, START
 from RL2.data.template import Template
 from RL2.data.tool_calls import ResponseParser
 from RL2.engines.embedded.engine import EmbeddedEngine

@@ -1,4 +1,4 @@
-"""The loop of reinforcement learning. `ppo`, `spo` and `spo_0p5` are this loop with another YAML."""
+"""The loop of reinforcement learning. `ppo`, `spo`, `spo_0p5` and `distill` are this loop with another YAML."""
 
 from __future__ import annotations
 

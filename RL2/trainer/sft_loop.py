@@ -20,8 +20,11 @@ from RL2.objectives.registry import bind
 from RL2.trainer.announce import describe_model
 from RL2.trainer.run import Run, number_of_steps
 from RL2.trainer.supervised import Rows, SupervisedTask, bad_rows, converter, fit, refuse_long, train_and_test
+from RL2.trainer.teacher_tokens import refuse_another_tokenizer
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.learner import Learner
+from RL2.workers.teacher import make_teacher
+from RL2.workers.worker import Worker
 
 
 def train(config: SFTConfig, run: Run) -> None:
@@ -29,6 +32,7 @@ def train(config: SFTConfig, run: Run) -> None:
     data, actor = config.data, config.actor
     objective = bind(actor.objective, actor.objective_args)
     tokenizer = configured_tokenizer(actor, "actor")
+    refuse_another_tokenizer(config.teacher, actor.model_name, tokenizer)
     notes: list[str] = []
 
     def weights(batch: TokenBatch) -> Tensor:
@@ -44,10 +48,13 @@ def train(config: SFTConfig, run: Run) -> None:
     run.progress.say(*notes)
     with run.progress.phase("loading the model"):
         learner = Learner(actor, run.processes, num_steps, run.save_dir)
-    run.progress.say(describe_model("actor", learner))
+        if config.teacher.model_name is not None:
+            learner.teacher = make_teacher(config.teacher, learner, temperature=1.0)
+    workers = {"actor": learner, "teacher": learner.teacher}
+    run.progress.say(*(describe_model(name, one) for name, one in workers.items() if isinstance(one, Worker)))
     objective.check(learner.lm.config.vocab_size)
     fields = tuple(dict.fromkeys((*objective.fields, "logp")))
-    request = StatsRequest(fields, objective.top_k, budget_mib=actor.logits_budget_mib)
+    request = StatsRequest(fields, objective.top_k, budget_mib=actor.logits_budget_mib, beta=objective.beta)
     task = SupervisedTask("actor", learner, rows, tests, weights, loss, request)
     fit(task, cursor, num_steps, tokenizer, run)
 

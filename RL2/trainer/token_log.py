@@ -20,7 +20,7 @@ from RL2.config.rollout import SamplingParams
 from RL2.io.report import Report
 from RL2.objectives.loss import by_token
 from RL2.rollout.continuation import decode
-from RL2.types import TokenBatch, TokenStats, Trajectory
+from RL2.types import TEACHER_MENU, TOP, StatsRequest, TokenBatch, TokenStats, Trajectory
 from RL2.workers.actor import Actor
 
 ALTERNATIVES = 5
@@ -64,7 +64,9 @@ class TokenLog:
     def _of_tests(self, trajectories: list[Trajectory], sampling: SamplingParams) -> list[dict[str, Any]]:
         batch = pack(trajectories)
         # the most likely token was taken, of the model's own distribution
-        stats = self._stats(batch, sampling.temperature or 1.0)
+        stats = self._stats(
+            batch, replace(self.actor.request, fields=(), top_k=0, temperature=sampling.temperature or 1.0)
+        )
         return [
             self._row(trajectory, batch, stats, n, cut=sampling.is_cut) for n, trajectory in enumerate(trajectories)
         ]
@@ -82,7 +84,7 @@ class TokenLog:
             if not chosen:
                 continue
             part = minibatch.sequences(chosen)
-            stats = self._stats(part, actor.request.temperature)
+            stats = self._stats(part, actor.request)
             actions, own = part.positions(part.action_T), vars(stats)
             if actor.objective.top_k:
                 own = own | {name: own[name][:, : actor.objective.top_k] for name in ("top_logp", "top_id")}
@@ -98,15 +100,13 @@ class TokenLog:
                 rows.append(row)
         return rows
 
-    def _stats(self, batch: TokenBatch, temperature: float) -> TokenStats:
-        """Return statistics of the actions of `batch`, [N]: those shown, and those that the objective reads."""
-        actor = self.actor
-        request = replace(
-            actor.request,
-            fields=tuple(dict.fromkeys((*actor.request.fields, *SEEN))),
-            top_k=max(actor.request.top_k, min(ALTERNATIVES, actor.lm.config.vocab_size)),
-            temperature=temperature,
-        )
+    def _stats(self, batch: TokenBatch, request: StatsRequest) -> TokenStats:
+        """Return statistics of the actions of `batch`, [N]: those shown, and those of `request`."""
+        actor, top_k = self.actor, min(ALTERNATIVES, self.actor.lm.config.vocab_size)
+        fields = tuple(dict.fromkeys((*request.fields, *SEEN)))
+        # a tail bucket depends on K, which is then the objective's
+        top_k = request.top_k if set(TOP) & set(TEACHER_MENU) & set(fields) else max(request.top_k, top_k)
+        request = replace(request, fields=fields, top_k=top_k)
         limit = actor.config.max_inference_length_per_device
         return actor.stats(batch, request, limit, routing=actor.routing()).at(batch.action_T)
 

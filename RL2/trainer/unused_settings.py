@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,17 @@ from torch import Tensor
 from RL2.batch.packing import pack
 from RL2.batch.registry import configured as estimator_of
 from RL2.config.functions import function_of
-from RL2.config.model import Actor, Masks, SFTActor
-from RL2.config.programs import RLConfig
+from RL2.config.model import Actor, Masks
+from RL2.config.model import Teacher as TeacherConfig
+from RL2.config.programs import RLConfig, SFTConfig
+from RL2.config.values import EMA, START
 from RL2.errors import ConfigError
-from RL2.objectives.loss import total_loss, with_weights
+from RL2.objectives.loss import total_loss, wanted_stats, with_weights
 from RL2.objectives.registry import BoundObjective, bind, configured, needs_reference
+from RL2.ops.teacher_stats import Teacher, teacher_stats
 from RL2.ops.token_stats import token_stats
 from RL2.trainer.estimator_rules import check_estimator
-from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
+from RL2.types import TEACHER_MENU, Sequence, StatsRequest, TokenBatch, TokenStats, Trajectory
 
 NUM_TRAJECTORIES, LONGEST = 32, 16
 
@@ -40,7 +44,8 @@ def refuse_unused_settings(config: RLConfig) -> None:
     actor, objective = replace(config.actor, masks=Masks()), configured(config.actor)
     if config.ref_actor.sync_every is not None and not needs_reference(actor):
         raise ConfigError(f"ref_actor.sync_every={config.ref_actor.sync_every} has no effect: no reference is loaded")
-    logits_TV, batch = synthetic_batch(vocabulary=64 + objective.top_k)
+    check_teacher(config.teacher, objective)
+    logits_TV, batch = synthetic_batch(vocabulary=64 + 2 * objective.top_k)
 
     def gradient(actor: Actor) -> Tensor:
         return loss_gradient(logits_TV, batch, actor, objective)
@@ -50,18 +55,75 @@ def refuse_unused_settings(config: RLConfig) -> None:
         knobs = "".join(f" {knob}={value}" for knob, value in objective.knobs.items())
         raise ConfigError(f"actor.objective={actor.objective}{knobs} trains nothing: its gradient is exactly zero")
     whole = gradient(actor)
+    refuse_own_teacher(
+        config.teacher,
+        objective,
+        logits_TV,
+        actor.temperature,
+        lambda own: loss_gradient(logits_TV, batch, actor, objective, own),
+    )
     for setting, off in terms(actor):
         if torch.equal(whole, gradient(off)):
             raise ConfigError(f"{setting} has no effect: the gradient is the same without it")
 
-    if not reads_advantages(objective):
+    needs_rewards = reads_advantages(objective)
+    if needs_rewards and config.rollout.env_path is None and config.rollout.agent is None:
+        raise ConfigError(
+            f"actor.objective={actor.objective} reads advantages, which come from rewards; pass rollout.env_path=..."
+        )
+    if not needs_rewards:
         for setting in advantage_settings(config):
             raise ConfigError(f"{setting} has no effect: actor.objective={actor.objective} reads no advantages")
 
 
-def refuse_advantage_objectives(actor: SFTActor) -> None:
-    """Raise ConfigError for an objective that reads advantages, which rows of data do not have."""
+def check_teacher(teacher: TeacherConfig, objective: BoundObjective) -> None:
+    """Raise ConfigError for an objective without the teacher that it needs, and for a teacher that nothing reads."""
+    if objective.needs_teacher and teacher.model_name is None:
+        read = ", ".join(name for name in TEACHER_MENU if name in objective.fields)
+        raise ConfigError(
+            f"actor.objective={objective.name} reads {read} of a teacher, and there is none; pass "
+            "teacher.model_name=..."
+        )
+    if teacher.model_name is not None and not objective.needs_teacher:
+        raise ConfigError(
+            f"teacher.model_name={teacher.model_name} has no effect: actor.objective={objective.name} reads no teacher"
+        )
+
+
+def refuse_own_teacher(
+    teacher: TeacherConfig,
+    objective: BoundObjective,
+    logits_TV: Tensor,
+    temperature: float,
+    gradient_of: Callable[[Teacher], Tensor],
+) -> None:
+    """Raise ConfigError if the teacher begins as the policy, and the gradient is 0 there."""
+    if teacher.model_name not in (START, EMA) or teacher.hint:
+        return
+    own = Teacher(logits_TV, torch.eye(logits_TV.shape[1]), teacher.temperature or temperature)
+    if not gradient_of(own).any():
+        raise ConfigError(
+            f"teacher.model_name={teacher.model_name} trains nothing: the policy begins as its teacher, where "
+            f"actor.objective={objective.name} has no gradient; add another objective, as in "
+            f"actor.objective=ppo+{objective.name}, set teacher.hint=true, or name another teacher"
+        )
+
+
+def refuse_advantage_objectives(config: SFTConfig) -> None:
+    """Raise ConfigError for an objective that reads advantages, which rows of data do not have, or lacks a teacher."""
+    actor = config.actor
     objective = bind(actor.objective, actor.objective_args)
+    check_teacher(config.teacher, objective)
+    if config.teacher.hint:
+        raise ConfigError("teacher.hint=true has no effect in sft; the program distill has hints")
+    logits_TV, batch = synthetic_batch(vocabulary=64 + 2 * objective.top_k)
+    refuse_own_teacher(
+        config.teacher,
+        objective,
+        logits_TV,
+        1.0,
+        lambda own: gradient(logits_TV, batch, objective.request(), lambda s: objective.loss(s, batch)[0].sum(), own),
+    )
     if reads_advantages(objective):
         raise ConfigError(
             f"actor.objective={actor.objective} reads advantages, and rows of data have none; "
@@ -71,11 +133,11 @@ def refuse_advantage_objectives(actor: SFTActor) -> None:
 
 def reads_advantages(objective: BoundObjective) -> bool:
     """Return whether the gradient of the objective depends on the advantages."""
-    logits_TV, batch = synthetic_batch(vocabulary=64 + objective.top_k)
+    logits_TV, batch = synthetic_batch(vocabulary=64 + 2 * objective.top_k)
     assert batch.advantage_T is not None
 
     def of(batch: TokenBatch) -> Tensor:
-        return gradient(logits_TV, batch, objective, lambda stats: objective.loss(stats, batch)[0].sum())
+        return gradient(logits_TV, batch, objective.request(), lambda stats: objective.loss(stats, batch)[0].sum())
 
     return not torch.equal(of(batch), of(batch.with_(advantage_T=batch.advantage_T.flip(0))))
 
@@ -128,7 +190,9 @@ def advantage_settings(config: RLConfig) -> Iterator[str]:
         yield f"actor.kl.type={config.actor.kl.type}"
 
 
-def loss_gradient(logits_TV: Tensor, batch: TokenBatch, actor: Actor, objective: BoundObjective) -> Tensor:
+def loss_gradient(
+    logits_TV: Tensor, batch: TokenBatch, actor: Actor, objective: BoundObjective, teacher: Teacher | None = None
+) -> Tensor:
     """Return the gradient of the loss with respect to the logits, [T, V]."""
     if actor.kl.coef == 0 and not objective.objective.reference:
         batch = replace(batch, ref_logp_T=None)
@@ -138,31 +202,37 @@ def loss_gradient(logits_TV: Tensor, batch: TokenBatch, actor: Actor, objective:
         assert weighted.weight_T is not None
         return (total_loss(stats, weighted, actor, objective)[0] * weighted.weight_T).sum()
 
-    return gradient(logits_TV, batch, objective, loss, actor.temperature)
+    return gradient(logits_TV, batch, wanted_stats(actor, objective), loss, teacher)
 
 
 def gradient(
     logits_TV: Tensor,
     batch: TokenBatch,
-    objective: BoundObjective,
+    request: StatsRequest,
     loss: Callable[[TokenStats], Tensor],
-    temperature: float = 1.0,
+    teacher: Teacher | None = None,
 ) -> Tensor:
     """Return the gradient of `loss` with respect to the logits, [T, V].
 
-    `loss` is called with the statistics that `objective` reads.
+    `loss` is called with the statistics of `request`. `teacher` is by default one that differs from the policy.
     """
-    leaf_TV = logits_TV.clone().requires_grad_()
-    fields = tuple(dict.fromkeys((*objective.fields, "logp", "entropy")))
-    identity_VV = torch.eye(leaf_TV.shape[1])
-    stats = token_stats(
-        leaf_TV, identity_VV, batch.labels_T, temperature=temperature, fields=fields, top_k=objective.top_k
-    )
+    leaf_TV, identity_VV = logits_TV.clone().requires_grad_(), torch.eye(logits_TV.shape[1])
+    how: dict[str, Any] = {"temperature": request.temperature, "fields": request.fields, "top_k": request.top_k}
+    if request.needs_teacher:
+        teacher = teacher or Teacher(synthetic_teacher(logits_TV), identity_VV, request.temperature)
+        stats = teacher_stats(leaf_TV, identity_VV, batch.labels_T, teacher, beta=request.beta, **how)
+    else:
+        stats = token_stats(leaf_TV, identity_VV, batch.labels_T, **how)
     found = loss(stats)
     if not found.requires_grad:
         return torch.zeros_like(leaf_TV)
     (gradient_TV,) = torch.autograd.grad(found, leaf_TV, allow_unused=True, materialize_grads=True)
     return gradient_TV
+
+
+def synthetic_teacher(logits_TV: Tensor) -> Tensor:
+    """Return the logits of a teacher that differs from the policy, [T, V]."""
+    return logits_TV + torch.randn(logits_TV.shape, generator=torch.Generator().manual_seed(1))
 
 
 def synthetic_batch(vocabulary: int) -> tuple[Tensor, TokenBatch]:

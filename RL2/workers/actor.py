@@ -18,7 +18,7 @@ from RL2.errors import ConfigError
 from RL2.models.lora import adapters_off
 from RL2.models.policy import Policy
 from RL2.models.routing import RoutingSums
-from RL2.objectives.loss import total_loss, with_weights
+from RL2.objectives.loss import total_loss, wanted_stats, with_weights
 from RL2.objectives.registry import configured
 from RL2.parallel.fsdp import local
 from RL2.parallel.mesh import Mesh
@@ -28,11 +28,6 @@ from RL2.workers.learner import Learner
 from RL2.workers.metrics import Metric, Totals, engine_gap, mean_over_updates
 from RL2.workers.passes import Progress
 from RL2.workers.worker import Worker
-
-
-def wanted_stats(config: ActorConfig) -> StatsRequest:
-    """Return the statistics of an update: the objective's, entropy for the report, logp to compare with the engine."""
-    return replace(configured(config).request(config.temperature), budget_mib=config.logits_budget_mib)
 
 
 class Actor(Learner):
@@ -52,7 +47,7 @@ class Actor(Learner):
         super().__init__(config, processes, total_steps, save_dir)
         self.max_logprob_gap = max_logprob_gap
         self.objective = configured(config)
-        self.request = wanted_stats(config)
+        self.request = wanted_stats(config, self.objective)
         self.objective.check(self.lm.config.vocab_size)
 
     def add_old_logprobs(

@@ -69,6 +69,11 @@ class Learner(Worker):
         self.last_routing: RoutingTotals | None = None
         """Decisions of routers in the last backward pass."""
 
+    @property
+    def kept_model(self) -> PackedModel | None:
+        """The model that checkpoints hold beside this one: a teacher whose weights change."""
+        return None if self.teacher is None else self.teacher.kept_model
+
     def step(
         self,
         batch: TokenBatch,
@@ -84,7 +89,10 @@ class Learner(Worker):
         """
         with self.at_work("an update"):
             means = self.backward(batch, loss, request, progress)
-            return means | self._apply(means["loss"], batch)
+            means |= self._apply(means["loss"], batch)
+            if self.teacher is not None:
+                self.teacher.follow()
+            return means
 
     def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """Save the model as `Worker.export` does, or only the adapter with `lora.save=adapter` (collective)."""
@@ -115,7 +123,12 @@ class Learner(Worker):
         if len(self.policy.routers):
             tokens = int(batch.lengths_B[trained].sum())
             routing = self.last_routing = RoutingTotals(self.moe, tokens, self.processes, self.mesh.data)
-        broken = backward(self.policy, batch, mine, loss, request, totals, lambda done: progress(done * size), routing)
+
+        def done(number: int) -> None:
+            progress(number * size)
+
+        with self.taught(batch, request) as teach:
+            broken = backward(self.policy, batch, mine, loss, request, totals, done, routing, teach)
         self._sum_partial_gradients()
         means, faults = totals.means(), self._gather(broken)
         if routing is not None:

@@ -15,23 +15,38 @@ from torch.distributed.fsdp import FSDPModule
 from RL2.models.packed import PackedModel
 from RL2.models.routing import RoutingSums
 from RL2.ops.invariants import first_breach
-from RL2.types import StatsRequest, TokenBatch, TokenStats
+from RL2.ops.teacher_stats import Teacher
+from RL2.types import SharedPrefix, StatsRequest, TokenBatch, TokenStats
 from RL2.workers.metrics import LossFunction, Totals
 from RL2.workers.routing import RoutingTotals
 
 Progress = Callable[[int], object]
 """Called with the number of further sequences that are done."""
 
+TeacherPass = Callable[[TokenBatch, SharedPrefix | None], Teacher]
+"""Function from a microbatch and its shared prefixes, both on the device, to hidden states of its actions and head."""
+
 
 def forward(
-    model: PackedModel, microbatch: TokenBatch, request: StatsRequest, routing: RoutingSums | None = None
+    model: PackedModel,
+    microbatch: TokenBatch,
+    request: StatsRequest,
+    routing: RoutingSums | None = None,
+    teach: TeacherPass | None = None,
 ) -> TokenStats:
     """Return the statistics of the actions of `microbatch`, [A], on the device of `model`.
 
-    Prefixes that sequences share run once. The decisions of routers are added to `routing`.
+    Prefixes that sequences share run once. The decisions of routers are added to `routing`. The pass of a teacher comes
+    first.
     """
     device, shared = next(model.parameters()).device, microbatch.shared()
-    return TokenStats(**model(microbatch.to(device), shared and shared.to(device), request, routing=routing))
+    here = microbatch.to(device), shared and shared.to(device)
+    if teach is None:
+        return TokenStats(**model(*here, request, routing=routing))
+    told, shared_told = here if microbatch.told is None else (here[0].told, microbatch.told.shared())
+    assert told is not None
+    teacher = teach(told, shared_told and shared_told.to(device))
+    return TokenStats(**model(*here, request, routing=routing, teacher=teacher))
 
 
 def statistics(
@@ -41,6 +56,7 @@ def statistics(
     request: StatsRequest,
     progress: Progress = lambda done: None,
     routing: RoutingSums | None = None,
+    teach: TeacherPass | None = None,
 ) -> TokenStats:
     """Return statistics at all T positions of `batch`, on the CPU: 0 where there is no action, or not in this process.
 
@@ -55,7 +71,7 @@ def statistics(
     for ids in microbatches:
         microbatch = batch.sequences(ids or [0])
         with torch.no_grad():
-            stats = forward(model, microbatch, request, routing)
+            stats = forward(model, microbatch, request, routing, teach)
         for name, value in vars(stats).items():
             out.setdefault(name, value.new_zeros(len(batch.labels_T), *value.shape[1:], device="cpu"))
             if ids:
@@ -92,6 +108,7 @@ def backward(
     totals: Totals,
     progress: Progress = lambda done: None,
     routing: RoutingTotals | None = None,
+    teach: TeacherPass | None = None,
 ) -> list[str]:
     """Add the gradients of (loss_T * weight_T).sum() over `microbatches`, the sequences of each of this process.
 
@@ -116,7 +133,7 @@ def backward(
                 unused["imitation_weight_T"] = unused["weight_T"]
             microbatch = microbatch.with_(**unused)
         seen = None if routing is None else routing.sums(model.routers)
-        stats = forward(model, _with_observations(microbatch), request, seen)
+        stats = forward(model, _with_observations(microbatch), request, seen, teach)
         stats, observed = _without_observations(microbatch, stats)
         actions = microbatch.positions(microbatch.action_T).to(next(model.parameters()).device)
         assert actions.weight_T is not None

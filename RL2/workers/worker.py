@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from RL2.parallel.mesh import Mesh, layout_group
 from RL2.parallel.processes import Processes
 from RL2.parallel.tp import check_sizes, split
 from RL2.types import StatsRequest, TokenBatch, TokenStats
-from RL2.workers.passes import Progress, forward, statistics
+from RL2.workers.passes import Progress, TeacherPass, forward, statistics
 
 CHECKED_TOKENS = 64
 """Tokens per sequence that `Worker.check_packing` compares."""
@@ -38,6 +39,23 @@ PACKING_SLACK = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 class InvariantError(UserError, RuntimeError):
     """An impossible statistic, or a loss or gradient that is not finite; the optimizer step was not taken."""
+
+
+class Teacher(Protocol):
+    """A model whose distribution is compared with that of another (workers/teacher.py)."""
+
+    def teaching(self, batch: TokenBatch) -> AbstractContextManager[TeacherPass]:
+        """Keep the teacher on the device, with its head in memory, and give its pass over microbatches of `batch`."""
+        ...
+
+    def follow(self) -> None:
+        """Take note of an optimizer step of the model that it teaches."""
+        ...
+
+    @property
+    def kept_model(self) -> PackedModel | None:
+        """Its model if the weights change in training, so that checkpoints hold them; else None."""
+        ...
 
 
 class Worker:
@@ -60,6 +78,8 @@ class Worker:
         `dequantize` lets the checkpoint be quantised. `group` is the prefix of its configuration keys.
         """
         self.processes, self.mesh = processes, mesh
+        self.teacher: Teacher | None = None
+        """The teacher, for statistics that need one."""
         self.dtype = compute_dtype(dtype, processes.device)
         key = f"{group}.model_name"
         with naming(key):
@@ -106,12 +126,22 @@ class Worker:
         """
         self.check_packing(batch)
         size, mine = self.mesh.data_size, self.share(batch, range(batch.num_sequences), max_tokens)
-        with self.at_work("the statistics of a batch"):
-            stats = statistics(self.policy, batch, mine, request, lambda done: progress(done * size), routing)
+        with self.at_work("the statistics of a batch"), self.taught(batch, request) as teach:
+            stats = statistics(self.policy, batch, mine, request, lambda done: progress(done * size), routing, teach)
             self._reshard()
         if routing is not None and routing.experts_T is not None:
             routing.experts_T = self.processes.sum(routing.experts_T.int(), self.mesh.data).to(torch.int16)
         return stats.map(lambda x: self.processes.sum(x, self.mesh.data))
+
+    @contextmanager
+    def taught(self, batch: TokenBatch, request: StatsRequest) -> Iterator[TeacherPass | None]:
+        """Give the pass of the teacher over microbatches of `batch`, if `request` needs one."""
+        if not request.needs_teacher:
+            yield None
+            return
+        assert self.teacher is not None
+        with self.teacher.teaching(batch) as teach:
+            yield teach
 
     def check_packing(self, batch: TokenBatch) -> None:
         """Compare sequences of `batch`, packed or in a padded block, with each alone in transformers' own forward.

@@ -32,9 +32,10 @@ VALUES += ["${trainer.seed}", "[[[[", "9" * 5000, "[" * 5000, "{1:2,null:3}", "x
 
 
 def needed(program: str) -> list[str]:
-    own = NEEDED["rl" if program in ("ppo", "spo", "spo_0p5", "path") else "supervised"]
+    own = NEEDED["rl" if program in ("ppo", "spo", "spo_0p5", "path", "distill") else "supervised"]
     model = "critic" if program == "rm" else "actor"
     own = [*own, f"{model}.model_name=m", f"{model}.max_length_per_device=512", "trainer.experiment_name=x"]
+    own += ["teacher.model_name=t"] * (program == "distill")
     return [*own, "rollout.env_path=e"] if own[0].startswith("train") else own
 
 

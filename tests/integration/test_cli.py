@@ -47,7 +47,7 @@ def test_a_program_that_is_not_there() -> None:
     result = CliRunner().invoke(app, ["train", "grpo"])
     assert (result.exit_code, str(result.exception)) == (
         1,
-        "rl2 train: grpo: choose one of sft, rm, dpo, ppo, spo, spo_0p5, path",
+        "rl2 train: grpo: choose one of sft, rm, dpo, ppo, spo, spo_0p5, path, distill",
     )
 
 

@@ -52,6 +52,14 @@ CASES = {
         "trainer.save_freq=2",
         "trainer.test_freq=4",
     ),
+    # with the average of the policy as a teacher, which is in the checkpoints
+    "ppo with a teacher": (
+        "actor.objective=ppo+0.5*opd",
+        "teacher.model_name=ema",
+        "teacher.ema_decay=0.5",
+        "trainer.save_freq=1",
+        "trainer.test_freq=4",
+    ),
     # with a critic, and with groups that are replaced
     "ppo with gae": (
         "adv.estimator=gae",
@@ -93,6 +101,8 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(case: str, world: World) -> N
 
 class Small:
     """What a checkpoint asks of a learner."""
+
+    kept_model = None
 
     def __init__(self, *sizes: int) -> None:
         self.policy = nn.Sequential(*(nn.Linear(n, m) for n, m in pairwise(sizes)))

@@ -1,7 +1,7 @@
 """Every layout of the processes gives the numbers of one process alone. Real processes, gloo.
 
 The models have an untied head, a vocabulary that two does not divide, and fewer key/value heads than some layouts have
-sequence-parallel processes.
+sequence-parallel processes. The teacher of `opd` and `gkd` has other sizes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from test_pair_cuts import gradients as of_pairs
 from test_pair_cuts import make_batch as make_pairs
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
+from RL2.config.model import Teacher
 from RL2.parallel.processes import Processes
 from RL2.workers.actor import Actor
 from RL2.workers.learner import Learner
+from RL2.workers.teacher import AveragedTeacher, make_teacher
 
 TOLERANCE = 1e-5
 DIFFERENCES = {"rank_jsd": 3e-5}
@@ -45,13 +47,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 }
 """Name -> number of processes, and the sizes that are set."""
 
-OBJECTIVES = ("sft", "spo", "ppo", "rank_jsd", "gspo")
-LONG, FEW, TRAINED = ("ppo", "rank_jsd"), ("sft", "spo"), ("spo", "ppo")
+OBJECTIVES = ("sft", "spo", "ppo", "rank_jsd", "gspo", "opd", "gkd")
+LONG, FEW, TRAINED = ("ppo", "rank_jsd", "gkd"), ("sft", "spo", "opd"), ("spo", "ppo", "gkd")
 """Objectives that are also tried with microbatches of one sequence; with few sequences or few that train; and for steps
 of the optimizer. The gradient of each is compared, so that these need no more than a tied and an untied head.
 """
 PAIRS = ("rm", "dpo")
-OF_FOUR = ("spo", "ppo", "dpo")
+OF_FOUR = ("spo", "ppo", "gkd", "dpo")
 """What layouts of four processes are tried with: they combine two layouts of two, which are tried with everything."""
 STEPS = 3
 
@@ -74,6 +76,8 @@ def run_layout(folder: Path, processes: Processes, sizes: dict[str, int]) -> dic
         train_on = "correct" if objective in ("spo", "rank_jsd") else "all"
         config = replace(config, objective=objective, train_on=train_on)
         actor = Actor(config, processes, 10, folder)
+        if actor.objective.needs_teacher:
+            actor.teacher = make_teacher(Teacher(model_name=str(folder / "teacher")), actor, config.temperature)
         results[objective] = of_policy(actor, mixed, 4096)
         if objective in LONG:
             results[f"{objective}, long"] = of_policy(actor, mixed, -(-longest // config.sp_size))
@@ -85,6 +89,12 @@ def run_layout(folder: Path, processes: Processes, sizes: dict[str, int]) -> dic
         if objective in TRAINED:
             metrics = [actor.update(mixed) for _ in range(STEPS)]
             results[f"{objective}, trained"] = {"grads": weights(actor), "metrics": metrics[-1]}
+        if objective == "gkd":  # the average of the policy, at another temperature, which gives it a gradient
+            average = AveragedTeacher(Teacher(model_name="ema", ema_decay=0.7, temperature=0.5), actor, 1.0)
+            actor.teacher = average
+            metrics = [actor.update(mixed) for _ in range(2)]
+            found = {name: whole(w) for name, w in average.weights()}
+            results["gkd, averaged, trained"] = {"grads": found, "metrics": metrics[-1]}
     for loss in (loss for loss in PAIRS if loss in tried):
         learner = make_learner(loss, folder, processes, sizes=sizes)
         pairs = make_pairs(loss, 5)
@@ -116,6 +126,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make = partial(Qwen3Config, vocab_size=51, intermediate_size=48, head_dim=8, initializer_range=0.2, **shape)
     Qwen3ForCausalLM(make(tie_word_embeddings=False)).save_pretrained(folder / "causal")
     Qwen3ForCausalLM(make(tie_word_embeddings=True)).save_pretrained(folder / "tied")
+    # another hidden size, and a padded vocabulary, which other processes hold other parts of
+    teacher = {"hidden_size": 24, "vocab_size": 54, "num_hidden_layers": 1, "num_attention_heads": 4}
+    Qwen3ForCausalLM(make(**teacher)).save_pretrained(folder / "teacher")
     value = make(num_labels=1, pad_token_id=0)
     Qwen3ForSequenceClassification(value).save_pretrained(folder / "value")
     return folder

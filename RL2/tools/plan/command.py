@@ -27,6 +27,7 @@ class PlanRequest:
     mean_length: PositiveFloat | None = None
     sequences: Count = 512
     rollout: bool = True
+    teacher: str | None = None
     peak_tflops: PositiveFloat = 989
     utilisation: PositiveFloat = 0.27
 
@@ -41,22 +42,19 @@ class PlanRequest:
 
     @property
     def shape(self) -> Shape:
-        """Shape of a known model, or of one whose configuration can be read. Raise UserError if it cannot."""
-        if self.model in PRESETS:
-            return PRESETS[self.model]
-        from transformers import AutoConfig
-
-        from RL2.models.multimodal import text_part
-
-        try:
-            config = AutoConfig.from_pretrained(self.model)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model={self.model}: {first_line(error)} (known offline: {', '.join(PRESETS)})") from error
-        return Shape.of(text_part(config))
+        """Shape of the model. Raise UserError if it cannot be read."""
+        return shape_of("model", self.model)
 
     @property
     def work(self) -> Work:
-        return Work(sequences=self.sequences, length=self.length, mean_length=self.mean, rollout=self.rollout)
+        teacher = None if self.teacher is None else shape_of("teacher", self.teacher)
+        return Work(
+            sequences=self.sequences,
+            length=self.length,
+            mean_length=self.mean,
+            rollout=self.rollout,
+            teacher=teacher,
+        )
 
     @property
     def machine(self) -> Machine:
@@ -66,6 +64,24 @@ class PlanRequest:
             utilisation=self.utilisation,
             node=self.gpus_per_node,
         )
+
+
+def shape_of(key: str, model: str) -> Shape:
+    """Return the shape of a known model, or of one whose configuration can be read, the value of `key`.
+
+    Raise UserError if it cannot.
+    """
+    if model in PRESETS:
+        return PRESETS[model]
+    from transformers import AutoConfig
+
+    from RL2.models.multimodal import text_part
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}={model}: {first_line(error)} (known offline: {', '.join(PRESETS)})") from error
+    return Shape.of(text_part(config))
 
 
 def table(request: PlanRequest) -> tuple[Group, bool]:

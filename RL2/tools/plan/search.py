@@ -17,6 +17,7 @@ from RL2.parallel.cost import (
     operations,
     peak,
     sync_traffic,
+    teacher_memory,
     traffic,
     training_memory,
 )
@@ -57,6 +58,8 @@ def cost(
 ) -> Plan:
     """Return the cost of `work` in this layout, whether it fits or not."""
     memory = training_memory(shape, layout, max_length, recompute=recompute)
+    if work.teacher is not None:
+        memory["teacher"] = teacher_memory(work.teacher, layout)
     engine = 2.0 * shape.parameters if work.rollout else 0.0  # the embedded engine is whole on each process
     state = memory["weights"] + memory["optimizer"]
     kv_cache = machine.memory - engine - (0.0 if offload else state) if work.rollout else 0.0
@@ -94,8 +97,16 @@ def _seconds(
     span = within | {"fsdp": layout.tp * layout.shards, "ddp": layout.size}
     wait = {axis: sum(x for (a, _), x in sent.items() if a == axis) / machine.rate(span[axis]) for axis in span}
     update = max(forward * (4 if recompute else 3), wait["fsdp"]) + wait["ddp"] + sum(wait[axis] for axis in within)
+    seconds = {"update": update}
+    if work.teacher is not None:  # a forward pass, with the all-gathers of one
+        sent = traffic(
+            work.teacher, layout, microbatches=microbatches, tokens=share, actions=share, recompute=recompute
+        )
+        gathered = sum(x for (axis, _), x in sent.items() if axis == "fsdp") / machine.rate(span["fsdp"]) / 4
+        speed = layout.sp * layout.tp * machine.peak * machine.utilisation
+        seconds["teacher"] = max(operations(work.teacher, share, work.mean_length) / speed, gathered)
     if not work.rollout:
-        return {"update": update}
+        return seconds
     mine = work.sequences / layout.size
     at_once = max(1.0, min(mine, 0.9 * kv_cache / (kv_bytes(shape) * work.length)))
     read = 2 * shape.parameters + at_once * kv_bytes(shape) * work.mean_length / 2
@@ -104,7 +115,7 @@ def _seconds(
         "rollout": math.ceil(mine / at_once) * work.length * token_s,
         # half of the all-gathers of an update, and no gradients
         "statistics": max(forward, wait["fsdp"] / 4),
-        "update": update,
+        **seconds,
         "weight sync": sync_traffic(shape, layout) / machine.rate(layout.tp * layout.shards),
     }
 

@@ -24,6 +24,8 @@ DAMAGES = 200
 class Small:
     """What a checkpoint asks of a learner."""
 
+    kept_model = None
+
     def __init__(self, value: float = 0.0) -> None:
         self.policy = nn.Linear(3, 5)
         nn.init.constant_(self.policy.weight, value)

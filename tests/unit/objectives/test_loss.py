@@ -289,13 +289,13 @@ def test_a_setting_without_effect_is_refused(settings: tuple[str, ...], message:
 
 @pytest.mark.parametrize("objective", ["sft", "spo", "spo_0p5", "binary_jsd", "rank_jsd", "rank_kl"])
 def test_what_reads_no_advantages_can_fine_tune(objective: str) -> None:
-    refuse_advantage_objectives(load("sft", [*SFT, f"actor.objective={objective}"]).actor)
+    refuse_advantage_objectives(load("sft", [*SFT, f"actor.objective={objective}"]))
 
 
 @pytest.mark.parametrize("objective", ["reinforce", "ppo", "gspo", "cispo", "sapo"])
 def test_what_reads_advantages_cannot(objective: str) -> None:
     with pytest.raises(ConfigError, match=f"actor.objective={objective} reads advantages, and rows of data have none"):
-        refuse_advantage_objectives(load("sft", [*SFT, f"actor.objective={objective}"]).actor)
+        refuse_advantage_objectives(load("sft", [*SFT, f"actor.objective={objective}"]))
 
 
 def test_the_probe_has_something_of_everything() -> None:
