@@ -20,6 +20,7 @@ LAYERS = (
     ("models", "data"),
     ("engines",),
     ("rollout",),
+    ("credit",),
     ("agents",),
     ("workers",),
     ("api",),
