@@ -156,10 +156,10 @@ def searched(rng: np.random.Generator, of: Told, budget: int, *, looks_at_all: b
     return search
 
 
-def coverage(repetitions: int, budget: int = 20_000) -> dict[str, float]:
+def coverage(seeds: Sequence[int], budget: int = 20_000) -> dict[str, float]:
     """Return how many intervals hold the truth after a search, of tokens and alternatives, and of whole answers."""
     held = looked = whole = decided = 0
-    for seed in range(repetitions):
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         of = told(rng, drawn(rng, rewards=(0, 0, 1) if seed % 4 else (0, 0.5, 1)))
         search = searched(rng, of, budget, looks_at_all=seed % 2 == 0)
@@ -171,10 +171,11 @@ def coverage(repetitions: int, budget: int = 20_000) -> dict[str, float]:
         right = [bounds.low - 1e-9 <= true <= bounds.high + 1e-9 for bounds, true in found]
         held, looked, whole = held + sum(right), looked + len(right), whole + all(right)
     return {
-        "repetitions": repetitions,
+        "repetitions": len(seeds),
+        "intervals": looked,
         "held": held / looked,
-        "answers_held": whole / repetitions,
-        "decided_tokens": decided / repetitions,
+        "answers_held": whole / len(seeds),
+        "decided_tokens": decided / len(seeds),
     }
 
 
@@ -276,7 +277,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     begun = perf_counter()
-    covered = coverage(options.repetitions)
+    covered = coverage(range(options.repetitions))
     print(f"coverage: {covered} in {perf_counter() - begun:.0f} s")
     found = {}
     for length in map(int, options.lengths.split(",")):

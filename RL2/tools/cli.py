@@ -327,6 +327,65 @@ def atlas(
     )
 
 
+@app.command()
+def credit(
+    run: Annotated[Path, typer.Argument(help="Folder of a run (its trainer.save_dir).")],
+    step: Annotated[str, typer.Option(help="A step stored by trainer.replay_freq, or latest.")] = "latest",
+    budget: Annotated[str, typer.Option(help="Tokens to sample, such as 500k or 2M.")] = "200k",
+    answers: Annotated[int, typer.Option(help="Number of the step's recorded answers to look at.", min=1)] = 20,
+    objectives: Annotated[
+        str, typer.Option(help="NAME [KEY=VALUE ...], ... as for replay. [default: those that fit the run]")
+    ] = "",
+    engine: Annotated[str, typer.Option(help="As rollout.engine. [default: the run's]")] = "",
+    rewards: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Least and largest reward of an answer.")] = "0,1",
+    longest_whole: Annotated[
+        int, typer.Option(help="Tokens up to which all places are looked at; longer answers are bisected.", min=1)
+    ] = 64,
+    precision: Annotated[float, typer.Option(help="Absolute advantage that counts as none.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of the continuations.", min=0)] = 0,
+) -> None:
+    """Measure which tokens decided the rewards of a stored step, by continuing its answers (docs/credit.md).
+
+    Prints the tokens with the largest advantages, and how well objectives agree with them. The results are also written
+    to the run's folder, where `rl2 view` finds them. A command that was interrupted continues.
+
+    Example: rl2 credit ckpts/spo --step 20 --budget 2M
+    """
+    from rich.console import Console
+
+    with ending("credit"):
+        from RL2.errors import ConfigError
+        from RL2.io.progress import Progress
+        from RL2.tools.credit.command import RESULT, CreditRequest, choose_step, parse_budget
+        from RL2.tools.credit.command import credit as measure
+        from RL2.tools.credit.table import tables
+        from RL2.trainer.run import replay_folder
+
+        try:
+            low, high = map(float, rewards.split(","))
+        except ValueError as error:
+            raise ConfigError(f"--rewards {rewards}: write two numbers, such as 0,1") from error
+        request = CreditRequest(
+            run=run,
+            step=step,
+            budget=parse_budget(budget),
+            answers=answers,
+            objectives=tuple(title.strip() for title in objectives.split(",") if title.strip()),
+            engine=engine,
+            rewards=(low, high),
+            longest_whole=longest_whole,
+            precision=precision,
+            seed=seed,
+        )
+        result = measure(request, Progress())
+        Console().print(tables(result))
+        for one in result["skipped"]:
+            print(f"row {one['row']}, sample {one['sample']} skipped: {one['reason']}")
+        for title, reason in result["left_out"].items():
+            print(f"{title} left out: {reason}")
+        print(f"written to {replay_folder(run, choose_step(run, step)) / RESULT}")
+
+
 @app.command("eval")
 def eval_(
     settings: Annotated[

@@ -153,10 +153,11 @@ def read_batch(file: Path) -> TokenBatch:
         raise UserError(f"{file} is damaged: {first_line(error)}") from error
 
 
-def run_config(run: Path, folder: Path, title: str) -> RLConfig:
+def run_config(run: Path, folder: Path, title: str, engine: str = "embedded") -> RLConfig:
     """Return the configuration of `run` with the objective and the overrides of `title`, and the model in `folder`.
 
-    Raise UserError if the file is missing, or if a setting does not fit.
+    `engine` is the one that samples; the default is for tools that do not sample, and empty stands for the run's. Raise
+    UserError if the file is missing, or if a setting does not fit.
     """
     try:
         name, *overrides = shlex.split(title)
@@ -172,7 +173,7 @@ def run_config(run: Path, folder: Path, title: str) -> RLConfig:
         values: Any = OmegaConf.to_container(OmegaConf.merge(fresh, given))
         values["actor"] |= {"model_name": str(folder), "ddp_size": 1, "sp_size": 1, "tp_size": 1, "ep_size": 1}
         values["actor"]["lora"] |= {"rank": 0, "save": "merged"}  # the adapters are merged into the kept weights
-        values["rollout"]["engine"] = "embedded"  # nothing is sampled
+        values["rollout"]["engine"] = engine or values["rollout"]["engine"]
         # the same term in every gradient would be in all cosines
         values["actor"]["moe"] = (values["actor"].get("moe") or {}) | {"aux_coef": 0.0, "z_coef": 0.0}
         values["rollout"]["model_name"] = values["ref_actor"]["model_name"] = str(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from random import Random
@@ -89,6 +90,38 @@ def write_replay(folder: Path, step: int, *, rows: int = 6) -> None:
     figures = {"loss": 0.25, "norm": 2.0, "tokens": sum(lengths), "entropy": 0.125, "correct": 1.5, "wrong": math.nan}
     found = [Replayed(title, **figures, weight_N=weight_N) for title, weight_N in weights.items()]
     save(Replay(step, found, {("spo", "sft"): 0.75, ("spo", "spo"): 1.0, ("sft", "sft"): 1.0}), kept / "replay.json")
+
+
+def write_credit(folder: Path, step: int, *, rows: int = 6) -> None:
+    """Credit of the rollouts of a step: the first token decided, and the alternative to it is hostile text."""
+    kept = replay_folder(folder, step)
+    kept.mkdir(exist_ok=True)
+    answers = []
+    for row in range(rows):
+        length, reward = row + 3, float((row + step) % 2)
+        after = 0.75 if reward else 0.25
+        other = {"at": 0, "text": HOSTILE, "advantage": [-0.2, -0.3, -0.1], "number": 40}
+        other["examples"] = [{"text": f" instead {HOSTILE}", "reward": 0.0}]
+        answers.append(
+            {
+                "row": row,
+                "sample": 0,
+                "group": row,
+                "reward": reward,
+                "token_ids": trajectory(row, 0, "", 0.0, length).sequences[0].token_ids,
+                "value": [[0.5, 0.4, 0.6], *[[after, after - 0.1, after + 0.1]] * (length - 1), [reward] * 3],
+                "number": [100] * (length + 1),
+                "advantage": [[after - 0.5, after - 0.7, after - 0.3], *[[0.0, -0.05, 0.05]] * (length - 1)],
+                "alternatives": [other],
+                "pulls": {"spo": [0.5] + [0.0] * (length - 1), "sft": [0.1] * length},
+            }
+        )
+    agreement = [
+        {"title": "sft", "rank": [0.0, -0.2, 0.2], "signed": None, "share": [0.3, 0.2, 0.4], "random": 0.25},
+        {"title": "spo", "rank": [0.9, 0.8, 1.0], "signed": [0.5, 0.4, 0.6], "share": None, "random": 0.25},
+    ]
+    credit = {"step": step, "rewards": [0.0, 1.0], "answers": answers, "agreement": agreement}
+    (kept / "credit.json").write_text(json.dumps(credit))
 
 
 def write_step(report: Report, step: int, rng: Random, *, rows: int = 6, hostile: bool = False) -> None:

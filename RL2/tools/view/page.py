@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from RL2.tools.view.run_index import RunIndex
 from RL2.tools.view.style import COLOURS, DASHES, PLOT_CONFIG, PLOT_LAYOUT
 
-SCRIPTS = ("data.js", "curves.js", "list.js", "calls.js", "reader.js", "rows.js", "start.js")
+SCRIPTS = ("data.js", "curves.js", "list.js", "calls.js", "credit.js", "reader.js", "rows.js", "start.js")
 """Files of static/ that are concatenated in this order."""
 EVERY_S = 2.0
 """Interval in seconds at which files are read again while a page is open."""

@@ -106,10 +106,16 @@ class RunFiles:
     """Rows that the run trains on: a name, and pieces of text with whether they train."""
     replays: dict[int, dict[bytes, dict[str, list[float]]]] = field(default_factory=dict)
     """Step -> token ids of a sequence -> objective -> a number for each action."""
+    credits: dict[int, dict[bytes, dict[str, Any]]] = field(default_factory=dict)
+    """Step -> token ids of an answer -> what `rl2 credit` measured."""
 
     @property
     def replay_files(self) -> list[Path]:
         return sorted(self.folder.glob("replay_[0-9]*/replay.json"))
+
+    @property
+    def credit_files(self) -> list[Path]:
+        return sorted(self.folder.glob("replay_[0-9]*/credit.json"))
 
 
 class RunIndex:
@@ -150,7 +156,7 @@ class RunIndex:
 
     def refresh(self) -> bool:
         """Read what is new, and return whether there was anything."""
-        replays = {file for run in self.runs for file in run.replay_files}
+        replays = {file for run in self.runs for file in (*run.replay_files, *run.credit_files)}
         cut_back = any(lines.is_another for run in self.runs for lines in (run.metrics, run.before, run.samples))
         if cut_back or (self.version and replays != self.seen_replays):
             self._open()
@@ -237,9 +243,11 @@ class RunIndex:
             self.columns["loss"][place] = None if row["loss"] is None else _short(row["loss"], 5)
             self.columns["length"][place] = row["length"]
             self.columns["token"][place] = len(self.tokens)
-            replayed = self._replayed(run, row) if row["split"] == "train" else {}
+            trains = row["split"] == "train"
+            replayed, credit = (self._replayed(run, row), self._credit(run, row)) if trains else ({}, None)
             self.tokens.add(
-                _token_item(row, replayed) | {"floors": floors}, 100 * row["length"] + 8 * len(row["tokens"])
+                _token_item(row, replayed) | {"floors": floors, "credit": credit},
+                100 * row["length"] + 8 * len(row["tokens"]),
             )
         return True
 
@@ -252,6 +260,16 @@ class RunIndex:
             with _readable(file):
                 run.replays[row["step"]] = _replay(file)
         return run.replays[row["step"]].get(np.asarray(row["token_ids"], np.int64).tobytes(), {})
+
+    def _credit(self, run: RunFiles, row: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the results of `rl2 credit` for a rollout; None if there are none."""
+        file = run.folder / f"replay_{row['step']:06d}" / "credit.json"
+        if not file.exists():
+            return None
+        if row["step"] not in run.credits:
+            with _readable(file):
+                run.credits[row["step"]] = _credits(file)
+        return run.credits[row["step"]].get(np.asarray(row["token_ids"], np.int64).tobytes())
 
     def chunks(self) -> Iterator[tuple[str, str]]:
         """Yield name and content of each chunk; `head` first."""
@@ -283,6 +301,11 @@ class RunIndex:
                     {"run": number, **table}
                     for number, run in enumerate(self.runs)
                     for table in map(_replay_table, run.replay_files)
+                ],
+                "credits": [
+                    {"run": number, **_agreement(file)}
+                    for number, run in enumerate(self.runs)
+                    for file in run.credit_files
                 ],
                 "columns": self.columns,
                 "roles": self.roles,
@@ -386,6 +409,48 @@ def _replay_table(file: Path) -> dict[str, Any]:
             for one in replay["cosines"]
         ]
         return {"step": int(replay["step"]), "objectives": objectives, "cosines": cosines}
+
+
+def _credits(file: Path) -> dict[bytes, dict[str, Any]]:
+    """Return token ids of each answer -> what the page shows of its credit; a bound has value, low and high."""
+    credit = json.loads(file.read_text(encoding="utf-8"))
+    found = {}
+    for one in credit["answers"]:
+        others = [
+            {
+                "at": int(other["at"]),
+                "text": str(other["text"]),
+                "advantage": _shorts(other["advantage"]),
+                "number": int(other["number"]),
+                "examples": [
+                    {"text": str(each["text"]), "reward": _finite(each["reward"])} for each in other["examples"]
+                ],
+            }
+            for other in one["alternatives"]
+        ]
+        found[np.asarray(one["token_ids"], np.int64).tobytes()] = {
+            "rewards": _shorts(credit["rewards"]),
+            "reward": _finite(one["reward"]),
+            "advantage": [_shorts(bounds) for bounds in one["advantage"]],
+            "value": [_shorts(bounds) for bounds in one["value"]],
+            "number": [int(number) for number in one["number"]],
+            "alternatives": others,
+            "pulls": {str(title): _shorts(pulls) for title, pulls in one["pulls"].items()},
+        }
+    return found
+
+
+def _agreement(file: Path) -> dict[str, Any]:
+    """Return the table of a step's credit: how well objectives and rules agree with it."""
+    with _readable(file):
+        credit = json.loads(file.read_text(encoding="utf-8"))
+        measures = ("rank", "signed", "share", "sign")
+        rows = [
+            {"title": str(row["title"]), "random": _finite(row["random"])}
+            | {name: row[name] and _shorts(row[name]) for name in measures if name in row}
+            for row in credit["agreement"]
+        ]
+        return {"step": int(credit["step"]), "agreement": rows}
 
 
 def _methods(named: Sequence[str]) -> tuple[list[str], list[list[Path]]]:

@@ -61,7 +61,7 @@ def test_shared_continuations_are_unbiased() -> None:
 
 def test_intervals_hold_after_an_adaptive_search() -> None:
     """Some of the 1,000 repetitions of benchmarks/credit.py: all intervals of an answer hold at once."""
-    found = coverage(60, budget=6_000)
+    found = coverage(range(60), budget=6_000)
     assert found["answers_held"] >= 0.95
     assert found["held"] >= 0.95
     assert found["decided_tokens"] > 0.5

@@ -157,6 +157,7 @@ function drawCurves() {
   if (!all.length) $("charts").append(el("p", { className: "empty" }, "No metrics yet."));
   for (const target of document.querySelectorAll(".plot")) visible.observe(target);
   $("replays").replaceChildren(...data.replays.flatMap(replayTable));
+  drawCredits();
   const settings = Object.entries(data.settings);
   $("settings").hidden = !settings.length;
   $("settings")

@@ -8,6 +8,7 @@ const STATISTICS = {
   loss: ["loss", "both"],
   pull: ["gradient weight", "both"],
   gap: ["trainer − engine, nats", "both"],
+  advantage: ["measured advantage", "both"],
 };
 const exp = (x) => (x === null ? null : Math.exp(x)); // null: no number
 const SHORT = { p: "p", p_max: "p max", rank: "rank", entropy: "entropy", loss: "loss", pull: "gradient", gap: "gap" };
@@ -17,6 +18,8 @@ function values(tokens, statistic) {
   if (statistic === "p") return tokens.logp.map(exp);
   if (statistic === "p_max") return tokens.max_logp.map(exp);
   if (statistic.startsWith("replay:")) return tokens.replay[statistic.slice(7)] ?? null;
+  if (statistic.startsWith("pull:")) return tokens.credit?.pulls[statistic.slice(5)] ?? null;
+  if (statistic === "advantage") return tokens.credit?.advantage.map(([value]) => value) ?? null;
   return tokens[statistic];
 }
 
@@ -24,7 +27,11 @@ function offered(tokens) {
   const own = Object.entries(STATISTICS)
     .filter(([key]) => values(tokens, key))
     .map(([key, [title]]) => [key, title]);
-  return [...own, ...Object.keys(tokens.replay).map((title) => [`replay:${title}`, `gradient weight by ${title}`])];
+  return [
+    ...own,
+    ...Object.keys(tokens.replay).map((title) => [`replay:${title}`, `gradient weight by ${title}`]),
+    ...Object.keys(tokens.credit?.pulls ?? {}).map((title) => [`pull:${title}`, `pull on the logit by ${title}`]),
+  ];
 }
 
 const kindOf = (statistic) => STATISTICS[statistic]?.[1] ?? "both";
@@ -275,7 +282,7 @@ function microscope(pane, n) {
   ]
     .filter(Boolean)
     .join(" · ");
-  return [pane.scale, pane.strip, box];
+  return [pane.scale, pane.strip, box, ...creditParts(pane)];
 }
 
 /** Colour all tokens; panes with the same statistic have the same scale. */
@@ -344,6 +351,7 @@ function point(pane, k) {
   span.classList.add("at");
   span.scrollIntoView({ block: "nearest" });
   span.parentElement.setAttribute("aria-activedescendant", span.id);
+  showAlternative(pane, k);
   showTip(pane, k);
 }
 
@@ -376,7 +384,7 @@ function showTip(pane, k) {
   tip.replaceChildren(
     el("span", { className: "place" }, `${whole(k + 1)} of ${whole(pane.spans.length)}`),
     el("b", {}, visibleText(name)),
-    el("dl", {}, ...figures, ...replayed),
+    el("dl", {}, ...figures, ...replayed, ...creditLines(tokens, k)),
     el(
       "ol",
       {},

@@ -1,0 +1,99 @@
+"""`rl2 credit` on a kept step, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import warm
+from programs import Run, World
+
+from RL2.tools.view.run_index import RunIndex
+
+pytestmark = pytest.mark.slow
+TITLES = "positive_ce, reinforce, spo, spo_0p5"
+OPTIONS = ("--budget", "6k", "--answers", "6", "--objectives", TITLES)
+
+
+@pytest.fixture(scope="module")
+def run(world: World) -> Run:
+    return world.run("ppo", "trainer.replay_freq=1", "trainer.max_steps=1", "adv.estimator=reinforce").succeeded()
+
+
+def rl2(run: Run, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return warm.run("RL2.tools.cli", "credit", str(run.save_dir), *arguments)
+
+
+@pytest.fixture(scope="module")
+def folder(run: Run) -> Path:
+    done = rl2(run, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert "agreement with the measured advantages" in done.stdout
+    return run.save_dir / "replay_000000"
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "credit.json").read_text())
+    return found
+
+
+def test_each_answer_has_values_with_intervals(result: dict[str, Any]) -> None:
+    assert len(result["answers"]) == 6
+    assert result["skipped"] == []
+    for one in result["answers"]:
+        length = len(one["tokens"])
+        assert len(one["value"]) == length + 1
+        assert one["value"][-1] == [one["reward"]] * 3
+        assert all(0 <= low <= value <= high <= 1 for value, low, high in one["value"])
+        assert all(low <= value <= high for value, low, high in one["advantage"])
+        assert sum(one["number"]) > 0
+
+
+def test_pulls_are_derivatives_of_the_loss(result: dict[str, Any]) -> None:
+    """Of -log p it is 1 - p times the token's weight, on rewarded answers alone; with advantages on all."""
+    for one in result["answers"]:
+        rest = [-math.expm1(logp) for logp in one["logp"]]
+        shares = [pull / share for pull, share in zip(one["pulls"]["positive_ce"], rest, strict=True)]
+        assert shares == pytest.approx([shares[0]] * len(shares), rel=1e-4)
+        assert (shares[0] > 0) == (one["reward"] > 0)
+        advantages = [pull / share for pull, share in zip(one["pulls"]["reinforce"], rest, strict=True)]
+        assert advantages == pytest.approx([advantages[0]] * len(advantages), rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_a_killed_command_continues_to_the_same_results(run: Run, folder: Path, share: float) -> None:
+    """As a kill leaves the file: cut at any byte."""
+    samples, before = folder / "credit_samples.jsonl", (folder / "credit.json").read_bytes()
+    whole = samples.read_bytes()
+    samples.write_bytes(whole[: int(share * len(whole))])
+    done = rl2(run, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "credit.json").read_bytes() == before
+    assert samples.read_bytes() == whole
+
+
+def test_the_viewer_finds_it(run: Run, result: dict[str, Any]) -> None:
+    index = RunIndex([str(run.save_dir)])
+    index.refresh()
+    shown = [item["credit"] for item in index.tokens.rest if item["credit"]]
+    assert len(shown) == 6
+    assert list(shown[0]["pulls"]) == TITLES.split(", ")
+
+
+def test_what_cannot_be_used(run: Run, result: dict[str, Any]) -> None:
+    for arguments, said in (
+        (("--step", "7"), "has kept 0; pass one of these, or latest"),
+        (("--budget", "many"), "--budget many: write a number of tokens, such as 500k or 2M"),
+        (("--rewards", "1,0"), "--rewards 1,0: the first must be below the second"),
+        (("--seed", "3", *OPTIONS), "was begun with other settings (seed)"),
+        (("--objectives", "grpo"), "actor.objective=grpo; choose one of"),
+        (("--engine", "hf"), "--engine hf: choose embedded, vllm or sglang"),
+    ):
+        done = rl2(run, *arguments)
+        assert done.returncode == 1
+        assert said in done.stderr, done.stderr
