@@ -17,7 +17,7 @@ Continue Convert Copy Count Create Cut Decode Describe Disable Do Draw Drop Enco
 Fill Find Flush Forget Form Format Free Give Hand Hold Implement Import Initialise Join Judge Keep Kill Launch Leave Let
 List Load Lock Log Look Make Map Mark Measure Merge Move Name Note Open Parse Pickle Plan Play Plot Post-train Prepare
 Print Probe Put Raise Read Receive Record Refuse Release Remove Rename Render Repeat Replace Report Restart Restore
-Return Round Run Sample Save Say Scale Send Serve Set Shard Show Split Start Stop Store Stream Sum Suspend Swap Take
+Return Round Run Sample Save Say Scale Search Send Serve Set Shard Show Split Start Stop Store Stream Sum Suspend Swap Take
 Tell Test Train Transfer Try Turn Undo Update Wait Watch Wrap Write Yield
 """
 """First words of function docstrings, sorted. Add a verb, in the imperative, when a new docstring needs one."""

@@ -1,4 +1,4 @@
-"""How well numbers of an objective agree with the measured advantages of tokens.
+"""Agreement of the numbers of an objective with the measured advantages of tokens.
 
 Shapes: T tokens of an answer.
 """

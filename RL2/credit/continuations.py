@@ -41,7 +41,7 @@ class Recorded:
 
     @cached_property
     def turns(self) -> list[tuple[int, list[int]]]:
-        """Where each turn begins in `token_ids`, and its tokens."""
+        """Each turn: its beginning in `token_ids`, and its tokens."""
         found, start = [], 0
         for sampled, run in groupby(self.sampled):
             end = start + len(list(run))

@@ -80,7 +80,7 @@ def make_case(one: KeptAnswer, kept: KeptStep, rewards: tuple[float, float], pre
 
 
 async def find_faults(cases: Sequence[Case], kept: KeptStep) -> None:
-    """Replay each answer to its end, and note why one cannot be replayed."""
+    """Note why answers cannot be replayed, by replaying each to its end."""
     for case in cases:
         if case.fault:
             continue

@@ -1,4 +1,4 @@
-"""How hard objectives pull on the logits of sampled tokens, from dense logits.
+"""Pulls of objectives on the logits of sampled tokens, from dense logits.
 
 Shapes: T positions of an answer, N actions among them, V vocabulary.
 """
