@@ -75,7 +75,7 @@ def mismatch(rows: Rows, batch_size: int, path: str) -> Rows:
     begins = [int(np.argmax(rows.trains[n])) for n in range(number)]
 
     def joined(values: Ragged) -> Ragged:
-        parts = [np.concatenate([values[n][: begins[n]], values[m][begins[m] :]]) for n, m in enumerate(other)]
+        parts = [np.concatenate([values[n][: begins[n]], values[m][begins[m] :]]) for n, m in enumerate(other.tolist())]
         return Ragged(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
 
     return Rows(joined(rows.ids), joined(rows.trains), per_row=1)

@@ -167,8 +167,8 @@ class Learner(Worker):
         assert actions.weight_T is not None
         loss_T, metrics = loss(stats, actions)
         trains_T = actions.weight_T != 0
-        means = {name: mean_of(metric, trains_T) for name, metric in metrics.items()}
-        means = {name: mean for name, mean in means.items() if mean is not None}
+        found = {name: mean_of(metric, trains_T) for name, metric in metrics.items()}
+        means = {name: mean for name, mean in found.items() if mean is not None}
         return {"loss": float((loss_T * actions.weight_T).sum())} | means
 
     def _stop(self, what: str, why: str, batch: TokenBatch) -> NoReturn:
