@@ -1,13 +1,9 @@
-"""What plays the episodes of a run: its agent, or the roles of its environment."""
+"""What plays the episodes of an agent."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from RL2.agents.roles import Opponent, RolePlayer
 from RL2.agents.session import Policy
 from RL2.config.agent import agent_of
-from RL2.rollout.environment import Environment
 from RL2.rollout.episodes import Player
 
 
@@ -24,10 +20,3 @@ def make_agent(
     from RL2.agents.player import AgentPlayer  # the endpoint needs packages that other runs do without
 
     return AgentPlayer(agent_of(key, agent), policy, timeout_s, max_running, variables)
-
-
-def make_player(
-    environment: Environment, agent: Player | None, policy: Policy, opponents: Mapping[str, Opponent]
-) -> Player | None:
-    """Return what plays the episodes of an environment; None: engine and environment in turn."""
-    return RolePlayer(policy, opponents) if environment.roles else agent

@@ -67,7 +67,7 @@ class Game:
         return await self._until_it_waits()
 
     async def answer(self, number: int, text: str) -> list[Asked]:
-        """Go on with the answer to a request, and return what the script asks for then."""
+        """Give the script the answer to a request, and return what it asks for then."""
         assert self.script is not None
         if self.script.get_loop() is not asyncio.get_running_loop():
             raise Unscored("another call blocked the event loop of the script, and this episode with it")

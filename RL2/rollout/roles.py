@@ -21,7 +21,7 @@ def by_role(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
 def _parts(trajectory: Trajectory) -> list[Trajectory]:
     if not trajectory.speakers:
         return [trajectory]
-    texts = {role: [] for role in trajectory.speakers}
+    texts: dict[str, list[str]] = {role: [] for role in trajectory.speakers}
     for turn, role in enumerate(trajectory.speakers):
         texts[role] += trajectory.texts[2 * turn : 2 * turn + 2]
     return [

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from RL2.agents.make import make_agent, make_player
+from RL2.agents.make import make_agent
+from RL2.agents.roles import RolePlayer
 from RL2.agents.session import Policy
 from RL2.batch.registry import configured as estimator_of
 from RL2.batch.role_means import RoleMeans
@@ -174,20 +175,7 @@ def build(config: RLConfig, run: Run) -> Parts:
     with progress.phase("loading the opponents"):
         opponents = Opponents(config, actor, longest)
     run.closing.callback(opponents.close)
-    policy = Policy(engine, tokenizer, template, ResponseParser(template), longest)
-    agent = make_agent(
-        config.rollout.agent,
-        "rollout.agent",
-        policy,
-        timeout_s=config.rollout.agent_timeout_s,
-        max_running=config.rollout.max_running_agents,
-        variables=config.rollout.agent_env,
-    )
-    player = make_player(tasks.environment, agent, policy, opponents.of(config.rollout.opponents))
-    tests = [
-        replace(each, player=make_player(each.environment, agent, policy, opponents.of(each.settings.opponents)))
-        for each in tasks.tests
-    ]
+    player, tests = make_players(config.rollout, tasks, engine, template, longest, opponents)
     setting = EpisodeSetting(engine, tasks.environment, tokenizer, config.rollout.max_turns, longest, template, player)
     episodes = Episodes(setting, ends, run.processes, config.rollout.is_async)
     scheduler = Scheduler(tasks.prompts, cursor, episodes, config, num_steps)
@@ -246,6 +234,32 @@ def refuse_lost_reference(config: RLConfig, step: int) -> None:
             f"the checkpoint of step {step} is between two refreshes of the reference (ref_actor.sync_every={every}), "
             "which it does not hold; resume from a checkpoint of a multiple of that with trainer.load_ckpt_from"
         )
+
+
+def make_players(
+    rollout: Rollout, tasks: Tasks, engine: Engine, template: Template, max_length: int, opponents: Opponents
+) -> tuple[Player | None, list[TestTasks]]:
+    """Return what plays the episodes of training, and the tests with what plays theirs.
+
+    It is None where engine and environment take turns. `max_length` is in tokens.
+    """
+    if rollout.agent is None and not any(environment.roles for environment in tasks.environments):
+        return None, tasks.tests
+    policy = Policy(engine, template.tokenizer, template, ResponseParser(template), max_length)
+    agent = make_agent(
+        rollout.agent,
+        "rollout.agent",
+        policy,
+        timeout_s=rollout.agent_timeout_s,
+        max_running=rollout.max_running_agents,
+        variables=rollout.agent_env,
+    )
+
+    def player(environment: Environment, named: Mapping[str, str]) -> Player | None:
+        return RolePlayer(policy, opponents.of(named)) if environment.roles else agent
+
+    tests = [replace(each, player=player(each.environment, each.settings.opponents)) for each in tasks.tests]
+    return player(tasks.environment, rollout.opponents), tests
 
 
 def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -62,7 +63,7 @@ from RL2.trainer.run import number_of_steps, refuse_another_base, refuse_another
 from RL2.trainer.supervised import Rows, pairs_reader, reads_reference, train_and_test
 from RL2.trainer.tasks import Example, Source, reader
 from RL2.trainer.teacher_tokens import refuse_another_tokenizer
-from RL2.types import Prompt, Sampling
+from RL2.types import Prompt, Sampling, Trajectory
 from RL2.workers.learner import refuse_no_recomputation, refuse_no_routers
 
 GIB = 2**30
@@ -360,6 +361,7 @@ def try_environment(
     tokenizer = template.tokenizer
     engine = ScriptedEngine(lambda token_ids, sampling: tokenizer.encode(RESPONSE, add_special_tokens=False))
     sampling = Sampling(config.rollout.train_sampling_params.max_new_tokens)
+    play: Callable[..., Coroutine[Any, Any, Trajectory]]
     if environment.roles:
         player = RolePlayer(Answering(engine, tokenizer, template, ResponseParser(template), longest), {})
         play = partial(player.play, max_turns=config.rollout.max_turns)
