@@ -12,13 +12,13 @@ DONE: tuple[str, ...] = ("RL2", "benchmarks", "envs", "examples")
 """Folders and files that are checked."""
 
 VERBS = """
-Add Allocate Allow Answer Append Apply Ask Become Begin Bind Build Call Cancel Check Clip Close Combine Compare Compute
-Continue Convert Copy Count Create Cut Decode Describe Disable Do Draw Drop Encode End Enter Evaluate Exclude Export
-Fill Find Flush Forget Form Format Free Give Hand Hold Implement Import Initialise Join Judge Keep Kill Launch Leave Let
-List Load Lock Log Look Make Map Mark Measure Merge Move Name Note Open Parse Pickle Plan Play Plot Post-train Prepare
-Print Probe Put Raise Read Receive Record Refuse Release Remove Rename Render Repeat Replace Report Restart Restore
-Return Round Run Sample Save Say Scale Search Send Serve Set Shard Show Split Start Stop Store Stream Sum Suspend Swap Take
-Tell Test Train Transfer Try Turn Undo Update Wait Watch Wrap Write Yield
+Add Allocate Allow Answer Append Apply Ask Become Begin Bind Build Call Cancel Check Clip Close Combine Compare
+Compute Continue Convert Copy Count Create Cut Decode Describe Disable Do Draw Drop Encode End Enter Evaluate Exclude
+Export Fill Find Flush Forget Form Format Free Give Hand Hold Implement Import Initialise Join Judge Keep Kill Launch
+Leave Let List Load Lock Log Look Make Map Mark Measure Merge Move Name Note Open Parse Pickle Plan Play Plot
+Post-train Prepare Print Probe Put Raise Read Receive Record Refuse Release Remove Rename Render Repeat Replace Report
+Restart Restore Return Round Run Sample Save Say Scale Search Send Serve Set Shard Show Split Start Stop Store Stream
+Sum Suspend Swap Take Tell Test Train Transfer Try Turn Undo Update Wait Watch Wrap Write Yield
 """
 """First words of function docstrings, sorted. Add a verb, in the imperative, when a new docstring needs one."""
 

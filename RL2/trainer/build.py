@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from RL2.batch.registry import configured as estimator_of
 from RL2.batch.role_means import RoleMeans
 from RL2.config.model import Teacher as TeacherConfig
 from RL2.config.programs import RLConfig
+from RL2.config.rollout import Rollout
 from RL2.config.values import START
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
@@ -32,7 +33,7 @@ from RL2.models.policy import configured_tokenizer, max_length, positions, refus
 from RL2.objectives.registry import needs_reference
 from RL2.rollout.continuation import decode
 from RL2.rollout.environment import Environment, load_environment, without_rewards, without_script
-from RL2.rollout.episodes import Episodes, EpisodeSetting
+from RL2.rollout.episodes import Episodes, EpisodeSetting, Player
 from RL2.rollout.hints import Hints
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer.alarms import Alarms
