@@ -1,12 +1,16 @@
 """Coverage and cost of token credit on tasks whose exact values are known.
 
-    python benchmarks/credit.py [--repetitions 1000] [--answers 20] [--out credit.svg] [--json FILE]
+    python benchmarks/credit.py [--repetitions 1000] [--answers 12] [--out credit.svg] [--json FILE]
+    python benchmarks/credit.py --compare RUN/replay_000020/credit.json OTHER/replay_000020/credit.json ...
 
 A task is a machine with a few states. Each token moves it from one state to another, and the last state has the reward.
 Dynamic programming over the states gives the exact value of every prefix. The first part draws tasks at random and
 counts how many intervals hold the true advantage after an adaptive search. The second part plants a few tokens that
 decide among many that do not, and counts the tokens that are sampled until the intervals of all planted ones exclude 0:
 by the search, and with the same number of continuations from every prefix.
+
+With --compare, nothing is sampled: it says how well the order of objectives by agreement is the same in several results
+of `rl2 credit`, such as those of other seeds.
 
 Shapes: T tokens of an answer, S states, V tokens of the vocabulary.
 """
@@ -18,13 +22,14 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 
 import numpy as np
 
+from RL2.credit.agreement import kendall
 from RL2.credit.intervals import mean_interval
 from RL2.credit.search import Answer, Bounds, Place, Search
 
@@ -246,6 +251,21 @@ def costs(answers: int, length: int, pivots: int) -> dict[str, list[int]]:
     return found
 
 
+def compare(files: Sequence[Path]) -> list[str]:
+    """Return lines about the order of objectives in several results of `rl2 credit`."""
+    tables = [
+        {row["title"]: row["rank"][0] for row in json.loads(file.read_text())["agreement"] if row["rank"]}
+        for file in files
+    ]
+    titles = [title for title in tables[0] if all(title in table for table in tables)]
+    titles.sort(key=lambda title: -fmean(table[title] for table in tables))
+    lines = [f"{title}: {', '.join(f'{table[title]:.3f}' for table in tables)}" for title in titles]
+    for a, b in combinations(range(len(tables)), 2):
+        tau = kendall([tables[a][title] for title in titles], [tables[b][title] for title in titles])
+        lines.append(f"Kendall's tau of {files[a]} and {files[b]}: {tau:.2f}")
+    return lines
+
+
 def plot(found: dict[int, dict[str, list[int]]], file: Path) -> None:
     """Draw the sampled tokens of each method against the length of the answer."""
     import matplotlib
@@ -270,12 +290,16 @@ def plot(found: dict[int, dict[str, list[int]]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=1000)
-    parser.add_argument("--answers", type=int, default=20)
-    parser.add_argument("--lengths", default="32,64,128,256")
+    parser.add_argument("--answers", type=int, default=12)
+    parser.add_argument("--lengths", default="32,64,128")
     parser.add_argument("--pivots", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--compare", type=Path, nargs="+")
     options = parser.parse_args()
+    if options.compare:
+        print("\n".join(compare(options.compare)))
+        return
     begun = perf_counter()
     covered = coverage(range(options.repetitions))
     print(f"coverage: {covered} in {perf_counter() - begun:.0f} s")

@@ -37,9 +37,8 @@ def rollout(page: Page, file: Path) -> Page:
 def test_hover_has_the_interval_of_the_token_and_of_its_alternative(rollout: Page) -> None:
     rollout.locator(".pane .said").nth(0).hover()
     tip = rollout.get_by_role("tooltip")
-    expect(tip.locator("dd.range")).to_have_text(
-        [MINUS.join(("", "0.25 (", "0.45 to ", "0.05)")), MINUS.join(("", "0.2 (", "0.3 to ", "0.1)"))]
-    )
+    other = MINUS.join(("", "0.2 (", "0.3 to ", "0.1)"))
+    expect(tip.locator("dd.range")).to_have_text(["+0.25 (+0.05 to +0.45)", other])
     rollout.locator(".pane .said").nth(1).hover()
     expect(tip.locator("dd.range")).to_have_text([f"0 ({MINUS}0.05 to +0.05)"])
     assert rollout.evaluate("window.owned") is None
@@ -73,7 +72,9 @@ def test_the_alternative_is_beside_the_answer(rollout: Page) -> None:
 
 def test_the_value_curve(rollout: Page) -> None:
     figure = rollout.get_by_role("img", name="Value along the answer")
-    assert figure.locator("polyline").get_attribute("points") == "0,0.5000 1,0.7500 2,0.7500 3,0.7500 4,1.0000"
+    assert (
+        figure.locator("polyline").get_attribute("points") == "0,0.5000 1,0.2500 2,0.2500 3,0.2500 4,0.0000"
+    )  # from the top
     expect(rollout.locator(".value .hint")).to_contain_text("500 continuations")
 
 
