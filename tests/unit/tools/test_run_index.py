@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,22 @@ def test_samples_of_older_runs_have_no_length(tmp_path: Path) -> None:
     (tmp_path / "run" / "samples.jsonl").write_text(json.dumps(old) + "\n")
     columns = head(RunIndex([str(tmp_path / "run")]))["columns"]
     assert {name: column[0] for name, column in columns.items() if column[0] is None} == dict.fromkeys(
-        ("group", "sample", "length", "loss", "token")
+        ("group", "sample", "role", "length", "loss", "token")
     )
     assert columns["mark"] == [1]
+
+
+def test_roles_of_an_episode_are_rollouts_with_their_names(tmp_path: Path) -> None:
+    report, whole = run(tmp_path / "run"), trajectory(3, "bet")
+    frozen = Trajectory(3, group=3, sample=0, texts=["Q", "pass"], role="second")
+    report.samples(0, "train", [replace(whole, role="first"), frozen, whole])
+    book = RunIndex([str(tmp_path / "run")])
+    columns, texts = head(book)["columns"], unpacked(book.chunk("text-0") or "")
+    assert head(book)["roles"] == ["first", "second"]
+    assert columns["role"] == [0, 1, None]
+    assert columns["reward"] == [1, None, 1], "nobody knows what an opponent earned"
+    assert [(item["role"], item["texts"][1]) for item in texts] == [("first", "bet"), ("second", "pass"), ("", "bet")]
+    assert len(book.runs[0].rollouts) == 3
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
