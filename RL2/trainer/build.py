@@ -278,8 +278,8 @@ def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:
     refuse_other_roles(rollout.opponents, environment, "rollout.opponents")
     prompts, tests = train_tasks(config, environment, read), test_tasks(config, environment, read)
     tasks = Tasks(environment, prompts, tests)
-    for each in tests:
-        refuse_other_roles(each.settings.opponents, each.environment, f"{each.settings.key}.opponents")
+    for test in tests:
+        refuse_other_roles(test.settings.opponents, test.environment, f"{test.settings.key}.opponents")
     for each in tasks.environments - {environment}:
         closing.callback(each.close)
     return tasks

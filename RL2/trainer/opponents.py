@@ -78,7 +78,8 @@ class Opponents:
         model_name = own.model_name if is_own else name
         tokenizer = configured_tokenizer(own, "actor") if is_own else load_tokenizer(name)
         policy = self._policy(model_name, Path(name) if is_own and name not in (START, LATEST) else None)
-        lm = policy.lm.to(self.device)
+        policy.to(self.device)
+        lm = policy.lm
         for parameter in lm.parameters():  # the rotary frequencies stay float32
             parameter.data = parameter.data.to(self.dtype)
         engine = EmbeddedEngine(
