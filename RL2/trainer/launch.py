@@ -64,9 +64,9 @@ def main(program: str, interval_s: float = INTERVAL_S) -> None:
 
                 refuse_advantage_objectives(config)
             elif isinstance(config, DPOConfig):
-                from RL2.objectives.registry import preference
+                from RL2.trainer.unused_settings import check_preference
 
-                preference(config.actor)
+                check_preference(config)
         if config.trainer.dry_run:
             from RL2.trainer.dry_run import rehearse
 

@@ -19,11 +19,11 @@ from RL2.batch.registry import configured as estimator_of
 from RL2.config.functions import function_of
 from RL2.config.model import Actor, Masks
 from RL2.config.model import Teacher as TeacherConfig
-from RL2.config.programs import RLConfig, SFTConfig
+from RL2.config.programs import DPOConfig, RLConfig, SFTConfig
 from RL2.config.values import EMA, START
 from RL2.errors import ConfigError
 from RL2.objectives.loss import total_loss, wanted_stats, with_weights
-from RL2.objectives.registry import BoundObjective, bind, configured, needs_reference
+from RL2.objectives.registry import BoundObjective, bind, configured, needs_reference, preference
 from RL2.ops.teacher_stats import Teacher, teacher_stats
 from RL2.ops.token_stats import token_stats
 from RL2.trainer.estimator_rules import check_estimator
@@ -107,6 +107,13 @@ def refuse_own_teacher(
             f"actor.objective={objective.name} has no gradient; add another objective, as in "
             f"actor.objective=ppo+{objective.name}, set teacher.hint=true, or name another teacher"
         )
+
+
+def check_preference(config: DPOConfig) -> None:
+    """Raise ConfigError for a loss of `dpo` that cannot be used, and for a reference that it does not read."""
+    loss, reference = preference(config.actor), config.ref_actor.model_name
+    if not loss.objective.reference and reference != config.actor.model_name:
+        raise ConfigError(f"ref_actor.model_name={reference} has no effect: actor.loss={loss.name} reads no reference")
 
 
 def refuse_advantage_objectives(config: SFTConfig) -> None:

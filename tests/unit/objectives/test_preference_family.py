@@ -14,6 +14,7 @@ from RL2.errors import ConfigError
 from RL2.objectives.registry import PREFERENCES, BoundObjective, bind, preference
 from RL2.objectives.unpaired import bco, kto
 from RL2.tools.check_objective.subject import synthetic_batch
+from RL2.trainer.unused_settings import check_preference
 from RL2.types import TokenBatch, TokenStats
 
 WHOLE = synthetic_batch(16).preferences().batch
@@ -104,6 +105,13 @@ def bound(*overrides: str) -> BoundObjective:
 def test_settings_that_do_not_fit_are_refused(overrides: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         bound(*overrides.split())
+
+
+def test_a_reference_that_is_not_read_is_refused() -> None:
+    other = "ref_actor.model_name=other"
+    check_preference(load("dpo", [*REQUIRED.split(), other]))
+    with pytest.raises(ConfigError, match=r"ref_actor.model_name=other has no effect: actor.loss=simpo reads no"):
+        check_preference(load("dpo", [*REQUIRED.split(), other, "actor.loss=simpo"]))
 
 
 def test_a_loss_has_its_own_defaults() -> None:
