@@ -153,6 +153,10 @@ class Rollout:
     compile: bool | None = None
     """Compile with torch.compile, in the embedded engine and in vLLM servers on CPUs. The first steps take longer, and
     CPUs need a C++ compiler. null: true on GPUs, false on CPUs."""
+    speculation: Literal["off", "auto", "always"] = "off"
+    """Guess the next tokens from other samples of the prompt, earlier answers and the text so far, and verify several
+    in one pass. The samples are those without. auto: where measured times say that it pays. always: wherever a guess is
+    known. Only in the embedded engine, for models with packed attention."""
     max_running_requests: Count = 256
     """Maximum number of requests that are decoded at a time; the others wait."""
     train_sampling_params: SamplingParams
@@ -217,6 +221,11 @@ class Rollout:
                 raise ConfigError(
                     f"rollout.{servers.key}.urls, args and env have no effect with rollout.engine={self.engine}"
                 )
+        if self.speculation != "off" and self.engine != "embedded":
+            raise ConfigError(
+                f"rollout.speculation={self.speculation} is for rollout.engine=embedded; vLLM's own speculation is set "
+                "with rollout.vllm.args=[--speculative-config,...]"
+            )
         for name in ("train_sampling_params", "test_sampling_params"):
             self.check_sampling(getattr(self, name), f"rollout.{name}")
 

@@ -123,6 +123,11 @@ def _embedded(
             f"rollout.compile=true compiles dense models with packed attention, and {policy.lm.config.model_type} "
             f"{why}; leave rollout.compile out"
         )
+    if rollout.speculation != "off" and not is_packed(policy.lm):
+        raise ConfigError(
+            f"rollout.speculation={rollout.speculation} has to go back to where a guess went wrong, and "
+            f"{policy.lm.config.model_type} samples through its own forward; leave rollout.speculation out"
+        )
     compiles = compilable and (device.type == "cuda" if rollout.compile is None else rollout.compile)
     if device.type == "cuda":
         compiles = compiles and not shares
@@ -136,6 +141,8 @@ def _embedded(
         owns_weights=not shares,
         compiles=compiles,
         records_experts=records_experts,
+        speculation=rollout.speculation,
+        reuses_prefixes=rollout.max_turns > 1 or rollout.agent is not None,
     )
 
 

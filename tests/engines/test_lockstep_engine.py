@@ -37,3 +37,10 @@ def test_a_setting_without_effect_is_refused(
     model = save_own_forward(tmp_path / "model", tokenizer, "lfm2")
     with pytest.raises(ConfigError, match=r"lfm2 samples through its own forward; leave rollout\.compile out"):
         serve("embedded", model, tmp_path, tokenizer, processes, "rollout.compile=true")
+
+
+def test_drafts_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> None:
+    """A recurrent state cannot go back to where a draft went wrong."""
+    model = save_own_forward(tmp_path / "model", tokenizer, "lfm2")
+    with pytest.raises(ConfigError, match=r"lfm2 samples through its own forward; leave rollout\.speculation out"):
+        serve("embedded", model, tmp_path, tokenizer, processes, "rollout.speculation=auto")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,9 +28,12 @@ from transformers import PreTrainedModel
 
 from RL2.engines.embedded.cache import PREFILL_TOKENS, Cache, Owners
 from RL2.engines.embedded.dense import DenseCache
+from RL2.engines.embedded.history import Trail
 from RL2.engines.embedded.lockstep import OwnForward
-from RL2.engines.embedded.packed import PackedForward
+from RL2.engines.embedded.packed import KVCache, PackedForward
+from RL2.engines.embedded.prefixes import PrefixTree
 from RL2.engines.embedded.sampling import sample, uniforms
+from RL2.engines.embedded.speculation import MAX_DRAFT, Mode, Speculation
 from RL2.engines.memory import bytes_per_position, free_bytes
 from RL2.errors import UserError
 from RL2.models.inspection import stored_buffers
@@ -37,6 +41,8 @@ from RL2.models.policy import positions
 from RL2.ops.attention import is_packed
 from RL2.types import Completion, Sampling
 
+PREFIX_SHARE = 0.25
+"""Share of the engine's memory that keys and values of ended requests may take."""
 PAUSE_S = 0.001
 """Poll interval of a suspended engine, in seconds."""
 
@@ -64,6 +70,9 @@ class _Request:
 
     num_noted: int = 0
     """Number of tokens whose experts are recorded."""
+
+    trail: Trail | None = None
+    """Its place in the history from which drafts come."""
 
     def note(self, experts: Tensor) -> None:
         """Record the experts of the last tokens that the model ran, except where they are recorded already.
@@ -129,8 +138,13 @@ class EmbeddedEngine:
         owns_weights: bool = False,
         compiles: bool = False,
         records_experts: bool = False,
+        speculation: Mode = "off",
+        reuses_prefixes: bool = False,
     ) -> None:
         """Serve `lm`; with `owns_weights` no other part uses it, so `sleep` may free its weights.
+
+        `speculation` says where several tokens are guessed and verified by one pass. With `reuses_prefixes`, keys and
+        values of sequences stay until the weights change, for later turns; not on GPUs or with sliding windows.
 
         With `records_experts`, completions have the experts that each router of a mixture of experts chose.
 
@@ -144,6 +158,13 @@ class EmbeddedEngine:
         self.device = next(lm.parameters()).device
         self.shapes = {name: tensor.shape for name, tensor in self._stored().items()} if owns_weights else {}
         """Shapes of the weights, which `sleep` frees; empty if they are not this engine's alone."""
+        # the time of this process's threads, which other programs disturb less; on GPUs they do not do the work
+        self.clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+        self.speculation = Speculation(speculation, self.clock) if speculation != "off" and is_packed(lm) else None
+        """Drafts of next tokens; None: each pass samples one token per request."""
+        can_reuse = isinstance(self.model, PackedForward) and not self.model.windows and self.device.type == "cpu"
+        can_reuse = can_reuse and not records_experts  # those of reused positions are not recorded again
+        self.prefixes = PrefixTree() if reuses_prefixes and can_reuse else None
         self.max_running_requests, self.memory_share = max_running_requests, memory_share
         self.version = 0
         self.waiting: deque[_Request] = deque()
@@ -208,6 +229,8 @@ class EmbeddedEngine:
         """Hold the lock between two steps, with all running requests back in the queue."""
         with self.gate.between_steps():
             self._start_over()
+            if self.prefixes is not None:  # they are of the old weights
+                self.prefixes.clear()
             yield
 
     def _start_over(self) -> None:
@@ -216,12 +239,14 @@ class EmbeddedEngine:
         self.cache = None
 
     def metrics(self) -> dict[str, float]:
-        return {}
+        drafted = self.speculation.metrics() if self.speculation else {}
+        return drafted | (self.prefixes.metrics() if self.prefixes else {})
 
     def close(self) -> None:
         if self.driver is not None:
             self.driver.cancel()
         self._drop()
+        self.prefixes = None
 
     async def _drive(self) -> None:
         """Run steps until no request is left; other tasks run in between."""
@@ -274,7 +299,11 @@ class EmbeddedEngine:
                 longest=self.longest,
                 max_length=self.max_length,
             )
-        return DenseCache(self.model, budget_bytes)
+        if self.prefixes is not None:
+            budget_bytes += self.memory_share * self.prefixes.num_bytes
+            self.prefixes.limit_bytes = PREFIX_SHARE * budget_bytes
+            budget_bytes -= self.prefixes.limit_bytes
+        return DenseCache(self.model, budget_bytes, MAX_DRAFT if self.speculation else 0, self.prefixes)
 
     def _admit(self, cache: Cache) -> None:
         if not self.waiting:
@@ -301,46 +330,91 @@ class EmbeddedEngine:
         held = [request.length - (row < first) for row, request in enumerate(self.running)]
         self._reserve(cache, held, keep=first)
         logits_PV = cache.prefill(owners)
+        if isinstance(cache, KVCache):
+            for key, sharing in owners.items():
+                cache.keep(sharing[0], list(key))
         prompt_of = {row: p for p, sharing in enumerate(owners.values()) for row in sharing}
         admitted = list(range(first, len(self.running)))
-        self._advance(
-            cache, admitted, logits_PV[torch.tensor([prompt_of[row] for row in admitted], device=self.device)]
-        )
+        index = torch.tensor([prompt_of[row] for row in admitted], device=self.device)
+        self._advance(cache, admitted, logits_PV[index], [[] for _ in admitted])
 
     def _decode(self, cache: Cache) -> None:
-        self._reserve(cache, [request.length for request in self.running], keep=len(self.running))
-        ids = [request.tokens[-1] for request in self.running]
-        positions = [request.length - 1 for request in self.running]
-        self._advance(cache, list(range(len(ids))), cache.decode(ids, positions))
+        drafts = self.speculation.drafts(self.running) if self.speculation else None
+        begun = self.clock()
+        guesses: list[list[int]] = drafts.tokens() if drafts else [[] for _ in self.running]
+        lengths = [request.length + len(guess) for request, guess in zip(self.running, guesses, strict=True)]
+        if drafts and any(guesses) and isinstance(cache, KVCache) and not cache.has_room(lengths):
+            drafts.drop()
+            guesses, lengths = [[] for _ in self.running], [request.length for request in self.running]
+        self._reserve(cache, lengths, keep=len(self.running))
+        requests = list(self.running)
+        guesses = guesses[: len(requests)]
+        positions = [request.length - 1 for request in requests]
+        if any(guesses):
+            assert isinstance(cache, KVCache)
+            ids = [[request.tokens[-1], *guess] for request, guess in zip(requests, guesses, strict=True)]
+            logits_TV = cache.verify(ids, positions)
+        else:
+            logits_TV = cache.decode([request.tokens[-1] for request in requests], positions)
+        counts = self._advance(cache, list(range(len(requests))), logits_TV, guesses)
+        if self.speculation:
+            self.speculation.learn(requests, drafts, counts, self.clock() - begun)
 
-    def _advance(self, cache: Cache, rows: list[int], logits_RV: Tensor) -> None:
-        """Draw a token for each of `rows`, and remove the finished requests."""
+    def _advance(self, cache: Cache, rows: list[int], logits_TV: Tensor, guesses: list[list[int]]) -> list[int]:
+        """Draw the next token for each of `rows`, and more while they equal the guesses; remove finished requests.
+
+        `logits_TV` are those after the last token of a row and after each guess. Returns the number of tokens per row.
+        """
         requests = [self.running[i] for i in rows]
-        params = [request.sampling for request in requests]
+        drawn = [
+            (request.sampling, len(request.tokens) + i)
+            for request, guess in zip(requests, guesses, strict=True)
+            for i in range(len(guess) + 1)
+        ]
         ids, logps = sample(
-            logits_RV,
-            torch.tensor([p.temperature for p in params]),
-            torch.tensor([p.top_p for p in params]),
-            torch.tensor([p.top_k for p in params]),
-            torch.tensor([p.min_p for p in params]),
-            torch.from_numpy(uniforms([p.seed for p in params], [len(r.tokens) for r in requests])),
+            logits_TV,
+            torch.tensor([p.temperature for p, _ in drawn]),
+            torch.tensor([p.top_p for p, _ in drawn]),
+            torch.tensor([p.top_k for p, _ in drawn]),
+            torch.tensor([p.min_p for p, _ in drawn]),
+            torch.from_numpy(uniforms([p.seed for p, _ in drawn], [place for _, place in drawn])),
         )
-        finished = []
-        for i, request, token, logp in zip(rows, requests, ids.tolist(), logps.tolist(), strict=True):
-            if not math.isfinite(logp):
-                raise BrokenWeights(f"the log-probability of token {token} is {logp}: the weights are broken")
-            if i in cache.experts:
-                request.note(cache.experts[i])
-            request.tokens.append(token)
-            request.logps.append(logp)
-            request.versions.append(self.version)
-            if (finish := self._finish(request)) is not None:
-                if not request.future.done():
-                    experts = torch.cat(request.experts) if request.experts else None
-                    done = Completion(request.tokens, request.logps, finish, request.versions, experts)
-                    request.future.set_result(done)
+        tokens = list(zip(ids.tolist(), logps.tolist(), strict=True))
+        finished, counts, begin = [], [], 0
+        for i, request, guess in zip(rows, requests, guesses, strict=True):
+            experts = cache.experts.get(i)
+            before, end = len(request.tokens), begin + len(guess) + 1
+            for j, ((token, logp), guessed) in enumerate(zip(tokens[begin:end], [*guess, None], strict=True)):
+                if experts is not None:  # of a whole prompt, or of the token before each drawn one
+                    request.note(experts[j : j + 1] if guess else experts)
+                is_finished = self._add(request, token, logp)
+                if is_finished or token != guessed:  # later guesses were made behind another token
+                    break
+            counts.append(len(request.tokens) - before)
+            if is_finished:
                 finished.append(i)
+                if isinstance(cache, KVCache):
+                    cache.keep(i, request.ids[:-1])  # the last token has not been run
+            begin = end
         self._leave(cache, finished)
+        return counts
+
+    def _add(self, request: _Request, token: int, logp: float) -> bool:
+        """Add a sampled token to a request; return whether it is the last one."""
+        if not math.isfinite(logp):
+            raise BrokenWeights(f"the log-probability of token {token} is {logp}: the weights are broken")
+        request.tokens.append(token)
+        request.logps.append(logp)
+        request.versions.append(self.version)
+        finish = self._finish(request)
+        if finish is not None:
+            if not request.future.done():
+                experts = torch.cat(request.experts) if request.experts else None
+                done = Completion(request.tokens, request.logps, finish, request.versions, experts)
+                request.future.set_result(done)
+            if self.speculation:
+                self.speculation.keep(request)
+        return finish is not None
 
     def _finish(self, request: _Request) -> Literal["stop", "length"] | None:
         sampling = request.sampling

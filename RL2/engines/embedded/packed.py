@@ -71,6 +71,10 @@ class Piece(NamedTuple):
     end: int
 
 
+Part = tuple[tuple[int, ...], Piece]
+"""A prompt, and the part of it that has to be run."""
+
+
 class KVCache(ABC):
     """Base of the caches of keys and values. Prompts run packed, a long one in pieces."""
 
@@ -80,7 +84,18 @@ class KVCache(ABC):
 
     @abstractmethod
     def attention(self, pieces: list[Piece]) -> Attend:
-        """Return the attention of packed prompts from their start, or of one later piece of one prompt."""
+        """Return the attention of packed pieces of prompts; the earlier pieces of each are in the cache."""
+
+    @abstractmethod
+    def run_several(self, ids: list[list[int]], positions: list[int]) -> Tensor:
+        """Run several new tokens of each row, the first at its position; return the logits after each, [T, V].
+
+        A later pass that gives positions again overwrites what they hold.
+        """
+
+    @abstractmethod
+    def has_room(self, lengths: list[int]) -> bool:
+        """Return whether the rows can grow to `lengths` tokens without another row leaving."""
 
     @abstractmethod
     def run_step(self, ids: list[int], positions: list[int]) -> Tensor:
@@ -91,27 +106,44 @@ class KVCache(ABC):
         with self._recording([1] * len(ids), [[row] for row in range(len(ids))]):
             return self.run_step(ids, positions)
 
+    def verify(self, ids: list[list[int]], positions: list[int]) -> Tensor:
+        """Run the last token of each row and guesses of those behind it; return the logits after each, [T, V]."""
+        self.experts = {}
+        with self._recording([len(new) for new in ids], [[row] for row in range(len(ids))]):
+            return self.run_several(ids, positions)
+
     def prefill(self, owners: Owners) -> Tensor:
         self.experts = {}
-        return torch.cat([self._pass(some) for some in self._passes(owners)])
+        new = [Piece(rows, self.restore(prompt, rows), len(prompt)) for prompt, rows in owners.items()]
+        return torch.cat([self._pass(some) for some in self._passes(list(zip(owners, new, strict=True)))])
 
-    def _passes(self, owners: Owners) -> Iterator[Owners]:
+    def restore(self, prompt: tuple[int, ...], rows: list[int]) -> int:
+        """Give the rows the keys and values of the prompt that are known already; return for how many tokens."""
+        return 0
+
+    def keep(self, row: int, token_ids: list[int]) -> None:  # noqa: B027
+        """Keep the keys and values of a row, which are those of `token_ids`, for later requests."""
+
+    def _passes(self, prompts: list[Part]) -> Iterator[list[Part]]:
         """Split prompts into forward passes."""
-        some: Owners = {}
+        some: list[Part] = []
         tokens = 0
-        for prompt, rows in owners.items():
-            if some and tokens + len(prompt) > pass_tokens(self.device):
+        for prompt, new in prompts:
+            if some and tokens + new.end - new.start > pass_tokens(self.device):
                 yield some
-                some, tokens = {}, 0
-            some[prompt] = rows
-            tokens += len(prompt)
+                some, tokens = [], 0
+            some.append((prompt, new))
+            tokens += new.end - new.start
         yield some
 
-    def _pass(self, owners: Owners) -> Tensor:
+    def _pass(self, prompts: list[Part]) -> Tensor:
         """Return the logits after each prompt. A prompt that is too long for one pass is alone and runs in pieces."""
-        for start in range(0, max(map(len, owners)), PREFILL_TOKENS):
-            pieces = [Piece(of, start, min(len(key), start + PREFILL_TOKENS)) for key, of in owners.items()]
-            logits_PV = self._run([key[start : start + PREFILL_TOKENS] for key in owners], pieces)
+        for done in range(0, max(new.end - new.start for _, new in prompts), PREFILL_TOKENS):
+            pieces = [
+                Piece(new.rows, new.start + done, min(new.end, new.start + done + PREFILL_TOKENS)) for _, new in prompts
+            ]
+            ids = [prompt[piece.start : piece.end] for (prompt, _), piece in zip(prompts, pieces, strict=True)]
+            logits_PV = self._run(ids, pieces)
         return logits_PV
 
     def _run(self, prompts: list[tuple[int, ...]], pieces: list[Piece]) -> Tensor:

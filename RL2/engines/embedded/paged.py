@@ -118,13 +118,28 @@ class PagedCache(KVCache):
     def attention(self, pieces: list[Piece]) -> Attend:
         return _Prefill(self, pieces)
 
+    def has_room(self, lengths: list[int]) -> bool:
+        new = sum(max(0, pages_of(length) - len(self.pages[row])) for row, length in enumerate(lengths))
+        return len(self.free) >= new + len(lengths)  # keep one page for each running request
+
     def run_step(self, ids: list[int], positions: list[int]) -> Tensor:
+        return self._run_tokens(ids, positions, np.arange(len(ids)))
+
+    def run_several(self, ids: list[list[int]], positions: list[int]) -> Tensor:
+        """Run several new tokens of each row. Attention treats each as a row of its own that shares the pages."""
+        counts = [len(new) for new in ids]
+        places = [first + i for first, count in zip(positions, counts, strict=True) for i in range(count)]
+        flat = [token for new in ids for token in new]
+        return self._run_tokens(flat, places, np.repeat(np.arange(len(ids)), counts))
+
+    def _run_tokens(self, ids: list[int], positions: list[int], rows: np.ndarray) -> Tensor:
+        """Run tokens at `positions` of the rows; return the logits after each."""
         count = len(ids)
         parts = -(-(max(positions) + 1) // (pages.PAGE * pages.PART_PAGES))
         num_rows, num_pages = rounded(count), rounded(parts) * pages.PART_PAGES
         inputs = np.zeros((num_rows, 2 + num_pages), dtype=np.int32)
         inputs[:count, 0], inputs[:count, 1] = ids, positions
-        inputs[:count, 2 : 2 + self.table_RP.shape[1]] = self.table_RP[:count, :num_pages]
+        inputs[:count, 2 : 2 + self.table_RP.shape[1]] = self.table_RP[rows, :num_pages]
 
         def run(inputs_RI: Tensor) -> Tensor:
             ids_R, positions_R, table_RP = inputs_RI[:, 0], inputs_RI[:, 1], inputs_RI[:, 2:]

@@ -6,6 +6,7 @@ Without a GPU the kernel runs under Triton's interpreter (conftest.py) and steps
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from RL2.engines.embedded import engine as engine_module
 from RL2.engines.embedded import packed as packed_module
 from RL2.engines.embedded.engine import EmbeddedEngine, OutOfMemory
 from RL2.engines.embedded.paged import PagedCache, pages_of, rounded
+from RL2.engines.embedded.speculation import Speculation
 from RL2.engines.memory import bytes_per_position
 from RL2.ops import paged_attention
 from RL2.ops.attention import IMPLEMENTATION
@@ -184,6 +186,19 @@ def test_samples_are_those_of_the_other_cache(lm: PreTrainedModel, num_pages: in
     paged = Paged(lm, 16, num_pages)
     alike(generate(paged, prompts(), sampling), generate(dense, prompts(), sampling))
     assert (paged.model.prefilled > dense.model.prefilled) == (num_pages == 16)
+
+
+@pytest.mark.parametrize(("num_pages", "most"), [(100, 100), (16, 1)])
+def test_drafts_change_nothing(lm: PreTrainedModel, num_pages: int, most: int) -> None:
+    """With little memory, drafts give way to requests. In the second epoch all drafts are right."""
+    sampling = Sampling(max_new_tokens=40, temperature=0.5)
+    plain, drafting = Paged(lm, 16, num_pages), Paged(lm, 16, num_pages)
+    drafting.speculation = Speculation("always", time.perf_counter)
+    right = generate(plain, prompts(), sampling)
+    for least in (0, most):
+        alike(generate(drafting, prompts(), sampling), right)
+        metrics = drafting.metrics()
+        assert metrics["engine/drafted"] >= metrics["engine/accepted"] >= least
 
 
 def dense_cache(engine: EmbeddedEngine) -> Any:

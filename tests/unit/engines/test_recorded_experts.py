@@ -65,6 +65,18 @@ def test_they_are_those_of_the_model_alone(model_type: str, is_packed: bool) -> 
     check(lm, asyncio.run(everything()))
 
 
+def test_accepted_drafts_have_theirs() -> None:
+    """In the second epoch most drafts are right; the experts of wrong ones belong to no token."""
+    lm = tiny_model(tiny_config("qwen3_moe")).eval()
+    engine = EmbeddedEngine(
+        packed(lm), decode=str, max_running_requests=3, memory_share=0.5, records_experts=True, speculation="always"
+    )
+    for least in (0, 60):
+        check(lm, generate(engine, PROMPTS, Sampling(max_new_tokens=25)))
+        metrics = engine.metrics()
+        assert metrics["engine/drafted"] >= metrics["engine/accepted"] >= least
+
+
 def test_a_forward_without_a_cache_records_new_tokens_alone() -> None:
     lm = tiny_model(tiny_config("mixtral")).eval()
     engine = make_engine(lm)
