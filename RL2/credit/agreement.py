@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from RL2.credit.search import Bounds
 
 
-def rank_correlation(a_T: Sequence[float], b_T: Sequence[float]) -> float:
+def rank_correlation(a_T: ArrayLike, b_T: ArrayLike) -> float:
     """Return Spearman's rank correlation, ties with their mean rank; 0 if all of one are equal: it ranks nothing."""
     ranks = [_ranks(np.asarray(values, float)) for values in (a_T, b_T)]
     deviations = [rank_T - rank_T.mean() for rank_T in ranks]
@@ -35,7 +36,8 @@ def agreement(pull_T: Sequence[float], advantages_T: Sequence[Bounds]) -> dict[s
     pulled towards their advantage; a pull of 0 counts as half. These two are missing without a decisive token, `share`
     also without any pull. `random` is the share of tokens that are decisive, which is what equal pulls would have.
     """
-    pulls, values = np.asarray(pull_T, float), np.array([bounds.value for bounds in advantages_T])
+    pulls: np.ndarray = np.asarray(pull_T, float)
+    values = np.array([bounds.value for bounds in advantages_T])
     decisive = np.array([bounds.is_decided for bounds in advantages_T])
     found = {"rank": rank_correlation(abs(pulls), abs(values)), "signed": rank_correlation(pulls, values)}
     if decisive.any():

@@ -54,9 +54,9 @@ class SyntheticBatch:
 
     def fresh(self) -> SyntheticBatch:
         """Return the batch as on the first update of a rollout without a reference: some fields are None."""
-        missing = {"old_logp_T": None, "ref_logp_T": None, "value_T": None, "covariance_rank_T": None}
-        none = replace(self.batch, **missing, nll_factor_T=None, baseline_T=None)
-        return replace(self, batch=none)
+        names = ("old_logp_T", "ref_logp_T", "value_T", "covariance_rank_T", "nll_factor_T", "baseline_T")
+        missing: dict[str, Any] = dict.fromkeys(names)
+        return replace(self, batch=replace(self.batch, **missing))
 
     def single(self) -> SyntheticBatch:
         """Return the batch in float32."""

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from RL2.config.programs import RLConfig
 from RL2.errors import UserError
-from RL2.objectives.loss import total_loss, with_weights
+from RL2.objectives.loss import total_loss, wanted_stats, with_weights
 from RL2.objectives.registry import configured
 from RL2.ops.token_stats import reference_stats
 from RL2.tools.replay import run_config, with_advantages
 from RL2.types import TokenBatch
-from RL2.workers.actor import Actor, wanted_stats
+from RL2.workers.actor import Actor
 
 
 class Objectives:
@@ -42,6 +42,8 @@ class Objectives:
         for title in titles:
             try:
                 config = run_config(run, folder, title, engine)
+                if configured(config.actor).needs_teacher or config.actor.kl.is_exact:
+                    raise UserError("it reads a second distribution, which credit does not compute")
                 weighted = with_weights(with_advantages(batch, config), config.actor)
             except UserError as error:
                 if all_needed:
@@ -61,10 +63,11 @@ class Objectives:
         logp_NV = log_probabilities(actor, self.batch.sequences([sequence]))
         for title, config in self.configs.items():
             part = self.batches[title].sequences([sequence])
-            actions, request = part.positions(part.action_T), wanted_stats(config.actor)
+            objective = configured(config.actor)
+            actions, request = part.positions(part.action_T), wanted_stats(config.actor, objective)
             z_NV = (logp_NV * request.temperature).requires_grad_()
             stats = reference_stats(z_NV / request.temperature, actions.labels_T, request.fields, request.top_k)
-            loss_N, _ = total_loss(stats, actions, config.actor, configured(config.actor))
+            loss_N, _ = total_loss(stats, actions, config.actor, objective)
             assert actions.weight_T is not None
             loss = (loss_N * actions.weight_T).sum()
             gradient_NV = torch.zeros_like(z_NV)
