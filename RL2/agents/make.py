@@ -1,4 +1,4 @@
-"""What plays the episodes of an agent."""
+"""The player of a run whose episodes an agent plays."""
 
 from __future__ import annotations
 
