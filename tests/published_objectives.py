@@ -34,11 +34,6 @@ def given(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     return batch.old_logp_T.exp(), batch.advantage_T
 
 
-def constant(value: float, like: Tensor) -> Tensor:
-    """Return a number as a tensor without gradient."""
-    return torch.full_like(like, value).detach()
-
-
 def importance_sampling(p_TV: Tensor, batch: TokenBatch) -> Tensor:
     """Return the off-policy policy gradient's surrogate."""
     old_T, advantage_T = given(batch)
@@ -90,8 +85,10 @@ def vespo(p_TV: Tensor, batch: TokenBatch, *, positive: tuple[float, float], neg
     parts = []
     for p, old, advantage in sequences(batch, sampled(p_TV, batch), *given(batch)):
         weight = math.prod((p / old).tolist())
-        kernel = [weight**c1 * math.exp(c2 * (1 - weight)) for c1, c2 in (positive, negative)]
-        parts.append(-torch.where(advantage >= 0, *(constant(k, advantage) for k in kernel)) * advantage * p.log())
+        up, down = (weight**c1 * math.exp(c2 * (1 - weight)) for c1, c2 in (positive, negative))
+        one = torch.ones_like(advantage)
+        kernel = torch.where(advantage >= 0, up * one, down * one)
+        parts.append(-kernel * advantage * p.log())
     return torch.cat(parts)
 
 

@@ -111,11 +111,9 @@ def test_at_a_ratio_of_1_all_have_the_gradient_of_reinforce(name: str) -> None:
 def test_gspo_summed_over_tokens_is_luspo() -> None:
     """`actor.avg_level=constant` is length-unbiased already."""
     logp_T, batch = rollout()
-    knobs = {"clip": 0.1, "clip_high": 0.2}
-    weights = [loss_weights(batch, level=level, length=16).double() for level in ("sequence", "constant")]  # type: ignore[arg-type]
-    luspo, gspo = (
-        run(name, (logp_T, batch), w_T, **knobs) for name, w_T in zip(("luspo", "gspo"), weights, strict=True)
-    )
+    mean_T, sum_T = loss_weights(batch, level="sequence"), loss_weights(batch, level="constant", length=16)
+    luspo = run("luspo", (logp_T, batch), mean_T.double(), clip=0.1, clip_high=0.2)
+    gspo = run("gspo", (logp_T, batch), sum_T.double(), clip=0.1, clip_high=0.2)
     assert_same_gradient((luspo[0], luspo[1] / 16), gspo, rtol=1e-6)  # weights are float32
 
 

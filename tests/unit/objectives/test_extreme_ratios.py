@@ -20,6 +20,8 @@ from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 LOG_RATIOS = (-1e4, -200.0, -89.0, -50.0, -1.0, 0.0, 1.0, 50.0, 79.0, 89.0, 200.0, 1e4)
 ADVANTAGES = (-2.0, 0.0, 0.5)
 KNOBS: dict[str, dict[str, Any]] = {"ppo": {"dual_clip": 3.0}}
+BASE: dict[str, dict[str, Any]] = {"dppo": {"ratio_max": 20.0}}
+"""Knobs without which a constant ratio that overflows is multiplied by a log p near 0."""
 REPRESENTABLE = 1e35
 """Float64 results above it are beyond float32, or nearly."""
 
@@ -60,7 +62,7 @@ def assert_right(found: Tensor, exact: Tensor) -> None:
     assert (found[~small].abs() > REPRESENTABLE / 100).all()
 
 
-CASES = [*((name, f, {}) for name, f in OBJECTIVES.items()), ("dpo", dpo, {}), ("ipo", ipo, {})]
+CASES = [*((name, f, BASE.get(name, {})) for name, f in OBJECTIVES.items()), ("dpo", dpo, {}), ("ipo", ipo, {})]
 CASES += [(f"{name} {knobs}", OBJECTIVES[name], knobs) for name, knobs in KNOBS.items()]
 
 

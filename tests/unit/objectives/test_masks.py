@@ -142,7 +142,7 @@ def test_clip_cov_draws_tokens_of_a_high_covariance() -> None:
     assert rank_T.tolist() == pytest.approx(higher)
     assert with_weights(batch, actor()).covariance_rank_T is None
 
-    knobs = {"covariance_share": 0.2, "covariance_low": 0.0, "covariance_high": 0.4}
+    knobs: dict[str, Any] = {"covariance_share": 0.2, "covariance_low": 0.0, "covariance_high": 0.4}
     dropped_T = ~kept(batch, train_on="all", **knobs)
     assert dropped_T.sum() == int(0.2 * len(logp))
     assert ((covariance_T[dropped_T] > 0) & (covariance_T[dropped_T] < 0.4)).all()
