@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from RL2.agents.make import make_player
+from RL2.agents.make import make_agent
+from RL2.agents.session import Policy
 from RL2.data.template import Template
+from RL2.data.tool_calls import ResponseParser
 from RL2.engines.scripted import ScriptedEngine
 from RL2.errors import ConfigError
 from RL2.rollout.environment import environment_of
@@ -34,6 +36,10 @@ def play(task):
 """
 
 
+def policy_of(engine: ScriptedEngine, template: Template) -> Policy:
+    return Policy(engine, template.tokenizer, template, ResponseParser(template), None)
+
+
 def played(tokenizer: PreTrainedTokenizerBase, folder: Path, left: str, *, trains: bool) -> Trajectory:
     """An episode of two conversations, of two responses and of one, whose answer is judged by `step`."""
     (folder / "agent.py").write_text(AGENT.replace("LEFT", left))
@@ -48,7 +54,7 @@ def played(tokenizer: PreTrainedTokenizerBase, folder: Path, left: str, *, train
 
     async def play() -> Trajectory:
         limits: dict[str, Any] = {"timeout_s": 60, "max_running": 1, "variables": ()}
-        player = make_player(f"{folder}/agent.py:play", "agent", engine, template, None, **limits)
+        player = make_agent(f"{folder}/agent.py:play", "agent", policy_of(engine, template), **limits)
         assert player is not None
         prompt = Prompt(0, "", [], {}, {}, [{"role": "user", "content": "How many?"}])
         sampling = Sampling(max_new_tokens=8, stop_token_ids=(tokenizer.eos_token_id,))
@@ -83,8 +89,8 @@ def test_an_answer_that_shall_not_train_does_not(
 
 
 def test_without_an_agent_there_is_no_player(tokenizer: PreTrainedTokenizerBase) -> None:
-    engine = ScriptedEngine(lambda ids, sampling: [1])
+    policy = policy_of(ScriptedEngine(lambda ids, sampling: [1]), Template(tokenizer))
     limits: dict[str, Any] = {"timeout_s": 60, "max_running": 1, "variables": ()}
-    assert make_player(None, "agent", engine, Template(tokenizer), None, **limits) is None
+    assert make_agent(None, "agent", policy, **limits) is None
     with pytest.raises(ConfigError, match=r"agent=no.py:play: no.py is not a file"):
-        make_player("no.py:play", "agent", engine, Template(tokenizer), None, **limits)
+        make_agent("no.py:play", "agent", policy, **limits)
