@@ -202,6 +202,8 @@ class TokenBatch:
     """int64: number of the trajectory that the sequence belongs to."""
     group_B: Tensor
     """int64: number of the prompt group; each role of an episode has a group of its own."""
+    teacher_B: Tensor | None = None
+    """int64: number of the sequence's teacher; None unless there are several."""
     truncated_B: Tensor | None = None
     """bool: its trajectory ran into a length limit; None if none did."""
     role_B: Tensor | None = None
@@ -264,8 +266,8 @@ class TokenBatch:
         """int64: index of the sequence that each position belongs to."""
         return torch.repeat_interleave(torch.arange(self.num_sequences, device=self.cu_seqlens.device), self.lengths_B)
 
-    def with_(self, **changes: Tensor) -> TokenBatch:
-        """Return a copy with other fields."""
+    def with_(self, **changes: Any) -> TokenBatch:
+        """Return a copy with other fields: tensors, or a batch as `told`."""
         return replace(self, **changes)
 
     def shared(self) -> SharedPrefix | None:

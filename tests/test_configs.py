@@ -138,7 +138,7 @@ def test_every_knob_says_what_it_means() -> None:
 
 
 MISTAKES = [
-    ("actor.kl.estimator=k9", "actor.kl.estimator='k9'; choose one of k1, k2, k3"),
+    ("actor.kl.estimator=k9", "actor.kl.estimator='k9'; choose one of k1, k2, k3, exact"),
     ("actor.kl.esimator=k2", "ppo has no key 'actor.kl.esimator'; did you mean actor.kl.estimator?"),
     ("+actor.kl.esimator=k2", "nothing reads actor.kl.esimator"),
     ("zzz=1", "ppo has no key 'zzz'"),
@@ -345,7 +345,7 @@ def test_a_mistake_ends_a_program_in_one_line() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == "spo: actor.kl.estimator='k9'; choose one of k1, k2, k3\n"
+    assert done.stderr == "spo: actor.kl.estimator='k9'; choose one of k1, k2, k3, exact\n"
     assert cpu_seconds_of_children() - before < 5  # so before anything heavy is imported or loaded
 
 

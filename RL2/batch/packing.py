@@ -6,6 +6,7 @@ import heapq
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -276,13 +277,32 @@ def units(batch: TokenBatch, ids: Seq[int], max_tokens: int) -> list[list[int]]:
 
 
 def microbatches(batch: TokenBatch, ids: Seq[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
-    """Return [rank][microbatch] -> sequences among `ids`: the `plan` of their `units`."""
+    """Return [rank][microbatch] -> sequences among `ids`: the `plan` of their `units`.
+
+    With several teachers, a microbatch has sequences of one, the same on every rank.
+    """
+    if batch.teacher_B is not None and ids:
+        teachers = batch.teacher_B.tolist()
+        alike = replace(batch, teacher_B=None)
+        parts = [[b for b in ids if teachers[b] == teacher] for teacher in sorted({teachers[b] for b in ids})]
+        by_teacher = [microbatches(alike, part, max_tokens, num_ranks) for part in parts]
+        return [[one for planned in by_teacher for one in planned[rank]] for rank in range(num_ranks)]
     together = units(batch, ids, max_tokens)
     length_B = batch.lengths_B.tolist()
     lengths = [sum(length_B[b] for b in unit) for unit in together]
     costs = [sum(cost(length_B[b]) for b in unit) for unit in together]
     planned = plan(lengths, max_tokens, num_ranks, costs)
     return [[[b for i in chosen for b in together[i]] for chosen in rank] for rank in planned]
+
+
+def stand_ins(batch: TokenBatch, planned: Seq[Seq[Seq[int]]]) -> list[int]:
+    """Return for each microbatch the sequence that a rank without one runs: the shortest that another rank has there.
+
+    `planned` is [rank][microbatch] -> sequences. It has the teacher of that microbatch.
+    """
+    lengths = batch.lengths_B.tolist()
+    running = ([b for ids in of_ranks for b in ids] for of_ranks in zip(*planned, strict=True))
+    return [min(ids or range(len(lengths)), key=lambda b: lengths[b]) for ids in running]
 
 
 ATTENTION_EQUALS_REST = 16_384

@@ -31,7 +31,7 @@ def load(program: str, overrides: Sequence[str]) -> Any:
     tree, values = composed(program, overrides)
     missing = unset(PROGRAMS[program], tree)
     rollout, teacher = tree.get("rollout"), tree.get("teacher")
-    is_taught = isinstance(teacher, dict) and teacher.get("model_name") is not None
+    is_taught = isinstance(teacher, dict) and bool(teacher.get("model_name") or teacher.get("models"))
     if isinstance(rollout, dict) and not (is_taught or rollout.get("env_path") or rollout.get("agent")):
         missing.append("teacher.model_name" if program == "distill" else "rollout.env_path")
     if missing:
@@ -107,6 +107,7 @@ FREE_GROUPS = (
     "reward.weights.",
     "rollout.opponents.",
     "test_data.opponents.",
+    "teacher.models.",
     "test_data.sets.",
     *COLUMNS,
 )

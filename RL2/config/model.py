@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from RL2.config.values import EMA, POLICY, Count, Index, NonNegative, PositiveFloat, Range, Share, interpolated
+from RL2.config.values import EMA, POLICY, START, Count, Index, NonNegative, PositiveFloat, Range, Share, interpolated
 from RL2.errors import ConfigError
 
 
@@ -511,6 +511,10 @@ class Teacher:
     """Hub name or folder of the teacher, which has the policy's tokenizer; start: the model that training starts from;
     ema: the exponential moving average of the policy; policy: the policy itself, with `hint`. It is frozen and has the
     actor's layout. null: no teacher."""
+    models: dict[str, Any] = field(default_factory=dict)
+    """Several teachers, by names of your own, in place of `model_name`: hub names or folders. Each row names one."""
+    column: str = "teacher"
+    """With models: field of a row's extra_info that names its teacher."""
     hint: bool = False
     """Let the teacher read what `hint` of the environment's script returns for a row, before the policy's response."""
     dequantize: bool = False
@@ -521,9 +525,30 @@ class Teacher:
     """With model_name=ema: share of the average that stays after each optimizer step; the rest is the policy. The
     average starts at the policy and is kept in checkpoints."""
 
+    @property
+    def is_on(self) -> bool:
+        """True if there is a teacher."""
+        return self.model_name is not None or bool(self.models)
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Models that are loaded for it alone, by key."""
+        if self.model_name not in (None, START, EMA, POLICY):
+            return {"teacher.model_name": str(self.model_name)}
+        return {f"teacher.models.{name}": str(model) for name, model in self.models.items()}
+
     def __post_init__(self) -> None:
-        if self.model_name is None and (self.dequantize or self.hint or self.temperature is not None):
+        if self.models and self.model_name is not None:
+            raise ConfigError(f"teacher.model_name={self.model_name} and teacher.models name teachers; set one of them")
+        for name, model in self.models.items():
+            if not isinstance(model, str) or model in (START, EMA, POLICY):
+                raise ConfigError(f"teacher.models.{name}={model}; expected a hub name or folder of a model")
+        if not self.models and self.column != type(self).column:
+            raise ConfigError(f"teacher.column={self.column} has no effect without teacher.models")
+        if not self.is_on and (self.dequantize or self.hint or self.temperature is not None):
             raise ConfigError("teacher.dequantize, hint and temperature have no effect without teacher.model_name")
+        if len(self.models) == 1:
+            raise ConfigError("teacher.models has one teacher; name it with teacher.model_name")
         if self.model_name == POLICY and not self.hint:
             raise ConfigError(
                 f"teacher.model_name={POLICY} without teacher.hint=true: the teacher would be the policy, which learns "

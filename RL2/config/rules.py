@@ -147,12 +147,18 @@ def hints_that_nobody_gives(actor: Actor, rollout: Rollout, train_data: TrainDat
 
 
 def exact_kl_beside_a_teacher(actor: Actor, teacher: Teacher) -> None:
-    """Refuse actor.kl.estimator=exact with teacher.model_name."""
-    if actor.kl.is_exact and teacher.model_name is not None:
+    """Refuse actor.kl.estimator=exact with a teacher."""
+    if actor.kl.is_exact and teacher.is_on:
         raise ConfigError(
-            f"actor.kl.estimator=exact with teacher.model_name={teacher.model_name}: an update compares the policy "
-            "with one other distribution; set actor.kl.estimator=k2"
+            "actor.kl.estimator=exact with a teacher: an update compares the policy with one other distribution; set "
+            "actor.kl.estimator=k2"
         )
+
+
+def teachers_without_rows(rollout: Rollout, train_data: TrainData, teacher: Teacher) -> None:
+    """Refuse teacher.models without rows, which name their teachers."""
+    if teacher.models and (train_data.path is None or rollout.agent is not None):
+        raise ConfigError("teacher.models needs train_data.path, whose rows name a teacher each, and no rollout.agent")
 
 
 def experts_of_an_engine_that_records_none(actor: Actor, rollout: Rollout) -> None:
@@ -220,7 +226,7 @@ def missing_environment(rollout: Rollout, actor: Actor, teacher: Teacher, test_s
     """Refuse a run without rollout.env_path and rollout.agent, unless a teacher is all that it learns from."""
     if rollout.env_path is not None or rollout.agent is not None:
         return
-    if teacher.model_name is None:
+    if not teacher.is_on:
         raise ConfigError("rollout.env_path is not set; pass rollout.env_path=...")
     needs = {"actor.train_on=correct": actor.train_on == "correct", "rollout.filter": rollout.filter is not None}
     needs["rollout.dynamic_filtering=true"] = rollout.dynamic_filtering
@@ -438,6 +444,7 @@ RL_RULES: tuple[Rule, ...] = (
     kl_without_importance_weight_on_policy,
     hints_that_nobody_gives,
     exact_kl_beside_a_teacher,
+    teachers_without_rows,
     experts_of_an_engine_that_records_none,
     adapters_alone,
     opponents_that_cannot_play,

@@ -75,4 +75,4 @@ def _shards(mesh: DeviceMesh, axis: str) -> DeviceMesh:
 
 def layout_group(group: str) -> str:
     """Return the group of keys with the sizes of the mesh of `group`; references and teachers have the actor's."""
-    return "actor" if group in ("ref_actor", "teacher") else group
+    return "actor" if group.startswith(("ref_actor", "teacher")) else group

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from RL2.batch.packing import pack
+from RL2.config.model import Teacher
 from RL2.config.scripts import described
 from RL2.data.prompts import Prompts, make_prompt
 from RL2.data.source import DataError
@@ -37,13 +41,11 @@ class Hints:
     processes: Processes
     longest: int
     """Maximum length of a sequence with its hint, in tokens."""
-    places: dict[int, int] = field(init=False)
-    """Row of the data file -> place among the prompts."""
 
-    def __post_init__(self) -> None:
-        rows = self.prompts.rows if isinstance(self.prompts, Prompts) else [[prompt.row] for prompt in self.prompts]
-        places = {int(row): place for place, row in enumerate(np.asarray(rows).reshape(-1))}
-        object.__setattr__(self, "places", places)
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Row of the data file -> place among the prompts."""
+        return places(self.prompts)
 
     def told(self, trajectories: Seq[Trajectory]) -> TokenBatch:
         """Return what the teacher reads: the sequences of `trajectories` with the hints in their prompts (collective).
@@ -117,6 +119,39 @@ class Hints:
             logps=[0.0] * new + sequence.logps[length:],
             rewards=[0.0] * new + sequence.rewards[length:],
         )
+
+
+@dataclass(frozen=True)
+class ChosenTeachers:
+    """The teacher that each row names, where there are several."""
+
+    prompts: Seq[Prompt]
+    config: Teacher
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Row of the data file -> place among the prompts."""
+        return places(self.prompts)
+
+    def numbers(self, trajectories: Seq[Trajectory]) -> Tensor:
+        """Return the number of the teacher of each trajectory, int64. Raise UserError for a row that names none."""
+        known, column = list(self.config.models), self.config.column
+        found = []
+        for trajectory in trajectories:
+            name = self.prompts[self.places[trajectory.row]].extra_info.get(column)
+            if name not in known:
+                raise UserError(
+                    f"row {trajectory.row + 1} has extra_info[{column!r}]={name!r}, and the teachers are "
+                    f"{', '.join(known)} (teacher.models)"
+                )
+            found.append(known.index(name))
+        return torch.tensor(found)
+
+
+def places(prompts: Seq[Prompt]) -> dict[int, int]:
+    """Return row of the data file -> place among the prompts."""
+    rows = prompts.rows if isinstance(prompts, Prompts) else [[prompt.row] for prompt in prompts]
+    return {int(row): place for place, row in enumerate(np.asarray(rows).reshape(-1))}
 
 
 def is_messages(value: Any) -> bool:

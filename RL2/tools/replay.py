@@ -27,7 +27,7 @@ from RL2.batch.registry import configured as estimator_of
 from RL2.config.load import words
 from RL2.config.model import Actor as ActorConfig
 from RL2.config.programs import RLConfig
-from RL2.config.values import EMA, START, build
+from RL2.config.values import build
 from RL2.errors import UserError, first_line, in_table
 from RL2.objectives.loss import by_token, total_loss, wanted_stats, with_weights
 from RL2.objectives.objective import Loss
@@ -148,7 +148,8 @@ def table(replayed: Replay) -> Group:
 def read_batch(file: Path) -> TokenBatch:
     """Return the batch in `file`. Raise UserError if it is not the batch of a run."""
     try:
-        return TokenBatch(**load_file(file))
+        tensors: dict[str, Any] = load_file(file)
+        return TokenBatch(**tensors)
     except (OSError, SafetensorError, TypeError) as error:
         raise UserError(f"{file} is damaged: {first_line(error)}") from error
 
@@ -201,8 +202,8 @@ def teacher_of(config: RLConfig, title: str, actor: Actor) -> Teacher | None:
     if not (objective := configured(config.actor)).needs_teacher:
         return None
     check_teacher(config.teacher, objective)
-    if (name := config.teacher.model_name) in (START, EMA) or config.teacher.hint:
-        what = "teacher.hint=true" if config.teacher.hint else f"teacher.model_name={name}"
+    if not config.teacher.named or config.teacher.hint:
+        what = "teacher.hint=true" if config.teacher.hint else f"teacher.model_name={config.teacher.model_name}"
         raise UserError(f"{title}: {what} is not kept with a step; pass the folder of a model, and no hint")
     return make_teacher(config.teacher, actor, config.actor.temperature)
 

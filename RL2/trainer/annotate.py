@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from RL2.config.programs import RLConfig
 from RL2.io.progress import Progress
 from RL2.objectives.loss import kl_estimate, overlong_penalty
 from RL2.objectives.registry import find
-from RL2.rollout.hints import Hints
+from RL2.rollout.hints import ChosenTeachers, Hints
 from RL2.types import TokenBatch, Trajectory
 from RL2.workers.actor import Actor, Reference
 from RL2.workers.critic import Critic
@@ -34,15 +33,19 @@ def annotate(
     role_means: RoleMeans | None = None,
     progress: Progress | None = None,
     hints: Hints | None = None,
+    chosen: ChosenTeachers | None = None,
 ) -> TokenBatch:
     """Return `batch` with what an update reads: old and reference log-probabilities, values, returns, advantages.
 
-    `trajectories` are those that were packed into `batch`; estimators that read parts of rewards or means of roles, and
-    hints for a teacher, need them. The rewards are added to `role_means`.
+    `trajectories` are those that were packed into `batch`; estimators that read parts of rewards or means of roles,
+    hints for a teacher, and the choice of one need them. The rewards are added to `role_means`.
     """
     progress, number = progress or Progress(speaks=False), batch.num_sequences
     if hints is not None:
-        batch = replace(batch, told=hints.told(trajectories))
+        batch = batch.with_(told=hints.told(trajectories))
+    if chosen is not None:
+        teacher_B = chosen.numbers(trajectories)[batch.trajectory_B]
+        batch = batch.with_(teacher_B=teacher_B, told=batch.told and batch.told.with_(teacher_B=teacher_B))
     kl, adv, select = config.actor.kl, config.adv, config.actor.select
     kl_in_advantage = reference is not None and kl.type != "loss"
     estimator = estimator_of(adv)

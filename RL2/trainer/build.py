@@ -34,7 +34,7 @@ from RL2.objectives.registry import needs_reference
 from RL2.rollout.continuation import decode
 from RL2.rollout.environment import Environment, load_environment, without_rewards, without_script
 from RL2.rollout.episodes import Episodes, EpisodeSetting, Player
-from RL2.rollout.hints import Hints
+from RL2.rollout.hints import ChosenTeachers, Hints
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer.alarms import Alarms
 from RL2.trainer.annotate import annotate
@@ -49,7 +49,7 @@ from RL2.trainer.token_log import TokenLog
 from RL2.types import Prompt, TokenBatch, Trajectory
 from RL2.workers.actor import Actor, AdapterFreeReference, RefActor, Reference
 from RL2.workers.critic import Critic
-from RL2.workers.teacher import FrozenTeacher, make_teacher
+from RL2.workers.teacher import FrozenTeacher, SeveralTeachers, make_teacher
 from RL2.workers.worker import Teacher, Worker
 
 
@@ -81,13 +81,19 @@ class Models:
     critic: Critic | None
 
     @property
+    def teachers(self) -> list[FrozenTeacher]:
+        """Return the teachers with weights of their own."""
+        teacher = self.actor.teacher
+        found = teacher.teachers if isinstance(teacher, SeveralTeachers) else [teacher]
+        return [one for one in found if isinstance(one, FrozenTeacher)]
+
+    @property
     def readers(self) -> dict[str, PreTrainedModel]:
         """Return the models that read the sampled tokens, by the key that names them."""
         found = {"actor.model_name": self.actor.lm}
         if isinstance(self.reference, RefActor):
             found["ref_actor.model_name"] = self.reference.lm
-        if isinstance(self.actor.teacher, FrozenTeacher):
-            found[self.actor.teacher.key] = self.actor.teacher.lm
+        found |= {teacher.key: teacher.lm for teacher in self.teachers}
         if self.critic is not None:
             found["critic.model_name"] = self.critic.lm
         return found
@@ -154,7 +160,8 @@ def build(config: RLConfig, run: Run) -> Parts:
     with progress.phase("loading the models"):
         models = load_models(config, run, num_steps)
     actor, critic = models.actor, models.critic
-    named = {"actor": actor, "ref_actor": models.reference, "teacher": actor.teacher, "critic": critic}
+    named: dict[str, object] = {"actor": actor, "ref_actor": models.reference, "critic": critic}
+    named |= {teacher.key.removesuffix(".model_name"): teacher for teacher in models.teachers}
     progress.say(*(describe_model(name, worker) for name, worker in named.items() if isinstance(worker, Worker)))
     with naming("actor.model_name"):
         ends = stop_tokens(actor.lm, tokenizer, template)
@@ -218,6 +225,7 @@ def build(config: RLConfig, run: Run) -> Parts:
             role_means=role_means,
             progress=progress,
             hints=make_hints(config, tasks, models, template, run),
+            chosen=ChosenTeachers(tasks.prompts, config.teacher) if config.teacher.models else None,
         ),
         report=report,
         token_log=token_log,
@@ -291,8 +299,8 @@ def make_hints(config: RLConfig, tasks: Tasks, models: Models, template: Templat
         return None
     if not tasks.environment.has_hint:
         raise ConfigError(f"teacher.hint=true, and {tasks.environment.path} has no `def hint(extra_info)`")
-    teacher = models.actor.teacher
-    longest = positions((teacher.lm if isinstance(teacher, FrozenTeacher) else models.actor.lm).config) + 1
+    readers = [teacher.lm for teacher in models.teachers] or [models.actor.lm]
+    longest = min(positions(lm.config) for lm in readers) + 1
     return Hints(tasks.prompts, tasks.environment, template, run.processes, longest)
 
 
@@ -312,7 +320,7 @@ def load_models(config: RLConfig, run: Run, num_steps: int) -> Models:
         actor.teacher = reference_as_teacher(config, actor)
     elif needs_reference(config.actor):
         ref_actor = make_reference(config, actor)
-    if config.teacher.model_name is not None:
+    if config.teacher.is_on:
         actor.teacher = make_teacher(config.teacher, actor, config.actor.temperature)
     if estimator_of(config.adv).needs_critic:
         critic = Critic(config.critic, run.processes, num_steps * config.critic.update_per_rollout, run.save_dir)

@@ -9,7 +9,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -27,7 +27,7 @@ from RL2.batch.registry import configured as estimator_of
 from RL2.config.here import missing_for_critic, missing_here
 from RL2.config.model import Critic, RefActor, Teacher, Trainable, TrainableChat, TrainablePolicy, num_shards
 from RL2.config.programs import Config, DPOConfig, RLConfig, SFTConfig, trained
-from RL2.config.values import EMA, LATEST, POLICY, START
+from RL2.config.values import EMA, LATEST, START
 from RL2.data.bad_rows import BadRows
 from RL2.data.chat import is_chat, question_of
 from RL2.data.cursor import Cursor
@@ -207,20 +207,22 @@ def look_at_other_models(config: Config, found: Findings) -> dict[str, PreTraine
             used.append(("ref_actor", config.ref_actor, Policy, config.actor))
     if isinstance(config, RLConfig) and estimator_of(config.adv).needs_critic:
         used.append(("critic", config.critic, ValueModel, config.critic))
-    if isinstance(config, RLConfig | SFTConfig) and config.teacher.model_name not in (None, START, EMA, POLICY):
-        used.append(("teacher", config.teacher, Policy, config.actor))
+    if isinstance(config, RLConfig | SFTConfig):
+        for key, model_name in config.teacher.named.items():
+            teacher = Teacher(model_name=model_name, dequantize=config.teacher.dequantize)
+            used.append((key.removesuffix(".model_name"), teacher, Policy, config.actor))
     models = {}
     for group, settings, kind, model in used:
         name = settings.model_name
         assert name is not None
-        key = f"{group}.model_name"
+        key = group if group.startswith("teacher.models.") else f"{group}.model_name"
         with naming(key):
             if (folder := folder_of(name)) is None:
                 found.miss(group, f"{name}, on the hub")
                 continue
             lm = models[key] = look_at_weights(kind, folder, name, settings.dequantize, found.progress)
-        if isinstance(settings, Teacher):
-            refuse_another_tokenizer(settings, model.model_name, configured_tokenizer(config.actor, "actor"))
+        if isinstance(settings, Teacher) and isinstance(model, TrainableChat):
+            refuse_another_tokenizer(settings, model.model_name, configured_tokenizer(model, "actor"))
         check_sizes(lm, model.tp_size, model.sp_size, layout_group(group))
         check_experts(lm, model.ep_size, layout_group(group))
         if kind is ValueModel and model.gradient_checkpointing:
@@ -508,8 +510,8 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
     here = shape.parameters / (layout.tp * layout.shards)
     beside: dict[str, float] = {}
     if isinstance(config, RLConfig | SFTConfig):
-        taught = teacher_shape(config.teacher, shape, is_adapted=bool(adapters))
-        beside |= {} if taught is None else {"teacher": teacher_memory(taught, layout, dtype.itemsize)}
+        taught = teacher_shapes(config.teacher, shape, is_adapted=bool(adapters))
+        beside |= {"teacher": sum(teacher_memory(one, layout, dtype.itemsize) for one in taught)}
     if isinstance(config, RLConfig):
         if needs_reference(config.actor) and not (adapters and config.ref_actor.model_name == config.actor.model_name):
             beside["reference"] = MASTER * here
@@ -530,17 +532,16 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
         found.say("", f"this GPU has {bytes_in_words(torch.cuda.mem_get_info()[1])}")
 
 
-def teacher_shape(teacher: Teacher, policy: Shape, *, is_adapted: bool) -> Shape | None:
-    """Return the shape of a teacher with weights of its own, if it is known; `policy` is that of the policy."""
-    if teacher.model_name in (None, POLICY) or (teacher.model_name == START and is_adapted):
-        return None
-    if teacher.model_name in (START, EMA):
-        return policy
-    assert teacher.model_name is not None
-    try:
-        return None if folder_of(teacher.model_name) is None else Shape.of(configuration(teacher.model_name))
-    except UserError:
-        return None
+def teacher_shapes(teacher: Teacher, policy: Shape, *, is_adapted: bool) -> list[Shape]:
+    """Return the shapes, as far as they are known, of teachers with weights of their own; `policy` is the policy's."""
+    if teacher.model_name == EMA or (teacher.model_name == START and not is_adapted):
+        return [policy]
+    found = []
+    for name in teacher.named.values():
+        with suppress(UserError):
+            if folder_of(name) is not None:
+                found.append(Shape.of(configuration(name)))
+    return found
 
 
 def bytes_in_words(number: float) -> str:

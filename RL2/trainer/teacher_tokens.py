@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from RL2.config.model import Teacher
-from RL2.config.values import EMA, POLICY, START
 from RL2.errors import ConfigError, naming
 from RL2.models.policy import load_tokenizer
 
@@ -22,16 +21,14 @@ def refuse_another_tokenizer(teacher: Teacher, model_name: str, tokenizer: PreTr
     Contents are compared, not names: the id of each token, added ones too, and how text is cut into them. Templates may
     differ, since a teacher reads the ids of the policy's conversations.
     """
-    if teacher.model_name in (None, START, EMA, POLICY):
-        return
-    assert teacher.model_name is not None
-    with naming("teacher.model_name"):
-        other = load_tokenizer(teacher.model_name)
-    if why := difference(tokenizer, other):
-        raise ConfigError(
-            f"teacher.model_name={teacher.model_name} has another tokenizer than actor.model_name={model_name}: {why}; "
-            "a teacher must give each token the same id"
-        )
+    for key, name in teacher.named.items():
+        with naming(key):
+            other = load_tokenizer(name)
+        if why := difference(tokenizer, other):
+            raise ConfigError(
+                f"{key}={name} has another tokenizer than actor.model_name={model_name}: {why}; a teacher must give "
+                "each token the same id"
+            )
 
 
 def difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str:

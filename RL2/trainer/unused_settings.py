@@ -78,16 +78,15 @@ def refuse_unused_settings(config: RLConfig) -> None:
 
 def check_teacher(teacher: TeacherConfig, objective: BoundObjective) -> None:
     """Raise ConfigError for an objective without the teacher that it needs, and for a teacher that nothing reads."""
-    if objective.needs_teacher and teacher.model_name is None:
+    if objective.needs_teacher and not teacher.is_on:
         read = ", ".join(name for name in TEACHER_MENU if name in objective.fields)
         raise ConfigError(
             f"actor.objective={objective.name} reads {read} of a teacher, and there is none; pass "
             "teacher.model_name=..."
         )
-    if teacher.model_name is not None and not objective.needs_teacher:
-        raise ConfigError(
-            f"teacher.model_name={teacher.model_name} has no effect: actor.objective={objective.name} reads no teacher"
-        )
+    if teacher.is_on and not objective.needs_teacher:
+        given = "teacher.models" if teacher.models else f"teacher.model_name={teacher.model_name}"
+        raise ConfigError(f"{given} has no effect: actor.objective={objective.name} reads no teacher")
 
 
 def refuse_own_teacher(
@@ -121,8 +120,8 @@ def refuse_advantage_objectives(config: SFTConfig) -> None:
     actor = config.actor
     objective = bind(actor.objective, actor.objective_args)
     check_teacher(config.teacher, objective)
-    if config.teacher.hint:
-        raise ConfigError("teacher.hint=true has no effect in sft; the program distill has hints")
+    if config.teacher.hint or config.teacher.models:
+        raise ConfigError("teacher.hint and teacher.models have no effect in sft; the program distill has them")
     logits_TV, batch = synthetic_batch(vocabulary=64 + 2 * objective.top_k)
     refuse_own_teacher(
         config.teacher,

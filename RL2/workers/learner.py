@@ -119,6 +119,7 @@ class Learner(Worker):
         totals, size = Totals(self.processes, self.mesh.data), self.mesh.data_size
         trained = trained_sequences(batch)
         mine = self.share(batch, trained, self.config.max_length_per_device)
+        idle = self.stand_ins(batch, trained, self.config.max_length_per_device)
         routing = self.last_routing = None
         if len(self.policy.routers):
             tokens = int(batch.lengths_B[trained].sum())
@@ -128,7 +129,7 @@ class Learner(Worker):
             progress(number * size)
 
         with self.taught(batch, request) as teach:
-            broken = backward(self.policy, batch, mine, loss, request, totals, done, routing, teach)
+            broken = backward(self.policy, batch, mine, loss, request, totals, done, routing, teach, idle)
         self._sum_partial_gradients()
         means, faults = totals.means(), self._gather(broken)
         if routing is not None:

@@ -57,19 +57,20 @@ def statistics(
     progress: Progress = lambda done: None,
     routing: RoutingSums | None = None,
     teach: TeacherPass | None = None,
+    stand_ins: Sequence[int] = (),
 ) -> TokenStats:
     """Return statistics at all T positions of `batch`, on the CPU: 0 where there is no action, or not in this process.
 
-    `microbatches` are the sequences of each microbatch of this process. For an empty one, the first sequence runs, so
-    that all processes take part in the same collectives. Recorded experts of all positions are put
-    into `routing`.
+    `microbatches` are the sequences of each microbatch of this process. For an empty one, its sequence of `stand_ins`
+    or else the first of the batch runs, so that all processes take part in the same collectives. Recorded experts of
+    all positions are put into `routing`.
     """
     model.eval()
     experts_T: Tensor | None = None
     out: dict[str, Tensor] = {}
     starts = batch.cu_seqlens.tolist()
-    for ids in microbatches:
-        microbatch = batch.sequences(ids or [0])
+    for ids, idle in zip(microbatches, stand_ins or [0] * len(microbatches), strict=True):
+        microbatch = batch.sequences(ids or [idle])
         with torch.no_grad():
             stats = forward(model, microbatch, request, routing, teach)
         for name, value in vars(stats).items():
@@ -109,6 +110,7 @@ def backward(
     progress: Progress = lambda done: None,
     routing: RoutingTotals | None = None,
     teach: TeacherPass | None = None,
+    stand_ins: Sequence[int] = (),
 ) -> list[str]:
     """Add the gradients of (loss_T * weight_T).sum() over `microbatches`, the sequences of each of this process.
 
@@ -116,15 +118,16 @@ def backward(
     those of the cross-entropy on actions.
 
     Adds loss and metrics to `totals` and decisions of routers to `routing`, and returns the invariants of
-    ops/invariants.py that do not hold. For an empty microbatch the shortest sequence runs with weight 0, so that all
-    processes take part in the same collectives.
+    ops/invariants.py that do not hold. For an empty microbatch its sequence of `stand_ins`, or else the shortest of the
+    batch, runs with weight 0, so that all processes take part in the same collectives.
     """
     model.train()
     broken, shortest = list[str](), int(batch.lengths_B.argmin())
-    for number, ids in enumerate(microbatches, start=1):
+    idle_ids = stand_ins or [shortest] * len(microbatches)
+    for number, (ids, idle) in enumerate(zip(microbatches, idle_ids, strict=True), start=1):
         if isinstance(model, FSDPModule):  # replicas add up their gradients once per step
             model.set_requires_all_reduce(number == len(microbatches))
-        microbatch = batch.sequences(ids or [shortest])
+        microbatch = batch.sequences(ids or [idle])
         if not ids:
             unused = {"weight_T": torch.zeros_like(microbatch.reward_T)}
             if microbatch.observation_weight_T is not None:
@@ -149,7 +152,7 @@ def backward(
         if routing is not None and seen is not None:
             total = total + routing.add(seen, counts=bool(ids)).to(total.device)
         total.backward()
-        where = _Where(ids or [shortest], actions)
+        where = _Where(ids or [idle], actions)
         totals.add(total, actions.weight_T != 0, metrics, where)
         if breach := first_breach(stats, model.lm.config.vocab_size):
             invariant, t, value = breach

@@ -6,8 +6,8 @@ Its hidden states and its head go to `teacher_stats`; no logits of either model 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -45,8 +45,9 @@ class FrozenTeacher(Worker):
         settings = policy.config
         lora = settings.lora if adapted and isinstance(settings, TrainablePolicy) and settings.lora.rank else None
         where = policy.mesh, policy.processes, group, Policy, settings.offload_model
-        super().__init__(model_name, settings.dtype, *where, lora, config.dequantize)
-        self.key = f"{group}.model_name"
+        dequantize = config.dequantize or (model_name == settings.model_name and settings.dequantize)
+        super().__init__(model_name, settings.dtype, *where, lora, dequantize)
+        self.key = group if group.startswith("teacher.models.") else f"{group}.model_name"
         self.student, self.temperature = policy, config.temperature or temperature
         if not adapted:
             self.policy.requires_grad_(False)
@@ -74,13 +75,13 @@ class AveragedTeacher(FrozenTeacher):
 
     def __init__(self, config: TeacherConfig, policy: Learner, temperature: float) -> None:
         super().__init__(config, policy, temperature, policy.config.model_name, adapted=True)
-        self.share = 1 - config.ema_decay
+        self.step_share = 1 - config.ema_decay
         self._approach(1.0)  # new adapters are drawn at random
 
     def follow(self) -> None:
         """Move by 1 - `teacher.ema_decay` towards the policy."""
         with self.at_work("the average of the policy"):
-            self._approach(self.share)
+            self._approach(self.step_share)
 
     @property
     def kept_model(self) -> PackedModel | None:
@@ -92,8 +93,8 @@ class AveragedTeacher(FrozenTeacher):
             for mine, its in zip(self.policy.parameters(), self.student.policy.parameters(), strict=True):
                 if its.requires_grad:
                     local(mine).lerp_(local(its), share)
-            for mine, its in zip(self.policy.buffers(), self.student.policy.buffers(), strict=True):
-                mine.copy_(its)  # biases of routers, which are no weights
+            for buffer, other in zip(self.policy.buffers(), self.student.policy.buffers(), strict=True):
+                buffer.copy_(other)  # biases of routers, which are no weights
 
 
 class PolicyTeacher:
@@ -122,11 +123,41 @@ class PolicyTeacher:
         return None
 
 
+class SeveralTeachers:
+    """Frozen teachers, of which `teacher_B` of a batch names one for each sequence."""
+
+    def __init__(self, teachers: Sequence[FrozenTeacher]) -> None:
+        self.teachers = teachers
+
+    @contextmanager
+    def teaching(self, batch: TokenBatch) -> Iterator[TeacherPass]:
+        with ExitStack() as stack:
+            passes = [stack.enter_context(teacher.teaching(batch)) for teacher in self.teachers]
+
+            def teach(microbatch: TokenBatch, shared: SharedPrefix | None) -> TeacherHead:
+                assert microbatch.teacher_B is not None
+                (number,) = microbatch.teacher_B.unique().tolist()
+                return passes[number](microbatch, shared)
+
+            yield teach
+
+    def follow(self) -> None:
+        """Do nothing: the teachers are frozen."""
+
+    @property
+    def kept_model(self) -> PackedModel | None:
+        return None
+
+
 def make_teacher(config: TeacherConfig, policy: Learner, temperature: float, group: str = "teacher") -> Teacher:
     """Return the teacher that `config` names (collective).
 
     `temperature` is the policy's, and `group` the prefix of the key that names the model.
     """
+    if config.models:
+        return SeveralTeachers(
+            [FrozenTeacher(config, policy, temperature, name, key) for key, name in config.named.items()]
+        )
     name = config.model_name
     assert name is not None
     if name == POLICY:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from RL2.batch.packing import microbatches, pack_tokens
+from RL2.batch.packing import microbatches, pack_tokens, stand_ins
 from RL2.config.model import Lora
 from RL2.errors import UserError, naming
 from RL2.models.dtypes import compute_dtype
@@ -81,7 +81,7 @@ class Worker:
         self.teacher: Teacher | None = None
         """The teacher, for statistics that need one."""
         self.dtype = compute_dtype(dtype, processes.device)
-        key = f"{group}.model_name"
+        key = group if group.startswith("teacher.models.") else f"{group}.model_name"
         with naming(key):
             lm = model.build(model_name, dequantize)
         check_sizes(lm, mesh.tp_size, mesh.sp_size, layout_group(group))
@@ -127,7 +127,12 @@ class Worker:
         self.check_packing(batch)
         size, mine = self.mesh.data_size, self.share(batch, range(batch.num_sequences), max_tokens)
         with self.at_work("the statistics of a batch"), self.taught(batch, request) as teach:
-            stats = statistics(self.policy, batch, mine, request, lambda done: progress(done * size), routing, teach)
+            idle = self.stand_ins(batch, range(batch.num_sequences), max_tokens)
+
+            def done(number: int) -> None:
+                progress(number * size)
+
+            stats = statistics(self.policy, batch, mine, request, done, routing, teach, idle)
             self._reshard()
         if routing is not None and routing.experts_T is not None:
             routing.experts_T = self.processes.sum(routing.experts_T.int(), self.mesh.data).to(torch.int16)
@@ -186,6 +191,12 @@ class Worker:
         """Return this process's microbatches of the sequences `ids`: at most `max_tokens` per process sharing one."""
         mesh = self.mesh
         return microbatches(batch, ids, max_tokens * mesh.sp_size, mesh.data_size)[mesh.data_rank]
+
+    def stand_ins(self, batch: TokenBatch, ids: Sequence[int], max_tokens: int) -> list[int]:
+        """Return what runs in place of each empty microbatch of `share`; nothing without several teachers."""
+        if batch.teacher_B is None:
+            return []
+        return stand_ins(batch, microbatches(batch, ids, max_tokens * self.mesh.sp_size, self.mesh.data_size))
 
     def _reshard(self) -> None:
         """Free the unsharded root module, which would stay in the compute dtype until the next backward."""

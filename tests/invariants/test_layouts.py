@@ -94,6 +94,10 @@ def run_layout(folder: Path, processes: Processes, sizes: dict[str, int]) -> dic
             actor.teacher = average
             metrics = [actor.update(mixed) for _ in range(2)]
             found = {name: whole(w) for name, w in average.weights()}
+            several = Teacher(models={"a": str(folder / "teacher"), "b": str(folder / "tied")})
+            actor.teacher = make_teacher(several, actor, 1.0)
+            few = make_batch([1.0] * 4).with_(teacher_B=torch.tensor([0, 1, 1, 1]))
+            results["gkd, two teachers"] = of_policy(actor, few, -(-longest // config.sp_size))
             results["gkd, averaged, trained"] = {"grads": found, "metrics": metrics[-1]}
     for loss in (loss for loss in PAIRS if loss in tried):
         learner = make_learner(loss, folder, processes, sizes=sizes)

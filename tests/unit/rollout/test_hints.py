@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from RL2.data.template import Template
 from RL2.errors import ConfigError, UserError
 from RL2.parallel.processes import Processes
 from RL2.rollout.environment import load_environment
-from RL2.rollout.hints import Hints
+from RL2.rollout.hints import ChosenTeachers, Hints
 from RL2.types import Prompt, Sequence, Trajectory
 from RL2.workers.actor import Actor
 from RL2.workers.teacher import PolicyTeacher, make_teacher
@@ -131,7 +132,7 @@ def test_the_divergence_is_that_of_each_response_after_both_prompts(
     hints = make_hints(tmp_path, SOLUTION, tokenizer, processes)
     trajectories = rollout(hints)
     batch = pack(trajectories)
-    batch = batch.with_(weight_T=loss_weights(batch), told=hints.told(trajectories))  # type: ignore[arg-type]
+    batch = batch.with_(weight_T=loss_weights(batch), told=hints.told(trajectories))
     loss = actor.backward(batch, actor.loss, actor.request)["loss"]
 
     lm = Qwen3ForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
@@ -156,3 +157,12 @@ def test_the_policy_is_no_teacher_of_itself_without_hints() -> None:
         Teacher(model_name="policy")
     with pytest.raises(ConfigError, match=r"teacher.hint=true reads `hint\(extra_info\)` of the environment's script"):
         rl_config("teacher.model_name=policy", "teacher.hint=true", "train_data.path=null")
+
+
+def test_rows_name_their_teachers(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> None:
+    hints = make_hints(tmp_path, "None", tokenizer, processes)
+    rows = [replace(one, extra_info={"domain": name}) for one, name in zip(hints.prompts, "ba", strict=True)]
+    teacher = Teacher(models={"a": "x", "b": "y"}, column="domain")
+    assert ChosenTeachers(rows, teacher).numbers(rollout(hints)).tolist() == [1, 1, 0, 0]
+    with pytest.raises(UserError, match=r"row 5 has extra_info\['teacher'\]=None, and the teachers are a, b"):
+        ChosenTeachers(rows, Teacher(models={"a": "x", "b": "y"})).numbers(rollout(hints))

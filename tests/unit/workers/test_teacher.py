@@ -14,7 +14,7 @@ from rl_settings import rl_config
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from RL2.batch.packing import loss_weights, pack
+from RL2.batch.packing import loss_weights, microbatches, pack, stand_ins
 from RL2.config.model import Teacher
 from RL2.parallel.processes import Processes
 from RL2.types import Sequence, TokenBatch, Trajectory
@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make = partial(Qwen3Config, intermediate_size=48, initializer_range=0.2, **sizes)
     Qwen3ForCausalLM(make(vocab_size=V, hidden_size=32)).save_pretrained(folder / "student")
     Qwen3ForCausalLM(make(vocab_size=V + 5, hidden_size=24)).save_pretrained(folder / "teacher")
+    Qwen3ForCausalLM(make(vocab_size=V, hidden_size=16)).save_pretrained(folder / "other")
     return folder
 
 
@@ -103,6 +104,37 @@ def test_an_update_has_the_gradient_of_whole_logits(folder: Path, processes: Pro
         assert parameter.grad is not None
         gap = (parameter.grad - exact[parameter_name]).norm() / exact[parameter_name].norm()
         assert gap < 1e-5, parameter_name
+
+
+def test_each_sequence_has_the_teacher_that_it_names(folder: Path, processes: Processes) -> None:
+    """The gradient with two teachers is the sum of those with one, of the sequences of each."""
+    names = {"large": str(folder / "teacher"), "small": str(folder / "other")}
+    teacher_B, batch = torch.tensor([0, 1, 1, 0, 1, 0]), make_batch()
+    actor = make_actor(folder, processes, "opd", max_length_per_device=40)
+    actor.teacher = make_teacher(Teacher(models=names), actor, 1.0)
+    together = actor.backward(batch.with_(teacher_B=teacher_B), actor.loss, actor.request)["loss"]
+    grads = {n: p.grad.clone() for n, p in actor.lm.named_parameters() if p.grad is not None}
+    actor.optimizer.zero_grad()
+    apart = 0.0
+    assert batch.weight_T is not None
+    for number, name in enumerate(names.values()):
+        actor.teacher = make_teacher(Teacher(model_name=name), actor, 1.0)
+        mine_T = (teacher_B == number)[batch.sequence_T]
+        apart += actor.backward(batch.with_(weight_T=batch.weight_T * mine_T), actor.loss, actor.request)["loss"]
+    assert together == pytest.approx(apart, rel=1e-5)
+    for name, parameter in actor.lm.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_idle_process_runs_the_teacher_of_the_others() -> None:
+    batch = make_batch().with_(teacher_B=torch.tensor([0, 1, 1, 0, 1, 0]))
+    planned = microbatches(batch, range(6), 100, num_ranks=4)
+    assert batch.teacher_B is not None
+    for number, idle in enumerate(stand_ins(batch, planned)):
+        running = [b for rank in planned for b in rank[number]]
+        assert len(set(batch.teacher_B[[*running, idle]].tolist())) == 1
+    assert sorted(b for rank in planned for ids in rank for b in ids) == list(range(6))
+    assert any(not ids for rank in planned for ids in rank)
 
 
 def test_the_start_has_no_gradient_at_first_and_stays(folder: Path, processes: Processes) -> None:
