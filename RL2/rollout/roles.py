@@ -24,13 +24,15 @@ def _parts(trajectory: Trajectory) -> list[Trajectory]:
     texts: dict[str, list[str]] = {role: [] for role in trajectory.speakers}
     for turn, role in enumerate(trajectory.speakers):
         texts[role] += trajectory.texts[2 * turn : 2 * turn + 2]
+    sequences = {role: [each for each in trajectory.sequences if each.role == role] for role in texts}
     return [
         replace(
             trajectory,
             role=role,
             speakers=[],
             texts=of_role,
-            sequences=[sequence for sequence in trajectory.sequences if sequence.role == role],
+            sequences=sequences[role],
+            truncated=trajectory.truncated and bool(sequences[role]),
             parts={},
             weighted=0.0,
         )

@@ -156,7 +156,7 @@ function drawPane(pane, n) {
     bar,
   );
   pane.box = box;
-  box.append(...(tokens ? microscope(pane, n) : plainTexts(texts.texts, texts.role)));
+  box.append(...(tokens ? microscope(pane, n) : plainTexts(texts.texts, texts.role, data.length[i] === 0)));
   return box;
 }
 
@@ -206,7 +206,7 @@ function setStatistic(n, statistic) {
   remember();
 }
 
-function plainTexts(texts, role) {
+function plainTexts(texts, role, isOpponent) {
   const by = role ? ` of ${role}` : "";
   const parts = texts.flatMap((text, n) => {
     if (n % 2) {
@@ -223,7 +223,9 @@ function plainTexts(texts, role) {
     el(
       "p",
       { className: "hint" },
-      "This rollout has no token statistics; trainer.token_stats_freq=N records them at every N-th step.",
+      role && isOpponent
+        ? "An opponent has played this role; its tokens never train."
+        : "This rollout has no token statistics; trainer.token_stats_freq=N records them at every N-th step.",
     ),
   ];
 }
