@@ -107,7 +107,7 @@ function list(toTop = false) {
 function reward(i) {
   if (data.mark[i] & UNSCORED) return el("span", { className: "none" }, "unscored");
   const value = data.reward[i];
-  if (Number.isNaN(value)) return el("span", { className: "none" }, data.role[i] < 0 ? "–" : "opponent");
+  if (Number.isNaN(value)) return el("span", { className: "none" }, data.role[i] < 0 ? "–" : "frozen");
   return el("span", { className: value > 0 ? "good" : "bad" }, `${value > 0 ? "✓" : "✗"} ${number(value)}`);
 }
 
