@@ -13,7 +13,11 @@ from numpy.typing import ArrayLike
 from RL2.credit.search import Bounds
 
 
+<<<<<<< HEAD
 def rank_correlation(a_T: ArrayLike, b_T: ArrayLike) -> float:
+=======
+def rank_correlation(a_T: Sequence[float] | np.ndarray, b_T: Sequence[float] | np.ndarray) -> float:
+>>>>>>> 5ef6de18 (Type the arguments of rank correlations)
     """Return Spearman's rank correlation, ties with their mean rank; 0 if all of one are equal: it ranks nothing."""
     ranks = [_ranks(np.asarray(values, float)) for values in (a_T, b_T)]
     deviations = [rank_T - rank_T.mean() for rank_T in ranks]
@@ -39,7 +43,7 @@ def agreement(pull_T: Sequence[float], advantages_T: Sequence[Bounds]) -> dict[s
     pulls: np.ndarray = np.asarray(pull_T, float)
     values = np.array([bounds.value for bounds in advantages_T])
     decisive = np.array([bounds.is_decided for bounds in advantages_T])
-    found = {"rank": rank_correlation(abs(pulls), abs(values)), "signed": rank_correlation(pulls, values)}
+    found = {"rank": rank_correlation(np.abs(pulls), np.abs(values)), "signed": rank_correlation(pulls, values)}
     if decisive.any():
         found["sign"] = float((1 + np.sign(pulls[decisive]) * np.sign(values[decisive])).mean() / 2)
         found["random"] = float(decisive.mean())
