@@ -23,7 +23,7 @@ from urllib.parse import urljoin
 from .gsm8k import behind_reasoning
 from .questions import json_of, model_of
 from .searchr1 import MAX_QUERY, THREADS, ask_service
-from .tool_turns import Tool, ToolError, is_right, observe
+from .tool_turns import Tool, ToolError, is_right, limits, observe
 from .variables import number
 
 SEARCH_URL = os.environ.get("SEARCH_URL") or "http://127.0.0.1:8000/retrieve"
@@ -31,6 +31,7 @@ TOPK = number("SEARCH_TOPK", "3", least=1)
 TIMEOUT_S = number("SEARCH_TIMEOUT_S", "20", whole=False)
 VISIT_URL = urljoin(SEARCH_URL, "documents")
 PAGE_CHARS = number("PAGE_CHARS", "20000", least=1)
+LIMITS = limits()
 MAX_AT_ONCE = 4
 """Limit of the queries or pages of one call."""
 MAX_GOAL = 1000
@@ -84,7 +85,7 @@ if HAS_SUMMARIES:
 
 async def step(state: str, action: str, extra_info: dict[str, Any], calls: list[dict[str, Any]]) -> dict[str, Any]:
     if calls:
-        return await observe(calls, TOOLS, extra_info)
+        return await observe(calls, TOOLS, LIMITS, extra_info)
     answer = behind_reasoning(action, state).strip()[-MAX_ANSWER:]
     reward = float(await is_correct(answer, extra_info))
     return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}

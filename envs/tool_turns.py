@@ -11,10 +11,20 @@ from .gsm8k import number as number_on
 from .searchr1 import is_match
 from .variables import number
 
-MAX_CALLS = number("TOOL_MAX_CALLS", "8", least=1)
-"""Limit of the calls in a response; further ones are answered by an error."""
-MAX_CHARS = number("TOOL_MAX_CHARS", "4000", least=1)
-"""Limit of an observation in characters."""
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a turn."""
+
+    calls: int
+    """Limit of the calls in a response; further ones are answered by an error."""
+    chars: int
+    """Limit of an observation in characters."""
+
+
+def limits() -> Limits:
+    """Return the limits that the environment variables TOOL_MAX_CALLS and TOOL_MAX_CHARS set."""
+    return Limits(number("TOOL_MAX_CALLS", "8", least=1), number("TOOL_MAX_CHARS", "4000", least=1))
 
 
 class ToolError(RuntimeError):
@@ -34,9 +44,11 @@ class Tool:
         return self.schema["function"]["name"]
 
 
-async def observe(calls: list[dict[str, Any]], tools: Mapping[str, Tool], extra_info: dict[str, Any]) -> dict[str, Any]:
+async def observe(
+    calls: list[dict[str, Any]], tools: Mapping[str, Tool], limits: Limits, extra_info: dict[str, Any]
+) -> dict[str, Any]:
     """Return the result of `step` for a response with these calls, which run at the same time."""
-    answers = await asyncio.gather(*(answer(call, tools, place) for place, call in enumerate(calls)))
+    answers = await asyncio.gather(*(answer(call, tools, limits, place) for place, call in enumerate(calls)))
     messages = [
         {"role": "tool", "name": call["name"], "tool_call_id": f"call{place:05d}", "content": content}
         for place, (call, (content, _)) in enumerate(zip(calls, answers, strict=True))
@@ -46,23 +58,23 @@ async def observe(calls: list[dict[str, Any]], tools: Mapping[str, Tool], extra_
     return result | {"metrics": metrics}
 
 
-async def answer(call: dict[str, Any], tools: Mapping[str, Tool], place: int = 0) -> tuple[str, bool]:
+async def answer(call: dict[str, Any], tools: Mapping[str, Tool], limits: Limits, place: int = 0) -> tuple[str, bool]:
     """Return what the model reads after a call, and whether it is an error."""
     try:
         if call["error"] is not None:
             raise ToolError(f"the call cannot be read: {call['error']}")
-        if place >= MAX_CALLS:
-            raise ToolError(f"a response can have {MAX_CALLS} calls")
+        if place >= limits.calls:
+            raise ToolError(f"a response can have {limits.calls} calls")
         if call["name"] not in tools:
             raise ToolError(f"there is no tool {call['name']!r:.100}; there are {', '.join(tools)}")
-        return shortened(await tools[call["name"]].call(call["arguments"])), False
+        return shortened(await tools[call["name"]].call(call["arguments"]), limits.chars), False
     except ToolError as error:
-        return shortened(f"error: {error}"), True
+        return shortened(f"error: {error}", limits.chars), True
 
 
-def shortened(text: str) -> str:
-    more = len(text) - MAX_CHARS
-    return text if more <= 0 else f"{text[:MAX_CHARS]}... ({more} more characters)"
+def shortened(text: str, most: int) -> str:
+    more = len(text) - most
+    return text if more <= 0 else f"{text[:most]}... ({more} more characters)"
 
 
 def is_right(answer: str, extra_info: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 
 from .gsm8k import behind_reasoning
 from .mcp_servers import McpServer, servers_of
-from .tool_turns import Tool, ToolError, is_right, observe
+from .tool_turns import Tool, ToolError, is_right, limits, observe
 from .variables import number, required
 from .workers import WorkerError, Workers
 
@@ -32,6 +32,7 @@ FILES = [Path(name) for name in required("TOOLS", "names files of functions or M
 GRADER = os.environ.get("GRADER", "")
 TIMEOUT_S = number("TOOL_TIMEOUT_S", "10", whole=False)
 """Limit of a call in seconds."""
+LIMITS = limits()
 LOADING = threading.Lock()
 WORKERS = Workers(__file__, "make_caller", limit_s=TIMEOUT_S, wall_s=TIMEOUT_S)
 """Processes of the Python functions; one that takes too long is killed."""
@@ -42,7 +43,7 @@ async def step(state: str, action: str, extra_info: dict[str, Any], calls: list[
         reward = GRADE(behind_reasoning(action, state).strip(), extra_info)
         reward = float(await reward if inspect.isawaitable(reward) else reward)
         return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
-    return await observe(calls, await asyncio.to_thread(tools), extra_info)
+    return await observe(calls, await asyncio.to_thread(tools), LIMITS, extra_info)
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:

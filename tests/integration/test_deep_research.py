@@ -41,7 +41,8 @@ QUESTION, ANSWER = "When is high tide in Pell?", "At 06:12.\n#### 06:12"
 PAGES = [{"id": "7", "contents": "Tides of Pell\nHigh tide is at 06:12."}]
 CALLS = [ToolCall("search", {"query": ["tide"]}), ToolCall("visit", {"url": ["7"], "goal": "high tide"})]
 SUMMARY, VERDICT = "High tide is at 06:12.", '{"correct": "yes"}'
-STEPS = 60
+KNOWN, STEPS = 0.01, 200
+"""Loss at which the model knows what to say, and a limit of the steps."""
 
 
 def written(call: ToolCall) -> dict[str, Any]:
@@ -57,8 +58,10 @@ def teach(folder: Path, pairs: list[tuple[str, str]]) -> None:
         sequences.append((torch.tensor([read + sampled]), torch.tensor([[-100] * len(read) + sampled])))
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
     for _ in range(STEPS):
-        for token_ids, labels in sequences:
-            (lm(input_ids=token_ids, labels=labels).loss / len(sequences)).backward()
+        losses = [lm(input_ids=token_ids, labels=labels).loss for token_ids, labels in sequences]
+        if max(map(float, losses)) < KNOWN:
+            break
+        torch.stack(losses).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     lm.save_pretrained(folder)
@@ -101,7 +104,7 @@ def test_a_policy_that_searches_and_visits_trains(tmp_path: Path, monkeypatch: p
 
         from envs.deep_research import GRADE  # loaded with SEARCH_URL
         from envs.deep_research import SUMMARY as FORM
-        from envs.questions import SYSTEM
+        from envs.questions import SYSTEM, nonce_of
 
         build_model(world.model, [*(str(message) for message in talk * 40), GRADE, FORM, SYSTEM * 20], seed=0)
         tokenizer = AutoTokenizer.from_pretrained(world.model)
@@ -114,14 +117,18 @@ def test_a_policy_that_searches_and_visits_trains(tmp_path: Path, monkeypatch: p
             prompt = template.render(Chat(talk[:at], tools), add_generation_prompt=True)
             whole = template.render(Chat(talk[: at + 1], tools))
             pairs.append((prompt, whole[len(prompt) :].removesuffix("<|im_end|>\n")))
-        for nonce in ("text-a1", "text-b2"):
-            texts = {"page": "p", "goal": "g", "question": QUESTION, "answer": "06:12", "response": ANSWER}
-            for form, said in ((FORM, SUMMARY), (GRADE, VERDICT)):
-                messages = [
-                    {"role": "system", "content": SYSTEM.format(task="You read.", nonce=nonce)},
-                    {"role": "user", "content": form.format(nonce=nonce, **texts)},
-                ]
-                pairs.append((template.render(Chat(messages, {}), add_generation_prompt=True), said))
+        read = {"page": PAGES[0]["contents"], "goal": "high tide"}
+        judged = {"question": QUESTION, "answer": "06:12", "response": ANSWER}
+        for form, texts, task, said in (
+            (FORM, read, "You read pages for others.", SUMMARY),
+            (GRADE, judged, "You decide whether an answer is right.", VERDICT),
+        ):
+            nonce = nonce_of([form, texts, {}])
+            messages = [
+                {"role": "system", "content": SYSTEM.format(task=task, nonce=nonce)},
+                {"role": "user", "content": form.format(nonce=nonce, **texts)},
+            ]
+            pairs.append((template.render(Chat(messages, {}), add_generation_prompt=True), said))
         teach(world.model, pairs)
         write_rows(tmp_path / "questions.jsonl", [{"question": QUESTION, "answer": "06:12"}] * 4)
         with served(world.model, tmp_path) as (address, key):

@@ -180,14 +180,16 @@ def play(task):
 
 def test_an_agent_is_evaluated_as_it_trains(world: World) -> None:
     (world.root / "own_agent.py").write_text(AGENT)
-    common = [f"model={world.model}", f"data={world.root}/rl.jsonl", f"out={world.root}/evals", "limit=3", "samples=1"]
-    settings = [*common, f"agent={world.root}/own_agent.py:play", "max_turns=2", "max_new_tokens=6"]
-    folder = evaluated(settings)
-    kept, summary = records(folder), json.loads((folder / "summary.json").read_text())
-    assert [(r["row"], r["sample"], r["unscored"]) for r in kept] == [(n, s, None) for n in range(3) for s in (-1, 0)]
+    common = [f"model={world.model}", f"data={world.root}/rl.jsonl", f"out={world.root}/evals", "limit=2", "samples=1"]
+    agent = [f"agent={world.root}/own_agent.py:play", "max_turns=2", "max_new_tokens=6"]
+    config = parse_settings(EvalConfig, [*common, *agent])
+    folder, summary = evaluate(config)
+    kept = records(folder)
+    assert [(r["row"], r["sample"], r["unscored"]) for r in kept] == [(n, s, None) for n in range(2) for s in (-1, 0)]
     assert {len(r["texts"]) for r in kept} == {4} and {len(r["token_ids"]) for r in kept} == {1}
     assert summary["env/turns"] == 2 and summary["unscored"] == 0
-    assert evaluated(settings) == folder
-    refused = rl2("eval", *common)
-    assert refused.returncode == 1 and "env= is missing" in refused.stderr
-    assert "have no effect without agent=" in rl2("eval", *common, "env=x.py", "agent_timeout_s=5").stderr
+    assert evaluate(config) == (folder, summary)
+    with pytest.raises(ConfigError, match="env= is missing"):
+        parse_settings(EvalConfig, common)
+    with pytest.raises(ConfigError, match="have no effect without agent="):
+        parse_settings(EvalConfig, [*common, "env=x.py", "agent_timeout_s=5"])
