@@ -8,16 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from RL2.credit.search import Bounds
 
 
-<<<<<<< HEAD
-def rank_correlation(a_T: ArrayLike, b_T: ArrayLike) -> float:
-=======
 def rank_correlation(a_T: Sequence[float] | np.ndarray, b_T: Sequence[float] | np.ndarray) -> float:
->>>>>>> 5ef6de18 (Type the arguments of rank correlations)
     """Return Spearman's rank correlation, ties with their mean rank; 0 if all of one are equal: it ranks nothing."""
     ranks = [_ranks(np.asarray(values, float)) for values in (a_T, b_T)]
     deviations = [rank_T - rank_T.mean() for rank_T in ranks]
