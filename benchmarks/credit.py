@@ -281,6 +281,7 @@ def plot(found: dict[int, dict[str, list[int]]], file: Path) -> None:
         axes.fill_between(list(found), low, high, color=line.get_color(), alpha=0.2)
     axes.set(xlabel="tokens of the answer", ylabel="sampled tokens", xscale="log", yscale="log")
     axes.set_xticks(list(found), [str(length) for length in found])
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
     axes.set_title("Sampled tokens until the intervals of all planted tokens exclude 0", fontsize=10)
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
