@@ -96,25 +96,28 @@ class Search:
         else:
             self.opened = sorted({0, length})
 
-    def add(self, place: Place, tokens: Sequence[int], reward: float | None) -> None:
+    def add(self, place: Place, tokens: Sequence[int], reward: float | None) -> Place | None:
         """Take a continuation from `place`: the tokens sampled after it, and the reward of the whole, in [0, 1].
 
         Each further place that its tokens go through has a sample too: given that the policy took the next token of the
-        answer, the rest is a continuation from there. So is that of an alternative.
+        answer, the rest is a continuation from there. So is that of an alternative. Return the alternative that it
+        took or began with, if any.
         """
         self._count(place, reward)
         if place.token is not None:
-            return
+            return place
         for at, token in enumerate(tokens, place.at):
             if at == len(self.answer.tokens):
-                return
+                break
             if token != self.answer.tokens[at]:
                 self._count(Place(at, OTHER), reward)
-                if self.answer.other_T and token == self.answer.other_T[at]:
-                    self._count(Place(at, token), reward)
-                return
+                if not self.answer.other_T or token != self.answer.other_T[at]:
+                    break
+                self._count(Place(at, token), reward)
+                return Place(at, token)
             if at + 1 < len(self.answer.tokens):
                 self._count(Place(at + 1), reward)
+        return None
 
     def _count(self, place: Place, reward: float | None) -> None:
         counter = self.counts.setdefault(place, Counter())

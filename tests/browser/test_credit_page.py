@@ -37,10 +37,10 @@ def rollout(page: Page, file: Path) -> Page:
 def test_hover_has_the_interval_of_the_token_and_of_its_alternative(rollout: Page) -> None:
     rollout.locator(".pane .said").nth(0).hover()
     tip = rollout.get_by_role("tooltip")
-    other = MINUS.join(("", "0.2 (", "0.3 to ", "0.1)"))
+    other = MINUS.join(("", "0.20 (", "0.30 to ", "0.10)"))
     expect(tip.locator("dd.range")).to_have_text(["+0.25 (+0.05 to +0.45)", other])
     rollout.locator(".pane .said").nth(1).hover()
-    expect(tip.locator("dd.range")).to_have_text([f"0 ({MINUS}0.05 to +0.05)"])
+    expect(tip.locator("dd.range")).to_have_text([f"0.00 ({MINUS}0.05 to +0.05)"])
     assert rollout.evaluate("window.owned") is None
 
 

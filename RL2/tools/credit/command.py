@@ -215,7 +215,7 @@ def _take(
                 f"a continuation of row {case.kept.row} has the reward {reward:g}, outside --rewards {low:g},{high:g}; "
                 f"pass the range of all rewards, and remove {kept.folder / SAMPLES}"
             )
-        case.search.add(place, tokens, None if reward is None else (reward - low) / (high - low))
-        examples = case.examples.setdefault(place, [])
-        if token is not None and len(examples) < EXAMPLES:
-            examples.append({"text": decode(kept.setting.tokenizer, tokens), "reward": reward})
+        other = case.search.add(place, tokens, None if reward is None else (reward - low) / (high - low))
+        if other is not None and len(examples := case.examples.setdefault(other, [])) < EXAMPLES:
+            rest = tokens if other == place else tokens[other.at - at + 1 :]
+            examples.append({"text": decode(kept.setting.tokenizer, rest), "reward": reward})

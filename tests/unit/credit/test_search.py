@@ -21,11 +21,11 @@ def coin(chance: float = 0.5) -> Told:
 
 def test_a_continuation_is_a_sample_of_each_place_that_it_goes_through() -> None:
     search = Search(coin().answer)
-    search.add(Place(0), [0, 0, 1], 1.0)
+    assert search.add(Place(0), [0, 0, 1], 1.0) == Place(2, 1)
     search.add(Place(0), [0, 1, 0], 0.0)
     search.add(Place(0), [1, 0, 0], 1.0)
-    search.add(Place(1), [0, 0], None)
-    search.add(Place(1, 1), [0], 0.0)
+    assert search.add(Place(1), [0, 0], None) is None
+    assert search.add(Place(1, 1), [0], 0.0) == Place(1, 1)
     assert {place: dict(counts) for place, counts in search.counts.items()} == {
         Place(0): {1.0: 2, 0.0: 1},
         Place(1): {1.0: 1, 0.0: 1, None: 1},

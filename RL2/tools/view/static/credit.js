@@ -9,7 +9,7 @@ function svg(tag, attributes, ...children) {
   return element;
 }
 
-const signed = (x) => (x > 0 ? "+" : "") + number(x);
+const signed = (x) => (x > 0 ? "+" : "") + x.toFixed(2).replace("-", "−");
 const withInterval = ([value, low, high]) => `${signed(value)} (${signed(low)} to ${signed(high)})`;
 const alternativeTo = (tokens, k) => tokens.credit?.alternatives.find((one) => one.at === k);
 
@@ -60,14 +60,19 @@ function valueCurve(pane) {
     el("span", {}, number(most)),
     figure,
     el("span", {}, number(least)),
-    el("p", { className: "hint" }, `mean reward of ${whole(total)} continuations, with 95% intervals for all places at once`),
+    el(
+      "p",
+      { className: "hint" },
+      `mean reward of ${whole(total)} continuations, with 95% intervals for all places at once`,
+    ),
   );
 }
 
 /** A row of colours for the advantages and for each objective's pull, each relative to its largest. */
 function pullRows(pane) {
   const { credit } = pane.tokens;
-  const rows = [["measured advantage", "advantage"], ...Object.keys(credit.pulls).map((title) => [title, `pull:${title}`])];
+  const titles = Object.keys(credit.pulls);
+  const rows = [["measured advantage", "advantage"], ...titles.map((title) => [title, `pull:${title}`])];
   return el(
     "div",
     { className: "pulls", role: "group", "aria-label": "Pulls" },
@@ -94,7 +99,13 @@ function showAlternative(pane, k) {
   const other = alternativeTo(tokens, k);
   const rest = tokens.tokens.slice(pane.places[k] + 1).join("");
   const column = (title, first, text, facts) =>
-    el("div", {}, el("p", { className: "who" }, title), el("pre", { className: "text" }, el("b", {}, first), text), el("p", { className: "hint" }, facts));
+    el(
+      "div",
+      {},
+      el("p", { className: "who" }, title),
+      el("pre", { className: "text" }, el("b", {}, first), text),
+      el("p", { className: "hint" }, facts),
+    );
   const own = column(
     `token ${whole(k + 1)}, as sampled`,
     tokens.tokens[pane.places[k]],
@@ -123,7 +134,9 @@ function drawCredits() {
     ["sign", "sign on these"],
   ];
   const cell = (found) =>
-    found ? el("td", {}, `${number(found[0], 2)} `, el("small", {}, `${number(found[1], 2)} to ${number(found[2], 2)}`)) : el("td", {}, "");
+    found
+      ? el("td", {}, `${number(found[0], 2)} `, el("small", {}, `${number(found[1], 2)} to ${number(found[2], 2)}`))
+      : el("td", {}, "");
   $("credits").replaceChildren(
     ...data.credits.flatMap(({ run, step, agreement }) => {
       const rows = [...agreement].sort((a, b) => (b.rank?.[0] ?? -2) - (a.rank?.[0] ?? -2));
@@ -136,7 +149,11 @@ function drawCredits() {
           el(
             "table",
             {},
-            el("thead", {}, el("tr", {}, el("th", {}, "objective or rule"), ...measures.map(([, title]) => el("th", {}, title)))),
+            el(
+              "thead",
+              {},
+              el("tr", {}, el("th", {}, "objective or rule"), ...measures.map(([, title]) => el("th", {}, title))),
+            ),
             el(
               "tbody",
               {},
@@ -147,7 +164,9 @@ function drawCredits() {
         el(
           "p",
           { className: "hint" },
-          `95% intervals over problems${equal === undefined ? "" : `; equal pulls would have a share of ${number(equal, 2)} on decisive tokens`}`,
+          equal === undefined
+            ? "95% intervals over problems"
+            : `95% intervals over problems; equal pulls would have a share of ${number(equal, 2)} on decisive tokens`,
         ),
       ];
     }),
