@@ -19,6 +19,7 @@ from RL2.config.programs import RLConfig
 from RL2.errors import UserError, first_line
 from RL2.models.policy import Policy, head
 from RL2.objectives.loss import with_weights
+from RL2.objectives.objective import Objective
 from RL2.objectives.registry import ALL, OBJECTIVES, BoundObjective, configured
 from RL2.ops.token_stats import reference_stats
 from RL2.parallel.fsdp import local
@@ -166,7 +167,7 @@ def _subjects(
     for title in dict.fromkeys((*ALL, *more)):
         objective = ALL.get(title)
         if objective is not None:
-            if why := _lacks(objective.trains_on, objective.needs_teacher):
+            if why := _lacks(objective, batch):
                 left_out[title] = why
                 continue
             if same.get(id(objective), title) != title:
@@ -176,6 +177,8 @@ def _subjects(
             config = run_config(run, folder, title)
             mine = with_weights(with_advantages(batch, config), config.actor)
             bound = configured(config.actor)
+            if why := _lacks(bound.objective, batch):
+                raise UserError(f"{title} {why}")
         except UserError as error:
             if title in more:
                 raise
@@ -188,12 +191,17 @@ def _subjects(
     return found, left_out
 
 
-def _lacks(trains_on: str, needs_teacher: bool) -> str:
-    """Return what a batch of rollouts does not have for an objective; '' if nothing."""
-    if needs_teacher:
+def _lacks(objective: Objective, batch: TokenBatch) -> str:
+    """Return what the kept batch does not have for an objective; '' if it lacks nothing."""
+    if objective.needs_teacher:
         return "reads the distribution of a teacher, and the step has none"
-    wanted = {"pairs": "pairs of a chosen and a rejected response", "labels": "responses with labels and a baseline"}
-    return f"trains on {wanted[trains_on]}, and the step has rollouts" if trains_on in wanted else ""
+    if objective.trains_on == "pairs":
+        return "trains on pairs of a chosen and a rejected response, and the step has rollouts"
+    if objective.trains_on == "labels":
+        return "trains on responses with labels and a baseline, and the step has rollouts"
+    if objective.reference and batch.ref_logp_T is None:
+        return "reads log-probabilities of a reference, and the run had none"
+    return ""
 
 
 def _objective_weight(batch: TokenBatch) -> Tensor:
