@@ -175,10 +175,10 @@ def _subjects(
                 continue
         try:
             config = run_config(run, folder, title)
-            mine = with_weights(with_advantages(batch, config), config.actor)
             bound = configured(config.actor)
             if why := _lacks(bound.objective, batch):
                 raise UserError(f"{title} {why}")
+            mine = with_weights(with_advantages(batch, config), config.actor)
         except UserError as error:
             if title in more:
                 raise
@@ -201,6 +201,8 @@ def _lacks(objective: Objective, batch: TokenBatch) -> str:
         return "trains on responses with labels and a baseline, and the step has rollouts"
     if objective.reference and batch.ref_logp_T is None:
         return "reads log-probabilities of a reference, and the run had none"
+    if objective.covariance and batch.old_logp_T is None:
+        return "reads log-probabilities of the policy before the first update, and the step has none"
     return ""
 
 
