@@ -25,6 +25,8 @@ METADATA = f"{STATE}/.metadata"
 
 
 class Tiny:
+    kept_model = None
+
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.steps, self.policy = 7, nn.Linear(2, 2)
