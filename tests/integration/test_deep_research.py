@@ -59,7 +59,7 @@ def teach(folder: Path, pairs: list[tuple[str, str]]) -> None:
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
     for _ in range(STEPS):
         losses = [lm(input_ids=token_ids, labels=labels).loss for token_ids, labels in sequences]
-        if max(map(float, losses)) < KNOWN:
+        if max(loss.item() for loss in losses) < KNOWN:
             break
         torch.stack(losses).mean().backward()
         optimizer.step()
