@@ -426,6 +426,10 @@ RL = (
     ("overrides", "said"),
     [
         (["rollout.vllm.urls=[http://x]"], "have no effect with rollout.engine=embedded"),
+        (
+            ["rollout.engine=vllm", "rollout.speculation=auto"],
+            "rollout.speculation=auto is for rollout.engine=embedded",
+        ),
         (["rollout.vllm.env.A=1"], "have no effect with rollout.engine=embedded"),
         (
             ["rollout.engine=vllm", "rollout.vllm.urls=[http://x]", "rollout.vllm.num_servers=2"],
