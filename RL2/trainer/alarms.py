@@ -60,6 +60,8 @@ class Alarms:
         self.scores: dict[int, float] = {}
         """Test scores by step."""
         self.seen: dict[str, list[float]] = {name: [] for name in SEEN}
+        self.worth: list[dict[str, float]] = []
+        """Score and parts of the reward of each step; in self-play the rewards of roles move where the score cannot."""
         self.said: set[str] = set()
         for row in before:
             self.see(int(row["step"]), row)
@@ -69,6 +71,9 @@ class Alarms:
         if "test/score" in metrics:
             self.scores[step] = metrics["test/score"]
         self.parts |= {name.split(PART)[1] for name in metrics if PART in name}
+        if "train/score" in metrics:
+            worth = {name: x for name, x in metrics.items() if name.startswith(f"train{PART}")}
+            self.worth.append(worth | {"score": metrics["train/score"]})
         for name, values in self.seen.items():
             if name in metrics:
                 values.append(metrics[name])
@@ -129,11 +134,12 @@ class Alarms:
         )
 
     def _constant(self) -> str:
-        scores = self.seen["train/score"][-CONSTANT:]
-        if len(scores) < CONSTANT or len(set(scores)) > 1:
+        last = self.worth[-CONSTANT:]
+        if len(last) < CONSTANT or any(each != last[0] for each in last):
             return ""
+        score = last[0]["score"]
         return (
-            f"the score of the responses has been {scores[0]:.3f} for {CONSTANT} steps: all are worth the same, and "
+            f"the score of the responses has been {score:.3f} for {CONSTANT} steps: all are worth the same, and "
             "these rows, or this environment, teach nothing more"
         )
 

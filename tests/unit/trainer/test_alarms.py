@@ -146,3 +146,8 @@ def test_low_scores_of_a_few_responses_are_no_alarm() -> None:
 
 def test_a_step_without_a_gradient_now_and_then_is_none() -> None:
     assert said(course(60, actor_grad_norm=lambda n: float(n % 3 > 0))) == []
+
+
+def test_equal_scores_of_self_play_are_no_alarm_while_roles_differ() -> None:
+    rows = [row | {"train/score": 0.0, "train/reward/first": 0.1 * row["step"]} for row in course(20)]
+    assert not [line for line in said(rows) if "worth the same" in line]
