@@ -139,12 +139,12 @@ def test_an_interrupted_run_has_the_same_means_and_opponents(world: World) -> No
 
 
 def test_what_cannot_play_is_refused(world: World) -> None:
-    for override, reason in {
+    for overrides, reason in {
         "rollout.opponents.third=start": "has the roles first, second",
-        "rollout.opponents={first: start, second: start}": "rollout.opponents has all roles of",
+        "rollout.opponents.first=start rollout.opponents.second=start": "rollout.opponents has all roles of",
         "rollout.opponents.second=latest": "rollout.opponents.second=latest needs trainer.save_freq",
         "rollout.opponents.second=/nowhere/at/all": "rollout.opponents.second",
     }.items():
-        refused = world.run("ppo", *game(world), override)
+        refused = world.run("ppo", *game(world), *overrides.split())
         assert refused.process.returncode != 0
         assert reason in refused.errors, refused.errors
