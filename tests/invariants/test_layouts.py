@@ -54,7 +54,8 @@ of the optimizer. The gradient of each is compared, so that these need no more t
 """
 PAIRS = ("rm", "dpo")
 OF_FOUR = ("spo", "ppo", "gkd", "dpo")
-"""What layouts of four processes are tried with: they combine two layouts of two, which are tried with everything."""
+"""What layouts of four processes are tried with: they combine two layouts of two, which are tried with everything. Of
+`gkd` they have the gradient alone."""
 STEPS = 3
 
 
@@ -79,6 +80,8 @@ def run_layout(folder: Path, processes: Processes, sizes: dict[str, int]) -> dic
         if actor.objective.needs_teacher:
             actor.teacher = make_teacher(Teacher(model_name=str(folder / "teacher")), actor, config.temperature)
         results[objective] = of_policy(actor, mixed, 4096)
+        if processes.world_size == 4 and actor.objective.needs_teacher:
+            continue
         if objective in LONG:
             results[f"{objective}, long"] = of_policy(actor, mixed, -(-longest // config.sp_size))
         if objective in FEW:
@@ -157,7 +160,10 @@ def test_a_layout_is_one_process(
     layout: str, case: str, alone: dict[str, Result], layouts: Callable[[str], dict[str, Result]]
 ) -> None:
     ours = layouts(layout)
-    for name in (name for name in alone if name.split(",")[0] == case):
+    wanted = [name for name in alone if name.split(",")[0] == case]
+    if LAYOUTS[layout][0] == 4 and case == "gkd":
+        wanted = [case]
+    for name in wanted:
         # Adam divides by the root of the second moment: where gradients are tiny, rounding is amplified
         assert_same(alone[name], ours[name], 1e-4 if name.endswith("trained") else DIFFERENCES.get(case, TOLERANCE))
     assert alone[case]["metrics"]["loss"] != 0
