@@ -70,6 +70,8 @@ def test_every_script_loads_or_says_what_it_needs(script: str, monkeypatch: pyte
     elif library is not None and find_spec(library) is None:
         with pytest.raises(ScriptError, match=r"pip install 'rl2-spo\[(gem|reasoning-gym|verifiers|math)\]'"):
             load_environment(ENVS / f"{script}.py", 5)
+    elif script in ("debate", "kuhn_poker"):
+        assert len(load_environment(ENVS / f"{script}.py", 5, with_roles=True).roles) >= 2
     elif script == "code":
         try:
             load_environment(ENVS / f"{script}.py", 5).close()

@@ -67,7 +67,11 @@ def test_the_command_passes_and_fails() -> None:
     ("arguments", "message"),
     [
         (["nowhere.py:mine"], "adv.estimator=nowhere.py:mine: nowhere.py: there is no such file"),
-        (["median"], "adv.estimator=median; choose one of reinforce, gdpo, rloo, rae, spo, gae, or path.py:function"),
+        (
+            ["median"],
+            "adv.estimator=median; choose one of reinforce, gdpo, rloo, rae, maxrl, opo, gpg, pass_at_k, "
+            "best_of_group, soft_value, otb, spo, gae, or path.py:function",
+        ),
         (["gae", "clip=1"], "gae does not read clip; its knobs are gamma, lamda"),
         (["gae", "lamda=2"], "lamda=2; must be at least 0 and at most 1"),
     ],

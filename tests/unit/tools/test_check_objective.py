@@ -164,8 +164,20 @@ def regresses(stats: TokenStats, batch: TokenBatch) -> Loss:
     return (stats.logp - stats.teacher_logp).square(), {}
 
 
-def test_an_objective_may_belong_to_no_divergence(pair: Pair) -> None:
+def test_an_objective_may_belong_to_a_multiple_of_a_divergence(pair: Pair) -> None:
     findings = check(regresses, pair=pair)
+    assert_passed(findings)
+    said = "its expected gradient is that of 2 times kl_student_teacher, and 0 where the student is the teacher"
+    assert findings[-1].reason == said
+
+
+@needs("kl_student_teacher", "kl_teacher_student")
+def in_both_directions(stats: TokenStats, batch: TokenBatch) -> Loss:
+    return stats.kl_student_teacher + stats.kl_teacher_student, {}
+
+
+def test_an_objective_may_belong_to_no_divergence(pair: Pair) -> None:
+    findings = check(in_both_directions, pair=pair)
     assert_passed(findings)
     assert findings[-1].reason == "its expected gradient is not that of a single divergence of the menu"
 
