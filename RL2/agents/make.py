@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from RL2.agents.session import Policy
 from RL2.config.agent import agent_of
 from RL2.rollout.episodes import Player
 
 
-def make_agent(
-    agent: str | None, key: str, policy: Policy, *, timeout_s: float, max_running: int, variables: tuple[str, ...]
-) -> Player | None:
-    """Return what plays the episodes with `agent`, the value of the setting `key`; None if there is none.
+class AgentSettings(Protocol):
+    """Settings of an agent, as `config.rollout.Rollout` and `rl2 eval` have them."""
 
-    At most `max_running` agents run at a time, each for `timeout_s`. `variables` are names of environment variables
-    that they get although they have secrets. Raise ConfigError if the agent is not there.
+    @property
+    def agent(self) -> str | None: ...
+    @property
+    def agent_timeout_s(self) -> float: ...
+    @property
+    def agent_env(self) -> tuple[str, ...]: ...
+    @property
+    def max_running_agents(self) -> int: ...
+
+
+def make_agent(settings: AgentSettings, key: str, policy: Policy) -> Player | None:
+    """Return what plays the episodes with the agent of `settings`, the value of `key`; None if there is none.
+
+    Raise ConfigError if the agent is not there.
     """
-    if agent is None:
+    if settings.agent is None:
         return None
     from RL2.agents.player import AgentPlayer  # the endpoint needs packages that other runs do without
 
-    return AgentPlayer(agent_of(key, agent), policy, timeout_s, max_running, variables)
+    agent = agent_of(key, settings.agent)
+    return AgentPlayer(agent, policy, settings.agent_timeout_s, settings.max_running_agents, settings.agent_env)

@@ -255,14 +255,7 @@ def make_players(
     if rollout.agent is None and not any(environment.roles for environment in tasks.environments):
         return None, tasks.tests
     policy = Policy(engine, template.tokenizer, template, ResponseParser(template), max_length)
-    agent = make_agent(
-        rollout.agent,
-        "rollout.agent",
-        policy,
-        timeout_s=rollout.agent_timeout_s,
-        max_running=rollout.max_running_agents,
-        variables=rollout.agent_env,
-    )
+    agent = make_agent(rollout, "rollout.agent", policy)
 
     def player(environment: Environment, named: Mapping[str, str]) -> Player | None:
         return RolePlayer(policy, opponents.of(named)) if environment.roles else agent

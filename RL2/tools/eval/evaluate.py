@@ -130,14 +130,7 @@ def evaluate(
             memory_share=0.6,
         )
         policy = Policy(engine, tokenizer, template, ResponseParser(template), longest)
-        player = make_agent(
-            config.agent,
-            "agent",
-            policy,
-            timeout_s=config.agent_timeout_s,
-            max_running=config.max_running_agents,
-            variables=config.agent_env,
-        )
+        player = make_agent(config, "agent", policy)
         setting = EpisodeSetting(engine, environment, tokenizer, config.max_turns, longest, template, player)
         with asyncio.Runner() as runner, ExitStack() as ends:
             if player is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,10 @@ def play(task):
 """
 
 
+def settings(agent: str | None) -> Any:
+    return SimpleNamespace(agent=agent, agent_timeout_s=60, agent_env=(), max_running_agents=1)
+
+
 def policy_of(engine: ScriptedEngine, template: Template) -> Policy:
     return Policy(engine, template.tokenizer, template, ResponseParser(template), None)
 
@@ -53,8 +58,7 @@ def played(tokenizer: PreTrainedTokenizerBase, folder: Path, left: str, *, train
     environment, template = environment_of(step), Template(tokenizer)
 
     async def play() -> Trajectory:
-        limits: dict[str, Any] = {"timeout_s": 60, "max_running": 1, "variables": ()}
-        player = make_agent(f"{folder}/agent.py:play", "agent", policy_of(engine, template), **limits)
+        player = make_agent(settings(f"{folder}/agent.py:play"), "agent", policy_of(engine, template))
         assert player is not None
         prompt = Prompt(0, "", [], {}, {}, [{"role": "user", "content": "How many?"}])
         sampling = Sampling(max_new_tokens=8, stop_token_ids=(tokenizer.eos_token_id,))
@@ -90,7 +94,6 @@ def test_an_answer_that_shall_not_train_does_not(
 
 def test_without_an_agent_there_is_no_player(tokenizer: PreTrainedTokenizerBase) -> None:
     policy = policy_of(ScriptedEngine(lambda ids, sampling: [1]), Template(tokenizer))
-    limits: dict[str, Any] = {"timeout_s": 60, "max_running": 1, "variables": ()}
-    assert make_agent(None, "agent", policy, **limits) is None
+    assert make_agent(settings(None), "agent", policy) is None
     with pytest.raises(ConfigError, match=r"agent=no.py:play: no.py is not a file"):
-        make_agent("no.py:play", "agent", policy, **limits)
+        make_agent(settings("no.py:play"), "agent", policy)
