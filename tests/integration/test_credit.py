@@ -55,7 +55,7 @@ def test_each_answer_has_values_with_intervals(result: dict[str, Any]) -> None:
 
 
 def test_pulls_are_derivatives_of_the_loss(result: dict[str, Any]) -> None:
-    """Of -log p it is 1 - p times the token's weight, on rewarded answers alone; with advantages on all."""
+    """The pull of -log p is 1 - p times the token's weight, on rewarded answers alone; with advantages on all."""
     for one in result["answers"]:
         rest = [-math.expm1(logp) for logp in one["logp"]]
         shares = [pull / share for pull, share in zip(one["pulls"]["positive_ce"], rest, strict=True)]
@@ -67,7 +67,7 @@ def test_pulls_are_derivatives_of_the_loss(result: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("share", [0.3, 0.8])
 def test_a_killed_command_continues_to_the_same_results(run: Run, folder: Path, share: float) -> None:
-    """As a kill leaves the file: cut at any byte."""
+    """The file is cut at any byte, as a kill leaves it."""
     samples, before = folder / "credit_samples.jsonl", (folder / "credit.json").read_bytes()
     whole = samples.read_bytes()
     samples.write_bytes(whole[: int(share * len(whole))])

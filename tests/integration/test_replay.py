@@ -166,7 +166,7 @@ def atlas(run: Run, processes: Processes) -> Atlas:
 
 
 def test_the_atlas_is_that_of_dense_logits(atlas: Atlas, dense: Dense) -> None:
-    """Of `sft`, and of `spo` with a constant target, whose gradients are multiples of e_a - p."""
+    """The gradients of `sft`, and of `spo` with a constant target, are multiples of e_a - p."""
     batch = dense.batch
     with torch.no_grad():
         logits = [dense.lm(batch.token_ids_T[cut][None]).logits[0][batch.action_T[cut]] for cut in dense.cuts]

@@ -99,7 +99,7 @@ class World:
     tokenizer: PreTrainedTokenizerBase
 
     def options(self) -> dict[str, Any]:
-        """What all of TRL's trainers are told."""
+        """Return the settings that all of TRL's trainers get."""
         folder = str(self.folder / "trl")
         batch = {"per_device_train_batch_size": BATCH, "beta": 0.3, "max_length": 128}
         return {"output_dir": folder, "use_cpu": True, "bf16": False, "report_to": [], **batch}

@@ -93,7 +93,7 @@ class World:
 
     @property
     def trl(self) -> dict[str, Any]:
-        """What all of TRL's trainers are told."""
+        """Return the settings that all of TRL's trainers get."""
         return {
             "output_dir": str(self.folder / "trl"),
             "use_cpu": True,

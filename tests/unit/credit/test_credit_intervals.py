@@ -50,7 +50,7 @@ def test_other_values_are_refused(value: float) -> None:
 
 @pytest.mark.parametrize("values", [(0.0, 1.0), (0.0, 0.5, 1.0)])
 def test_the_mean_is_held_at_all_sizes_at_once(values: tuple[float, ...]) -> None:
-    """Of 400 sequences at most 1 - alpha may ever leave it: 20 of 400, and 33 with probability 0.003."""
+    """At most 5% of 400 sequences may ever leave it: 20 in the mean, and 33 with probability 0.003."""
     rng, alpha = np.random.default_rng(0), 0.05
     left = 0
     for _ in range(400):

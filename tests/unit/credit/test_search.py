@@ -40,7 +40,7 @@ def test_a_continuation_is_a_sample_of_each_place_that_it_goes_through() -> None
 
 
 def test_shared_continuations_are_unbiased() -> None:
-    """Of each place they have the mean of its own continuations, wherever they began."""
+    """The value of each place is the mean of its own continuations, wherever they began."""
     rng = np.random.default_rng(1)
     of = told(rng, drawn(rng))
     search = Search(of.answer)

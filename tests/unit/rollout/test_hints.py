@@ -118,7 +118,7 @@ def test_what_a_script_may_not_return(
 def test_the_divergence_is_that_of_each_response_after_both_prompts(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> None:
-    """Of the policy, with itself as the teacher, against whole logits in float64."""
+    """The policy with itself as the teacher is compared with whole logits in float64."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     config = Qwen3Config(

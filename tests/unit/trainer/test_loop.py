@@ -41,7 +41,7 @@ def test_schedules() -> None:
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
 def test_rates_decay_to_a_floor(name: str) -> None:
-    """As a share of the peak: the floor plus the rest times the decay to 0."""
+    """The rate, as a share of the peak, is the floor plus the rest times the decay to 0."""
     settings = (f"actor.scheduler={name}", "actor.warmup_ratio=0.2", "actor.lr=4e-6")
     to_zero, to_floor = rates(*settings, total=50), rates(*settings, "actor.min_lr=1e-6", total=50)
     assert to_floor[:10] == to_zero[:10]  # the warm-up begins at 0
