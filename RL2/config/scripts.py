@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import sys
 import traceback
 from pathlib import Path
@@ -25,29 +26,32 @@ def import_script(path: str | Path) -> ModuleType:
 
     So an edit does not change a run under way. Raise `ScriptError` as `load_script` does.
     """
-    package, _ = _package(path)
-    return sys.modules.get(f"{package}.{Path(path).stem}") or load_script(path)
-
-
-def _package(path: str | Path) -> tuple[str, str]:
-    """Return the name of the package that the folder of `path` is made into, and the folder."""
-    folder = str(Path(path).resolve().parent)
-    return f"rl2_scripts_{hashlib.blake2b(folder.encode(), digest_size=4).hexdigest()}", folder
+    package = _package(path)
+    return sys.modules.get(f"{package}.{Path(path).stem}") or _execute(Path(path), package)
 
 
 def load_script(path: str | Path) -> ModuleType:
-    """Return the module of the file `path`, executed anew, in a package made of its folder.
+    """Return the module of the file `path`, executed anew, as are the siblings that it imports.
 
-    The script can import its siblings (`from .other import f`). Raises `ScriptError`, with the line of the script that
-    failed.
+    The script can import its siblings (`from .other import f`): it is in a package made of its folder, one for each
+    load, so that no class or setting of an earlier load is mixed in. Raise `ScriptError`, with the line of the script
+    that failed.
     """
-    path = Path(path)
+    names = (f"{_package(path)}_{i}" for i in itertools.count(1))
+    return _execute(Path(path), next(name for name in names if name not in sys.modules))
+
+
+def _package(path: str | Path) -> str:
+    folder = str(Path(path).resolve().parent)
+    return f"rl2_scripts_{hashlib.blake2b(folder.encode(), digest_size=4).hexdigest()}"
+
+
+def _execute(path: Path, package: str) -> ModuleType:
     if not path.is_file():
         raise ScriptError(f"{path}: there is no such file")
-    package, folder = _package(path)
     if package not in sys.modules:
         sys.modules[package] = ModuleType(package)
-        sys.modules[package].__path__ = [folder]
+        sys.modules[package].__path__ = [str(path.resolve().parent)]
     name = f"{package}.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from RL2.config.scripts import ScriptError
+from RL2.config.scripts import ScriptError, load_script
 from RL2.data.tool_calls import ToolCall
 from RL2.rollout.environment import ATTEMPTS, Environment, StepResult, Unscored, load_environment
 from RL2.types import Sampling
@@ -173,6 +173,20 @@ def test_a_script_may_import_its_siblings(load: Load, tmp_path: Path) -> None:
     assert step(load(source)).reward == 0.25
     with pytest.raises(ScriptError, match="cannot be imported: ModuleNotFoundError: No module named"):
         load("from .missing import x\n" + body("..."))
+
+
+def test_each_load_has_its_own_siblings(load: Load, tmp_path: Path) -> None:
+    """An error class that two siblings share is the same class for both, also after another load of one of them."""
+    (tmp_path / "errors.py").write_text("class Refused(Exception):\n    pass\n")
+    (tmp_path / "caller.py").write_text("from .errors import Refused\ndef call():\n    raise Refused\n")
+    answer = f"return {RESULT}"
+    source = "from .caller import call\nfrom .errors import Refused\n" + body(
+        "try:", "    call()", "except Refused:", f"    {answer}"
+    )
+    first = load(source)
+    load_script(tmp_path / "errors.py")
+    assert step(load(source)).reward == 1.0
+    assert step(first).reward == 1.0
 
 
 def test_no_result_is_unscored(load: Load) -> None:
