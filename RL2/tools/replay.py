@@ -31,7 +31,7 @@ from RL2.config.values import build
 from RL2.errors import UserError, first_line, in_table
 from RL2.objectives.loss import by_token, total_loss, wanted_stats, with_weights
 from RL2.objectives.objective import Loss
-from RL2.objectives.registry import configured
+from RL2.objectives.registry import configured, find
 from RL2.parallel.fsdp import whole
 from RL2.parallel.processes import Processes
 from RL2.trainer.run import REPLAY_BATCH, replay_folder
@@ -89,6 +89,9 @@ def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) ->
     batch = read_batch(folder / REPLAY_BATCH)
     actor = Actor(next(iter(configs.values())).actor, processes, 1, folder)
 
+    reading = {title for title, config in configs.items() if reads_old_policy(config)}
+    with_old = with_old_policy(batch, actor) if reading else batch
+
     def only(field: str) -> StatsRequest:
         return replace(actor.request, fields=(field,), top_k=0)
 
@@ -101,7 +104,7 @@ def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) ->
     found, gradients = [], {}
     for title, config in configs.items():
         actor.teacher = teacher_of(config, title, actor)
-        mine = with_weights(with_advantages(batch, config), config.actor)
+        mine = with_weights(with_advantages(with_old if title in reading else batch, config), config.actor)
         gradients[title] = _gradient(
             actor, mine, _loss(config.actor), wanted_stats(config.actor, configured(config.actor))
         )
@@ -152,6 +155,19 @@ def read_batch(file: Path) -> TokenBatch:
         return TokenBatch(**tensors)
     except (OSError, SafetensorError, TypeError) as error:
         raise UserError(f"{file} is damaged: {first_line(error)}") from error
+
+
+def reads_old_policy(config: RLConfig) -> bool:
+    """Return whether the objective or the selection of tokens reads the policy before the update."""
+    return config.actor.select.reads_old_policy or find(config.actor.objective).covariance
+
+
+def with_old_policy(batch: TokenBatch, actor: Actor) -> TokenBatch:
+    """Return `batch` with the statistics of the policy before the update that it lacks; `actor` has its weights."""
+    request = replace(actor.request, fields=("logp", "entropy", "max_logp"), top_k=0)
+    stats = actor.stats(batch, request, actor.config.max_inference_length_per_device, routing=actor.routing())
+    found = {"old_logp_T": stats.logp, "old_entropy_T": stats.entropy, "off_mode_T": stats.logp < stats.max_logp}
+    return batch.with_(**{name: value for name, value in found.items() if getattr(batch, name) is None})
 
 
 def run_config(run: Path, folder: Path, title: str, engine: str = "embedded") -> RLConfig:

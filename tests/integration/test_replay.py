@@ -21,7 +21,8 @@ from RL2.parallel.processes import Processes
 from RL2.tools.atlas.measure import Atlas, measure
 from RL2.types import TokenBatch
 
-TITLES = ("spo", "spo actor.path.detach_target=true", "spo_0p5 actor.path.region=all", "sft", "reinforce")
+OFF_MODE = "sft actor.select.not_mode=true"
+TITLES = ("spo", "spo actor.path.detach_target=true", "spo_0p5 actor.path.region=all", "sft", OFF_MODE, "reinforce")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,11 @@ def reference(dense: Dense) -> dict[str, tuple[float, Tensor]]:
     def sft(logp_TV: Tensor, labels_T: Tensor, b: int) -> Tensor:
         return -sampled(logp_TV, labels_T).mean()
 
+    def off_mode(logp_TV: Tensor, labels_T: Tensor, b: int) -> Tensor:
+        logp_T = sampled(logp_TV, labels_T)
+        kept_T = logp_T < logp_TV.max(-1).values
+        return -(logp_T * kept_T).sum() / kept_T.sum().clamp(min=1)
+
     groups = dense.batch.group_B.tolist()
 
     def reinforce(logp_TV: Tensor, labels_T: Tensor, b: int) -> Tensor:
@@ -101,7 +107,7 @@ def reference(dense: Dense) -> dict[str, tuple[float, Tensor]]:
         return -(dense.right[b] - sum(of) / len(of)) * sampled(logp_TV, labels_T).mean()
 
     everything = [True] * len(dense.right)
-    formulas = dict(zip(TITLES, (spo, detached, half, sft, reinforce), strict=True))
+    formulas = dict(zip(TITLES, (spo, detached, half, sft, off_mode, reinforce), strict=True))
     return {
         title: dense.gradient(formula, everything if title == "reinforce" else dense.right)
         for title, formula in formulas.items()

@@ -24,12 +24,13 @@ from RL2.objectives.registry import ALL, OBJECTIVES, BoundObjective, configured
 from RL2.ops.token_stats import reference_stats
 from RL2.parallel.fsdp import local
 from RL2.parallel.processes import Processes
-from RL2.tools.replay import read_batch, run_config, with_advantages
+from RL2.tools.replay import read_batch, reads_old_policy, run_config, with_advantages
 from RL2.trainer.run import REPLAY_BATCH, replay_folder
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.actor import Actor
 
 SEEN = ("logp", "entropy", "rank")
+NO_OLD_POLICY = "reads log-probabilities of the policy before the first update, and the step has none"
 LIMIT_TOKENS = 4096
 """Maximum number of tokens that are measured."""
 AT_ONCE = 1 << 20
@@ -178,6 +179,8 @@ def _subjects(
             bound = configured(config.actor)
             if why := _lacks(bound.objective, batch):
                 raise UserError(f"{title} {why}")
+            if reads_old_policy(config) and batch.old_logp_T is None:
+                raise UserError(f"{title} {NO_OLD_POLICY}")
             mine = with_weights(with_advantages(batch, config), config.actor)
         except UserError as error:
             if title in more:
@@ -202,7 +205,7 @@ def _lacks(objective: Objective, batch: TokenBatch) -> str:
     if objective.reference and batch.ref_logp_T is None:
         return "reads log-probabilities of a reference, and the run had none"
     if objective.covariance and batch.old_logp_T is None:
-        return "reads log-probabilities of the policy before the first update, and the step has none"
+        return NO_OLD_POLICY
     return ""
 
 
