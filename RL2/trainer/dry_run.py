@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -38,6 +38,7 @@ from RL2.data.tool_calls import ResponseParser
 from RL2.engines.scripted import ScriptedEngine
 from RL2.errors import ConfigError, UserError, first_line, in_table, naming
 from RL2.io import checkpoint
+from RL2.io.checkpoint import NOTES
 from RL2.io.progress import Progress
 from RL2.io.run_lock import refuse_if_running
 from RL2.models.dtypes import compute_dtype
@@ -513,6 +514,8 @@ def estimate_memory(config: Config, lm: PreTrainedModel, layout: Layout, found: 
         taught = teacher_shapes(config.teacher, shape, is_adapted=bool(adapters))
         beside |= {"teacher": sum(teacher_memory(one, layout, dtype.itemsize) for one in taught)}
     if isinstance(config, RLConfig):
+        frozen = opponent_shapes(config, shape)
+        beside |= {"opponents": sum(dtype.itemsize * one.parameters for one in frozen)}
         if needs_reference(config.actor) and not (adapters and config.ref_actor.model_name == config.actor.model_name):
             beside["reference"] = MASTER * here
         if estimator_of(config.adv).needs_critic:
@@ -536,8 +539,21 @@ def teacher_shapes(teacher: Teacher, policy: Shape, *, is_adapted: bool) -> list
     """Return the shapes, as far as they are known, of teachers with weights of their own; `policy` is the policy's."""
     if teacher.model_name == EMA or (teacher.model_name == START and not is_adapted):
         return [policy]
+    return known_shapes(teacher.named.values())
+
+
+def opponent_shapes(config: RLConfig, policy: Shape) -> list[Shape]:
+    """Return the shapes, as far as they are known, of the frozen models that play roles; each is loaded once."""
+    named = (config.rollout.opponents, *(each.opponents for each in config.test_sets))
+    names = {name for opponents in named for name in opponents.values()}
+    own = {name for name in names if name in (START, LATEST) or (Path(name) / NOTES).is_file()}
+    return [policy] * len(own) + known_shapes(sorted(names - own))
+
+
+def known_shapes(names: Iterable[str]) -> list[Shape]:
+    """Return the shapes of the models that are folders here and that `Shape` describes."""
     found = []
-    for name in teacher.named.values():
+    for name in names:
         with suppress(UserError):
             if folder_of(name) is not None:
                 found.append(Shape.of(configuration(name)))

@@ -149,6 +149,24 @@ def test_adapters_take_less_memory(dry_run: DryRun) -> None:
     assert 0 < adapters < whole / 4
 
 
+ROLES = """
+ROLES = ("first", "second", "third", "fourth")
+
+async def play(ask, task):
+    return {"rewards": {role: len(await ask(role, "Your move?")) for role in ROLES}}
+"""
+
+
+def test_opponents_take_memory_once_for_each_model(dry_run: DryRun, world: World, tmp_path: Path) -> None:
+    opponents = {"second": "start", "third": str(world.model), "fourth": str(world.model)}
+    (tmp_path / "roles.py").write_text(ROLES)
+    settings = ("train_data.path=null", f"rollout.env_path={tmp_path}/roles.py", "rollout.max_turns=4")
+    said = dry_run("ppo", *settings, *(f"rollout.opponents.{role}={name}" for role, name in opponents.items()))
+    memory = said.partition(" memory ")[2]
+    weights, two = (float(memory.partition(f"{part} ")[2].split()[0]) for part in ("weights", "opponents"))
+    assert two == pytest.approx(2 * weights, rel=0.05)  # in float32, as the weights in training are
+
+
 MADE_UP = """
 async def reset(extra_info):
     return str(extra_info["seed"])
