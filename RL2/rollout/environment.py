@@ -85,8 +85,8 @@ def _with_roles(
     """Return an environment of a script with several roles."""
     if not can_play:
         raise ScriptError(
-            f"{path} has several roles, which only a run of reinforcement learning plays; to test a model, use "
-            "rl2 train with trainer.eval_only=true and test_data.prompts_per_rollout or test_data.path"
+            f"{path} has several roles, which only runs of reinforcement learning and rl2 play can play; to test a "
+            "model, use rl2 train with trainer.eval_only=true and test_data.prompts_per_rollout or test_data.path"
         )
     if step is not None or hasattr(module, "reset"):
         raise ScriptError(f"{path} has play, so it has neither step nor reset; remove them, or remove play")

@@ -10,11 +10,12 @@ import asyncio
 import copy
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -29,10 +30,12 @@ from RL2.models.policy import load_tokenizer, max_length
 from RL2.rollout.continuation import decode
 from RL2.rollout.environment import Environment, load_environment
 from RL2.rollout.episode import run_episode
-from RL2.rollout.step_result import StepResult
+from RL2.rollout.step_result import StepResult, Unscored
+from RL2.tools.play_roles import lines_of_game, play_game
 from RL2.tools.reproduce.model import build_tokenizer
 from RL2.types import Prompt, Sampling, Trajectory
 
+T = TypeVar("T")
 LONGEST = 1 << 20
 """Limit of a prompt and of a response in tokens where no model sets one."""
 FROM_INPUT = "-"
@@ -56,7 +59,7 @@ class PlayRequest:
     """Hub name or folder with the tokenizer and its chat template; empty: a byte-level tokenizer with ChatML."""
     max_turns: int = 100
     seed: int = 0
-    """Seed of the task where `reset` makes it up."""
+    """Seed of the task where there is no row."""
     timeout_s: float = Rollout.env_timeout_s
     """Maximum time for one call of the environment, in seconds."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -76,13 +79,20 @@ def play(request: PlayRequest, responses: Iterator[str], console: Console) -> bo
         tokenizer = load_tokenizer(request.model) if request.model else build_tokenizer([])
         longest = max_length(request.model) if request.model else LONGEST
     transcript = Transcript(tokenizer, responses, console, request.weights)
-    environment = load_environment(request.env, request.timeout_s, request.weights, transcript.show_step)
+    on_step, weights = transcript.show_step, request.weights
+    environment = load_environment(request.env, request.timeout_s, weights, on_step, with_roles=True)
     try:
         prompt = choose_prompt(request, environment, tokenizer, longest - 1)
         if prompt.extra_info:
             transcript.extra_info = prompt.extra_info
             transcript.show("extra_info", as_json(prompt.extra_info))
-        trajectory = _run(request, prompt, environment, tokenizer, longest, transcript)
+        end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        settings: Any = {"tokenizer": tokenizer, "sampling": Sampling(LONGEST, stop_token_ids=end)}
+        settings |= {"max_turns": request.max_turns, "max_length": longest, "seed": request.seed}
+        if environment.roles:
+            return _play_game(prompt, environment, transcript, settings)
+        engine = ScriptedEngine(partial(transcript.respond, ""))
+        trajectory = run(run_episode(prompt, engine=engine, environment=environment, group=0, sample=0, **settings))
     except NoResponse:
         transcript.show("stopped", f"after {transcript.turns} response(s), before the episode was done")
         return True
@@ -97,10 +107,10 @@ def choose_prompt(
 ) -> Prompt:
     """Return the prompt of the chosen row, or an empty one that `reset` fills."""
     if not request.data:
-        if not environment.has_reset:
+        if not environment.has_reset and not environment.roles:
             raise ConfigError(f"{request.env} has no reset, so its tasks are rows; pass --data FILE")
         if request.row != 1:
-            raise ConfigError(f"--row {request.row} has no effect without --data; --seed chooses the task of reset")
+            raise ConfigError(f"--row {request.row} has no effect without --data; --seed chooses the task")
         return Prompt(0, "", [], {})
     prompts = load_prompts(request.data, tokenizer, environment.example, longest)
     found = next((prompt for prompt in prompts if prompt.row == request.row - 1), None)
@@ -111,28 +121,22 @@ def choose_prompt(
     return found
 
 
-def _run(
-    request: PlayRequest,
-    prompt: Prompt,
-    environment: Environment,
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    transcript: Transcript,
-) -> Trajectory:
-    end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    episode = run_episode(
-        prompt,
-        engine=ScriptedEngine(transcript.respond),
-        environment=environment,
-        tokenizer=tokenizer,
-        sampling=Sampling(LONGEST, stop_token_ids=end),
-        max_turns=request.max_turns,
-        max_length=longest,
-        group=0,
-        sample=0,
-        seed=request.seed,
-    )
-    loop = asyncio.new_event_loop()  # not asyncio.run, under which Ctrl-C waits for the line being typed
+def _play_game(prompt: Prompt, environment: Environment, transcript: Transcript, settings: Mapping[str, Any]) -> bool:
+    try:
+        result = run(play_game(prompt, environment, transcript.respond, **settings))
+    except Unscored as error:
+        transcript.head("episode")
+        transcript.show("unscored", error.cause, style="bold red")
+        return False
+    transcript.head("episode")
+    for name, value in (("responses", str(transcript.turns)), *lines_of_game(result, transcript.weights)):
+        transcript.show(name, value)
+    return True
+
+
+def run(episode: Coroutine[Any, Any, T]) -> T:
+    """Return the result of an episode. Unlike under `asyncio.run`, Ctrl-C does not wait for the line being typed."""
+    loop = asyncio.new_event_loop()
     try:
         return loop.run_until_complete(episode)
     finally:
@@ -152,18 +156,20 @@ class Transcript:
         """Take the texts of the responses in order, and the weights of the parts of the reward."""
         self.tokenizer, self.responses, self.console, self.weights = tokenizer, responses, console, weights
         self.turns = 0
-        self.read: list[int] = []
-        """Tokens that the model has read or written so far."""
+        self.read: dict[str, list[int]] = {}
+        """Role -> tokens that it has read or written so far; '' without roles."""
         self.extra_info: dict[str, Any] = {}
 
-    def respond(self, token_ids: list[int], sampling: Sampling) -> list[int]:
-        """Show what the model reads behind its last response, and return the tokens of the next one."""
-        continues = token_ids[: len(self.read)] == self.read
-        added = token_ids[len(self.read) :] if continues else token_ids
-        title = "prompt" if not self.turns else "environment" if continues else "environment, with another history"
-        self.head(f"{title}: {len(added)} tokens")
+    def respond(self, role: str, token_ids: list[int], sampling: Sampling) -> list[int]:
+        """Show what the model reads behind its last response, as `role`, and return the tokens of the next one."""
+        read = self.read.get(role, [])
+        continues = token_ids[: len(read)] == read
+        added = token_ids[len(read) :] if continues else token_ids
+        title = "prompt" if not read else "environment" if continues else "environment, with another history"
+        of = f" of {role}" if role else ""
+        self.head(f"{title}{of}: {len(added)} tokens")
         self.write(decode(self.tokenizer, added))
-        self.head(f"response {self.turns + 1}")
+        self.head(f"response {self.turns + 1}{of}")
         response = next(self.responses, None)
         if response is None:
             raise NoResponse
@@ -174,7 +180,7 @@ class Transcript:
         first_end = next((n for n, token in enumerate(sampled) if token in sampling.stop_token_ids), len(sampled))
         sampled = sampled[: first_end + 1]
         self.turns += 1
-        self.read = token_ids + sampled
+        self.read[role] = token_ids + sampled
         return sampled
 
     def show_step(self, action: str, result: StepResult) -> None:

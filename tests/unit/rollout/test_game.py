@@ -158,7 +158,7 @@ def test_scripts_that_cannot_be_played_are_refused(load: Load, roles: str, what:
 def test_what_cannot_play_roles_says_so(tmp_path: Path) -> None:
     path = tmp_path / "game.py"
     path.write_text(ROLES + "async def play(ask, task): return {}\n")
-    with pytest.raises(ScriptError, match=r"several roles, which only a run of reinforcement learning plays"):
+    with pytest.raises(ScriptError, match=r"several roles, which only runs of reinforcement learning and rl2 play"):
         load_environment(path)
 
 

@@ -198,3 +198,49 @@ def test_the_command_fails_where_there_is_no_reward(guess: Path) -> None:
     result = command(str(guess), "--say", "raise")
     assert result.exit_code == 1
     assert "unscored    " in result.stdout
+
+
+ROLES = """
+ROLES = {"hider": "You hide.", "seeker": ""}
+
+async def play(ask, task):
+    hidden = await ask("hider", f"Hide from 1 to {task['seed']}.")
+    found = await ask("seeker", "Where?")
+    if found == "nowhere":
+        return {"rewards": {"hider": 1}}
+    found = await ask("seeker", "Again?") if found != hidden else found
+    return {"rewards": {"hider": found != hidden, "seeker": found == hidden}, "score": 0.5, "metrics": {"tries": 2}}
+"""
+
+
+def test_roles_are_played_by_one_person(tmp_path: Path) -> None:
+    (file := tmp_path / "roles.py").write_text(ROLES)
+
+    def said(*responses: str) -> Result:
+        settings = [str(file), "--seed", "9", *(word for text in responses for word in ("--say", text))]
+        return CliRunner().invoke(app, ["play", *settings])
+
+    result = said("7", "6", "7")
+    assert result.exit_code == 0
+    titles = [line.partition(":")[0][4:] for line in result.stdout.splitlines() if line.startswith("---")]
+    assert titles == [
+        "prompt of hider",
+        "response 1 of hider",
+        "prompt of seeker",
+        "response 2 of seeker",
+        "environment of seeker",
+        "response 3 of seeker",
+        "episode",
+    ]
+    assert "You hide.<|im_end|>" in result.stdout and "Hide from 1 to 9." in result.stdout
+    end = [line.split(maxsplit=1) for line in result.stdout.partition("--- episode\n")[2].splitlines()]
+    assert dict(end) == {
+        "responses": "3",
+        "hider": "reward 0",
+        "seeker": "reward 1, so it is correct",
+        "score": "0.5",
+        "env/tries": "2",
+    }
+    assert "stopped     after 2 response(s)" in said("7", "6").stdout
+    missing = said("7", "nowhere")
+    assert missing.exit_code == 1 and "unscored    there is no reward of seeker" in missing.stdout
