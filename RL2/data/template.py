@@ -111,7 +111,8 @@ class Template:
     def behind_calls(self, messages: list[Message], arguments: dict[str, Any]) -> str:
         """Return what is written behind a response with calls, from its end token to the header of the next response.
 
-        `messages` begin with the results of the calls, of the role `tool`. Raise DataError if the template drops them.
+        `messages` begin with the results of the calls, of the role `tool`. Raise DataError if the template drops a part of
+        them, except reasoning.
         """
         results = list(takewhile(lambda message: message["role"] == "tool", messages))
         calls = [_call_before(result) for result in results]
@@ -132,8 +133,8 @@ class Template:
             stop = self.end_of_turn(said, 0)
             stop -= next((len(end) for end in self.ends if said[:stop].endswith(end)), 0)
             if said and behind.startswith(said[:stop]):
-                for message in messages:
-                    self.refuse_lost(message, behind)
+                for message in messages:  # reasoning of earlier turns is the template's to keep or drop
+                    self.refuse_lost(message, behind, but="the reasoning")
                 return behind[stop:]
         raise DataError(refusal)
 

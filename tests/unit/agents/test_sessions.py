@@ -208,6 +208,24 @@ def test_a_client_without_tools_gets_calls_as_text(has_tools: bool) -> None:
     assert ("tool_calls" in reply.message) is has_tools
 
 
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
+def test_reasoning_in_a_history_may_be_dropped_by_the_template(name: str) -> None:
+    """A client sends what it has seen; after a result of a call, too, the template decides what stays of reasoning."""
+    its = tokenizer_with(name)
+    text = '<think>\nHm.\n</think>\n\n<tool_call>\n{"name": "look_up", "arguments": {"word": "x"}}\n</tool_call>'
+    engine = ScriptedEngine(lambda ids, sampling: its.encode(text, add_special_tokens=False))
+    template = Template(its)
+    session = Session(Policy(engine, its, template, ResponseParser(template), None), SAMPLING, 1)
+    tools = {"tools": TOOLS}
+    (first,) = ask(session, ASK, arguments=tools)
+    result = {"role": "tool", "tool_call_id": first.message["tool_calls"][0]["id"], "content": "found"}
+    changed = {"role": "assistant", "content": "It is x.", "reasoning_content": "0.25"}
+    ask(session, ASK, first.message, result, changed, ASK, arguments=tools)
+    (sequence,) = session.record.sequences()
+    read = its.decode(sequence.token_ids)
+    assert "found" in read and "It is x." in read and "0.25" not in read
+
+
 def test_texts_of_tokens_are_made_only_when_they_are_sent(says: Say) -> None:
     (reply,) = ask(says("one two"), ASK, stream=True)
     assert reply.token_texts == []
