@@ -111,8 +111,8 @@ class Template:
     def behind_calls(self, messages: list[Message], arguments: dict[str, Any]) -> str:
         """Return what is written behind a response with calls, from its end token to the header of the next response.
 
-        `messages` begin with the results of the calls, of the role `tool`. Raise DataError if the template drops a part of
-        them, except reasoning.
+        `messages` begin with the results of the calls, of the role `tool`. Raise DataError if the template drops a part
+        of them, except reasoning.
         """
         results = list(takewhile(lambda message: message["role"] == "tool", messages))
         calls = [_call_before(result) for result in results]

@@ -265,8 +265,8 @@ def plan(
 
 @app.command()
 def replay(
-    run: Annotated[Path, typer.Argument(help="Folder of a run (its trainer.save_dir).")],
-    step: Annotated[int, typer.Option(help="A step stored by trainer.replay_freq.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run (its trainer.save_dir), or of a step in it.")],
+    step: Annotated[str, typer.Option(help="A step stored by trainer.replay_freq, or latest.")] = "latest",
     objectives: Annotated[str, typer.Option(help="NAME [KEY=VALUE ...], ...")] = "spo,rank_jsd",
 ) -> None:
     """Evaluate several objectives on the stored rollouts and weights of one step: gradients, cosines, token weights.
@@ -280,22 +280,23 @@ def replay(
     from RL2.parallel.processes import Processes
     from RL2.tools.replay import replay as evaluate_objectives
     from RL2.tools.replay import save, table
-    from RL2.trainer.run import replay_folder
+    from RL2.trainer.run import kept_step, replay_folder
 
     titles = [title.strip() for title in objectives.split(",") if title.strip()]
     with ending("replay"):
+        folder, number = kept_step(run, step)
         processes = Processes.start(timeout_s=600)
-        replayed = evaluate_objectives(run, step, titles, processes)
+        replayed = evaluate_objectives(folder, number, titles, processes)
     Console().print(table(replayed))
-    save(replayed, file := replay_folder(run, step) / "replay.json")
+    save(replayed, file := replay_folder(folder, number) / "replay.json")
     print(f"written to {file}")
     processes.stop()
 
 
 @app.command()
 def atlas(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or of a step that it has kept.")],
-    step: Annotated[int | None, typer.Option(help="A step stored by trainer.replay_freq; by default the last.")] = None,
+    run: Annotated[Path, typer.Argument(help="Folder of a run (its trainer.save_dir), or of a step in it.")],
+    step: Annotated[str, typer.Option(help="A step stored by trainer.replay_freq, or latest.")] = "latest",
     objectives: Annotated[str, typer.Option(help="NAME [KEY=VALUE ...], ... besides the built-in ones.")] = "",
     tokens: Annotated[int, typer.Option(help="Maximum number of tokens to measure.", min=1)] = 4096,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("atlas.html"),
@@ -310,9 +311,9 @@ def atlas(
     with ending("atlas"):
         from RL2.models.policy import load_tokenizer
         from RL2.parallel.processes import Processes
-        from RL2.tools.atlas.measure import kept_step, measure
+        from RL2.tools.atlas.measure import measure
         from RL2.tools.atlas.page import write_page
-        from RL2.trainer.run import replay_folder
+        from RL2.trainer.run import kept_step, replay_folder
 
         folder, number = kept_step(run, step)
         processes = Processes.start(timeout_s=600)
@@ -356,10 +357,10 @@ def credit(
     with ending("credit"):
         from RL2.errors import ConfigError
         from RL2.io.progress import Progress
-        from RL2.tools.credit.command import RESULT, CreditRequest, choose_step, parse_budget
+        from RL2.tools.credit.command import RESULT, CreditRequest, parse_budget
         from RL2.tools.credit.command import credit as measure
         from RL2.tools.credit.table import tables
-        from RL2.trainer.run import replay_folder
+        from RL2.trainer.run import kept_step, replay_folder
 
         try:
             low, high = map(float, rewards.split(","))
@@ -383,7 +384,7 @@ def credit(
             print(f"row {one['row']}, sample {one['sample']} skipped: {one['reason']}")
         for title, reason in result["left_out"].items():
             print(f"{title} left out: {reason}")
-        print(f"written to {replay_folder(run, choose_step(run, step)) / RESULT}")
+        print(f"written to {replay_folder(*kept_step(run, step)) / RESULT}")
 
 
 @app.command("eval")

@@ -79,12 +79,6 @@ def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) ->
     objective or a key that does not exist.
     """
     folder = replay_folder(run, step)
-    if not (folder / REPLAY_BATCH).is_file():
-        numbers = (path.name.removeprefix("replay_") for path in sorted(run.glob("replay_[0-9]*")))
-        kept = ", ".join(str(int(number)) for number in numbers if number.isdigit())  # others were never finished
-        raise UserError(
-            f"{run} has not kept step {step}; it has kept {kept or 'none'} (trainer.replay_freq=N keeps every N-th)"
-        )
     configs = {title: run_config(run, folder, title) for title in wanted}
     batch = read_batch(folder / REPLAY_BATCH)
     actor = Actor(next(iter(configs.values())).actor, processes, 1, folder)

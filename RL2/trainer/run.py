@@ -25,7 +25,7 @@ from RL2.config.secrets import masked
 from RL2.config.trainer import RLTrainer
 from RL2.config.trainer import Trainer as TrainerConfig
 from RL2.data.cursor import Cursor
-from RL2.errors import ConfigError, LostProcess, first_line
+from RL2.errors import ConfigError, LostProcess, UserError, first_line
 from RL2.io import checkpoint, durable
 from RL2.io.checkpoint import CheckpointFailed, Checkpoints, Resumable
 from RL2.io.progress import Progress
@@ -367,6 +367,27 @@ def _name(number: int) -> str:
 
 def replay_folder(save_dir: Path, step: int) -> Path:
     return save_dir / f"replay_{step:06d}"
+
+
+def kept_step(path: Path, step: str = "latest") -> tuple[Path, int]:
+    """Return a run and the number of a step that it has kept; `path` is the run's folder, or that of the step.
+
+    `step` is a number or `latest`. Raise UserError if there is no such step.
+    """
+    if path.name.startswith("replay_") and path.name.removeprefix("replay_").isdigit():
+        path, step = path.parent, path.name.removeprefix("replay_")
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder")
+    # folders without a batch were never finished
+    names = (file.parent.name.removeprefix("replay_") for file in path.glob(f"replay_[0-9]*/{REPLAY_BATCH}"))
+    kept = sorted(int(name) for name in names if name.isdigit())
+    if not kept:
+        raise UserError(f"{path} has kept no step; a run with trainer.replay_freq=N keeps every N-th")
+    if step == "latest":
+        return path, kept[-1]
+    if not step.isdigit() or int(step) not in kept:
+        raise UserError(f"{path} has not kept step {step}; it has kept {', '.join(map(str, kept))}")
+    return path, int(step)
 
 
 def launcher() -> list[str]:

@@ -87,7 +87,7 @@ def test_the_viewer_finds_it(run: Run, result: dict[str, Any]) -> None:
 
 def test_what_cannot_be_used(run: Run, result: dict[str, Any]) -> None:
     for arguments, said in (
-        (("--step", "7"), "has kept 0; pass one of these, or latest"),
+        (("--step", "7"), "has not kept step 7; it has kept 0"),
         (("--budget", "many"), "--budget many: write a number of tokens, such as 500k or 2M"),
         (("--rewards", "1,0"), "--rewards 1,0: the first must be below the second"),
         (("--seed", "3", *OPTIONS), "was begun with other settings (seed)"),

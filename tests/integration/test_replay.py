@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from RL2.errors import UserError
 from RL2.parallel.processes import Processes
 from RL2.tools.atlas.measure import Atlas, measure
+from RL2.trainer.run import kept_step
 from RL2.types import TokenBatch
 
 OFF_MODE = "sft actor.select.not_mode=true"
@@ -231,7 +233,7 @@ def test_the_atlas_page(run: Run, tmp_path: Path) -> None:
 def test_what_was_not_kept_or_cannot_be(run: Run) -> None:
     (run.save_dir / "replay_000001.partial").mkdir(exist_ok=True)  # as a kill leaves it
     for arguments, said in (
-        (("--step", "1"), "has not kept step 1; it has kept 0, 2 (trainer.replay_freq=N keeps every N-th)"),
+        (("--step", "1"), "has not kept step 1; it has kept 0, 2"),
         (("--step", "2", "--objectives", "grpo"), "actor.objective=grpo; choose one of"),
         (("--step", "2", "--objectives", "spo lr"), "'lr' is not a setting; write key=value"),
         (("--step", "2", "--objectives", "spo actor.foo=1"), "nothing reads actor.foo"),
@@ -239,3 +241,12 @@ def test_what_was_not_kept_or_cannot_be(run: Run) -> None:
         done = rl2(str(run.save_dir), *arguments)
         assert done.returncode == 1
         assert said in done.stderr, done.stderr
+
+
+def test_steps_are_found(run: Run, tmp_path: Path) -> None:
+    (run.save_dir / "replay_000009").mkdir(exist_ok=True)  # a folder without a batch is no step
+    assert kept_step(run.save_dir) == (run.save_dir, 2)
+    assert kept_step(run.save_dir, "0") == kept_step(run.save_dir / "replay_000000") == (run.save_dir, 0)
+    for path, said in ((tmp_path, "has kept no step"), (tmp_path / "x", "there is no such folder")):
+        with pytest.raises(UserError, match=said):
+            kept_step(path)

@@ -88,23 +88,6 @@ class Atlas:
         return sorted(found, key=len, reverse=True)
 
 
-def kept_step(path: Path, step: int | None) -> tuple[Path, int]:
-    """Return the run and the number of a kept step: `path` is the run, or the folder of the step.
-
-    Without `step`, the last one that the run has kept. Raise UserError if there is none.
-    """
-    if path.name.startswith("replay_") and path.name.removeprefix("replay_").isdigit():
-        return path.parent, int(path.name.removeprefix("replay_"))
-    names = (folder.name.removeprefix("replay_") for folder in path.glob("replay_[0-9]*"))
-    kept = sorted(int(name) for name in names if name.isdigit())
-    if not kept:
-        raise UserError(f"{path} has kept no step; train with trainer.replay_freq=N")
-    step = kept[-1] if step is None else step
-    if step not in kept:
-        raise UserError(f"{path} has not kept step {step}; it has kept {', '.join(map(str, kept))}")
-    return path, step
-
-
 def measure(run: Path, step: int, processes: Processes, more: Sequence[str] = (), limit: int = LIMIT_TOKENS) -> Atlas:
     """Return the effects of all built-in objectives, and of `more` titles "NAME [KEY=VALUE ...]" as in replay.
 

@@ -25,9 +25,10 @@ from RL2.io.progress import Progress
 from RL2.rollout.continuation import decode
 from RL2.rollout.episode import request_seed
 from RL2.tools.credit.cases import EXAMPLES, Case, find_faults, make_case, result_of
-from RL2.tools.credit.kept import KeptStep, choose_step, open_step
+from RL2.tools.credit.kept import KeptStep, open_step
 from RL2.tools.credit.pulls import Objectives
 from RL2.tools.credit.table import agreements
+from RL2.trainer.run import kept_step
 
 RESULT, SAMPLES = "credit.json", "credit_samples.jsonl"
 PLACES = 16
@@ -83,12 +84,12 @@ def credit(request: CreditRequest, progress: Progress) -> dict[str, Any]:
 
     Raise UserError before anything is sampled if the step or a setting cannot be used.
     """
-    step = choose_step(request.run, request.step)
+    run, step = kept_step(request.run, request.step)
     titles = request.objectives or OBJECTIVES
     with ExitStack() as closing:
-        kept = open_step(request.run, step, titles[0], request.answers, request.engine, progress, closing)
+        kept = open_step(run, step, titles[0], request.answers, request.engine, progress, closing)
         objectives = Objectives(
-            request.run,
+            run,
             kept.folder,
             kept.batch,
             titles,

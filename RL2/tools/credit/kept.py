@@ -59,19 +59,6 @@ class KeptStep:
     """Row, sample and reason of each answer that cannot be continued."""
 
 
-def choose_step(run: Path, step: str) -> int:
-    """Return the number of a kept step, `latest` or a number. Raise UserError if the run has not kept it."""
-    numbers = (path.parent.name.removeprefix("replay_") for path in run.glob(f"replay_[0-9]*/{REPLAY_BATCH}"))
-    kept = sorted(int(number) for number in numbers if number.isdigit())
-    if not kept:
-        raise UserError(f"{run} has kept no step; a run with trainer.replay_freq=N keeps every N-th")
-    if step == "latest":
-        return kept[-1]
-    if not step.isdigit() or int(step) not in kept:
-        raise UserError(f"--step {step}: {run} has kept {', '.join(map(str, kept))}; pass one of these, or latest")
-    return int(step)
-
-
 def open_step(
     run: Path, step: int, title: str, number: int, engine: str, progress: Progress, closing: ExitStack
 ) -> KeptStep:
