@@ -137,6 +137,8 @@ class Trajectory:
     """Role of each turn in `texts`; empty in an episode without roles."""
     role: str | None = None
     """Role whose part of an episode this is; None for a whole episode."""
+    greedy_reward: float | None = None
+    """Reward of a greedy response to the same prompt; None where no estimator of advantages reads it."""
 
     @property
     def reward(self) -> float:

@@ -116,6 +116,19 @@ def rae(batch: TokenBatch, *, mean_N: Tensor) -> Tensor:
     return on_actions(batch, (reward_N - mean_N)[number_B])
 
 
+@reads("rewards", "greedy")
+def remax(batch: TokenBatch, *, greedy_N: Tensor) -> Tensor:
+    """Return the total reward of the trajectory minus that of a greedy response, on each of its action tokens, [T].
+
+    ReMax (arXiv 2310.10505, algorithm 1). `greedy_N` is the reward of the greedy response of the same weights to the
+    prompt of each trajectory, in float64 and in the order of `trajectory_B`. It does not depend on the sampled tokens,
+    so the expected gradient is that of REINFORCE, also with one response for each prompt.
+    """
+    reward_N, _, number_B = by_trajectory(batch)
+    assert len(greedy_N) == len(reward_N), "every trajectory has a sequence"
+    return on_actions(batch, (reward_N - greedy_N)[number_B])
+
+
 @reads("rewards", "values")
 def gae(batch: TokenBatch, *, gamma: Share = 1.0, lamda: Share = 1.0) -> Tensor:
     """Return generalised advantage estimates (arXiv 1506.02438) with the critic's `value_T`, at each action token, [T].

@@ -18,6 +18,7 @@ READABLE: dict[str, str] = {
     "values": "batch.value_T",
     "parts": "the arguments part_NP and weight_P",
     "means": "the argument mean_N",
+    "greedy": "the argument greedy_N",
     "tokens": "batch.token_ids_T and batch.labels_T",
     "logps": "batch.engine_logp_T",
     "truncated": "batch.truncated_B",
@@ -25,7 +26,7 @@ READABLE: dict[str, str] = {
 }
 """Names that an estimator may declare, and where it finds each."""
 
-INPUTS = {"group_size": "groups", "part_NP": "parts", "weight_P": "parts", "mean_N": "means"}
+INPUTS = {"group_size": "groups", "part_NP": "parts", "weight_P": "parts", "mean_N": "means", "greedy_N": "greedy"}
 """Arguments that the trainer fills, and what an estimator with such an argument reads."""
 
 WHITENING = ("global_norm", "norm_var")

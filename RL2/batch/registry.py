@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from RL2.batch.advantages import gae, gdpo, rae, reinforce, rloo, spo
+from RL2.batch.advantages import gae, gdpo, rae, reinforce, remax, rloo, spo
 from RL2.batch.estimator import Estimator
 from RL2.batch.group_advantages import best_of_group, gpg, maxrl, opo, otb, pass_at_k, soft_value
 from RL2.config import functions
@@ -21,6 +21,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "gdpo": gdpo,
     "rloo": rloo,
     "rae": rae,
+    "remax": remax,
     "maxrl": maxrl,
     "opo": opo,
     "gpg": gpg,
@@ -58,6 +59,11 @@ class BoundEstimator:
     def needs_old_policy(self) -> bool:
         """True if it reads statistics of the policy before the update."""
         return "sum_p2" in self.estimator.reads
+
+    @property
+    def needs_greedy(self) -> bool:
+        """True if it reads the reward of a greedy response to each prompt."""
+        return "greedy" in self.estimator.reads
 
     def advantages(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor:
         """Return the advantage of each token before whitening, [T]; `inputs` has what `INPUTS` names."""

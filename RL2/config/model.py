@@ -62,6 +62,23 @@ class Entropy:
 
     coef: float = 0.0
     """Coefficient of the entropy H; coef * H is subtracted from the loss, so a positive value encourages entropy."""
+    target: PositiveFloat | None = None
+    """Entropy in nats, averaged over the trained tokens, that the coefficient follows (Skywork-OR1, arXiv 2505.22312;
+    0.2 there): after each optimizer step below it the coefficient rises by `step`, and after one above it falls by
+    `step`, not below 0, and is not applied. It starts at `coef`. null: it stays `coef`."""
+    step: PositiveFloat = 0.005
+    """With target: change of the coefficient after each optimizer step."""
+
+    @property
+    def is_on(self) -> bool:
+        """True if the entropy is in the loss."""
+        return self.coef != 0 or self.target is not None
+
+    def __post_init__(self) -> None:
+        if self.target is None and self.step != type(self).step:
+            raise ConfigError(f"actor.entropy.step={self.step:g} has no effect without actor.entropy.target")
+        if self.target is not None and self.coef < 0:
+            raise ConfigError(f"actor.entropy.coef={self.coef:g} must be at least 0 with actor.entropy.target")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +215,10 @@ class Trainable:
     """Keep the optimizer state in host memory between optimizer steps."""
     max_length_per_device: Count
     """Tokens of a microbatch per process; sp_size processes share one. Also limits the length of a sequence."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: AdamW. muon: Muon (arXiv 2502.16982) with momentum 0.95 for the weights of the linear layers in the
+    decoder layers, and AdamW for the rest. `lr`, its schedule and `weight_decay` apply to both; Muon's steps are about
+    as long as AdamW's. Needs whole matrices on every process: one FSDP shard, and sp_size, tp_size and lora off."""
     lr: NonNegative = 1e-6
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -337,6 +358,11 @@ class TrainablePolicy(TrainableChat):
     """Maximum size of the logits in memory at a time, in MiB; null: 64 on CPUs, 512 on GPUs."""
 
     def __post_init__(self) -> None:
+        if self.lora.rank and self.optimizer == "muon":
+            raise ConfigError(
+                f"actor.optimizer=muon needs actor.lora.rank=0, and it is {self.lora.rank}: Muon makes all singular "
+                "values of an update equal, which is meant for whole matrices and untried on thin adapters"
+            )
         if self.lora.rank and self.tp_size > 1:
             raise ConfigError(f"actor.lora.rank={self.lora.rank} needs actor.tp_size=1, and it is {self.tp_size}")
         if self.lora.rank and not self.lora.target_modules:
@@ -543,6 +569,12 @@ class Teacher:
         for name, model in self.models.items():
             if not isinstance(model, str) or model in (START, EMA, POLICY):
                 raise ConfigError(f"teacher.models.{name}={model}; expected a hub name or folder of a model")
+        for key, model in self.named.items():
+            if "://" in model:
+                raise ConfigError(
+                    f"{key}={model} is an address: a server returns its most likely tokens only, and the divergence is "
+                    "over the whole vocabulary; name the model, which is then loaded beside the policy"
+                )
         if not self.models and self.column != type(self).column:
             raise ConfigError(f"teacher.column={self.column} has no effect without teacher.models")
         if not self.is_on and (self.dequantize or self.hint or self.temperature is not None):
@@ -572,6 +604,11 @@ def num_shards(model: Trainable, world_size: int, group: str) -> int:
             f"({world_size} = ddp_size x FSDP shards x sp_size x tp_size)"
         )
     shards = world_size // product
+    if model.optimizer == "muon" and shards * model.sp_size * model.tp_size > 1:
+        raise ConfigError(
+            f"{group}.optimizer=muon needs whole matrices on every process: set {group}.ddp_size={world_size}, "
+            f"{group}.sp_size=1 and {group}.tp_size=1, or {group}.optimizer=adamw"
+        )
     if model.ep_size > 1 and (model.sp_size > 1 or model.tp_size > 1):
         raise ConfigError(
             f"{group}.ep_size={model.ep_size} needs {group}.sp_size=1 and {group}.tp_size=1, and they are "

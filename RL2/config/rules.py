@@ -102,9 +102,18 @@ def avg_length_without_a_constant_denominator(actor: Actor, rollout: Rollout) ->
 
 def regularize_on_without_a_regularizer(actor: Actor) -> None:
     """Refuse actor.regularize_on=all without actor.entropy.coef and without actor.kl.coef in the loss."""
-    if actor.regularize_on == "all" and not (actor.entropy.coef or (actor.kl.coef and actor.kl.type == "loss")):
+    if actor.regularize_on == "all" and not (actor.entropy.is_on or (actor.kl.coef and actor.kl.type == "loss")):
         raise ConfigError(
             "actor.regularize_on=all has no effect with actor.entropy.coef=0 and no KL divergence in the loss"
+        )
+
+
+def kept_steps_without_their_entropy_coefficient(actor: Actor, trainer: RLTrainer) -> None:
+    """Refuse trainer.replay_freq with actor.entropy.target."""
+    if actor.entropy.target is not None and trainer.replay_freq is not None:
+        raise ConfigError(
+            f"trainer.replay_freq={trainer.replay_freq} with actor.entropy.target={actor.entropy.target:g}: a kept "
+            "step does not hold the coefficient that the entropy had; leave one of them out"
         )
 
 
@@ -440,6 +449,7 @@ RL_RULES: tuple[Rule, ...] = (
     overlong_buffer_with_several_turns,
     regularize_on_without_a_regularizer,
     regularize_on_where_all_tokens_train,
+    kept_steps_without_their_entropy_coefficient,
     observations_of_a_single_turn,
     kl_without_importance_weight_on_policy,
     hints_that_nobody_gives,

@@ -34,13 +34,15 @@ class Case:
     """Members that each group was sampled with."""
     mean_N: Tensor
     """Running mean of the role of each trajectory."""
+    greedy_N: Tensor
+    """Reward of a greedy response to the prompt of each trajectory."""
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The arguments that the trainer would fill."""
         weight_P = torch.tensor([1.0, 0.5], dtype=torch.float64)
         parts = {"part_NP": self.part_NP, "weight_P": weight_P}
-        return {"group_size": self.group_size, "mean_N": self.mean_N, **parts}
+        return {"group_size": self.group_size, "mean_N": self.mean_N, "greedy_N": self.greedy_N, **parts}
 
     def with_equal_rewards(self, reward: float) -> Case:
         """Return the rollout in float32, with this reward for every trajectory, and equal parts."""
@@ -65,7 +67,8 @@ class Case:
         order = list(dict.fromkeys(batch.trajectory_B.tolist()))
         number = {trajectory: n for n, trajectory in enumerate(order)}
         batch = batch.with_(trajectory_B=torch.tensor([number[t] for t in batch.trajectory_B.tolist()]))
-        return replace(self, batch=batch, part_NP=self.part_NP[order], mean_N=self.mean_N[order]), old_T
+        by_N = {name: getattr(self, name)[order] for name in ("part_NP", "mean_N", "greedy_N")}
+        return replace(self, batch=batch, **by_N), old_T
 
 
 def cases() -> list[Case]:
@@ -111,8 +114,9 @@ def case(name: str, sizes: Sequence[int], group_size: int, roles: Sequence[str |
         old_sum_p2_T=torch.rand(number_T, generator=g, dtype=torch.float64),
         truncated_B=noise(batch.num_sequences) > 0.5,
     )
-    part_NP, mean_R = noise(len(trajectories), 2), noise(len(roles))
-    return Case(name, batch, part_NP, group_size, mean_R[[t.group % len(roles) for t in trajectories]])
+    part_NP, mean_R, greedy_G = noise(len(trajectories), 2), noise(len(roles)), noise(len(sizes))
+    mean_N = mean_R[[t.group % len(roles) for t in trajectories]]
+    return Case(name, batch, part_NP, group_size, mean_N, greedy_G[[t.group for t in trajectories]])
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,8 @@ def _changed(on: Case, what: str) -> Case:
         return replace(on, part_NP=on.part_NP.flip(0) + 1)
     if what == "means":
         return replace(on, mean_N=on.mean_N + 1)
+    if what == "greedy":
+        return replace(on, greedy_N=on.greedy_N + 1)
     if what == "groups":  # every trajectory into the group of the one three places further
         number = int(batch.trajectory_B.max()) + 1
         group_N = torch.zeros(number, dtype=torch.long).index_copy_(0, batch.trajectory_B, batch.group_B)

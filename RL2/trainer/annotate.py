@@ -73,6 +73,9 @@ def annotate(
         assert role_means is not None
         reward_N = by_trajectory(batch.with_(reward_T=reward_T))[0]
         inputs["mean_N"] = role_means.baseline([trajectory.role for trajectory in trajectories], reward_N)
+    if estimator.needs_greedy:
+        greedy = [trajectory.greedy_reward for trajectory in trajectories]
+        inputs["greedy_N"] = torch.tensor(greedy, dtype=torch.float64, device=reward_T.device)
     if estimator.needs_critic:
         assert critic is not None
         with progress.phase("values of the critic", number, "sequences") as phase:

@@ -49,6 +49,7 @@ from RL2.trainer.token_log import TokenLog
 from RL2.types import Prompt, TokenBatch, Trajectory
 from RL2.workers.actor import Actor, AdapterFreeReference, RefActor, Reference
 from RL2.workers.critic import Critic
+from RL2.workers.entropy_coef import EntropyCoef
 from RL2.workers.teacher import FrozenTeacher, SeveralTeachers, make_teacher
 from RL2.workers.worker import Teacher, Worker
 
@@ -105,13 +106,15 @@ class Position:
 
     scheduler: Scheduler
     role_means: RoleMeans
+    entropy_coef: EntropyCoef
 
     def state_dict(self) -> dict[str, Any]:
-        return self.scheduler.state_dict() | self.role_means.state_dict()
+        return self.scheduler.state_dict() | self.role_means.state_dict() | self.entropy_coef.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(state)
         self.role_means.load_state_dict(state)
+        self.entropy_coef.load_state_dict(state)
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ def build(config: RLConfig, run: Run) -> Parts:
     notes: list[str] = []
     load = reader(template, longest, notes, run.listing(), progress)
     tasks = load_tasks(config, load, run.closing)
+    if estimator_of(config.adv).needs_greedy and tasks.environment.roles:
+        raise ConfigError(f"adv.estimator={config.adv.estimator} does not work with environments that have ROLES yet")
     progress.say(*notes)
     tested = {each.settings.key: of_prompts(each.prompts) for each in tasks.tests}
     run.know_rows({"train_data": of_prompts(tasks.prompts), "test_data": of_prompts([])} | tested)
@@ -189,7 +194,7 @@ def build(config: RLConfig, run: Run) -> Parts:
     scheduler = Scheduler(tasks.prompts, cursor, episodes, config, num_steps)
     run.closing.callback(scheduler.close)  # a thread may be at work
     role_means = RoleMeans(config.adv.rae.decay)
-    position = Position(scheduler, role_means)
+    position = Position(scheduler, role_means, actor.entropy_coef)
 
     report = run.report(num_steps)
     run.closing.callback(report.close)

@@ -52,6 +52,23 @@ def decay_is_read(config: RLConfig, bound: BoundEstimator) -> None:
         raise ConfigError(f"adv.rae.decay={config.adv.rae.decay:g} has no effect with {KEY}={bound.name}")
 
 
+def greedy_responses_are_of_these_weights(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse greedy responses beside rollouts of older weights, and with agents and opponents."""
+    rollout = config.rollout
+    if not bound.needs_greedy:
+        return
+    if rollout.is_async:
+        raise ConfigError(
+            f"{KEY}={bound.name} compares with a greedy response of the same weights, and rollouts run ahead of "
+            "training; set rollout.max_staleness=0 and rollout.partial_rollout=0"
+        )
+    if rollout.agent is not None or rollout.opponents:
+        raise ConfigError(
+            f"{KEY}={bound.name} does not work with rollout.agent and rollout.opponents yet: it is untried which "
+            "conversation of an episode the greedy one belongs to"
+        )
+
+
 def freezing_needs_a_critic(config: RLConfig, bound: BoundEstimator) -> None:
     """Refuse `actor.freeze_steps`, in which only the critic learns, without a critic."""
     if config.actor.freeze_steps and not bound.needs_critic:
@@ -95,6 +112,7 @@ RULES = (
     normalisation_is_read,
     knobs_are_read,
     decay_is_read,
+    greedy_responses_are_of_these_weights,
     freezing_needs_a_critic,
     std_over_changes_the_deviation,
     no_kl_among_parts,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
+from dataclasses import replace
+from statistics import fmean
 
 from RL2.batch.packing import pack
+from RL2.batch.registry import configured as estimator_of
 from RL2.config.programs import RLConfig
 from RL2.errors import naming
 from RL2.io.report import Metrics, Report
@@ -41,11 +44,12 @@ def train(config: RLConfig, run: Run) -> None:
 
         trajectories, kept = sample(parts.scheduler, config, step, parts.report)
         metrics |= measure(trajectories, kept, parts, config, step)
+        trained = trainable(by_role(trajectories), kept, config)
+        metrics |= add_greedy_rewards(trained, parts, config, step)
         if not config.rollout.is_async:
             engine.sleep()
         clock.lap("rollout")
 
-        trained = trainable(by_role(trajectories), kept, config)
         refresh_reference(parts, config, step)
         batch = parts.annotate(known_tokens(pack(trained, step), parts), trained)
         parts.token_log.look(step, trajectories, trained, batch)
@@ -103,6 +107,24 @@ def sample(
     warn_of_turns(trajectories, config.rollout.max_turns, step, report)
     report.samples(step, "train", by_role(trajectories[: config.trainer.samples_per_step]))
     return trajectories, kept
+
+
+def add_greedy_rewards(trajectories: Seq[Trajectory], parts: Parts, config: RLConfig, step: int) -> Metrics:
+    """Play a greedy episode for each prompt of `trajectories`, if advantages need its reward; return metrics of them.
+
+    A greedy episode without a reward gives the baseline 0.
+    """
+    if not estimator_of(config.adv).needs_greedy:
+        return {}
+    scheduler, sampling = parts.scheduler, replace(config.rollout.train_sampling_params, temperature=0.0)
+    rows = sorted({trajectory.row for trajectory in trajectories})
+    with parts.report.progress.phase(f"greedy responses of step {step}", len(rows), "responses") as phase:
+        prompts = [scheduler.prompts[row] for row in rows]
+        greedy = scheduler.episodes.play(prompts, sampling, 1, config.trainer.seed, phase.update)
+    rewards = {row: episode.reward for row, episode in zip(rows, greedy, strict=True)}
+    for trajectory in trajectories:
+        trajectory.greedy_reward = rewards[trajectory.row]
+    return {"train/greedy_reward": fmean(rewards.values()), "train/greedy_tokens": sum(x.num_tokens for x in greedy)}
 
 
 def measure(trajectories: Seq[Trajectory], kept: Seq[Trajectory], parts: Parts, config: RLConfig, step: int) -> Metrics:

@@ -88,7 +88,7 @@ class TokenLog:
             actions, own = part.positions(part.action_T), vars(stats)
             if actor.objective.top_k:
                 own = own | {name: own[name][:, : actor.objective.top_k] for name in ("top_logp", "top_id")}
-            loss_N, pull_N = by_token(TokenStats(**own), actions, actor.config, actor.objective)
+            loss_N, pull_N = by_token(TokenStats(**own), actions, actor.loss_config, actor.objective)
             assert actions.weight_T is not None
             trains_N = actions.weight_T != 0
             for n in part.trajectory_B.unique().tolist():

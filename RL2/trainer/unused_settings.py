@@ -121,7 +121,10 @@ def refuse_advantage_objectives(config: SFTConfig) -> None:
     objective = bind(actor.objective, actor.objective_args)
     check_teacher(config.teacher, objective)
     if config.teacher.hint or config.teacher.models:
-        raise ConfigError("teacher.hint and teacher.models have no effect in sft; the program distill has them")
+        raise ConfigError(
+            "teacher.hint and teacher.models need an environment and the extra_info of rows, which sft does not read; "
+            "use the program distill"
+        )
     logits_TV, batch = synthetic_batch(vocabulary=64 + 2 * objective.top_k)
     refuse_own_teacher(
         config.teacher,

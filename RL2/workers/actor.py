@@ -13,6 +13,7 @@ from torch import Tensor
 
 from RL2.batch.packing import imitation_weights, minibatches, observation_weights, pack_tokens
 from RL2.config.model import Actor as ActorConfig
+from RL2.config.model import Entropy
 from RL2.config.model import RefActor as RefActorConfig
 from RL2.errors import ConfigError
 from RL2.models.lora import adapters_off
@@ -24,6 +25,7 @@ from RL2.parallel.fsdp import local
 from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch, TokenStats
+from RL2.workers.entropy_coef import EntropyCoef
 from RL2.workers.learner import Learner
 from RL2.workers.metrics import Metric, Totals, engine_gap, mean_over_updates
 from RL2.workers.passes import Progress
@@ -49,6 +51,7 @@ class Actor(Learner):
         self.objective = configured(config)
         self.request = wanted_stats(config, self.objective)
         self.objective.check(self.lm.config.vocab_size)
+        self.entropy_coef = EntropyCoef(config.entropy)
 
     def add_old_logprobs(
         self, batch: TokenBatch, progress: Progress = lambda done: None, *, sum_p2: bool = False
@@ -89,7 +92,10 @@ class Actor(Learner):
             raise ConfigError(f"actor.moe.replay={self.config.moe.replay}: no experts were recorded with these tokens")
         updates = []
         for _, minibatch in self.minibatches(batch):
-            metrics = self.step(minibatch, self.loss, self.request, progress)
+            adapted = {} if self.config.entropy.target is None else {"entropy_coef": self.entropy_coef.used}
+            metrics = self.step(minibatch, self.loss, self.request, progress) | adapted
+            if "entropy" in metrics:  # some token has a weight
+                self.entropy_coef.follow(metrics["entropy"])
             metrics["trained_share"] = metrics["tokens"] / int(minibatch.action_T.sum())
             if metrics["grad_norm"] == 0:  # weight decay and momentum still move the weights, but nothing was learnt
                 metrics |= {"trained_share": 0.0, "changed_share": 0.0}
@@ -106,9 +112,14 @@ class Actor(Learner):
                 minibatch = minibatch.with_(imitation_weight_T=coef * imitation_weights(minibatch))
             yield ids, minibatch
 
+    @property
+    def loss_config(self) -> ActorConfig:
+        """The settings of the loss, with the present coefficient of the entropy."""
+        return replace(self.config, entropy=Entropy(coef=self.entropy_coef.used))
+
     def loss(self, stats: TokenStats, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
         """Return the loss of the objective and its regularizers, with metrics of the gap to the engine."""
-        loss_T, metrics = total_loss(stats, batch, self.config, self.objective)
+        loss_T, metrics = total_loss(stats, batch, self.loss_config, self.objective)
         return loss_T, metrics | engine_gap(stats, batch)
 
     def fault(self, metrics: dict[str, float], totals: Totals) -> str:

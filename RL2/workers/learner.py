@@ -22,6 +22,7 @@ from RL2.parallel.mesh import Mesh
 from RL2.parallel.processes import Processes
 from RL2.types import StatsRequest, TokenBatch
 from RL2.workers.metrics import LossFunction, Totals, mean_of
+from RL2.workers.muon import layer_matrices, muon_adamw
 from RL2.workers.optim import UpdateStats, adamw, clipped_step, move_state, schedule
 from RL2.workers.passes import Progress, backward, trained_sequences
 from RL2.workers.routing import RoutingTotals
@@ -56,12 +57,11 @@ class Learner(Worker):
         if config.gradient_checkpointing:
             refuse_no_recomputation(self.lm, group)
             _recompute_activations(self.policy)
-        self.optimizer = adamw(
-            self.policy.parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
+        settings: dict[str, Any] = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
+        self.optimizer = (
+            muon_adamw(self.policy.parameters(), layer_matrices(self.lm), **settings)
+            if config.optimizer == "muon"
+            else adamw(self.policy.parameters(), **settings)
         )
         self.update_stats = UpdateStats(self.optimizer, self.dtype)
         self.steps = 0

@@ -27,17 +27,17 @@ def adamw(
     weight_decay: float = 0.01,
 ) -> torch.optim.AdamW:
     """Return AdamW over the parameters that train; only matrices have weight decay."""
+    return torch.optim.AdamW(parameter_groups(parameters, weight_decay), lr=lr, betas=betas, eps=eps)
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Return the parameters that train in groups for an optimizer; only matrices have weight decay."""
     trained = [p for p in parameters if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    return torch.optim.AdamW(
-        [
-            *({"params": group, "weight_decay": weight_decay} for group in by_mesh(matrices)),
-            *({"params": group, "weight_decay": 0.0} for group in by_mesh(vectors)),
-        ],
-        lr=lr,
-        betas=betas,
-        eps=eps,
-    )
+    return [
+        *({"params": group, "weight_decay": weight_decay} for group in by_mesh(matrices)),
+        *({"params": group, "weight_decay": 0.0} for group in by_mesh(vectors)),
+    ]
 
 
 def clipped_step(
@@ -59,9 +59,9 @@ def clipped_step(
 
 
 def move_state(optimizer: torch.optim.AdamW, device: torch.device) -> None:
-    """Move the moments of AdamW to `device`."""
+    """Move the moments of AdamW and Muon to `device`."""
     for state in optimizer.state.values():
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in state.keys() & {"exp_avg", "exp_avg_sq", "momentum_buffer"}:
             state[name] = state[name].to(device)
 
 
@@ -105,16 +105,18 @@ class UpdateStats:
         """Compare the weights after the step, and return the metrics (collective).
 
         `changed_share` is the share of stored weights that changed. `update_ratio` is the norm of their change over the
-        norm of the computed update, left out if that is 0. `served_changed_share` is the share that changed in the
-        dtype of the forward pass, if that is another one.
+        norm of the computed update, left out if that is 0; matrices of Muon are not in it. `served_changed_share` is
+        the share that changed in the dtype of the forward pass, if that is another one.
         """
         sums = torch.zeros(5, dtype=torch.float64, device=self.before[0][2].device)
         for group, parameters, old in self.before:
             new = _samples(parameters)
             served = new.to(self.served_dtype) != old.to(self.served_dtype)
-            moved, asked = _precise(new) - _precise(old), self._requested(group, parameters, old)
             counts = (new != old).sum(), torch.ones_like(served).sum(), served.sum()
-            squares = (x.square().sum(dtype=torch.float64) for x in (moved, asked))
+            squares = [sums.new_zeros(())] * 2
+            if not group.get("muon"):  # whose update does not follow from its state
+                moved, asked = _precise(new) - _precise(old), self._requested(group, parameters, old)
+                squares = [x.square().sum(dtype=torch.float64) for x in (moved, asked)]
             sums += torch.stack([*counts, *squares]) / _copies(parameters, processes)
         stored_dtype, self.before = old.dtype, []
         changed, number, served_changed, moved_sq, asked_sq = processes.sum(sums).tolist()

@@ -25,14 +25,17 @@ def teacher(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_distillation_needs_no_rewards_and_is_the_same_on_two_processes(world: World, teacher: Path) -> None:
     settings = (f"teacher.model_name={teacher}", "rollout.env_path=null", "actor.lr=1e-2", "trainer.max_steps=4")
-    alone, two = (world.start("distill", *settings, nproc=nproc) for nproc in (1, 2))
-    losses = [row["actor/loss"] for row in alone.wait().succeeded().metrics if "actor/loss" in row]
+    both = ("actor.objective=opd+gkd", "actor.objective_args.beta=0.3")
+    alone, two = (world.start("distill", *settings, *both, nproc=nproc) for nproc in (1, 2))
+    names = ("actor/loss_opd", "actor/loss_gkd")
+    losses = [[row[name] for name in names] for row in alone.wait().succeeded().metrics if "actor/loss" in row]
     assert len(losses) == 4
-    assert losses[-1] < losses[0]
+    assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))
     assert all(row["train/reward"] == 0 for row in alone.metrics if "train/reward" in row)
     assert f"teacher: {teacher}: Qwen3ForCausalLM" in alone.output
-    of_two = [row["actor/loss"] for row in two.wait().succeeded().metrics if "actor/loss" in row]
-    assert of_two == pytest.approx(losses, rel=1e-4)
+    of_two = [[row[name] for name in names] for row in two.wait().succeeded().metrics if "actor/loss" in row]
+    for mine, theirs in zip(losses, of_two, strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-4)
 
 
 def test_distillation_on_rows(world: World, teacher: Path) -> None:

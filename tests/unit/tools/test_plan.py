@@ -96,6 +96,25 @@ def test_sharding_divides_what_it_should() -> None:
     assert sum(whole.values()) == 2 * sum(half.values())
 
 
+def test_a_teacher_takes_its_shard_and_one_forward_pass() -> None:
+    student, teacher = PRESETS["Qwen/Qwen3-0.6B"], PRESETS["Qwen/Qwen3-4B"]
+    alone = Work(sequences=64, length=2048, mean_length=2048, rollout=False)
+    taught = Work(sequences=64, length=2048, mean_length=2048, rollout=False, teacher=teacher)
+    for layout in (Layout(), Layout(fsdp=8), Layout(fsdp=4, tp=2)):
+        without, plan = (
+            cost(student, layout, work, Machine(), 8192, recompute=False, offload=False) for work in (alone, taught)
+        )
+        assert {name: plan.memory[name] for name in without.memory} == without.memory
+        # float32 weights, sharded; beside them the embeddings and head, and two layers, in bfloat16
+        embedding, layer = 151936 * 2560, (teacher.parameters - 151936 * 2560) / 36
+        expected = 4 * teacher.parameters / layout.size + 2 * (embedding + 2 * layer) / layout.tp
+        assert plan.memory["teacher"] == pytest.approx(expected, rel=0.001)
+        assert plan.peak == pytest.approx(without.peak + plan.memory["teacher"])
+        # a forward pass: at least two operations for each weight and token
+        least = 2 * teacher.parameters * alone.tokens / (layout.size * 989e12)
+        assert least < plan.seconds["teacher"] < 20 * least
+
+
 def test_layouts_divide_the_gpus_and_the_heads() -> None:
     found = list(layouts(PRESETS["Qwen/Qwen3-14B"], 16, 8))  # 40 query and 8 key/value heads
     assert {layout.size for layout in found} == {16}

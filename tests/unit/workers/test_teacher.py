@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from RL2.batch.packing import loss_weights, microbatches, pack, stand_ins
 from RL2.config.model import Teacher
 from RL2.parallel.processes import Processes
+from RL2.trainer.build import reference_as_teacher
 from RL2.types import Sequence, TokenBatch, Trajectory
 from RL2.workers.actor import Actor
 from RL2.workers.teacher import FrozenTeacher, PolicyTeacher, make_teacher
@@ -66,14 +67,19 @@ def jsd(p_TV: Tensor, q_TV: Tensor) -> Tensor:
     return 0.3 * kl(q_TV, m_TV) + 0.7 * kl(p_TV, m_TV)
 
 
-DENSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "opd": kl,
-    "forward_kl": lambda p_TV, q_TV: kl(q_TV, p_TV),
-    "gkd": jsd,
+Dense = Callable[[Tensor, Tensor, TokenBatch], Tensor]
+"""(log-probabilities of the student, of the teacher, the sequence) -> loss_T."""
+
+DENSE: dict[str, Dense] = {
+    "opd": lambda p_TV, q_TV, _: kl(p_TV, q_TV),
+    "forward_kl": lambda p_TV, q_TV, _: kl(q_TV, p_TV),
+    "gkd": lambda p_TV, q_TV, _: jsd(p_TV, q_TV),
 }
 
 
-def dense_gradients(folder: Path, batch: TokenBatch, name: str, temperature: float) -> tuple[float, dict[str, Tensor]]:
+def dense_gradients(
+    folder: Path, batch: TokenBatch, loss: Dense, temperature: float
+) -> tuple[float, dict[str, Tensor]]:
     """Return loss and gradients in float64 from whole logits, of each sequence alone in transformers' own forward."""
     student = Qwen3ForCausalLM.from_pretrained(folder / "student", dtype=torch.float64)
     teacher = Qwen3ForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float64)
@@ -84,7 +90,7 @@ def dense_gradients(folder: Path, batch: TokenBatch, name: str, temperature: flo
         with torch.no_grad():
             q_TV = teacher(one.token_ids_T[None]).logits[0, :, :SHARED]
         p_TV = student(one.token_ids_T[None]).logits[0, :, :SHARED]
-        loss_T = DENSE[name](p_TV.log_softmax(-1), (q_TV / temperature).log_softmax(-1))
+        loss_T = loss(p_TV.log_softmax(-1), (q_TV / temperature).log_softmax(-1), one)
         assert one.weight_T is not None
         total = total + (loss_T * one.weight_T.double()).sum()
     total.backward()
@@ -98,12 +104,40 @@ def test_an_update_has_the_gradient_of_whole_logits(folder: Path, processes: Pro
     actor.teacher = make_teacher(Teacher(model_name=str(folder / "teacher"), temperature=0.8), actor, 1.0)
     batch = make_batch()
     metrics = actor.backward(batch, actor.loss, actor.request)
-    loss, exact = dense_gradients(folder, batch, name, 0.8)
+    loss, exact = dense_gradients(folder, batch, DENSE[name], 0.8)
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    for parameter_name, parameter in actor.lm.named_parameters():
+    assert_gradients(actor, exact)
+
+
+def assert_gradients(actor: Actor, exact: dict[str, Tensor]) -> None:
+    for name, parameter in actor.lm.named_parameters():
         assert parameter.grad is not None
-        gap = (parameter.grad - exact[parameter_name]).norm() / exact[parameter_name].norm()
-        assert gap < 1e-5, parameter_name
+        assert (parameter.grad - exact[name]).norm() / exact[name].norm() < 1e-5, name
+
+
+def test_an_exact_kl_beside_a_policy_gradient_is_that_of_whole_logits(folder: Path, processes: Processes) -> None:
+    settings = ("actor.kl.coef=0.3", "actor.kl.estimator=exact", f"ref_actor.model_name={folder}/teacher")
+    config = rl_config(f"actor.model_name={folder}/student", "actor.tis_coef=0", *settings)
+    actor = Actor(config.actor, processes, 10, folder)
+    actor.teacher = reference_as_teacher(config, actor)
+    batch = make_batch()
+    advantage_T = torch.linspace(-1, 2, len(batch.labels_T)) * batch.action_T
+    batch = batch.with_(advantage_T=advantage_T)
+    divergence = 0.0
+
+    def dense(p_TV: Tensor, q_TV: Tensor, one: TokenBatch) -> Tensor:
+        nonlocal divergence
+        assert one.advantage_T is not None and one.weight_T is not None
+        logp_T, kl_T = p_TV.gather(1, one.labels_T[:, None])[:, 0], kl(p_TV, q_TV)
+        divergence += float((kl_T.detach() * one.weight_T).sum())
+        ratio_T = (logp_T - logp_T.detach()).exp()  # 1, with the gradient of PPO's on-policy
+        return 0.3 * kl_T - ratio_T * one.advantage_T
+
+    metrics = actor.backward(batch, actor.loss, actor.request)
+    loss, exact = dense_gradients(folder, batch, dense, 1.0)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["kl"] == pytest.approx(divergence, rel=1e-5)
+    assert_gradients(actor, exact)
 
 
 def test_each_sequence_has_the_teacher_that_it_names(folder: Path, processes: Processes) -> None:
