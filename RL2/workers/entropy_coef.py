@@ -29,7 +29,7 @@ class EntropyCoef:
         return self.c if self.is_low else 0.0
 
     def follow(self, entropy: float) -> None:
-        """Adapt to the mean entropy, in nats, of an optimizer step."""
+        """Update the coefficient from the mean entropy, in nats, of an optimizer step."""
         target = self.config.target
         if target is None:
             return
