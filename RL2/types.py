@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -79,23 +80,49 @@ class Completion:
     None if they were not recorded."""
 
 
-@dataclass
+@dataclass(init=False, eq=False)
 class Sequence:
-    """Token ids exactly as they were sent and sampled, with the data that training needs for each."""
+    """n token ids exactly as they were sent and sampled, with the data that training needs for each, as arrays [n]."""
 
-    token_ids: list[int]
-    action_mask: list[bool]
+    token_ids: NDArray[np.int64]
+    action_mask: NDArray[np.bool_]
     """True where the token was sampled by the policy."""
-    logps: list[float]
+    logps: NDArray[np.float32]
     """The engine's log-probability of each sampled token; 0 elsewhere."""
-    rewards: list[float]
+    rewards: NDArray[np.float64]
     """The reward of a turn is at its last sampled token; 0 elsewhere."""
-    versions: list[int] = field(default_factory=list)
+    versions: NDArray[np.int64]
     """Version of the weights that sampled each token; -1 elsewhere. Empty if unknown."""
     experts: Tensor | None = None
-    """int16 [tokens - 1, L, K]: the engine's experts of each token but the last, as in `Completion`."""
+    """int16 [n - 1, L, K]: the engine's experts of each token but the last, as in `Completion`."""
     role: str | None = None
     """Role whose tokens are the actions; None in an episode without roles."""
+
+    def __init__(
+        self,
+        token_ids: ArrayLike = (),
+        action_mask: ArrayLike = (),
+        logps: ArrayLike = (),
+        rewards: ArrayLike = (),
+        versions: ArrayLike = (),
+        experts: Tensor | None = None,
+        role: str | None = None,
+    ) -> None:
+        """Copy what is given, arrays or lists, into arrays of its own."""
+        self.token_ids = np.array(token_ids, np.int64)
+        self.action_mask = np.array(action_mask, np.bool_)
+        self.logps = np.array(logps, np.float32)
+        self.rewards = np.array(rewards, np.float64)
+        self.versions = np.array(versions, np.int64)
+        self.experts, self.role = experts, role
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return all(np.array_equal(getattr(self, each.name), getattr(other, each.name)) for each in fields(self))
 
 
 @dataclass
@@ -146,7 +173,7 @@ class Trajectory:
 
         With parts it is their weighted sum, because the rewards of turns have been rounded one by one.
         """
-        by_token = summed(list(chain.from_iterable(sequence.rewards for sequence in self.sequences)))
+        by_token = summed([reward for each in self.sequences for reward in each.rewards[each.rewards != 0].tolist()])
         return self.weighted if self.parts and by_token else by_token
 
     @property
@@ -159,12 +186,15 @@ class Trajectory:
     @property
     def num_tokens(self) -> int:
         """Number of sampled tokens."""
-        return sum(sum(sequence.action_mask) for sequence in self.sequences)
+        return sum(int(sequence.action_mask.sum()) for sequence in self.sequences)
 
     @property
     def versions(self) -> Counter[int]:
         """Number of its tokens that each version of the weights sampled."""
-        counts = Counter(chain.from_iterable(sequence.versions for sequence in self.sequences))
+        counts = Counter[int]()
+        for sequence in self.sequences:
+            versions, numbers = np.unique(sequence.versions, return_counts=True)
+            counts.update(dict(zip(versions.tolist(), numbers.tolist(), strict=True)))
         del counts[-1]
         return counts
 

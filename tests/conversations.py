@@ -172,12 +172,14 @@ async def play(tokenizer: PreTrainedTokenizerBase, seeds: list[int], calls: tupl
 def faults(sequences: list[Sequence], log: list[Sampled]) -> list[str]:
     """Return where sequences and what the engine did differ."""
     found = []
-    trained = sum(map(sum, (sequence.action_mask for sequence in sequences)))
+    trained = sum(map(sum, (sequence.action_mask.tolist() for sequence in sequences)))
     if trained != sum(len(each.token_ids) for each in log):
         found.append(f"{trained} tokens train, {sum(len(each.token_ids) for each in log)} were sampled")
     for sampled in log:
         start, whole = len(sampled.prompt), sampled.prompt + sampled.token_ids
-        masks = [s.action_mask[start : len(whole)] for s in sequences if s.token_ids[: len(whole)] == whole]
+        masks = [
+            s.action_mask.tolist()[start : len(whole)] for s in sequences if s.token_ids.tolist()[: len(whole)] == whole
+        ]
         same = sum(each.prompt + each.token_ids == whole for each in log)
         if sum(map(all, masks)) != same or any(any(mask) != all(mask) for mask in masks):
             found.append(f"a response trains in {sum(map(all, masks))} sequences of {len(masks)}")

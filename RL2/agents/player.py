@@ -173,6 +173,6 @@ def _fill(
         assign_rewards(trajectory.sequences[-1], len(last.token_ids), result, decoded, sampled)
         if not result.train:
             for sequence in trajectory.sequences if has_answer else ():
-                exclude_from_training(sequence, len(sequence.token_ids))
+                exclude_from_training(sequence, len(sequence))
             exclude_from_training(trajectory.sequences[-1], len(last.token_ids))
     sum_up(trajectory, [] if result is None else [result], environment.weights)

@@ -91,7 +91,7 @@ class Record:
         owned: set[Turn] = set()
         found = []
         for leaf in (turn for turn in self.turns if turn not in parents):
-            sequence = Sequence([], [], [], [])
+            sequence = Sequence()
             for turn in leaf.path:
                 append(sequence, turn.added)
                 sampled = turn.completion

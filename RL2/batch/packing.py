@@ -28,17 +28,17 @@ def pack(trajectories: Seq[Trajectory], version: int | None = None) -> TokenBatc
     sequences = [(n, s) for n, t in enumerate(trajectories) for s in t.sequences]
     if not sequences:
         raise ValueError("nothing to pack: no trajectory has a sequence")
-    lengths = [len(s.token_ids) - 1 for _, s in sequences]
+    lengths = [len(s) - 1 for _, s in sequences]
     roles = sorted({t.role for t in trajectories if t.role is not None})
     role_N = [roles.index(t.role) if t.role in roles else 0 for t in trajectories]
     group_N = [t.group * max(1, len(roles)) + role for t, role in zip(trajectories, role_N, strict=True)]
 
     def joined(name: Field, dtype: type[np.generic], shift: int) -> Tensor:
-        parts = (getattr(s, name)[shift : len(s.token_ids) - 1 + shift] for _, s in sequences)
-        return torch.from_numpy(np.concatenate([np.array(part, dtype) for part in parts]))
+        parts = [getattr(s, name)[shift : len(s) - 1 + shift] for _, s in sequences]
+        return torch.from_numpy(np.concatenate(parts, dtype=dtype))
 
     age_T = None
-    if version is not None and all(s.versions for _, s in sequences):
+    if version is not None and all(len(s.versions) for _, s in sequences):
         sampled_by_T = joined("versions", np.int64, 1)
         age_T = torch.where(sampled_by_T < 0, 0, version - sampled_by_T)
     truncated_B = torch.tensor([trajectories[n].truncated for n, _ in sequences])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from RL2.data.bad_rows import BadRows
@@ -55,8 +56,8 @@ class Examples(TableView[Trajectory]):
         self.ids, self.trains, self.rows = (table.columns[name] for name in COLUMNS)
 
     def item(self, number: int) -> Trajectory:
-        row, zeros = int(self.rows[number][0]), [0.0] * len(self.ids[number])
-        sequence = Sequence(self.ids[number].tolist(), self.trains[number].tolist(), zeros, zeros.copy())
+        row, zeros = int(self.rows[number][0]), np.zeros(len(self.ids[number]))
+        sequence = Sequence(self.ids[number], self.trains[number], zeros, zeros)
         return Trajectory(row=row, group=row, sample=0, sequences=[sequence])
 
 
@@ -104,7 +105,8 @@ def load_examples(
     if notes is not None:
         first = examples[0].sequences[0]
         notes += said_of(path, found.about["counts"])
-        notes.append(f"{path}, row {examples[0].row + 1}: {marked(tokenizer, first.token_ids, first.action_mask)}")
+        shown = marked(tokenizer, first.token_ids.tolist(), first.action_mask.tolist())
+        notes.append(f"{path}, row {examples[0].row + 1}: {shown}")
     return examples, bad.total - bad.left_out - len(bad.found) - len(examples)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def observe(
         # the end token was sampled; the environment may write its text out
         return sequence, encode_text(tokenizer, state[len(so_far) :].removeprefix(end), begins=False)
     head = head_of(tokenizer)
-    return Sequence([], [], [], []), encode_text(tokenizer, state, begins=sequence.token_ids[: len(head)] == head)
+    return Sequence(), encode_text(tokenizer, state, begins=sequence.token_ids[: len(head)].tolist() == head)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = True) -> list[int]:
@@ -119,17 +120,22 @@ def append(
 
     `experts` are those of all tokens that the engine has run for the sequence.
     """
-    sequence.token_ids += token_ids
-    sequence.action_mask += [logps is not None] * len(token_ids)
-    sequence.logps += [0.0] * len(token_ids) if logps is None else logps
-    sequence.rewards += [0.0] * len(token_ids)
-    sequence.versions += [-1] * len(token_ids) if versions is None else versions
-    assert len(sequence.logps) == len(sequence.token_ids), "an engine gives each token its log-probability"
-    assert len(sequence.versions) == len(sequence.token_ids), "an engine gives each token its version"
+    number = len(token_ids)
+    added = Sequence(
+        token_ids,
+        np.full(number, logps is not None),
+        np.zeros(number) if logps is None else logps,
+        np.zeros(number),
+        np.full(number, -1) if versions is None else versions,
+    )
+    assert len(added.logps) == number, "an engine gives each token its log-probability"
+    assert len(added.versions) == number, "an engine gives each token its version"
+    for name in ("token_ids", "action_mask", "logps", "rewards", "versions"):
+        setattr(sequence, name, np.concatenate([getattr(sequence, name), getattr(added, name)]))
     if experts is not None:  # tokens that have experts keep them, although a later turn may run them again
         known = [] if sequence.experts is None else [sequence.experts]
         sequence.experts = torch.cat([*known, experts[sum(map(len, known)) :]])
-        assert len(sequence.experts) == len(sequence.token_ids) - 1, "an engine records every token that it runs"
+        assert len(sequence.experts) == len(sequence) - 1, "an engine records every token that it runs"
 
 
 def _render(

@@ -66,23 +66,23 @@ async def run_episode(
             first = await environment.reset(extra_info, sampling)
             state = first_text(template, first, prompt.template_arguments)
             added = encode_text(tokenizer, state, begins=isinstance(first, str))
-        sequence = Sequence([], [], [], [])
+        sequence = Sequence()
         for turn in range(max_turns):
-            length = len(sequence.token_ids) + len(added)
+            length = len(sequence) + len(added)
             room = sampling.max_new_tokens if max_length is None else min(sampling.max_new_tokens, max_length - length)
             if room < 1:
                 trajectory.truncated = True
                 if turn == 0:  # no response, so no reward; not a reward of 0
                     raise Unscored(f"the prompt leaves no room for a response within {max_length} tokens")
                 break
-            if not sequence.token_ids:
+            if not len(sequence):
                 if not added:
                     raise Unscored("the environment gave an empty state: there is no token to continue from")
                 trajectory.sequences.append(sequence)
             append(sequence, added)
 
             request = replace(sampling, max_new_tokens=room, seed=request_seed(seed, group, sample, turn))
-            completion = await engine.generate(list(sequence.token_ids), request)
+            completion = await engine.generate(sequence.token_ids.tolist(), request)
             assert completion.token_ids, "an engine samples at least one token"
             append(sequence, completion.token_ids, completion.logps, completion.versions, completion.experts)
             trajectory.truncated = completion.finish == "length"
@@ -107,7 +107,7 @@ async def run_episode(
     except Unscored as error:
         trajectory.unscored = error.cause
         for sequence in trajectory.sequences:
-            sequence.rewards = [0.0] * len(sequence.rewards)
+            sequence.rewards[:] = 0
     sum_up(trajectory, results, environment.weights)
     return trajectory
 
@@ -156,6 +156,6 @@ def assign_rewards(
 
 def exclude_from_training(sequence: Sequence, number: int) -> None:
     """Exclude the last `number` tokens from training, as those of a prompt."""
-    sequence.action_mask[-number:] = [False] * number
-    sequence.logps[-number:] = [0.0] * number
-    sequence.versions[-number:] = [-1] * number
+    sequence.action_mask[-number:] = False
+    sequence.logps[-number:] = 0
+    sequence.versions[-number:] = -1

@@ -106,18 +106,18 @@ class Hints:
     def _after(self, sequence: Sequence, prompt: Prompt, hinted_ids: list[int]) -> Sequence:
         """Return a sequence with other tokens in place of its prompt's."""
         length, new = len(prompt.token_ids), len(hinted_ids)
-        if sequence.token_ids[:length] != prompt.token_ids:
+        if sequence.token_ids[:length].tolist() != prompt.token_ids:
             return sequence
-        if (total := new + len(sequence.token_ids) - length) > self.longest:
+        if (total := new + len(sequence) - length) > self.longest:
             raise UserError(
                 f"row {prompt.row + 1}: with its hint a sequence has {total} tokens, more than the {self.longest} of "
                 "the teacher; shorten the hint"
             )
         return Sequence(
-            token_ids=hinted_ids + sequence.token_ids[length:],
-            action_mask=[False] * new + sequence.action_mask[length:],
-            logps=[0.0] * new + sequence.logps[length:],
-            rewards=[0.0] * new + sequence.rewards[length:],
+            token_ids=np.concatenate([hinted_ids, sequence.token_ids[length:]]),
+            action_mask=np.concatenate([np.zeros(new, bool), sequence.action_mask[length:]]),
+            logps=np.concatenate([np.zeros(new), sequence.logps[length:]]),
+            rewards=np.concatenate([np.zeros(new), sequence.rewards[length:]]),
         )
 
 

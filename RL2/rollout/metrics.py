@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from itertools import chain, compress
 from statistics import fmean
 
+import numpy as np
 import torch
 
 from RL2.batch.advantages import decoupled
@@ -84,13 +84,13 @@ def rollout_metrics(trajectories: Seq[Trajectory], prefix: str) -> dict[str, flo
     no meaning but its trend.
     """
     rated = scored(trajectories)
-    sequences = chain.from_iterable(trajectory.sequences for trajectory in trajectories)
-    surprise = [-logp for sequence in sequences for logp in compress(sequence.logps, sequence.action_mask)]
+    sampled = [each.logps[each.action_mask] for trajectory in trajectories for each in trajectory.sequences]
+    logp_N = np.concatenate([np.zeros(0, np.float32), *sampled])
     values: dict[str, list[float]] = {
         "score": [trajectory.score for trajectory in rated],
         "reward": [trajectory.reward for trajectory in rated],
         "length": [trajectory.num_tokens for trajectory in trajectories],
-        "entropy": surprise,
+        "entropy": [-float(logp_N.mean(dtype=np.float64))] if len(logp_N) else [],
         "truncated": [trajectory.truncated for trajectory in trajectories],
         "turns": [len(trajectory.texts) // 2 for trajectory in trajectories],
     }

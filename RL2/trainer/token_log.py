@@ -118,7 +118,7 @@ class TokenLog:
         mine_N = actions.trajectory_B[actions.sequence_T] == n
         assert actions.engine_logp_T is not None
         top_id_NK = stats.top_id[mine_N, :ALTERNATIVES]
-        token_ids = [token for sequence in trajectory.sequences for token in sequence.token_ids]
+        token_ids = [token for sequence in trajectory.sequences for token in sequence.token_ids.tolist()]
         return {
             "row": trajectory.row,
             "group": trajectory.group,
@@ -129,7 +129,7 @@ class TokenLog:
             "length": trajectory.num_tokens,
             "token_ids": token_ids,
             "tokens": [self.texts[token] for token in token_ids],
-            "sampled": [sampled for sequence in trajectory.sequences for sampled in sequence.action_mask],
+            "sampled": [sampled for sequence in trajectory.sequences for sampled in sequence.action_mask.tolist()],
             "logp": _list(stats.logp[mine_N]),
             "max_logp": _list(stats.max_logp[mine_N]),
             "rank": stats.rank[mine_N].long().tolist(),

@@ -210,7 +210,7 @@ def test_environments_end_no_run(
     )
     environment.close()
     assert trajectory.unscored is not None and cause in trajectory.unscored
-    assert all(sequence.token_ids for sequence in trajectory.sequences)
+    assert all(sequence.token_ids.tolist() for sequence in trajectory.sequences)
     Report(tmp_path, True, 1).samples(0, "train", [trajectory])
 
 

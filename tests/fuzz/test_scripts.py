@@ -102,7 +102,7 @@ def test_what_scripts_return(environment: Environment, tokenizer: PreTrainedToke
                 for sequence in trajectory.sequences:
                     lengths = {len(sequence.token_ids), len(sequence.action_mask), len(sequence.rewards)}
                     assert lengths == {len(sequence.token_ids)} and lengths != {0}
-                    assert all(map(math.isfinite, sequence.rewards))
+                    assert all(map(math.isfinite, sequence.rewards.tolist()))
                 json.dumps([trajectory.texts, trajectory.unscored], ensure_ascii=False).encode()
                 rollout_metrics([trajectory], "train"), unscored_causes([trajectory])
 

@@ -82,7 +82,7 @@ def start(world: World, name: str, *overrides: str) -> Run:
 def test_an_answer_and_its_end_train(world: World, tokenizer: PreTrainedTokenizerBase) -> None:
     examples, _ = load_examples(str(world.root / "sft.jsonl"), tokenizer, None, 128)
     sequence = examples[0].sequences[0]
-    asked, answer = pieces(tokenizer, sequence.token_ids, sequence.action_mask)
+    asked, answer = pieces(tokenizer, sequence.token_ids.tolist(), sequence.action_mask.tolist())
     assert asked[0].endswith("<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n")
     assert asked[0].count("<|im_start|>system") == 1
     assert answer == ("2 + 3 = 5<|im_end|>", True)

@@ -84,8 +84,8 @@ def test_sft_memorises(runs: Runs, world: World) -> None:
     right = 0
     for trajectory in trajectories:
         (sequence,) = trajectory.sequences
-        start = sequence.action_mask.index(True)
-        prompt, response = sequence.token_ids[:start], sequence.token_ids[start:]
+        start = sequence.action_mask.tolist().index(True)
+        prompt, response = sequence.token_ids.tolist()[:start], sequence.token_ids.tolist()[start:]
         out = lm.generate(torch.tensor([prompt]), max_new_tokens=len(response), do_sample=False)
         right += out[0, start:].tolist() == response
     assert right >= 0.9 * len(trajectories)

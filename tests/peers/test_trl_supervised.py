@@ -195,7 +195,7 @@ def test_sft(loss: str, objective: Objective, world: World) -> None:
         train_dataset=Dataset.from_list(texts(two=False)),
         processing_class=world.tokenizer,
     )
-    assert [row["input_ids"] for row in trainer.train_dataset] == [e.sequences[0].token_ids for e in examples]
+    assert [row["input_ids"] for row in trainer.train_dataset] == [e.sequences[0].token_ids.tolist() for e in examples]
     for mine, peer in zip(ours, theirs(trainer), strict=True):
         assert mine["loss"] == pytest.approx(peer["loss"], rel=1e-4)
     if loss == "nll":  # -p log p also rises as p leaves 0

@@ -187,7 +187,7 @@ def _record(trajectory: Trajectory, sample: int, vote: Callable[[str], str] | No
         "tokens": trajectory.num_tokens,
         "truncated": trajectory.truncated,
         "unscored": trajectory.unscored,
-        "token_ids": [sequence.token_ids for sequence in trajectory.sequences],
+        "token_ids": [sequence.token_ids.tolist() for sequence in trajectory.sequences],
         "texts": trajectory.texts,
     }
 

@@ -84,11 +84,15 @@ def test_an_answer_that_shall_not_train_does_not(
     assert whole.unscored is None and [any(sequence.action_mask) for sequence in whole.sequences] == [True, True]
     cut = played(tokenizer, tmp_path, left, trains=False)
     assert (cut.reward, cut.score) == (whole.reward, whole.score) == (reward, reward)
-    assert [sequence.token_ids for sequence in cut.sequences] == [sequence.token_ids for sequence in whole.sequences]
+    assert [sequence.token_ids.tolist() for sequence in cut.sequences] == [
+        sequence.token_ids.tolist() for sequence in whole.sequences
+    ]
     assert [any(sequence.action_mask) for sequence in cut.sequences] == training
     for sequence in cut.sequences:
         assert all(
-            version == -1 for version, trains in zip(sequence.versions, sequence.action_mask, strict=True) if not trains
+            version == -1
+            for version, trains in zip(sequence.versions.tolist(), sequence.action_mask.tolist(), strict=True)
+            if not trains
         )
 
 

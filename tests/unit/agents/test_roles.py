@@ -67,7 +67,7 @@ def says(tokenizer: PreTrainedTokenizerBase, *texts: str) -> ScriptedEngine:
 
 
 def sampled(sequences: list[Sequence]) -> list[list[int]]:
-    return [[i for i, own in zip(s.token_ids, s.action_mask, strict=True) if own] for s in sequences]
+    return [[i for i, own in zip(s.token_ids.tolist(), s.action_mask.tolist(), strict=True) if own] for s in sequences]
 
 
 def test_each_role_has_a_conversation_of_its_own(play: Play, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -78,17 +78,21 @@ def test_each_role_has_a_conversation_of_its_own(play: Play, tokenizer: PreTrain
     trajectory = play(engine)
     of_a, of_b, of_judge = trajectory.sequences
     assert [sequence.role for sequence in trajectory.sequences] == ["a", "b", "judge"]
-    assert tokenizer.decode(of_a.token_ids) == (
+    assert tokenizer.decode(of_a.token_ids.tolist()) == (
         "<|im_start|>system\nYou are a.<|im_end|>\n<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n"
         "many<|im_end|>\n<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\nwell<|im_end|>"
     )
     assert sampled([of_a]) == [[*letters, 2, *tokenizer.encode("well"), 2]], "sampled ids are not encoded again"
-    assert tokenizer.decode(of_b.token_ids).endswith("user\nmany<|im_end|>\n<|im_start|>assistant\nno<|im_end|>")
-    assert tokenizer.decode(of_judge.token_ids).startswith("<|im_start|>user\nwell"), "no system prompt, no history"
+    assert tokenizer.decode(of_b.token_ids.tolist()).endswith(
+        "user\nmany<|im_end|>\n<|im_start|>assistant\nno<|im_end|>"
+    )
+    assert tokenizer.decode(of_judge.token_ids.tolist()).startswith("<|im_start|>user\nwell"), (
+        "no system prompt, no history"
+    )
     # the engine read exactly the tokens before each response
     read = [token_ids for token_ids, _ in engine.requests]
-    assert read[0] == of_a.token_ids[: len(read[0])] and read[2] == of_a.token_ids[: len(read[2])]
-    assert read[1] == of_b.token_ids[: len(read[1])] and read[3] == of_judge.token_ids[: len(read[3])]
+    assert read[0] == of_a.token_ids.tolist()[: len(read[0])] and read[2] == of_a.token_ids.tolist()[: len(read[2])]
+    assert read[1] == of_b.token_ids.tolist()[: len(read[1])] and read[3] == of_judge.token_ids.tolist()[: len(read[3])]
     assert trajectory.speakers == ["a", "b", "a", "judge"]
     assert trajectory.texts[1::2] == ["many", "no", "well", "I judge"]
     assert trajectory.parts == {"a": 1, "b": -1, "judge": 0.5}
@@ -108,7 +112,7 @@ def test_tokens_of_an_opponent_never_train(play: Play, tokenizer: PreTrainedToke
     assert of_a.role == "a"
     assert sampled([of_a]) == [[*tokenizer.encode("yes"), 2, *tokenizer.encode("indeed"), 2]]
     heard = tokenizer.encode("nothing")
-    start = next(i for i in range(len(of_a.token_ids)) if of_a.token_ids[i : i + len(heard)] == heard)
+    start = next(i for i in range(len(of_a.token_ids)) if of_a.token_ids.tolist()[i : i + len(heard)] == heard)
     assert not any(of_a.action_mask[start : start + len(heard)]), "it reads the opponent's words as observations"
     assert of_a.versions[start] == -1
     assert trajectory.texts[1::2] == ["yes", "nothing", "indeed", "I judge"], "all turns can be read"

@@ -53,7 +53,7 @@ def ask(session: Session, *messages: dict[str, Any], **more: Any) -> list[Reply]
 
 
 def sampled(sequence: Sequence) -> list[int]:
-    return [i for i, action in zip(sequence.token_ids, sequence.action_mask, strict=True) if action]
+    return [i for i, action in zip(sequence.token_ids.tolist(), sequence.action_mask.tolist(), strict=True) if action]
 
 
 def test_a_conversation_that_goes_on_is_one_sequence(says: Say, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -61,7 +61,7 @@ def test_a_conversation_that_goes_on_is_one_sequence(says: Say, tokenizer: PreTr
     (first,) = ask(session, ASK)
     ask(session, ASK, first.message, {"role": "user", "content": "more"})
     (sequence,) = session.record.sequences()
-    assert tokenizer.decode(sequence.token_ids) == (
+    assert tokenizer.decode(sequence.token_ids.tolist()) == (
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
         "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>"
     )
@@ -87,7 +87,7 @@ def test_a_response_without_an_end_token_gets_one_that_does_not_train(
     assert first.finish == "length"
     ask(session, ASK, first.message, ASK)
     (sequence,) = session.record.sequences()
-    assert tokenizer.decode(sequence.token_ids).count("<|im_end|>") == 4
+    assert tokenizer.decode(sequence.token_ids.tolist()).count("<|im_end|>") == 4
     assert sampled(sequence).count(2) == 1
 
 
@@ -113,9 +113,9 @@ def test_branches_share_their_beginning_and_train_it_once(says: Say) -> None:
     ask(session, ASK, first.message, {"role": "user", "content": "else"})
     left, right = session.record.sequences()
     begin = len(session.record.turns[0].token_ids)
-    assert left.token_ids[:begin] == right.token_ids[:begin]
+    assert left.token_ids.tolist()[:begin] == right.token_ids.tolist()[:begin]
     assert any(left.action_mask[:begin]) and not any(right.action_mask[:begin])
-    assert right.logps[:begin] == [0.0] * begin and right.versions[:begin] == [-1] * begin
+    assert right.logps.tolist()[:begin] == [0.0] * begin and right.versions.tolist()[:begin] == [-1] * begin
 
 
 def test_parallel_requests_are_sequences_with_samples_of_their_own(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -163,7 +163,7 @@ def test_a_prompt_without_a_response_is_not_continued(says: Say, tokenizer: PreT
     session = says("", "two")
     asyncio.run(session.respond(Request(prompt="hello")))
     asyncio.run(session.respond(Request(prompt="hello world")))
-    assert tokenizer.decode(session.record.sequences()[1].token_ids) == "hello worldtwo<|im_end|>"
+    assert tokenizer.decode(session.record.sequences()[1].token_ids.tolist()) == "hello worldtwo<|im_end|>"
 
 
 def test_a_conversation_that_ends_with_the_response_is_answered(says: Say) -> None:

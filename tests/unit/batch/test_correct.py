@@ -9,6 +9,7 @@ import pytest
 
 from RL2.batch.advantages import reward_of_sequences
 from RL2.batch.packing import kept, pack
+from RL2.rollout.continuation import append
 from RL2.rollout.filters import success_rates
 from RL2.rollout.metrics import drop_equal_groups
 from RL2.types import Sequence, Trajectory
@@ -19,12 +20,10 @@ def trajectory(row: int, rewards: list[str], group: int = 0) -> Trajectory:
     sequences: list[Sequence] = []
     for turn, reward in enumerate(rewards):
         if turn % 2 == 0:
-            sequences.append(Sequence([1], [False], [0.0], [0.0]))
-        sequence = sequences[-1]
-        sequence.token_ids += [2, 3]
-        sequence.action_mask += [True, False]
-        sequence.logps += [-1.0, 0.0]
-        sequence.rewards += [float(reward), 0.0]
+            sequences.append(Sequence([1], [False], [0.0], [0.0], [-1]))
+        append(sequences[-1], [2], [-1.0], [0])
+        sequences[-1].rewards[-1] = float(reward)
+        append(sequences[-1], [3])
     return Trajectory(row=row, group=group, sample=0, sequences=sequences)
 
 

@@ -65,7 +65,7 @@ def test_rows(tmp_path: Path, own: Any, with_bos: bool) -> None:
         assert prompt.token_ids.count(bos) == number
         assert prompt.token_ids[-1] != end, "a prompt is not over"
         ((example,), _) = load_examples(rows(tmp_path, row | {"response": "yes"}), own, None, 100)
-        assert example.sequences[0].token_ids[: len(prompt.token_ids)] == prompt.token_ids
+        assert example.sequences[0].token_ids.tolist()[: len(prompt.token_ids)] == prompt.token_ids
         assert example.sequences[0].token_ids[-1] == end
 
 
@@ -86,7 +86,7 @@ def test_episodes(tmp_path: Path, own: Any, first: Any, rewritten: str) -> None:
     environment.close()
     row = {"prompt": first} if isinstance(first, str) else {"messages": first}
     (prompt,) = load_prompts(rows(tmp_path, row), own, None, 100)
-    begun, anew = (sequence.token_ids for sequence in trajectory.sequences)
+    begun, anew = (sequence.token_ids.tolist() for sequence in trajectory.sequences)
     assert begun[:-1] == prompt.token_ids
     had_one = begun[0] == own.bos_token_id
     assert anew.count(own.bos_token_id) == max(rewritten.startswith(BOS), had_one and own.number)

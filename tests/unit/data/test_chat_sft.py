@@ -46,7 +46,7 @@ def show(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory) -> str:
     """The text, with [brackets] around what is trained on."""
     (sequence,) = trajectory.sequences
     text, before = "", False
-    for token, trained in zip(sequence.token_ids, sequence.action_mask, strict=True):
+    for token, trained in zip(sequence.token_ids.tolist(), sequence.action_mask.tolist(), strict=True):
         text += "[" * (trained > before) + "]" * (before > trained) + str(tokenizer.decode([token]))
         before = trained
     return text + "]" * before
@@ -72,7 +72,7 @@ def test_the_rows_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) ->
     first = trajectories[2]
     assert (first.row, first.group, first.sample) == (2, 2, 0)
     (sequence,) = first.sequences
-    assert sequence.logps == sequence.rewards == [0.0] * len(sequence.token_ids)
+    assert sequence.logps.tolist() == sequence.rewards.tolist() == [0.0] * len(sequence.token_ids)
 
 
 def test_token_ids_are_those_of_the_whole_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -80,8 +80,8 @@ def test_token_ids_are_those_of_the_whole_text(tmp_path: Path, tokenizer: PreTra
     trajectories, _ = load(tmp_path, tokenizer, {"messages": messages})
     text = str(tokenizer.apply_chat_template(messages, tokenize=False)).removesuffix("\n")
     (sequence,) = trajectories[0].sequences
-    assert sequence.token_ids == tokenizer.encode(text, add_special_tokens=False)
-    trained = [token for token, m in zip(sequence.token_ids, sequence.action_mask, strict=True) if m]
+    assert sequence.token_ids.tolist() == tokenizer.encode(text, add_special_tokens=False)
+    trained = [token for token, m in zip(sequence.token_ids.tolist(), sequence.action_mask.tolist(), strict=True) if m]
     assert tokenizer.decode(trained) == "Four 🍎🍎!<|im_end|>Yes. 四<|im_end|>"
 
 
@@ -170,7 +170,7 @@ def test_text_after_the_turn_is_kept_out_only_by_an_eos(tmp_path: Path, tokenize
     )
     trajectories, _ = load(tmp_path, plain, {"messages": turns("12", "42")})
     (sequence,) = trajectories[0].sequences
-    trained = [token for token, m in zip(sequence.token_ids, sequence.action_mask, strict=True) if m]
+    trained = [token for token, m in zip(sequence.token_ids.tolist(), sequence.action_mask.tolist(), strict=True) if m]
     assert str(plain.decode(trained)).strip() == "42;"
 
 

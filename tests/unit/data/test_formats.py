@@ -253,7 +253,7 @@ def read(program: str, script: str, row: dict[str, Any], folder: Path, tokenizer
     if program == "sft":
         ((trajectory,), _) = load_examples(str(file), tokenizer, example, 9999, bad=bad)
         (sequence,) = trajectory.sequences
-        return marked(tokenizer, sequence.token_ids, sequence.action_mask), bad
+        return marked(tokenizer, sequence.token_ids.tolist(), sequence.action_mask.tolist()), bad
     if program == "dpo":
         ((pair,), _) = load_pairs(str(file), tokenizer, example, 9999, bad=bad)
         return [marked(tokenizer, *side) for side in pair], bad

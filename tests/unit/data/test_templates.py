@@ -74,11 +74,11 @@ def trained(
     ((trajectory,), _) = load_examples(jsonl(folder, {"messages": messages, **row}), tokenizer, None, 10**5)
     (sequence,) = trajectory.sequences
     runs, at = [], 0
-    for is_trained, run in groupby(sequence.action_mask):
+    for is_trained, run in groupby(sequence.action_mask.tolist()):
         length = len(list(run))
         if is_trained:
-            text = tokenizer.decode(sequence.token_ids[at : at + length], clean_up_tokenization_spaces=False)
-            runs.append((sequence.token_ids[:at], str(text)))
+            text = tokenizer.decode(sequence.token_ids.tolist()[at : at + length], clean_up_tokenization_spaces=False)
+            runs.append((sequence.token_ids.tolist()[:at], str(text)))
         at += length
     return runs
 

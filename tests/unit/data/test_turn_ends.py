@@ -76,7 +76,7 @@ def test_a_turn_trains_up_to_the_token_that_ends_it(
     base.chat_template, expected = TEMPLATES[name]
     ((trajectory,), _) = load_examples(rows(tmp_path, {"messages": ROW["messages"] * turns}), base, None, 500)
     (sequence,) = trajectory.sequences
-    trained = [i for i, mark in zip(sequence.token_ids, sequence.action_mask, strict=True) if mark]
+    trained = [i for i, mark in zip(sequence.token_ids.tolist(), sequence.action_mask.tolist(), strict=True) if mark]
     assert base.decode(trained) == expected * turns
     assert trained[-1] in Template(base).end_ids
     assert sequence.action_mask[-1], "nothing comes behind the end"
@@ -96,7 +96,10 @@ def test_a_text_ends_once_and_as_its_prompt_wants(
 ) -> None:
     ((trajectory,), _) = load_examples(rows(tmp_path, {"prompt": prompt, "response": response}), base, None, 100)
     (sequence,) = trajectory.sequences
-    assert base.decode([i for i, m in zip(sequence.token_ids, sequence.action_mask, strict=True) if m]) == trained
+    assert (
+        base.decode([i for i, m in zip(sequence.token_ids.tolist(), sequence.action_mask.tolist(), strict=True) if m])
+        == trained
+    )
 
 
 def test_sampling_and_exports_end_there_too(tmp_path: Path, base: PreTrainedTokenizerBase) -> None:
@@ -172,4 +175,4 @@ def test_a_history_has_one_end_behind_a_response(
     (sequence,) = trajectory.sequences
     end = "<|im_end|>" if sampled_end is None else base.decode([sampled_end])
     again = "\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
-    assert base.decode(sequence.token_ids) == HEADER + "42" + end + again + base.decode(reply)
+    assert base.decode(sequence.token_ids.tolist()) == HEADER + "42" + end + again + base.decode(reply)

@@ -88,9 +88,13 @@ def test_a_whole_episode(tokenizer: PreTrainedTokenizerBase) -> None:
     )
     environment.close()
     (sequence,) = trajectory.sequences
-    given = [i for i, action in zip(sequence.token_ids, sequence.action_mask, strict=True) if not action]
+    given = [
+        i for i, action in zip(sequence.token_ids.tolist(), sequence.action_mask.tolist(), strict=True) if not action
+    ]
     assert tokenizer.decode(given) == "12*7?<result>84</result>"
-    assert [i for i, action in zip(sequence.token_ids, sequence.action_mask, strict=True) if action] == [
+    assert [
+        i for i, action in zip(sequence.token_ids.tolist(), sequence.action_mask.tolist(), strict=True) if action
+    ] == [
         *replies[0],
         *replies[1],
     ]

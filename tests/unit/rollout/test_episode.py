@@ -72,17 +72,17 @@ def says(*replies: list[int]) -> ScriptedEngine:
 
 
 def sampled(sequence: Sequence) -> list[int]:
-    return [i for i, action in zip(sequence.token_ids, sequence.action_mask, strict=True) if action]
+    return [i for i, action in zip(sequence.token_ids.tolist(), sequence.action_mask.tolist(), strict=True) if action]
 
 
 def test_every_token_has_its_place(play: Play, tokenizer: PreTrainedTokenizerBase) -> None:
     prompt, reply = tokenizer.encode("hello"), [*tokenizer.encode(" world"), tokenizer.eos_token_id]
     trajectory = play(PREFIX, says(reply), extra_info={"turns": 1})
     (sequence,) = trajectory.sequences
-    assert sequence.token_ids == prompt + reply
-    assert sequence.action_mask == [False] * len(prompt) + [True] * len(reply)
-    assert sequence.logps == [0.0] * len(prompt) + [-i / 100 for i in reply]
-    assert sequence.rewards == [0.0] * (len(prompt) + len(reply) - 1) + [0.1]
+    assert sequence.token_ids.tolist() == prompt + reply
+    assert sequence.action_mask.tolist() == [False] * len(prompt) + [True] * len(reply)
+    assert sequence.logps.tolist() == pytest.approx([0.0] * len(prompt) + [-i / 100 for i in reply])
+    assert sequence.rewards.tolist() == [0.0] * (len(prompt) + len(reply) - 1) + [0.1]
     assert trajectory.texts == ["hello", " world"], "the end token is no part of the action"
     assert (trajectory.row, trajectory.group, trajectory.sample) == (7, 1, 2)
     assert (trajectory.reward, trajectory.score, trajectory.truncated, trajectory.unscored) == (0.1, 1, False, None)
@@ -97,7 +97,7 @@ def test_each_token_has_the_experts_of_the_turn_that_ran_it_first(
     (sequence,) = trajectory.sequences
     record = RoutingRecord(find_routers(lm))
     with torch.no_grad(), record.recording():
-        lm(input_ids=torch.tensor([sequence.token_ids[:-1]]), use_cache=False)
+        lm(input_ids=torch.tensor([sequence.token_ids.tolist()[:-1]]), use_cache=False)
     found = pack([trajectory, trajectory]).experts_T
     assert found is not None
     wanted = record.experts_NLK().sort(-1).values
@@ -115,10 +115,10 @@ def test_sampled_ids_are_never_encoded_again(play: Play, tokenizer: PreTrainedTo
     between = tokenizer.encode(" then ")
     context = [*tokenizer.encode("hello"), *odd, tokenizer.eos_token_id, *between]
     assert engine.requests[1][0] == context
-    assert sequence.token_ids == context + tokenizer.encode("the answer")
+    assert sequence.token_ids.tolist() == context + tokenizer.encode("the answer")
     start = len(context) - len(between)
-    assert sequence.action_mask[start : len(context)] == [False] * len(between)
-    assert sequence.logps[start : len(context)] == [0.0] * len(between)
+    assert sequence.action_mask.tolist()[start : len(context)] == [False] * len(between)
+    assert sequence.logps.tolist()[start : len(context)] == [0.0] * len(between)
     assert sampled(sequence) == [*odd, tokenizer.eos_token_id, *tokenizer.encode("the answer")]
 
 
@@ -151,7 +151,7 @@ def test_a_rewritten_history_begins_a_new_sequence(play: Play, tokenizer: PreTra
     trajectory = play(REWRITE, engine, max_turns=2)
     first, second = trajectory.sequences
     assert sampled(first) == [*tokenizer.encode("one"), tokenizer.eos_token_id]
-    assert second.token_ids == tokenizer.encode("again: one") + tokenizer.encode("two")
+    assert second.token_ids.tolist() == tokenizer.encode("again: one") + tokenizer.encode("two")
     assert sampled(second) == tokenizer.encode("two")
     assert (first.rewards[-1], second.rewards[-1], trajectory.reward) == (1, 1, 2)
     assert trajectory.texts == ["hello", "one", "again: one", "two"]
@@ -226,7 +226,7 @@ def test_messages_go_through_the_chat_template(play: Play, tokenizer: PreTrained
     first = "<|im_start|>system\nPlay.<|im_end|>\n<|im_start|>user\ntask 5<|im_end|>\n<|im_start|>assistant\n"
     rest = "\n<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
     (sequence,) = trajectory.sequences
-    assert tokenizer.decode(sequence.token_ids) == f"{first}one<|im_end|>{rest}two"
+    assert tokenizer.decode(sequence.token_ids.tolist()) == f"{first}one<|im_end|>{rest}two"
     assert sampled(sequence) == [*reply, *tokenizer.encode("two")]
 
 
@@ -256,7 +256,7 @@ def test_calls_are_read_and_their_results_follow(play: Play, name: str) -> None:
     assert sampled(sequence) == [*called, *said, ends[0]]
     observation = trajectory.texts[2].removeprefix("hello" + trajectory.texts[1])
     assert "'name': 'f', 'arguments': {'of': 'zqxvalue'}, 'error': None" in observation.replace('\\"', "'")
-    assert tokenizer.decode(sequence.token_ids) == trajectory.texts[2] + "Green." + tokenizer.decode(ends[:1])
+    assert tokenizer.decode(sequence.token_ids.tolist()) == trajectory.texts[2] + "Green." + tokenizer.decode(ends[:1])
 
 
 def test_messages_that_the_template_refuses_are_unscored(play: Play) -> None:
@@ -280,7 +280,7 @@ def test_a_response_may_be_taken_as_given(play: Play) -> None:
     trajectory = play(source, says([70, 71], [72]))
     (sequence,) = trajectory.sequences
     assert sampled(sequence) == [72]
-    at = sequence.rewards.index(0.1)
+    at = sequence.rewards.tolist().index(0.1)
     assert (sequence.token_ids[at], sequence.logps[at]) == (71, 0.0)
 
 

@@ -86,7 +86,9 @@ def test_order_is_fixed(gather: Gather) -> None:
     assert [(t.row, t.group, t.sample) for t in trajectories] == [
         (10, 5, 0), (10, 5, 1), (11, 6, 0), (11, 6, 1), (12, 7, 0), (12, 7, 1)
     ]  # fmt: skip
-    assert [t.sequences[0].token_ids for t in trajectories] == [[i, i, 9] for i in (100, 100, 101, 101, 102, 102)]
+    assert [t.sequences[0].token_ids.tolist() for t in trajectories] == [
+        [i, i, 9] for i in (100, 100, 101, 101, 102, 102)
+    ]
     assert [token_ids for token_ids, _ in engine.requests] == [[i] for i in (100, 100, 101, 101, 102, 102)]
     assert ticks == [1] * 6
 

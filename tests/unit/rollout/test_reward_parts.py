@@ -75,7 +75,7 @@ def test_parts_add_up_exactly(play: Play, turns: int) -> None:
         assert found.parts == {name: math.fsum(reward[name] for reward in rewards) for name in "abcd"}
         expected = math.fsum(weights.get(name, 1.0) * value for name, value in found.parts.items())
         assert found.reward == expected
-        by_token = math.fsum(reward for sequence in found.sequences for reward in sequence.rewards)
+        by_token = math.fsum(reward for sequence in found.sequences for reward in sequence.rewards.tolist())
         assert by_token == pytest.approx(expected, rel=1e-12)
         assert float(pack([found]).reward_T.double().sum()) == pytest.approx(expected, rel=1e-6)
 
@@ -91,7 +91,7 @@ def test_parts_that_cancel_are_not_correct(play: Play, turns: list[str]) -> None
 def test_turns_with_a_number_count_beside_turns_with_parts(play: Play, turns: list[str]) -> None:
     """The reward is that of the tokens, for every estimator and metric."""
     found = play(*turns, weights={"a": 2})
-    by_token = sum(sum(sequence.rewards) for sequence in found.sequences)
+    by_token = sum(sum(sequence.rewards.tolist()) for sequence in found.sequences)
     assert found.reward == by_token
     part_NP, weight_P = part_rewards([found], {"a": 2})
     assert float((part_NP * weight_P).sum()) == by_token
@@ -112,7 +112,7 @@ def test_a_weight_decides_what_is_correct(play: Play) -> None:
 
 def test_the_reward_stands_at_the_last_token_of_the_turn(play: Play) -> None:
     (sequence,) = play("{'a': 1, 'b': 0.5}", "2", weights={"b": 4}).sequences
-    assert [reward for reward in sequence.rewards if reward] == [3, 2]
+    assert [reward for reward in sequence.rewards.tolist() if reward] == [3, 2]
     assert sequence.rewards[-1] == 2
 
 

@@ -117,7 +117,7 @@ def play(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Play]:
 def paid(trajectory: Trajectory) -> dict[int, float]:
     """Place among the sampled tokens -> reward, where it is not 0."""
     (sequence,) = trajectory.sequences
-    first = sequence.action_mask.index(True) if any(sequence.action_mask) else 0
+    first = sequence.action_mask.tolist().index(True) if any(sequence.action_mask) else 0
     return {place - first: reward for place, reward in enumerate(sequence.rewards) if reward}
 
 
