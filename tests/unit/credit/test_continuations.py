@@ -49,7 +49,7 @@ class World:
         trajectory = self.played(environment)
         (sequence,) = trajectory.sequences
         self.reward = trajectory.reward
-        self.recorded = Recorded(self.prompt, sequence.token_ids, sequence.action_mask, 0, 0)
+        self.recorded = Recorded(self.prompt, sequence.token_ids.tolist(), sequence.action_mask.tolist(), 0, 0)
 
     @property
     def prompt(self) -> Prompt:
