@@ -216,6 +216,8 @@ def advantages(batch: TokenBatch, estimator: str | Estimator = "reinforce", **ar
     found = bound_estimator(estimator, arguments)
     if found.needs_critic and batch.value_T is None:
         raise ConfigError(f"estimator={found.name} reads {READABLE['values']}, and it is None")
+    if found.needs_branches and batch.before_T is None:
+        raise ConfigError(f"estimator={found.name} reads {READABLE['branches']}, and the batch has none")
     return found.estimator(batch, **inputs, **found.knobs)
 
 

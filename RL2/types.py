@@ -125,6 +125,18 @@ class Sequence:
         return all(np.array_equal(getattr(self, each.name), getattr(other, each.name)) for each in fields(self))
 
 
+@dataclass(frozen=True)
+class Branches:
+    """Estimates of the value along a response, from continuations that begin at places of it (credit/branches.py)."""
+
+    places: tuple[int, ...]
+    """Number of sampled tokens before each of its M places, rising."""
+    values: tuple[float, ...]
+    """M + 2 mean rewards: of the prompt's responses, of the continuations of each place, and the response's own."""
+    shares: tuple[float, ...]
+    """Share that the tokens up to each place, and up to the end, have in the weight of the tree; M + 1 of them."""
+
+
 @dataclass
 class Trajectory:
     """One episode, or the part of one role in it. It has several sequences if the environment rewrote the history.
@@ -166,6 +178,8 @@ class Trajectory:
     """Role whose part of an episode this is; None for a whole episode."""
     greedy_reward: float | None = None
     """Reward of a greedy response to the same prompt; None where no estimator of advantages reads it."""
+    branches: Branches | None = None
+    """Values along it, where `adv.estimator=branch` estimated some."""
 
     @property
     def reward(self) -> float:
@@ -254,6 +268,12 @@ class TokenBatch:
     ref_logp_T: Tensor | None = None
     value_T: Tensor | None = None
     """The critic's estimate, before an action, of the rewards to come; undefined elsewhere."""
+    before_T: Tensor | None = None
+    """Estimated value of the last place before an action, 0 elsewhere (credit/branches.py); None without branches."""
+    after_T: Tensor | None = None
+    """Estimated value of the next place behind an action, 0 elsewhere."""
+    share_T: Tensor | None = None
+    """Share of an action in the weight of its tree of responses, which is 1 at each depth; None stands for 1."""
     return_T: Tensor | None = None
     """Target of the critic at an action: its advantage before whitening plus `value_T`."""
     advantage_T: Tensor | None = None

@@ -149,6 +149,17 @@ def gae(batch: TokenBatch, *, gamma: Share = 1.0, lamda: Share = 1.0) -> Tensor:
     return steps.on_actions(advantage_SN)
 
 
+@reads("branches", baseline=True)
+def branch(batch: TokenBatch) -> Tensor:
+    """Return the estimated value of the next place minus that of the last one, at each action token, [T].
+
+    The values are means over continuations of the response that begin at these places (credit/branches.py), as in
+    VinePPO (arXiv 2410.01679, equation 5) and SPO (2505.23564).
+    """
+    assert batch.before_T is not None and batch.after_T is not None
+    return (batch.after_T - batch.before_T) * batch.action_T
+
+
 @dataclass(frozen=True)
 class Steps:
     """The actions of a rollout by trajectory and step: row s of a tensor [S, N] has action s of each trajectory.

@@ -22,6 +22,7 @@ READABLE: dict[str, str] = {
     "tokens": "batch.token_ids_T and batch.labels_T",
     "logps": "batch.engine_logp_T",
     "truncated": "batch.truncated_B",
+    "branches": "batch.before_T and batch.after_T, values of the places around a token from continuations",
     "sum_p2": "batch.old_logp_T and batch.old_sum_p2_T, of the policy before the update",
 }
 """Names that an estimator may declare, and where it finds each."""

@@ -127,6 +127,8 @@ def loss_weights(
     1 / `length` / (number of sequences), as in Dr. GRPO (arXiv 2503.20783). The numbers count every action
     (`average_over=all`, thesis 3.1), the tokens that train (`kept`, 3.2) or every action of the sequences that
     `train_on` keeps (`correct`). If nothing is kept, all weights are 0.
+
+    In a tree of responses a token counts, and weighs, `share_T`; a tree is one sequence. `level=sequence` has no trees.
     """
     sequence_T = batch.sequence_T
     kept_T = kept(
@@ -144,16 +146,20 @@ def loss_weights(
     counted_T = {"all": batch.action_T, "kept": kept_T}.get(average_over)
     if counted_T is None:
         counted_T = kept(batch, train_on=train_on)
-    tokens_B = torch.zeros_like(batch.lengths_B).index_add_(0, sequence_T, counted_T.long())
-    num_sequences = max(1, int((tokens_B > 0).sum()))
+    share_T = torch.ones_like(kept_T, dtype=torch.float64) if batch.share_T is None else batch.share_T.double()
+    zero_B = share_T.new_zeros(batch.num_sequences)
+    tokens_B = zero_B.index_add(0, sequence_T, counted_T * share_T)
+    # shares fall along a response, and those at the ends of a tree add up to 1
+    ends_B = zero_B.scatter_reduce(0, sequence_T[counted_T], share_T[counted_T], "amin", include_self=False)
+    num_sequences = float(ends_B.sum()) or 1.0
     if level == "token":
-        weight_B = torch.full(tokens_B.shape, 1 / max(1, int(tokens_B.sum())), dtype=torch.float64)
+        weight_B = torch.full_like(tokens_B, 1 / (float(tokens_B.sum()) or 1.0))
     elif level == "sequence":
-        weight_B = 1 / tokens_B.clamp(min=1).double() / num_sequences
+        weight_B = 1 / tokens_B.clamp(min=1) / num_sequences
     else:
         assert length is not None
-        weight_B = torch.full(tokens_B.shape, 1 / (length * num_sequences), dtype=torch.float64)
-    return (weight_B[sequence_T] * kept_T).float()
+        weight_B = torch.full_like(tokens_B, 1 / (length * num_sequences))
+    return (weight_B[sequence_T] * share_T * kept_T).float()
 
 
 def observation_weights(batch: TokenBatch) -> Tensor:

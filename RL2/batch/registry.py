@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from RL2.batch.advantages import gae, gdpo, rae, reinforce, remax, rloo, spo
+from RL2.batch.advantages import branch, gae, gdpo, rae, reinforce, remax, rloo, spo
 from RL2.batch.estimator import Estimator
 from RL2.batch.group_advantages import best_of_group, gpg, maxrl, opo, otb, pass_at_k, soft_value
 from RL2.config import functions
@@ -29,6 +29,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "best_of_group": best_of_group,
     "soft_value": soft_value,
     "otb": otb,
+    "branch": branch,
     "spo": spo,
     "gae": gae,
 }
@@ -64,6 +65,11 @@ class BoundEstimator:
     def needs_greedy(self) -> bool:
         """True if it reads the reward of a greedy response to each prompt."""
         return "greedy" in self.estimator.reads
+
+    @property
+    def needs_branches(self) -> bool:
+        """True if it reads values of places within responses."""
+        return "branches" in self.estimator.reads
 
     def advantages(self, batch: TokenBatch, inputs: Mapping[str, Any]) -> Tensor:
         """Return the advantage of each token before whitening, [T]; `inputs` has what `INPUTS` names."""

@@ -135,6 +135,30 @@ SGLANG_MAX_TOP_K = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
+class Branch:
+    """Continuations of responses, with adv.estimator=branch (docs/branch.md)."""
+
+    places: Literal["lines", "turns", "unlikely", "tokens"] = "lines"
+    """Events in a response after which it may be continued. lines: a line ends. turns: a turn ends. unlikely: a token
+    was sampled that had a probability under `below`. tokens: any token."""
+    every: Count = 1
+    """Number of events from one place to the next: with places=tokens every=32, after each 32 tokens."""
+    below: Annotated[float, Range(0, 1, open_low=True)] = 0.9
+    """Probability under which a token is unlikely, with places=unlikely."""
+    max_places: Count = 4
+    """Maximum number of places of a response; the first ones count."""
+    samples: Count = 4
+    """Number of continuations from each place."""
+    train: bool = False
+    """Train on the continuations too: responses are then trees, in which all tokens at one depth together weigh as much
+    as one token of a plain response."""
+
+    def __post_init__(self) -> None:
+        if self.below != 0.9 and self.places != "unlikely":
+            raise ConfigError(f"rollout.branch.below={self.below:g} has no effect with places={self.places}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """Settings of rollouts: the engine, the environment, and how trajectories are sampled."""
 
@@ -189,6 +213,7 @@ class Rollout:
     filter: str | None = None
     """Filter of your own, path.py:function: it gets the groups of a step and returns those that train
     (docs/own_filter.md). null: none."""
+    branch: Branch = field(default_factory=Branch)
     overlong_filtering: bool = False
     """Exclude trajectories that reached a length limit from training and from their group's mean."""
     max_staleness: Index = 0

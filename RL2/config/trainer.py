@@ -28,7 +28,8 @@ class Advantage:
     2601.05242). rloo: reward minus the mean of the other members of the group. rae: reward minus a running mean for
     each role (SPIRAL, docs/multi_agent.md). remax: reward minus that of a greedy response to the same prompt, which is
     one more response for each prompt of a step (ReMax, arXiv 2310.10505). maxrl, opo, gpg, pass_at_k, best_of_group,
-    soft_value, otb: further baselines of groups (docs/ppo.md). spo: the reward itself. gae: generalised advantage
+    soft_value, otb: further baselines of groups (docs/ppo.md). branch: changes of the value along a response, estimated
+    from continuations (VinePPO, segment-level SPO, docs/branch.md). spo: the reward itself. gae: generalised advantage
     estimation with a critic (PPO). path.py:function: an estimator of your own (docs/own_advantage.md)."""
     args: dict[str, Any] = field(default_factory=dict)
     """Knobs of the estimator without a key of their own, by name: args.NAME=value."""

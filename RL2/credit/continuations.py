@@ -15,7 +15,7 @@ from RL2.credit.search import Place
 from RL2.errors import UserError
 from RL2.rollout.episode import request_seed, run_episode
 from RL2.rollout.episodes import EpisodeSetting
-from RL2.types import Completion, Prompt, Sampling
+from RL2.types import Completion, Prompt, Sampling, Trajectory
 
 
 class Diverged(UserError):
@@ -68,6 +68,14 @@ async def continuation(
 
     Raise Diverged if the environment does not repeat what it did before the place.
     """
+    trajectory, tokens = await continued(recorded, place, setting, sampling, seed)
+    return Continuation(tokens, None if trajectory.unscored is not None else trajectory.reward)
+
+
+async def continued(
+    recorded: Recorded, place: Place, setting: EpisodeSetting, sampling: Sampling, seed: int
+) -> tuple[Trajectory, list[int]]:
+    """Return the whole episode that `continuation` plays, and its tokens after the place, of all turns."""
     engine = _Continuing(setting, recorded, place, seed)
     trajectory = await run_episode(
         recorded.prompt,
@@ -85,7 +93,7 @@ async def continuation(
     if not engine.is_past:
         cause = f": {trajectory.unscored}" if trajectory.unscored is not None else ""
         raise Diverged(f"the environment ended it after {engine.turn} of {len(recorded.turns)} turns{cause}")
-    return Continuation(engine.tokens, None if trajectory.unscored is not None else trajectory.reward)
+    return trajectory, engine.tokens
 
 
 class _Continuing:

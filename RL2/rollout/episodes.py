@@ -145,6 +145,12 @@ async def finish(groups: Seq[Group], progress: Progress | None = None) -> list[T
     if progress is not None:
         for task in tasks:
             task.add_done_callback(lambda _: progress(1))
+    await _all(tasks)
+    return [replace(task.result(), group=group.number) for group in groups for task in group.tasks]
+
+
+async def _all(tasks: Seq[asyncio.Task[Any]]) -> None:
+    """Wait for `tasks`; if one raises, cancel the others."""
     try:
         await asyncio.gather(*tasks)
     except BaseException:  # not a TaskGroup: the caller wants the error itself, not a group of them
@@ -152,7 +158,6 @@ async def finish(groups: Seq[Group], progress: Progress | None = None) -> list[T
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-    return [replace(task.result(), group=group.number) for group in groups for task in group.tasks]
 
 
 async def first_done(groups: Seq[Group], number: int, oldest: int) -> list[Group]:
@@ -225,7 +230,7 @@ class Episodes:
         """
         rank, size = self.processes.rank, self.processes.world_size
         mine = [(place, prompt) for place, prompt in prompts if place % size == rank]
-        sampling, setting = self._sampling(params), setting or self.setting
+        sampling, setting = self.sampling(params), setting or self.setting
 
         async def start() -> list[Group]:
             return begin(setting, mine, sampling, number=responses_per_prompt, seed=seed, first=first, version=version)
@@ -238,6 +243,24 @@ class Episodes:
         mine = self._run(finish(groups, lambda done: progress(done * size)))
         everywhere = self.processes.gather(mine, "the rollouts of all processes")
         return sorted(everywhere, key=lambda trajectory: (trajectory.group, trajectory.sample))
+
+    def share_out(self, work: Seq[Callable[[], Coroutine[Any, Any, T]]], progress: Progress) -> list[T]:
+        """Do `work`, each process its share of it; return all results, in order and on every process (collective)."""
+        rank, size = self.processes.rank, self.processes.world_size
+        mine = range(rank, len(work), size)
+
+        async def one(number: int) -> tuple[int, T]:
+            result = await work[number]()
+            progress(size)
+            return number, result
+
+        async def all_of_mine() -> list[tuple[int, T]]:
+            tasks = [asyncio.create_task(one(number)) for number in mine]
+            await _all(tasks)
+            return [task.result() for task in tasks]
+
+        everywhere = self.processes.gather(self._run(all_of_mine()), "the continuations of all processes")
+        return [result for _, result in sorted(everywhere, key=lambda each: each[0])]
 
     def first_done(self, groups: Seq[Group], number: int, oldest: int) -> list[Group]:
         """Wait as the function `first_done` does, for groups of this process only."""
@@ -263,7 +286,8 @@ class Episodes:
             return self.runner.run(work)
         return asyncio.run_coroutine_threadsafe(work, self.runner.get_loop()).result()
 
-    def _sampling(self, params: SamplingParams) -> Sampling:
+    def sampling(self, params: SamplingParams) -> Sampling:
+        """Return the settings of a request without its seed."""
         return Sampling(
             max_new_tokens=params.max_new_tokens,
             temperature=params.temperature,

@@ -14,6 +14,11 @@ STRIDE = 1_000_000
 """Group `step * STRIDE + place` of a run is the one at `place` in the batch of `step`: seed and process follow."""
 
 
+def rollout_seed(config: RLConfig, batch: int) -> int:
+    """Return the seed of the rollout of a batch, with which a group's place in it makes its random numbers."""
+    return config.trainer.seed * 1_000_000 + batch
+
+
 class Scheduler:
     """The rollouts of one step after the other.
 
@@ -88,7 +93,7 @@ class Scheduler:
             [(place, self.prompts[row]) for place, row in zip(places, rows, strict=True)],
             self.config.rollout.train_sampling_params,
             self.config.train_data.responses_per_prompt,
-            self.config.trainer.seed * 1_000_000 + batch,  # a seed of its own for each batch
+            rollout_seed(self.config, batch),
             first=batch * STRIDE,
             version=version,
         )

@@ -50,7 +50,9 @@ class Case:
         equal = replace(
             self, name=f"{self.name}, every reward {reward:.4g}", part_NP=torch.full_like(self.part_NP, reward)
         )
-        return equal.in_training(self.batch.with_(reward_T=last_T.double() * reward))
+        value_T = torch.full_like(self.batch.reward_T, reward)
+        rewarded = self.batch.with_(reward_T=last_T.double() * reward, before_T=value_T, after_T=value_T)
+        return equal.in_training(rewarded)
 
     def in_training(self, batch: TokenBatch) -> Case:
         """Return the case with `batch` in float32, as a run has it."""
@@ -109,6 +111,8 @@ def case(name: str, sizes: Sequence[int], group_size: int, roles: Sequence[str |
     batch = batch.with_(
         reward_T=batch.reward_T.double(),
         value_T=noise(number_T),
+        before_T=noise(number_T),
+        after_T=noise(number_T),
         engine_logp_T=-noise(number_T).abs(),
         old_logp_T=-noise(number_T).abs(),
         old_sum_p2_T=torch.rand(number_T, generator=g, dtype=torch.float64),
@@ -257,6 +261,7 @@ def _changed(on: Case, what: str) -> Case:
         "tokens": {"token_ids_T": batch.token_ids_T + 1, "labels_T": batch.labels_T + 1},
         "logps": {"engine_logp_T": batch.engine_logp_T.flip(0)},
         "truncated": {"truncated_B": ~batch.truncated_B},
+        "branches": {"before_T": batch.value_T, "after_T": -batch.value_T},
         "sum_p2": {"old_sum_p2_T": batch.old_sum_p2_T.flip(0)},
     }
     return replace(on, batch=batch.with_(**changes[what]))

@@ -13,6 +13,7 @@ from RL2.batch.packing import part_rewards
 from RL2.batch.registry import configured as estimator_of
 from RL2.batch.role_means import RoleMeans
 from RL2.config.programs import RLConfig
+from RL2.credit.branches import with_branches
 from RL2.io.progress import Progress
 from RL2.objectives.loss import kl_estimate, overlong_penalty
 from RL2.objectives.registry import find
@@ -40,6 +41,8 @@ def annotate(
     `trajectories` are those that were packed into `batch`; estimators that read parts of rewards or means of roles,
     hints for a teacher, and the choice of one need them. The rewards are added to `role_means`.
     """
+    if estimator_of(config.adv).needs_branches:
+        batch = with_branches(batch, trajectories)
     progress, number = progress or Progress(speaks=False), batch.num_sequences
     if hints is not None:
         batch = batch.with_(told=hints.told(trajectories))

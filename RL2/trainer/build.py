@@ -20,6 +20,7 @@ from RL2.config.model import Teacher as TeacherConfig
 from RL2.config.programs import RLConfig
 from RL2.config.rollout import Rollout
 from RL2.config.values import START
+from RL2.credit.branches import Branching
 from RL2.data.curriculum import Curriculum
 from RL2.data.cursor import Cursor
 from RL2.data.prompts import largest_token_id
@@ -130,6 +131,8 @@ class Parts:
     engine: Engine
     opponents: Opponents
     scheduler: Scheduler
+    branching: Branching | None
+    """Continuations of the responses; None without an estimator that reads them."""
     position: Position
     evaluator: Evaluator
     annotate: Callable[[TokenBatch, Seq[Trajectory]], TokenBatch]
@@ -193,6 +196,7 @@ def build(config: RLConfig, run: Run) -> Parts:
     episodes = Episodes(setting, ends, run.processes, config.rollout.is_async)
     scheduler = Scheduler(tasks.prompts, cursor, episodes, config, num_steps)
     run.closing.callback(scheduler.close)  # a thread may be at work
+    branching = Branching(config, tasks.prompts, episodes) if estimator_of(config.adv).needs_branches else None
     role_means = RoleMeans(config.adv.rae.decay)
     position = Position(scheduler, role_means, actor.entropy_coef)
 
@@ -219,6 +223,7 @@ def build(config: RLConfig, run: Run) -> Parts:
         engine=engine,
         opponents=opponents,
         scheduler=scheduler,
+        branching=branching,
         position=position,
         evaluator=evaluator,
         annotate=partial(
@@ -281,6 +286,11 @@ def load_tasks(config: RLConfig, read: Load, closing: ExitStack) -> Tasks:
     closing.callback(environment.close)
     if environment.roles and rollout.agent is not None:
         raise ConfigError(f"rollout.agent={rollout.agent}: {environment.path} has roles, and plays its episodes itself")
+    if environment.roles and estimator_of(config.adv).needs_branches:
+        raise ConfigError(
+            f"adv.estimator={config.adv.estimator}: {environment.path} has roles and plays its episodes itself, so "
+            "they cannot be continued from a place within them"
+        )
     refuse_other_roles(rollout.opponents, environment, "rollout.opponents")
     prompts, tests = train_tasks(config, environment, read), test_tasks(config, environment, read)
     tasks = Tasks(environment, prompts, tests)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from RL2.batch.registry import KEY, NAMED, BoundEstimator, configured
 from RL2.config.here import check_critic_here
 from RL2.config.programs import RLConfig
+from RL2.config.rollout import Branch
 from RL2.config.rules import check_limit
 from RL2.config.trainer import Rae
 from RL2.errors import ConfigError
+from RL2.objectives.registry import find
 
 
 def check_estimator(config: RLConfig) -> None:
@@ -106,6 +108,61 @@ def responses_are_compared_with_others(config: RLConfig, bound: BoundEstimator) 
         )
 
 
+def branches_are_read(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse `rollout.branch` with an estimator that reads no branches."""
+    if config.rollout.branch != Branch() and not bound.needs_branches:
+        raise ConfigError(f"rollout.branch has no effect with {KEY}={bound.name}; set {KEY}=branch")
+
+
+def branches_can_be_sampled(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse rollouts that cannot be continued, and rewards that continuations would not have."""
+    if not bound.needs_branches:
+        return
+    rollout, kl = config.rollout, config.actor.kl
+    reasons = {
+        f"rollout.engine={rollout.engine}: it was tried with embedded only": rollout.engine != "embedded",
+        f"rollout.max_staleness={rollout.max_staleness}: older weights sampled the responses, and the values would be "
+        "those of the present ones": rollout.max_staleness > 0,
+        "rollout.agent: an agent cannot be started in the middle of an episode": rollout.agent is not None,
+        "rollout.train_sampling_params.stop: a stop string may begin before the place, where the engine does not look "
+        "for it": bool(rollout.train_sampling_params.stop),
+        "train_data.responses_per_prompt=1: the value of a prompt is the mean of its other "
+        "responses": config.train_data.responses_per_prompt == 1,
+        f"adv.overlong_buffer={config.adv.overlong_buffer}: the values have no penalty for length; set it to "
+        "0": config.adv.overlong_buffer > 0,
+        "actor.kl.type=reward: the values have no KL divergence; set it to advantage or loss": kl.coef > 0
+        and kl.type == "reward",
+        "actor.moe.replay=engine: continuations have no record of experts": config.actor.moe.reads_engine,
+        "rollout.branch.places=turns and rollout.max_turns=1: there is no end of a turn within a "
+        "response": rollout.branch.places == "turns" and rollout.max_turns == 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"{KEY}={bound.name} does not go with {reason}")
+
+
+def trees_are_weighed(config: RLConfig, bound: BoundEstimator) -> None:
+    """Refuse averages and terms in which the tokens of a tree would not have their shares."""
+    if not (bound.needs_branches and config.rollout.branch.train):
+        return
+    actor = config.actor
+    select = actor.select
+    reasons = {
+        "actor.avg_level=sequence: a tree has no length; set it to constant or token": actor.avg_level == "sequence",
+        "actor.imitation.coef": actor.imitation.coef > 0,
+        "actor.observations.coef": actor.observations.coef > 0,
+        "actor.select.entropy_quantile, second_moment and covariance_share, which count tokens": select.entropy_quantile
+        > 0
+        or select.is_joint,
+        "a teacher": config.teacher.is_on,
+        f"actor.objective={actor.objective}, which compares the tokens of a step": find(actor.objective).covariance,
+        f"actor.update_per_rollout={actor.update_per_rollout}, which may cut a tree": actor.update_per_rollout > 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"rollout.branch.train=true does not go with {reason}")
+
+
 RULES = (
     critic_holds_every_sequence,
     critic_runs_here,
@@ -117,4 +174,7 @@ RULES = (
     std_over_changes_the_deviation,
     no_kl_among_parts,
     responses_are_compared_with_others,
+    branches_are_read,
+    branches_can_be_sampled,
+    trees_are_weighed,
 )

@@ -46,6 +46,9 @@ def train(config: RLConfig, run: Run) -> None:
         metrics |= measure(trajectories, kept, parts, config, step)
         trained = trainable(by_role(trajectories), kept, config)
         metrics |= add_greedy_rewards(trained, parts, config, step)
+        if parts.branching is not None:
+            trained, of_branches = parts.branching.grow(trained, step, run.progress)
+            metrics |= of_branches
         if not config.rollout.is_async:
             engine.sleep()
         clock.lap("rollout")

@@ -187,7 +187,7 @@ def terms(actor: Actor) -> Iterator[tuple[str, Actor]]:
 def advantage_settings(config: RLConfig) -> Iterator[str]:
     """Yield the settings that act on advantages alone."""
     adv = config.adv
-    if ":" in adv.estimator or {"values", "parts"} & set(estimator_of(adv).estimator.reads):
+    if ":" in adv.estimator or {"values", "parts", "branches"} & set(estimator_of(adv).estimator.reads):
         yield f"adv.estimator={adv.estimator}"
     if adv.global_norm:
         yield "adv.global_norm=true"

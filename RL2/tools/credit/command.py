@@ -35,7 +35,8 @@ PLACES = 16
 """Number of places from which all answers together are continued in one round, if there are fewer answers."""
 OBJECTIVES = (
     *("spo", "spo actor.path.detach_target=true", "spo_0p5", "spo_0p5 actor.path.region=all", "binary_jsd"),
-    *("rank_jsd", "rank_kl", "positive_ce", "reinforce", "ppo", "gspo", "cispo", "sapo"),
+    *("rank_jsd", "rank_kl", "positive_ce", "dft", "reinforce", "ppo", "gspo", "cispo", "sapo"),
+    *("importance_sampling", "dppo", "dro", "gmpo", "luspo", "vespo", "a2po"),
 )
 """Objectives that are looked at unless some are named."""
 Wanted = list[tuple[int, Place, int]]

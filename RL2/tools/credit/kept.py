@@ -24,6 +24,7 @@ from RL2.parallel.processes import Processes
 from RL2.rollout.continuation import decode
 from RL2.rollout.environment import load_environment
 from RL2.rollout.episodes import EpisodeSetting
+from RL2.rollout.scheduler import rollout_seed
 from RL2.tools.replay import read_batch, run_config
 from RL2.trainer.run import REPLAY_BATCH, replay_folder
 from RL2.trainer.tasks import reader, train_tasks
@@ -93,8 +94,7 @@ def open_step(
         ends = stop_tokens(actor.lm, tokenizer, template)
     sampling = Sampling(params.max_new_tokens, params.temperature, params.top_p, params.top_k, stop_token_ids=ends)
     batch = read_batch(folder / REPLAY_BATCH)
-    seed = config.trainer.seed * 1_000_000 + step  # of the step's rollout, as in rollout/scheduler.py
-    answers, skipped = _answers(_rows(run, step)[:number], batch, prompts, seed)
+    answers, skipped = _answers(_rows(run, step)[:number], batch, prompts, rollout_seed(config, step))
     return KeptStep(step, folder, rollout.engine, batch, actor, setting, sampling, answers, skipped)
 
 

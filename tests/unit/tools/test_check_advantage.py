@@ -70,7 +70,7 @@ def test_the_command_passes_and_fails() -> None:
         (
             ["median"],
             "adv.estimator=median; choose one of reinforce, gdpo, rloo, rae, maxrl, opo, gpg, pass_at_k, "
-            "best_of_group, soft_value, otb, spo, gae, or path.py:function",
+            "best_of_group, soft_value, otb, branch, spo, gae, or path.py:function",
         ),
         (["gae", "clip=1"], "gae does not read clip; its knobs are gamma, lamda"),
         (["gae", "lamda=2"], "lamda=2; must be at least 0 and at most 1"),
