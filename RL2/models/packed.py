@@ -26,6 +26,7 @@ from RL2.models.lora import first_value
 from RL2.models.routing import RoutingSums, find_routers
 from RL2.models.structure import decoder_layers
 from RL2.ops.attention import Attend, Blocks, PackedAttention, is_packed
+from RL2.ops.one_pass import Expected
 from RL2.ops.teacher_stats import Teacher
 from RL2.parallel.ulysses import Ulysses, spread
 from RL2.types import SharedPrefix, StatsRequest, TokenBatch
@@ -95,12 +96,14 @@ class PackedModel(nn.Module, ABC):
         alone: bool = False,
         routing: RoutingSums | None = None,
         teacher: Teacher | None = None,
+        expected: Expected | None = None,
     ) -> dict[str, Tensor]:
         """Return the statistics of `request`, each [number of action tokens]. `shared` is `batch.shared()`.
 
         With `alone`, `batch` is one sequence in which every label is an action; transformers' own forward computes
         `CHECKED` for it, unpacked, under `transformers_attention`. The decisions of routers are added to `routing`.
-        `teacher` has the hidden states of all action tokens, for statistics that compare with it.
+        `teacher` has the hidden states of all action tokens, for statistics that compare with it. `expected` is the
+        loss of these action tokens, as far as it is known.
         """
         if alone:
             assert request == self.CHECKED
@@ -108,14 +111,21 @@ class PackedModel(nn.Module, ABC):
         hidden_ND, is_mine_A = self.hidden_of_actions(batch, shared, routing)
         if teacher is not None and self.sp is not None:
             teacher = replace(teacher, hidden_TE=teacher.hidden_TE[is_mine_A])
-        stats = self.stats_of(hidden_ND, batch.labels_T[batch.action_T][is_mine_A], request, teacher)
+        if expected is not None and self.sp is not None:
+            expected.tokens_N = is_mine_A.nonzero()[:, 0]
+        stats = self.stats_of(hidden_ND, batch.labels_T[batch.action_T][is_mine_A], request, teacher, expected)
         if self.sp is None:
             return stats
         return {name: spread(value, is_mine_A, self.sp) for name, value in stats.items()}
 
     @abstractmethod
     def stats_of(
-        self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest, teacher: Teacher | None = None
+        self,
+        hidden_ND: Tensor,
+        labels_N: Tensor,
+        request: StatsRequest,
+        teacher: Teacher | None = None,
+        expected: Expected | None = None,
     ) -> dict[str, Tensor]:
         """Return the statistics of `request` by name, [N] or [N, K], of the last hidden states of N actions."""
 

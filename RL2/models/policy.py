@@ -33,8 +33,10 @@ from RL2.models.multimodal import multimodal
 from RL2.models.other_parts import other_parts
 from RL2.models.packed import PackedModel, backbone
 from RL2.ops.attention import is_packed
+from RL2.ops.one_pass import Expected
 from RL2.ops.teacher_stats import Teacher, teacher_stats
-from RL2.ops.token_stats import VocabularyShard, token_stats
+from RL2.ops.tiles import VocabularyShard
+from RL2.ops.token_stats import token_stats
 from RL2.parallel.fsdp import local, whole
 from RL2.parallel.tp import first_row, whole_rows
 from RL2.types import SharedPrefix, StatsRequest, TokenBatch
@@ -59,7 +61,12 @@ class Policy(PackedModel):
         return build(AutoModelForCausalLM, model_name, dequantize)
 
     def stats_of(
-        self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest, teacher: Teacher | None = None
+        self,
+        hidden_ND: Tensor,
+        labels_N: Tensor,
+        request: StatsRequest,
+        teacher: Teacher | None = None,
+        expected: Expected | None = None,
     ) -> dict[str, Tensor]:
         if request == HIDDEN:
             return {"hidden": hidden_ND}
@@ -73,7 +80,7 @@ class Policy(PackedModel):
             "budget_mib": request.budget_mib,
         }
         if teacher is None:
-            stats = token_stats(hidden_ND, weight_VD, labels_N, **how)
+            stats = token_stats(hidden_ND, weight_VD, labels_N, expected=expected, **how)
         else:
             stats = teacher_stats(hidden_ND, weight_VD, labels_N, teacher, beta=request.beta, **how)
         return {name: getattr(stats, name) for name in request.fields}

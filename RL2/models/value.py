@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from RL2.errors import ModelError
 from RL2.models.loading import build
 from RL2.models.packed import PackedModel, backbone
+from RL2.ops.one_pass import Expected
 from RL2.ops.teacher_stats import Teacher
 from RL2.types import StatsRequest, TokenBatch
 
@@ -40,7 +41,12 @@ class ValueModel(PackedModel):
         return torch.randn(shape) * self.lm.config.initializer_range if name == "score.weight" else None
 
     def stats_of(
-        self, hidden_ND: Tensor, labels_N: Tensor, request: StatsRequest, teacher: Teacher | None = None
+        self,
+        hidden_ND: Tensor,
+        labels_N: Tensor,
+        request: StatsRequest,
+        teacher: Teacher | None = None,
+        expected: Expected | None = None,
     ) -> dict[str, Tensor]:
         """Return `value`, float32 [N]; the request can only be VALUE."""
         assert request == VALUE

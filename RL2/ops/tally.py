@@ -138,6 +138,10 @@ class Slopes(NamedTuple):
     extra: Tensor
     """Terms added to g at `extra_id`."""
 
+    def at(self, rows: slice | Tensor) -> Slopes:
+        """Return the slopes of some rows."""
+        return Slopes(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
 
 def slopes(row: Rows, labels_C: Tensor, top_id_CK: Tensor | None, grads: dict[str, Tensor], factor: float) -> Slopes:
     """Return `factor` times the sum over fields f of grads[f] df/dz.
@@ -179,6 +183,14 @@ def slopes(row: Rows, labels_C: Tensor, top_id_CK: Tensor | None, grads: dict[st
         c_C = scale_C * p_rest_C * per_sum_C.square()
         at_mode_C = at_mode_C + scale_C * p_mode_C * (p_mode_C - p_rest_C * row.sum_q2)
     return Slopes(row.second, a_C * per_sum_C, b_C, c_C, row.mode, at_mode_C, extra_id, extra)
+
+
+def with_gradient(slope: Slopes) -> Tensor:
+    """Return the mask of the rows whose gradient is not 0 everywhere, bool [C]; NaN counts as a gradient."""
+    found_C = (slope.a != 0) | (slope.at_mode != 0) | (slope.extra != 0).any(-1)
+    for x_C in (slope.b, slope.c):
+        found_C = found_C if x_C is None else found_C | (x_C != 0)
+    return found_C
 
 
 def gradient(z_CW: Tensor, start: int, scratch_CW: Tensor, slope: Slopes, dtype: torch.dtype) -> Tensor:

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from RL2.ops.divergence import Side
 from RL2.ops.teacher_tiles import TILED, Tiled, TiledJob
-from RL2.ops.tiles import accumulation_dtype, gathered_head, product
+from RL2.ops.tiles import VocabularyShard, accumulation_dtype, gathered_head, product
 from RL2.ops.token_stats import (
     UNCHANGED,
     Implementation,
     LogitTransform,
-    VocabularyShard,
     check_labels,
     reference_stats,
     token_stats,

@@ -21,8 +21,7 @@ from RL2.ops import divergence
 from RL2.ops import tally as plain
 from RL2.ops.divergence import OTHER, Side
 from RL2.ops.tally import Tally
-from RL2.ops.tiles import TILE_TOKENS, accumulation_dtype, add_product, all_gather, slices
-from RL2.ops.token_stats import VocabularyShard
+from RL2.ops.tiles import TILE_TOKENS, VocabularyShard, accumulation_dtype, add_product, all_gather, slices
 
 TILED = (
     "kl_teacher_student",

@@ -5,6 +5,7 @@ Shapes: V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,18 @@ TILE_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 CPU_TILE_MIB = 8.0
 """Size of a tile on a CPU: smaller than the budget, so that repeated passes stay in the cache."""
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Shard of the head: its rows are the tokens from `start` on, out of `total`; `group` holds the rest.
+
+    All processes of the group have the same hidden states and get the same statistics.
+    """
+
+    group: dist.ProcessGroup
+    start: int
+    total: int
 
 
 def gathered_head(head_VD: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -26,6 +26,7 @@ from RL2.workers.muon import layer_matrices, muon_adamw
 from RL2.workers.optim import UpdateStats, adamw, clipped_step, move_state, schedule
 from RL2.workers.passes import Progress, backward, trained_sequences
 from RL2.workers.routing import RoutingTotals
+from RL2.workers.token_wise import TokenWise
 from RL2.workers.worker import InvariantError, Worker
 
 
@@ -66,6 +67,8 @@ class Learner(Worker):
         self.update_stats = UpdateStats(self.optimizer, self.dtype)
         self.steps = 0
         """Optimizer steps taken."""
+        self.token_wise = TokenWise(self.policy) if isinstance(self.policy, Policy) else None
+        """What is known of the loss, which is the same in all steps."""
         self.last_routing: RoutingTotals | None = None
         """Decisions of routers in the last backward pass."""
 
@@ -129,7 +132,9 @@ class Learner(Worker):
             progress(number * size)
 
         with self.taught(batch, request) as teach:
-            broken = backward(self.policy, batch, mine, loss, request, totals, done, routing, teach, idle)
+            broken = backward(
+                self.policy, batch, mine, loss, request, totals, done, routing, teach, idle, self.token_wise
+            )
         self._sum_partial_gradients()
         means, faults = totals.means(), self._gather(broken)
         if routing is not None:

@@ -15,10 +15,12 @@ from torch.distributed.fsdp import FSDPModule
 from RL2.models.packed import PackedModel
 from RL2.models.routing import RoutingSums
 from RL2.ops.invariants import first_breach
+from RL2.ops.one_pass import Expected
 from RL2.ops.teacher_stats import Teacher
 from RL2.types import SharedPrefix, StatsRequest, TokenBatch, TokenStats
 from RL2.workers.metrics import LossFunction, Totals
 from RL2.workers.routing import RoutingTotals
+from RL2.workers.token_wise import TokenWise, weighted_loss
 
 Progress = Callable[[int], object]
 """Called with the number of further sequences that are done."""
@@ -33,20 +35,21 @@ def forward(
     request: StatsRequest,
     routing: RoutingSums | None = None,
     teach: TeacherPass | None = None,
+    expected: Expected | None = None,
 ) -> TokenStats:
     """Return the statistics of the actions of `microbatch`, [A], on the device of `model`.
 
     Prefixes that sequences share run once. The decisions of routers are added to `routing`. The pass of a teacher comes
-    first.
+    first. `expected` is the loss of the actions, if it is known.
     """
     device, shared = next(model.parameters()).device, microbatch.shared()
     here = microbatch.to(device), shared and shared.to(device)
     if teach is None:
-        return TokenStats(**model(*here, request, routing=routing))
+        return TokenStats(**model(*here, request, routing=routing, expected=expected))
     told, shared_told = here if microbatch.told is None else (here[0].told, microbatch.told.shared())
     assert told is not None
     teacher = teach(told, shared_told and shared_told.to(device))
-    return TokenStats(**model(*here, request, routing=routing, teacher=teacher))
+    return TokenStats(**model(*here, request, routing=routing, teacher=teacher, expected=expected))
 
 
 def statistics(
@@ -111,6 +114,7 @@ def backward(
     routing: RoutingTotals | None = None,
     teach: TeacherPass | None = None,
     stand_ins: Sequence[int] = (),
+    token_wise: TokenWise | None = None,
 ) -> list[str]:
     """Add the gradients of (loss_T * weight_T).sum() over `microbatches`, the sequences of each of this process.
 
@@ -119,7 +123,8 @@ def backward(
 
     Adds loss and metrics to `totals` and decisions of routers to `routing`, and returns the invariants of
     ops/invariants.py that do not hold. For an empty microbatch its sequence of `stand_ins`, or else the shortest of the
-    batch, runs with weight 0, so that all processes take part in the same collectives.
+    batch, runs with weight 0, so that all processes take part in the same collectives. `token_wise` has what is known
+    of the loss, and learns.
     """
     model.train()
     broken, shortest = list[str](), int(batch.lengths_B.argmin())
@@ -136,22 +141,25 @@ def backward(
                 unused["imitation_weight_T"] = unused["weight_T"]
             microbatch = microbatch.with_(**unused)
         seen = None if routing is None else routing.sums(model.routers)
-        stats = forward(model, _with_observations(microbatch), request, seen, teach)
-        stats, observed = _without_observations(microbatch, stats)
         actions = microbatch.positions(microbatch.action_T).to(next(model.parameters()).device)
         assert actions.weight_T is not None
-        loss_T, metrics = loss(stats, actions)
-        total = (loss_T * actions.weight_T).sum()
+        # observations have another loss
+        known = token_wise if microbatch.observation_weight_T is None else None
+        expected = None if known is None else known.expected(loss, actions)
+        stats = forward(model, _with_observations(microbatch), request, seen, teach, expected)
+        stats, observed = _without_observations(microbatch, stats)
+        total, metrics = weighted_loss(loss, stats, actions)
         if observed is not None:
             nll_N, weight_N = observed
             total = total + (nll_N * weight_N).sum()
             totals.add_mean("observation_loss", nll_N)
         if actions.imitation_weight_T is not None:
-            total = total - (stats.logp * actions.imitation_weight_T).sum()
             totals.add_mean("imitation_loss", -stats.logp[actions.imitation_weight_T != 0])
         if routing is not None and seen is not None:
             total = total + routing.add(seen, counts=bool(ids)).to(total.device)
         total.backward()
+        if known is not None:
+            known.learn(expected, loss, stats, actions)
         where = _Where(ids or [idle], actions)
         totals.add(total, actions.weight_T != 0, metrics, where)
         if breach := first_breach(stats, model.lm.config.vocab_size):

@@ -12,7 +12,8 @@ from pools import in_pool
 from torch import Tensor
 
 from RL2.ops.teacher_stats import Teacher, teacher_stats
-from RL2.ops.token_stats import Implementation, LogitTransform, VocabularyShard
+from RL2.ops.tiles import VocabularyShard
+from RL2.ops.token_stats import Implementation, LogitTransform
 from RL2.parallel.processes import Processes
 from RL2.types import TEACHER_MENU
 

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from pools import in_pool
 from torch import Tensor
 
-from RL2.ops.token_stats import UNCHANGED, Implementation, LogitTransform, VocabularyShard, token_stats
+from RL2.ops.one_pass import Expected
+from RL2.ops.tiles import VocabularyShard
+from RL2.ops.token_stats import UNCHANGED, Implementation, LogitTransform, token_stats
 from RL2.parallel.processes import Processes
-from RL2.types import MENU
+from RL2.types import MENU, TokenStats
 
 T, V, D, K = 48, 37, 16, 14
 """14 of the best are more than a shard has when there are four."""
@@ -28,6 +30,8 @@ CASES: dict[str, tuple[Implementation, tuple[str, ...], float]] = {
     "tiles of tokens": ("chunked", MENU, 5 * 10 * 4 / 2**20),
     "tiles of columns": ("chunked", WITHOUT_RANK, 48 * 4 * 4 / 2**20),
     "soft cap": ("chunked", WITHOUT_RANK, 48 * 4 * 4 / 2**20),
+    "one pass": ("chunked", MENU, 5 * 10 * 4 / 2**20),
+    "one pass, corrected": ("chunked", WITHOUT_RANK, 5 * 10 * 4 / 2**20),
     "reference": ("reference", MENU, 64.0),
 }
 TRANSFORM = {"soft cap": LogitTransform(scale=0.5, softcap=5.0)}
@@ -43,20 +47,34 @@ def inputs(scale: float) -> tuple[Tensor, Tensor, Tensor]:
     return hidden_TD, head_VD, labels_T
 
 
+def loss_of(stats: TokenStats, index_C: Tensor) -> Tensor:
+    """A weighted sum of all fields of some tokens."""
+    loss = torch.zeros((), dtype=stats.logp.dtype)
+    for i, name in enumerate(WITHOUT_RANK):
+        if name != "top_id":
+            value = getattr(stats, name)
+            size = T * (value.numel() // max(1, len(value)))
+            weight = torch.linspace(-1, 1.5, size, dtype=value.dtype).view(T, *value.shape[1:])
+            loss = loss + (value * weight[index_C]).sum() / (i + 1)
+    return loss
+
+
 def results(
     hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, fields: tuple[str, ...], **how: Any
 ) -> dict[str, Tensor]:
     """All fields, and the gradients of one loss on all of them."""
     leaves = [x.clone().requires_grad_() for x in (hidden_TD, head_VD)]
     stats = token_stats(*leaves, labels_T, temperature=0.7, fields=fields, top_k=K, **how)
-    found = {name: getattr(stats, name) for name in fields}
-    loss = torch.zeros((), dtype=hidden_TD.dtype)
-    for i, name in enumerate(WITHOUT_RANK):
-        if name != "top_id":
-            weight = torch.linspace(-1, 1.5, found[name].numel(), dtype=hidden_TD.dtype).view(found[name].shape)
-            loss = loss + (found[name] * weight).sum() / (i + 1)
-    grads = torch.autograd.grad(loss, leaves)
-    return {name: x.detach() for name, x in found.items()} | {"grad hidden": grads[0], "grad head": grads[1]}
+    grads = torch.autograd.grad(loss_of(stats, torch.arange(T)), leaves)
+    found = {name: getattr(stats, name).detach() for name in fields}
+    return found | {"grad hidden": grads[0], "grad head": grads[1]}
+
+
+def expected_in(case: str) -> Expected | None:
+    """What a case expects: the loss, or another one at some tokens."""
+    if case == "one pass, corrected":
+        return Expected(lambda stats, index_C: loss_of(stats, index_C) + stats.entropy[index_C % 4 == 0].sum())
+    return Expected(loss_of) if case == "one pass" else None
 
 
 def run_cases(folder: Path, processes: Processes) -> dict[Any, dict[str, Tensor]]:
@@ -79,6 +97,7 @@ def run_cases(folder: Path, processes: Processes) -> dict[Any, dict[str, Tensor]
                     implementation=implementation,
                     transform=TRANSFORM.get(case, UNCHANGED),
                     budget_mib=budget_mib,
+                    expected=expected_in(case),
                 )
     return found
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from RL2.ops.tally import merge, tally, top
-from RL2.ops.token_stats import Implementation, VocabularyShard, token_stats
+from RL2.ops.tiles import VocabularyShard
+from RL2.ops.token_stats import Implementation, token_stats
 from RL2.types import MENU, TokenStats
 
 T, V, D, K = 48, 37, 16, 5

@@ -1,0 +1,86 @@
+"""Finding out whether a loss is token-wise, so that its gradient can be taken in the forward pass (ops/one_pass.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from RL2.models.policy import Policy
+from RL2.ops.one_pass import Expected, TileLoss, unmet
+from RL2.types import TokenBatch, TokenStats
+from RL2.workers.metrics import LossFunction, Metric
+
+WORTH = 2**28
+"""Multiplications of hidden states and head (tokens times vocabulary times hidden size) from which it saves time."""
+
+
+class TokenWise:
+    """Knowledge of one loss: whether its slopes at a token depend on the statistics of that token alone.
+
+    It is found out on the first microbatch that is large enough. Until then, and if it is not so, the backward pass
+    computes the logits again. If later a quarter of the tokens of a microbatch have other slopes than expected, the
+    loss no longer counts as token-wise. Gradients are the same in either case.
+    """
+
+    def __init__(self, model: Policy, worth: int = WORTH) -> None:
+        """Know nothing about the loss of `model`. `worth` is the smallest size, as `WORTH`."""
+        sizes = model.lm.config
+        self.size_of_token, self.worth = sizes.vocab_size * sizes.hidden_size, worth
+        self.holds: bool | None = None
+        """None: not known yet."""
+
+    def expected(self, loss: LossFunction, actions: TokenBatch) -> Expected | None:
+        """Return the loss to expect of a microbatch of `actions`; None if the backward pass has to find it out."""
+        if not (self.holds and self._is_worth_it(actions)):
+            return None
+        return Expected(of_part(loss, actions))
+
+    def learn(self, expected: Expected | None, loss: LossFunction, stats: TokenStats, actions: TokenBatch) -> None:
+        """Take note of a microbatch after its backward pass; processes of a tensor-parallel group learn the same."""
+        if expected is not None:
+            self.holds = 4 * expected.missed <= len(actions.labels_T)
+        elif self.holds is None and len(actions.labels_T) > 1 and self._is_worth_it(actions):
+            self.holds = is_token_wise(of_part(loss, actions), stats)
+
+    def _is_worth_it(self, actions: TokenBatch) -> bool:
+        # on a GPU, where tiles may be larger, it has not been measured
+        is_cpu = actions.labels_T.device.type == "cpu"
+        return is_cpu and len(actions.labels_T) * self.size_of_token >= self.worth
+
+
+def weighted_loss(loss: LossFunction, stats: TokenStats, actions: TokenBatch) -> tuple[Tensor, Mapping[str, Metric]]:
+    """Return the sum of the weighted losses of all actions, imitation included, and the metrics of the loss."""
+    assert actions.weight_T is not None
+    loss_T, metrics = loss(stats, actions)
+    total = (loss_T * actions.weight_T).sum()
+    if actions.imitation_weight_T is not None:
+        total = total - (stats.logp * actions.imitation_weight_T).sum()
+    return total, metrics
+
+
+def of_part(loss: LossFunction, actions: TokenBatch) -> TileLoss:
+    """Return the weighted loss of some of the actions, as if there were no others."""
+
+    def part(stats: TokenStats, index_C: Tensor) -> Tensor:
+        keep_A = torch.zeros_like(actions.labels_T, dtype=torch.bool).index_fill_(0, index_C, True)
+        return weighted_loss(loss, stats, actions.positions(keep_A))[0]
+
+    return part
+
+
+def is_token_wise(loss: TileLoss, stats: TokenStats) -> bool:
+    """Return whether the slopes are the same if every other token is missing, on this data."""
+    index_A = torch.arange(len(stats.logp), device=stats.logp.device)
+    expected = Expected(loss)
+    whole = expected.slopes(vars(stats), index_A)
+    for index_C in (index_A[::2], index_A[1::2]):
+        try:
+            part = expected.slopes({name: x[index_C] for name, x in vars(stats).items()}, index_C)
+        except Exception:  # a loss that needs whole sequences, which has just succeeded with them
+            return False
+        rest = unmet({name: x[index_C] for name, x in whole.items()}, part)
+        if any(bool((x != 0).any()) for x in rest.values()):
+            return False
+    return True
