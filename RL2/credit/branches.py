@@ -43,7 +43,7 @@ from RL2.types import Branches, Prompt, Sequence, TokenBatch, Trajectory
 
 def places_of(response: Sequence, branch: Branch, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the places of a response: the first `max_places` of those after each `every` events."""
-    length = sum(response.action_mask)
+    length = int(response.action_mask.sum())
     events = (place for place in _events(response, branch, tokenizer) if place < length)
     return list(islice(events, branch.every - 1, branch.every * branch.max_places, branch.every))
 
@@ -51,7 +51,8 @@ def places_of(response: Sequence, branch: Branch, tokenizer: PreTrainedTokenizer
 def _events(response: Sequence, branch: Branch, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
     """Yield the number of sampled tokens up to each event; what follows an event plays no part in it."""
     place, was_break, was_sampled = 0, False, False
-    for token, sampled, logp in zip(response.token_ids, response.action_mask, response.logps, strict=True):
+    columns = (response.token_ids.tolist(), response.action_mask.tolist(), response.logps.tolist())
+    for token, sampled, logp in zip(*columns, strict=True):
         if branch.places == "turns" and was_sampled and not sampled:
             yield place
         was_sampled = sampled
@@ -120,9 +121,8 @@ class Branching:
         """Return continuation `k` from a place as an episode whose prefix does not train, or the reason of none."""
         setting, (sequence,) = self.episodes.setting, response.sequences
         seed = rollout_seed(self.config, step)
-        recorded = Recorded(
-            self.prompts[self.prompt_of[response.row]], sequence.token_ids, sequence.action_mask, response.group, seed
-        )
+        prompt, ids, sampled = self.prompts[self.prompt_of[response.row]], sequence.token_ids, sequence.action_mask
+        recorded = Recorded(prompt, ids.tolist(), sampled.tolist(), response.group, seed)
         # turns of the response have the numbers from 0 on
         own_seed = request_seed(
             seed, response.group, response.sample, -1 - place * self.config.rollout.branch.samples - k

@@ -68,7 +68,7 @@ class Learner(Worker):
         self.steps = 0
         """Optimizer steps taken."""
         self.token_wise = TokenWise(self.policy) if isinstance(self.policy, Policy) else None
-        """What is known of the loss, which is the same in all steps."""
+        """Knowledge of the loss, which is the same in all steps."""
         self.last_routing: RoutingTotals | None = None
         """Decisions of routers in the last backward pass."""
 

@@ -20,22 +20,20 @@ from RL2.batch.packing import loss_weights, pack
 from RL2.config.rollout import Branch
 from RL2.credit.branches import exclude_prefix, places_of, tree, with_branches
 from RL2.errors import ConfigError
+from RL2.rollout.continuation import append
 from RL2.trainer.unused_settings import refuse_unused_settings
 from RL2.types import Sequence, TokenBatch, Trajectory
 
 
 def response(tokenizer: PreTrainedTokenizerBase, *turns: str, logps: tuple[float, ...] = ()) -> Sequence:
     """Return turns with an observation of two tokens before each."""
-    found = Sequence([], [], [], [])
+    found = Sequence()
     for turn in turns:
         ids = tokenizer.encode(turn, add_special_tokens=False)
-        for token, sampled in [(5, False), (6, False), *((token, True) for token in ids)]:
-            found.token_ids.append(token)
-            found.action_mask.append(sampled)
-            found.logps.append(-0.01)
-            found.rewards.append(0.0)
-    for at, logp in zip([n for n, sampled in enumerate(found.action_mask) if sampled], logps, strict=False):
-        found.logps[at] = logp
+        append(found, [5, 6])
+        append(found, ids, [-0.01] * len(ids))
+    if logps:
+        found.logps[found.action_mask] = logps[: found.action_mask.sum()]
     return found
 
 

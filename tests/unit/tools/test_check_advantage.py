@@ -69,7 +69,7 @@ def test_the_command_passes_and_fails() -> None:
         (["nowhere.py:mine"], "adv.estimator=nowhere.py:mine: nowhere.py: there is no such file"),
         (
             ["median"],
-            "adv.estimator=median; choose one of reinforce, gdpo, rloo, rae, maxrl, opo, gpg, pass_at_k, "
+            "adv.estimator=median; choose one of reinforce, gdpo, rloo, rae, remax, maxrl, opo, gpg, pass_at_k, "
             "best_of_group, soft_value, otb, branch, spo, gae, or path.py:function",
         ),
         (["gae", "clip=1"], "gae does not read clip; its knobs are gamma, lamda"),
