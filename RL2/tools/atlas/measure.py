@@ -99,7 +99,7 @@ def measure(run: Path, step: int, processes: Processes, more: Sequence[str] = ()
     ids = some_sequences(whole, limit)
     subjects, left_out = _subjects(run, folder, whole, more)
     if not subjects:
-        raise UserError(f"no objective can be measured on {folder}: {'; '.join(left_out.values())}")
+        raise UserError(f"no objective can be measured on {folder}: {'; '.join(dict.fromkeys(left_out.values()))}")
     config = next(iter(subjects.values()))[0]
     actor = Actor(config.actor, processes, 1, folder)
     batch = whole.sequences(ids)

@@ -18,6 +18,18 @@ const sum = (values) => values.reduce((total, x) => total + x, 0);
 const short = (x) => (x === 0 ? "0" : Math.abs(x) < 1e-3 || Math.abs(x) >= 1e4 ? x.toExponential(1) : x.toPrecision(3));
 const visible = (text) => text.replaceAll("\n", "↵\n");
 
+const label = (x) => String(Number(x.toPrecision(3)));
+const rounded = (x) => x.toFixed(2).replace(/^-(0\.0+)$/, "$1");
+
+function ticks(low, high) {
+  // about five round numbers that reach from low to high
+  const rough = (high - low) / 5;
+  const unit = 10 ** Math.floor(Math.log10(rough));
+  const step = unit * ([1, 2, 5].find((n) => n * unit >= 0.999 * rough) || 10);
+  const [first, last] = [Math.floor(low / step), Math.ceil(0.999 * (high / step))];
+  return Array.from({ length: last - first + 1 }, (_, n) => (first + n) * step);
+}
+
 function cell(row, text, kind = "td", name = "") {
   const made = document.createElement(kind);
   made.textContent = text;
@@ -59,7 +71,7 @@ function showCosines() {
     cell(row, all[m].title, "th");
     for (const n of order) {
       const value = data.cosines[m][n];
-      const made = cell(row, value === null ? "none" : value.toFixed(2), "td", "number");
+      const made = cell(row, value === null ? "none" : rounded(value), "td", "number");
       made.title = `${all[m].title} and ${all[n].title}: ${value}`;
       if (value !== null) shade(made, value);
       made.onclick = () => {
@@ -86,24 +98,28 @@ function scatter() {
   const isLog = $("x").value === "rank";
   const at = isLog ? Math.log10 : (value) => value;
   const most = x.reduce((found, value) => Math.max(found, at(value)), 1e-9);
-  const top = y.reduce((found, value) => Math.max(found, Math.abs(value)), 1e-12);
+  const heights = ticks(Math.min(0, ...y), Math.max(1e-12, ...y));
+  const [bottom, top] = [heights[0], heights.at(-1)];
+  const places = isLog
+    ? [...Array(Math.floor(most) + 1).keys()].map((n) => 10 ** n)
+    : ticks(0, $("x").value === "p" ? 1 : most);
+  const end = isLog ? most : places.at(-1);
   const [left, right, above, below] = [70, 36, 14, 36];
-  const px = (value) => left + ((width - left - right) * at(value)) / most;
-  const py = (value) => above + ((height - above - below) * (1 - value / top)) / 2;
+  const px = (value) => left + ((width - left - right) * at(value)) / end;
+  const py = (value) => above + ((height - above - below) * (top - value)) / (top - bottom);
   pen.font = "12px system-ui, sans-serif";
   pen.fillStyle = style.getPropertyValue("--muted");
   pen.strokeStyle = style.getPropertyValue("--line");
-  for (const share of [-1, -0.5, 0, 0.5, 1]) {
+  for (const tick of heights) {
     pen.beginPath();
-    pen.moveTo(left, py(share * top));
-    pen.lineTo(width - right, py(share * top));
+    pen.moveTo(left, py(tick));
+    pen.lineTo(width - right, py(tick));
     pen.stroke();
     pen.textAlign = "right";
-    pen.fillText(short(share * top), left - 6, py(share * top) + 4);
+    pen.fillText(label(tick), left - 6, py(tick) + 4);
   }
   pen.textAlign = "center";
-  const ticks = isLog ? [...Array(Math.floor(most) + 1).keys()].map((n) => 10 ** n) : [0, 0.25, 0.5, 0.75, 1].map((n) => n * most);
-  for (const tick of ticks) pen.fillText(isLog ? String(tick) : short(tick), px(tick), height - below + 18);
+  for (const tick of places) pen.fillText(label(tick), px(tick), height - below + 18);
   pen.fillText(NAMES[$("x").value], (left + width - right) / 2, height - 4);
   pen.fillStyle = `rgba(${style.getPropertyValue("--hot")}, .45)`;
   for (let n = 0; n < y.length; n++) {
@@ -114,6 +130,19 @@ function scatter() {
   }
   const none = y.filter((value) => value === 0).length;
   $("scatter-note").textContent = `${y.length - none} tokens; ${none} more have none.`;
+}
+
+function mostApart(a, b) {
+  // number of the rollout with the token where the pulls differ most
+  let [found, largest] = [0, 0];
+  data.sequences.forEach((one, number) => {
+    const count = one.action.filter(Boolean).length;
+    for (let n = one.first; n < one.first + count; n++) {
+      const apart = Math.abs(a.pull[n] - b.pull[n]);
+      if (apart > largest) [found, largest] = [number, apart];
+    }
+  });
+  return found;
 }
 
 function compare() {
@@ -155,6 +184,10 @@ function compare() {
   places.sort((m, k) => Math.abs(apart[k[0]]) - Math.abs(apart[m[0]]));
   for (const [at, text, number] of places.slice(0, 12)) {
     const row = table.insertRow();
+    row.onclick = () => {
+      $("sequence").value = number;
+      compare();
+    };
     cell(row, visible(text).replaceAll("\n", ""));
     const values = [String(number + 1), seen.p[at].toPrecision(3), String(seen.rank[at]), seen.entropy[at].toPrecision(3)];
     for (const value of [...values, short(a.pull[at]), short(b.pull[at]), short(apart[at])]) cell(row, value, "td", "number");
@@ -170,7 +203,11 @@ const titles = all.map((one) => one.title);
 fill("one", titles);
 fill("a", titles);
 fill("b", titles, Math.max(0, all.findIndex((one) => one.cluster !== all[0].cluster)));
-fill("sequence", data.sequences.map((one, n) => `${n + 1}, reward ${short(one.reward)}`));
+fill(
+  "sequence",
+  data.sequences.map((one, n) => `${n + 1}, reward ${short(one.reward)}`),
+  mostApart(all[$("a").value], all[$("b").value]),
+);
 for (const id of ["one", "x", "y"]) $(id).onchange = scatter;
 for (const id of ["a", "b", "sequence"]) $(id).onchange = compare;
 window.addEventListener("resize", scatter);
