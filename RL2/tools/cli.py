@@ -324,7 +324,7 @@ def atlas(
     groups = sum(len(cluster) > 1 for cluster in found.clusters)
     print(
         f"{out}: {len(found.effects)} objectives on {len(found.logp_N)} tokens of step {number}, "
-        f"{groups} groups that coincide, {len(found.left_out)} left out"
+        f"{groups} {'group' if groups == 1 else 'groups'} that coincide, {len(found.left_out)} left out"
     )
 
 

@@ -147,6 +147,11 @@ class Demonstrator:
         return "\n".join([*lines, f"Answer: {value}" if forgets else f"#### {value}"])
 
 
+CARELESS = Demonstrator()
+CAREFUL = Demonstrator(traps=0.0, slip=0.0)
+"""Demonstrator whose solutions are all right."""
+
+
 def misread(value: int, operation: str, x: int) -> str:
     """Return the operation that is read by mistake, unless its result would be implausible."""
     seen = {"+": "-", "-": "+", "*": "+"}[operation]
@@ -230,9 +235,10 @@ def write_data(
     return [text for pair in pairs for text in pair]
 
 
-def write_demonstrations(file: Path, problems: Sequence[Problem], rng: Random) -> list[tuple[str, str]]:
-    """Write a careless solution of each problem; return pairs of question and solution."""
-    demonstrator = Demonstrator()
+def write_demonstrations(
+    file: Path, problems: Sequence[Problem], rng: Random, demonstrator: Demonstrator = CARELESS
+) -> list[tuple[str, str]]:
+    """Write the demonstrator's solution of each problem; return pairs of question and solution."""
     pairs = [(problem.question, demonstrator.solve(problem, rng)) for problem in problems]
     write_rows(file, ({"messages": [_user(q), {"role": "assistant", "content": a}]} for q, a in pairs))
     return pairs
