@@ -14,7 +14,14 @@ from RL2.errors import naming
 from RL2.io.report import Metrics, Report
 from RL2.models.policy import refuse_unknown_tokens
 from RL2.rollout.filters import filter_metrics, success_rates, trainable, with_signal
-from RL2.rollout.metrics import groups, raise_if_all_unscored, rollout_metrics, staleness, unscored_causes
+from RL2.rollout.metrics import (
+    NothingScored,
+    groups,
+    raise_if_all_unscored,
+    rollout_metrics,
+    staleness,
+    unscored_causes,
+)
 from RL2.rollout.roles import by_role
 from RL2.rollout.scheduler import Scheduler
 from RL2.trainer.build import Parts, build
@@ -45,7 +52,9 @@ def train(config: RLConfig, run: Run) -> None:
         trajectories, kept = sample(parts.scheduler, config, step, parts.report)
         metrics |= measure(trajectories, kept, parts, config, step)
         trained = trainable(by_role(trajectories), kept, config)
-        metrics |= add_greedy_rewards(trained, parts, config, step)
+        if estimator_of(config.adv).needs_greedy:
+            trained, of_greedy = with_greedy_rewards(trained, parts, config, step)
+            metrics |= of_greedy
         if parts.branching is not None:
             trained, of_branches = parts.branching.grow(trained, step, run.progress)
             metrics |= of_branches
@@ -112,22 +121,28 @@ def sample(
     return trajectories, kept
 
 
-def add_greedy_rewards(trajectories: Seq[Trajectory], parts: Parts, config: RLConfig, step: int) -> Metrics:
-    """Play a greedy episode for each prompt of `trajectories`, if advantages need its reward; return metrics of them.
+def with_greedy_rewards(
+    trajectories: Seq[Trajectory], parts: Parts, config: RLConfig, step: int
+) -> tuple[list[Trajectory], Metrics]:
+    """Play a greedy episode for each prompt of `trajectories`; return these with its reward, and metrics of it.
 
-    A greedy episode without a reward gives the baseline 0.
+    Without a greedy reward there is no advantage, so prompts whose greedy episode is unscored do not train. Raise
+    NothingScored if none is scored.
     """
-    if not estimator_of(config.adv).needs_greedy:
-        return {}
     scheduler, sampling = parts.scheduler, replace(config.rollout.train_sampling_params, temperature=0.0)
     rows = sorted({trajectory.row for trajectory in trajectories})
     with parts.report.progress.phase(f"greedy responses of step {step}", len(rows), "responses") as phase:
         prompts = [scheduler.prompts[row] for row in rows]
         greedy = scheduler.episodes.play(prompts, sampling, 1, config.trainer.seed, phase.update)
-    rewards = {row: episode.reward for row, episode in zip(rows, greedy, strict=True)}
-    for trajectory in trajectories:
-        trajectory.greedy_reward = rewards[trajectory.row]
-    return {"train/greedy_reward": fmean(rewards.values()), "train/greedy_tokens": sum(x.num_tokens for x in greedy)}
+    rewards = {row: one.reward for row, one in zip(rows, greedy, strict=True) if one.unscored is None}
+    if not rewards:
+        raise NothingScored(f"each greedy response of adv.estimator=remax is unscored, the first: {greedy[0].unscored}")
+    told = [replace(one, greedy_reward=rewards[one.row]) for one in trajectories if one.row in rewards]
+    return told, {
+        "train/greedy_reward": fmean(rewards.values()),
+        "train/greedy_tokens": sum(one.num_tokens for one in greedy),
+        "train/greedy_unscored": 1 - len(rewards) / len(rows),
+    }
 
 
 def measure(trajectories: Seq[Trajectory], kept: Seq[Trajectory], parts: Parts, config: RLConfig, step: int) -> Metrics:

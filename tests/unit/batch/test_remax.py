@@ -14,8 +14,9 @@ from RL2.batch.advantages import remax
 from RL2.batch.packing import pack
 from RL2.errors import ConfigError
 from RL2.io.progress import Progress
+from RL2.rollout.metrics import NothingScored
 from RL2.trainer.estimator_rules import check_estimator
-from RL2.trainer.rl import add_greedy_rewards
+from RL2.trainer.rl import with_greedy_rewards
 from RL2.types import Sequence, Trajectory
 
 
@@ -36,10 +37,14 @@ class Player:
     """An engine's place: it plays one greedy episode of each prompt, which earns a tenth of its row."""
 
     asked: list[Any] = field(default_factory=list)
+    fails: tuple[int, ...] = ()
 
     def play(self, prompts: Any, sampling: Any, number: int, seed: int, progress: Any) -> list[Trajectory]:
         self.asked.append((prompts, sampling.temperature, sampling.max_new_tokens, number))
-        return [response(row, place, 0, row / 10) for place, row in enumerate(prompts)]
+        played = [response(row, place, 0, row / 10) for place, row in enumerate(prompts)]
+        for one in played:
+            one.unscored = "no grader" if one.row in self.fails else None
+        return played
 
 
 def test_each_prompt_is_played_once_greedily() -> None:
@@ -49,12 +54,21 @@ def test_each_prompt_is_played_once_greedily() -> None:
         report=SimpleNamespace(progress=Progress(speaks=False)),
     )
     trajectories = [response(row, group, sample, 1.0) for group, row in enumerate((7, 3, 7)) for sample in range(2)]
-    assert add_greedy_rewards(trajectories, parts, rl_config(), 5) == {}
-    assert player.asked == []
-    metrics = add_greedy_rewards(trajectories, parts, rl_config("adv.estimator=remax"), 5)
+    config = rl_config("adv.estimator=remax")
+    told, metrics = with_greedy_rewards(trajectories, parts, config, 5)
     assert player.asked == [([3, 7], 0.0, 4, 1)]
-    assert [trajectory.greedy_reward for trajectory in trajectories] == [0.7, 0.7, 0.3, 0.3, 0.7, 0.7]
-    assert metrics == {"train/greedy_reward": pytest.approx(0.5), "train/greedy_tokens": 4}
+    assert [trajectory.greedy_reward for trajectory in told] == [0.7, 0.7, 0.3, 0.3, 0.7, 0.7]
+    assert metrics == {
+        "train/greedy_reward": pytest.approx(0.5),
+        "train/greedy_tokens": 4,
+        "train/greedy_unscored": 0,
+    }
+    player.fails = (7,)
+    told, metrics = with_greedy_rewards(trajectories, parts, config, 5)
+    assert [trajectory.row for trajectory in told] == [3, 3] and metrics["train/greedy_unscored"] == 0.5
+    player.fails = (3, 7)
+    with pytest.raises(NothingScored, match="each greedy response of adv.estimator=remax is unscored, the first: no g"):
+        with_greedy_rewards(trajectories, parts, config, 5)
 
 
 def test_rollouts_of_other_weights_are_refused() -> None:
