@@ -152,7 +152,7 @@ function compare() {
   const apart = a.pull.map((value, n) => value - b.pull[n]);
   const top = apart.reduce((found, value) => Math.max(found, Math.abs(value)), 1e-12);
   const figures = (n) =>
-    `p ${seen.p[n].toPrecision(3)}, rank ${seen.rank[n]}, entropy ${seen.entropy[n].toPrecision(3)}\n` +
+    `p ${short(seen.p[n])}, rank ${seen.rank[n]}, entropy ${seen.entropy[n].toPrecision(3)}\n` +
     [a, b].map((one) => `${one.title}: pull ${short(one.pull[n])}, entropy ${short(one.entropy[n])}, p ${short(one.prob[n])}`).join("\n");
   const box = $("tokens");
   box.replaceChildren();
@@ -189,7 +189,7 @@ function compare() {
       compare();
     };
     cell(row, visible(text).replaceAll("\n", ""));
-    const values = [String(number + 1), seen.p[at].toPrecision(3), String(seen.rank[at]), seen.entropy[at].toPrecision(3)];
+    const values = [String(number + 1), short(seen.p[at]), String(seen.rank[at]), seen.entropy[at].toPrecision(3)];
     for (const value of [...values, short(a.pull[at]), short(b.pull[at]), short(apart[at])]) cell(row, value, "td", "number");
   }
 }
