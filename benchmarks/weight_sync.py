@@ -6,6 +6,7 @@ The other process represents a server's worker: at the end it has a copy of all 
 are compared. With a GPU, both ends are on it. Transports alternate; times are medians.
 
     files        safetensors in shared memory, written here and read there
+    delta        the same with what changed: --changed of all weights; checksums are computed at both ends and compared
     ipc          memory of the GPU that the other process maps (with a GPU)
     broadcast    gloo: NCCL needs a GPU for each end
 """
@@ -26,11 +27,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from RL2.engines.served.buckets import in_buckets, write
+from RL2.engines.served.delta import SentWeights
 from RL2.engines.served.owned_dirs import SHARED_MEMORY
 from RL2.engines.served.weight_stream import Broadcast, SharedMemory, Stream
+from RL2.engines.served.wire.rl2_delta import apply, checksums, differences
 from RL2.engines.served.wire.rl2_wire import Group, bytes_of, opened, tensors
 from RL2.engines.vllm.client import VLLMClient
 
@@ -42,6 +46,8 @@ def receive() -> None:
     """Run the other process: execute the request on each line."""
     group: Group | None = None
     weights: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    """Weights in host memory, that changes apply to."""
     for line in sys.stdin:
         said = json.loads(line)
         if "group" in said:
@@ -52,6 +58,12 @@ def receive() -> None:
             for file in said["files"]:
                 with safe_open(file, framework="pt", device=str(DEVICE)) as stored:
                     weights |= {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+        elif "changes" in said:
+            for file in said["changes"]:
+                apply(kept, load_file(file).items())
+            weights = {name: weight.to(DEVICE, copy=True) for name, weight in kept.items()}
+            print(json.dumps(checksums(kept)), flush=True)
+            continue
         elif "entries" in said:
             if "shared" in said:
                 flat = opened(said["shared"])[: bytes_of(said["entries"])].clone()
@@ -106,6 +118,14 @@ def by_files(weights: dict[str, Tensor], other: Other) -> None:
         other.tell({"files": [f"{name}/{file}" for file in files]})
 
 
+def by_changes(sent: SentWeights, weights: dict[str, Tensor], other: Other) -> None:
+    parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(dir=parent) as name:
+        files = write(sent.changes(iter(weights.items())), Path(name), "", BUCKET_BYTES)
+        received = other.tell({"changes": [f"{name}/{file}" for file in files]})
+    assert not list(differences(sent.checksums, received)), "other weights"
+
+
 def by(stream: Stream, weights: dict[str, Tensor], other: Other) -> None:
     clients = {0: other}
     assert not stream.start(clients)
@@ -126,6 +146,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     options.add_argument("--gib", type=float, default=1.2)
     options.add_argument("--steps", type=int, default=5)
+    options.add_argument("--changed", type=float, default=0.02, help="share of the weights that change in a step")
     options.add_argument("--json", type=Path, help="write the numbers to this file")
     options.add_argument("--receive", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()
@@ -134,16 +155,21 @@ def main() -> None:
         return
     number = max(1, round(arguments.gib * 2**30 / (2 * 1024 * 4096)))
     weights = {f"w{i}": torch.randn(1024, 4096, device=DEVICE).bfloat16() for i in range(number)}
-    expected = float(sum(weight.double().sum() for weight in weights.values()))
-    streams: dict[str, Stream | None] = {"files": None, "broadcast": Gloo()}
+    streams: dict[str, Stream | None] = {"files": None, "delta": None, "broadcast": Gloo()}
+    sent = SentWeights("benchmark")
     if DEVICE.type == "cuda":
         streams["ipc"] = SharedMemory()
     other = Other()
     times: dict[str, list[float]] = {way: [] for way in streams}
     for step in range(arguments.steps + 1):
+        for weight in weights.values():
+            weight.mul_(torch.where(torch.rand(weight.shape, device=DEVICE) < arguments.changed, 1 + 2**-7, 1.0))
+        expected = float(sum(weight.double().sum() for weight in weights.values()))
         for way, stream in streams.items():
             begun = time.perf_counter()
-            if stream is None:
+            if way == "delta":
+                by_changes(sent, weights, other)
+            elif stream is None:
                 by_files(weights, other)
             else:
                 by(stream, weights, other)
@@ -156,6 +182,7 @@ def main() -> None:
     print(f"{gib:.2f} GiB of bfloat16 in {number} weights, {name}, torch {torch.__version__}")
     for way, seconds in times.items():
         print(f"  {way:<12}{median(seconds):>8.3f} s{gib / median(seconds):>8.1f} GiB/s")
+    print(f"  delta sends {sent.sent_share:.1%} of the bytes")
     if arguments.json:
         arguments.json.write_text(json.dumps({f"{way}_s": median(of) for way, of in times.items()}, indent=1))
 

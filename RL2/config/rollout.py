@@ -45,7 +45,7 @@ class SamplingParams:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
-Transport = Literal["files", "ipc", "broadcast"]
+Transport = Literal["files", "delta", "ipc", "broadcast"]
 """Way in which weights are sent to servers."""
 
 
@@ -98,9 +98,11 @@ class VLLM(Servers):
     python: str = ".venv-vllm/bin/python"
     """Interpreter of the environment that holds vLLM; `make engine` builds one for CPUs."""
     transport: Transport = "files"
-    """Way in which weights are sent to the servers. files: through sync_dir. ipc: servers on this machine read the
-    trainer's GPU memory. broadcast: through a process group of trainer and servers (NCCL on GPUs, gloo on CPUs). With
-    ipc and broadcast, launched servers also keep a copy in files for restarts, unless max_restarts=0."""
+    """Way in which weights are sent to the servers. files: through sync_dir. delta: the same, but only what changed
+    since the weights before, confirmed by checksums; the trainer and each worker keep all weights in host memory. ipc:
+    servers on this machine read the trainer's GPU memory. broadcast: through a process group of trainer and servers
+    (NCCL on GPUs, gloo on CPUs). With ipc and broadcast, launched servers also keep a copy in files for restarts,
+    unless max_restarts=0."""
     lora: Literal["merged", "adapter"] = "merged"
     """Weights that the servers get with actor.lora.rank > 0. merged: all, with the adapters merged. adapter: the base
     once, and then the adapters alone, which each server merges itself (with rollout.dtype=auto: to the same numbers);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +157,20 @@ class StreamClient(Client):
     @abstractmethod
     def abandon_update(self) -> None:
         """End an update, so that the server can take another one or files. Never fails."""
+
+
+class DeltaClient(Client):
+    """Client of a server that keeps its weights in host memory and applies changes to them."""
+
+    @abstractmethod
+    def load_changes(
+        self, files: list[str], follows: str, label: str, version: str, checksums: Mapping[str, int]
+    ) -> None:
+        """Apply the changes in `files` to the weights `follows`, and put the result, `label`, in place as `version`.
+
+        With `follows` '' the files have all weights. The result is put in place only if the server reports exactly
+        `checksums` for it; else raise `ServerError`, and the server keeps computing with its weights.
+        """
 
 
 @contextmanager

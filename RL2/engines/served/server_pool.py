@@ -84,8 +84,8 @@ class ServerPool:
 
     def send(self, weights: Iterator[tuple[str, Tensor]], base: Iterator[tuple[str, Tensor]] | None = None) -> None:
         """Transfer new weights to the servers, as `WeightSync.send` does; `load` puts them in place."""
-        # files are written without the servers, so one may restart meanwhile
-        with nullcontext() if self.sync.stream is None else self.lock:
+        # files are written without the servers, so one may restart meanwhile, unless the weights in place change
+        with self.lock if self.sync.stream is not None or self.sync.changes is not None else nullcontext():
             self.sync.send(weights, base)
 
     def load(self, version: int, expected: list[float]) -> None:
@@ -154,6 +154,7 @@ class ServerPool:
     def metrics(self) -> dict[str, float]:
         """Return the restarts so far, the gap at the last sync, and the mean queue time since the last call."""
         metrics = {"engine/probe_gap": self.sync.max_gap, "engine/restarts": float(self.restarts)}
+        metrics |= self.sync.metrics()
         try:
             now = [client.queue_times() for client in self.clients]
         except ServerError:  # a server is restarting; the next call counts its requests

@@ -151,7 +151,7 @@ class Broadcast(Stream):
 def make_stream(transport: Transport, device: torch.device) -> Stream | None:
     """Return the stream of a transport, or None for files."""
     match transport:
-        case "files":
+        case "files" | "delta":
             return None
         case "ipc":
             return SharedMemory()

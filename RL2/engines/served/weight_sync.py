@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from RL2.engines.served import weight_stream
 from RL2.engines.served.buckets import in_buckets, write, write_bucket
-from RL2.engines.served.client import Client, ServerError, StreamClient, gap
+from RL2.engines.served.client import Client, DeltaClient, ServerError, StreamClient, gap
+from RL2.engines.served.delta import SentWeights
 from RL2.engines.served.owned_dirs import SHARED_MEMORY, SHORT, OwnedDir
 from RL2.engines.served.server import EngineFailed
 from RL2.engines.served.server_spec import EngineSpec
@@ -61,6 +63,8 @@ class ServerState:
     stage: Stage = Stage.FILES
     problem: str = ""
     """Why it failed to receive the last weights from memory; '' if it received them."""
+    holds: str = ""
+    """Label of the weights that changes may apply to; '' if it has none, so that it needs all."""
     gap: float = 0.0
     """Mean abs difference to the trainer's log-probabilities at the last comparison, in nats."""
 
@@ -68,7 +72,8 @@ class ServerState:
 class WeightSync:
     """The trainer's weights on all servers: `send` transfers new ones, `load` puts them in place.
 
-    With a stream, weights go from memory to memory. Files are kept beside it where a restarted server needs them.
+    With a stream, weights go from memory to memory. Files are kept beside it where a restarted server needs them. With
+    `changes`, files have what differs from the weights before; a server that lacks these gets all.
     """
 
     def __init__(self, engine: EngineSpec, clients: list[Client], check: WeightCheck, device: torch.device) -> None:
@@ -86,6 +91,10 @@ class WeightSync:
         else:
             Path(settings.sync_dir).mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix="rl2-weights-", dir=settings.sync_dir)).resolve()
+        self.changes = SentWeights(self.folder.name) if engine.transport == "delta" else None
+        self.sent_whole = 0
+        """Servers that got all weights at the last sync, although changes were sent."""
+        self.writing = threading.Lock()
         self.bucket_bytes = settings.bucket_mib * 2**20
         self.sends = 0
         self.base: list[str] = []
@@ -121,6 +130,8 @@ class WeightSync:
                 self.base = write(base, self.folder, "base/", self.bucket_bytes)
             if self.keeps_files:
                 (self.folder / prefix).mkdir()
+            if self.changes is not None:
+                weights = self.changes.changes(weights)
             if self.stream is None:
                 self.sent = write(weights, self.folder, prefix, self.bucket_bytes)
             else:
@@ -169,14 +180,15 @@ class WeightSync:
 
         Returns the problem of each server that failed. Raises `EngineFailed` if one computes with other weights.
         """
-        old, self.files = self.files, self.sent
+        self.files, self.sent_whole = self.sent, 0
         self.version, self.expected = version, expected
         for state in self.states:
             state.gap = 0.0
         with ThreadPoolExecutor(len(self.states)) as threads:
             problems = list(threads.map(self._load_one, self.states))
-        for folder in {(self.folder / file).parent for file in old}:
-            shutil.rmtree(folder)
+        for folder in self.folder.iterdir():
+            if folder.name.isdecimal() and folder.name != str(self.sends):
+                shutil.rmtree(folder)
         return {i: problem for i, problem in enumerate(problems) if problem}
 
     def _load_one(self, state: ServerState) -> str:
@@ -192,6 +204,8 @@ class WeightSync:
                 client.finish_update(str(self.version))
             elif state.stage is Stage.REFUSED and not client.is_healthy(weight_stream.HEALTH_TIMEOUT_S):
                 return state.problem  # it would not answer this call either
+            elif self.changes is not None:
+                self._load_changes(state, self.changes)
             else:
                 client.load_weights([*self.base, *self.files], str(self.version))
             apart = gap(client.logps(self.check.probe), self.expected)
@@ -208,9 +222,38 @@ class WeightSync:
         state.stage = Stage.CURRENT
         return ""
 
+    def _load_changes(self, state: ServerState, changes: SentWeights) -> None:
+        """Give one server what changed, and compare checksums; all weights if it lacks those before or refuses."""
+        client, held, state.holds = state.client, state.holds, ""
+        assert isinstance(client, DeltaClient)
+        refused = bool(changes.follows) and held != changes.follows
+        if not refused:
+            try:
+                client.load_changes(self.files, changes.follows, changes.label, str(self.version), changes.checksums)
+            except (ServerError, ValueError) as error:
+                if not changes.follows or not client.is_healthy(weight_stream.HEALTH_TIMEOUT_S):
+                    raise
+                logger.warning("%s takes all weights this time: %s", state.name, str(error).partition("\n")[0])
+                refused = True
+        if refused:
+            files = self._whole_files(changes)
+            client.load_changes(files, "", changes.label, str(self.version), changes.checksums)
+        state.holds = changes.label
+
+    def _whole_files(self, changes: SentWeights) -> list[str]:
+        """Return files of all weights as they were sent last, written when the first server needs them."""
+        prefix = f"{self.sends}/whole/"
+        with self.writing:
+            self.sent_whole += 1
+            if not (folder := self.folder / prefix).exists():
+                (half := self.folder / f"{self.sends}/half").mkdir()
+                write(iter(changes.weights.items()), self.folder, f"{self.sends}/half/", self.bucket_bytes)
+                half.rename(folder)
+        return [f"{prefix}{file.name}" for file in sorted(folder.iterdir())]
+
     def forget(self, i: int) -> None:
         """Note that server `i` has stopped: it has received nothing, and the stream has lost a member."""
-        self.states[i].stage = Stage.FILES
+        self.states[i].stage, self.states[i].holds = Stage.FILES, ""
         if self.stream is not None:
             self.stream.forget()
 
@@ -221,7 +264,9 @@ class WeightSync:
             state.client.use_folder(str(self.folder))
         except (ServerError, ValueError) as error:
             return str(error)
-        return self._load_one(state) if self.files else ""
+        if self.changes is not None and self.files is not self.sent:
+            return ""  # the weights that were in place are gone; the next `load` gives it all of the new ones
+        return self._load_one(state) if self.version >= 0 else ""
 
     def pause(self) -> None:
         """Suspend all requests; servers that can do without memory leave it to others until the next `load`."""
@@ -230,6 +275,12 @@ class WeightSync:
                 state.client.pause()
             except ServerError:  # a server that has died does not compute either
                 continue
+
+    def metrics(self) -> dict[str, float]:
+        """Return metrics of the last sync of changes."""
+        if self.changes is None:
+            return {}
+        return {"engine/delta_share": self.changes.sent_share, "engine/sent_whole": float(self.sent_whole)}
 
     @property
     def max_gap(self) -> float:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import httpx
 
-from RL2.engines.served.client import Answer, Refused, ServerError, StreamClient, checked, understood, versions_of
+from RL2.engines.served.client import (
+    Answer,
+    DeltaClient,
+    Refused,
+    ServerError,
+    StreamClient,
+    checked,
+    understood,
+    versions_of,
+)
+from RL2.engines.served.wire.rl2_delta import differences
 from RL2.types import Sampling
 
 TOKENS, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
@@ -16,7 +28,7 @@ ROUTE_IS_SHUT = (403, 404)
 """Status of the tokens route without --enable-scale-out."""
 
 
-class VLLMClient(StreamClient):
+class VLLMClient(StreamClient, DeltaClient):
     """A client of vLLM's routes for tokens and for reinforcement learning."""
 
     can_sleep = False
@@ -97,6 +109,30 @@ class VLLMClient(StreamClient):
         except BaseException:
             self.abandon_update()
             raise
+
+    def load_changes(
+        self, files: list[str], follows: str, label: str, version: str, checksums: Mapping[str, int]
+    ) -> None:
+        try:
+            self.start_update()
+            self._update({"files": files, "follows": follows, "label": label})
+            for received in self._receipts():
+                if wrong := list(islice(differences(checksums, received), 4)):
+                    more = ", ..." if len(wrong) > 3 else ""
+                    raise ServerError(f"its weights have other checksums: {', '.join(wrong[:3])}{more}")
+            self.finish_update(version)
+        except BaseException:
+            self.abandon_update()
+            raise
+
+    def _receipts(self) -> list[dict[str, int]]:
+        """Return the checksums of the weights that each worker has received and will put in place."""
+        got = self.call("/collective_rpc", {"method": "rl2_receipt"})
+        with understood("/collective_rpc"):
+            receipts = [dict(receipt) for receipt in got["results"]]
+            if not receipts:
+                raise ValueError("no worker answered")
+            return receipts
 
     def num_workers(self) -> int:
         with understood("/get_world_size"):

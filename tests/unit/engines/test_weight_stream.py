@@ -296,7 +296,7 @@ RL = (
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["rollout.vllm.transport=nccl"], "files, ipc, broadcast"),
+        (["rollout.vllm.transport=nccl"], "files, delta, ipc, broadcast"),
         (["rollout.sglang.transport=ipc"], "rollout.sglang.transport"),
     ],
 )

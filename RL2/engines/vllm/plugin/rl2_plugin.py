@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rl2_delta import apply, checksums
 from rl2_wire import Group, address_toward, bytes_of, is_adapter, opened, tensors, with_adapter
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
@@ -51,6 +52,10 @@ class Update(WeightTransferUpdateInfo):
 
     files: list[str] | None = None
     """Files relative to the folder. All are put in place when the update finishes."""
+    follows: str | None = None
+    """Label of the weights that the files have changes of, '' if they have all weights; None: not to be kept."""
+    label: str = ""
+    """Label of the weights that the changes lead to."""
     entries: list[Any] | None = None
     """Weights of a bucket that is put in place at once; it is broadcast unless it is `shared`."""
     shared: dict[str, Any] | None = None
@@ -79,6 +84,12 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
         self.is_open = False
         """True if a reload is open: some layers have new weights, others have no memory."""
         self.updates = 0
+        self.kept: dict[str, torch.Tensor] = {}
+        """Weights in host memory, by their transformers names, that changes apply to."""
+        self.kept_label = ""
+        """Their label; '' if there are none that are whole."""
+        self.puts_kept = False
+        """True if the open update puts them in place."""
 
     def init_transfer_engine(self, init_info: Init) -> None:
         if init_info.folder is not None:
@@ -107,20 +118,24 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
             self.group = None
 
     def start_weight_update(self) -> None:
-        self.files = []
+        self.files, self.puts_kept = [], False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         try:
             self.receive_weights(self.parse_update_info(update_info))
         except BaseException:
             self.leave_group()  # else the other members would wait for this one
+            if self.puts_kept:
+                self.forget_kept()
             self.close()
             raise
 
     def receive_weights(self, update_info: Update) -> None:
         if update_info.abandon:
             raise RuntimeError("the update was abandoned on request")
-        if update_info.files is not None:
+        if update_info.follows is not None:
+            self.keep(update_info.files or [], update_info.follows, update_info.label)
+        elif update_info.files is not None:
             self.note(update_info.files)
         elif update_info.entries is not None:
             self.put_in_place(self.bucket(update_info.entries, update_info.shared), update_info.entries)
@@ -139,6 +154,21 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
             with safe_open(file, framework="pt"):
                 pass
             self.files.append(file)
+
+    def keep(self, files: list[str], follows: str, label: str) -> None:
+        """Apply changes in files to the weights that are kept; they are put in place when the update finishes."""
+        if follows and follows != self.kept_label:
+            raise ValueError(f"changes of the weights {follows}, but this server has {self.kept_label or 'none'}")
+        self.puts_kept, self.kept_label = True, ""
+        if not follows:
+            self.kept = {}
+        self.note(files)
+        apply(self.kept, _read(self.files, lambda name: True))
+        self.kept_label = label
+
+    def forget_kept(self) -> None:
+        """Drop the weights that are kept: the next ones must be whole."""
+        self.kept, self.kept_label, self.puts_kept = {}, "", False
 
     def bucket(self, entries: list[Any], shared: dict[str, Any] | None) -> torch.Tensor:
         """Return the bytes of a bucket in new memory, because layers keep weights until they have all of theirs."""
@@ -165,13 +195,19 @@ class WeightTransfer(WeightTransferEngine[Init, Update]):
 
     def finish_weight_update(self) -> None:
         files, self.files = self.files, []
-        if not files and not self.is_open:
+        if not files and not self.is_open and not self.puts_kept:
             raise ValueError("an update without weights")
         self.updates += 1
         try:
-            if files:
+            if self.puts_kept:
+                self.open()
+                self.model.load_weights(iter(self.kept.items()))
+            elif files:
                 self.open()
                 self.model.load_weights(_tensors(files))
+        except BaseException:
+            self.forget_kept()
+            raise
         finally:
             self.close()
 
@@ -255,7 +291,13 @@ if BACKEND not in WeightTransferEngineFactory._registry:
 
 
 class WorkerExtension:
-    """An empty class for `--worker-extension-cls`, so that the worker imports this module in time."""
+    """Methods that the worker gets by `--worker-extension-cls`, which also imports this module in time."""
+
+    weight_transfer_engine: WeightTransfer
+
+    def rl2_receipt(self) -> dict[str, int]:
+        """Return the checksum of each weight that is kept, computed from its bytes."""
+        return checksums(self.weight_transfer_engine.kept)
 
 
 Scope = MutableMapping[str, Any]
