@@ -67,7 +67,7 @@ def test_each_prompt_is_played_once_greedily() -> None:
     told, metrics = with_greedy_rewards(trajectories, parts, config, 5)
     assert [trajectory.row for trajectory in told] == [3, 3] and metrics["train/greedy_unscored"] == 0.5
     player.fails = (3, 7)
-    with pytest.raises(NothingScored, match=r"each greedy response of adv.estimator=remax is unscored, the first: no g"):
+    with pytest.raises(NothingScored, match=r"each greedy response of adv.estimator=remax is unscored, the first: no"):
         with_greedy_rewards(trajectories, parts, config, 5)
 
 
