@@ -4,9 +4,11 @@
 
 A model of the demo's size is warmed up on careless demonstrations: that is the start. The teacher is the start after
 more SFT on correct solutions. Students begin at the start, each step with 128 responses: Dr. GRPO with 32 prompts and
-four responses each, and `distill` with 128 prompts, without rewards. The test is greedy, on 256 held-out problems.
-Intervals are 95% over seeds (Student's t); differences are between runs of one seed. An interrupted command goes on
-with the runs that are missing.
+four responses each, and `distill` with 128 prompts, without rewards. The tests are greedy. During training they are of
+256 held-out problems, whose calculations nobody has seen: with one operation, that is arithmetic that the teacher does
+not know either. After it, they are of 256 new problems with any other calculation, which the teacher solves. Intervals
+are 95% over seeds (Student's t); differences are between runs of one seed. An interrupted command goes on with the runs
+that are missing.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from RL2.tools.reproduce.demo import (
     Method,
     Plan,
     ProgressBoard,
+    evaluate,
     find_environment,
     method_job,
     num_cores,
@@ -40,7 +43,7 @@ from RL2.tools.reproduce.demo import (
     write_plan_data,
 )
 from RL2.tools.reproduce.model import build_model
-from RL2.tools.reproduce.problems import CAREFUL, draw_problem, draw_problems, write_demonstrations
+from RL2.tools.reproduce.problems import CAREFUL, draw_problem, draw_problems, write_data, write_demonstrations
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Quantile of Student's t for a 95% interval, by number of seeds."""
@@ -96,6 +99,14 @@ def table(grpo: Sequence[Job], opd: Sequence[Job], responses: int) -> list[str]:
     return lines
 
 
+def final_table(found: dict[str, list[float]]) -> list[str]:
+    """Return the lines of a table: accuracies by model or method, of each seed and as an interval."""
+    lines = ["| model | accuracy | seeds |", "|---|---|---|"]
+    for title, values in found.items():
+        lines.append(f"| {title} | {interval(values)} | {', '.join(f'{x:.1%}' for x in values)} |")
+    return lines
+
+
 def start_and_teacher(out: Path, teacher_steps: int) -> tuple[Job, Job]:
     """Write data and the new model; return the jobs that train the start, and the teacher from it."""
     texts = write_plan_data(PLAN, out, 0)
@@ -114,7 +125,7 @@ def student_job(plan: Plan, out: Path, seed: int, lr: str, teacher: Path | None)
     program, number = ("ppo", 4) if teacher is None else ("distill", 1)
     settings = () if teacher is None else (f"teacher.model_name={teacher}",)
     name = "Dr. GRPO" if teacher is None else "opd"
-    method = Method(f"{program}_{lr}_{seed}", f"{name}, seed {seed}", program, number, (f"actor.lr={lr}", *settings))
+    method = Method(f"{program}_{seed}", f"{name}, seed {seed}", program, number, (f"actor.lr={lr}", *settings))
     return method_job(method, plan, out, seed, find_environment())
 
 
@@ -143,6 +154,17 @@ def main() -> None:
     seconds = sum(job.seconds for job in (start, teacher, *grpo, *opd))
     board.say(f"{platform.processor() or platform.machine()}, {num_cores()} cores; {seconds:.0f} s of runs")
     for line in table(grpo, opd, PLAN.sequences_per_step):
+        board.say(line)
+    solvable = out / "solvable"
+    write_data(solvable / "data", 1, warmup_rows=0, train_rows=256, test_rows=0, draw=PLAN.draw)
+    (solvable / "data" / "train.jsonl").replace(solvable / "data" / "test.jsonl")
+    models = [job.folder / "latest" for job in (start, teacher, *grpo, *opd)]
+    scores = evaluate(models, solvable, find_environment(), 0, board)
+    first, second, *students = (fmean(each.greedy) for each in scores)
+    of_grpo, of_opd = students[: len(grpo)], students[len(grpo) :]
+    difference = [b - a for a, b in zip(of_grpo, of_opd, strict=True)]
+    names = {"start": [first], "teacher": [second], "Dr. GRPO": of_grpo, "`opd`": of_opd, "difference": difference}
+    for line in final_table(names):
         board.say(line)
 
 
