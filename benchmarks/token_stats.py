@@ -113,6 +113,7 @@ def run_side(options: argparse.Namespace) -> None:
     stats = SIDES[options.side]
     parts = stats(hidden_TD[:8], head_VD[:64], labels_T[:8] % 64)  # loads the libraries
     torch.autograd.backward(parts, slopes(SPO[: len(parts)], 8, device))
+    hidden_TD.grad = head_VD.grad = None
     synchronize(device)
     loaded_mb = torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else 0.0
     while turns.wait():

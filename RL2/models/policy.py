@@ -82,7 +82,7 @@ class Policy(PackedModel):
         if teacher is None:
             stats = token_stats(hidden_ND, weight_VD, labels_N, expected=expected, **how)
         else:
-            stats = teacher_stats(hidden_ND, weight_VD, labels_N, teacher, beta=request.beta, **how)
+            stats = teacher_stats(hidden_ND, weight_VD, labels_N, teacher, beta=request.beta, expected=expected, **how)
         return {name: getattr(stats, name) for name in request.fields}
 
     @torch.no_grad()

@@ -33,13 +33,10 @@ OTHER: dict[Side, Side] = {"student": "teacher", "teacher": "student"}
 
 
 def sums(logp_CW: Tensor, logq_CW: Tensor, names: frozenset[str], beta: float) -> dict[str, Tensor]:
-    """Return by name the part of one tile in each divergence, [C]: those of `names`, and for `jsd` both of its terms.
-
-    Overwrite `logp_CW` and `logq_CW`.
-    """
+    """Return by name the part of one tile in each divergence of `names`, [C], and for `jsd` in both of its terms."""
     found = {}
     d_CW = logq_CW - logp_CW
-    p_CW, q_CW = logp_CW.exp_(), logq_CW.exp_()
+    p_CW, q_CW = logp_CW.exp(), logq_CW.exp()
     if "kl_teacher_student" in names:
         found["kl_teacher_student"] = _row_dot(q_CW, d_CW)
     if "kl_student_teacher" in names:

@@ -6,7 +6,7 @@ Shapes: T tokens, V vocabulary, D hidden size of the student, E of the teacher, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from RL2.ops.divergence import Side
+from RL2.ops.one_pass import Expected
 from RL2.ops.teacher_tiles import TILED, Tiled, TiledJob
 from RL2.ops.tiles import VocabularyShard, accumulation_dtype, gathered_head, product
 from RL2.ops.token_stats import (
@@ -76,13 +77,15 @@ def teacher_stats(
     tp: VocabularyShard | None = None,
     implementation: Implementation = "auto",
     budget_mib: float | None = None,
+    expected: Expected | None = None,
 ) -> TokenStats:
     """Return `token_stats` with a teacher: `fields` may also name statistics of `types.TEACHER_MENU`.
 
     `temperature`, `transform` and `tp` are the student's; `top_k` is the K of all fields in `types.TOP`, and `beta`
     that of `jsd`. They are differentiable in the student's hidden states and head; in the teacher's if it `trains`.
     Fields of one distribution are computed by `token_stats`. Those that compare both have a gradient in closed form and
-    are computed in tiles by torch operations on every device: `triton` concerns only the others.
+    are computed in tiles by torch operations on every device: `triton` concerns only the others. With the `expected`
+    loss of each token, the gradient of those that compare both is taken in the forward pass, as by `token_stats`.
 
     Raise ValueError as `token_stats` does, for `beta` that is not between 0 and 1, for a teacher's shard that lacks
     tokens, and for a label that the teacher does not have if a field reads it.
@@ -107,11 +110,19 @@ def teacher_stats(
     if theirs:
         label_T = labels_T if LABELLED & set(theirs) else torch.zeros_like(labels_T)
         found |= {f"teacher_{name}": x for name, x in other.alone(label_T, theirs, **how).items()}
+    dtype = accumulation_dtype(hidden_TD)
     if tiled:
+        alone = {name: x.detach() for name, x in found.items()}
+
+        def complete(tiled_C: Mapping[str, Tensor], index_C: Tensor) -> dict[str, Tensor]:
+            here = {name: x[index_C] for name, x in alone.items()} | dict(tiled_C)
+            return {name: here[name] if name in here else _made(name, here, dtype) for name in fields}
+
         job = TiledJob(tiled, beta, _scales(student, other), tp, budget_mib)
         heads = student.hidden_TD, student.head_VD, other.hidden_TD, other.head_VD
-        found |= dict(zip(tiled, Tiled.apply(*heads, found.get("teacher_top_id"), job), strict=True))
-    dtype = accumulation_dtype(hidden_TD)
+        found |= dict(
+            zip(tiled, Tiled.apply(*heads, found.get("teacher_top_id"), job, expected, complete), strict=True)
+        )
     return TokenStats(**{name: found[name] if name in found else _made(name, found, dtype) for name in fields})
 
 

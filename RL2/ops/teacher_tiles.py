@@ -20,8 +20,17 @@ from torch import Tensor
 from RL2.ops import divergence
 from RL2.ops import tally as plain
 from RL2.ops.divergence import OTHER, Side
+from RL2.ops.one_pass import Complete, Expected, joined, unmet, with_slope
 from RL2.ops.tally import Tally
-from RL2.ops.tiles import TILE_TOKENS, VocabularyShard, accumulation_dtype, add_product, all_gather, slices
+from RL2.ops.tiles import (
+    TILE_TOKENS,
+    GradientSums,
+    VocabularyShard,
+    accumulation_dtype,
+    add_product,
+    all_gather,
+    slices,
+)
 
 TILED = (
     "kl_teacher_student",
@@ -100,77 +109,147 @@ class _Logits:
         add_product(z_CW, self.hidden_TD[at], self.head_VD[columns].T, beta=0.0, alpha=self.factor)
         return z_CW if self.cap is None else z_CW.div_(self.cap).tanh_().mul_(self.cap)
 
-    def bend(self, z_CW: Tensor) -> Tensor | None:
-        """Return the derivative of the soft cap at capped logits; None without one."""
-        return None if self.cap is None else 1 - (z_CW / self.cap).square_()
+    def bend(self, z_CW: Tensor) -> Tensor:
+        """Return the derivative of the soft cap at capped logits."""
+        assert self.cap is not None
+        return 1 - (z_CW / self.cap).square_()
 
 
 class Tiled(torch.autograd.Function):
-    """Statistics of two distributions. The forward pass computes each logit once and keeps nothing of size [T, V]."""
+    """Statistics of two distributions. Nothing of size [T, V] is kept.
+
+    The forward pass computes each logit once. So does the backward pass for tokens whose gradient the forward pass has
+    not taken from an expected loss (ops/one_pass.py).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, hidden_TE: Tensor, head_VE: Tensor, top_id_TK: Any, job: TiledJob
+        ctx: Any,
+        hidden_TD: Tensor,
+        head_VD: Tensor,
+        hidden_TE: Tensor,
+        head_VE: Tensor,
+        top_id_TK: Any,
+        job: TiledJob,
+        expected: Expected | None = None,
+        complete: Complete | None = None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # a statistic that no loss reads costs nothing in the backward pass
-        sides = _logits((hidden_TD, head_VD, hidden_TE, head_VE), job)
+        inputs = hidden_TD, head_VD, hidden_TE, head_VE
+        sides = _logits(inputs, job)
+        ctx.expected = expected if any(ctx.needs_input_grad[:4]) else None
+        ctx.dtype = torch.promote_types(accumulation_dtype(hidden_TD), accumulation_dtype(hidden_TE))
+        sums = {} if ctx.expected is None else _empty_sums(inputs, ctx.needs_input_grad, ctx.dtype)
         num_tokens, width = job.tile(len(hidden_TD), len(head_VD), hidden_TD.device, whole_rows=True)
-        size = num_tokens * len(head_VD)
-        dtype = torch.promote_types(accumulation_dtype(hidden_TD), accumulation_dtype(hidden_TE))
-        buffers = {side: hidden_TD.new_empty(size, dtype=dtype) for side in sides}
-        scratch = hidden_TD.new_empty(num_tokens * width, dtype=dtype)
-        parts = [
-            _row_sums(sides, at, slices(len(head_VD), width), buffers, scratch, top_id_TK, job)
-            for at in slices(len(hidden_TD), num_tokens) or [slice(0, 0)]
-        ]
-        saved = _over_processes({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, job)
-        if "jsd" in job.names:
-            saved["jsd"] = job.beta * saved["kl_teacher_m"] + (1 - job.beta) * saved["kl_student_m"]
-        ctx.job, ctx.kept, ctx.dtype = job, tuple(saved), dtype
-        ctx.save_for_backward(hidden_TD, head_VD, hidden_TE, head_VE, top_id_TK, *saved.values())
+        buffers = {side: hidden_TD.new_empty(num_tokens * len(head_VD), dtype=ctx.dtype) for side in sides}
+        scratch = hidden_TD.new_empty(num_tokens * width, dtype=ctx.dtype)
+        chunks = slices(len(head_VD), width)
+        parts, slopes = list[dict[str, Tensor]](), list[dict[str, Tensor]]()
+        for at in slices(len(hidden_TD), num_tokens) or [slice(0, 0)]:
+            here, tiles = _row_sums(sides, at, chunks, buffers, scratch, top_id_TK, job)
+            parts.append(here)
+            if ctx.expected is not None:
+                assert complete is not None
+                index_C = torch.arange(at.start, at.stop, device=hidden_TD.device)
+                slopes.append(ctx.expected.slopes({name: here[name] for name in job.names}, index_C, complete))
+                of_side = _slopes(sums, here, slopes[-1], job)
+                for i, columns in enumerate(chunks):
+                    log_CW = {side: tiles[side][i] for side in sides}
+                    _add_gradient(sums, sides, of_side, log_CW, here, top_id_TK, job, at, columns)
+                for of_both in sums.values():
+                    of_both.begun = True
+        saved, expectation = joined(parts), joined(slopes, parts) if slopes else {}
+        ctx.job, ctx.kept, ctx.slopes = job, tuple(saved), tuple(expectation)
+        taken = [None] * 4 if not sums else [x for one in sums.values() for x in (one.hidden_TD, one.head_VD)]
+        ctx.save_for_backward(*inputs, top_id_TK, *taken, *saved.values(), *expectation.values())
         return tuple(saved[name] for name in job.names)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         job: TiledJob = ctx.job
-        asked = {name: grad for name, grad in zip(job.names, grads, strict=True) if grad is not None}
-        *inputs, top_id_TK = ctx.saved_tensors[:5]
-        saved = dict(zip(ctx.kept, ctx.saved_tensors[5:], strict=True))
-        sides = _logits(inputs, job)
-        # accumulated over tiles in float32 for any dtype of the model; the first tile sets, the others add
-        sums = [
-            torch.empty_like(x, dtype=ctx.dtype) if needed else None
-            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
-        trained: dict[Side, list[Tensor | None]] = {"student": sums[:2], "teacher": sums[2:]}
-        num_tokens, width = job.tile(len(inputs[0]), len(inputs[1]), inputs[0].device, whole_rows=False)
-        buffers = {side: inputs[0].new_empty(num_tokens * width, dtype=ctx.dtype) for side in sides}
-        for at in slices(len(inputs[0]), num_tokens) or [slice(0, 0)]:
-            here = {name: x[at] for name, x in saved.items()}
-            slopes = {
-                side: divergence.slopes(side, here, {n: x[at] for n, x in asked.items()}, job.beta, job.scales[side][0])
-                for side, of_side in trained.items()
-                if any(x is not None for x in of_side)
-            }
-            for columns in slices(len(inputs[1]), width):
-                bends = {}
-                for side, logits in sides.items():
-                    z_CW = logits.fill(_view(buffers[side], at, columns), at, columns)
-                    bends[side] = logits.bend(z_CW)
-                    _normalise(z_CW, here, side)
-                log_CW = {side: _view(buffers[side], at, columns) for side in sides}
-                local_CK = None if top_id_TK is None else top_id_TK[at] - (job.first + columns.start)
-                for side, slope in slopes.items():
-                    g_CW = divergence.gradient(log_CW[side], log_CW[OTHER[side]], slope, local_CK)
-                    bend_CW = bends[side]
-                    if bend_CW is not None:
-                        g_CW.mul_(bend_CW)
-                    _add_gradient(trained[side], sides[side], g_CW, at, columns)
+        slopes = {name: grad for name, grad in zip(job.names, grads, strict=True) if grad is not None}
+        inputs, top_id_TK, taken = ctx.saved_tensors[:4], ctx.saved_tensors[4], ctx.saved_tensors[5:9]
+        saved = dict(zip(ctx.kept, ctx.saved_tensors[9:], strict=False))
+        sums = None
+        if ctx.expected is not None:
+            rest = unmet(slopes, dict(zip(ctx.slopes, ctx.saved_tensors[9 + len(ctx.kept) :], strict=True)))
+            missed = int(with_slope(rest, inputs[0]).sum())
+            ctx.expected.missed += missed
+            if 2 * missed <= len(inputs[0]):  # else it is cheaper, and more precise, to begin again
+                slopes = rest
+                sums = {
+                    "student": GradientSums(taken[0], taken[1], begun=True),
+                    "teacher": GradientSums(taken[2], taken[3], begun=True),
+                }
+        index_R = with_slope(slopes, inputs[0]).nonzero()[:, 0]
+        if sums is None or len(index_R):
+            sums = sums or _empty_sums(inputs, ctx.needs_input_grad, ctx.dtype)
+            _add_gradient_again(index_R, inputs, top_id_TK, saved, slopes, job, sums)
+        found = [x for one in sums.values() for x in (one.hidden_TD, one.head_VD)]
         if job.tp is not None:
-            for grad_hidden in (sums[0], sums[2]):
+            for grad_hidden in (found[0], found[2]):
                 if grad_hidden is not None:
                     dist.all_reduce(grad_hidden, group=job.tp.group)
-        return *(None if x is None else x.to(y.dtype) for x, y in zip(sums, inputs, strict=True)), None, None
+        given = (None if x is None else x.to(y.dtype) for x, y in zip(found, inputs, strict=True))
+        return *given, None, None, None, None
+
+
+Sums = dict[Side, GradientSums]
+
+
+def _empty_sums(inputs: Sequence[Tensor], needed: Sequence[bool], dtype: torch.dtype) -> Sums:
+    return {
+        "student": GradientSums.empty(inputs[0], inputs[1], needed[:2], dtype),
+        "teacher": GradientSums.empty(inputs[2], inputs[3], needed[2:4], dtype),
+    }
+
+
+def _slopes(
+    sums: Sums, here: dict[str, Tensor], slopes: dict[str, Tensor], job: TiledJob
+) -> dict[Side, divergence.Slopes]:
+    """Return the slopes of the logits of each side that trains."""
+    return {
+        side: divergence.slopes(side, here, slopes, job.beta, job.scales[side][0])
+        for side, one in sums.items()
+        if not (one.hidden_TD is None and one.head_VD is None)
+    }
+
+
+def _add_gradient_again(
+    index_R: Tensor,
+    inputs: Sequence[Tensor],
+    top_id_TK: Tensor | None,
+    saved: dict[str, Tensor],
+    slopes: dict[str, Tensor],
+    job: TiledJob,
+    sums: Sums,
+) -> None:
+    """Add the gradient of the tokens `index_R` to `sums`, from logits that are computed again."""
+    hidden_TD, head_VD, hidden_TE, head_VE = inputs
+    some = sums
+    if len(index_R) < len(hidden_TD) or any(one.begun for one in sums.values()):
+        hidden_TD, hidden_TE = hidden_TD[index_R], hidden_TE[index_R]
+        top_id_TK = None if top_id_TK is None else top_id_TK[index_R]
+        saved, slopes = ({name: x[index_R] for name, x in values.items()} for values in (saved, slopes))
+        some = {side: one.of_some(len(index_R)) for side, one in sums.items()}
+    sides = _logits((hidden_TD, head_VD, hidden_TE, head_VE), job)
+    num_tokens, width = job.tile(len(hidden_TD), len(head_VD), hidden_TD.device, whole_rows=False)
+    dtype = torch.promote_types(accumulation_dtype(hidden_TD), accumulation_dtype(hidden_TE))
+    buffers = {side: hidden_TD.new_empty(num_tokens * width, dtype=dtype) for side in sides}
+    for at in slices(len(hidden_TD), num_tokens) or [slice(0, 0)]:
+        here = {name: x[at] for name, x in saved.items()}
+        of_side = _slopes(some, here, {name: x[at] for name, x in slopes.items()}, job)
+        for columns in slices(len(head_VD), width):
+            log_CW = {
+                side: _normalise(logits.fill(_view(buffers[side], at, columns), at, columns), here, side)
+                for side, logits in sides.items()
+            }
+            _add_gradient(some, sides, of_side, log_CW, here, top_id_TK, job, at, columns)
+        for one in some.values():
+            one.begun = True
+    if some is not sums:
+        for side, one in sums.items():
+            one.merge(index_R, some[side])
 
 
 def _logits(inputs: Sequence[Tensor], job: TiledJob) -> dict[Side, _Logits]:
@@ -192,14 +271,26 @@ def _normalise(z_CW: Tensor, rows: dict[str, Tensor], side: Side) -> Tensor:
     return z_CW.sub_(rows[f"{side}_top"][:, None]).add_(rows[f"{side}_max_logp"][:, None])
 
 
-def _add_gradient(sums: Sequence[Tensor | None], logits: _Logits, g_CW: Tensor, at: slice, columns: slice) -> None:
-    """Add the gradient of one tile to those of the hidden states and the head of its side, where there are any."""
-    g_CW = g_CW.to(logits.hidden_TD.dtype) if g_CW.is_cuda else g_CW  # of the model's dtype on a GPU, for speed
-    grad_hidden_TD, grad_head_VD = sums
-    if grad_hidden_TD is not None:
-        add_product(grad_hidden_TD[at], g_CW, logits.head_VD[columns], beta=float(columns.start > 0))
-    if grad_head_VD is not None:
-        add_product(grad_head_VD[columns], g_CW.T, logits.hidden_TD[at], beta=float(at.start > 0))
+def _add_gradient(
+    sums: Sums,
+    sides: dict[Side, _Logits],
+    slopes: dict[Side, divergence.Slopes],
+    log_CW: dict[Side, Tensor],
+    here: dict[str, Tensor],
+    top_id_TK: Tensor | None,
+    job: TiledJob,
+    at: slice,
+    columns: slice,
+) -> None:
+    """Add the gradient of one tile, whose log-probabilities are in memory, on each side that has `slopes`."""
+    local_CK = None if top_id_TK is None else top_id_TK[at] - (job.first + columns.start)
+    for side, slope in slopes.items():
+        logits = sides[side]
+        g_CW = divergence.gradient(log_CW[side], log_CW[OTHER[side]], slope, local_CK)
+        if logits.cap is not None:
+            g_CW.mul_(logits.bend(log_CW[side] + (here[f"{side}_top"] - here[f"{side}_max_logp"])[:, None]))
+        g_CW = g_CW.to(logits.hidden_TD.dtype) if g_CW.is_cuda else g_CW  # of the model's dtype on a GPU, for speed
+        sums[side].add(g_CW, at, columns, logits.hidden_TD, logits.head_VD)
 
 
 def _row_sums(
@@ -210,10 +301,10 @@ def _row_sums(
     scratch: Tensor,
     top_id_TK: Tensor | None,
     job: TiledJob,
-) -> dict[str, Tensor]:
-    """Return by name, for the tokens `at`: largest logit and its log-probability of each side, and all sums, [C].
+) -> tuple[dict[str, Tensor], dict[Side, list[Tensor]]]:
+    """Return the sums of the tokens `at` over the columns of all processes, and the log-probabilities of each chunk.
 
-    The largest logits are those of all processes; the sums are those of this process's columns.
+    The sums are, by name: largest logit and its log-probability of each side, the statistics and their terms, [C].
     """
     found: dict[str, Tensor] = {}
     tiles: dict[Side, list[Tensor]] = {}
@@ -241,11 +332,14 @@ def _row_sums(
     for name in parts[0]:
         each = torch.stack([part[name] for part in parts])
         found[name] = each.logsumexp(0) if name in TAILS else each.sum(0)
-    return found
+    found = _over_processes(found, job)
+    if "jsd" in job.names:
+        found["jsd"] = job.beta * found["kl_teacher_m"] + (1 - job.beta) * found["kl_student_m"]
+    return found, tiles
 
 
 def _tile_sums(log_CW: dict[Side, Tensor], local_CK: Tensor | None, job: TiledJob) -> dict[str, Tensor]:
-    """Return by name the sums over the columns of one tile. Overwrite its log-probabilities."""
+    """Return by name the sums over the columns of one tile."""
     found = {}
     for side, logp_CW in log_CW.items():
         if local_CK is None:

@@ -5,6 +5,7 @@ Shapes: V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,48 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class GradientSums:
+    """Gradients of hidden states and head, accumulated over tiles in float32 for any dtype of the model.
+
+    The first tile sets, the others add. None where no gradient is needed.
+    """
+
+    hidden_TD: Tensor | None
+    head_VD: Tensor | None
+    begun: bool = False
+    """True once a tile of tokens has been added to `head_VD`."""
+
+    @classmethod
+    def empty(cls, hidden_TD: Tensor, head_VD: Tensor, needed: Sequence[bool], dtype: torch.dtype) -> GradientSums:
+        """Return uninitialised sums of the gradients that are `needed`: of hidden states, of head."""
+        return cls(
+            torch.empty_like(hidden_TD, dtype=dtype) if needed[0] else None,
+            torch.empty_like(head_VD, dtype=dtype) if needed[1] else None,
+        )
+
+    def add(self, g_CW: Tensor, at: slice, columns: slice, hidden_TD: Tensor, head_VD: Tensor) -> None:
+        """Add the gradient of the logits of the tokens `at` and some columns. Columns come in order for each `at`."""
+        if self.hidden_TD is not None:
+            add_product(self.hidden_TD[at], g_CW, head_VD[columns], beta=float(columns.start > 0))
+        if self.head_VD is not None:
+            add_product(self.head_VD[columns], g_CW.T, hidden_TD[at], beta=float(self.begun))
+
+    def of_some(self, count: int) -> GradientSums:
+        """Return sums for `count` of the tokens, with the same head; `merge` puts them in their places."""
+        hidden_RD = None if self.hidden_TD is None else self.hidden_TD.new_empty(count, self.hidden_TD.shape[1])
+        return GradientSums(hidden_RD, self.head_VD, self.begun)
+
+    def merge(self, index_R: Tensor, some: GradientSums) -> None:
+        """Add the sums of the tokens `index_R`. Without sums from before, those of all others are 0."""
+        if self.hidden_TD is not None:
+            assert some.hidden_TD is not None
+            if not self.begun:
+                self.hidden_TD.zero_()
+            self.hidden_TD.index_add_(0, index_R, some.hidden_TD)
+        self.begun = True
 
 
 def slices(length: int, size: int) -> list[slice]:

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from RL2.ops import tally as plain
-from RL2.ops.one_pass import Expected, unmet
+from RL2.ops.one_pass import Expected, joined, unmet
 from RL2.ops.tally import Rows, Slopes, Tally, Top
 from RL2.ops.tiles import (
     BUDGET_MIB,
     CPU_TILE_MIB,
     TILE_TOKENS,
+    GradientSums,
     VocabularyShard,
     accumulation_dtype,
     add_product,
@@ -91,12 +92,12 @@ class Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # a statistic that no loss reads costs nothing in the backward pass
         ctx.expected = expected if any(ctx.needs_input_grad[:2]) else None
-        sums, slopes = _Sums(None, None), dict[str, Tensor]()
+        sums, slopes = GradientSums(None, None), dict[str, Tensor]()
         if ctx.expected is None:
             tiles = _Tiles(hidden_TD, head_VD, job, whole_rows=job.wants_rank)
             whole = _merged([_tile_stats(tiles, at, labels_T[at], job) for at in tiles.tokens], labels_T, job)
         else:
-            sums = _Sums.empty(hidden_TD, head_VD, ctx.needs_input_grad)
+            sums = GradientSums.empty(hidden_TD, head_VD, ctx.needs_input_grad, accumulation_dtype(hidden_TD))
             whole, slopes = _one_pass(hidden_TD, head_VD, labels_T, job, ctx.expected, sums)
         out = tuple(whole[name] for name in job.names)
         ctx.mark_non_differentiable(*(whole[name] for name in ("rank", "top_id") if name in job.names))
@@ -123,51 +124,30 @@ class Chunked(torch.autograd.Function):
             missed = int(plain.with_gradient(correction).sum())
             ctx.expected.missed += missed
             if 2 * missed <= len(labels_T):  # else it is cheaper, and more precise, to begin again
-                slope, sums = correction, _Sums(taken[0], taken[1], begun=True)
+                slope, sums = correction, GradientSums(taken[0], taken[1], begun=True)
         index_R = plain.with_gradient(slope).nonzero()[:, 0]
         if sums is None or len(index_R):
-            sums = sums or _Sums.empty(hidden_TD, head_VD, ctx.needs_input_grad)
-            _add_gradient_of(index_R, slope, hidden_TD, head_VD, job, sums)
+            sums = sums or GradientSums.empty(hidden_TD, head_VD, ctx.needs_input_grad, accumulation_dtype(hidden_TD))
+            _add_gradient_again(index_R, slope, hidden_TD, head_VD, job, sums)
         if sums.hidden_TD is not None and job.tp is not None:
             dist.all_reduce(sums.hidden_TD, group=job.tp.group)
         grads_of = (sums.hidden_TD, hidden_TD), (sums.head_VD, head_VD)
         return *(None if grad is None else grad.to(x.dtype) for grad, x in grads_of), None, None, None
 
 
-@dataclass
-class _Sums:
-    """Gradients, accumulated over tiles in float32 for any dtype of the model; the first tile sets, the others add."""
-
-    hidden_TD: Tensor | None
-    head_VD: Tensor | None
-    begun: bool = False
-    """True once a tile has been added to `head_VD`."""
-
-    @classmethod
-    def empty(cls, hidden_TD: Tensor, head_VD: Tensor, needed: tuple[bool, ...]) -> _Sums:
-        """Return uninitialised sums of the gradients that are `needed`: of hidden states, of head."""
-        dtype = accumulation_dtype(hidden_TD)
-        return cls(
-            torch.empty_like(hidden_TD, dtype=dtype) if needed[0] else None,
-            torch.empty_like(head_VD, dtype=dtype) if needed[1] else None,
-        )
-
-    def add(self, tiles: _Tiles, at: slice, slope: Slopes, job: Job, *, fill: bool) -> None:
-        """Add the gradient of the tokens `at`, whose logits are in memory unless they are to be computed (`fill`)."""
-        for columns, z_CW, scratch_CW, start in tiles.chunks(at, fill=fill):
-            bend_CW = None if job.cap is None else 1 - (z_CW / job.cap).square_()  # the derivative of the soft cap
-            grad_CW = job.ops.gradient(z_CW, start, scratch_CW, slope, tiles.grad_dtype)
-            if bend_CW is not None:
-                grad_CW.mul_(bend_CW)
-            if self.hidden_TD is not None:
-                add_product(self.hidden_TD[at], grad_CW, tiles.head_VD[columns], beta=float(columns.start > 0))
-            if self.head_VD is not None:
-                add_product(self.head_VD[columns], grad_CW.T, tiles.hidden_TD[at], beta=float(self.begun))
-        self.begun = True
+def _add_gradient(sums: GradientSums, tiles: _Tiles, at: slice, slope: Slopes, job: Job, *, fill: bool) -> None:
+    """Add the gradient of the tokens `at`, whose logits are in memory unless they are to be computed (`fill`)."""
+    for columns, z_CW, scratch_CW, start in tiles.chunks(at, fill=fill):
+        bend_CW = None if job.cap is None else 1 - (z_CW / job.cap).square_()  # the derivative of the soft cap
+        g_CW = job.ops.gradient(z_CW, start, scratch_CW, slope, tiles.grad_dtype)
+        if bend_CW is not None:
+            g_CW.mul_(bend_CW)
+        sums.add(g_CW, at, columns, tiles.hidden_TD, tiles.head_VD)
+    sums.begun = True
 
 
 def _one_pass(
-    hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, job: Job, expected: Expected, sums: _Sums
+    hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, job: Job, expected: Expected, sums: GradientSums
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the statistics of all tokens and the slopes that are expected, and add the gradient to `sums`."""
     tiles = _Tiles(hidden_TD, head_VD, job, whole_rows=True, keeps=True)
@@ -179,38 +159,24 @@ def _one_pass(
         wanted = expected.slopes({name: here[name] for name in job.names}, index_C)
         row = Rows(*(here[name] for name in Rows._fields))
         slope = plain.slopes(row, labels_T[at], here.get("top_id"), wanted, job.factor)
-        sums.add(tiles, at, slope, job, fill=False)
+        _add_gradient(sums, tiles, at, slope, job, fill=False)
         found.append(here)
         slopes.append(wanted)
-    read = {name for one in slopes for name in one}
-    zeros = [{name: torch.zeros_like(here[name]) for name in read} for here in found]
-    return _cat(found), _cat([zero | one for zero, one in zip(zeros, slopes, strict=True)])
+    return joined(found), joined(slopes, found)
 
 
-def _cat(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _add_gradient_of(index_R: Tensor, slope: Slopes, hidden_TD: Tensor, head_VD: Tensor, job: Job, sums: _Sums) -> None:
-    """Add the gradient of the tokens `index_R`, from logits that are computed again.
-
-    The hidden states of all other tokens get the gradient 0, unless they have one.
-    """
-    if len(index_R) == len(hidden_TD) and not sums.begun:
-        hidden_RD, part = hidden_TD, sums
-    else:
-        slope = slope.at(index_R)
-        hidden_RD = hidden_TD[index_R]
-        part = _Sums.empty(hidden_RD, head_VD, (sums.hidden_TD is not None, False))
-        part.head_VD, part.begun = sums.head_VD, sums.begun
-    tiles = _Tiles(hidden_RD, head_VD, job)
+def _add_gradient_again(
+    index_R: Tensor, slope: Slopes, hidden_TD: Tensor, head_VD: Tensor, job: Job, sums: GradientSums
+) -> None:
+    """Add the gradient of the tokens `index_R`, from logits that are computed again."""
+    some = sums
+    if len(index_R) < len(hidden_TD) or sums.begun:
+        slope, hidden_TD, some = slope.at(index_R), hidden_TD[index_R], sums.of_some(len(index_R))
+    tiles = _Tiles(hidden_TD, head_VD, job)
     for at in tiles.tokens:
-        part.add(tiles, at, slope.at(at), job, fill=True)
-    if sums.hidden_TD is not None and part is not sums:
-        assert part.hidden_TD is not None
-        if not sums.begun:
-            sums.hidden_TD.zero_()
-        sums.hidden_TD.index_add_(0, index_R, part.hidden_TD)
+        _add_gradient(some, tiles, at, slope.at(at), job, fill=True)
+    if some is not sums:
+        sums.merge(index_R, some)
 
 
 class _Tiles:

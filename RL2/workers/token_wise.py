@@ -25,7 +25,7 @@ class TokenWise:
     """
 
     def __init__(self, model: Policy, worth: int = WORTH) -> None:
-        """Begin without knowledge of the loss of `model`. `worth` is the smallest size, as `WORTH`."""
+        """Start without knowledge of the loss of `model`. `worth` is the smallest size, as `WORTH`."""
         sizes = model.lm.config
         self.size_of_token, self.worth = sizes.vocab_size * sizes.hidden_size, worth
         self.holds: bool | None = None

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from RL2.ops.one_pass import Expected, unmet
+from RL2.ops.teacher_stats import Teacher, teacher_stats
 from RL2.ops.token_stats import LogitTransform, token_stats
-from RL2.types import MENU, TokenStats
+from RL2.types import MENU, TEACHER_MENU, TokenStats
 
 WEIGHT_T = torch.linspace(-1, 1.5, T, dtype=torch.float64)
 SEQUENCE_T = torch.arange(T) // 7
@@ -123,6 +124,77 @@ def test_three_products_instead_of_four() -> None:
     assert products(lambda stats, _: stats.logp.sum(), Expected(lambda stats, _: stats.logp.sum())) == 3
     assert products(only_some, None) == 1 + 3 / 4, "tokens without a slope need no logits again"
     assert products(only_some, Expected(lambda stats, _: torch.zeros(()))) == 3 + 3 / 4
+
+
+TAUGHT = ("logp", "entropy", *(name for name in TEACHER_MENU if name != "teacher_logp"))
+
+
+def taught(
+    loss: Losses, expected: Expected | None, dtype: torch.dtype = torch.float64, **how: Any
+) -> tuple[list[Tensor], TokenStats]:
+    """Gradients of hidden states and heads of a student and a teacher that trains, and the statistics."""
+    g = torch.Generator().manual_seed(1)
+    hidden_TD, head_VD, labels_T = random_inputs(5.0)
+    hidden_TE, head_VE = torch.randn(T, 10, generator=g), torch.randn(V, 10, generator=g)
+    leaves = [x.to(dtype).requires_grad_() for x in (hidden_TD, head_VD, hidden_TE, head_VE)]
+    teacher = Teacher(leaves[2], leaves[3], temperature=1.3, transform=LogitTransform(softcap=5.0), trains=True)
+    stats = teacher_stats(
+        leaves[0], leaves[1], labels_T, teacher, fields=TAUGHT, top_k=K, beta=0.3, expected=expected, **how
+    )
+    loss(stats, torch.arange(T)).backward()
+    return [x.grad for x in leaves if x.grad is not None], stats
+
+
+def distilled(stats: TokenStats, index_C: Tensor) -> Tensor:
+    """A loss of each token that reads every divergence, and statistics of both sides."""
+    loss_C = stats.kl_student_teacher * stats.logp.exp() + stats.kl_teacher_student.square() + stats.jsd
+    loss_C = loss_C + stats.cross_entropy * stats.teacher_entropy.detach() - 0.1 * stats.entropy * stats.jsd
+    loss_C = loss_C + stats.top_kl_teacher_student * stats.overlap_k - stats.student_top_logp[:, 0]
+    return (loss_C * WEIGHT_T[index_C].to(loss_C.dtype) * (index_C % 3 > 0)).sum()
+
+
+def coupled(stats: TokenStats, index_C: Tensor) -> Tensor:
+    """A loss that reads the divergences of all tokens."""
+    return stats.jsd.sum() * stats.kl_student_teacher.sum()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(
+    ("loss", "expectation", "missed"),
+    [
+        (distilled, distilled, 0),
+        (coupled, coupled, T),
+        (distilled, lambda stats, index_C: distilled(stats, index_C) + stats.jsd[index_C == 11].sum(), 1),
+    ],
+    ids=["right", "cut", "wrong at one token"],
+)
+def test_gradients_of_two_heads(
+    loss: Losses, expectation: Losses, missed: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    expected = Expected(expectation)
+    ours, stats = taught(loss, expected, dtype, budget_mib=6 * 4 * 7 * V / 2**20)
+    exact, reference = taught(loss, None, implementation="reference")
+    assert expected.missed == missed
+    for name in TAUGHT:
+        torch.testing.assert_close(
+            getattr(stats, name).double(), getattr(reference, name).double(), rtol=tolerance / 10, atol=tolerance / 10
+        )
+    for grad, right in zip(ours, exact, strict=True):
+        assert (grad.double() - right).norm() < tolerance * right.norm()
+
+
+def test_four_products_instead_of_six() -> None:
+    def flops(expected: Expected | None) -> float:
+        student, teacher = random_inputs(1.0), random_inputs(2.0)
+        leaves = [x.requires_grad_() for x in student[:2]]
+        with FlopCounterMode(display=False) as counter:
+            told = Teacher(teacher[0], teacher[1])
+            stats = teacher_stats(leaves[0], leaves[1], student[2], told, fields=("jsd",), expected=expected)
+            stats.jsd.sum().backward()
+        return counter.get_total_flops() / (2 * T * V * D)
+
+    assert flops(None) == 6
+    assert flops(Expected(lambda stats, _: stats.jsd.sum())) == 4
 
 
 def test_an_empty_batch() -> None:
