@@ -145,7 +145,7 @@ def backward(
         assert actions.weight_T is not None
         # observations have another loss
         known = token_wise if microbatch.observation_weight_T is None else None
-        expected = None if known is None else known.expected(loss, actions)
+        expected = None if known is None else known.expected(loss, actions, request)
         stats = forward(model, _with_observations(microbatch), request, seen, teach, expected)
         stats, observed = _without_observations(microbatch, stats)
         total, metrics = weighted_loss(loss, stats, actions)
@@ -159,7 +159,7 @@ def backward(
             total = total + routing.add(seen, counts=bool(ids)).to(total.device)
         total.backward()
         if known is not None:
-            known.learn(expected, loss, stats, actions)
+            known.learn(expected, actions)
         where = _Where(ids or [idle], actions)
         totals.add(total, actions.weight_T != 0, metrics, where)
         if breach := first_breach(stats, model.lm.config.vocab_size):

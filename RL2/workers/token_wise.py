@@ -9,7 +9,8 @@ from torch import Tensor
 
 from RL2.models.policy import Policy
 from RL2.ops.one_pass import Expected, TileLoss, unmet
-from RL2.types import TokenBatch, TokenStats
+from RL2.ops.teacher_stats import reference_teacher_stats
+from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.metrics import LossFunction, Metric
 
 WORTH = 2**28
@@ -19,9 +20,9 @@ WORTH = 2**28
 class TokenWise:
     """Knowledge of one loss: whether its slopes at a token depend on the statistics of that token alone.
 
-    It is found out on the first microbatch that is large enough. Until then, and if it is not so, the backward pass
-    computes the logits again. If later a quarter of the tokens of a microbatch have other slopes than expected, the
-    loss no longer counts as token-wise. Gradients are the same in either case.
+    It is found out on the first microbatch that is large enough, with made-up statistics, so that a run that is resumed
+    computes in the same way from its first step on. If a quarter of the tokens of a microbatch have other slopes than
+    expected, the loss no longer counts as token-wise. Gradients are the same in either case, up to rounding.
     """
 
     def __init__(self, model: Policy, worth: int = WORTH) -> None:
@@ -31,18 +32,19 @@ class TokenWise:
         self.holds: bool | None = None
         """None: not known yet."""
 
-    def expected(self, loss: LossFunction, actions: TokenBatch) -> Expected | None:
+    def expected(self, loss: LossFunction, actions: TokenBatch, request: StatsRequest) -> Expected | None:
         """Return the loss to expect of a microbatch of `actions`; None if the backward pass has to find it out."""
-        if not (self.holds and self._is_worth_it(actions)):
+        if not self._is_worth_it(actions):
             return None
-        return Expected(of_part(loss, actions))
+        part = of_part(loss, actions)
+        if self.holds is None and len(actions.labels_T) > 1:
+            self.holds = is_token_wise(part, made_up(actions, request))
+        return Expected(part) if self.holds else None
 
-    def learn(self, expected: Expected | None, loss: LossFunction, stats: TokenStats, actions: TokenBatch) -> None:
+    def learn(self, expected: Expected | None, actions: TokenBatch) -> None:
         """Take note of a microbatch after its backward pass; processes of a tensor-parallel group learn the same."""
         if expected is not None:
             self.holds = 4 * expected.missed <= len(actions.labels_T)
-        elif self.holds is None and len(actions.labels_T) > 1 and self._is_worth_it(actions):
-            self.holds = is_token_wise(of_part(loss, actions), stats)
 
     def _is_worth_it(self, actions: TokenBatch) -> bool:
         # on a GPU, where tiles may be larger, it has not been measured
@@ -70,17 +72,31 @@ def of_part(loss: LossFunction, actions: TokenBatch) -> TileLoss:
     return part
 
 
+def made_up(actions: TokenBatch, request: StatsRequest) -> TokenStats:
+    """Return statistics of random distributions in which the tokens are about as likely as when they were sampled."""
+    number, vocabulary = len(actions.labels_T), max(64, 2 * request.top_k)
+    generator = torch.Generator().manual_seed(0)
+    z_AV, teacher_z_AV = (2 * torch.randn(number, vocabulary, generator=generator) for _ in range(2))
+    labels_A = actions.labels_T.cpu() % vocabulary
+    known_A = actions.engine_logp_T if actions.old_logp_T is None else actions.old_logp_T
+    if known_A is not None:
+        near_A = known_A.cpu() + 0.01 * torch.randn(number, generator=generator)
+        p_A = near_A.exp().clamp(1e-4, 1 - 1e-4)
+        rest_A = z_AV.scatter(1, labels_A[:, None], -torch.inf).logsumexp(-1)
+        z_AV = z_AV.scatter(1, labels_A[:, None], (rest_A + p_A.log() - torch.log1p(-p_A))[:, None])
+    made = reference_teacher_stats(z_AV, teacher_z_AV, labels_A, request.fields, request.top_k, request.beta)
+    return made.map(lambda x: x.to(actions.labels_T.device))
+
+
 def is_token_wise(loss: TileLoss, stats: TokenStats) -> bool:
-    """Return whether the slopes are the same if every other token is missing, on this data."""
-    index_A = torch.arange(len(stats.logp), device=stats.logp.device)
-    expected = Expected(loss)
-    whole = expected.slopes(vars(stats), index_A)
-    for index_C in (index_A[::2], index_A[1::2]):
-        try:
+    """Return whether the slopes are the same if every other token is missing, for these statistics."""
+    index_A = torch.arange(len(next(iter(vars(stats).values()))))
+    expected, found = Expected(loss), []
+    try:
+        whole = expected.slopes(vars(stats), index_A)
+        for index_C in (index_A[::2], index_A[1::2]):
             part = expected.slopes({name: x[index_C] for name, x in vars(stats).items()}, index_C)
-        except Exception:  # a loss that needs whole sequences, which has just succeeded with them
-            return False
-        rest = unmet({name: x[index_C] for name, x in whole.items()}, part)
-        if any(bool((x != 0).any()) for x in rest.values()):
-            return False
-    return True
+            found.append(unmet({name: x[index_C] for name, x in whole.items()}, part))
+    except Exception:  # a loss that needs whole sequences
+        return False
+    return not any(bool((x != 0).any()) for rest in found for x in rest.values())
