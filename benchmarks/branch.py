@@ -4,9 +4,10 @@
     python benchmarks/branch.py train --out runs/branch --figure docs/images/branch.svg
 
 Both begin with a warm start for each seed: the demo's model of 245,000 parameters, its problems with one calculation,
-and 240 steps of 16 demonstrations. `rank` keeps the first step of a run, measures the credit of its tokens with
-`rl2 credit`, and compares the order of the objectives between seeds. `train` runs both estimators from the same start
-with the same prompts, and draws the held-out score against all tokens that were sampled, continuations included.
+and 240 steps of 16 demonstrations. The reward is 1 for an even number behind `####`. `rank` keeps the first step of a
+run, measures the credit of its tokens with `rl2 credit`, and compares the order of the objectives between seeds.
+`train` runs both estimators from the same start with the same prompts, and draws the held-out score against all tokens
+that were sampled, continuations included.
 Whatever is under OUT is used and not made again.
 """
 
@@ -31,7 +32,6 @@ from RL2.tools.reproduce.demo import (
     JobBars,
     Plan,
     ProgressBoard,
-    find_environment,
     warmup_job,
     write_plan_data,
 )
@@ -48,6 +48,15 @@ PLAN = Plan(
     sequences_per_step=64,
     draw=partial(draw_problem, counts=(1,), weights=(1.0,)),
 )
+EVEN = """import re
+
+
+async def step(state, action, extra_info):
+    number = re.search(r"#### ([0-9]+)$", action.replace("<|im_end|>", "").strip())
+    reward = float(number is not None and int(number[1]) % 2 == 0)
+    return {"next_state": None, "reward": reward, "score": reward, "done": True, "extra_info": extra_info}
+"""
+"""Environment whose reward is 1 for an even number in the format: so weak a start hardly ever gets one right."""
 METHODS = {
     "Dr. GRPO": ("train_data.responses_per_prompt=4",),
     "branch": (
@@ -80,6 +89,7 @@ def warm(out: Path, seed: int, board: ProgressBoard) -> Path:
         texts = write_plan_data(PLAN, folder, seed)
         build_model(folder / "model", texts, seed)
         run_jobs([warmup_job(PLAN, folder, seed, threads=1)], 1, JobBars(board))
+    (folder / "even.py").write_text(EVEN)
     return folder
 
 
@@ -97,7 +107,7 @@ def job(folder: Path, name: str, seed: int, steps: int, *settings: str) -> Job:
         "actor.weight_decay=0",
         "actor.warmup_ratio=0",
         f"rollout.train_sampling_params.max_new_tokens={MAX_NEW_TOKENS}",
-        f"rollout.env_path={find_environment()}",
+        f"rollout.env_path={folder}/even.py",
         f"trainer.max_steps={steps}",
         f"trainer.experiment_name={save_dir.name}",
         f"trainer.save_dir={save_dir}",
@@ -117,15 +127,15 @@ def rank(out: Path, seeds: Sequence[int], budget: str, board: ProgressBoard) -> 
             "kept",
             seed,
             1,
-            "train_data.prompts_per_rollout=12",
-            "train_data.responses_per_prompt=4",
+            "train_data.prompts_per_rollout=8",
+            "train_data.responses_per_prompt=3",
             "trainer.replay_freq=1",
-            "trainer.samples_per_step=48",
+            "trainer.samples_per_step=24",
         )
         if not (kept.folder / "done.json").exists():
             run_jobs([kept], 1, JobBars(board))
         command = [sys.executable, "-m", "RL2.tools.cli", "credit", str(kept.folder), "--step", "0"]
-        command += ["--budget", budget, "--answers", "48"]
+        command += ["--budget", budget, "--answers", "24"]
         subprocess.run(command, check=True, env=os.environ | environment())
         found = json.loads((kept.folder / "replay_000000" / "credit.json").read_text())
         tables.append({row["title"]: row for row in found["agreement"]})
@@ -200,7 +210,7 @@ def main() -> None:
     parser.add_argument("what", choices=("rank", "train"))
     parser.add_argument("--out", type=Path, default=Path("runs/branch"))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--budget", default="60k", help="tokens of `rl2 credit` for a seed")
+    parser.add_argument("--budget", default="15k", help="tokens of `rl2 credit` for a seed")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--figure", type=Path)

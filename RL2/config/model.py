@@ -478,9 +478,9 @@ class DPOActor(TrainablePolicy):
     """The policy that learns from preferences (objectives/preference.py, reference_free.py and unpaired.py)."""
 
     loss: str = "sigmoid"
-    """Loss on pairs: sigmoid (DPO), ipo, sigmoid_norm, hinge, robust, exo_pair, nca_pair, bco_pair, apo_zero, apo_down;
-    without a reference cpo, simpo, orpo; on responses with a label kto, bco, apo_zero_unpaired (docs/dpo.md). Or
-    path.py:function."""
+    """Loss on pairs: sigmoid (DPO), ipo, sigmoid_norm, hinge, robust, exo_pair, nca_pair, bco_pair, apo_zero, apo_down,
+    pivotal; without a reference cpo, simpo, orpo; on responses with a label kto, bco, apo_zero_unpaired (docs/dpo.md).
+    Or path.py:function."""
     loss_args: dict[str, Any] = field(default_factory=dict)
     """Options of the loss by name; the others keep the defaults of its function."""
     beta: PositiveFloat | None = None

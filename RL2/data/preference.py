@@ -20,6 +20,8 @@ from RL2.io.progress import Progress
 Pair = tuple[Example, Example]
 """The chosen and the rejected side, each as token ids up to the end of the response and the mask of the response."""
 SIDES = ("chosen", "rejected")
+IDS = ("chosen_ids", "rejected_ids")
+"""Columns of the sides of rows that are written in token ids."""
 COLUMNS = ("ids", "trains")
 """Columns of a table of pairs; each pair takes two rows."""
 SAME, OTHER = "have the same response twice", "answer different prompts"
@@ -64,10 +66,11 @@ def load_pairs(
 ) -> tuple[Pairs, int]:
     """Return the pairs whose sequences have at most `max_length` tokens, and the number of pairs left out as longer.
 
-    Rows are {"prompt", "chosen", "rejected"} with three texts, or {"chosen", "rejected"} with two lists of messages
-    that end with the assistant. `prompt` or `messages` precede a side that does not repeat them. `example` may convert
-    other rows into these. Notes about the rows are appended to `notes`. Unusable rows go to `bad`; without it they
-    raise DataError. `template` is the tokenizer's, if it has been analysed before.
+    Rows are {"prompt", "chosen", "rejected"} with three texts, {"prompt_ids", "chosen_ids", "rejected_ids"} with three
+    lists of token ids, which are used as they are, or {"chosen", "rejected"} with two lists of messages that end with
+    the assistant. `prompt` or `messages` precede a side that does not repeat them. `example` may convert other rows
+    into these. Notes about the rows are appended to `notes`. Unusable rows go to `bad`; without it they raise
+    DataError. `template` is the tokenizer's, if it has been analysed before.
     """
     bad, known = bad or BadRows(path), template or Template(tokenizer)
 
@@ -103,18 +106,33 @@ def _encoded(
 ) -> list[Pair]:
     """Return the pairs of the rows that are usable and short enough."""
     sides: dict[str, dict[int, Demonstration]] = {side: {} for side in SIDES}
+    found: dict[int, Pair] = {}
     for number, row in rows.items():
         with bad.row(number):
+            if row.get("prompt_ids") is not None:
+                found[number] = _of_ids(row)
+                continue
             for side, each in zip(SIDES, _pair(row), strict=True):
                 sides[side][number] = each
     chosen, rejected = (encode_demonstrations(template, sides[side], bad, counts[side]) for side in SIDES)
-    pairs = list[Pair]()
     for number in sorted(chosen.keys() & rejected.keys()):
         with bad.row(number):
-            first, second = until_the_response_ends(chosen[number]), until_the_response_ends(rejected[number])
-            if max(len(first[0]), len(second[0])) <= max_length:
-                pairs.append((first, second))
-    return pairs
+            found[number] = until_the_response_ends(chosen[number]), until_the_response_ends(rejected[number])
+    return [pair for _, pair in sorted(found.items()) if max(len(ids) for ids, _ in pair) <= max_length]
+
+
+def _of_ids(row: Row) -> Pair:
+    """Return a pair that is written in token ids, such as those of `rl2 credit --pairs`."""
+
+    def ids_of(name: str) -> list[int]:
+        ids = row.get(name)
+        if not isinstance(ids, list) or not ids or any(type(one) is not int or not 0 <= one < 1 << 31 for one in ids):
+            raise DataError(f"{name} must be a list of token ids, not {shown(ids)}")
+        return ids
+
+    before = ids_of("prompt_ids")
+    chosen, rejected = (([*before, *ids], [False] * len(before) + [True] * len(ids)) for ids in map(ids_of, IDS))
+    return chosen, rejected
 
 
 def _count(odd: Counter[str], pairs: list[Pair]) -> None:

@@ -100,6 +100,32 @@ def dpo(
     return pairs.pair_loss(loss_B + nll_coef * nll_B, beta * h_B, nll=nll_B)
 
 
+def pivotal_gradient(p_TV: Tensor, batch: TokenBatch, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
+    """Return the gradient of `pivotal` with respect to the logits, [T, V]."""
+    pairs, ratio_T = Pairs(batch), log_ratios(prob(p_TV, batch.labels_T).log(), batch)
+    weight_T = pairs.parting_weight(ratio_T)
+    margin_B = pairs.margin(pairs.sum(weight_T * ratio_T))
+    slope_B = -beta * (torch.sigmoid(-beta * margin_B) - label_smoothing)
+    return pairs.pair_form(p_TV, slope_B, -slope_B, weight_T)
+
+
+@needs("logp", gradient=pivotal_gradient, trains_on="pairs", reference=True)
+def pivotal(
+    stats: TokenStats, batch: TokenBatch, *, beta: PositiveFloat = 0.1, label_smoothing: Smoothing = 0.0
+) -> Loss:
+    """Return the loss of `dpo` with h of one token: the first one in which the responses of the pair differ.
+
+    The pairs of pivotal token search (Phi-4 report, arXiv 2412.08905, section 4.3) have responses of one token, where
+    it is DPO; `rl2 credit --pairs` writes such pairs. Gradient: as `dpo`, at this token alone. With equal responses it
+    is 0.
+    """
+    pairs, ratio_T = Pairs(batch), log_ratios(stats.logp, batch)
+    h_B = pairs.sum(pairs.parting_weight(ratio_T) * ratio_T)
+    margin_B = beta * pairs.margin(h_B)
+    loss_B = -(1 - label_smoothing) * logsigmoid(margin_B) - label_smoothing * logsigmoid(-margin_B)
+    return pairs.pair_loss(loss_B, beta * h_B)
+
+
 def ipo_gradient(p_TV: Tensor, batch: TokenBatch, *, beta: float = 0.1) -> Tensor:
     """Return the gradient of `ipo` with respect to the logits, [T, V]."""
     pairs, h_B = _of(p_TV, batch, mean=True)

@@ -25,6 +25,7 @@ from RL2.objectives.preference import (
     hinge,
     ipo,
     nca_pair,
+    pivotal,
     robust,
     sigmoid_norm,
 )
@@ -81,6 +82,7 @@ PREFERENCES: dict[str, Objective] = {
     "bco_pair": bco_pair,
     "apo_zero": apo_zero,
     "apo_down": apo_down,
+    "pivotal": pivotal,
     "cpo": cpo,
     "simpo": simpo,
     "orpo": orpo,

@@ -106,6 +106,22 @@ class Pairs(Responses):
         within_T = number_T - self.batch.cu_seqlens[self.place_T] < shorter[self.pair_B][self.place_T]
         return torch.where(within_T, 1.0, ld_alpha).to(like_T)
 
+    def parting_weight(self, like_T: Tensor) -> Tensor:
+        """Return 1 at the first token of each response that the other one of its pair does not have there, 0 elsewhere.
+
+        All are 0 in equal responses.
+        """
+        own_B = torch.arange(self.batch.num_sequences, device=self.place_T.device)
+        partner_T = (self.of_pair(own_B) - own_B)[self.place_T].clamp(min=0)
+        number_T = torch.arange(len(self.place_T), device=self.place_T.device) - self.batch.cu_seqlens[self.place_T]
+        there_T = (self.batch.cu_seqlens[partner_T] + number_T).clamp(max=max(0, len(number_T) - 1))
+        is_alike_T = (number_T < self.batch.lengths_B[partner_T]) & (
+            self.batch.labels_T[there_T] == self.batch.labels_T
+        )
+        after = torch.full_like(own_B, len(number_T))
+        first_B = after.scatter_reduce(0, self.place_T[~is_alike_T], number_T[~is_alike_T], "amin")
+        return (number_T == first_B[self.place_T]).to(like_T)
+
     def pair_loss(self, loss_B: Tensor, reward_B: Tensor, **metrics_B: Tensor) -> Loss:
         """Return the loss of each pair at its tokens, with the metrics of its implicit rewards."""
         margin_B = self.margin(reward_B)

@@ -344,6 +344,9 @@ def credit(
     ] = 64,
     precision: Annotated[float, typer.Option(help="Absolute advantage that counts as none.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of the continuations.", min=0)] = 0,
+    pairs: Annotated[
+        Path | None, typer.Option(help="File for pairs of single tokens, for dpo with actor.loss=pivotal.")
+    ] = None,
 ) -> None:
     """Measure which tokens decided the rewards of a stored step, by continuing its answers (docs/credit.md).
 
@@ -377,6 +380,7 @@ def credit(
             longest_whole=longest_whole,
             precision=precision,
             seed=seed,
+            pairs=pairs,
         )
         result = measure(request, Progress())
         Console().print(tables(result))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,49 @@ def test_a_killed_command_continues_to_the_same_results(run: Run, folder: Path, 
     assert done.returncode == 0, done.stderr
     assert (folder / "credit.json").read_bytes() == before
     assert samples.read_bytes() == whole
+
+
+def test_a_command_that_is_killed_outright_gives_the_same_table(run: Run, folder: Path) -> None:
+    """SIGKILL comes at a random moment between the first round and the last."""
+    samples, before = folder / "credit_samples.jsonl", (folder / "credit.json").read_bytes()
+    whole = samples.read_bytes()
+    begin = whole.index(b"\n") + 1
+    limit = random.Random().randint(begin + 1, whole.rindex(b"\n", 0, -1))
+    samples.unlink()
+    (folder / "credit.json").unlink()
+    program = warm.Program("RL2.tools.cli", ["credit", str(run.save_dir), *OPTIONS], folder / "out", folder / "err")
+    while program.poll() is None and (not samples.exists() or samples.stat().st_size < limit):
+        time.sleep(0.001)
+    program.kill()
+    program.wait()
+    assert not (folder / "credit.json").exists(), "it was killed before its end"
+    left = samples.read_bytes()
+    assert len(left) >= limit and whole.startswith(left), limit
+    done = rl2(run, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "credit.json").read_bytes() == before
+    assert samples.read_bytes() == whole
+
+
+def test_pairs_train_with_dpo(world: World, run: Run, folder: Path, tmp_path: Path) -> None:
+    done = rl2(run, *OPTIONS, "--pairs", str(tmp_path / "pairs.jsonl"))
+    assert done.returncode == 0, done.stderr
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert pairs, "some token was better than its alternative"
+    for pair in pairs:
+        assert pair["chosen_value"] > pair["rejected_value"]
+        assert len(pair["chosen_ids"]) == len(pair["rejected_ids"]) == 1
+    trained = world.run(
+        "dpo",
+        f"data.path={tmp_path}/pairs.jsonl",
+        "actor.loss=pivotal",
+        f"data.batch_size={len(pairs)}",
+        "trainer.n_epochs=4",
+        "trainer.max_steps=4",
+    ).succeeded()
+    assert trained.metrics[0]["actor/margin"] == pytest.approx(0, abs=1e-6), "the policy is the reference"
+    assert trained.metrics[-1]["actor/margin"] > 0
+    assert trained.metrics[0]["actor/tokens"] == 2 * len(pairs), "one token on each side"
 
 
 def test_the_viewer_finds_it(run: Run, result: dict[str, Any]) -> None:

@@ -59,13 +59,13 @@ def make_case(one: KeptAnswer, kept: KeptStep, rewards: tuple[float, float], pre
     if actions.age_T is not None:  # older weights sampled the others
         gap_N = gap_N[actions.age_T == 0]
     slack = max([SLACK, *gap_N.tolist()])
-    is_cut = kept.sampling.top_p < 1 or kept.sampling.top_k > 0
+    is_cut = kept.sampling.top_p < 1 or kept.sampling.top_k > 0 or kept.sampling.min_p > 0
     limits_N = zip((sampled.logp - slack).exp().tolist(), (sampled.logp + slack).exp().tolist(), strict=True)
     tokens = actions.labels_T.tolist()
     low, high = rewards
     answer = Answer(
         tokens=tuple(tokens),
-        # top_p and top_k make tokens more likely than the model does
+        # top_p, top_k and min_p make tokens more likely than the model does
         chance_T=tuple((0.0, 1.0) if is_cut else (least, min(1.0, most)) for least, most in limits_N),
         reward=(one.reward - low) / (high - low),
         other_T=tuple(
@@ -94,6 +94,36 @@ async def find_faults(cases: Sequence[Case], kept: KeptStep) -> None:
             case.fault = "its environment gives no reward this time"
         elif abs(again.reward - before) > ROUNDING * max(1, abs(before)):
             case.fault = f"its environment gives the reward {again.reward:g} now, and {before:g} in the run"
+
+
+def pairs_of(case: Case, rewards: tuple[float, float]) -> list[dict[str, Any]]:
+    """Return a pair of single tokens for each token of which it is known whether its alternative is better.
+
+    That is where the intervals of the values with the one and with the other have no point in common. A pair has the
+    tokens before both, and the estimates of both values.
+    """
+    search, recorded, (low, high) = case.search, case.kept.recorded, rewards
+    values, found = search.values(), list[dict[str, Any]]()
+    place_N = [place for place, sampled in enumerate(recorded.sampled) if sampled]
+    for t, (token, other) in enumerate(zip(search.answer.tokens, search.answer.other_T, strict=True)):
+        if other is None:
+            continue
+        sides = [(values[t + 1], token), (search.value(Place(t, other)), other)]
+        (worse, rejected), (better, chosen) = sorted(sides, key=lambda side: side[0].value)
+        if worse.high < better.low:
+            found.append(
+                {
+                    "prompt_ids": recorded.token_ids[: place_N[t]],
+                    "chosen_ids": [chosen],
+                    "rejected_ids": [rejected],
+                    "chosen_value": low + better.value * (high - low),
+                    "rejected_value": low + worse.value * (high - low),
+                    "row": case.kept.row,
+                    "sample": case.kept.sample,
+                    "at": t,
+                }
+            )
+    return found
 
 
 def result_of(case: Case, kept: KeptStep, objectives: Objectives, rewards: tuple[float, float]) -> dict[str, Any]:

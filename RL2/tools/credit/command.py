@@ -24,7 +24,7 @@ from RL2.io.jsonl import read_lines, remove_incomplete_line
 from RL2.io.progress import Progress
 from RL2.rollout.continuation import decode
 from RL2.rollout.episode import request_seed
-from RL2.tools.credit.cases import EXAMPLES, Case, find_faults, make_case, result_of
+from RL2.tools.credit.cases import EXAMPLES, Case, find_faults, make_case, pairs_of, result_of
 from RL2.tools.credit.kept import KeptStep, open_step
 from RL2.tools.credit.pulls import Objectives
 from RL2.tools.credit.table import agreements
@@ -59,6 +59,8 @@ class CreditRequest:
     longest_whole: int = 64
     precision: float = 0.05
     seed: int = 0
+    pairs: Path | None = None
+    """File for pairs of single tokens; None: none."""
 
     def __post_init__(self) -> None:
         low, high = self.rewards
@@ -104,6 +106,10 @@ def credit(request: CreditRequest, progress: Progress) -> dict[str, Any]:
             ]
             runner.run(find_faults(cases, kept))
         _sample(cases, kept, request, runner, progress)
+        if request.pairs is not None:
+            rows = [row for case in cases if not case.fault for row in pairs_of(case, request.rewards)]
+            write_text(request.pairs, "".join(json.dumps(row) + "\n" for row in rows))
+            progress.say(f"{len(rows)} pairs written to {request.pairs}")
         answers = [result_of(case, kept, objectives, request.rewards) for case in cases if not case.fault]
         skipped = [{"row": case.kept.row, "sample": case.kept.sample, "reason": case.fault} for case in cases]
     result = {

@@ -92,7 +92,14 @@ def open_step(
     params = rollout.train_sampling_params
     with naming("actor.model_name"):
         ends = stop_tokens(actor.lm, tokenizer, template)
-    sampling = Sampling(params.max_new_tokens, params.temperature, params.top_p, params.top_k, stop_token_ids=ends)
+    sampling = Sampling(
+        params.max_new_tokens,
+        params.temperature,
+        params.top_p,
+        params.top_k,
+        stop_token_ids=ends,
+        min_p=params.min_p,
+    )
     batch = read_batch(folder / REPLAY_BATCH)
     answers, skipped = _answers(_rows(run, step)[:number], batch, prompts, rollout_seed(config, step))
     return KeptStep(step, folder, rollout.engine, batch, actor, setting, sampling, answers, skipped)

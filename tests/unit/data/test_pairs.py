@@ -51,6 +51,18 @@ def test_the_rows_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) ->
     assert [shown(tokenizer, pair) for pair in pairs[1:]] == [chat] * 5
 
 
+def test_rows_of_token_ids_are_used_as_they_are(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    ids = {"prompt_ids": [5, 6, 7], "chosen_ids": [8], "rejected_ids": [9, 4]}
+    pairs, left_out = load(tmp_path, tokenizer, ids, text, ids | {"chosen_ids": [8] * 300})
+    assert left_out == 1, "it is too long"
+    assert pairs[0] == (([5, 6, 7, 8], [False] * 3 + [True]), ([5, 6, 7, 9, 4], [False] * 3 + [True] * 2))
+    assert shown(tokenizer, pairs[1]) == ["1+1=|2<|im_end|>", "1+1=|3<|im_end|>"]
+    for wrong in ({"chosen_ids": []}, {"rejected_ids": [1.5]}, {"rejected_ids": None}, {"prompt_ids": "5"}):
+        with pytest.raises(DataError, match="_ids must be a list of token ids, not "):
+            load(tmp_path, tokenizer, ids | wrong)
+
+
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from RL2.batch.packing import pack
 from RL2.config.load import load
 from RL2.errors import ConfigError
 from RL2.objectives.registry import PREFERENCES, BoundObjective, bind, preference
 from RL2.objectives.unpaired import bco, kto
 from RL2.tools.check_objective.subject import synthetic_batch
 from RL2.trainer.unused_settings import check_preference
-from RL2.types import TokenBatch, TokenStats
+from RL2.types import Sequence, TokenBatch, TokenStats, Trajectory
 
 WHOLE = synthetic_batch(16).preferences().batch
 
@@ -135,3 +136,24 @@ def test_metrics_are_those_of_the_response() -> None:
     assert metrics["reward"][0].item() == pytest.approx(0.1 * h)
     assert metrics["accuracy"][0].item() == float(h > 0.4)
     assert bco.reference
+
+
+def test_pivotal_is_dpo_where_the_responses_part() -> None:
+    """The gradient is that of `sigmoid` on pairs of these two tokens, and 0 elsewhere."""
+    sequences = [([1, 2, 3, 4], 1.0), ([1, 2, 5], 0.0), ([6], 1.0), ([7, 8], 0.0), ([1, 2], 1.0), ([1, 2], 0.0)]
+    trajectories = [
+        Trajectory(n, n // 2, n % 2, [Sequence([0, *ids], [False] + [True] * len(ids), [0.0] * (len(ids) + 1),
+                                               [0.0] * len(ids) + [reward])])
+        for n, (ids, reward) in enumerate(sequences)
+    ]  # fmt: skip
+    batch = pack(trajectories)
+    logp_T = torch.linspace(-2, -0.1, len(batch.labels_T), dtype=torch.float64).requires_grad_()
+    loss_T, _ = PREFERENCES["pivotal"](TokenStats(logp=logp_T), batch, beta=0.5)
+    last_T = torch.zeros(len(logp_T)).index_fill_(0, batch.cu_seqlens[1:] - 1, 1)
+    gradient_T = torch.autograd.grad((loss_T * last_T).sum(), logp_T)[0]
+    parting = [2, 6, 7, 8]  # 3 against 5, and 6 against 7; equal responses have none
+    for good, bad in ((2, 6), (7, 8)):
+        slope = -2 * 0.5 * torch.sigmoid(-0.5 * (logp_T[good] - logp_T[bad]))  # a pair counts at both responses
+        assert gradient_T[good].item() == pytest.approx(slope.item())
+        assert gradient_T[bad].item() == pytest.approx(-slope.item())
+    assert gradient_T.nonzero()[:, 0].tolist() == parting
