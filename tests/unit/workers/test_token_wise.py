@@ -108,3 +108,16 @@ def test_small_models_are_left_alone(policy: Policy, batch: TokenBatch) -> None:
     objective = bound("sft", {})
     update(policy, batch, objective.loss, objective.request().fields, token_wise)
     assert token_wise.holds is None
+
+
+@pytest.mark.parametrize("name", ["spo", "ppo", "gspo"])
+def test_a_process_that_starts_later_computes_in_the_same_way(policy: Policy, batch: TokenBatch, name: str) -> None:
+    """So a resumed run has the same weights, bit for bit."""
+    objective = bound(name, {})
+    fields, experienced = objective.request().fields, TokenWise(policy, worth=0)
+    update(policy, batch, objective.loss, fields, experienced)
+    one, other = (
+        update(policy, batch, objective.loss, fields, token_wise)[0]
+        for token_wise in (experienced, TokenWise(policy, worth=0))
+    )
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
