@@ -101,27 +101,6 @@ def test_a_command_that_is_killed_outright_gives_the_same_table(run: Run, folder
     assert samples.read_bytes() == whole
 
 
-def test_pairs_train_with_dpo(world: World, run: Run, folder: Path, tmp_path: Path) -> None:
-    done = rl2(run, *OPTIONS, "--pairs", str(tmp_path / "pairs.jsonl"))
-    assert done.returncode == 0, done.stderr
-    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-    assert pairs, "some token was better than its alternative"
-    for pair in pairs:
-        assert pair["chosen_value"] > pair["rejected_value"]
-        assert len(pair["chosen_ids"]) == len(pair["rejected_ids"]) == 1
-    trained = world.run(
-        "dpo",
-        f"data.path={tmp_path}/pairs.jsonl",
-        "actor.loss=pivotal",
-        f"data.batch_size={len(pairs)}",
-        "trainer.n_epochs=4",
-        "trainer.max_steps=4",
-    ).succeeded()
-    assert trained.metrics[0]["actor/margin"] == pytest.approx(0, abs=1e-6), "the policy is the reference"
-    assert trained.metrics[-1]["actor/margin"] > 0
-    assert trained.metrics[0]["actor/tokens"] == 2 * len(pairs), "one token on each side"
-
-
 def test_the_viewer_finds_it(run: Run, result: dict[str, Any]) -> None:
     index = RunIndex([str(run.save_dir)])
     index.refresh()
