@@ -68,7 +68,7 @@ def trl(hidden_TD: Tensor, head_VD: Tensor, hidden_TE: Tensor, head_VE: Tensor) 
 
 SIDES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "ours": ours,
-    "two_passes": lambda *inputs: ours(*inputs, one_pass=False),
+    "two_passes": lambda hidden, head, other, other_head: ours(hidden, head, other, other_head, one_pass=False),
     "dense": dense,
     "trl": trl,
 }

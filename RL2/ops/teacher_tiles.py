@@ -170,7 +170,7 @@ class Tiled(torch.autograd.Function):
         slopes = {name: grad for name, grad in zip(job.names, grads, strict=True) if grad is not None}
         inputs, top_id_TK, taken = ctx.saved_tensors[:4], ctx.saved_tensors[4], ctx.saved_tensors[5:9]
         saved = dict(zip(ctx.kept, ctx.saved_tensors[9:], strict=False))
-        sums = None
+        sums: Sums | None = None
         if ctx.expected is not None:
             rest = unmet(slopes, dict(zip(ctx.slopes, ctx.saved_tensors[9 + len(ctx.kept) :], strict=True)))
             missed = int(with_slope(rest, inputs[0]).sum())
