@@ -121,3 +121,25 @@ def test_what_cannot_be_used(run: Run, result: dict[str, Any]) -> None:
         done = rl2(run, *arguments)
         assert done.returncode == 1
         assert said in done.stderr, done.stderr
+
+
+def test_pairs_train_with_dpo(world: World, run: Run, folder: Path, tmp_path: Path) -> None:
+    """A larger budget continues the samples; some token is then known to be better than its alternative."""
+    done = rl2(run, "--budget", "60k", *OPTIONS[2:], "--pairs", str(tmp_path / "pairs.jsonl"))
+    assert done.returncode == 0, done.stderr
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert pairs
+    for pair in pairs:
+        assert pair["chosen_value"] > pair["rejected_value"]
+        assert len(pair["chosen_ids"]) == len(pair["rejected_ids"]) == 1
+    trained = world.run(
+        "dpo",
+        f"data.path={tmp_path}/pairs.jsonl",
+        "actor.loss=pivotal",
+        f"data.batch_size={len(pairs)}",
+        "trainer.n_epochs=4",
+        "trainer.max_steps=4",
+    ).succeeded()
+    margins = [row["actor/margin"] for row in trained.metrics if "actor/margin" in row]
+    assert margins[0] == pytest.approx(0, abs=1e-6), "the policy is the reference"
+    assert margins[-1] > margins[0]
