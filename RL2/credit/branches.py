@@ -30,13 +30,13 @@ from RL2.config.programs import RLConfig
 from RL2.config.rollout import Branch
 from RL2.credit.continuations import Diverged, Recorded, continued
 from RL2.credit.search import Place
+from RL2.data.prompts import Places
 from RL2.errors import UserError
 from RL2.io.progress import Progress
 from RL2.rollout.continuation import decode
 from RL2.rollout.episode import request_seed
 from RL2.rollout.episodes import Episodes
 from RL2.rollout.filters import usable
-from RL2.rollout.hints import places
 from RL2.rollout.scheduler import rollout_seed
 from RL2.types import Branches, Prompt, Sequence, TokenBatch, Trajectory
 
@@ -77,9 +77,8 @@ class Branching:
     episodes: Episodes
 
     @cached_property
-    def prompt_of(self) -> dict[int, int]:
-        """Row of each prompt -> its place among `prompts`."""
-        return places(self.prompts)
+    def places(self) -> Places:
+        return Places(self.prompts)
 
     def grow(
         self, responses: Seq[Trajectory], step: int, progress: Progress
@@ -121,7 +120,7 @@ class Branching:
         """Return continuation `k` from a place as an episode whose prefix does not train, or the reason of none."""
         setting, (sequence,) = self.episodes.setting, response.sequences
         seed = rollout_seed(self.config, step)
-        prompt, ids, sampled = self.prompts[self.prompt_of[response.row]], sequence.token_ids, sequence.action_mask
+        prompt, ids, sampled = self.prompts[self.places[response.row]], sequence.token_ids, sequence.action_mask
         recorded = Recorded(prompt, ids.tolist(), sampled.tolist(), response.group, seed)
         # turns of the response have the numbers from 0 on
         own_seed = request_seed(

@@ -102,6 +102,18 @@ def load_prompts(
     return Prompts(table(bad, name, COLUMNS, build, progress or Progress(speaks=False)))
 
 
+class Places:
+    """Row of the data file -> place among the prompts; they differ behind a row that was left out."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        rows = prompts.rows.values if isinstance(prompts, Prompts) else [prompt.row for prompt in prompts]
+        self.rows_N = np.asarray(rows, np.int64)
+        self.order_N = self.rows_N.argsort(kind="stable")
+
+    def __getitem__(self, row: int) -> int:
+        return int(self.order_N[np.searchsorted(self.rows_N, row, sorter=self.order_N)])
+
+
 def make_prompt(row: Row, template: Template, number: int) -> Prompt:
     """Return a row {"prompt" | "messages", "extra_info"} as a prompt. Raise DataError if it is not one."""
     chat, text, arguments = _rendered(row, template)

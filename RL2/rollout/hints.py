@@ -20,7 +20,7 @@ from torch import Tensor
 from RL2.batch.packing import pack
 from RL2.config.model import Teacher
 from RL2.config.scripts import described
-from RL2.data.prompts import Prompts, make_prompt
+from RL2.data.prompts import Places, make_prompt
 from RL2.data.source import DataError
 from RL2.data.template import Template
 from RL2.errors import UserError
@@ -43,9 +43,9 @@ class Hints:
     """Maximum length of a sequence with its hint, in tokens."""
 
     @cached_property
-    def places(self) -> dict[int, int]:
+    def places(self) -> Places:
         """Row of the data file -> place among the prompts."""
-        return places(self.prompts)
+        return Places(self.prompts)
 
     def told(self, trajectories: Seq[Trajectory]) -> TokenBatch:
         """Return what the teacher reads: the sequences of `trajectories` with the hints in their prompts (collective).
@@ -129,9 +129,9 @@ class ChosenTeachers:
     config: Teacher
 
     @cached_property
-    def places(self) -> dict[int, int]:
+    def places(self) -> Places:
         """Row of the data file -> place among the prompts."""
-        return places(self.prompts)
+        return Places(self.prompts)
 
     def numbers(self, trajectories: Seq[Trajectory]) -> Tensor:
         """Return the number of the teacher of each trajectory, int64. Raise UserError for a row that names none."""
@@ -146,12 +146,6 @@ class ChosenTeachers:
                 )
             found.append(known.index(name))
         return torch.tensor(found)
-
-
-def places(prompts: Seq[Prompt]) -> dict[int, int]:
-    """Return row of the data file -> place among the prompts."""
-    rows = prompts.rows if isinstance(prompts, Prompts) else [[prompt.row] for prompt in prompts]
-    return {int(row): place for place, row in enumerate(np.asarray(rows).reshape(-1))}
 
 
 def is_messages(value: Any) -> bool:

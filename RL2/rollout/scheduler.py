@@ -7,6 +7,7 @@ from typing import Any
 
 from RL2.config.programs import RLConfig
 from RL2.data.cursor import Cursor
+from RL2.data.prompts import Places
 from RL2.rollout.episodes import Episodes, Group, Progress
 from RL2.types import Prompt, Trajectory
 
@@ -32,6 +33,7 @@ class Scheduler:
         self, prompts: Seq[Prompt], cursor: Cursor, episodes: Episodes, config: RLConfig, num_steps: int
     ) -> None:
         self.prompts, self.cursor, self.episodes, self.config = prompts, cursor, episodes, config
+        self.places = Places(prompts)
         self.wanted = config.train_data.prompts_per_rollout
         self.num_groups = num_steps * self.wanted
         self.ahead = round(config.rollout.partial_rollout * self.wanted) or config.rollout.max_staleness * self.wanted
@@ -40,9 +42,9 @@ class Scheduler:
         self.begun: int | None = None
         """Number of groups that have begun, on all processes and in all steps."""
         self.outstanding: list[int] = []
-        """Rows of all groups that have begun, on any process, and were not taken."""
+        """Places of the prompts of all groups that have begun, on any process, and were not taken."""
         self.again: list[int] = []
-        """Rows that were outstanding when a checkpoint was written; they come first."""
+        """Places that were outstanding when a checkpoint was written; they come first."""
 
     def take(self, step: int, progress: Progress) -> list[Trajectory]:
         """Return the trajectories that the step trains on, the same on every process (collective)."""
@@ -105,5 +107,5 @@ class Scheduler:
         for trajectory in trajectories:
             trajectory.group = numbers[trajectory.group]
             if trajectory.sample == 0:
-                self.outstanding.remove(trajectory.row)
+                self.outstanding.remove(self.places[trajectory.row])
         return trajectories

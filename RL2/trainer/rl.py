@@ -111,7 +111,8 @@ def sample(
             more = scheduler.take_more(missing, step, len(groups(trajectories)), phase.update)
         trajectories += more
         kept += with_signal(by_role(more), config)
-    scheduler.cursor.learn(success_rates(by_role(trajectories)))
+    rates = success_rates(by_role(trajectories))
+    scheduler.cursor.learn({scheduler.places[row]: rate for row, rate in rates.items()})
     raise_if_all_unscored(trajectories)
     for cause, count in unscored_causes(trajectories).most_common(3):
         report.say(f"step {step}: {count} of {len(trajectories)} trajectories unscored: {cause}")
@@ -132,7 +133,7 @@ def with_greedy_rewards(
     scheduler, sampling = parts.scheduler, replace(config.rollout.train_sampling_params, temperature=0.0)
     rows = sorted({trajectory.row for trajectory in trajectories})
     with parts.report.progress.phase(f"greedy responses of step {step}", len(rows), "responses") as phase:
-        prompts = [scheduler.prompts[row] for row in rows]
+        prompts = [scheduler.prompts[scheduler.places[row]] for row in rows]
         greedy = scheduler.episodes.play(prompts, sampling, 1, config.trainer.seed, phase.update)
     rewards = {row: one.reward for row, one in zip(rows, greedy, strict=True) if one.unscored is None}
     if not rewards:

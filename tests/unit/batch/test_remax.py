@@ -50,7 +50,7 @@ class Player:
 def test_each_prompt_is_played_once_greedily() -> None:
     player = Player()
     parts: Any = SimpleNamespace(
-        scheduler=SimpleNamespace(prompts=range(100), episodes=player),
+        scheduler=SimpleNamespace(prompts=range(100), places=range(100), episodes=player),
         report=SimpleNamespace(progress=Progress(speaks=False)),
     )
     trajectories = [response(row, group, sample, 1.0) for group, row in enumerate((7, 3, 7)) for sample in range(2)]
