@@ -229,6 +229,11 @@ def configured(actor: Actor) -> BoundObjective:
     return bind(actor.objective, {knob: x for knob, x in named.items() if x is not None} | actor.objective_args)
 
 
+def reads_old_policy(actor: Actor) -> bool:
+    """Return whether the objective or the selection of tokens reads the policy before the update."""
+    return actor.select.reads_old_policy or find(actor.objective).covariance
+
+
 def needs_reference(actor: Actor) -> bool:
     """Return whether a configuration needs a reference policy: for the KL divergence, or because the objective does."""
     return actor.kl.coef > 0 or find(actor.objective).reference

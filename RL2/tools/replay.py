@@ -31,7 +31,7 @@ from RL2.config.values import build
 from RL2.errors import UserError, first_line, in_table
 from RL2.objectives.loss import by_token, total_loss, wanted_stats, with_weights
 from RL2.objectives.objective import Loss
-from RL2.objectives.registry import configured, find
+from RL2.objectives.registry import configured, reads_old_policy
 from RL2.parallel.fsdp import whole
 from RL2.parallel.processes import Processes
 from RL2.trainer.run import REPLAY_BATCH, replay_folder
@@ -83,7 +83,7 @@ def replay(run: Path, step: int, wanted: Sequence[str], processes: Processes) ->
     batch = read_batch(folder / REPLAY_BATCH)
     actor = Actor(next(iter(configs.values())).actor, processes, 1, folder)
 
-    reading = {title for title, config in configs.items() if reads_old_policy(config)}
+    reading = {title for title, config in configs.items() if reads_old_policy(config.actor)}
     with_old = with_old_policy(batch, actor) if reading else batch
 
     def only(field: str) -> StatsRequest:
@@ -149,11 +149,6 @@ def read_batch(file: Path) -> TokenBatch:
         return TokenBatch(**tensors)
     except (OSError, SafetensorError, TypeError) as error:
         raise UserError(f"{file} is damaged: {first_line(error)}") from error
-
-
-def reads_old_policy(config: RLConfig) -> bool:
-    """Return whether the objective or the selection of tokens reads the policy before the update."""
-    return config.actor.select.reads_old_policy or find(config.actor.objective).covariance
 
 
 def with_old_policy(batch: TokenBatch, actor: Actor) -> TokenBatch:

@@ -16,7 +16,7 @@ from RL2.config.programs import RLConfig
 from RL2.credit.branches import with_branches
 from RL2.io.progress import Progress
 from RL2.objectives.loss import kl_estimate, overlong_penalty
-from RL2.objectives.registry import find
+from RL2.objectives.registry import reads_old_policy
 from RL2.rollout.hints import ChosenTeachers, Hints
 from RL2.types import TokenBatch, Trajectory
 from RL2.workers.actor import Actor, Reference
@@ -49,10 +49,10 @@ def annotate(
     if chosen is not None:
         teacher_B = chosen.numbers(trajectories)[batch.trajectory_B]
         batch = batch.with_(teacher_B=teacher_B, told=batch.told and batch.told.with_(teacher_B=teacher_B))
-    kl, adv, select = config.actor.kl, config.adv, config.actor.select
+    kl, adv = config.actor.kl, config.adv
     kl_in_advantage = reference is not None and kl.type != "loss"
     estimator = estimator_of(adv)
-    reads_old = select.reads_old_policy or estimator.needs_old_policy or find(config.actor.objective).covariance
+    reads_old = reads_old_policy(config.actor) or estimator.needs_old_policy
     if config.actor.update_per_rollout > 1 or kl_in_advantage or reads_old:
         with progress.phase("log-probabilities before the update", number, "sequences") as phase:
             batch = actor.add_old_logprobs(batch, phase.update, sum_p2=estimator.needs_old_policy)

@@ -71,7 +71,7 @@ def results(
 
 
 def expected_in(case: str) -> Expected | None:
-    """What a case expects: the loss, or another one at some tokens."""
+    """Return the loss that a case expects: the actual one, another one at some tokens, or none."""
     if case == "one pass, corrected":
         return Expected(lambda stats, index_C: loss_of(stats, index_C) + stats.entropy[index_C % 4 == 0].sum())
     return Expected(loss_of) if case == "one pass" else None

@@ -20,11 +20,11 @@ from RL2.errors import UserError, first_line
 from RL2.models.policy import Policy, head
 from RL2.objectives.loss import with_weights
 from RL2.objectives.objective import Objective
-from RL2.objectives.registry import ALL, OBJECTIVES, BoundObjective, configured
+from RL2.objectives.registry import ALL, OBJECTIVES, BoundObjective, configured, reads_old_policy
 from RL2.ops.token_stats import reference_stats
 from RL2.parallel.fsdp import local
 from RL2.parallel.processes import Processes
-from RL2.tools.replay import read_batch, reads_old_policy, run_config, with_advantages
+from RL2.tools.replay import read_batch, run_config, with_advantages
 from RL2.trainer.run import REPLAY_BATCH, replay_folder
 from RL2.types import StatsRequest, TokenBatch, TokenStats
 from RL2.workers.actor import Actor
@@ -162,7 +162,7 @@ def _subjects(
             bound = configured(config.actor)
             if why := _lacks(bound.objective, batch):
                 raise UserError(f"{title} {why}")
-            if reads_old_policy(config) and batch.old_logp_T is None:
+            if reads_old_policy(config.actor) and batch.old_logp_T is None:
                 raise UserError(f"{title} {NO_OLD_POLICY}")
             mine = with_weights(with_advantages(batch, config), config.actor)
         except UserError as error:

@@ -15,9 +15,9 @@ from torch import Tensor
 from RL2.config.programs import RLConfig
 from RL2.errors import UserError
 from RL2.objectives.loss import total_loss, wanted_stats, with_weights
-from RL2.objectives.registry import configured
+from RL2.objectives.registry import configured, reads_old_policy
 from RL2.ops.token_stats import reference_stats
-from RL2.tools.replay import reads_old_policy, run_config, with_advantages
+from RL2.tools.replay import run_config, with_advantages
 from RL2.types import TokenBatch
 from RL2.workers.actor import Actor
 
@@ -44,7 +44,7 @@ class Objectives:
                 config = run_config(run, folder, title, engine)
                 if configured(config.actor).needs_teacher or config.actor.kl.is_exact:
                     raise UserError("it reads a second distribution, which credit does not compute")
-                if reads_old_policy(config) and batch.old_logp_T is None:
+                if reads_old_policy(config.actor) and batch.old_logp_T is None:
                     raise UserError("it reads the policy before the update, which the step has not kept")
                 weighted = with_weights(with_advantages(batch, config), config.actor)
             except UserError as error:

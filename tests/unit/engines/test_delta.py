@@ -113,7 +113,7 @@ class Worker(DeltaClient):
     served: dict[str, Tensor] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     damage: Callable[[Path], None] | None = None
-    """What happens to the first file on its way."""
+    """Function that changes the bytes of the first file on its way to the server."""
 
     def load_changes(
         self, files: list[str], follows: str, label: str, version: str, checksums_: Mapping[str, int]
