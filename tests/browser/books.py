@@ -108,7 +108,7 @@ def write_credit(folder: Path, step: int, *, rows: int = 6) -> None:
                 "sample": 0,
                 "group": row,
                 "reward": reward,
-                "token_ids": trajectory(row, 0, "", 0.0, length).sequences[0].token_ids,
+                "token_ids": trajectory(row, 0, "", 0.0, length).sequences[0].token_ids.tolist(),
                 "value": [[0.5, 0.4, 0.6], *[[after, after - 0.1, after + 0.1]] * (length - 1), [reward] * 3],
                 "number": [100] * (length + 1),
                 "advantage": [[after - 0.5, after - 0.7, after - 0.3], *[[0.0, -0.05, 0.05]] * (length - 1)],
